@@ -1,0 +1,107 @@
+"""Rollouts to the tensors of one optimizer step, and that step cut into micro-batches of whole groups.
+
+Tokens are shifted once, in `pack_groups`; denominators are counted once, here, over the whole step.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mar.attention import PackedGroups, pack_groups
+from mar.records import Rollout
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One step: B = all rows of all groups, T = the longest completion, C components, S segments."""
+
+    groups: tuple[tuple[Rollout, ...], ...]
+    group_ids: Tensor  # [B]
+    components: Tensor  # [B, C] float64, weighted
+    first_open: Tensor  # [B, S]
+    segment_ids: Tensor  # [B, T]
+    completion_mask: Tensor  # [B, T] bool
+    sampler_logprobs: Tensor  # [B, T]
+    full_logprobs: Tensor  # [B, T]
+
+    @property
+    def num_tokens(self) -> int:
+        return int(self.completion_mask.sum())
+
+    @property
+    def totals(self) -> Tensor:
+        """Reward of each completion [B]."""
+        return self.components.sum(1)
+
+
+def make_batch(
+    groups: Sequence[Sequence[Rollout]], first_open: np.ndarray, device: torch.device | str = "cpu"
+) -> Batch:
+    """Pad the per-token columns of all rollouts to [B, T]; `first_open` [S] is the grammar's (rewards.first_open)."""
+    rows = [rollout for group in groups for rollout in group]
+    lengths = torch.tensor([len(r.completion.ids) for r in rows])
+
+    def padded(columns: list[np.ndarray]) -> Tensor:
+        tensors = [torch.from_numpy(np.ascontiguousarray(c)) for c in columns]
+        return torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True).to(device)
+
+    return Batch(
+        groups=tuple(tuple(group) for group in groups),
+        group_ids=torch.repeat_interleave(torch.arange(len(groups)), torch.tensor([len(g) for g in groups])).to(device),
+        components=torch.from_numpy(np.stack([r.components for r in rows])).to(device),
+        first_open=torch.from_numpy(first_open).expand(len(rows), -1).to(device),
+        segment_ids=padded([r.segment_ids for r in rows]),
+        completion_mask=(torch.arange(int(lengths.max())) < lengths[:, None]).to(device),
+        sampler_logprobs=padded([r.completion.sampler_logprobs for r in rows]),
+        full_logprobs=padded([r.completion.full_logprobs for r in rows]),
+    )
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Some whole groups: packed tokens for the model, and which rows of the batch they are."""
+
+    packed: PackedGroups
+    rows: slice
+
+    def flat(self, column: Tensor, mask: Tensor) -> Tensor:
+        """The completion tokens of a [B, T] column in the order of the model's output [M]."""
+        return column[self.rows][mask[self.rows]]
+
+
+def micro_batches(batch: Batch, max_tokens: int) -> Iterator[MicroBatch]:
+    """Groups in order, as many at a time as fit `max_tokens` computed positions (at least one), or slices of a group that does not fit."""
+    pieces: list[tuple[Rollout, ...]] = []
+    for group in batch.groups:
+        pieces += _slices(group, max_tokens)
+    start, row = 0, 0
+    while start < len(pieces):
+        end, used = start, 0
+        while end < len(pieces) and (end == start or used + _positions(pieces[end]) <= max_tokens):
+            used += _positions(pieces[end])
+            end += 1
+        chosen = pieces[start:end]
+        completions = [[r.completion.ids.tolist() for r in p] for p in chosen]
+        packed = pack_groups([p[0].prompt.ids for p in chosen], completions, batch.group_ids.device)
+        count = sum(len(p) for p in chosen)
+        yield MicroBatch(packed, slice(row, row + count))
+        start, row = end, row + count
+
+
+def _positions(group: Sequence[Rollout]) -> int:
+    return len(group[0].prompt.ids) + sum(len(r.completion.ids) for r in group)
+
+
+def _slices(group: Sequence[Rollout], max_tokens: int) -> list[tuple[Rollout, ...]]:
+    """The group, or parts of it that each fit `max_tokens` (a part has at least one row; its prompt is computed once per part)."""
+    out: list[tuple[Rollout, ...]] = []
+    current: tuple[Rollout, ...] = ()
+    for rollout in group:
+        if current and _positions((*current, rollout)) > max_tokens:
+            out.append(current)
+            current = ()
+        current = (*current, rollout)
+    return [*out, current]

@@ -1,0 +1,300 @@
+"""The typed schema of `conf/`, its defaults and the checks across fields. YAML only overrides what stands here.
+
+Hydra composes a command line onto these dataclasses, so a misspelt key or a wrong type fails there; `validate` then
+refuses what cannot work together, before a model or a file is opened. Below `train.main` the dataclasses travel, never
+a DictConfig. Names of tasks are checked by `mar.tasks`.
+"""
+
+import math
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.errors import HydraException
+from omegaconf import MISSING, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from mar import rundir
+from mar.records import UserError
+
+CONF_DIR = Path(__file__).resolve().parents[1] / "conf"
+
+
+def one_of(*names: str, default: str | None = None) -> Any:
+    """A field that holds one of these names; the first is the default."""
+    return field(default=names[0] if default is None else default, metadata={"names": names})
+
+
+def number(default: Any, low: float = -math.inf, high: float = math.inf, above: bool = False) -> Any:
+    """A number in [low, high], or in (low, high] with `above`. A default `${key}` takes that key's value."""
+    return field(default=default, metadata={"low": low, "high": high, "above": above})
+
+
+@dataclass
+class ModelOptions:
+    """`conf/model/*.yaml`: a checkpoint and what suits it. Nothing else sets a learning rate or a length."""
+
+    name: str = MISSING
+    source: str = one_of("embedded", "folder", "hub", "wheel", default=MISSING)
+    path: str | None = None  # a folder, or a hub id
+    lr: float = number(MISSING, low=0, above=True)
+    max_prompt_tokens: int = number(MISSING, low=1)  # a longer prompt is dropped and counted
+    max_completion_tokens: int = number(MISSING, low=1)
+    thinking: bool = MISSING
+    threads: int | None = number(None, low=1)  # CPU threads, null = PyTorch's choice
+
+
+@dataclass
+class DataOptions:
+    """`conf/data/*.yaml`: the task and where its examples come from; there is no fall-back."""
+
+    task: str = MISSING
+    source: str = one_of("embedded", "hub", "path", default="${scale.data_source}")
+    path: str | None = None  # jsonl, for source=path
+    hub_id: str | None = None  # for source=hub
+    train_split: str = "train"
+    eval_split: str = "test"  # tune on data.eval_split=validation
+    num_train: int | None = number(None, low=1)  # null = all
+    num_eval: int = "${eval.num_items}"  # type: ignore[assignment]
+    max_gold_words: int = number(3, low=1)  # a question whose golds are all longer is dropped and counted
+    show_options: bool = False
+
+
+@dataclass
+class AlgoOptions:
+    """`conf/algo/*.yaml`: from rewards to a gradient."""
+
+    name: str = one_of("reinforce")
+    group_size: int = number(8, low=1)  # completions per prompt
+    prompts_per_step: int = number(32, low=1)
+    temperature: float = number(1.0, low=0, above=True)
+    credit: str = one_of("to_go", "set", "own")
+    baseline: str = one_of("leave_one_out", "mean", "none")
+    scale_by: str = one_of("none", "group_std", "batch_std")
+    aggregation: str = one_of("token_mean", "sequence_mean", "constant")
+
+
+@dataclass
+class RewardOptions:
+    """`conf/reward/*.yaml`: what a completion must look like and what it earns (mar/grammar.py, mar/rewards.py)."""
+
+    objective: str = one_of("multi_rlcr", "multi_rlvr", "rlcr_single", "rlvr_single")
+    num_answers: int = number(3, low=1, high=10)
+    layout: str = one_of("interleaved", "split")
+    analysis: bool = False  # <analysis> between answers and confidences
+    other: bool = False  # <other>: the probability that no answer is right
+    coverage: str = one_of("sum", "any", "fraction_golds", "fraction_answers")
+    coverage_weight: float = number(1.0, low=0)
+    brier: str = one_of("paper", "released")
+    brier_weight: float = number(1.0, low=0)
+    format_weight: float = number(0.5, low=0)
+    gate: bool = True  # a format failure cancels the answer reward
+    sum_rule: bool = False  # confidences that sum to more than 1 fail the format: for single-label tasks only
+    duplicates: str = one_of("per_slot", "gate")  # a repeat earns nothing, or zeroes the whole answer reward
+    rank_weights: list[float] | None = None  # w_1 >= ... >= w_K on the hits
+
+    @property
+    def multi(self) -> bool:
+        return self.objective.startswith("multi")
+
+    @property
+    def confident(self) -> bool:
+        return "rlcr" in self.objective
+
+    @property
+    def form(self) -> str:
+        return f"{'rlcr' if self.confident else 'rlvr'}_{'multi' if self.multi else 'single'}"
+
+
+@dataclass
+class SamplerOptions:
+    kv_budget_tokens: int = number("${scale.kv_budget_tokens}", low=1)  # tokens that the KV cache holds at once
+
+
+@dataclass
+class ScaleOptions:
+    """`conf/scale/*.yaml`: the machine only. Its file also chooses the default model; `model=` wins."""
+
+    name: str = MISSING
+    num_gpus: int = number(0, low=0)
+    data_source: str = one_of("embedded", "hub", "path", default=MISSING)
+    dtype: str = one_of("float32", "bfloat16")
+    kv_budget_tokens: int = number(MISSING, low=1)
+    micro_batch_tokens: int = number(MISSING, low=1)
+
+
+@dataclass
+class OptimOptions:
+    """AdamW."""
+
+    lr: float = number("${model.lr}", low=0, above=True)
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
+    eps: float = number(1e-8, low=0, above=True)
+    weight_decay: float = number(0.0, low=0)
+    warmup_frac: float = number(0.05, low=0, high=1)  # of train.steps
+    schedule: str = one_of("linear", "cosine", "constant")
+    grad_clip: float = number(1.0, low=0, above=True)
+
+
+@dataclass
+class TrainOptions:
+    steps: int = number(300, low=1)
+    stop_at: int | None = number(None, low=1)  # stop after this step as if interrupted; the schedule keeps its length
+    micro_batch_tokens: int = number("${scale.micro_batch_tokens}", low=1)
+
+
+@dataclass
+class EvalOptions:
+    every: int = number(0, low=0)  # steps; 0 = before and after only
+    num_items: int = number(2000, low=1)
+
+
+@dataclass
+class CheckpointOptions:
+    every: int = number(50, low=1)  # steps
+    keep: int = number(2, low=1)
+
+
+@dataclass
+class LoggerOptions:
+    console: str = one_of("auto", "rich", "plain")
+
+
+@dataclass
+class Config:
+    """Everything a run depends on; `config.yaml` in its folder is this tree, resolved."""
+
+    name: str = "run"
+    seed: int = number(0, low=0)
+    out: str = "runs"
+    run_dir: str = "${out}/${name}${variant:}/seed${seed}"
+    device: str = one_of("auto", "cpu", "cuda")
+    model: ModelOptions = field(default_factory=ModelOptions)
+    data: DataOptions = field(default_factory=DataOptions)
+    algo: AlgoOptions = field(default_factory=AlgoOptions)
+    reward: RewardOptions = field(default_factory=RewardOptions)
+    sampler: SamplerOptions = field(default_factory=SamplerOptions)
+    scale: ScaleOptions = field(default_factory=ScaleOptions)
+    optim: OptimOptions = field(default_factory=OptimOptions)
+    train: TrainOptions = field(default_factory=TrainOptions)
+    eval: EvalOptions = field(default_factory=EvalOptions)
+    checkpoint: CheckpointOptions = field(default_factory=CheckpointOptions)
+    logger: LoggerOptions = field(default_factory=LoggerOptions)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, as `config.yaml` and `rundir.prepare` take them."""
+        return asdict(self)
+
+
+def _checkpoint_source(path: str | None) -> str:
+    """`folder` for what is, or looks like, a place on this machine; `hub` for owner/name."""
+    local = path is None or path.startswith((".", "/", "~")) or Path(path).exists() or path.count("/") != 1
+    return "folder" if local else "hub"
+
+
+OmegaConf.register_new_resolver("checkpoint_source", _checkpoint_source, replace=True)
+ConfigStore.instance().store(name="schema", node=Config)
+
+
+def _field_faults(options: Any, prefix: str = "") -> Iterator[str]:
+    """Each value against its field's names or range."""
+    for item in fields(options):
+        key, value, rule = prefix + item.name, getattr(options, item.name), item.metadata
+        if is_dataclass(value):
+            yield from _field_faults(value, f"{key}.")
+        elif "names" in rule and value not in rule["names"]:
+            yield f"{key}={value} is unknown: choose one of {', '.join(rule['names'])}"
+        elif "low" in rule and value is not None:
+            bounds = f"{'above' if rule['above'] else 'at least'} {rule['low']:g}"
+            if rule["high"] < math.inf:
+                bounds += f" and at most {rule['high']:g}"
+            if not rule["low"] <= value <= rule["high"] or (rule["above"] and value == rule["low"]):
+                yield f"{key}={value} is out of range: it must be {bounds}"
+
+
+def _source_faults(model: ModelOptions, data: DataOptions) -> Iterator[str]:
+    if model.source in ("folder", "hub") and not model.path:
+        yield f"model={model.name} needs a checkpoint: add model.path=<folder or hub id>"
+    if model.source == "folder" and not Path(str(model.path)).expanduser().is_dir():
+        yield f"model.path={model.path} is no folder here: give one with config.json and *.safetensors, or a hub id"
+    if model.source == "wheel" and model.name != "smollm2-135m":
+        yield f"model.source=wheel is for model=smollm2-135m, not {model.name}: use model.source=hub or folder"
+    if data.num_eval < 1:
+        yield f"data.num_eval={data.num_eval} is out of range: it must be at least 1"
+    if data.source == "path" and not data.path:
+        yield "data.source=path needs a file: add data.path=<file.jsonl>"
+    if data.source == "hub" and not data.hub_id:
+        yield f"data.task={data.task} is not on the hub: use data.source=embedded or path, or give data.hub_id"
+    if data.source != "path" and data.path is not None:
+        yield f"data.path is set but data.source={data.source} does not read it: add data.source=path or drop data.path"
+
+
+def _reward_faults(reward: RewardOptions) -> Iterator[str]:
+    objective, K, weights = reward.objective, reward.num_answers, reward.rank_weights
+    if not reward.multi and K != 1:
+        yield f"reward.objective={objective} has one answer: set reward.num_answers=1 or choose a multi_ objective"
+    if reward.analysis and reward.multi and reward.layout != "split":
+        yield "reward.analysis=true stands between answers and confidences: set reward.layout=split, or analysis=false"
+    for key in ("analysis", "other", "sum_rule"):
+        if getattr(reward, key) and not reward.confident:
+            yield f"reward.{key}=true needs confidences, {objective} has none: set it to false or take rlcr"
+    if reward.sum_rule and not reward.gate:
+        yield "reward.sum_rule=true needs reward.gate=true: without the gate a breach would cost nothing"
+    if weights is not None and len(weights) != K:
+        yield f"reward.rank_weights has {len(weights)} values for {K} answers: give {K}"
+    if weights and (min(weights) < 0 or weights != sorted(weights, reverse=True)):
+        yield f"reward.rank_weights={weights} must not rise from rank to rank nor fall below 0: sort them"
+
+
+def _run_faults(config: Config) -> Iterator[str]:
+    algo, betas, steps, stop_at = config.algo, config.optim.betas, config.train.steps, config.train.stop_at
+    if algo.group_size == 1 and algo.baseline != "none":
+        yield f"algo.group_size=1 leaves algo.baseline={algo.baseline} nothing to compare with: take 2 or baseline=none"
+    if algo.group_size == 1 and algo.scale_by == "group_std":
+        yield "algo.group_size=1 has no spread for algo.scale_by=group_std: take 2 or more, or scale_by=none"
+    if not re.fullmatch(r"\w[\w.+-]*", config.name):
+        yield f"name={config.name!r} becomes a folder: use letters, digits and . _ + - only"
+    if stop_at is not None and stop_at > steps:
+        yield f"train.stop_at={stop_at} lies after train.steps={steps}: lower it or drop it"
+    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+        yield f"optim.betas={betas} is wrong: give two numbers from 0 to below 1"
+    if config.scale.num_gpus > 1:
+        yield f"scale={config.scale.name} is a machine of several GPUs, which cannot be used yet: take scale=h100x1"
+
+
+def validate(config: Config) -> Config:
+    """The same config, or a UserError: one sentence with the key, its value and what to change."""
+    sources = _source_faults(config.model, config.data)
+    for fault in chain(_field_faults(config), sources, _reward_faults(config.reward), _run_faults(config)):
+        raise UserError(fault)
+    return config
+
+
+def from_omegaconf(config: Any) -> Config:
+    """Hydra's DictConfig, resolved, as dataclasses; not yet validated. UserError for a missing or an added key."""
+    try:
+        tree = OmegaConf.to_object(config)
+    except OmegaConfBaseException as error:
+        raise UserError(f"the configuration cannot be resolved: {str(error).splitlines()[0]}") from None
+    assert isinstance(tree, Config)
+    known, given = rundir.flatten(tree.to_dict()), dict(config)
+    if added := [key for key in rundir.flatten(given) if key not in known]:
+        raise UserError(f"{', '.join(added)}: no such key in the schema; `--cfg job` shows all there are")
+    return tree
+
+
+def compose(overrides: Sequence[str] = (), check: bool = True) -> Config:
+    """The config of a command line such as `["+experiment=medqa", "model=hf", "model.path=owner/name"]`."""
+    try:
+        with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
+            tree = from_omegaconf(hydra_compose("config", list(overrides)))
+    except (HydraException, OmegaConfBaseException) as error:
+        text = f"{error} {error.__cause__ or ''}".partition("Config search path")[0]
+        raise UserError(" ".join(text.split())) from None
+    return validate(tree) if check else tree

@@ -1,0 +1,164 @@
+"""What the training loop needs, built once from the config: data, prompts, model, optimizer. All that can fail on a user's input fails here."""
+
+import os
+import platform
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from mar import __version__
+from mar.config import Config, RewardOptions
+from mar.evaluate import Protocol
+from mar.grammar import Grammar
+from mar.log import Display
+from mar.model import Decoder
+from mar.optim import make_optimizer
+from mar.prompts import build_prompt, fit_grammar, load_tokenizer
+from mar.records import Example, Prompt, UserError
+from mar.rewards import RewardSpec, first_open
+from mar.rollout import make_decode
+from mar.sampler import Request, SamplingParams, waves
+from mar.tasks import get_task
+from mar.tasks.common import Source
+from mar.tasks.medqa import chance_line
+from mar.weights import load_model
+
+STOP_TOKENS = ("<|im_end|>", "<|eot_id|>")  # that chat templates end a turn with, beside the tokenizer's own end
+
+
+@dataclass(frozen=True)
+class Job:
+    """What the loop needs, built once from the config."""
+
+    config: Config
+    folder: Path
+    model: Decoder
+    optimizer: torch.optim.Optimizer
+    prompts: tuple[Prompt, ...]
+    protocol: Protocol
+    first_open: np.ndarray
+
+    def prompts_of(self, step: int) -> list[Prompt]:
+        """The prompts of a step, from the seed and the step alone: each epoch is a new order of all prompts."""
+        per_step, count = self.config.algo.prompts_per_step, len(self.prompts)
+        chosen = []
+        for place in range(step * per_step, (step + 1) * per_step):
+            order = np.random.default_rng([self.config.seed, place // count]).permutation(count)
+            chosen.append(self.prompts[order[place % count]])
+        return chosen
+
+
+def load_data(config: Config, split: str, num: int | None, seed: int, display: Display) -> list[Example]:
+    """The examples of a split; says what was dropped, and what guessing is worth where options are shown."""
+    data = config.data
+    source = Source(data.source, split, num, seed, data.path, data.hub_id, data.max_gold_words, data.show_options)
+    loaded = get_task(data.task).load(source)
+    if loaded.dropped:
+        display.say(f"{split}: dropped " + ", ".join(f"{n} ({why})" for why, n in sorted(loaded.dropped.items())))
+    if loaded.num_options:
+        display.say(f"{split}: {chance_line(config.reward.num_answers, loaded.num_options)}")
+    return loaded.examples
+
+
+def make_prompts(
+    config: Config, examples: Sequence[Example], grammar: Grammar, tokenizer: Any, split: str, display: Display
+) -> tuple[Prompt, ...]:
+    """Prompts of all examples; those over the limit are dropped and counted, never cut."""
+    noun, limit = get_task(config.data.task).noun, config.model.max_prompt_tokens
+    prompts = [build_prompt(example, grammar, tokenizer, noun) for example in examples]
+    kept = tuple(p for p in prompts if len(p.ids) <= limit)
+    if len(kept) < len(prompts):
+        dropped, longest = len(prompts) - len(kept), max(len(p.ids) for p in prompts)
+        display.say(
+            f"{split}: dropped {dropped} of {len(prompts)} prompts, longer than model.max_prompt_tokens={limit} (longest: {longest})"
+        )
+    if not kept:
+        raise UserError(
+            f"no {split} prompt is left: all {len(prompts)} are longer than model.max_prompt_tokens={limit}; raise it"
+        )
+    return kept
+
+
+def reward_of(r: RewardOptions) -> RewardSpec:
+    """The reward that the config names, as a value."""
+    return RewardSpec(
+        coverage=r.coverage,
+        brier=r.brier if r.confident else "none",
+        sum_rule=r.sum_rule,
+        duplicates=r.duplicates,
+        gate=r.gate,
+        rank_weights=tuple(r.rank_weights or ()),
+        format_weight=r.format_weight,
+        coverage_weight=r.coverage_weight,
+        brier_weight=r.brier_weight,
+    )
+
+
+def build_job(config: Config, folder: Path, model_folder: Path, display: Display) -> Job:
+    """Load data, tokenizer and model and prepare every prompt. Raises UserError with one sentence for whatever a user can get wrong."""
+    model, data, r, o = config.model, config.data, config.reward, config.optim
+    endless = data.source == "embedded" and data.num_train is None  # then as many patients as the run will see
+    num_train = config.train.steps * config.algo.prompts_per_step if endless else data.num_train
+    train = load_data(config, data.train_split, num_train, config.seed, display)
+    held_out = load_data(config, data.eval_split, data.num_eval, 0, display)
+
+    tokenizer = load_tokenizer(model_folder)
+    grammar = fit_grammar(Grammar(r.form, r.num_answers, r.layout, model.thinking, r.analysis, r.other), tokenizer)
+    spec = reward_of(r)
+    prompts = make_prompts(config, train, grammar, tokenizer, data.train_split, display)
+    longest = Request(max((p.ids for p in prompts), key=len), (0,) * config.algo.group_size)
+    list(
+        waves([longest], model.max_completion_tokens, config.sampler.kv_budget_tokens)
+    )  # refuses a budget below one group
+    gpu = config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available())
+    policy = load_model(model_folder, dtype=getattr(torch, config.scale.dtype), device="cuda" if gpu else "cpu")
+    vocabulary = tokenizer.get_vocab()
+    stops = {tokenizer.eos_token_id, *(vocabulary[token] for token in STOP_TOKENS if token in vocabulary)}
+    protocol = Protocol(
+        prompts=make_prompts(config, held_out, grammar, tokenizer, data.eval_split, display),
+        grammar=grammar,
+        spec=spec,
+        verifier=get_task(data.task).verifier,
+        decode=make_decode(tokenizer),
+        params=SamplingParams(model.max_completion_tokens, config.algo.temperature, tuple(sorted(stops))),
+        kv_budget_tokens=config.sampler.kv_budget_tokens,
+        seed=config.seed,
+    )
+    optimizer = make_optimizer(policy, o.lr, (o.betas[0], o.betas[1]), o.eps, o.weight_decay)
+    return Job(config, folder, policy, optimizer, prompts, protocol, first_open(grammar, spec))
+
+
+def environment() -> dict[str, Any]:
+    """What a reader of the results needs to know about where they come from."""
+    here = Path(__file__).parent
+    git = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], cwd=here, capture_output=True, text=True, check=False
+    )
+    return {
+        "mar": __version__,
+        "commit": git.stdout.strip() or None,
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "cpu": platform.machine(),
+        "cores": os.cpu_count(),
+    }
+
+
+def announce(config: Config, display: Display) -> Config:
+    """Say what is going to run; the embedded data of every task are the clinic, and everything written says so."""
+    asked = config.data.task
+    get_task(asked)  # a task of that name must exist
+    if config.data.source == "embedded" and asked != "clinic":
+        display.say(
+            f"{asked} on embedded data is a SYNTHETIC REHEARSAL on the clinic (invented patients, known posterior): results say task: clinic.\n"
+            f"The real {asked}: scale=h100x1, or here model=smollm2-135m data.source=hub (or data.source=path data.path=<file.jsonl>)."
+        )
+        config = replace(config, data=replace(config.data, task="clinic"))
+    if config.data.source == "embedded" and torch.cuda.is_available() and config.device != "cpu":
+        display.say("A GPU is visible and is being used for the rehearsal; choose scale=h100x1 for the real thing.")
+    return config

@@ -1,0 +1,148 @@
+"""What a run writes and shows: `metrics.jsonl` is the record, `completions.jsonl` the text, the console a view of them."""
+
+import json
+import math
+import sys
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from mar.records import Rollout
+
+
+def plain(value: Any) -> Any:
+    """A value as JSON can hold it: no nan, no numpy, floats to six significant digits."""
+    if isinstance(value, Mapping):
+        return {k: plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(v) for v in value]
+    if hasattr(value, "item"):
+        value = value.item()
+    if isinstance(value, float):
+        return float(f"{value:.6g}") if math.isfinite(value) else None
+    return value
+
+
+def append_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Append rows, one JSON document a line."""
+    with path.open("a", encoding="utf-8") as file:
+        for row in rows:
+            file.write(json.dumps(plain(row), ensure_ascii=False) + "\n")
+
+
+def truncate_jsonl(path: Path, last_step: int) -> None:
+    """Forget what a run wrote after the checkpoint it resumes from, and any half line."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):  # a text may hold other line ends
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if row.get("step", 0) <= last_step:
+            kept.append(line + "\n")
+    _replace(path, "".join(kept))
+
+
+def _replace(path: Path, text: str) -> None:
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+
+
+def write_json(path: Path, document: Mapping[str, Any]) -> None:
+    """Write one JSON document so that a reader never sees half of it."""
+    _replace(path, json.dumps(plain(document), indent=2) + "\n")
+
+
+def completion_row(rollout: Rollout, stage: str, step: int) -> dict[str, Any]:
+    """One line of `completions.jsonl`."""
+    example = rollout.prompt.example
+    return {
+        "step": step,
+        "stage": stage,
+        "task": example.task,
+        "id": example.id,
+        "sample": rollout.completion.sample_index,
+        "question": example.question,
+        "targets": [gold.name for gold in example.targets()],
+        "text": rollout.text,
+        "answers": rollout.answers,
+        "confidences": rollout.confidences,
+        "hits": rollout.hits,
+        "reason": rollout.reason,
+        "reward": rollout.total,
+        "parts": rollout.parts,
+        "components": rollout.components.tolist(),
+        "finish_reason": rollout.completion.finish_reason,
+        "num_tokens": len(rollout.completion.ids),
+    }
+
+
+class Display:
+    """Progress of a run: a live bar on a terminal, plain lines elsewhere. Goes to stderr-free stdout; the last line is the caller's JSON."""
+
+    SHOWN = {
+        "reward/total": "reward",
+        "reward/coverage": "coverage",
+        "train/ece": "ece",
+        "train/format_rate": "format",
+        "perf/tokens_per_s": "tok/s",
+    }
+
+    def __init__(self, mode: str, first_step: int, num_steps: int):
+        self.console = Console()
+        self.live = mode == "rich" or (mode == "auto" and sys.stdout.isatty())
+        self.first_step, self.num_steps, self.began = first_step, num_steps, time.perf_counter()
+        self.progress: Progress | None = None
+
+    def say(self, text: str) -> None:
+        self.console.print(text, highlight=False, soft_wrap=True, markup=False)
+
+    def __enter__(self) -> "Display":
+        self.began = time.perf_counter()  # loading and the evaluation before are no steps
+        if self.live:
+            columns = (
+                TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
+                BarColumn(),
+                TextColumn("{task.fields[line]}"),
+                TimeRemainingColumn(),
+            )
+            self.progress = Progress(*columns, console=self.console)
+            self.task = self.progress.add_task("train", total=self.num_steps, completed=self.first_step, line="")
+            self.progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.progress:
+            self.progress.stop()
+
+    def step(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Show the metrics of a finished step (counted from 1)."""
+        values = {label: metrics[key] for key, label in self.SHOWN.items() if metrics.get(key) is not None}
+        line = "  ".join(
+            f"{label} {value:,.0f}" if label == "tok/s" else f"{label} {value:.3f}" for label, value in values.items()
+        )
+        if self.progress:
+            self.progress.update(self.task, completed=step, line=line)
+            return
+        rate = (time.perf_counter() - self.began) / (step - self.first_step)
+        left = rate * (self.num_steps - step)
+        self.say(f"step {step}/{self.num_steps}  {line}  {left // 60:.0f}:{left % 60:02.0f} left")
+
+    def table(self, title: str, columns: Mapping[str, Mapping[str, Any] | None], rows: Sequence[str]) -> None:
+        """Metrics (rows) of several policies (columns)."""
+        table = Table(title=title, title_justify="left")
+        table.add_column("")
+        for name in columns:
+            table.add_column(name, justify="right")
+        for row in rows:
+            values = [(column or {}).get(row) for column in columns.values()]
+            table.add_row(row, *("-" if v is None else f"{v:.1f}" if abs(v) >= 10 else f"{v:.3f}" for v in values))
+        self.console.print(table)

@@ -1,0 +1,38 @@
+"""The optimizer and its learning-rate schedule."""
+
+import math
+
+import torch
+from torch import nn
+
+SCHEDULES = ("linear", "cosine", "constant")
+
+
+def make_optimizer(
+    model: nn.Module, lr: float, betas: tuple[float, float], eps: float, weight_decay: float
+) -> torch.optim.AdamW:
+    """AdamW; norms and biases are not decayed."""
+    matrices = [p for p in model.parameters() if p.ndim >= 2]
+    vectors = [p for p in model.parameters() if p.ndim < 2]
+    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps)
+
+
+def learning_rate(step: int, num_steps: int, lr: float, warmup_frac: float, schedule: str) -> float:
+    """The rate of update `step` (from 0) of `num_steps`: linear warm-up over the first fraction, then the schedule down to 0."""
+    warmup = max(1, round(warmup_frac * num_steps))
+    if step < warmup:
+        return lr * (step + 1) / warmup
+    done = (step - warmup) / max(1, num_steps - warmup)
+    if schedule == "linear":
+        return lr * (1 - done)
+    if schedule == "cosine":
+        return lr * 0.5 * (1 + math.cos(math.pi * done))
+    if schedule == "constant":
+        return lr
+    raise ValueError(f"unknown schedule {schedule!r}; known: {', '.join(SCHEDULES)}")
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = lr

@@ -1,0 +1,40 @@
+"""One file per task, and the dictionary of them. To add a task: write `load(source) -> Loaded` and one entry here."""
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from mar.records import UserError
+from mar.tasks import clinic, jsonl, medqa
+from mar.tasks.common import Loaded, Source
+
+
+@dataclass(frozen=True)
+class Task:
+    """How a task is loaded and spoken of. `noun` is one answer in the prompt, `verifier` a key of verify.VERIFIERS."""
+
+    load: Callable[[Source], Loaded]
+    noun: str
+    verifier: str = "text"
+
+
+def _clinic(source: Source) -> Loaded:
+    if source.kind != "embedded":
+        raise UserError(f"data.source={source.kind}: the clinic's patients are drawn here, use data.source=embedded")
+    if source.num is None:
+        raise UserError("the clinic never runs out of patients: say how many, with data.num_train=<number>")
+    return Loaded(clinic.load(source.split, source.num, source.seed), Counter())
+
+
+TASKS: dict[str, Task] = {
+    "clinic": Task(load=_clinic, noun=clinic.NOUN),
+    "medqa": Task(load=medqa.load, noun=medqa.NOUN),
+    "jsonl": Task(load=jsonl.load, noun=jsonl.NOUN),
+}
+
+
+def get_task(name: str) -> Task:
+    """The task of that name, or a sentence with the names there are."""
+    if name not in TASKS:
+        raise UserError(f"unknown task {name!r}: data.task is one of {', '.join(sorted(TASKS))}")
+    return TASKS[name]

@@ -1,0 +1,165 @@
+"""What every loader shares: the request, rows with good errors, splits and samples by a stable hash, duplicates dropped."""
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from mar.records import Example, UserError
+
+Row = Mapping[str, Any]
+SPLIT_SHARES = (("test", 10), ("validation", 30), ("train", 100))  # the per cent of ids below which a split ends
+VALIDATION_NAMES = ("validation", "valid", "val", "dev")
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where examples come from and which of them. `kind`: embedded, hub or path; `num` None takes all."""
+
+    kind: str
+    split: str
+    num: int | None = None
+    seed: int = 0
+    path: str | None = None
+    hub_id: str | None = None
+    max_gold_words: int = 3
+    show_options: bool = False
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """Examples, how many rows of the split were dropped for which reason, and how many options a question shows."""
+
+    examples: list[Example]
+    dropped: Counter[str]
+    num_options: int | None = None
+
+
+class Candidate(NamedTuple):
+    """A row that could be read: the example, the question as the file has it, why it cannot be used (None: it can)."""
+
+    example: Example
+    question: str
+    reason: str | None = None
+
+
+def stable_hash(text: str) -> int:
+    """64 bits that depend on the text alone: the same on every machine and in every process."""
+    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big")
+
+
+def split_of(id: str) -> str:
+    """train, validation or test, from the id alone: whatever else is in the file."""
+    point = stable_hash(id) % 100
+    return next(split for split, below in SPLIT_SHARES if point < below)
+
+
+def text_of(row: Row, key: str, place: str) -> str:
+    """The text of a row's key, stripped. UserError names place and key where it is missing, empty or no string."""
+    value = row.get(key)
+    if isinstance(value, str) and value.strip():
+        return value.strip()
+    wrong = (
+        "missing" if value is None else "empty" if isinstance(value, str) else f"{type(value).__name__}, not a string"
+    )
+    raise UserError(f"{place}: {key!r} is {wrong}: give a text or remove the row")
+
+
+def id_of(row: Row, key: str, prefix: str, question: str) -> str:
+    """The row's own id, else one from the question's words, so that it does not move with the row."""
+    given = row.get(key)
+    return f"{prefix}-{stable_hash(' '.join(question.split())):016x}" if given is None else f"{prefix}-{given}"
+
+
+def read_jsonl(path: str) -> Iterator[tuple[str, Row]]:
+    """(`file:line`, row) for every line; a missing file or a line that is no JSON object is named."""
+    file = Path(path).expanduser()
+    if not file.is_file():
+        raise UserError(f"data.path={path}: there is no such file")
+    with file.open("rb") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line.decode("utf-8-sig"))
+            except ValueError as error:
+                raise UserError(f"{path}:{number} is not valid JSON ({error}): mend or remove the line") from None
+            if not isinstance(row, dict):
+                raise UserError(f"{path}:{number} is {type(row).__name__}, not an object: each line is one row")
+            yield f"{path}:{number}", row
+
+
+def read_hub(hub_id: str, split: str) -> tuple[Iterator[tuple[str, Row]], Callable[[str], bool]]:
+    """The rows (`id[split][row]`, row) of a data set on the Hugging Face hub, and which ids of them are in the split."""
+    import datasets
+
+    try:
+        splits = datasets.load_dataset(hub_id)
+    except Exception as error:  # many kinds: connection, missing repository, bad cache
+        raise UserError(
+            f"cannot load data set {hub_id} from the hub ({type(error).__name__}: {' '.join(str(error).split())[:160]}): "
+            "check data.hub_id and the network; offline, use data.source=path data.path=<file.jsonl>, or scale=laptop "
+            "data.source=embedded for the rehearsal"
+        ) from None
+    carved = split in ("train", "validation") and "train" in splits and not set(splits) & set(VALIDATION_NAMES)
+    if split not in splits and not carved:
+        raise UserError(
+            f"data set {hub_id} has no split {split!r}: set data.train_split and data.eval_split to {', '.join(splits)}"
+        )
+    name = "train" if carved else split
+    rows = ((f"{hub_id}[{name}][{number}]", row) for number, row in enumerate(splits[name]))
+    return rows, lambda id: not carved or (split_of(id) == "validation") == (split == "validation")
+
+
+def rows_of(source: Source) -> tuple[Iterable[tuple[str, Row]], Callable[[str], bool]]:
+    """The rows of a source, each with its place for error messages, and the test whether an id belongs to the split.
+
+    A file is cut by `split_of(id)`. The hub has splits of its own; only where none is for validation, `validation` is
+    the share of its train that `split_of` says, and `train` the rest.
+    """
+    if source.kind == "path":
+        return read_jsonl(str(source.path)), lambda id: split_of(id) == source.split
+    if source.kind == "hub":
+        return read_hub(str(source.hub_id), source.split)
+    raise UserError(f"data.source={source.kind} has no rows of this task: use data.source=path or hub")
+
+
+def load_rows(source: Source, read: Callable[[Row, str], Candidate]) -> Loaded:
+    """The examples of a split. `read` raises UserError on a malformed row, in whichever split it stands.
+
+    A question that stood before is dropped, whatever its split; an id that stood before with another question is an
+    error. `num` takes those with the smallest hash of seed and id: a random sample, not the head of the file.
+    """
+    rows, belongs = rows_of(source)
+    examples: list[Example] = []
+    dropped: Counter[str] = Counter()
+    places: dict[str, str] = {}
+    questions: set[str] = set()
+    for place, row in rows:
+        example, question, reason = read(row, place)
+        key = " ".join(question.casefold().split())
+        if key in questions:
+            reason = "duplicate question"
+        elif example.id in places:
+            raise UserError(f"{place}: the id {example.id!r} is also that of {places[example.id]}: ids must differ")
+        questions.add(key)
+        places[example.id] = place
+        if not belongs(example.id):
+            continue
+        if reason:
+            dropped[reason] += 1
+        else:
+            examples.append(example)
+    if not examples:
+        origin = source.path if source.kind == "path" else source.hub_id
+        why = ", ".join(f"{number} {reason}" for reason, number in dropped.items()) or "none of them falls into it"
+        raise UserError(
+            f"{origin}: split {source.split!r} is empty ({len(places)} rows; {why}): use another split or file"
+        )
+    if source.num is not None and source.num < len(examples):
+        examples.sort(key=lambda example: stable_hash(f"{source.seed} {example.id}"))
+        del examples[source.num :]
+    return Loaded(examples, dropped)

@@ -1,0 +1,68 @@
+"""Your own questions, without code: `data=jsonl data.path=my.jsonl`, one JSON object per line.
+
+    {"question": "Name a planet without moons.", "golds": ["Mercury", "Venus"]}
+    {"question": "What causes flu?", "golds": [{"name": "influenza virus", "aliases": ["influenza"]}], "id": "flu"}
+    {"question": "A coin?", "golds": [{"name": "heads", "probability": 0.5}, {"name": "tails", "probability": 0.5}]}
+
+One gold: `truth` is single. Several: all of them are right at once (multi-label), `uniform`. With a probability on all,
+which sum to 1, the golds are a distribution, `exact`; one of them is drawn as the label, by the id, once and for all. A
+key "truth" says otherwise (`survey` for shares of people). Without "id" the question's words make one. The id decides
+the split: of a file 70 % are train, 20 % validation and 10 % test.
+"""
+
+from itertools import accumulate
+from typing import Any
+
+from mar.records import TRUTHS, Example, Gold, UserError
+from mar.tasks.common import Candidate, Loaded, Row, Source, id_of, load_rows, stable_hash, text_of
+
+NOUN = "answer"
+GOLD_KEYS = {"name", "aliases", "probability"}
+
+
+def _gold(raw: Any, place: str) -> Gold:
+    if isinstance(raw, str):
+        raw = {"name": raw}
+    if not isinstance(raw, dict) or raw.keys() - GOLD_KEYS:
+        raise UserError(f"{place}: {raw!r} is no gold: give a text, or an object of {', '.join(sorted(GOLD_KEYS))}")
+    aliases, probability = raw.get("aliases") or [], raw.get("probability")
+    if not isinstance(aliases, list) or not all(isinstance(alias, str) and alias.strip() for alias in aliases):
+        raise UserError(f"{place}: 'aliases' must be a list of texts, not {aliases!r}")
+    if probability is not None and (type(probability) not in (int, float) or not 0 <= probability <= 1):
+        raise UserError(f"{place}: 'probability' must be a number from 0 to 1, not {probability!r}")
+    return Gold(text_of(raw, "name", place), tuple(aliases), probability)
+
+
+def _truth(row: Row, golds: tuple[Gold, ...], place: str) -> str:
+    """Where the golds come from, given or guessed, and whether they can."""
+    known = [gold.probability for gold in golds if gold.probability is not None]
+    if known and len(known) < len(golds):
+        raise UserError(f"{place}: 'golds' must have a 'probability' each, or none of them")
+    if known and abs(sum(known) - 1) > 1e-3:
+        raise UserError(f"{place}: the probabilities of 'golds' sum to {sum(known):g}, not 1")
+    truth = row.get("truth") or ("exact" if known else "single" if len(golds) == 1 else "uniform")
+    if truth not in TRUTHS:
+        raise UserError(f"{place}: 'truth' is {truth!r}: choose one of {', '.join(TRUTHS)}")
+    if truth in ("exact", "survey") and not known:
+        raise UserError(f"{place}: 'truth' is {truth!r}, which needs a 'probability' on every gold")
+    if truth in ("single", "uniform") and (known or (truth == "single" and len(golds) > 1)):
+        raise UserError(f"{place}: 'truth' is {truth!r}, which the 'golds' contradict: drop the key or mend them")
+    return truth
+
+
+def _read(row: Row, place: str) -> Candidate:
+    question, raw = text_of(row, "question", place), row.get("golds")
+    if not isinstance(raw, list) or not raw:
+        raise UserError(f"{place}: 'golds' must be a list of at least one gold")
+    golds = tuple(_gold(gold, place) for gold in raw)
+    truth, id, drawn = _truth(row, golds, place), id_of(row, "id", "jsonl", question), None
+    if golds[0].probability is not None:
+        edges = list(accumulate(gold.probability or 0.0 for gold in golds))
+        point = stable_hash(f"drawn {id}") / 2**64 * edges[-1]
+        drawn = next(index for index, edge in enumerate(edges) if point < edge)
+    return Candidate(Example(id, "jsonl", question, golds, truth, drawn is None and len(golds) > 1, drawn), question)
+
+
+def load(source: Source) -> Loaded:
+    """The questions of a split. Raises UserError naming file, line and key of a malformed row."""
+    return load_rows(source, _read)

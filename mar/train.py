@@ -1,0 +1,261 @@
+"""Train a policy to write K answers with honest confidences:  python -m mar.train +experiment=medqa
+
+One step: sample G completions of P prompts, verify and pay them, one advantage per token, one REINFORCE update. There is no critic, no
+reference model, no replay: every completion is used once, by the policy that wrote it.
+"""
+
+import json
+import signal
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import hydra
+import numpy as np
+import torch
+from torch import Tensor
+
+from mar import checkpoint, rundir
+from mar.advantages import token_advantages, zero_group_frac
+from mar.batch import Batch, make_batch, micro_batches
+from mar.config import Config, from_omegaconf, validate
+from mar.evaluate import SHOWN_METRICS, bounds, measure, summary
+from mar.fetch import resolve_model
+from mar.job import Job, announce, build_job, environment
+from mar.log import Display, append_jsonl, completion_row, truncate_jsonl, write_json
+from mar.losses import reinforce, token_weights
+from mar.metrics import set_metrics
+from mar.optim import learning_rate, set_learning_rate
+from mar.records import Rollout, UserError
+from mar.rollout import judge_groups, sample
+
+BEGAN = time.perf_counter()
+INTERRUPTED = 130
+
+
+def update(job: Job, batch: Batch, advantages: Tensor, lr: float) -> dict[str, float]:
+    """One optimizer step on the whole batch, in micro-batches whose gradients add up to the same whatever the cut."""
+    config, mask = job.config, batch.completion_mask
+    weights = token_weights(mask, config.algo.aggregation, config.model.max_completion_tokens)
+    job.optimizer.zero_grad()
+    loss, entropy, mismatch = 0.0, 0.0, 0.0
+    for micro in micro_batches(batch, config.train.micro_batch_tokens):
+        logprobs, token_entropy, _ = job.model(micro.packed, config.algo.temperature)
+        a, w, sampled = (micro.flat(column, mask) for column in (advantages, weights, batch.full_logprobs))
+        part = reinforce(logprobs, a.to(logprobs.dtype), w.to(logprobs.dtype))
+        part.backward()
+        loss += part.item()
+        entropy += token_entropy.detach().sum().item()
+        mismatch = max(mismatch, (logprobs.detach() - sampled).abs().max().item())
+    norm = torch.nn.utils.clip_grad_norm_(job.model.parameters(), config.optim.grad_clip).item()
+    if not np.isfinite(norm):
+        raise UserError(f"the gradient is not finite (loss {loss}): lower optim.lr; the last checkpoint is untouched")
+    set_learning_rate(job.optimizer, lr)
+    job.optimizer.step()
+    return {
+        "policy/loss": loss,
+        "policy/entropy": entropy / batch.num_tokens,
+        "policy/sampler_mismatch_max": mismatch,
+        "optim/grad_norm": norm,
+        "optim/lr": lr,
+    }
+
+
+def train_step(job: Job, step: int) -> tuple[dict[str, Any], list[Rollout]]:
+    """Sample, verify, advantage, loss, step."""
+    config, p = job.config, job.protocol
+    lr = learning_rate(step, config.train.steps, config.optim.lr, config.optim.warmup_frac, config.optim.schedule)
+    clock = [time.perf_counter()]
+    prompts = job.prompts_of(step)
+    completions = sample(
+        job.model, prompts, config.algo.group_size, p.params, p.kv_budget_tokens, (config.seed, "train", step)
+    )
+    clock.append(time.perf_counter())
+    groups = judge_groups(prompts, completions, p.grammar, p.spec, p.verifier, p.decode)
+    batch = make_batch(groups, job.first_open, job.model.head_weight.device)
+    advantages = token_advantages(batch, config.algo.credit, config.algo.baseline, config.algo.scale_by)
+    clock.append(time.perf_counter())
+    metrics: dict[str, Any] = update(job, batch, advantages, lr)
+    clock.append(time.perf_counter())
+
+    rollouts = [rollout for group in groups for rollout in group]
+    sets = set_metrics(rollouts, p.verifier, p.grammar.confident)
+    metrics |= {
+        "reward/total": batch.totals.mean().item(),
+        **{f"reward/{name}": float(np.mean([r.parts[name] for r in rollouts])) for name in rollouts[0].parts},
+        "adv/std": advantages[batch.completion_mask].std().item(),
+        "adv/zero_group_frac": zero_group_frac(batch),
+        **{f"train/{name}": value for name, value in sets.items()},
+        "train/truncated_frac": float(np.mean([r.completion.finish_reason == "length" for r in rollouts])),
+        "perf/sample_s": clock[1] - clock[0],
+        "perf/verify_s": clock[2] - clock[1],
+        "perf/update_s": clock[3] - clock[2],
+        "perf/tokens_per_s": batch.num_tokens / (clock[3] - clock[0]),
+    }
+    return metrics, rollouts
+
+
+class Interrupts:
+    """SIGINT and SIGTERM wait for the end of a training step, so that a checkpoint is never of half an update; elsewhere they stop at once."""
+
+    def __init__(self) -> None:
+        self.inside, self.pending = False, False
+        for kind in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(kind, self._receive)
+
+    def _receive(self, *_: object) -> None:
+        if self.pending or not self.inside:
+            raise KeyboardInterrupt
+        self.pending = True
+        print(
+            "\nstopping after this step (once more: stop at once, back to the last checkpoint)",
+            file=sys.stderr,
+            flush=True,
+        )
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        self.inside = True
+        try:
+            yield
+        finally:
+            self.inside = False
+
+
+def train(job: Job, first_step: int, display: Display, document: dict[str, Any]) -> str:
+    """The loop, from update `first_step`. Returns `finished`, `stopped` (by train.stop_at) or `interrupted`."""
+    config, interrupts, checkpoints = job.config, Interrupts(), job.folder / "checkpoints"
+    last_step = min(config.train.steps, config.train.stop_at or config.train.steps)
+    step, saved = first_step, first_step
+
+    def due(step: int) -> bool:
+        return config.eval.every > 0 and step % config.eval.every == 0 and 0 < step < config.train.steps
+
+    try:
+        if "before" not in document:
+            evaluate(job, "before", 0, document, display)
+        elif (
+            due(first_step) and document["history"][-1]["step"] < first_step
+        ):  # interrupted between checkpoint and evaluation
+            evaluate(job, f"step {first_step}", first_step, document, display)
+        with display:
+            for step in range(first_step + 1, last_step + 1):
+                with interrupts.held():
+                    metrics, rollouts = train_step(job, step - 1)
+                    append_jsonl(job.folder / "metrics.jsonl", [{"step": step, **metrics}])
+                    append_jsonl(job.folder / "completions.jsonl", [completion_row(r, "train", step) for r in rollouts])
+                    display.step(step, metrics)
+                    if step % config.checkpoint.every == 0 or step == last_step or interrupts.pending:
+                        checkpoint.save(checkpoints, step, job.model, job.optimizer, config.checkpoint.keep)
+                        saved = step
+                if interrupts.pending:
+                    raise KeyboardInterrupt
+                if due(step):
+                    evaluate(job, f"step {step}", step, document, display)
+        if last_step == config.train.steps:
+            evaluate(job, "after", last_step, document, display)
+    except KeyboardInterrupt:
+        display.say(
+            f"interrupted after step {step}; checkpoint of step {saved} in {checkpoints}; the same command goes on from there"
+        )
+        return "interrupted"
+    return "finished" if last_step == config.train.steps else "stopped"
+
+
+def evaluate(job: Job, stage: str, step: int, document: dict[str, Any], display: Display) -> None:
+    """Measure the policy, add it to `eval.json`, and say so."""
+    began = time.perf_counter()
+    metrics, rollouts = measure(job.model, job.protocol)
+    append_jsonl(job.folder / "completions.jsonl", [completion_row(r, "eval", step) for r in rollouts[:200]])
+    document["history"] = [h for h in document.get("history", []) if h["step"] < step] + [{"step": step, **metrics}]
+    if stage in ("before", "after"):
+        document[stage] = metrics
+        document["gap_closed"] = summary(document, job.config.reward.num_answers)["gap_closed"]
+    write_json(job.folder / "eval.json", document)
+    key = f"coverage@{job.config.reward.num_answers}"
+    shown = "  ".join(
+        f"{k} {metrics[k]:.3f}" for k in (key, "top1", "ece", "format_rate") if metrics.get(k) is not None
+    )
+    display.say(f"eval {stage} ({len(rollouts)} items, {time.perf_counter() - began:.0f} s)  {shown}")
+
+
+def run(config: Config) -> int:
+    """Prepare, resume if there is something to resume, train, and close with a table and one JSON line. Returns the exit code."""
+    display = Display(config.logger.console, 0, config.train.steps)
+    config = announce(config, display)
+    if config.model.threads:
+        torch.set_num_threads(config.model.threads)
+    rundir.find(config.to_dict())  # refuse a folder that belongs to something else before anything is loaded
+    model_folder, provenance = resolve_model(config.model.source, config.model.name, config.model.path)
+    folder = Path(config.run_dir)
+    job = build_job(config, folder, model_folder, display)
+    place = rundir.prepare({**config.to_dict(), "provenance": {"model": provenance, **environment()}})
+    document: dict[str, Any] = {"task": config.data.task, "num_items": len(job.protocol.prompts)}
+    document |= bounds(job.protocol.prompts, config.reward.num_answers)
+    first_step = resume(job, document, display) if place.resume else 0
+    display.say(
+        f"{config.data.task}: {len(job.prompts)} training and {len(job.protocol.prompts)} held-out prompts; writing to {folder}"
+    )
+    display.first_step = first_step
+    outcome = train(job, first_step, display, document)
+    if outcome == "finished":
+        close(job, document, display)
+    return INTERRUPTED if outcome == "interrupted" else 0
+
+
+def resume(job: Job, document: dict[str, Any], display: Display) -> int:
+    """Restore the newest valid checkpoint; returns the number of updates it holds (0: there is none)."""
+    found = checkpoint.newest(job.folder / "checkpoints")
+    for fault in found.broken if found else ():
+        display.say(f"passed over a checkpoint: {fault}")
+    step = found.step if found else 0
+    if found:
+        checkpoint.restore(found, job.model, job.optimizer)
+        display.say(f"resuming after step {step} from {found.path}")
+    for name in ("metrics.jsonl", "completions.jsonl"):
+        truncate_jsonl(job.folder / name, step)
+    if (job.folder / "eval.json").exists():
+        old: Mapping[str, Any] = json.loads((job.folder / "eval.json").read_text())
+        if old.get("before"):
+            document |= {"before": old["before"], "history": [h for h in old.get("history", []) if h["step"] <= step]}
+    return step
+
+
+def close(job: Job, document: Mapping[str, Any], display: Display) -> None:
+    """The table that a run ends with, the paths of what it wrote, and one JSON line for programs."""
+    K = job.config.reward.num_answers
+    end = summary(document, K)
+    rows = (f"coverage@{K}", *SHOWN_METRICS)
+    display.table(
+        f"{document['task']}, {document['num_items']} held-out items",
+        {n: end[n] for n in ("floor", "before", "after", "ceiling")},
+        rows,
+    )
+    if end["gap_closed"] is not None:
+        display.say(
+            f"gap closed: {end['gap_closed']:.3f}  (0: K draws from the posterior, 1: its K most probable answers)"
+        )
+    for name in ("config.yaml", "metrics.jsonl", "completions.jsonl", "eval.json", "checkpoints"):
+        display.say(f"  {job.folder / name}")
+    job_s = round(time.perf_counter() - BEGAN, 1)
+    print(json.dumps({"run_dir": str(job.folder), "job_s": job_s, **end}), flush=True)
+
+
+@hydra.main(config_path="../conf", config_name="config", version_base="1.3")
+def main(tree: Any) -> None:
+    try:
+        code = run(validate(from_omegaconf(tree)))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        code = 2
+    except KeyboardInterrupt:
+        code = INTERRUPTED
+    if code:
+        sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

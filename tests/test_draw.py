@@ -1,0 +1,119 @@
+"""Draws depend on what they are for, and follow the distribution that they are drawn from."""
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import chisquare
+
+from mar.draw import draw_tokens, stream_key, uniforms
+
+MASK = 2**64 - 1
+
+
+def splitmix64(seed, index):
+    """Output `index` of Vigna's generator started at `seed`, on unsigned integers."""
+    z = (seed + (index + 1) * 0x9E3779B97F4A7C15) & MASK
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & MASK
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & MASK
+    return z ^ (z >> 31)
+
+
+def test_uniforms_are_splitmix64():
+    assert [splitmix64(1234567, i) for i in range(3)] == [
+        6457827717110365317,
+        3203168211198807973,
+        9817491932198370423,
+    ]  # published
+    keys = [0, 1, -1, 2**63 - 1, -(2**63), *(stream_key("k", i) for i in range(50))]
+    for position in (0, 1, 7, 1535):
+        ours = uniforms(torch.tensor(keys), torch.full((len(keys),), position))
+        assert ours.dtype == torch.float64
+        assert ours.tolist() == [(splitmix64(key & MASK, position) >> 11) * 2.0**-53 for key in keys]
+
+
+def test_uniforms_fill_the_unit_interval():
+    keys = torch.tensor([stream_key(0, "train", 3, "prompt", g) for g in range(200)])
+    u = torch.stack([uniforms(keys, torch.full_like(keys, t)) for t in range(200)]).numpy()  # [position, sample]
+    assert u.min() >= 0 and u.max() < 1
+    assert abs(u.mean() - 0.5) < 4 * (1 / 12 / u.size) ** 0.5
+    assert abs(u.var() - 1 / 12) < 4 * (1 / 180 / u.size) ** 0.5
+    for a, b in (
+        (u[1:], u[:-1]),
+        (u[:, 1:], u[:, :-1]),
+        (u, u.T),
+    ):  # neighbours in position, in sample index, and unrelated ones
+        pairs = np.bincount((a * 8).astype(int).ravel() * 8 + (b * 8).astype(int).ravel(), minlength=64)
+        assert chisquare(pairs).pvalue > 1e-4
+
+
+def test_different_identities_have_different_keys():
+    identities = [
+        (0, "train", 3, "p", 0, 1),
+        (0, "train", 3, "p", 1, 0),
+        (0, "train", 30, "p", 0, 1),
+        (0, "eval", 3, "p", 0, 1),
+    ]
+    identities += [
+        ("a", 1),
+        ("a", "1"),
+        (1, "a"),
+        ("a1",),
+        ("a", 1, ""),
+        ("a", "b"),
+        ("ab", ""),
+        ("b", "a"),
+        ("a', 'b",),
+    ]
+    identities += [
+        ("a\x1fstr:b",),
+        ("a\\x1fstr:b",),
+        ("\ud800",),
+        ("\\ud800",),
+        (),
+        ("",),
+    ]  # any id of a user's file will do
+    assert len({stream_key(*identity) for identity in identities}) == len(identities)
+
+
+def test_a_key_is_the_same_in_every_process_and_version():
+    assert stream_key(43, "train", 7, "patient-12", 0, 5) == 2690915478524524955
+
+
+def test_draw_inverts_the_cumulative_distribution():
+    torch.manual_seed(0)
+    logits, n = 2 * torch.randn(9, dtype=torch.float64), 4000
+    for temperature in (0.7, 1.0, 2.0):
+        exact = (logits / temperature).log_softmax(0)
+        grid = (torch.arange(n, dtype=torch.float64) + 0.5) / n
+        tokens, logprobs = draw_tokens(logits.expand(n, -1), grid, temperature)
+        counts = torch.bincount(tokens, minlength=9)
+        assert (counts - n * exact.exp()).abs().max() <= 1  # an even grid leaves no room for chance
+        torch.testing.assert_close(logprobs, exact[tokens], atol=1e-12, rtol=0)
+
+
+def test_draws_pass_chi_squared():
+    torch.manual_seed(1)
+    logits = torch.randn(12)
+    keys = torch.tensor([stream_key("chi", i) for i in range(5000)])
+    tokens, _ = draw_tokens(logits.expand(5000, -1), uniforms(keys, torch.zeros_like(keys)), 0.8)
+    counts = torch.bincount(tokens, minlength=12).double()
+    assert chisquare(counts, 5000 * (logits.double() / 0.8).softmax(0)).pvalue > 1e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_impossible_tokens_are_never_drawn(dtype):
+    off = -torch.inf
+    logits = torch.tensor([off, 0.0, off, off, 0.0, 0.0, -800.0, off, 0.0, off, off], dtype=dtype)
+    edges = [0.0, 5e-324, 0.25, 0.5, 0.75, 1 - 2.0**-53]
+    u = torch.tensor(edges + [np.nextafter(e, 0.0) for e in edges[2:]], dtype=torch.float64)
+    tokens, logprobs = draw_tokens(logits.expand(len(u), -1), u, 1.0)
+    assert set(tokens.tolist()) <= {1, 4, 5, 8}
+    assert torch.isfinite(logprobs).all()
+    assert tokens[0] == 1 and tokens[5] == 8
+
+
+def test_temperature_zero_takes_the_largest():
+    logits = torch.tensor([[0.0, 3.0, 2.999], [5.0, -torch.inf, 5.1]])
+    tokens, logprobs = draw_tokens(logits, torch.tensor([0.0, 1 - 2.0**-53], dtype=torch.float64), 0.0)
+    assert tokens.tolist() == [1, 2]
+    assert logprobs.tolist() == [0.0, 0.0]

@@ -1,0 +1,102 @@
+"""What is written can be read back, half lines and later steps are forgotten, and no reader sees half a document."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from mar.log import Display, append_jsonl, completion_row, plain, truncate_jsonl, write_json
+from mar.records import Completion, Example, Gold, Prompt, Rollout
+
+ODD = "a\u2028b\u0085c\x0bd\ne\r\x1cf\ufffd é"  # all that str.splitlines splits at
+
+
+def read(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+
+
+def test_plain_values():
+    value = {"nan": float("nan"), "inf": -np.inf, "np": np.float32(0.1), "int": np.int64(7), "bool": np.bool_(True), "none": None,
+             "tensor": torch.tensor(2.5), "tuple": (1, np.float64(1 / 3)), "deep": [{"x": np.float32("nan")}], "text": "é", "yes": True}  # fmt: skip
+    out = plain(value)
+    assert out == {"nan": None, "inf": None, "np": 0.1, "int": 7, "bool": True, "none": None, "tensor": 2.5, "tuple": [1, 0.333333],
+                   "deep": [{"x": None}], "text": "é", "yes": True}  # fmt: skip
+    assert type(out["int"]) is int and type(out["bool"]) is bool and type(out["yes"]) is bool
+    assert json.loads(json.dumps(out, allow_nan=False)) == out
+
+
+def test_append_and_truncate(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    truncate_jsonl(path, 3)  # nothing there yet
+    assert not path.exists()
+    rows = [{"step": step, "stage": stage, "text": f"{ODD} {step}"} for step in range(6) for stage in ("train", "eval")]
+    append_jsonl(path, rows[:4])
+    append_jsonl(path, rows[4:])
+    assert read(path) == rows
+    truncate_jsonl(path, 3)
+    assert read(path) == rows[:8]
+    append_jsonl(path, rows[8:])
+    assert read(path) == rows
+    assert [p.name for p in tmp_path.iterdir()] == ["rows.jsonl"]
+
+
+@pytest.mark.parametrize("cut", [1, 12, 13, 20])
+def test_half_a_line_is_forgotten(cut, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    append_jsonl(path, [{"step": 1}, {"s": "é" * 20}])
+    content = path.read_bytes()
+    path.write_bytes(content[: content.index(b"\n") + 1 + cut])  # killed while writing, inside a character or not
+    truncate_jsonl(path, 5)
+    append_jsonl(path, [{"step": 2}])
+    assert read(path) == [{"step": 1}, {"step": 2}]
+
+
+def test_documents_are_replaced_whole(tmp_path, monkeypatch):
+    path = tmp_path / "eval.json"
+    write_json(path, {"before": np.float32(0.5), "after": float("nan")})
+    assert json.loads(path.read_text()) == {"before": 0.5, "after": None}
+
+    def crash(*_, **__):
+        raise OSError("no space left")
+
+    for owner, name, document in ((Path, "replace", {"new": 1}), (json, "dumps", {"new": 1})):
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, crash)
+            with pytest.raises(OSError, match="no space left"):
+                write_json(path, document)
+        assert json.loads(path.read_text()) == {"before": 0.5, "after": None}
+    append_jsonl(path := tmp_path / "rows.jsonl", [{"step": 1}, {"step": 2}])
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", crash)
+        with pytest.raises(OSError, match="no space left"):
+            truncate_jsonl(path, 1)
+    assert read(path) == [{"step": 1}, {"step": 2}]
+
+
+def test_a_completion_row_is_json_and_complete():
+    asked = Prompt(
+        Example("e", "clinic", "What is it?", (Gold("flu", (), 0.7), Gold("cold", (), 0.3)), "exact", drawn=1),
+        "?",
+        (1, 2),
+    )
+    done = Completion(3, np.arange(4), np.zeros(4, np.float32), np.zeros(4, np.float32), "length")
+    rollout = Rollout(asked, done, ODD, ("flu", None), (0.25, None), (0.0, 0.0), (False, False), "unfinished", np.array([0.0, -0.5]),
+                      np.zeros(4, np.int64), -0.5, {"format": 0.0, "brier": np.float64(-0.5)})  # fmt: skip
+    row = json.loads(json.dumps(plain(completion_row(rollout, "eval", 7)), allow_nan=False))
+    assert row == {"step": 7, "stage": "eval", "task": "clinic", "id": "e", "sample": 3, "question": "What is it?", "targets": ["cold"],
+                   "text": ODD, "answers": ["flu", None], "confidences": [0.25, None], "hits": [0, 0], "reason": "unfinished", "reward": -0.5,
+                   "parts": {"format": 0.0, "brier": -0.5}, "components": [0, -0.5], "finish_reason": "length", "num_tokens": 4}  # fmt: skip
+
+
+@pytest.mark.parametrize("mode", ["plain", "rich"])
+def test_display_survives_missing_metrics(mode, capsys):
+    with Display(mode, 2, 5) as display:
+        display.step(3, {"reward/total": 0.25, "train/ece": None, "perf/tokens_per_s": 12345.6})
+        display.step(4, {})
+    display.table("end", {"floor": {"brier": None, "top1": 0.5}, "before": None}, ("top1", "brier"))
+    out = capsys.readouterr().out
+    if mode == "plain":
+        assert "step 3/5  reward 0.250  tok/s 12,346" in out and "ece" not in out and "[/" not in out
+    assert "0.500" in out

@@ -1,0 +1,136 @@
+"""The decoder computes what transformers computes, and refuses by name what it does not compute."""
+
+from copy import deepcopy
+
+import pytest
+import torch
+import transformers
+
+from mar.attention import group_attention, pack_groups
+from mar.model import Decoder, ModelConfig
+from mar.records import UserError
+from mar.weights import load_model, save_model
+
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+SHAPE = {
+    "vocab_size": 101,
+    "hidden_size": 48,
+    "intermediate_size": 56,
+    "num_hidden_layers": 2,
+    "max_position_embeddings": 256,
+}
+CASES = {
+    "llama": ("Llama", {"num_attention_heads": 3, "num_key_value_heads": 3, "tie_word_embeddings": False}),
+    "llama-bias": ("Llama", {"num_attention_heads": 6, "num_key_value_heads": 2, "attention_bias": True, "mlp_bias": True}),
+    "llama3-rope": ("Llama", {"num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 20, "rope_theta": 5e5, "rope_scaling": LLAMA3,
+                              "tie_word_embeddings": True}),
+    "mistral": ("Mistral", {"num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 10, "sliding_window": None}),
+    "qwen2": ("Qwen2", {"num_attention_heads": 6, "num_key_value_heads": 2, "tie_word_embeddings": True, "rope_theta": 1e6}),
+    "qwen3": ("Qwen3", {"num_attention_heads": 3, "num_key_value_heads": 1, "head_dim": 14, "tie_word_embeddings": False}),
+    "qwen3-tied": ("Qwen3", {"num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 32, "tie_word_embeddings": True}),
+}  # fmt: skip
+
+
+def hf_model(case: str):
+    name, extra = CASES[case]
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{name}Config")(**SHAPE, **deepcopy(extra), attn_implementation="eager")
+    model = getattr(transformers, f"{name}ForCausalLM")(config).eval()
+    for parameter in model.parameters():  # biases and norms away from 0 and 1
+        parameter.data.add_(torch.randn_like(parameter) * 0.1)
+    return model
+
+
+def our_logits(model, rows):
+    packed = pack_groups(rows, [[]] * len(rows))
+    return model.hidden(packed.ids, packed.positions, group_attention(packed)) @ model.head_weight.T
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_logits_equal_transformers(case, tmp_path):
+    theirs = hf_model(case)
+    theirs.save_pretrained(tmp_path / "theirs")
+    rows = torch.randint(0, 101, (2, 70))
+    for dtype, tolerance in (
+        (torch.float32, 1e-4),
+        (torch.float64, 2e-6),
+    ):  # transformers keeps norms and rope in float32
+        ours = load_model(tmp_path / "theirs", dtype)
+        with torch.no_grad():
+            expected = theirs.to(dtype)(rows).logits
+            torch.testing.assert_close(our_logits(ours, rows.tolist()), expected.flatten(0, 1), atol=tolerance, rtol=0)
+    save_model(ours, tmp_path / "ours")
+    back = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "ours", dtype=torch.float64, attn_implementation="eager"
+    )
+    assert type(back) is type(theirs)
+    with torch.no_grad():
+        assert torch.equal(back(rows).logits, theirs(rows).logits)
+
+
+def test_positions_far_from_the_start():
+    """Rope in float32: shifting a row by 10,000 positions changes nothing but rounding."""
+    torch.manual_seed(0)
+    model = Decoder(ModelConfig("LlamaForCausalLM", 50, 32, 48, 2, 2, 2, 16))
+    packed = pack_groups([list(range(20))], [[]])
+    hidden = [model.hidden(packed.ids, packed.positions + shift, group_attention(packed)) for shift in (0, 10_000)]
+    torch.testing.assert_close(hidden[0], hidden[1], atol=2e-3, rtol=0)
+
+
+def test_initialisation_is_deterministic_and_scaled():
+    config = ModelConfig("Qwen3ForCausalLM", 300, 64, 256, 8, 4, 2, 32, qk_norm=True)
+    models = []
+    for _ in range(2):
+        torch.manual_seed(3)
+        models.append(Decoder(config).state_dict())
+    assert all(torch.equal(models[0][name], models[1][name]) for name in models[0])
+    assert models[0]["blocks.0.gate_up.weight"].std().item() == pytest.approx(64**-0.5, rel=0.05)
+    assert models[0]["blocks.0.down.weight"].std().item() == pytest.approx(256**-0.5 / 4, rel=0.05)
+    assert torch.equal(models[0]["norm.weight"], torch.ones(64))
+
+
+def test_config_round_trip():
+    for config in (
+        ModelConfig("Qwen2ForCausalLM", 31, 24, 40, 2, 3, 1, 8, attention_bias=True, tied_embeddings=True),
+        ModelConfig("LlamaForCausalLM", 31, 24, 40, 2, 3, 1, 10, 1e-5, 5e5, LLAMA3, 4096, mlp_bias=True),
+    ):
+        assert ModelConfig.from_hf(config.to_hf()) == config
+
+
+BASE = ModelConfig("LlamaForCausalLM", 31, 24, 40, 2, 3, 1, 8).to_hf()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    (
+        ({"architectures": ["Qwen3MoeForCausalLM"]}, "Qwen3MoeForCausalLM"),
+        ({"architectures": ["GemmaForCausalLM"]}, "GemmaForCausalLM"),
+        ({"architectures": None}, "architecture none"),
+        ({"architectures": ["MistralForCausalLM"], "sliding_window": 4096}, "sliding_window=4096"),
+        ({"architectures": ["Qwen2ForCausalLM"], "use_sliding_window": True}, "use_sliding_window=True"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "'yarn'"),
+        ({"rope_parameters": {"type": "linear", "factor": 2.0}}, "'linear'"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 4.0}}, "low_freq_factor"),
+        ({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "partial_rotary_factor=0.5"),
+        ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config"),
+        ({"intermediate_size": None}, "intermediate_size"),
+        ({"num_key_value_heads": 2}, "num_kv_heads=2"),
+    ),
+)
+def test_what_is_not_computed_is_refused_by_name(change, message):
+    with pytest.raises(UserError, match=message):
+        ModelConfig.from_hf({key: value for key, value in (BASE | change).items() if value is not None})
+
+
+def test_mistral_without_the_key_has_its_default_window():
+    config = {key: value for key, value in BASE.items() if key != "sliding_window"}
+    with pytest.raises(UserError, match="sliding_window=4096"):
+        ModelConfig.from_hf(config | {"architectures": ["MistralForCausalLM"]})

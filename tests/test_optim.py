@@ -1,0 +1,127 @@
+"""The schedule, the optimizer's groups, and the proof that the whole loss path moves a policy towards what is paid."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from mar.advantages import token_advantages
+from mar.batch import make_batch, micro_batches
+from mar.losses import reinforce, token_weights
+from mar.optim import SCHEDULES, learning_rate, make_optimizer, set_learning_rate
+from mar.records import Completion, Example, Prompt, Rollout
+from mar.rollout import sample
+from mar.sampler import SamplingParams
+
+
+def rates(steps, warmup, schedule):
+    return [learning_rate(step, steps, 2.0, warmup, schedule) for step in range(steps)]
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_schedule_ends(schedule):
+    values = rates(100, 0.05, schedule)
+    assert values[:6] == pytest.approx(
+        [0.4, 0.8, 1.2, 1.6, 2.0, 2.0]
+    )  # the first update moves, the warm-up reaches the full rate
+    assert max(values) == 2.0 and min(values) > 0
+    middle, last = {"linear": (1.0, 2 / 95), "cosine": (1.0, 0.0006), "constant": (2.0, 2.0)}[schedule]
+    assert values[52] == pytest.approx(middle, abs=0.03) and values[-1] == pytest.approx(last, abs=1e-4)
+    assert values[5:] == sorted(values[5:], reverse=True)
+    assert learning_rate(100, 100, 2.0, 0.05, schedule) == pytest.approx(2.0 if schedule == "constant" else 0.0)
+
+
+def test_short_runs_have_a_rate_too():
+    for schedule in SCHEDULES:
+        assert rates(1, 0.05, schedule) == [2.0] and rates(3, 0.0, schedule)[0] == 2.0
+        assert rates(4, 1.0, schedule) == [0.5, 1.0, 1.5, 2.0]
+    with pytest.raises(ValueError, match="'step' *; *known: linear"):
+        learning_rate(5, 10, 1.0, 0.0, "step")
+
+
+def test_only_matrices_decay(tiny_model):
+    model = tiny_model("Qwen2ForCausalLM")
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    optimizer = make_optimizer(model, 1.0, (0.9, 0.95), 1e-8, 0.1)
+    set_learning_rate(optimizer, 0.5)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    for name, p in model.named_parameters():
+        decays = "norm" not in name and "bias" not in name
+        torch.testing.assert_close(p.detach(), before[name] * (0.95 if decays else 1.0), atol=1e-12, rtol=0)
+    held = [id(p) for group in optimizer.param_groups for p in group["params"]]
+    assert sorted(held) == sorted(id(p) for p in model.parameters())
+
+
+def as_rollout(asked, completion, components):
+    ids = completion.ids
+    return Rollout(
+        asked,
+        completion,
+        "",
+        (),
+        (),
+        (),
+        (),
+        None,
+        np.array(components),
+        np.minimum(np.arange(len(ids)), 1),
+        float(sum(components)),
+    )
+
+
+def learn(model, optimizer, groups, first_open):
+    """One update, as the training loop makes it."""
+    batch = make_batch(groups, np.array(first_open))
+    advantages = token_advantages(batch, "to_go", "leave_one_out", "none")
+    weights = token_weights(batch.completion_mask, "token_mean", 8)
+    optimizer.zero_grad()
+    for micro in micro_batches(batch, 30):
+        logprobs, _, _ = model(micro.packed, 1.0)
+        reinforce(
+            logprobs,
+            *(micro.flat(column, batch.completion_mask).to(logprobs.dtype) for column in (advantages, weights)),
+        ).backward()
+    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+
+
+def test_an_update_raises_what_was_rewarded(tiny_model):
+    model = tiny_model(dtype=torch.float32)
+    rng, groups = np.random.default_rng(0), []
+    for i, winner in enumerate((0, 2)):
+        asked = Prompt(Example(str(i), "test", "?", ()), "?", tuple(rng.integers(0, 23, 5 + i).tolist()))
+        ids = [rng.integers(0, 23, 4) for _ in range(4)]
+        paid = [[1.0 if g == winner else 0.0, 0.0] for g in range(4)]
+        groups.append(
+            [as_rollout(asked, Completion(g, ids[g], np.zeros(4), np.zeros(4), "stop"), paid[g]) for g in range(4)]
+        )
+
+    def first_token_logprobs():  # to_go: the first component is decided by the first token, which alone is paid
+        (micro,) = micro_batches(make_batch(groups, np.array([0, 1])), 10**6)
+        with torch.no_grad():
+            return model(micro.packed, 1.0)[0].reshape(2, 4, 4)[:, :, 0]
+
+    before = first_token_logprobs()
+    learn(model, torch.optim.SGD(model.parameters(), lr=0.05), groups, [0, 1])
+    change = first_token_logprobs() - before
+    for i, winner in enumerate((0, 2)):
+        assert change[i, winner] > 0 and change[i, winner] > max(change[i, g] for g in range(4) if g != winner)
+
+
+def test_the_whole_loop_finds_the_rewarded_completion(tiny_model):
+    """Sampling, credit, loss and optimizer together: each of two prompts learns its own two tokens, each paid on its own."""
+    model, wanted = tiny_model(vocab=7, dtype=torch.float32, layers=1), ((3, 5), (6, 1))
+    prompts = [Prompt(Example(str(i), "test", "?", ()), "?", ids) for i, ids in enumerate(((1, 2, 3), (4, 2)))]
+    optimizer, params = make_optimizer(model, 0.01, (0.9, 0.95), 1e-8, 0.0), SamplingParams(2)
+    totals = []
+    for step in range(45):
+        sampled = sample(model, prompts, 24, params, 1000, (0, "train", step))
+        groups = [
+            [as_rollout(p, c, (c.ids == target).astype(float)) for c in group]
+            for p, group, target in zip(prompts, sampled, wanted, strict=True)
+        ]
+        totals.append(np.mean([r.total for group in groups for r in group]))
+        learn(model, optimizer, groups, [0, 1])
+    assert totals[0] < 0.7 and np.mean(totals[-5:]) > 1.8  # of 2

@@ -1,0 +1,164 @@
+"""Folders of runs: one per job, resumed, put aside or refused."""
+
+import json
+import subprocess
+import sys
+from functools import cache
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+
+from mar.config import CONF_DIR, Config, compose
+from mar.records import UserError
+from mar.rundir import RunDir, differing_keys, find, prepare, variant
+
+
+@cache
+def composed(*words: str) -> Config:
+    return compose(["+experiment=clinic", *words])
+
+
+def config(out: Path, *words: str) -> dict[str, Any]:
+    tree = composed(*words)
+    return tree.to_dict() | {"out": str(out), "run_dir": f"{out}/{tree.name}/seed{tree.seed}"}
+
+
+def finish(path: Path) -> None:
+    (path / "eval.json").write_text(json.dumps({"before": {"coverage@3": 0.5}, "after": {"coverage@3": 0.6}}))
+
+
+def test_single_run() -> None:
+    assert compose(["+experiment=medqa", "seed=3"]).run_dir == "runs/medqa/seed3"
+    assert compose(["+experiment=medqa", "name=mine", "out=/tmp/x"]).run_dir == "/tmp/x/mine/seed0"
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ([], ""),
+        (["+experiment=medqa", "seed=1", "name=x", "out=/a/b", "data.path=/c/d.jsonl", "logger.console=plain"], ""),
+        (["train.stop_at=3"], ""),
+        (["reward=multi_rlvr", "seed=1"], "reward=multi_rlvr"),
+        (["++b=2", "a=1"], "a=1,b=2"),
+        (["a=1", "b=2"], "a=1,b=2"),
+    ],
+)
+def test_variant(words: list[str], expected: str) -> None:
+    assert variant(words) == expected
+
+
+def test_variant_is_one_short_folder_name() -> None:
+    awkward = [["model.path=a/b"], ["model.path=a-b"], ["x=[1,2]"], ["x=" + "9" * 200], ["x=" + "9" * 201], ["x=a b"]]
+    names = [variant(words) for words in awkward]
+    assert len(set(names)) == len(names)
+    for name in names:
+        assert 0 < len(name) <= 80
+        assert "/" not in name and " " not in name
+
+
+def jobs_of(words: list[str]) -> list[list[str]]:
+    """The command lines of a multirun's jobs."""
+    choices = [
+        [f"{o.get_key_element()}={v}" for v in o.sweep_string_iterator()] if o.is_sweep_override() else [o.input_line]
+        for o in OverridesParser.create().parse_overrides(words)
+    ]
+    return [list(job) for job in product(*choices)]
+
+
+def test_eight_jobs_have_eight_folders(tmp_path: Path) -> None:
+    words = ["+experiment=medqa", "seed=0,1", "reward.num_answers=2,3", "reward=multi_rlcr,multi_rlvr"]
+    folders = {f"{variant(job)}/{next(w for w in job if w.startswith('seed'))}" for job in jobs_of(words)}
+    assert len(folders) == 8
+
+
+@pytest.mark.slow
+def test_multirun_by_hydra_itself(tmp_path: Path) -> None:
+    """Eight jobs, eight folders, and nothing beside them but the record of the multirun."""
+    script = tmp_path / "main.py"
+    script.write_text(
+        "import hydra\n"
+        "from mar.config import from_omegaconf, validate\n"
+        "from mar.rundir import prepare\n"
+        f"@hydra.main(config_path={str(CONF_DIR)!r}, config_name='config', version_base='1.3')\n"
+        "def main(tree): prepare(validate(from_omegaconf(tree)).to_dict())\n"
+        "main()\n"
+    )
+    words = ["+experiment=medqa", "seed=0,1", "reward.num_answers=2,3", "reward=multi_rlcr,multi_rlvr", "--multirun"]
+    work = tmp_path / "work"
+    work.mkdir()
+    subprocess.run(
+        [sys.executable, script, *words], cwd=work, env={"PYTHONPATH": str(CONF_DIR.parent)}, check=True, timeout=120
+    )
+    files = sorted(str(f.relative_to(work)) for f in work.rglob("*") if f.is_file())
+    assert len([f for f in files if f.endswith("/config.yaml")]) == 8
+    assert len(files) == 9 and "runs/medqa/multirun.yaml" in files
+    assert (work / "runs/medqa/reward=multi_rlvr,reward.num_answers=2/seed1/config.yaml").is_file()
+
+
+def test_new_then_resume_then_aside(tmp_path: Path) -> None:
+    wanted = config(tmp_path)
+    path = tmp_path / "clinic" / "seed0"
+    assert find(wanted) == RunDir(path, resume=False)
+    assert not path.exists(), "find touches nothing"
+    assert prepare(wanted) == RunDir(path, resume=False)
+    assert yaml.safe_load((path / "config.yaml").read_text()) == wanted
+    assert [f.name for f in path.parent.iterdir()] == ["seed0"]
+    assert prepare(wanted) == RunDir(path, resume=True)
+
+    (path / "eval.json").write_text(json.dumps({"before": {}}))
+    assert prepare(wanted).resume, "measured before only: unfinished"
+    for number in (1, 2):
+        finish(path)
+        run = prepare(wanted)
+        assert run == RunDir(path, resume=False, archive=path.with_name(f"seed0~{number}"))
+        assert not (path / "eval.json").exists()
+        assert (path.with_name(f"seed0~{number}") / "eval.json").exists()
+
+
+def test_a_finished_run_steps_aside_for_another_configuration(tmp_path: Path) -> None:
+    finish(prepare(config(tmp_path)).path)
+    assert prepare(config(tmp_path, "train.steps=5")).archive is not None
+
+
+def test_another_configuration_is_refused_by_its_keys(tmp_path: Path) -> None:
+    path = prepare(config(tmp_path)).path
+    before = (path / "config.yaml").read_text()
+    with pytest.raises(UserError) as caught:
+        prepare(config(tmp_path, "train.steps=5", "algo.credit=set"))
+    assert "algo.credit, train.steps" in str(caught.value) and str(path) in str(caught.value)
+    assert (path / "config.yaml").read_text() == before
+
+
+def test_what_is_no_difference(tmp_path: Path) -> None:
+    prepare(config(tmp_path, "train.stop_at=3") | {"provenance": {"sha256": "0"}})
+    assert prepare(config(tmp_path, "logger.console=plain")).resume
+    assert differing_keys({"a": 1, "b": {"c": 1}}, {"a": 1, "b": {"c": 2}, "d": None}) == ["b.c", "d"]
+
+
+def test_a_foreign_folder_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "clinic" / "seed0"
+    path.mkdir(parents=True)
+    assert not prepare(config(tmp_path)).resume, "an empty folder is free"
+    (path / "config.yaml").unlink()
+    (path / "thesis.tex").write_text("mine")
+    with pytest.raises(UserError, match=r"no config\.yaml"):
+        prepare(config(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "eval.json"])
+@pytest.mark.parametrize("content", ["{broken", "", "just text", '["a"'])
+def test_damaged_files_are_named(tmp_path: Path, name: str, content: str) -> None:
+    path = prepare(config(tmp_path)).path
+    (path / name).write_text(content)
+    with pytest.raises(UserError, match=f"{name} is damaged"):
+        prepare(config(tmp_path))
+
+
+def test_the_resolver_is_silent_outside_hydra_main() -> None:
+    assert not HydraConfig.initialized()
+    assert compose().run_dir == "runs/run/seed0"

@@ -1,0 +1,170 @@
+"""The whole job on a tiny random model: what it writes, that a resumed run is the uninterrupted one, and every mistake a user can make."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from mar import checkpoint
+from mar.config import compose
+from mar.model import Decoder, ModelConfig
+from mar.optim import make_optimizer
+from mar.records import UserError
+from mar.sft import train_tokenizer
+from mar.tasks import clinic
+from mar.train import run
+from mar.weights import load_model, save_model
+
+SHAPE = {"architectures": ["Qwen3ForCausalLM"], "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
+SHAPE |= {
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 8,
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": True,
+}
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    train_tokenizer(clinic.load("train", 50, 1), clinic.NOUN, 400, folder)
+    torch.manual_seed(0)
+    save_model(Decoder(ModelConfig.from_hf(SHAPE | {"vocab_size": 400})), folder)
+    return folder
+
+
+EMBEDDED = Path("mar/embedded/model").absolute()
+
+
+def words(model: Path, out: Path, *more: str) -> list[str]:
+    """The command line of a small run."""
+    return [
+        "+experiment=clinic", "model=hf", f"model.path={model}", "model.max_prompt_tokens=400", "model.max_completion_tokens=48",
+        "train.steps=4", "algo.prompts_per_step=2", "algo.group_size=3", "eval.num_items=3", "eval.every=0", "checkpoint.every=50",
+        "optim.lr=1e-2", f"out={out}", "logger.console=plain", *more,
+    ]  # fmt: skip
+
+
+def weights_after(folder: Path, model: Path) -> dict[str, torch.Tensor]:
+    found, policy = checkpoint.newest(folder / "checkpoints"), load_model(model)
+    assert found is not None and found.step == 4
+    checkpoint.restore(found, policy, make_optimizer(policy, 1.0, (0.9, 0.95), 1e-8, 0.0))
+    return {name: p.detach().clone() for name, p in policy.named_parameters()}
+
+
+def records(folder: Path) -> list[dict[str, float]]:
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if not k.startswith("perf/")} for row in rows]
+
+
+def test_resumed_run_is_the_uninterrupted_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(compose(words(EMBEDDED, tmp_path / "whole"))) == 0
+    last = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert run(compose(words(EMBEDDED, tmp_path / "cut", "train.stop_at=2"))) == 0
+    cut, whole = tmp_path / "cut/clinic/seed0", tmp_path / "whole/clinic/seed0"
+    assert not json.loads((cut / "eval.json").read_text()).get("after") and len(records(cut)) == 2
+    assert run(compose(words(EMBEDDED, tmp_path / "cut"))) == 0
+
+    one, two = weights_after(whole, EMBEDDED), weights_after(cut, EMBEDDED)
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert not torch.equal(one["embed.weight"], load_model(EMBEDDED).embed.weight)  # it did train
+    assert records(whole) == records(cut) and len(records(whole)) == 4
+    assert (whole / "completions.jsonl").read_text() == (cut / "completions.jsonl").read_text()
+    assert json.loads((whole / "eval.json").read_text()) == json.loads((cut / "eval.json").read_text())
+
+    assert set(last) == {"run_dir", "job_s", "floor", "before", "after", "ceiling", "gap_closed"}
+    keys = {
+        "coverage@3",
+        "top1",
+        "brier",
+        "ece",
+        "q_mse",
+        "format_rate",
+        "repeats_per_set",
+        "tokens_per_set",
+        "prompt_tokens",
+    }
+    assert all(set(last[name]) == keys for name in ("floor", "before", "after", "ceiling"))
+    assert json.loads((whole / "eval.json").read_text())["task"] == "clinic"
+
+
+def test_finished_run_moves_aside_and_another_config_is_refused(model_folder: Path, tmp_path: Path) -> None:
+    assert run(compose(words(model_folder, tmp_path, "train.steps=1"))) == 0
+    assert run(compose(words(model_folder, tmp_path, "train.steps=2", "train.stop_at=1"))) == 0
+    assert (tmp_path / "clinic/seed0~1/eval.json").exists()
+    with pytest.raises(UserError, match=r"optim\.lr"):
+        run(compose(words(model_folder, tmp_path, "train.steps=2", "optim.lr=1e-3")))
+
+
+def test_medqa_on_embedded_data_says_clinic(
+    model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    changed = [
+        w.replace("+experiment=clinic", "+experiment=medqa") for w in words(model_folder, tmp_path, "train.steps=1")
+    ]
+    assert run(compose([*changed, "model.max_completion_tokens=4"])) == 0
+    assert "SYNTHETIC REHEARSAL" in capsys.readouterr().out.splitlines()[0]
+    folder = tmp_path / "medqa/seed0"
+    assert "task: clinic" in (folder / "config.yaml").read_text()
+    rows = [json.loads(line) for line in (folder / "completions.jsonl").read_text().splitlines()]
+    assert {row["task"] for row in rows} == {"clinic"}
+
+
+BAD = {
+    "missing file": (["data=jsonl", "data.source=path", "data.path=nowhere.jsonl"], "nowhere.jsonl"),
+    "unknown task": (["data.task=chess"], "unknown task 'chess'"),
+    "no answers": (["reward.num_answers=0"], "reward.num_answers=0"),
+    "lonely group": (["algo.group_size=1"], "algo.group_size=1"),
+    "long prompts": (["model.max_prompt_tokens=20"], "max_prompt_tokens=20"),
+    "small memory": (["sampler.kv_budget_tokens=30"], "kv_budget_tokens"),
+    "no such folder": (["model.path=./nowhere"], "nowhere"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_mistakes_give_one_sentence_and_leave_nothing(name: str, model_folder: Path, tmp_path: Path) -> None:
+    more, expected = BAD[name]
+    with pytest.raises(UserError, match=expected) as error:
+        run(compose(words(model_folder, tmp_path, *more)))
+    assert "\n" not in str(error.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_truncated_weights_are_named(model_folder: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    for file in model_folder.iterdir():
+        (broken / file.name).write_bytes(file.read_bytes())
+    (broken / "model.safetensors").write_bytes((broken / "model.safetensors").read_bytes()[:1000])
+    with pytest.raises(UserError, match=r"model\.safetensors"):
+        run(compose(words(broken, tmp_path / "out")))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_interrupt_saves_and_the_same_command_goes_on(model_folder: Path, tmp_path: Path) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "mar.train",
+        *words(model_folder, tmp_path, "train.steps=400", "model.max_completion_tokens=4"),
+    ]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    metrics = tmp_path / "clinic/seed0/metrics.jsonl"
+    for _ in range(600):
+        if metrics.exists() and metrics.read_text().count("\n") >= 3:
+            break
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 130 and "checkpoint of step" in out and "Traceback" not in out
+    found = checkpoint.newest(tmp_path / "clinic/seed0/checkpoints")
+    assert found is not None and found.step == metrics.read_text().count("\n")
+    again = run(compose([*command[3:], f"train.stop_at={found.step + 1}"]))
+    assert again == 0 and metrics.read_text().count("\n") == found.step + 1

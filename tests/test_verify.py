@@ -1,0 +1,159 @@
+"""Answers against golds: the normaliser, the maximum matching, repeats."""
+
+import itertools
+import time
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from mar.records import Gold
+from mar.verify import VERIFIERS, hits_gold, matching_increments, normalise, repeats, same_answer
+
+TEXT = st.text(st.characters(exclude_categories=["Cs"]) | st.sampled_from(".,-+#%^'5aA é½⁵the "), max_size=12)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("Flu.", "flu"),
+        (" the  FLU! ", "flu"),
+        ("**flu**", "flu"),
+        ("\uff26\uff4c\uff55", "flu"),  # full width
+        ("f\u200bl\u00adu\ufe0f\x00", "flu"),  # invisible characters
+        ("Crohn\u2019s disease", "crohns disease"),
+        ("Guillain\u2013Barr\u00e9 syndrome", "guillain barre syndrome"),
+        ("Me\u0301nie\u0300re", "meniere"),
+        ("Stra\u00dfe", "strasse"),
+        ("U.S.A.", "usa"),
+        ("St. Louis", "st louis"),
+        ("Tylenol\u2122", "tylenol"),
+        ("a cold", "cold"),
+        ("A", "a"),  # an option letter is no article
+        ("The", "the"),
+        ("Hepatitis A", "hepatitis a"),
+        ("vitamin A deficiency", "vitamin a deficiency"),
+        ("3.5", "3.5"),
+        (".5", "0.5"),
+        ("It is 3.", "it is 3"),
+        ("1,000,000", "1000000"),
+        ("10,20", "10 20"),
+        ("-5", "-5"),
+        ("\u22125", "-5"),
+        ("3-5", "3 5"),
+        ("5 %", "5%"),
+        ("10\u2075", "10^5"),
+        ("1\u00bd", "1 1 2"),
+        ("H\u2082O", "h2o"),
+        ("6'2", "6 2"),
+        ("C++", "c++"),
+        ("C#", "c#"),
+        ("+", "+"),
+        ("", ""),
+        (" \u200b\u3164\u2800", ""),
+    ],
+)
+def test_normalise(text, expected):
+    assert normalise(text) == expected
+
+
+@pytest.mark.parametrize(
+    ("a", "b"),
+    [("3.5", "35"), ("1.5", "15"), ("-5", "5"), ("10^5", "105"), ("10\u2075", "105"), ("1\u00bd", "11/2"), ("5%", "5"),
+     ("C", "C++"), ("A", "B"), ("+", "-"), ("a-b", "ab"), ("hepatitis A", "hepatitis"), ("\u0915\u093f", "\u0915\u0941")],
+)  # fmt: skip
+def test_different_answers_stay_different(a, b):
+    assert not same_answer(a, b)
+
+
+@settings(max_examples=300, deadline=None)
+@given(TEXT)
+@example("x^^5")
+@example("'90's")
+@example("the the a")
+def test_normalise_is_a_projection(text):
+    assert normalise(normalise(text)) == normalise(text)
+
+
+@pytest.mark.parametrize("piece", ["x", "\u0301\u0316", " . ", "the ", "-+#^", "1,", "9", "'", "9,999", "5 "])
+def test_long_texts_are_normalised_in_linear_time(piece):
+    start = time.perf_counter()
+    normalise(piece * (50_000 // len(piece)))
+    assert time.perf_counter() - start < 3.0
+
+
+def test_an_alias_hits_and_nothing_visible_never_does():
+    gold = Gold("influenza", ("flu", "grippe"))
+    assert hits_gold("The Flu.", gold)
+    assert hits_gold("INFLUENZA", gold)
+    assert not hits_gold("cold", gold)
+    assert not hits_gold("\u200b", Gold("\u200b"))
+
+
+def brute_force(candidates):
+    """The maximum matching by trying every choice of a gold, or none, for every answer."""
+    choices = itertools.product(*[(None, *c) for c in candidates])
+    return max(
+        len(taken) for choice in choices if len(set(taken := [g for g in choice if g is not None])) == len(taken)
+    )
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.lists(st.sets(st.sampled_from("abcd"), min_size=1, max_size=3), max_size=4),
+    st.permutations([*"abcde", None, "a"]).flatmap(lambda order: st.integers(0, 6).map(lambda length: order[:length])),
+)
+@example([{"a", "b"}, {"a"}], ["a", "b"])
+def test_increments_are_those_of_the_maximum_matching(aliases, answers):
+    golds = [Gold(f"gold {i}", tuple(sorted(names))) for i, names in enumerate(aliases)]
+    hits, taken = matching_increments(answers, golds)
+    text = VERIFIERS["text"]
+    for length in range(len(answers) + 1):
+        distinct = {a for a in answers[:length] if a is not None}
+        assert sum(hits[:length]) == brute_force([text(a, golds) for a in distinct])
+        assert matching_increments(answers[:length], golds)[0] == hits[:length]  # causal
+    assert all((gold is not None) == bool(hit) for gold, hit in zip(taken, hits, strict=True))
+    won = [(answer, gold) for answer, gold in zip(answers, taken, strict=True) if gold is not None]
+    assert all(gold in text(answer, golds) for answer, gold in won)
+    assert len({gold for _, gold in won}) == len(won)
+
+
+def test_a_later_answer_moves_an_earlier_one_to_its_other_gold():
+    golds = [Gold("mercury the planet", ("mercury",)), Gold("mercury the element", ("mercury", "quicksilver"))]
+    assert matching_increments(["mercury", "mercury the planet"], golds) == ((1.0, 1.0), (1, 0))
+    assert matching_increments(["mercury", "quicksilver"], golds) == ((1.0, 1.0), (0, 1))
+
+
+def test_the_same_word_does_not_take_two_golds_that_share_it():
+    golds = [Gold("mercury the planet", ("mercury",)), Gold("mercury the element", ("mercury",))]
+    assert matching_increments(["mercury", "Mercury!"], golds)[0] == (1.0, 0.0)
+
+
+def test_repeats_are_the_same_text_or_the_same_gold():
+    golds = [Gold("influenza", ("flu",)), Gold("common cold", ("cold",))]
+    assert repeats(["flu", "The Flu", "cold", None, "influenza", "gout", "gout?"], golds) == (
+        False, True, False, False, True, False, True,
+    )  # fmt: skip
+    assert repeats(["flu", "influenza"]) == (False, False)  # without golds only the text can tell
+    assert repeats([None, None]) == (False, False)
+
+
+def test_a_verifier_may_bring_its_own_sameness():
+    """Programs: `a-b` and `a*b` are one text to the normaliser, and two programs."""
+    golds = [Gold("product"), Gold("difference")]
+
+    def runs(program, golds):
+        return (0,) if "*" in program else (1,)
+
+    assert matching_increments(["a-b", "a*b"], golds, runs, key=str)[0] == (1.0, 1.0)
+    assert matching_increments(["a-b", "a*b"], golds, runs)[0] == (1.0, 0.0)
+    assert repeats(["f(a-b)", "f(a*b)"], (), key=str) == (False, False)
+    assert repeats(["f(a-b)", "f(a*b)"], ()) == (False, True)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(TEXT | st.none(), max_size=5), st.lists(TEXT, max_size=3))
+def test_a_repeat_never_hits(answers, names):
+    golds = [Gold(name) for name in names]
+    hits, _ = matching_increments(answers, golds)
+    assert not any(hit and again for hit, again in zip(hits, repeats(answers, golds), strict=True))
