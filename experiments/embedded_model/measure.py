@@ -1,0 +1,70 @@
+"""Format rate and coverage of the embedded model in every form it was trained on, as the table of README.md beside this file.
+
+python experiments/embedded_model/measure.py [--items 200]
+"""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+
+from mar.evaluate import Protocol, measure
+from mar.fetch import resolve_model
+from mar.grammar import Grammar
+from mar.posterior import floor_coverage
+from mar.prompts import build_prompt, load_tokenizer
+from mar.rewards import RewardSpec
+from mar.rollout import make_decode
+from mar.sampler import SamplingParams
+from mar.tasks import clinic, get_task
+from mar.weights import load_model
+
+FORMS: list[tuple[str, Grammar, str]] = [
+    ("rlvr_single", Grammar("rlvr_single", 1, thinking=False), "ranked"),
+    ("rlvr_single, thinking", Grammar("rlvr_single", 1), "ranked"),
+    ("rlcr_single", Grammar("rlcr_single", 1, thinking=False), "ranked"),
+    ("rlcr_single, thinking, analysis", Grammar("rlcr_single", 1, analysis=True), "ranked"),
+    *((f"rlvr_multi, K={k}", Grammar("rlvr_multi", k, thinking=False), "ranked") for k in (1, 3, 10)),
+    *((f"rlcr_multi, K={k}", Grammar("rlcr_multi", k, thinking=False), "ranked") for k in range(1, 11)),
+    ("rlcr_multi, K=3, thinking", Grammar("rlcr_multi", 3), "ranked"),
+    ("rlcr_multi, K=3, split", Grammar("rlcr_multi", 3, "split", thinking=False), "ranked"),
+    ("rlcr_multi, K=3, split, thinking, analysis", Grammar("rlcr_multi", 3, "split", analysis=True), "ranked"),
+    ("rlcr_multi, K=3, `<other>`", Grammar("rlcr_multi", 3, thinking=False, other=True), "ranked"),
+    ("prompted-for-K, K=3", Grammar("rlvr_multi", 3, thinking=False), "list"),
+    ("verbalised sampling, K=3", Grammar("rlcr_multi", 3, thinking=False), "verbalized"),
+]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--items", type=int, default=200)
+    parser.add_argument("--model", type=Path, default=resolve_model("embedded", "embedded", None)[0])
+    args = parser.parse_args()
+    model, tokenizer = load_model(args.model), load_tokenizer(args.model)
+    examples = clinic.load("validation", args.items)
+    posterior = np.array([[gold.probability for gold in example.golds] for example in examples], dtype=np.float64)
+    print("| form | format rate | coverage@K | floor | repeats per set | tokens per set |\n|---|---|---|---|---|---|")
+    for name, grammar, style in FORMS:
+        protocol = Protocol(
+            prompts=tuple(build_prompt(e, grammar, tokenizer, clinic.NOUN, style) for e in examples),
+            grammar=grammar,
+            spec=RewardSpec(brier="paper" if grammar.confident else "none"),
+            verifier=get_task("clinic").verifier,
+            decode=make_decode(tokenizer),
+            params=SamplingParams(320, 1.0, (tokenizer.eos_token_id,)),
+            kv_budget_tokens=65536,
+            seed=0,
+        )
+        metrics, _ = measure(model, protocol)
+        K = grammar.num_answers
+        row = [
+            metrics["format_rate"],
+            metrics[f"coverage@{K}"],
+            floor_coverage(posterior, K).mean(),
+            metrics["repeats_per_set"],
+        ]
+        print(f"| {name} | {' | '.join(f'{x:.3f}' for x in row)} | {metrics['tokens_per_set']:.1f} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
