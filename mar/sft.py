@@ -243,7 +243,7 @@ def train(
             line = {"step": step + 1, **{k: round(v, 4) for k, v in running.items()}, "lr": round(args.lr * rate, 6)}
             print(json.dumps(line | {"seconds": round(time.perf_counter() - began)}), flush=True)
         if (step + 1) % args.save_every == 0 or last:
-            save_model(model, args.out, torch.bfloat16 if args.scratch else torch.float32)
+            save_model(model, args.out, getattr(torch, args.dtype))
 
 
 def main() -> None:
@@ -263,6 +263,7 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--vocab", type=int, default=2048)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="of the saved weights")
     parser.add_argument("--log-every", type=int, default=100)
     parser.add_argument("--save-every", type=int, default=500)
     args = parser.parse_args()
