@@ -32,7 +32,6 @@ from mar.optim import learning_rate, set_learning_rate
 from mar.records import Rollout, UserError
 from mar.rollout import judge_groups, sample
 
-BEGAN = time.perf_counter()
 INTERRUPTED = 130
 
 
@@ -184,7 +183,7 @@ def evaluate(job: Job, stage: str, step: int, document: dict[str, Any], display:
 
 def run(config: Config) -> int:
     """Prepare, resume if there is something to resume, train, and close with a table and one JSON line. Returns the exit code."""
-    display = Display(config.logger.console, 0, config.train.steps)
+    began, display = time.perf_counter(), Display(config.logger.console, 0, config.train.steps)
     config = announce(config, display)
     if config.model.threads:
         torch.set_num_threads(config.model.threads)
@@ -202,7 +201,7 @@ def run(config: Config) -> int:
     display.first_step = first_step
     outcome = train(job, first_step, display, document)
     if outcome == "finished":
-        close(job, document, display)
+        close(job, document, display, time.perf_counter() - began)
     return INTERRUPTED if outcome == "interrupted" else 0
 
 
@@ -224,7 +223,7 @@ def resume(job: Job, document: dict[str, Any], display: Display) -> int:
     return step
 
 
-def close(job: Job, document: Mapping[str, Any], display: Display) -> None:
+def close(job: Job, document: Mapping[str, Any], display: Display, seconds: float) -> None:
     """The table that a run ends with, the paths of what it wrote, and one JSON line for programs."""
     K = job.config.reward.num_answers
     end = summary(document, K)
@@ -240,8 +239,7 @@ def close(job: Job, document: Mapping[str, Any], display: Display) -> None:
         )
     for name in ("config.yaml", "metrics.jsonl", "completions.jsonl", "eval.json", "checkpoints"):
         display.say(f"  {job.folder / name}")
-    job_s = round(time.perf_counter() - BEGAN, 1)
-    print(json.dumps({"run_dir": str(job.folder), "job_s": job_s, **end}), flush=True)
+    print(json.dumps({"run_dir": str(job.folder), "job_s": round(seconds, 1), **end}), flush=True)
 
 
 @hydra.main(config_path="../conf", config_name="config", version_base="1.3")
