@@ -253,7 +253,7 @@ def test_the_trap_of_any_hit_with_brier_and_why_the_sum_is_the_default():
 @given(texts(), st.booleans())
 def test_malformed_text_never_beats_the_same_values_written_properly(case, gate):
     grammar, text = case
-    spec = RewardSpec(gate=gate)
+    spec = RewardSpec(gate=gate, format_weight=0.0)
     parsed = parse(text, grammar)
     proper = render(
         grammar,
@@ -261,7 +261,7 @@ def test_malformed_text_never_beats_the_same_values_written_properly(case, gate)
         [0.0 if q is None else q for q in parsed.confidences],
         other=parsed.other or 0.0,
     )
-    assert earn(text, grammar, spec).total <= earn(proper, grammar, spec).total + 1e-12
+    assert earn("", grammar, spec).total <= earn(text, grammar, spec).total <= earn(proper, grammar, spec).total + 1e-12
 
 
 # --- refusals -------------------------------------------------------------------------------------------------------
