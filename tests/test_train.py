@@ -69,7 +69,8 @@ def test_resumed_run_is_the_uninterrupted_one(tmp_path: Path, capsys: pytest.Cap
     assert run(compose(words(EMBEDDED, tmp_path / "cut", "train.stop_at=2"))) == 0
     cut, whole = tmp_path / "cut/clinic/seed0", tmp_path / "whole/clinic/seed0"
     assert not json.loads((cut / "eval.json").read_text()).get("after") and len(records(cut)) == 2
-    for name in ("metrics.jsonl", "completions.jsonl"):  # as if a crash had come after the checkpoint, in the middle of a line
+    # as if a crash had come after the checkpoint, in the middle of a line
+    for name in ("metrics.jsonl", "completions.jsonl"):
         with (cut / name).open("a") as file:
             file.write('{"step": 3, "stage": "train"}\n{"step": 4, "re')
     assert run(compose(words(EMBEDDED, tmp_path / "cut"))) == 0
