@@ -54,12 +54,10 @@ def instructions(grammar: Grammar, noun: str, style: str = "ranked") -> str:
     if grammar.analysis:
         parts.append("Then analyse how sure you can be.")
     if grammar.confident:
-        parts.append(
-            "A confidence is the probability from 0 to 1 that its answer is right and is judged by how accurate it is."
-        )
+        parts.append("A confidence is the probability (0 to 1) that its answer is right, judged by its accuracy.")
     if grammar.other:
         parts.append("In <other> give the probability that none is right.")
-    parts.append(f"Inside an answer tag write the bare {noun} only, and nothing outside the tags:")
+    parts.append(f"Write the bare {noun} in an answer tag and nothing outside the tags:")
     return " ".join(parts) + "\n" + _form(grammar)
 
 

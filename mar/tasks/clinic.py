@@ -18,7 +18,7 @@ import numpy as np
 from mar.records import Example, Gold, UserError
 
 NOUN = "diagnosis"
-ABSENT = "In these areas, findings that are not named are absent."
+ABSENT = "Findings that are not named there are absent."
 SPLITS = ("train", "validation", "test")
 SIZES = (7, 8, 9)  # how many systems are examined, each equally often
 FIRST_ADULT_AGE = 18

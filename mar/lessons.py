@@ -1,0 +1,234 @@
+"""What `mar.sft` teaches: demonstrations of the grammar, and the exact distribution of each of their tokens.
+
+Answers are distinct draws from the known posterior (where there is none: the gold among other items' golds), confidences are uniform noise with
+at most a hint of the truth, thoughts quote the question. A demonstration is a draw, its targets are not: wherever the text has a known
+distribution, the target is the distribution of the next token given what was written before, so the loss has no sampling noise beyond the
+choice of patients and forms.
+"""
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+
+from mar.attention import PackedGroups, pack_groups
+from mar.grammar import Element, Grammar
+from mar.prompts import STYLES, build_prompt
+from mar.records import Example, UserError
+
+ANALYSES = (
+    "The first answer fits best.",
+    "Several answers stay possible.",
+    "The findings leave room for doubt.",
+    "No answer is certain here.",
+)
+PLAIN = Grammar("rlvr_single", 1, thinking=False)
+CONFIDENCES = tuple(f"{percent / 100:.2f}" for percent in range(101))
+HINT_COUNTS = 8.0  # a hint moves little mass: unweighted it was not learnt in 700 steps
+Encode = Callable[[str], list[int]]
+
+
+@dataclass(frozen=True)
+class Field:
+    """A place of a demonstration whose text has a known distribution: what may stand there, how probable it is, and which one does. Each of its
+    tokens counts `weight` in the loss, literal text 1."""
+
+    candidates: Sequence[str]
+    probabilities: Sequence[float]
+    chosen: int
+    weight: float = 1.0
+
+    @property
+    def text(self) -> str:
+        return self.candidates[self.chosen]
+
+
+def text_of(pieces: Sequence[str | Field]) -> str:
+    """The demonstration as it was drawn."""
+    return "".join(piece if isinstance(piece, str) else piece.text for piece in pieces)
+
+
+def make_encode(tokenizer: Any) -> Encode:
+    """Token ids of a piece of text, remembered. Raises UserError for a tokenizer whose pieces do not join."""
+    joined = tokenizer("</answer1>")["input_ids"] + tokenizer("word", add_special_tokens=False)["input_ids"]
+    if tokenizer.decode(joined, skip_special_tokens=False) != "</answer1>word":
+        raise UserError(
+            "mar.sft joins pieces of text token by token; this tokenizer adds something to the start of each piece"
+        )
+
+    @cache
+    def encode(text: str) -> list[int]:
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    return encode
+
+
+def draw_grammar(rng: np.random.Generator) -> tuple[Grammar, str]:
+    """One grammar and prompt style of the mixture: every form, layout, K and switch occurs, K=3 interleaved most often."""
+    form = str(rng.choice(["rlcr_multi", "rlvr_multi", "rlcr_single", "rlvr_single"], p=[0.55, 0.15, 0.15, 0.15]))
+    multi, confident = form.endswith("multi"), form.startswith("rlcr")
+    layout = "split" if multi and confident and rng.random() < 0.25 else "interleaved"
+    num_answers = 1 if not multi else 3 if rng.random() < 0.5 else int(rng.integers(1, 11))
+    analysis = bool(confident and (layout == "split" or not multi) and rng.random() < 0.5)
+    other = bool(confident and rng.random() < 0.1)
+    style = str(rng.choice(list(STYLES), p=[0.8, 0.1, 0.1])) if multi else "ranked"
+    return Grammar(form, num_answers, layout, bool(rng.random() < 0.3), analysis, other), style
+
+
+def draw(candidates: Sequence[str], weights: Sequence[float], rng: np.random.Generator, count: float = 1.0) -> Field:
+    """One of the candidates, in proportion to its weight."""
+    probabilities = np.asarray(weights, dtype=np.float64) / np.sum(weights)
+    return Field(candidates, probabilities.tolist(), int(rng.choice(len(candidates), p=probabilities)), count)
+
+
+def draw_answers(example: Example, num_answers: int, others: Sequence[str], rng: np.random.Generator) -> list[Field]:
+    """Distinct answers: draws from the golds' probabilities without those already said; where golds have none, one gold at a random place
+    among `others`."""
+    left = {gold.name: gold.probability for gold in example.golds if gold.probability}
+    if left:
+        fields: list[Field] = []
+        for _ in range(min(num_answers, len(left))):
+            fields.append(draw(list(left), list(left.values()), rng))
+            del left[fields[-1].text]
+        return fields
+    gold = example.golds[int(rng.integers(len(example.golds)))].name
+    pool = [name for name in dict.fromkeys(others) if name not in {g.name for g in example.golds}]
+    names = [pool[i] for i in rng.permutation(len(pool))[: num_answers - 1]]
+    names.insert(int(rng.integers(len(names) + 1)), gold)
+    return [Field([name], [1.0], 0) for name in names]
+
+
+def draw_thoughts(question: str, rng: np.random.Generator) -> list[str | Field]:
+    """Two clauses of the question."""
+    clauses = dict.fromkeys(
+        c.strip() for c in re.split(r"[.:,;?]\s", question) if 2 < len(c.strip()) < 40 and "<" not in c
+    )
+    left = (
+        [f" {clause}" for clause in clauses] + [" the question"] * (len(clauses) < 2) + [" its answer"] * (not clauses)
+    )
+    first = draw(left, [1.0] * len(left), rng)
+    left = [clause for clause in left if clause != first.text]
+    return ["Notable:", first, ",", draw(left, [1.0] * len(left), rng), "."]
+
+
+def confidence_weights(truth: float | None, hint: float) -> list[float]:
+    """How probable each of CONFIDENCES is: uniform, but a share `hint` of the mass lies within about .1 of the truth, where that is known."""
+    near = np.exp(-np.abs(np.arange(101) / 100 - (truth or 0.0)) / 0.1)
+    return ((1 - hint) / 101 + hint * near / near.sum()).tolist() if truth is not None and hint else [1.0] * 101
+
+
+def demonstration(
+    example: Example,
+    grammar: Grammar,
+    others: Sequence[str],
+    rng: np.random.Generator,
+    think_open: bool = False,
+    hint: float = 0.0,
+) -> list[str | Field]:
+    """A right-formed completion in pieces: literal text and fields."""
+    probability = {gold.name: gold.probability for gold in example.golds}
+    answers = draw_answers(example, grammar.num_answers, others, rng)
+    if len(answers) < grammar.num_answers:
+        raise UserError(f"{example.id} has too few different answers for {grammar.num_answers} slots")
+
+    def content(element: Element) -> list[str | Field]:
+        if element.kind == "answer":
+            return [answers[element.slot]]
+        if element.kind == "think":
+            return draw_thoughts(example.question, rng)
+        if element.kind == "analysis":
+            return [draw(ANALYSES, [1.0] * len(ANALYSES), rng)]
+        truth = probability.get(answers[element.slot].text) if element.kind == "confidence" else None
+        return [draw(CONFIDENCES, confidence_weights(truth, hint), rng, HINT_COUNTS if hint else 1.0)]
+
+    pieces: list[str | Field] = [""]
+    for element in grammar.elements:
+        opening = "" if think_open and element.kind == "think" else element.opening
+        for piece in (opening, *content(element), element.closing):
+            if isinstance(piece, str) and isinstance(pieces[-1], str):  # tags that meet share tokens
+                pieces[-1] += piece
+            else:
+                pieces.append(piece)
+    return [piece for piece in pieces if piece]
+
+
+def soft_targets(
+    pieces: Sequence[str | Field], encode: Encode, stop_id: int
+) -> tuple[list[int], list[dict[int, float]]]:
+    """The token ids of a demonstration, stop token included, and for each the exact distribution of that token given those before it, times
+    what the token counts.
+
+    A field's distribution over texts becomes one over next tokens: of the candidates that begin as the chosen one did, what comes next.
+    """
+    ids: list[int] = []
+    targets: list[dict[int, float]] = []
+    following = [encode(piece)[0] for piece in pieces[1:] if isinstance(piece, str)]  # what ends each field
+    for piece in pieces:
+        if isinstance(piece, str):
+            literal = encode(piece)
+            targets += [{token: 1.0} for token in literal[len(targets) - len(ids) :]]  # a field foresees the first
+            ids += literal
+            continue
+        rows = [(*encode(text), following[0]) for text in piece.candidates]
+        chosen, alive = rows[piece.chosen], list(zip(rows, piece.probabilities, strict=True))
+        for position, token in enumerate(chosen):
+            total, target = sum(p for _, p in alive), dict[int, float]()
+            for row, p in alive:
+                target[row[position]] = target.get(row[position], 0.0) + piece.weight * p / total
+            targets.append(target)
+            alive = [(row, p) for row, p in alive if row[position] == token]
+        ids += chosen[:-1]
+        following = following[1:]
+    return [*ids, stop_id], [*targets, {stop_id: 1.0}]
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """One demonstration for each prompt, and the distribution of each of its M tokens as a bag: `weights` [W] of token ids `alternatives` [W],
+    those of token m from `starts[m]` on; they add up to what the token counts, `counts` [M]. `entropy` (nats) is the least that the loss can
+    become."""
+
+    packed: PackedGroups
+    alternatives: torch.Tensor
+    weights: torch.Tensor
+    starts: torch.Tensor
+    counts: torch.Tensor
+    entropy: float
+
+
+def make_lesson(
+    examples: Sequence[Example],
+    noun: str,
+    tokenizer: Any,
+    encode: Encode,
+    rng: np.random.Generator,
+    plain: bool = False,
+    hint: float = 0.0,
+) -> Lesson:
+    """A demonstration for each example, in a form that it draws from the mixture, or in the `plain` one: a single answer."""
+    others = [example.golds[0].name for example in examples]
+    prompts: list[list[int]] = []
+    completions: list[list[list[int]]] = []
+    bags: list[dict[int, float]] = []
+    for example in examples:
+        grammar, style = (PLAIN, "ranked") if plain else draw_grammar(rng)
+        prompt = build_prompt(example, grammar, tokenizer, noun, style)
+        pieces = demonstration(example, grammar, others, rng, prompt.think_open, hint)
+        ids, targets = soft_targets(pieces, encode, tokenizer.eos_token_id)
+        prompts.append(list(prompt.ids))
+        completions.append([ids])
+        bags += targets
+    weights = torch.tensor([p for bag in bags for p in bag.values()], dtype=torch.float64)
+    counts = torch.tensor([sum(bag.values()) for bag in bags], dtype=torch.float64)
+    return Lesson(
+        packed=pack_groups(prompts, completions),
+        alternatives=torch.tensor([token for bag in bags for token in bag]),
+        weights=weights,
+        starts=torch.tensor([0, *np.cumsum([len(bag) for bag in bags[:-1]])]),
+        counts=counts,
+        entropy=((torch.special.entr(weights).sum() + (counts * counts.log()).sum()) / counts.sum()).item(),
+    )

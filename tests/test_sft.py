@@ -1,0 +1,123 @@
+"""Supervised warm-up: demonstrations are right-formed, and their targets are the exact distribution of every next token."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from mar import lessons, sft
+from mar.attention import group_attention
+from mar.fetch import resolve_model
+from mar.grammar import Grammar, parse
+from mar.model import Decoder
+from mar.prompts import load_tokenizer
+from mar.records import Example, Gold, UserError
+from mar.tasks import clinic
+
+PIECES = [
+    "<",
+    lessons.Field(["a", "ab", "b", "abc"], [0.1, 0.2, 0.3, 0.4], 1),
+    ">c",
+    lessons.Field(["x", "xyz"], [0.25, 0.75], 1),
+    "!",
+]
+
+
+def characters(text: str) -> list[int]:
+    return [ord(c) for c in text]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return load_tokenizer(resolve_model("embedded", "embedded", None)[0])
+
+
+def test_targets_are_the_enumerated_next_token_distribution():
+    options = [[(p, 1.0)] if isinstance(p, str) else list(zip(p.candidates, p.probabilities)) for p in PIECES]  # noqa: B905
+    texts: dict[str, float] = {}
+    for choice in itertools.product(*options):
+        text = "".join(part for part, _ in choice)
+        texts[text] = texts.get(text, 0.0) + math.prod(p for _, p in choice)
+    ids, targets = lessons.soft_targets(PIECES, characters, stop_id=0)
+    assert "".join(map(chr, ids[:-1])) == "<ab>cxyz!" and ids[-1] == 0
+    for position, target in enumerate(targets):
+        exact: dict[int, float] = {}
+        for text, p in texts.items():
+            row = [*characters(text), 0]
+            if row[:position] == ids[:position]:
+                exact[row[position]] = exact.get(row[position], 0.0) + p
+        total = sum(exact.values())
+        assert target == pytest.approx({token: p / total for token, p in exact.items()}, abs=1e-12)
+
+
+def test_demonstrations_read_back_in_every_form_with_distinct_answers(tokenizer):
+    rng, encode = np.random.default_rng(0), lessons.make_encode(tokenizer)
+    forms = set()
+    for example in clinic.load("train", 300):
+        grammar, _ = lessons.draw_grammar(rng)
+        ids, targets = lessons.soft_targets(
+            lessons.demonstration(example, grammar, [], rng), encode, tokenizer.eos_token_id
+        )
+        parsed = parse(tokenizer.decode(ids[:-1]), grammar)
+        assert parsed.reason is None and len(set(parsed.answers)) == grammar.num_answers
+        assert len(ids) == len(targets) and all(token in target for token, target in zip(ids, targets, strict=True))
+        forms.add((grammar.form, grammar.layout, grammar.thinking))
+    assert len(forms) >= 9
+
+
+def test_later_slots_exclude_what_was_said():
+    example = Example(
+        "x", "clinic", "?", tuple(Gold(n, (), p) for n, p in zip("abc", (0.5, 0.3, 0.2), strict=True)), "exact"
+    )
+    first, second, third = lessons.draw_answers(example, 3, [], np.random.default_rng(1))
+    assert sorted((first.text, second.text, third.text)) == ["a", "b", "c"]
+    assert first.text not in second.candidates and third.probabilities == [1.0]
+    chances = {"a": 0.5, "b": 0.3, "c": 0.2}
+    left = sum(chances[name] for name in second.candidates)
+    assert second.probabilities == pytest.approx([chances[name] / left for name in second.candidates])
+
+
+def test_an_example_without_probabilities_teaches_its_gold_among_others():
+    example = Example("x", "medqa", "Why? Because.", (Gold("gold", (), None),), "single")
+    fields = lessons.draw_answers(example, 3, ["gold", "p", "q", "r"], np.random.default_rng(0))
+    names = [field.text for field in fields]
+    assert "gold" in names and len(set(names)) == 3 and all(field.probabilities == [1.0] for field in fields)
+    with pytest.raises(UserError, match="too few different answers"):
+        lessons.demonstration(example, Grammar("rlvr_multi", 3), ["p"], np.random.default_rng(0))
+
+
+def test_loss_is_the_dense_cross_entropy(tokenizer):
+    torch.manual_seed(0)
+    model = Decoder(sft.embedded_config(len(tokenizer))).double()
+    rng = np.random.default_rng(0)
+    encode = lessons.make_encode(tokenizer)
+    lesson = lessons.make_lesson(clinic.load("train", 8), "diagnosis", tokenizer, encode, rng, hint=0.3)
+    packed, ends = lesson.packed, [*lesson.starts.tolist()[1:], len(lesson.weights)]
+    hidden = model.hidden(packed.ids, packed.positions, group_attention(packed))[packed.predict_from]
+    logprobs = (hidden @ model.head_weight.T).log_softmax(-1)
+    dense = torch.zeros_like(logprobs)
+    for row, (start, end) in enumerate(zip(lesson.starts.tolist(), ends, strict=True)):
+        dense[row].index_add_(0, lesson.alternatives[start:end], lesson.weights[start:end])
+    assert set(dense.sum(-1).round(decimals=9).tolist()) == {1.0, lessons.HINT_COUNTS}
+    expected = -(dense * logprobs).sum() / dense.sum()
+    loss = sft.lesson_loss(model, lesson)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-12)
+    shares = dense / dense.sum(-1, keepdim=True)
+    entropy = (torch.special.entr(shares).sum(-1) * dense.sum(-1)).sum() / dense.sum()
+    assert lesson.entropy == pytest.approx(entropy.item(), rel=1e-12)
+    ours, theirs = (torch.autograd.grad(x, model.embed.weight, retain_graph=True)[0] for x in (loss, expected))
+    torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
+
+
+def test_a_tokenizer_whose_pieces_do_not_join_is_refused():
+    class Spaced:
+        def __call__(self, text, **_):
+            return {"input_ids": [32, *characters(text)]}
+
+        def decode(self, ids, **_):
+            return "".join(map(chr, ids))
+
+    with pytest.raises(UserError, match="joins pieces"):
+        lessons.make_encode(Spaced())
