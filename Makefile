@@ -23,7 +23,7 @@ STAMP := $(ENV)/.mar-$(shell echo '$(CURDIR)' | cksum | cut -d' ' -f1)
 CPU := OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES=''
 PYTEST := $(CPU) $(BIN)/python -m pytest -q
 
-.PHONY: help setup train test test-slow lint format check smoke golden budget
+.PHONY: help setup train test test-slow lint format check smoke golden budget bench gpu
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -71,5 +71,11 @@ golden: setup ## the committed loss values come out again
 
 budget: setup ## lines of code against the budget
 	$(BIN)/python tests/line_budget.py
+
+bench: setup ## our sampler against transformers.generate (BENCH=--bars: every case)
+	$(BIN)/python experiments/bench/sampler.py $(or $(BENCH),--quick)
+
+gpu: setup ## the tests that need a CUDA device
+	$(BIN)/python -m pytest -q -m gpu $(ARGS)
 
 check: lint test test-slow smoke golden budget ## all of it; what CI runs

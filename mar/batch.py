@@ -24,6 +24,7 @@ class Batch:
     first_open: Tensor  # [B, S]
     segment_ids: Tensor  # [B, T]
     completion_mask: Tensor  # [B, T] bool
+    loss_mask: Tensor  # [B, T] bool: drawn tokens only, without those that the sampler put in
     sampler_logprobs: Tensor  # [B, T]
     full_logprobs: Tensor  # [B, T]
 
@@ -43,6 +44,9 @@ def make_batch(
     """Pad the per-token columns of all rollouts to [B, T]; `first_open` [S] is the grammar's (rewards.first_open)."""
     rows = [rollout for group in groups for rollout in group]
     lengths = torch.tensor([len(r.completion.ids) for r in rows])
+    positions = torch.arange(int(lengths.max()))
+    mask = positions < lengths[:, None]
+    start, end = torch.tensor([r.completion.inserted for r in rows]).T[..., None]
 
     def padded(columns: list[np.ndarray]) -> Tensor:
         tensors = [torch.from_numpy(np.ascontiguousarray(c)) for c in columns]
@@ -54,7 +58,8 @@ def make_batch(
         components=torch.from_numpy(np.stack([r.components for r in rows])).to(device),
         first_open=torch.from_numpy(first_open).expand(len(rows), -1).to(device),
         segment_ids=padded([r.segment_ids for r in rows]),
-        completion_mask=(torch.arange(int(lengths.max())) < lengths[:, None]).to(device),
+        completion_mask=mask.to(device),
+        loss_mask=(mask & ~((positions >= start) & (positions < end))).to(device),
         sampler_logprobs=padded([r.completion.sampler_logprobs for r in rows]),
         full_logprobs=padded([r.completion.full_logprobs for r in rows]),
     )

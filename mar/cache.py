@@ -1,5 +1,6 @@
-"""Key/value memory of the sampler: each prompt's once per group, each row's own beside it, and decode attention over both."""
+"""Key/value memory of the sampler, in fixed slots: each prompt's once, each row's own beside it, and decode attention over both."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,49 +13,61 @@ from mar.model import ModelConfig
 
 @dataclass
 class KVCache:
-    """Shapes: prompt_* [L, groups, Hkv, P, D], own_* [L, rows, Hkv, R, D]; `prompt_lengths` [groups]; `row_group` [rows].
+    """Q prompt slots of P tokens and S row slots of R tokens. The rows of a group read the same prompt entries; they are never copied per row.
 
-    The G rows of a group read the same prompt entries; they are never copied per row.
+    All of it is allocated once; rows and prompts come and go in their slots.
     """
 
-    prompt_keys: Tensor
+    prompt_keys: Tensor  # [L, Q, Hkv, P, D]
     prompt_values: Tensor
-    own_keys: Tensor
+    own_keys: Tensor  # [L, S, Hkv, R, D]
     own_values: Tensor
-    prompt_lengths: Tensor
-    row_group: Tensor
+    prompt_lengths: Tensor  # [Q]
+    own_lengths: Tensor  # [S] tokens of its own that a row has read
+    row_prompt: Tensor  # [S] the prompt slot that a row reads
+    members: Tensor  # [Q, M] the rows that read each prompt, padded with row 0
+    place: Tensor  # [S] where a row stands in `members`, flattened
 
     @classmethod
     def allocate(
-        cls, config: ModelConfig, prompt_lengths: list[int], rows_per_group: list[int], max_tokens: int, like: Tensor
+        cls, config: ModelConfig, num_prompts: int, prompt_tokens: int, num_rows: int, row_tokens: int, like: Tensor
     ) -> "KVCache":
-        """Room for these prompts and `max_tokens` of every row, in the dtype and on the device of `like`."""
+        """Empty slots, in the dtype and on the device of `like`."""
 
         def empty(count: int, tokens: int) -> Tensor:
             return like.new_zeros(config.num_layers, count, config.num_kv_heads, tokens, config.head_dim)
 
-        groups, rows, longest = len(prompt_lengths), sum(rows_per_group), max(prompt_lengths)
-        row_group = torch.repeat_interleave(torch.arange(groups), torch.tensor(rows_per_group)).to(like.device)
-        lengths = torch.tensor(prompt_lengths, device=like.device)
+        def integers(*shape: int) -> Tensor:
+            return torch.zeros(shape, dtype=torch.int64, device=like.device)
+
         return cls(
-            empty(groups, longest),
-            empty(groups, longest),
-            empty(rows, max_tokens),
-            empty(rows, max_tokens),
-            lengths,
-            row_group,
+            prompt_keys=empty(num_prompts, prompt_tokens),
+            prompt_values=empty(num_prompts, prompt_tokens),
+            own_keys=empty(num_rows, row_tokens),
+            own_values=empty(num_rows, row_tokens),
+            prompt_lengths=integers(num_prompts),
+            own_lengths=integers(num_rows),
+            row_prompt=integers(num_rows),
+            members=integers(num_prompts, 1),
+            place=integers(num_rows),
         )
 
-    def prefill_attend(self, prompts: list[tuple[int, int]]):  # type: ignore[no-untyped-def]
-        """An `attend` for `Decoder.hidden` over packed prompts ((start, length) each) that also fills the prompt cache."""
+    @property
+    def num_bytes(self) -> int:
+        """What the keys and values take."""
+        tensors = (self.prompt_keys, self.prompt_values, self.own_keys, self.own_values)
+        return sum(x.numel() * x.element_size() for x in tensors)
+
+    def prefill_attend(self, prompts: Sequence[tuple[int, int, int]]):  # type: ignore[no-untyped-def]
+        """An `attend` for `Decoder.hidden` over packed prompts, each (start, length, slot), that also fills their slots."""
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             out = torch.empty_like(q)
-            for group, (start, length) in enumerate(prompts):
+            for start, length, slot in prompts:
                 own = slice(start, start + length)
                 keys, values = (rearrange(x[own], "t h d -> 1 h t d") for x in (k, v))
-                self.prompt_keys[layer, group, :, :length] = keys[0]
-                self.prompt_values[layer, group, :, :length] = values[0]
+                self.prompt_keys[layer, slot, :, :length] = keys[0]
+                self.prompt_values[layer, slot, :, :length] = values[0]
                 queries = rearrange(q[own], "t h d -> 1 h t d")
                 mixed = F.scaled_dot_product_attention(queries, keys, values, is_causal=True, enable_gqa=True)
                 out[own] = rearrange(mixed, "1 h t d -> t h d")
@@ -62,46 +75,49 @@ class KVCache:
 
         return attend
 
-    def decode_attend(self, step: int):  # type: ignore[no-untyped-def]
-        """An `attend` for one new token per row, the row's token number `step`: one product per group over its prompt, one per row over its
-        own tokens, joined by their log-sum-exps."""
-        members, place = _members(self.row_group, len(self.prompt_lengths))
-        positions = torch.arange(self.prompt_keys.shape[3], device=self.prompt_lengths.device)
-        padding = (positions >= self.prompt_lengths[:, None])[:, None, None, :]  # [groups, 1, 1, P]
+    def decode_attend(self, width: int):  # type: ignore[no-untyped-def]
+        """An `attend` for one new token per row, at its `own_lengths`, all below `width`: one product per prompt over its slot, one per row
+        over its own tokens, joined by their log-sum-exps."""
+        device, rows = self.own_lengths.device, torch.arange(len(self.own_lengths), device=self.own_lengths.device)
+        unread = (torch.arange(width, device=device) > self.own_lengths[:, None])[:, None, None]  # [S, 1, 1, width]
+        positions = torch.arange(self.prompt_keys.shape[3], device=device)
+        padding = (positions >= self.prompt_lengths[:, None])[:, None, None]  # [Q, 1, 1, P]
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            kv_heads = k.shape[1]
-            q = rearrange(q, "b (h r) d -> b h r d", h=kv_heads) * q.shape[-1] ** -0.5
-            self.own_keys[layer, :, :, step] = k
-            self.own_values[layer, :, :, step] = v
-            scores = q @ self.own_keys[layer, :, :, : step + 1].mT  # [B, Hkv, r, t]
+            q = rearrange(q, "s (h r) d -> s h r d", h=k.shape[1]) * q.shape[-1] ** -0.5
+            own_keys, own_values = self.own_keys[layer], self.own_values[layer]
+            own_keys[rows, :, self.own_lengths], own_values[rows, :, self.own_lengths] = k, v
+            scores = (q @ own_keys[:, :, :width].mT).masked_fill_(unread, -torch.inf)  # [S, Hkv, r, width]
             own_lse = scores.logsumexp(-1, keepdim=True)
-            own = (scores - own_lse).exp() @ self.own_values[layer, :, :, : step + 1]
+            own = scores.sub_(own_lse).exp_() @ own_values[:, :, :width]
 
-            grouped = rearrange(q[members], "g m h r d -> g h (m r) d")
-            scores = (grouped @ self.prompt_keys[layer].mT).masked_fill(padding, -torch.inf)  # [groups, Hkv, m r, P]
+            grouped = rearrange(q[self.members], "g m h r d -> g h (m r) d")
+            scores = (grouped @ self.prompt_keys[layer].mT).masked_fill_(padding, -torch.inf)  # [Q, Hkv, M r, P]
             lse = scores.logsumexp(-1, keepdim=True)
-            shared = (scores - lse).exp() @ self.prompt_values[layer]
-            shared, lse = (rearrange(x, "g h (m r) d -> (g m) h r d", m=members.shape[1])[place] for x in (shared, lse))
+            shared = scores.sub_(lse).exp_() @ self.prompt_values[layer]
+            split = "g h (m r) d -> (g m) h r d"
+            shared, lse = (rearrange(x, split, m=self.members.shape[1])[self.place] for x in (shared, lse))
             share = torch.sigmoid(lse - own_lse)  # the prompt's part of the softmax mass
-            return rearrange(own + share * (shared - own), "b h r d -> b (h r) d")
+            return rearrange(own + share * (shared - own), "s h r d -> s (h r) d")
 
         return attend
 
-    def keep_rows(self, rows: Tensor) -> None:
-        """Drop all rows but these [n], and the prompts that no row reads any more."""
-        groups, self.row_group = torch.unique(self.row_group[rows], return_inverse=True)
+    def assign(self, row_prompt: Sequence[int], most: int) -> None:
+        """Say which prompt slot each row reads (-1: the row is free); at most `most` rows read one prompt."""
+        members: list[list[int]] = [[] for _ in range(self.members.shape[0])]
+        place = [0] * len(row_prompt)
+        for row, slot in enumerate(row_prompt):
+            if slot >= 0:
+                place[row] = slot * most + len(members[slot])
+                members[slot].append(row)
+        table = [rows + [0] * (most - len(rows)) for rows in members]
+        lines = (table, place, [max(slot, 0) for slot in row_prompt])
+        self.members, self.place, self.row_prompt = (torch.tensor(x, device=self.own_lengths.device) for x in lines)
+
+    def keep(self, rows: Tensor, prompts: Tensor) -> None:
+        """Drop all row slots and prompt slots but these; `assign` follows."""
         self.own_keys, self.own_values = self.own_keys[:, rows], self.own_values[:, rows]
-        if len(groups) < len(self.prompt_lengths):
-            self.prompt_keys, self.prompt_values = self.prompt_keys[:, groups], self.prompt_values[:, groups]
-            self.prompt_lengths = self.prompt_lengths[groups]
-
-
-def _members(row_group: Tensor, num_groups: int) -> tuple[Tensor, Tensor]:
-    """The rows of each group [groups, M] (padded with row 0) and each row's place in that table, flattened [rows]. Rows are in group order."""
-    counts = torch.bincount(row_group, minlength=num_groups)
-    within = torch.arange(len(row_group), device=row_group.device) - (counts.cumsum(0) - counts)[row_group]
-    width = int(counts.max())
-    members = torch.zeros(num_groups, width, dtype=torch.int64, device=row_group.device)
-    members[row_group, within] = torch.arange(len(row_group), device=row_group.device)
-    return members, row_group * width + within
+        self.own_lengths = self.own_lengths[rows]
+        if len(prompts) < len(self.prompt_lengths):
+            self.prompt_keys, self.prompt_values = self.prompt_keys[:, prompts], self.prompt_values[:, prompts]
+            self.prompt_lengths, self.members = self.prompt_lengths[prompts], self.members[prompts]

@@ -114,7 +114,11 @@ class RewardOptions:
 
 @dataclass
 class SamplerOptions:
+    """`conf/sampler/*.yaml`. Both need no change for the grammar: its last tag is followed by the stop token."""
+
     kv_budget_tokens: int = number("${scale.kv_budget_tokens}", low=1)  # tokens that the KV cache holds at once
+    stop_strings: list[str] = field(default_factory=list)  # a completion ends where one of them is complete
+    think_budget: int | None = number(None, low=1)  # `</think>` is put in after so many tokens; null = no limit
 
 
 @dataclass

@@ -5,6 +5,7 @@ be re-made alone, in any batch, on any number of ranks.
 """
 
 import hashlib
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -34,15 +35,51 @@ def uniforms(keys: Tensor, positions: Tensor) -> Tensor:
     return _shift(z ^ _shift(z, 31), 11).double() * 2.0**-53
 
 
-def draw_tokens(logits: Tensor, uniform: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """One token per row from softmax(logits / temperature) by inverting the cumulative distribution at `uniform`; temperature 0 takes the largest.
+@dataclass(frozen=True)
+class Truncation:
+    """Which tokens may be drawn: the `top_k` most probable (0: all), of these the fewest that hold `top_p` of the mass, of these those at
+    least `min_p` times as probable as the first. The rest is drawn from in proportion."""
 
-    logits [B, V], uniform [B] float64 -> tokens [B] int64, logprobs [B] (0 when temperature is 0).
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.top_k < 0 or not 0 < self.top_p <= 1 or not 0 <= self.min_p <= 1:
+            raise ValueError(f"top_k >= 0, 0 < top_p <= 1 and 0 <= min_p <= 1, not {self}")
+
+
+def truncated_logprobs(logprobs: Tensor, truncation: Truncation) -> Tensor:
+    """The log-probabilities [B, V] of the truncated distribution, -inf where nothing is drawn. Equal tokens are ranked by their id."""
+    if truncation == Truncation():
+        return logprobs
+    ranked, order = logprobs.sort(dim=-1, descending=True, stable=True)
+    if 0 < truncation.top_k < logprobs.shape[-1]:
+        ranked[:, truncation.top_k :] = -torch.inf
+    mass = torch.softmax(ranked.double(), -1)
+    before = mass.cumsum(-1) - mass  # what the more probable ones hold
+    keep = (before < truncation.top_p) & (mass >= truncation.min_p * mass[:, :1]) & (ranked > -torch.inf)
+    keep[:, 0] = True
+    kept = torch.full_like(logprobs, -torch.inf).scatter_(-1, order, ranked.masked_fill(~keep, -torch.inf))
+    return torch.log_softmax(kept, -1)
+
+
+def draw_tokens(
+    logits: Tensor, uniform: Tensor, temperature: float, truncation: Truncation = Truncation()
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One token per row from softmax(logits / temperature), truncated, by inverting the cumulative distribution at `uniform`; temperature 0
+    takes the largest logit.
+
+    logits [B, V], uniform [B] float64 -> tokens [B] int64, their log-probabilities in the distribution drawn from [B] (0 when temperature
+    is 0) and in that of temperature alone [B] (1 when temperature is 0).
     """
+    logprobs = torch.log_softmax(logits / (temperature or 1.0), dim=-1)
     if temperature == 0:
-        return logits.argmax(-1), torch.zeros_like(logits[:, 0])
-    logprobs = torch.log_softmax(logits / temperature, dim=-1)
-    cumulative = logprobs.double().exp().cumsum(-1)  # [B, V]; not exp_: a float64 tensor is its own double()
+        tokens = logits.argmax(-1)
+        return tokens, torch.zeros_like(logits[:, 0]), logprobs.gather(1, tokens[:, None]).squeeze(1)
+    kept = truncated_logprobs(logprobs, truncation)
+    cumulative = kept.double().exp().cumsum(-1)  # [B, V]; not exp_: a float64 tensor is its own double()
     tokens = torch.searchsorted(cumulative, (uniform * cumulative[:, -1])[:, None], right=True).squeeze(1)
     tokens = tokens.clamp_(max=logits.shape[1] - 1)
-    return tokens, logprobs.gather(1, tokens[:, None]).squeeze(1)
+    drawn, full = (x.gather(1, tokens[:, None]).squeeze(1) for x in (kept, logprobs))
+    return tokens, drawn, full

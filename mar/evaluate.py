@@ -32,7 +32,7 @@ class Protocol:
 def measure(model: Decoder, protocol: Protocol) -> tuple[dict[str, Any], list[Rollout]]:
     """The metrics of `set_metrics`, and the rollouts they were read from. Draws depend on seed and item alone, not on the training step."""
     p = protocol
-    groups = sample(model, p.prompts, 1, p.params, p.kv_budget_tokens, (p.seed, "eval", 0))
+    groups, _ = sample(model, p.prompts, 1, p.params, p.kv_budget_tokens, (p.seed, "eval", 0))
     rollouts = [group[0] for group in judge_groups(p.prompts, groups, p.grammar, p.spec, p.verifier, p.decode)]
     return set_metrics(rollouts, p.verifier, p.grammar.confident), rollouts
 

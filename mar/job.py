@@ -14,7 +14,7 @@ import torch
 from mar import __version__
 from mar.config import Config, RewardOptions
 from mar.evaluate import Protocol
-from mar.grammar import Grammar
+from mar.grammar import Grammar, render
 from mar.log import Display
 from mar.model import Decoder
 from mar.optim import make_optimizer
@@ -22,7 +22,7 @@ from mar.prompts import build_prompt, fit_grammar, load_tokenizer
 from mar.records import Example, Prompt, UserError
 from mar.rewards import RewardSpec, first_open
 from mar.rollout import make_decode
-from mar.sampler import Request, SamplingParams, waves
+from mar.sampler import Request, SamplingParams, capacity
 from mar.tasks import get_task
 from mar.tasks.common import Source
 from mar.tasks.medqa import chance_line
@@ -99,6 +99,34 @@ def reward_of(r: RewardOptions) -> RewardSpec:
     )
 
 
+def sampling_params(config: Config, grammar: Grammar, tokenizer: Any) -> SamplingParams:
+    """How completions are drawn. Raises UserError for a thinking budget that leaves no room for the answers."""
+    vocabulary, s, longest = tokenizer.get_vocab(), config.sampler, config.model.max_completion_tokens
+    stops = {tokenizer.eos_token_id, *(vocabulary[token] for token in STOP_TOKENS if token in vocabulary)}
+    close: tuple[int, ...] = ()
+    if s.think_budget is not None:
+        if not grammar.thinking:
+            raise UserError("sampler.think_budget limits thoughts and there are none: set model.thinking=true")
+        close = tuple(tokenizer("</think>", add_special_tokens=False)["input_ids"])
+        noun, K = get_task(config.data.task).noun, grammar.num_answers
+        answers = render(replace(grammar, thinking=False), [noun] * K, [0.5] * K)
+        room = len(tokenizer(answers, add_special_tokens=False)["input_ids"]) + len(close) + 1
+        if s.think_budget + room > longest:
+            raise UserError(
+                f"sampler.think_budget={s.think_budget} leaves {longest - s.think_budget} tokens and {K} answers need about {room}: "
+                "lower it, or raise model.max_completion_tokens"
+            )
+    return SamplingParams(
+        longest,
+        config.algo.temperature,
+        tuple(sorted(stops)),
+        stop_strings=tuple(s.stop_strings),
+        think_budget=s.think_budget,
+        think_close=close,
+        decode=make_decode(tokenizer),
+    )
+
+
 def build_job(config: Config, folder: Path, model_folder: Path, display: Display) -> Job:
     """Load data, tokenizer and model and prepare every prompt. Raises UserError with one sentence for whatever a user can get wrong."""
     model, data, r, o = config.model, config.data, config.reward, config.optim
@@ -112,20 +140,18 @@ def build_job(config: Config, folder: Path, model_folder: Path, display: Display
     spec = reward_of(r)
     prompts = make_prompts(config, train, grammar, tokenizer, data.train_split, display)
     longest = Request(max((p.ids for p in prompts), key=len), (0,) * config.algo.group_size)
-    list(
-        waves([longest], model.max_completion_tokens, config.sampler.kv_budget_tokens)
+    capacity(
+        [longest], model.max_completion_tokens, config.sampler.kv_budget_tokens
     )  # refuses a budget below one group
     gpu = config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available())
     policy = load_model(model_folder, dtype=getattr(torch, config.scale.dtype), device="cuda" if gpu else "cpu")
-    vocabulary = tokenizer.get_vocab()
-    stops = {tokenizer.eos_token_id, *(vocabulary[token] for token in STOP_TOKENS if token in vocabulary)}
     protocol = Protocol(
         prompts=make_prompts(config, held_out, grammar, tokenizer, data.eval_split, display),
         grammar=grammar,
         spec=spec,
         verifier=get_task(data.task).verifier,
         decode=make_decode(tokenizer),
-        params=SamplingParams(model.max_completion_tokens, config.algo.temperature, tuple(sorted(stops))),
+        params=sampling_params(config, grammar, tokenizer),
         kv_budget_tokens=config.sampler.kv_budget_tokens,
         seed=config.seed,
     )

@@ -60,7 +60,8 @@ class Prompt:
 class Completion:
     """What the model wrote, stop token included. One entry of each array per token.
 
-    `sampler_logprobs` belong to the distribution that was drawn from, `full_logprobs` to temperature alone. `finish_reason`: `stop` or `length`.
+    `sampler_logprobs` belong to the distribution that was drawn from, `full_logprobs` to temperature alone. `finish_reason`: `stop` (a stop token,
+    the last one), `stop_string` or `length`. `inserted`: the tokens [start, end) that the sampler put in (sampler.think_budget), not trained on.
     """
 
     sample_index: int
@@ -68,6 +69,7 @@ class Completion:
     sampler_logprobs: np.ndarray  # [R] float32, of a float64 model float64
     full_logprobs: np.ndarray  # [R] likewise
     finish_reason: str
+    inserted: tuple[int, int] = (0, 0)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from mar.grammar import Grammar, decode_with_starts, parse
 from mar.model import Decoder
 from mar.records import Completion, Prompt, Rollout
 from mar.rewards import RewardSpec, reward
-from mar.sampler import Request, SamplingParams, generate
+from mar.sampler import Generation, Request, SamplingParams, generate
 from mar.verify import VERIFIERS, matching_increments, repeats
 
 Decode = Callable[[tuple[int, ...]], str]
@@ -35,18 +35,23 @@ def sample(
     params: SamplingParams,
     kv_budget_tokens: int,
     identity: tuple[int | str, ...],
-) -> list[list[Completion]]:
-    """`group_size` completions of every prompt. `identity` (run seed, stage, step), prompt id, its occurrence and sample index fix every draw."""
+) -> tuple[list[list[Completion]], Generation]:
+    """`group_size` completions of every prompt, and how the sampler did. `identity` (run seed, stage, step), prompt id, its occurrence and sample
+    index fix every draw."""
     seen: Counter[str] = Counter()  # a prompt asked twice in one step gets two different groups
     requests = []
     for p in prompts:
         requests.append(Request(p.ids, tuple(stream_key(*identity, p.id, seen[p.id], g) for g in range(group_size))))
         seen[p.id] += 1
-    groups = generate(model, requests, params, kv_budget_tokens)
-    return [
-        [Completion(g, s.ids, s.sampler_logprobs, s.full_logprobs, s.finish_reason) for g, s in enumerate(group)]
-        for group in groups
+    generation = generate(model, requests, params, kv_budget_tokens)
+    completions = [
+        [
+            Completion(g, s.ids, s.sampler_logprobs, s.full_logprobs, s.finish_reason, s.inserted)
+            for g, s in enumerate(group)
+        ]
+        for group in generation.groups
     ]
+    return completions, generation
 
 
 def judge_completion(

@@ -1,138 +1,331 @@
-"""Our sampler: admit groups under a KV budget, prefill each prompt once, decode all rows together, retire rows as they stop."""
+"""Our sampler: rows and prompts live in fixed slots of one KV cache; a row that stops makes room for the next at once.
 
-from collections.abc import Iterator, Sequence
+Each prompt is computed once, for all rows of its group, whenever they run. No draw depends on the slot, the batch or the time: see draw.py.
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from mar.cache import KVCache
-from mar.draw import draw_tokens, uniforms
+from mar.draw import Truncation, draw_tokens, uniforms
+from mar.grammar import decode_with_starts
 from mar.model import Decoder
 from mar.records import UserError
 
-RETIRE_EVERY = 8  # steps between two looks for finished rows: each look waits for the device
+RETIRE_EVERY = 8  # steps between two looks for finished rows where a look waits for the device
+PREFILL_TOKENS = 4096  # prompts are computed this many tokens at a time: no larger activations, and on a CPU they stay near the caches
+WORTH_SHRINKING = 7 / 8  # with nothing left to admit, free slots are dropped when fewer than this are in use
 
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How tokens are drawn. temperature 0 is greedy; a row ends after a token of `stop_ids` (kept) or after `max_tokens`."""
+    """How tokens are drawn. temperature 0 is greedy; a row ends after a token of `stop_ids` (kept), after the token that completes one of
+    `stop_strings`, or after `max_tokens`. A row that has not written `</think>` within `think_budget` tokens gets the tokens `think_close`."""
 
     max_tokens: int
     temperature: float = 1.0
     stop_ids: tuple[int, ...] = ()
+    truncation: Truncation = Truncation()
+    stop_strings: tuple[str, ...] = ()
+    think_budget: int | None = None
+    think_close: tuple[int, ...] = ()
+    decode: Callable[[tuple[int, ...]], str] | None = None  # needed by stop_strings and think_budget
+
+    def __post_init__(self) -> None:
+        if (self.stop_strings or self.think_budget is not None) and self.decode is None:
+            raise ValueError("stop_strings and think_budget read text: they need decode")
+        if self.think_budget is not None and not 0 <= self.think_budget <= self.max_tokens - len(self.think_close) - 1:
+            raise ValueError(f"think_budget={self.think_budget} leaves no room below max_tokens={self.max_tokens}")
 
 
 @dataclass(frozen=True)
 class Request:
-    """One prompt and the random stream (draw.stream_key) of each of its completions."""
+    """One prompt, and for each of its completions the random stream (draw.stream_key) and, where `limits` are given, its own `max_tokens`."""
 
     prompt_ids: tuple[int, ...]
     keys: tuple[int, ...]
+    limits: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
 class Sampled:
-    """One completion: `sampler_logprobs` of the distribution drawn from, `full_logprobs` of temperature alone (1 when greedy)."""
+    """One completion: `sampler_logprobs` of the distribution drawn from, `full_logprobs` of temperature alone (1 when greedy).
+
+    `finish_reason`: `stop` (a stop token, the last one), `stop_string` or `length`. `inserted`: the tokens [start, end) that were put in, not drawn.
+    """
 
     ids: np.ndarray
     sampler_logprobs: np.ndarray
     full_logprobs: np.ndarray
     finish_reason: str
+    inserted: tuple[int, int] = (0, 0)
 
 
-def waves(requests: Sequence[Request], max_tokens: int, kv_budget_tokens: int) -> Iterator[list[int]]:
-    """Indices of requests that fit the budget together, in order. A group needs its prompt once and `max_tokens` per row; the prompts of a
-    wave are padded to the longest."""
-    wave: list[int] = []
-    longest, own = 0, 0
-    for index, request in enumerate(requests):
-        length, rows = len(request.prompt_ids), len(request.keys) * max_tokens
-        need = length + rows
-        if need > kv_budget_tokens:
+@dataclass(frozen=True)
+class Generation:
+    """Completions of every request, one per key, and how it went: decode steps, the share of row slots in use while prompts waited (None:
+    none ever did), bytes of the KV cache."""
+
+    groups: list[list[Sampled]]
+    num_steps: int
+    occupancy: float | None
+    kv_bytes: int
+
+
+def capacity(requests: Sequence[Request], max_tokens: int, kv_budget_tokens: int) -> tuple[int, int]:
+    """(prompt slots, row slots) within the budget; a prompt slot is as long as the longest prompt.
+
+    Beside the prompts whose rows fill the row slots there is room for as many again, of which only slow rows are left. Raises UserError where
+    one group alone does not fit.
+    """
+    longest, largest = max(len(r.prompt_ids) for r in requests), max(len(r.keys) for r in requests)
+    for length, group in {(len(r.prompt_ids), len(r.keys)) for r in requests} | {(longest, largest)}:
+        if (need := length + group * max_tokens) > kv_budget_tokens:
             raise UserError(
-                f"one group needs {need} tokens of KV memory (prompt {length} + {len(request.keys)} x {max_tokens}): "
-                f"raise scale.kv_budget_tokens from {kv_budget_tokens}, or lower algo.group_size or model.max_completion_tokens"
+                f"one group needs {need} tokens of KV memory (prompt {length} + {group} x {max_tokens}): raise "
+                f"scale.kv_budget_tokens from {kv_budget_tokens}, or lower algo.group_size or model.max_completion_tokens"
             )
-        if (len(wave) + 1) * max(longest, length) + own + rows > kv_budget_tokens:
-            yield wave
-            wave, longest, own = [], 0, 0
-        wave.append(index)
-        longest, own = max(longest, length), own + rows
-    if wave:
-        yield wave
+
+    def prompts_for(rows: int) -> int:
+        return min(len(requests), rows, 2 * -(-rows // largest) + 1)
+
+    rows = sum(len(r.keys) for r in requests)
+    if len(requests) * longest + rows * max_tokens > kv_budget_tokens:
+        rows = min(rows, kv_budget_tokens // max_tokens)
+        while rows > largest and prompts_for(rows) * longest + rows * max_tokens > kv_budget_tokens:
+            rows -= 1
+    return min(len(requests), rows, (kv_budget_tokens - rows * max_tokens) // longest), rows
+
+
+def decode_step(model: Decoder, cache: KVCache, tokens: Tensor, width: int) -> Tensor:
+    """Feed one token [S] to every row slot; returns the hidden states [S, d]. A function of static buffers: nothing here depends on values."""
+    positions = cache.prompt_lengths[cache.row_prompt] + cache.own_lengths
+    return model.hidden(tokens, positions, cache.decode_attend(width))
 
 
 @torch.inference_mode()
-def generate(
-    model: Decoder, requests: Sequence[Request], params: SamplingParams, kv_budget_tokens: int
-) -> list[list[Sampled]]:
-    """Completions of every request, in its order: one list per request, one entry per key."""
-    results: list[list[Sampled]] = [[] for _ in requests]
-    for wave in waves(requests, params.max_tokens, kv_budget_tokens):
-        for index, group in zip(wave, _generate_wave(model, [requests[i] for i in wave], params), strict=True):
-            results[index] = group
-    return results
+def generate(model: Decoder, requests: Sequence[Request], params: SamplingParams, kv_budget_tokens: int) -> Generation:
+    """Sample every request. Raises UserError where a group does not fit the budget."""
+    if not requests:
+        return Generation([], 0, None, 0)
+    if any(not r.prompt_ids for r in requests):
+        raise ValueError("a prompt is empty")
+    slots = _Slots(model, requests, params, kv_budget_tokens)
+    while True:
+        slots.admit()
+        tokens = slots.draw()
+        if slots.num_steps % slots.retire_every == 0:
+            slots.retire()
+            if not slots.waiting and not (slots.held >= 0).any():
+                return slots.result()
+        slots.feed(tokens)
 
 
-def _prefill(model: Decoder, cache: KVCache, requests: Sequence[Request]) -> Tensor:
-    """Run the packed prompts once, fill the prompt cache, and return the hidden state after each prompt [groups, d]."""
-    device = cache.prompt_keys.device
-    lengths = [len(r.prompt_ids) for r in requests]
-    starts = np.cumsum([0, *lengths[:-1]])
-    ids = torch.tensor([i for r in requests for i in r.prompt_ids], device=device)
-    positions = torch.cat([torch.arange(n) for n in lengths]).to(device)
-    hidden = model.hidden(
-        ids, positions, cache.prefill_attend([(int(s), n) for s, n in zip(starts, lengths, strict=True)])
-    )
-    return hidden[torch.tensor(starts + np.array(lengths) - 1, device=device)]
+class _Slots:
+    """The state of one `generate`. Host side: which completion each row slot holds and how old it is. Device side: everything per token."""
+
+    def __init__(self, model: Decoder, requests: Sequence[Request], params: SamplingParams, budget: int) -> None:
+        weight, longest = model.head_weight, max(len(r.prompt_ids) for r in requests)
+        self.model, self.requests, self.params, self.device = model, requests, params, weight.device
+        self.most = max(len(r.keys) for r in requests)
+        num_prompts, num_rows = capacity(requests, params.max_tokens, budget)
+        self.num_rows = num_rows
+        self.cache = KVCache.allocate(model.config, num_prompts, longest, num_rows, params.max_tokens, weight)
+        self.kv_bytes = self.cache.num_bytes
+        self.retire_every = 1 if self.device.type == "cpu" and not params.stop_strings else RETIRE_EVERY
+        self.num_steps, self.waited_until = 0, 0
+
+        owner = [i for i, r in enumerate(requests) for _ in r.keys]
+        self.owner, self.keys = owner, [key for r in requests for key in r.keys]
+        longest_allowed = [limit for r in requests for limit in r.limits or (params.max_tokens,) * len(r.keys)]
+        self.limits = np.minimum(np.array(longest_allowed, dtype=np.int64), params.max_tokens)
+        self.waiting = deque(range(len(owner)))
+        self.entered = np.zeros(len(owner), dtype=np.int64)  # the step at which a completion got its slot
+        self.results: list[Sampled | None] = [None] * len(owner)
+        self.unfinished = [len(r.keys) for r in requests]
+        self.free_prompts, self.slot_of = deque(range(num_prompts)), dict[int, int]()
+        self.held = np.full(num_rows, -1)  # the completion in each row slot, -1: free
+        self.ages = np.zeros(num_rows, dtype=np.int64)  # tokens drawn
+
+        size, precise = weight.shape[1], torch.promote_types(weight.dtype, torch.float32)
+        self.stops = torch.tensor(params.stop_ids, dtype=torch.int64, device=self.device)
+        self.close = torch.tensor(params.think_close, dtype=torch.int64, device=self.device)
+        self.prompt_hidden = weight.new_zeros(num_prompts, size)
+        self.rows = {  # one entry per row slot; column R of the [S, R + 1] ones takes what a finished row still writes
+            "key": torch.zeros(num_rows, dtype=torch.int64, device=self.device),
+            "hidden": weight.new_zeros(num_rows, size),
+            "length": torch.zeros(num_rows, dtype=torch.int64, device=self.device),
+            "stopped": torch.zeros(num_rows, dtype=torch.bool, device=self.device),
+            "done": torch.ones(num_rows, dtype=torch.bool, device=self.device),
+            "insert_at": torch.full((num_rows,), params.max_tokens, device=self.device),
+            "tokens": torch.zeros(num_rows, params.max_tokens + 1, dtype=torch.int64, device=self.device),
+            "drawn": torch.zeros(num_rows, params.max_tokens + 1, dtype=precise, device=self.device),
+            "full": torch.zeros(num_rows, params.max_tokens + 1, dtype=precise, device=self.device),
+        }
+
+    def admit(self) -> None:
+        """Fill free row slots with waiting completions, in order; a prompt is computed when its first row enters."""
+        if self.waiting:
+            self.waited_until = self.num_steps
+        free, placed, prompts = deque(np.flatnonzero(self.held < 0).tolist()), [], []
+        while self.waiting and free:
+            request = self.owner[self.waiting[0]]
+            if request not in self.slot_of:
+                if not self.free_prompts:
+                    break
+                self.slot_of[request] = self.free_prompts.popleft()
+                prompts.append(request)
+            placed.append(free.popleft())
+            self.held[placed[-1]] = self.waiting.popleft()
+        self.entered[self.held[placed]] = self.num_steps
+        if not placed:
+            return
+        for chunk in _chunks(prompts, [len(self.requests[i].prompt_ids) for i in prompts], PREFILL_TOKENS):
+            self.prefill(chunk)
+        self.ages[placed] = 0
+        self.reassign()
+        at = torch.tensor(placed, device=self.device)
+        keys = [self.keys[i] for i in self.held[placed]]
+        self.cache.own_lengths[at] = 0
+        limits = torch.from_numpy(self.limits[self.held[placed]]).to(self.device)
+        values: dict[str, Any] = {"key": torch.tensor(keys, device=self.device), "length": limits}
+        values |= {"hidden": self.prompt_hidden[self.cache.row_prompt[at]], "insert_at": self.params.max_tokens}
+        for name, value in {**values, "stopped": False, "done": False}.items():
+            self.rows[name][at] = value
+
+    def prefill(self, chosen: Sequence[int]) -> None:
+        """Compute these requests' prompts into their slots; keep the hidden state after each, from which all its rows draw first."""
+        slots, lengths = [self.slot_of[i] for i in chosen], [len(self.requests[i].prompt_ids) for i in chosen]
+        starts = np.cumsum([0, *lengths[:-1]])
+        ids = torch.tensor([token for i in chosen for token in self.requests[i].prompt_ids], device=self.device)
+        positions = torch.cat([torch.arange(n) for n in lengths]).to(self.device)
+        attend = self.cache.prefill_attend(list(zip(starts.tolist(), lengths, slots, strict=True)))
+        last = torch.tensor(starts + np.array(lengths) - 1, device=self.device)
+        self.prompt_hidden[slots] = self.model.hidden(ids, positions, attend)[last]
+        self.cache.prompt_lengths[slots] = torch.tensor(lengths, device=self.device)
+
+    def draw(self) -> Tensor:
+        """Draw and record one token of every row [S]."""
+        rows, params, at = self.rows, self.params, self.cache.own_lengths
+        if params.think_budget is not None:
+            self.close_thoughts(np.flatnonzero((self.held >= 0) & (self.ages == params.think_budget)).tolist())
+        logits = (rows["hidden"] @ self.model.head_weight.T).to(rows["full"].dtype)
+        token, drawn, full = draw_tokens(logits, uniforms(rows["key"], at), params.temperature, params.truncation)
+        if len(self.close):
+            into = at - rows["insert_at"]
+            inside = (into >= 0) & (into < len(self.close))
+            token = torch.where(inside, self.close[into.clamp(0, len(self.close) - 1)], token)
+            fixed = torch.log_softmax(logits / (params.temperature or 1.0), -1).gather(1, token[:, None])[:, 0]
+            drawn, full = torch.where(inside, 0.0, drawn), torch.where(inside, fixed, full)
+        column = torch.where(rows["done"], params.max_tokens, at)[:, None]
+        for name, value in (("tokens", token), ("drawn", drawn), ("full", full)):
+            rows[name].scatter_(1, column, value[:, None])
+        ends = torch.isin(token, self.stops) & ~rows["done"]
+        rows["length"].copy_(torch.where(ends, at + 1, rows["length"]))
+        rows["stopped"] |= ends
+        rows["done"] |= ends | (at + 1 >= rows["length"])
+        self.num_steps += 1
+        self.ages += 1
+        return token
+
+    def feed(self, tokens: Tensor) -> None:
+        """The hidden states from which the next tokens are drawn."""
+        cache, oldest = self.cache, int(self.ages[self.held >= 0].max(initial=1))
+        if len(tokens) != len(self.held):  # slots were dropped since the draw
+            tokens = self.rows["tokens"].gather(1, cache.own_lengths[:, None])[:, 0]
+        width = min(oldest, self.params.max_tokens)
+        cache.own_lengths.clamp_(
+            max=width - 1
+        )  # rows that are done, or slots that are free, write over their last entry
+        self.rows["hidden"] = decode_step(self.model, cache, tokens, width)
+        cache.own_lengths += 1
+
+    def close_thoughts(self, rows: Iterable[int]) -> None:
+        """Rows at their budget: those that still think get `think_close` as their next tokens."""
+        budget, decode = self.params.think_budget, self.params.decode
+        assert budget is not None and decode is not None
+        for row in rows:
+            if "</think>" not in decode(tuple(self.rows["tokens"][row, :budget].tolist())):
+                self.rows["insert_at"][row] = budget
+
+    def retire(self) -> None:
+        """Take out the rows that are done, and drop their slots when nobody waits for them."""
+        if self.params.stop_strings:
+            self.find_stop_strings()
+        done = self.rows["done"].cpu().numpy() & (self.held >= 0)
+        rows = np.flatnonzero(done).tolist()
+        if not rows:
+            return
+        columns = ("tokens", "drawn", "full", "length", "stopped", "insert_at")
+        tokens, drawn, full, lengths, stopped, inserts = (self.rows[name][rows].cpu().numpy() for name in columns)
+        for i, row in enumerate(rows):
+            completion, n, start = int(self.held[row]), int(lengths[i]), int(inserts[i])
+            reason = "stop" if stopped[i] else "length" if n == self.limits[completion] else "stop_string"
+            inserted = (min(start, n), min(start + len(self.close), n)) if start < n else (0, 0)
+            columns_of_row = (tokens[i, :n].copy(), drawn[i, :n].copy(), full[i, :n].copy())
+            self.results[completion] = Sampled(*columns_of_row, reason, inserted)
+            self.unfinished[self.owner[completion]] -= 1
+            if self.unfinished[self.owner[completion]] == 0:
+                self.free_prompts.append(self.slot_of.pop(self.owner[completion]))
+        self.held[rows] = -1
+        live = np.flatnonzero(self.held >= 0)
+        if not self.waiting and 0 < len(live) < WORTH_SHRINKING * len(self.held):
+            self.shrink(live)
+
+    def shrink(self, live: np.ndarray) -> None:
+        """Keep only the slots in use."""
+        prompts = sorted(self.slot_of.values())
+        rows = torch.from_numpy(live).to(self.device)
+        self.cache.keep(rows, torch.tensor(prompts, device=self.device))
+        self.rows = {name: value[rows] for name, value in self.rows.items()}
+        self.held, self.ages = self.held[live], self.ages[live]
+        if len(prompts) < len(self.prompt_hidden):
+            self.slot_of = {request: prompts.index(slot) for request, slot in self.slot_of.items()}
+            self.prompt_hidden = self.prompt_hidden[prompts]
+        self.reassign()
+
+    def reassign(self) -> None:
+        self.cache.assign([-1 if i < 0 else self.slot_of[self.owner[i]] for i in self.held], self.most)
+
+    def find_stop_strings(self) -> None:
+        """End rows at the token that completes a stop string; only the text that is new since the last look is read."""
+        assert self.params.decode is not None
+        reach = self.retire_every + 4 * max(map(len, self.params.stop_strings))  # a character has at most four tokens
+        for row in np.flatnonzero(self.held >= 0).tolist():
+            end = int(min(self.ages[row], self.rows["length"][row].item()))
+            start = max(0, end - reach)
+            text, starts = decode_with_starts(self.rows["tokens"][row, start:end].tolist(), self.params.decode)
+            found = [text.find(stop) + len(stop) for stop in self.params.stop_strings if stop in text]
+            if found:
+                length = start + int(np.searchsorted(np.append(starts[1:], len(text)), min(found))) + 1
+                if length < end or not self.rows["stopped"][row]:
+                    self.rows["length"][row], self.rows["stopped"][row], self.rows["done"][row] = length, False, True
+
+    def result(self) -> Generation:
+        """In the order of the requests."""
+        ends = np.cumsum([0, *(len(r.keys) for r in self.requests)])
+        whole = [sampled for sampled in self.results if sampled is not None]
+        groups = [whole[a:b] for a, b in zip(ends[:-1], ends[1:], strict=True)]
+        left = np.minimum(self.entered + [len(s.ids) for s in whole], self.waited_until)
+        offered = self.num_rows * self.waited_until
+        occupancy = float(np.maximum(left - self.entered, 0).sum() / offered) if offered else None
+        return Generation(groups, self.num_steps, occupancy, self.kv_bytes)
 
 
-def _generate_wave(model: Decoder, requests: Sequence[Request], params: SamplingParams) -> list[list[Sampled]]:
-    weight = model.head_weight
-    device, rows_per_group = weight.device, [len(r.keys) for r in requests]
-    precise = torch.promote_types(weight.dtype, torch.float32)
-    cache = KVCache.allocate(
-        model.config, [len(r.prompt_ids) for r in requests], rows_per_group, params.max_tokens, weight
-    )
-    hidden = _prefill(model, cache, requests)[cache.row_group]  # each row draws its own first token
-    keys = torch.tensor([key for r in requests for key in r.keys], device=device)
-    stops = torch.tensor(params.stop_ids, dtype=torch.int64, device=device)
-    positions = cache.prompt_lengths[cache.row_group]
-
-    rows = torch.arange(len(keys), device=device)  # which completion each live row is
-    tokens = torch.zeros(len(keys), params.max_tokens, dtype=torch.int64, device=device)
-    drawn_logprobs, full_logprobs = (
-        torch.zeros(len(keys), params.max_tokens, dtype=precise, device=device) for _ in range(2)
-    )
-    lengths = torch.full((len(keys),), params.max_tokens, device=device)
-    stopped = torch.zeros(len(keys), dtype=torch.bool, device=device)
-    for step in range(params.max_tokens):
-        logits = (hidden @ weight.T).to(precise)
-        token, logprob = draw_tokens(logits, uniforms(keys[rows], torch.full_like(rows, step)), params.temperature)
-        tokens[rows, step], drawn_logprobs[rows, step] = token, logprob
-        full_logprobs[rows, step] = (
-            logprob if params.temperature else logits.log_softmax(-1).gather(1, token[:, None])[:, 0]
-        )
-        ends = torch.isin(token, stops) & ~stopped[rows]
-        lengths[rows] = torch.where(ends, step + 1, lengths[rows])
-        stopped[rows] |= ends
-        if step + 1 == params.max_tokens:
-            break
-        if (step + 1) % RETIRE_EVERY == 0:
-            live = (~stopped[rows]).nonzero()[:, 0]
-            if len(live) == 0:
-                break
-            if len(live) < len(rows):
-                cache.keep_rows(live)
-                rows, token = rows[live], token[live]
-        hidden = model.hidden(token, positions[rows] + step, cache.decode_attend(step))
-    ids, drawn, full = (x.cpu().numpy() for x in (tokens, drawn_logprobs, full_logprobs))
-    reasons = ["stop" if s else "length" for s in stopped.tolist()]
-    flat = [
-        Sampled(ids[i, :n].copy(), drawn[i, :n].copy(), full[i, :n].copy(), reason)
-        for i, (n, reason) in enumerate(zip(lengths.tolist(), reasons, strict=True))
-    ]
-    splits = np.cumsum([0, *rows_per_group])
-    return [flat[a:b] for a, b in zip(splits[:-1], splits[1:], strict=True)]
+def _chunks(items: Sequence[int], sizes: Sequence[int], most: int) -> list[list[int]]:
+    """Consecutive items whose sizes add up to at most `most` (or one larger item)."""
+    out: list[list[int]] = []
+    total = 0
+    for item, size in zip(items, sizes, strict=True):
+        if not out or total + size > most:
+            out.append([])
+            total = 0
+        out[-1].append(item)
+        total += size
+    return out

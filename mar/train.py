@@ -38,7 +38,7 @@ INTERRUPTED = 130
 def update(job: Job, batch: Batch, advantages: Tensor, lr: float) -> dict[str, float]:
     """One optimizer step on the whole batch, in micro-batches whose gradients add up to the same whatever the cut."""
     config, mask = job.config, batch.completion_mask
-    weights = token_weights(mask, config.algo.aggregation, config.model.max_completion_tokens)
+    weights = token_weights(batch.loss_mask, config.algo.aggregation, config.model.max_completion_tokens)
     job.optimizer.zero_grad()
     loss, entropy, mismatch = 0.0, 0.0, 0.0
     for micro in micro_batches(batch, config.train.micro_batch_tokens):
@@ -69,7 +69,7 @@ def train_step(job: Job, step: int) -> tuple[dict[str, Any], list[Rollout]]:
     lr = learning_rate(step, config.train.steps, config.optim.lr, config.optim.warmup_frac, config.optim.schedule)
     clock = [time.perf_counter()]
     prompts = job.prompts_of(step)
-    completions = sample(
+    completions, generation = sample(
         job.model, prompts, config.algo.group_size, p.params, p.kv_budget_tokens, (config.seed, "train", step)
     )
     clock.append(time.perf_counter())
@@ -89,6 +89,8 @@ def train_step(job: Job, step: int) -> tuple[dict[str, Any], list[Rollout]]:
         "adv/zero_group_frac": zero_group_frac(batch),
         **{f"train/{name}": value for name, value in sets.items()},
         "train/truncated_frac": float(np.mean([r.completion.finish_reason == "length" for r in rollouts])),
+        "sampler/decode_steps": generation.num_steps,
+        "sampler/occupancy": generation.occupancy,
         "perf/sample_s": clock[1] - clock[0],
         "perf/verify_s": clock[2] - clock[1],
         "perf/update_s": clock[3] - clock[2],

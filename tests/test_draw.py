@@ -5,7 +5,7 @@ import pytest
 import torch
 from scipy.stats import chisquare
 
-from mar.draw import draw_tokens, stream_key, uniforms
+from mar.draw import Truncation, draw_tokens, stream_key, truncated_logprobs, uniforms
 
 MASK = 2**64 - 1
 
@@ -85,7 +85,7 @@ def test_draw_inverts_the_cumulative_distribution():
     for temperature in (0.7, 1.0, 2.0):
         exact = (logits / temperature).log_softmax(0)
         grid = (torch.arange(n, dtype=torch.float64) + 0.5) / n
-        tokens, logprobs = draw_tokens(logits.expand(n, -1), grid, temperature)
+        tokens, logprobs, _ = draw_tokens(logits.expand(n, -1), grid, temperature)
         counts = torch.bincount(tokens, minlength=9)
         assert (counts - n * exact.exp()).abs().max() <= 1  # an even grid leaves no room for chance
         torch.testing.assert_close(logprobs, exact[tokens], atol=1e-12, rtol=0)
@@ -95,7 +95,7 @@ def test_draws_pass_chi_squared():
     torch.manual_seed(1)
     logits = torch.randn(12)
     keys = torch.tensor([stream_key("chi", i) for i in range(5000)])
-    tokens, _ = draw_tokens(logits.expand(5000, -1), uniforms(keys, torch.zeros_like(keys)), 0.8)
+    tokens, _, _ = draw_tokens(logits.expand(5000, -1), uniforms(keys, torch.zeros_like(keys)), 0.8)
     counts = torch.bincount(tokens, minlength=12).double()
     assert chisquare(counts, 5000 * (logits.double() / 0.8).softmax(0)).pvalue > 1e-3
 
@@ -106,7 +106,7 @@ def test_impossible_tokens_are_never_drawn(dtype):
     logits = torch.tensor([off, 0.0, off, off, 0.0, 0.0, -800.0, off, 0.0, off, off], dtype=dtype)
     edges = [0.0, 5e-324, 0.25, 0.5, 0.75, 1 - 2.0**-53]
     u = torch.tensor(edges + [np.nextafter(e, 0.0) for e in edges[2:]], dtype=torch.float64)
-    tokens, logprobs = draw_tokens(logits.expand(len(u), -1), u, 1.0)
+    tokens, logprobs, _ = draw_tokens(logits.expand(len(u), -1), u, 1.0)
     assert set(tokens.tolist()) <= {1, 4, 5, 8}
     assert torch.isfinite(logprobs).all()
     assert tokens[0] == 1 and tokens[5] == 8
@@ -114,6 +114,29 @@ def test_impossible_tokens_are_never_drawn(dtype):
 
 def test_temperature_zero_takes_the_largest():
     logits = torch.tensor([[0.0, 3.0, 2.999], [5.0, -torch.inf, 5.1]])
-    tokens, logprobs = draw_tokens(logits, torch.tensor([0.0, 1 - 2.0**-53], dtype=torch.float64), 0.0)
+    tokens, logprobs, _ = draw_tokens(logits, torch.tensor([0.0, 1 - 2.0**-53], dtype=torch.float64), 0.0)
     assert tokens.tolist() == [1, 2]
     assert logprobs.tolist() == [0.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    "top_k, top_p, min_p", [(3, 1.0, 0.0), (0, 0.7, 0.0), (0, 1.0, 0.3), (6, 0.8, 0.1), (50, 0.999, 0.001)]
+)
+def test_truncation_keeps_what_it_says(top_k, top_p, min_p):
+    torch.manual_seed(3)
+    logprobs = (2 * torch.randn(20, 11, dtype=torch.float64)).log_softmax(-1)
+    ours = truncated_logprobs(logprobs, Truncation(top_k, top_p, min_p)).exp()
+    for row, got in zip(logprobs.exp().tolist(), ours.tolist(), strict=True):
+        ranked = sorted(range(11), key=lambda i: -row[i])[: top_k or None]
+        mass, kept = sum(row[i] for i in ranked), []
+        for i in ranked:
+            if sum(row[j] for j in kept) / mass < top_p and row[i] >= min_p * row[ranked[0]]:
+                kept.append(i)
+        total = sum(row[i] for i in kept)
+        assert got == pytest.approx([row[i] / total if i in kept else 0.0 for i in range(11)], abs=1e-12)
+
+
+@pytest.mark.parametrize("values", [(-1, 1.0, 0.0), (0, 0.0, 0.0), (0, 1.5, 0.0), (0, 1.0, -0.1), (0, 1.0, 2.0)])
+def test_nonsense_truncation_is_refused(values):
+    with pytest.raises(ValueError, match="top_k >= 0"):
+        Truncation(*values)

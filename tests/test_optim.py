@@ -117,7 +117,7 @@ def test_the_whole_loop_finds_the_rewarded_completion(tiny_model):
     optimizer, params = make_optimizer(model, 0.01, (0.9, 0.95), 1e-8, 0.0), SamplingParams(2)
     totals = []
     for step in range(45):
-        sampled = sample(model, prompts, 24, params, 1000, (0, "train", step))
+        sampled, _ = sample(model, prompts, 24, params, 1000, (0, "train", step))
         groups = [
             [as_rollout(p, c, (c.ids == target).astype(float)) for c in group]
             for p, group, target in zip(prompts, sampled, wanted, strict=True)

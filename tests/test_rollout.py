@@ -168,14 +168,16 @@ def test_draws_depend_on_identity_not_on_company(tiny_model):
     model, params = tiny_model(), SamplingParams(8)
     a, b = (Prompt(Example(id, "test", "?", ()), "?", ids) for id, ids in (("a", (1, 2, 3)), ("b", (4, 5))))
     ids = lambda groups: [[c.ids.tolist() for c in group] for group in groups]  # noqa: E731
-    first = sample(model, [a, b], 3, params, 1000, (0, "train", 1))
+    first, _ = sample(model, [a, b], 3, params, 1000, (0, "train", 1))
     assert [[c.sample_index for c in group] for group in first] == [[0, 1, 2]] * 2
-    assert ids(sample(model, [b, a], 2, params, 1000, (0, "train", 1))) == [group[:2] for group in ids(first)[::-1]]
-    twice = ids(sample(model, [a, b, a], 3, params, 1000, (0, "train", 1)))
+    assert ids(sample(model, [b, a], 2, params, 1000, (0, "train", 1))[0]) == [group[:2] for group in ids(first)[::-1]]
+    twice = ids(sample(model, [a, b, a], 3, params, 1000, (0, "train", 1))[0])
     assert twice[:2] == ids(first) and not set(map(tuple, twice[2])) & set(
         map(tuple, twice[0])
     )  # asked twice: two different groups
     namesake = Prompt(Example("c", "test", "?", ()), "?", a.ids)
-    assert ids(sample(model, [namesake], 3, params, 1000, (0, "train", 1)))[0] != ids(first)[0]
+    assert ids(sample(model, [namesake], 3, params, 1000, (0, "train", 1))[0])[0] != ids(first)[0]
     for other in ((0, "train", 2), (1, "train", 1), (0, "eval", 1)):
-        assert not set(map(tuple, ids(sample(model, [a], 3, params, 1000, other))[0])) & set(map(tuple, ids(first)[0]))
+        assert not set(map(tuple, ids(sample(model, [a], 3, params, 1000, other)[0])[0])) & set(
+            map(tuple, ids(first)[0])
+        )

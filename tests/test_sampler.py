@@ -1,19 +1,25 @@
 """The sampler draws from the trainer's model, and a completion is the same in whatever company it is made."""
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from scipy.stats import chisquare
 
+from mar import sampler
 from mar.attention import group_attention, pack_groups
-from mar.draw import draw_tokens, stream_key, uniforms
+from mar.draw import Truncation, draw_tokens, stream_key, truncated_logprobs, uniforms
 from mar.model import ARCHITECTURES
 from mar.records import UserError
-from mar.sampler import RETIRE_EVERY, Request, SamplingParams, generate, waves
+from mar.sampler import Request, SamplingParams, capacity
 
 PLENTY = 10**6
+
+
+def generate(*args):
+    return sampler.generate(*args).groups
 
 
 def requests(lengths, group_size, vocab=23):
@@ -119,7 +125,7 @@ def test_each_row_draws_its_own_first_token(tiny_model):
     for request, group in zip(asked, generate(model, asked, SamplingParams(1), PLENTY), strict=True):
         keys = torch.tensor(request.keys)
         logits = next_logits(model, request.prompt_ids).expand(40, -1)
-        expected, _ = draw_tokens(logits, uniforms(keys, torch.zeros_like(keys)), 1.0)
+        expected, _, _ = draw_tokens(logits, uniforms(keys, torch.zeros_like(keys)), 1.0)
         assert [s.ids.tolist() for s in group] == expected[:, None].tolist()
         assert len(set(expected.tolist())) > 3
 
@@ -130,7 +136,7 @@ def test_a_row_does_not_depend_on_its_neighbours(tiny_model):
     alone = [generate(model, [Request(r.prompt_ids, (key,))], params, PLENTY)[0][0] for r in asked for key in r.keys]
     assert len({len(s.ids) for s in alone}) > 4
     tightest = max(len(r.prompt_ids) for r in asked) + 3 * 20
-    assert len(list(waves(asked, 20, 2 * tightest))) > 1
+    assert capacity(asked, 20, tightest) == (1, 3) and capacity(asked, 20, 2 * tightest)[1] < 12
     for budget in (PLENTY, 2 * tightest, tightest):
         for mine, theirs in zip(itertools.chain(*generate(model, asked, params, budget)), alone, strict=True):
             same(mine, theirs)
@@ -142,11 +148,14 @@ def test_a_row_does_not_depend_on_its_neighbours(tiny_model):
         same(group[3], theirs)
 
 
-def test_rows_stop_where_they_should_and_leave_the_others_alone(tiny_model):
-    model, asked, longest = tiny_model(seed=5), requests((5, 17, 2, 9), (6, 1, 3, 1)), 5 * RETIRE_EVERY
+@pytest.mark.parametrize("budget", [PLENTY, 230])
+@pytest.mark.parametrize("every", [1, 8])
+def test_rows_stop_where_they_should_and_leave_the_others_alone(every, budget, tiny_model):
+    model, asked, longest = tiny_model(seed=5), requests((5, 17, 2, 9), (5, 1, 3, 1)), 40
     stops = (3, 5)
     endless = generate(model, asked, SamplingParams(longest), PLENTY)
-    stopped = generate(model, asked, SamplingParams(longest, 1.0, stops), PLENTY)
+    late = {"stop_strings": ("never",), "decode": lambda ids: "x" * len(ids)} if every > 1 else {}
+    stopped = generate(model, asked, SamplingParams(longest, 1.0, stops, **late), budget)
     for whole, cut in zip(itertools.chain(*endless), itertools.chain(*stopped), strict=True):
         assert len(whole.ids) == longest and whole.finish_reason == "length"
         found = np.flatnonzero(np.isin(whole.ids, stops))
@@ -157,10 +166,83 @@ def test_rows_stop_where_they_should_and_leave_the_others_alone(tiny_model):
         np.testing.assert_allclose(cut.full_logprobs, whole.full_logprobs[:length], atol=1e-11)
     lengths = [[len(s.ids) for s in group] for group in stopped]
     flat = sum(lengths, [])
-    assert (
-        min(flat) < RETIRE_EVERY and max(flat) == longest and len({n // RETIRE_EVERY for n in flat}) > 2
-    )  # rows retire at several times
-    assert any(max(group) < RETIRE_EVERY for group in lengths)  # ... and with one of them its prompt
+    assert min(flat) < 8 and max(flat) == longest and len({n // 8 for n in flat}) > 2  # rows retire at several times
+
+
+def spell(ids):
+    return "".join(chr(97 + i) for i in ids)
+
+
+def test_a_stop_string_ends_a_row_at_the_token_that_completes_it(tiny_model):
+    model, asked = tiny_model(vocab=3, seed=2), requests((5, 2), 40, vocab=3)
+    endless = generate(model, asked, SamplingParams(60), PLENTY)
+    params = SamplingParams(60, stop_strings=("abca", "ccc"), decode=spell)
+    reasons = set()
+    for whole, cut in zip(
+        itertools.chain(*endless), itertools.chain(*generate(model, asked, params, 2500)), strict=True
+    ):
+        text = spell(whole.ids)
+        ends = [text.find(stop) + len(stop) for stop in params.stop_strings if stop in text]
+        assert spell(cut.ids) == text[: min(ends, default=60)]
+        reasons.add(cut.finish_reason)
+    assert reasons == {"stop_string", "length"}
+
+
+def test_a_thinking_budget_puts_in_the_closing_tag_and_nothing_else(tiny_model):
+    model, asked, close = tiny_model(seed=4), requests((5, 11), 12), (7, 9)
+    free = generate(model, asked, SamplingParams(20), PLENTY)
+
+    def decode(ids):  # token 3 is what the model itself closes its thoughts with
+        return "".join("</think>" if i == 3 else "." for i in ids)
+
+    params = SamplingParams(20, think_budget=6, think_close=close, decode=decode)
+    groups = generate(model, asked, params, 300)
+    kinds = set()
+    for whole, sampled in zip(itertools.chain(*free), itertools.chain(*groups), strict=True):
+        np.testing.assert_array_equal(sampled.ids[:6], whole.ids[:6])
+        closed = 3 in whole.ids[:6].tolist()
+        kinds.add(closed)
+        assert sampled.inserted == ((0, 0) if closed else (6, 8))
+        if closed:
+            np.testing.assert_array_equal(sampled.ids, whole.ids)
+        else:
+            assert tuple(sampled.ids[6:8]) == close and not sampled.sampler_logprobs[6:8].any()
+    assert kinds == {True, False}
+    np.testing.assert_allclose(join(groups, "full_logprobs"), trainer_logprobs(model, asked, groups, 1.0), atol=1e-10)
+
+
+def test_truncated_draws_keep_both_log_probabilities(tiny_model):
+    model, asked, temperature = tiny_model(), requests((4, 9), 8), 0.7
+    params = SamplingParams(12, temperature, truncation=Truncation(top_k=5, top_p=0.8))
+    groups = generate(model, asked, params, PLENTY)
+    np.testing.assert_allclose(
+        join(groups, "full_logprobs"), trainer_logprobs(model, asked, groups, temperature), atol=1e-10
+    )
+    assert (join(groups, "sampler_logprobs") >= join(groups, "full_logprobs") - 1e-12).all()
+    request, first = asked[0], groups[0][0]
+    logits = next_logits(model, (*request.prompt_ids, *first.ids[:-1].tolist()))
+    kept = truncated_logprobs((logits / temperature).log_softmax(-1)[None], params.truncation)[0]
+    assert first.sampler_logprobs[-1] == pytest.approx(kept[first.ids[-1]].item(), abs=1e-10)
+
+
+def test_slots_stay_busy_while_prompts_wait(tiny_model):
+    model, asked = tiny_model(seed=5), requests([8] * 60, 4)
+    params = SamplingParams(64, 1.0, (3, 5))
+    budget = 5 * 8 + 24 * 64
+    whole = sampler.generate(model, asked, params, PLENTY)
+    tight = sampler.generate(model, asked, params, budget)
+    lengths = [len(s.ids) for group in tight.groups for s in group]
+    assert capacity(asked, 64, budget)[1] <= 24 and max(lengths) >= 10 * np.percentile(lengths, 10)
+    assert whole.occupancy is None and tight.occupancy >= 0.9
+    for ours, theirs in zip(itertools.chain(*tight.groups), itertools.chain(*whole.groups), strict=True):
+        same(ours, theirs)
+
+
+def test_the_prompt_is_kept_once(tiny_model):
+    model, P, G, R = tiny_model(), 50, 6, 10
+    shared = sampler.generate(model, requests([P, P], G), SamplingParams(R), PLENTY).kv_bytes
+    unshared = 2 * G * sampler.generate(model, requests([P], 1), SamplingParams(R), PLENTY).kv_bytes
+    assert shared / unshared == pytest.approx((P + G * R) / (G * (P + R)), rel=1e-12)
 
 
 def test_a_batch_that_is_done_stops_early(tiny_model):
@@ -168,7 +250,7 @@ def test_a_batch_that_is_done_stops_early(tiny_model):
     hidden = model.hidden
     model.hidden = lambda *args: calls.append(1) or hidden(*args)
     (a, b), (c, d) = generate(model, asked, SamplingParams(500, 1.0, tuple(range(23))), PLENTY)
-    assert [len(s.ids) for s in (a, b, c, d)] == [1, 1, 1, 1] and len(calls) <= RETIRE_EVERY
+    assert [len(s.ids) for s in (a, b, c, d)] == [1, 1, 1, 1] and len(calls) == 1  # the prefill
 
 
 @pytest.mark.parametrize("stops, reason", [((), "length"), (tuple(range(23)), "stop")])
@@ -177,14 +259,12 @@ def test_one_token_at_most(stops, reason, tiny_model):
     assert len(sampled.ids) == 1 and sampled.finish_reason == reason
 
 
-def test_waves_keep_to_the_budget():
-    lengths, budget = (10, 3, 50, 2, 2, 2, 40, 40), 150
-    asked = requests(lengths, (2, 1, 3, 1, 1, 1, 2, 2))
-    chosen = list(waves(asked, 20, budget))
-    assert sum(chosen, []) == list(range(8)) and 2 < len(chosen) < 8
-    for wave in chosen:  # what the cache holds: prompts are padded to the longest
-        assert len(wave) * max(lengths[i] for i in wave) + 20 * sum(len(asked[i].keys) for i in wave) <= budget
-    assert list(waves([], 20, budget)) == []
+@pytest.mark.parametrize("budget", [150, 160, 215, 400, 500, PLENTY])
+def test_slots_keep_to_the_budget(budget):
+    asked = requests((10, 3, 50, 2, 2, 2, 40, 40), (2, 1, 3, 1, 1, 1, 2, 2))
+    prompts, rows = capacity(asked, 20, budget)
+    assert 1 <= prompts <= 8 and 3 <= rows <= 13 and prompts * 50 + rows * 20 <= budget
+    assert (prompts, rows) == (8, 13) if budget == PLENTY else rows < 13
 
 
 def test_a_group_over_the_budget_is_refused(tiny_model):
@@ -192,3 +272,41 @@ def test_a_group_over_the_budget_is_refused(tiny_model):
     generate(tiny_model(), asked, SamplingParams(4), 25)
     with pytest.raises(UserError, match=r"needs 25 tokens .*prompt 13 \+ 3 x 4.*kv_budget_tokens from 24,"):
         generate(tiny_model(), asked, SamplingParams(4), 24)
+
+
+def test_limits_end_each_row_at_its_own_length(tiny_model):
+    model, (asked,) = tiny_model(), requests((6,), 3)
+    (whole,) = generate(model, [asked], SamplingParams(12), PLENTY)
+    (cut,) = generate(model, [replace(asked, limits=(1, 12, 5))], SamplingParams(12), PLENTY)
+    assert [len(s.ids) for s in cut] == [1, 12, 5] and all(s.finish_reason == "length" for s in cut)
+    for short, full in zip(cut, whole, strict=True):
+        np.testing.assert_array_equal(short.ids, full.ids[: len(short.ids)])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("prompt, tokens, vocab", [(8192, 4, 23), (3, 16384, 23), (5, 6, 151_936)])
+def test_extreme_shapes(prompt, tokens, vocab, tiny_model):
+    model = tiny_model(dtype=torch.float32, vocab=vocab, layers=1)
+    asked = requests((prompt, 2), 2, vocab=vocab)
+    groups = generate(model, asked, SamplingParams(tokens), PLENTY)
+    assert all(len(s.ids) == tokens for group in groups for s in group)
+    np.testing.assert_allclose(join(groups, "full_logprobs"), trainer_logprobs(model, asked, groups, 1.0), atol=1e-3)
+
+
+@pytest.mark.slow
+def test_the_decode_step_compiles_whole_and_never_again(tiny_model):
+    model, asked, params = tiny_model(dtype=torch.float32), requests((5, 9), 4), SamplingParams(12, 0.0)
+    eager = generate(model, asked, params, PLENTY)
+    slots = sampler._Slots(model, asked, params, PLENTY)
+    torch._dynamo.reset()
+    compiled = torch.compile(sampler.decode_step, fullgraph=True)
+    with torch.inference_mode(), torch._dynamo.config.patch(error_on_recompile=True):
+        slots.admit()
+        for _ in range(params.max_tokens - 1):  # the width is that of the whole buffer, so that no shape changes
+            slots.rows["hidden"] = compiled(model, slots.cache, slots.draw(), params.max_tokens)
+            slots.cache.own_lengths += 1
+        slots.draw()
+        slots.retire()
+    for ours, theirs in zip(itertools.chain(*slots.result().groups), itertools.chain(*eager), strict=True):
+        np.testing.assert_array_equal(ours.ids, theirs.ids)
+        np.testing.assert_allclose(ours.full_logprobs, theirs.full_logprobs, atol=1e-4)

@@ -1,0 +1,50 @@
+"""What a CUDA device must agree on with the CPU; run by `make gpu`."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+
+from mar.attention import pack_groups
+from mar.draw import stream_key
+from mar.sampler import Request, SamplingParams, generate
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture(autouse=True)
+def full_precision():
+    assert torch.cuda.is_available(), "make gpu needs a CUDA device"
+    torch.backends.cuda.matmul.allow_tf32 = False
+
+
+def groups():
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(0, 23, n).tolist() for n in (130, 7, 64)]
+    return prompts, [[rng.integers(0, 23, n).tolist() for n in (40, 3, 17)] for _ in prompts]
+
+
+def test_group_forward_and_gradients_equal_the_cpu(tiny_model):
+    found = []
+    for device in ("cpu", "cuda"):
+        model = tiny_model(dtype=torch.float32).to(device)
+        logprobs, entropy, _ = model(pack_groups(*groups(), device))
+        (logprobs.sum() + entropy.sum()).backward()
+        found.append([logprobs.detach().cpu(), *(p.grad.cpu() for p in model.parameters())])
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
+
+
+def test_sampler_equals_the_cpu(tiny_model):
+    prompts, _ = groups()
+    asked = [Request(tuple(p), tuple(stream_key("gpu", i, g) for g in range(8))) for i, p in enumerate(prompts)]
+    found = []
+    for device in ("cpu", "cuda"):
+        model = tiny_model(dtype=torch.float32).to(device)
+        found.append(generate(model, asked, SamplingParams(64, 1.0, (3,)), 10**6).groups)
+    rows = list(zip(*(itertools.chain(*group) for group in found), strict=True))
+    assert sum(np.array_equal(a.ids, b.ids) for a, b in rows) >= len(rows) - 1  # a draw on a border may fall either way
+    for ours, theirs in rows:
+        if np.array_equal(ours.ids, theirs.ids):
+            np.testing.assert_allclose(ours.full_logprobs, theirs.full_logprobs, atol=1e-3)
