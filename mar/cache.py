@@ -84,21 +84,16 @@ class KVCache:
         padding = (positions >= self.prompt_lengths[:, None])[:, None, None]  # [Q, 1, 1, P]
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            q = rearrange(q, "s (h r) d -> s h r d", h=k.shape[1]) * q.shape[-1] ** -0.5
+            q = rearrange(q, "s (h r) d -> s h r d", h=k.shape[1])
             own_keys, own_values = self.own_keys[layer], self.own_values[layer]
             own_keys[rows, :, self.own_lengths], own_values[rows, :, self.own_lengths] = k, v
-            scores = (q @ own_keys[:, :, :width].mT).masked_fill_(unread, -torch.inf)  # [S, Hkv, r, width]
-            own_lse = scores.logsumexp(-1, keepdim=True)
-            own = scores.sub_(own_lse).exp_() @ own_values[:, :, :width]
-
+            own, own_lse = _mix(q, own_keys[:, :, :width], own_values[:, :, :width], unread)
             grouped = rearrange(q[self.members], "g m h r d -> g h (m r) d")
-            scores = (grouped @ self.prompt_keys[layer].mT).masked_fill_(padding, -torch.inf)  # [Q, Hkv, M r, P]
-            lse = scores.logsumexp(-1, keepdim=True)
-            shared = scores.sub_(lse).exp_() @ self.prompt_values[layer]
+            parts = _mix(grouped, self.prompt_keys[layer], self.prompt_values[layer], padding)
             split = "g h (m r) d -> (g m) h r d"
-            shared, lse = (rearrange(x, split, m=self.members.shape[1])[self.place] for x in (shared, lse))
+            shared, lse = (rearrange(x, split, m=self.members.shape[1])[self.place] for x in parts)
             share = torch.sigmoid(lse - own_lse)  # the prompt's part of the softmax mass
-            return rearrange(own + share * (shared - own), "s h r d -> s (h r) d")
+            return rearrange(own + share * (shared - own), "s h r d -> s (h r) d").to(q.dtype)
 
         return attend
 
@@ -115,9 +110,21 @@ class KVCache:
         self.members, self.place, self.row_prompt = (torch.tensor(x, device=self.own_lengths.device) for x in lines)
 
     def keep(self, rows: Tensor, prompts: Tensor) -> None:
-        """Drop all row slots and prompt slots but these; `assign` follows."""
-        self.own_keys, self.own_values = self.own_keys[:, rows], self.own_values[:, rows]
-        self.own_lengths = self.own_lengths[rows]
-        if len(prompts) < len(self.prompt_lengths):
-            self.prompt_keys, self.prompt_values = self.prompt_keys[:, prompts], self.prompt_values[:, prompts]
-            self.prompt_lengths, self.members = self.prompt_lengths[prompts], self.members[prompts]
+        """Drop all row slots and prompt slots but these, in ascending order; `assign` follows. The memory is not given back, and none is asked
+        for: entries move to the front layer by layer."""
+        for name, chosen in (("own", rows), ("prompt", prompts)):
+            for kind in ("keys", "values"):
+                whole = getattr(self, f"{name}_{kind}")
+                for layer in whole:
+                    layer[: len(chosen)] = layer[chosen]
+                setattr(self, f"{name}_{kind}", whole[:, : len(chosen)])
+        self.own_lengths, self.prompt_lengths = self.own_lengths[rows], self.prompt_lengths[prompts]
+        self.members = self.members[prompts]
+
+
+def _mix(q: Tensor, keys: Tensor, values: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
+    """Attention of q over the entries that are not `hidden`, and its log-sum-exp, both in float32 or wider."""
+    precise = torch.promote_types(q.dtype, torch.float32)
+    scores = ((q @ keys.mT).to(precise) * q.shape[-1] ** -0.5).masked_fill_(hidden, -torch.inf)
+    lse = scores.logsumexp(-1, keepdim=True)
+    return (scores.sub_(lse).exp_().to(q.dtype) @ values).to(precise), lse

@@ -114,7 +114,7 @@ class RewardOptions:
 
 @dataclass
 class SamplerOptions:
-    """`conf/sampler/*.yaml`. Both need no change for the grammar: its last tag is followed by the stop token."""
+    """`conf/sampler/*.yaml`. The grammar needs no stop strings: a stop token follows its last tag."""
 
     kv_budget_tokens: int = number("${scale.kv_budget_tokens}", low=1)  # tokens that the KV cache holds at once
     stop_strings: list[str] = field(default_factory=list)  # a completion ends where one of them is complete

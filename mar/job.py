@@ -21,7 +21,7 @@ from mar.optim import make_optimizer
 from mar.prompts import build_prompt, fit_grammar, load_tokenizer
 from mar.records import Example, Prompt, UserError
 from mar.rewards import RewardSpec, first_open
-from mar.rollout import make_decode
+from mar.rollout import Decode, make_decode
 from mar.sampler import Request, SamplingParams, capacity
 from mar.tasks import get_task
 from mar.tasks.common import Source
@@ -99,7 +99,7 @@ def reward_of(r: RewardOptions) -> RewardSpec:
     )
 
 
-def sampling_params(config: Config, grammar: Grammar, tokenizer: Any) -> SamplingParams:
+def sampling_params(config: Config, grammar: Grammar, tokenizer: Any, decode: Decode) -> SamplingParams:
     """How completions are drawn. Raises UserError for a thinking budget that leaves no room for the answers."""
     vocabulary, s, longest = tokenizer.get_vocab(), config.sampler, config.model.max_completion_tokens
     stops = {tokenizer.eos_token_id, *(vocabulary[token] for token in STOP_TOKENS if token in vocabulary)}
@@ -123,7 +123,7 @@ def sampling_params(config: Config, grammar: Grammar, tokenizer: Any) -> Samplin
         stop_strings=tuple(s.stop_strings),
         think_budget=s.think_budget,
         think_close=close,
-        decode=make_decode(tokenizer),
+        decode=decode,
     )
 
 
@@ -145,13 +145,14 @@ def build_job(config: Config, folder: Path, model_folder: Path, display: Display
     )  # refuses a budget below one group
     gpu = config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available())
     policy = load_model(model_folder, dtype=getattr(torch, config.scale.dtype), device="cuda" if gpu else "cpu")
+    decode = make_decode(tokenizer)
     protocol = Protocol(
         prompts=make_prompts(config, held_out, grammar, tokenizer, data.eval_split, display),
         grammar=grammar,
         spec=spec,
         verifier=get_task(data.task).verifier,
-        decode=make_decode(tokenizer),
-        params=sampling_params(config, grammar, tokenizer),
+        decode=decode,
+        params=sampling_params(config, grammar, tokenizer, decode),
         kv_budget_tokens=config.sampler.kv_budget_tokens,
         seed=config.seed,
     )

@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -54,7 +55,10 @@ def text_of(pieces: Sequence[str | Field]) -> str:
 
 def make_encode(tokenizer: Any) -> Encode:
     """Token ids of a piece of text, remembered. Raises UserError for a tokenizer whose pieces do not join."""
-    joined = tokenizer("</answer1>")["input_ids"] + tokenizer("word", add_special_tokens=False)["input_ids"]
+    joined = (
+        tokenizer("</answer1>", add_special_tokens=False)["input_ids"]
+        + tokenizer("word", add_special_tokens=False)["input_ids"]
+    )
     if tokenizer.decode(joined, skip_special_tokens=False) != "</answer1>word":
         raise UserError(
             "mar.sft joins pieces of text token by token; this tokenizer adds something to the start of each piece"
@@ -105,7 +109,7 @@ def draw_answers(example: Example, num_answers: int, others: Sequence[str], rng:
 def draw_thoughts(question: str, rng: np.random.Generator) -> list[str | Field]:
     """Two clauses of the question."""
     clauses = dict.fromkeys(
-        c.strip() for c in re.split(r"[.:,;?]\s", question) if 2 < len(c.strip()) < 40 and "<" not in c
+        c.strip() for c in re.split(r"[.:,;?](?:\s|$)", question) if 2 < len(c.strip()) < 40 and "<" not in c
     )
     left = (
         [f" {clause}" for clause in clauses] + [" the question"] * (len(clauses) < 2) + [" its answer"] * (not clauses)
@@ -174,6 +178,8 @@ def soft_targets(
             ids += literal
             continue
         rows = [(*encode(text), following[0]) for text in piece.candidates]
+        if any(after[: len(row)] == row for row, after in pairwise(sorted(set(rows)))):  # prefixes are neighbours
+            raise ValueError(f"a candidate of {list(piece.candidates)[:3]}... begins with another and what follows it")
         chosen, alive = rows[piece.chosen], list(zip(rows, piece.probabilities, strict=True))
         for position, token in enumerate(chosen):
             total, target = sum(p for _, p in alive), dict[int, float]()

@@ -82,6 +82,7 @@ def completion_row(rollout: Rollout, stage: str, step: int) -> dict[str, Any]:
         "components": rollout.components.tolist(),
         "finish_reason": rollout.completion.finish_reason,
         "num_tokens": len(rollout.completion.ids),
+        "inserted": rollout.completion.inserted,
     }
 
 

@@ -5,13 +5,13 @@ from torch import Tensor
 AGGREGATIONS = ("token_mean", "sequence_mean", "constant")
 
 
-def token_weights(completion_mask: Tensor, aggregation: str, max_completion_tokens: int) -> Tensor:
-    """What each token counts in the step's loss, [B, T]; micro-batches and ranks add up to the same loss however it is cut.
+def token_weights(mask: Tensor, aggregation: str, max_completion_tokens: int) -> Tensor:
+    """What each token that `mask` [B, T] keeps counts in the step's loss, [B, T]; micro-batches and ranks add up to the same loss however it is cut.
 
     `token_mean`: 1 / number of tokens of the step (DAPO). `sequence_mean`: 1 / (B x own length) (GRPO). `constant`: 1 / (B x the longest allowed
     completion) (Dr. GRPO), the only one that leaves the policy gradient unbiased.
     """
-    mask = completion_mask.double()
+    mask = mask.double()
     num_rows = max(mask.shape[0], 1)
     if aggregation == "token_mean":
         return mask / mask.sum().clamp(min=1)

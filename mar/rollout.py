@@ -16,16 +16,17 @@ from mar.sampler import Generation, Request, SamplingParams, generate
 from mar.verify import VERIFIERS, matching_increments, repeats
 
 Decode = Callable[[tuple[int, ...]], str]
+REMEMBERED_TOKENS = 32  # longer texts do not come again
 
 
 def make_decode(tokenizer: Any) -> Decode:
     """Token ids to text, remembering short windows: completions repeat them all the time."""
 
-    @lru_cache(maxsize=1 << 16)
-    def decode(ids: tuple[int, ...]) -> str:
+    def read(ids: tuple[int, ...]) -> str:
         return tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
-    return decode
+    remembered = lru_cache(maxsize=1 << 16)(read)
+    return lambda ids: remembered(ids) if len(ids) <= REMEMBERED_TOKENS else read(ids)
 
 
 def sample(

@@ -40,6 +40,8 @@ class SamplingParams:
     def __post_init__(self) -> None:
         if (self.stop_strings or self.think_budget is not None) and self.decode is None:
             raise ValueError("stop_strings and think_budget read text: they need decode")
+        if "" in self.stop_strings or (self.think_budget is not None and not self.think_close):
+            raise ValueError("a stop string is empty, or think_budget has no think_close tokens to put in")
         if self.think_budget is not None and not 0 <= self.think_budget <= self.max_tokens - len(self.think_close) - 1:
             raise ValueError(f"think_budget={self.think_budget} leaves no room below max_tokens={self.max_tokens}")
 
@@ -51,6 +53,14 @@ class Request:
     prompt_ids: tuple[int, ...]
     keys: tuple[int, ...]
     limits: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if (
+            not self.prompt_ids
+            or (self.limits and len(self.limits) != len(self.keys))
+            or min(self.limits, default=1) < 1
+        ):
+            raise ValueError("a prompt is empty, or its limits are not one number above 0 for each key")
 
 
 @dataclass(frozen=True)
@@ -82,15 +92,14 @@ def capacity(requests: Sequence[Request], max_tokens: int, kv_budget_tokens: int
     """(prompt slots, row slots) within the budget; a prompt slot is as long as the longest prompt.
 
     Beside the prompts whose rows fill the row slots there is room for as many again, of which only slow rows are left. Raises UserError where
-    one group alone does not fit.
+    the largest group with the longest prompt does not fit.
     """
     longest, largest = max(len(r.prompt_ids) for r in requests), max(len(r.keys) for r in requests)
-    for length, group in {(len(r.prompt_ids), len(r.keys)) for r in requests} | {(longest, largest)}:
-        if (need := length + group * max_tokens) > kv_budget_tokens:
-            raise UserError(
-                f"one group needs {need} tokens of KV memory (prompt {length} + {group} x {max_tokens}): raise "
-                f"scale.kv_budget_tokens from {kv_budget_tokens}, or lower algo.group_size or model.max_completion_tokens"
-            )
+    if (need := longest + largest * max_tokens) > kv_budget_tokens:
+        raise UserError(
+            f"one group needs {need} tokens of KV memory (prompt {longest} + {largest} x {max_tokens}): raise "
+            f"scale.kv_budget_tokens from {kv_budget_tokens}, or lower algo.group_size or model.max_completion_tokens"
+        )
 
     def prompts_for(rows: int) -> int:
         return min(len(requests), rows, 2 * -(-rows // largest) + 1)
@@ -114,8 +123,6 @@ def generate(model: Decoder, requests: Sequence[Request], params: SamplingParams
     """Sample every request. Raises UserError where a group does not fit the budget."""
     if not requests:
         return Generation([], 0, None, 0)
-    if any(not r.prompt_ids for r in requests):
-        raise ValueError("a prompt is empty")
     slots = _Slots(model, requests, params, kv_budget_tokens)
     while True:
         slots.admit()
@@ -124,7 +131,8 @@ def generate(model: Decoder, requests: Sequence[Request], params: SamplingParams
             slots.retire()
             if not slots.waiting and not (slots.held >= 0).any():
                 return slots.result()
-        slots.feed(tokens)
+        if (slots.held >= 0).any():
+            slots.feed(tokens)
 
 
 class _Slots:
@@ -133,7 +141,7 @@ class _Slots:
     def __init__(self, model: Decoder, requests: Sequence[Request], params: SamplingParams, budget: int) -> None:
         weight, longest = model.head_weight, max(len(r.prompt_ids) for r in requests)
         self.model, self.requests, self.params, self.device = model, requests, params, weight.device
-        self.most = max(len(r.keys) for r in requests)
+        self.largest_group = max(len(r.keys) for r in requests)
         num_prompts, num_rows = capacity(requests, params.max_tokens, budget)
         self.num_rows = num_rows
         self.cache = KVCache.allocate(model.config, num_prompts, longest, num_rows, params.max_tokens, weight)
@@ -143,8 +151,8 @@ class _Slots:
 
         owner = [i for i, r in enumerate(requests) for _ in r.keys]
         self.owner, self.keys = owner, [key for r in requests for key in r.keys]
-        longest_allowed = [limit for r in requests for limit in r.limits or (params.max_tokens,) * len(r.keys)]
-        self.limits = np.minimum(np.array(longest_allowed, dtype=np.int64), params.max_tokens)
+        limits = [limit for r in requests for limit in r.limits or (params.max_tokens,) * len(r.keys)]
+        self.limits = np.minimum(np.array(limits, dtype=np.int64), params.max_tokens)
         self.waiting = deque(range(len(owner)))
         self.entered = np.zeros(len(owner), dtype=np.int64)  # the step at which a completion got its slot
         self.results: list[Sampled | None] = [None] * len(owner)
@@ -162,6 +170,7 @@ class _Slots:
             "hidden": weight.new_zeros(num_rows, size),
             "length": torch.zeros(num_rows, dtype=torch.int64, device=self.device),
             "stopped": torch.zeros(num_rows, dtype=torch.bool, device=self.device),
+            "stop_string": torch.zeros(num_rows, dtype=torch.bool, device=self.device),
             "done": torch.ones(num_rows, dtype=torch.bool, device=self.device),
             "insert_at": torch.full((num_rows,), params.max_tokens, device=self.device),
             "tokens": torch.zeros(num_rows, params.max_tokens + 1, dtype=torch.int64, device=self.device),
@@ -196,7 +205,7 @@ class _Slots:
         limits = torch.from_numpy(self.limits[self.held[placed]]).to(self.device)
         values: dict[str, Any] = {"key": torch.tensor(keys, device=self.device), "length": limits}
         values |= {"hidden": self.prompt_hidden[self.cache.row_prompt[at]], "insert_at": self.params.max_tokens}
-        for name, value in {**values, "stopped": False, "done": False}.items():
+        for name, value in {**values, "stopped": False, "stop_string": False, "done": False}.items():
             self.rows[name][at] = value
 
     def prefill(self, chosen: Sequence[int]) -> None:
@@ -262,12 +271,14 @@ class _Slots:
         rows = np.flatnonzero(done).tolist()
         if not rows:
             return
-        columns = ("tokens", "drawn", "full", "length", "stopped", "insert_at")
-        tokens, drawn, full, lengths, stopped, inserts = (self.rows[name][rows].cpu().numpy() for name in columns)
+        columns = ("tokens", "drawn", "full", "length", "stopped", "stop_string", "insert_at")
+        tokens, drawn, full, lengths, stopped, texts, inserts = (
+            self.rows[name][rows].cpu().numpy() for name in columns
+        )
         for i, row in enumerate(rows):
             completion, n, start = int(self.held[row]), int(lengths[i]), int(inserts[i])
-            reason = "stop" if stopped[i] else "length" if n == self.limits[completion] else "stop_string"
-            inserted = (min(start, n), min(start + len(self.close), n)) if start < n else (0, 0)
+            reason = "stop_string" if texts[i] else "stop" if stopped[i] else "length"
+            inserted = (start, min(start + len(self.close), n)) if start < n else (0, 0)
             columns_of_row = (tokens[i, :n].copy(), drawn[i, :n].copy(), full[i, :n].copy())
             self.results[completion] = Sampled(*columns_of_row, reason, inserted)
             self.unfinished[self.owner[completion]] -= 1
@@ -285,13 +296,11 @@ class _Slots:
         self.cache.keep(rows, torch.tensor(prompts, device=self.device))
         self.rows = {name: value[rows] for name, value in self.rows.items()}
         self.held, self.ages = self.held[live], self.ages[live]
-        if len(prompts) < len(self.prompt_hidden):
-            self.slot_of = {request: prompts.index(slot) for request, slot in self.slot_of.items()}
-            self.prompt_hidden = self.prompt_hidden[prompts]
+        self.slot_of = {request: prompts.index(slot) for request, slot in self.slot_of.items()}
         self.reassign()
 
     def reassign(self) -> None:
-        self.cache.assign([-1 if i < 0 else self.slot_of[self.owner[i]] for i in self.held], self.most)
+        self.cache.assign([-1 if i < 0 else self.slot_of[self.owner[i]] for i in self.held], self.largest_group)
 
     def find_stop_strings(self) -> None:
         """End rows at the token that completes a stop string; only the text that is new since the last look is read."""
@@ -305,12 +314,13 @@ class _Slots:
             if found:
                 length = start + int(np.searchsorted(np.append(starts[1:], len(text)), min(found))) + 1
                 if length < end or not self.rows["stopped"][row]:
-                    self.rows["length"][row], self.rows["stopped"][row], self.rows["done"][row] = length, False, True
+                    self.rows["length"][row], self.rows["stop_string"][row], self.rows["done"][row] = length, True, True
 
     def result(self) -> Generation:
         """In the order of the requests."""
         ends = np.cumsum([0, *(len(r.keys) for r in self.requests)])
         whole = [sampled for sampled in self.results if sampled is not None]
+        assert len(whole) == len(self.results)
         groups = [whole[a:b] for a, b in zip(ends[:-1], ends[1:], strict=True)]
         left = np.minimum(self.entered + [len(s.ids) for s in whole], self.waited_until)
         offered = self.num_rows * self.waited_until

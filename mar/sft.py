@@ -144,9 +144,8 @@ def train(
         if step % STEPS_PER_LOAD == 0:
             examples = load(step // STEPS_PER_LOAD)
         first = step % STEPS_PER_LOAD * args.prompts
-        lesson = make_lesson(
-            examples[first : first + args.prompts], noun, tokenizer, encode, rng, step < args.plain_steps, args.hint
-        )
+        chosen = [examples[(first + i) % len(examples)] for i in range(args.prompts)]
+        lesson = make_lesson(chosen, noun, tokenizer, encode, rng, step < args.plain_steps, args.hint)
         loss = lesson_loss(model, lesson)
         model.zero_grad()
         loss.backward()
@@ -168,6 +167,7 @@ def train(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", default="clinic")
+    parser.add_argument("--path", help="jsonl of the task's examples; without it the embedded ones")
     parser.add_argument("--model", type=Path, help="folder of the model to start from")
     parser.add_argument(
         "--scratch",
@@ -194,9 +194,8 @@ def main() -> None:
     task = get_task(args.task)
 
     def load(chunk: int) -> list[Example]:  # fresh patients all the time; the seeds of training runs are small numbers
-        return task.load(
-            Source("embedded", "train", args.prompts * STEPS_PER_LOAD, seed=SFT_SEED + 1000 * args.seed + chunk)
-        ).examples
+        kind, num = ("path", None) if args.path else ("embedded", args.prompts * STEPS_PER_LOAD)
+        return task.load(Source(kind, "train", num, SFT_SEED + 1000 * args.seed + chunk, args.path)).examples
 
     torch.manual_seed(args.seed)
     if args.scratch:

@@ -1,5 +1,8 @@
 """One step is the same step however it is cut into micro-batches."""
 
+from dataclasses import replace
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -8,6 +11,7 @@ from mar.advantages import token_advantages, zero_group_frac
 from mar.batch import make_batch, micro_batches
 from mar.losses import AGGREGATIONS, reinforce, token_weights
 from mar.records import Completion, Example, Prompt, Rollout
+from mar.train import update
 
 FIRST_OPEN = np.array([0, 1, 2])  # three components, three segments
 PROMPTS, LENGTHS = (6, 1, 11), ((5, 1, 9, 3), (2, 7, 4, 4), (1, 1, 12, 6))
@@ -34,7 +38,7 @@ def step_gradients(model, batch, max_tokens, aggregation):
     """Gradients of a whole step, its loss, and the number of micro-batches."""
     advantages, weights = (
         token_advantages(batch, "to_go", "leave_one_out", "none"),
-        token_weights(batch.completion_mask, aggregation, 12),
+        token_weights(batch.loss_mask, aggregation, 12),
     )
     model.zero_grad()
     loss, count = 0.0, 0
@@ -44,6 +48,34 @@ def step_gradients(model, batch, max_tokens, aggregation):
         part.backward()
         loss, count = loss + part.item(), count + 1
     return torch.cat([p.grad.flatten() for p in model.parameters()]), loss, count
+
+
+def test_tokens_that_the_sampler_put_in_are_not_trained_on(tiny_model):
+    groups = fake_groups()
+    first = groups[0][2]
+    groups[0][2] = replace(first, completion=replace(first.completion, inserted=(2, 5)))
+    batch = make_batch(groups, FIRST_OPEN)
+    expected = batch.completion_mask.clone()
+    expected[2, 2:5] = False
+    assert batch.completion_mask[2].sum() == 9 and torch.equal(batch.loss_mask, expected)
+
+    def gradient(change):  # through the update of the training loop
+        model = tiny_model()
+        config = SimpleNamespace(
+            algo=SimpleNamespace(aggregation="token_mean", temperature=0.7),
+            model=SimpleNamespace(max_completion_tokens=12),
+            train=SimpleNamespace(micro_batch_tokens=20),
+            optim=SimpleNamespace(grad_clip=1e9),
+        )
+        job = SimpleNamespace(config=config, model=model, optimizer=torch.optim.SGD(model.parameters(), 0.0))
+        update(job, batch, advantages + change, 0.0)
+        return torch.cat([p.grad.flatten() for p in model.parameters()])
+
+    advantages = token_advantages(batch, "to_go", "leave_one_out", "none")
+    inside, beside = torch.zeros_like(advantages), torch.zeros_like(advantages)
+    inside[2, 2:5], beside[2, 5] = 100.0, 100.0
+    assert torch.equal(gradient(0 * inside), gradient(inside))
+    assert not torch.allclose(gradient(0 * inside), gradient(beside))
 
 
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)

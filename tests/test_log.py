@@ -87,7 +87,8 @@ def test_a_completion_row_is_json_and_complete():
     row = json.loads(json.dumps(plain(completion_row(rollout, "eval", 7)), allow_nan=False))
     assert row == {"step": 7, "stage": "eval", "task": "clinic", "id": "e", "sample": 3, "question": "What is it?", "targets": ["cold"],
                    "text": ODD, "answers": ["flu", None], "confidences": [0.25, None], "hits": [0, 0], "reason": "unfinished", "reward": -0.5,
-                   "parts": {"format": 0.0, "brier": -0.5}, "components": [0, -0.5], "finish_reason": "length", "num_tokens": 4}  # fmt: skip
+                   "parts": {"format": 0.0, "brier": -0.5}, "components": [0, -0.5], "finish_reason": "length", "num_tokens": 4,
+                       "inserted": [0, 0]}  # fmt: skip
 
 
 @pytest.mark.parametrize("mode", ["plain", "rich"])

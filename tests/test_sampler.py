@@ -10,6 +10,7 @@ from scipy.stats import chisquare
 
 from mar import sampler
 from mar.attention import group_attention, pack_groups
+from mar.cache import KVCache
 from mar.draw import Truncation, draw_tokens, stream_key, truncated_logprobs, uniforms
 from mar.model import ARCHITECTURES
 from mar.records import UserError
@@ -184,6 +185,7 @@ def test_a_stop_string_ends_a_row_at_the_token_that_completes_it(tiny_model):
         text = spell(whole.ids)
         ends = [text.find(stop) + len(stop) for stop in params.stop_strings if stop in text]
         assert spell(cut.ids) == text[: min(ends, default=60)]
+        assert cut.finish_reason == ("stop_string" if ends else "length")
         reasons.add(cut.finish_reason)
     assert reasons == {"stop_string", "length"}
 
@@ -259,12 +261,13 @@ def test_one_token_at_most(stops, reason, tiny_model):
     assert len(sampled.ids) == 1 and sampled.finish_reason == reason
 
 
-@pytest.mark.parametrize("budget", [150, 160, 215, 400, 500, PLENTY])
-def test_slots_keep_to_the_budget(budget):
+@pytest.mark.parametrize(
+    "budget, slots",
+    [(110, (1, 3)), (160, (2, 3)), (400, (5, 6)), (660, (8, 13)), (659, (8, 12))],
+)
+def test_slots_keep_to_the_budget(budget, slots):
     asked = requests((10, 3, 50, 2, 2, 2, 40, 40), (2, 1, 3, 1, 1, 1, 2, 2))
-    prompts, rows = capacity(asked, 20, budget)
-    assert 1 <= prompts <= 8 and 3 <= rows <= 13 and prompts * 50 + rows * 20 <= budget
-    assert (prompts, rows) == (8, 13) if budget == PLENTY else rows < 13
+    assert capacity(asked, 20, budget) == slots and slots[0] * 50 + slots[1] * 20 <= budget
 
 
 def test_a_group_over_the_budget_is_refused(tiny_model):
@@ -310,3 +313,40 @@ def test_the_decode_step_compiles_whole_and_never_again(tiny_model):
     for ours, theirs in zip(itertools.chain(*slots.result().groups), itertools.chain(*eager), strict=True):
         np.testing.assert_array_equal(ours.ids, theirs.ids)
         np.testing.assert_allclose(ours.full_logprobs, theirs.full_logprobs, atol=1e-4)
+
+
+def test_bfloat16_attention_is_about_as_exact_as_the_library(tiny_model):
+    torch.manual_seed(0)
+    config, P, own, H = tiny_model(dtype=torch.bfloat16).config, 200, 50, 4
+    cache = KVCache.allocate(config, 1, P, 3, own + 1, torch.zeros(1, dtype=torch.bfloat16))
+    cache.assign([0, 0, 0], 3)
+    for x in (cache.prompt_keys, cache.prompt_values, cache.own_keys, cache.own_values):
+        x.normal_()
+    cache.prompt_lengths.fill_(P), cache.own_lengths.fill_(own)
+    q, k, v = (torch.randn(3, h, config.head_dim, dtype=torch.bfloat16) for h in (H, 2, 2))
+    ours = cache.decode_attend(own + 1)(0, q, k, v).double()
+    keys, values = (
+        torch.cat((prompt[0].expand(3, -1, -1, -1), mine[0]), 2)
+        for prompt, mine in ((cache.prompt_keys, cache.own_keys), (cache.prompt_values, cache.own_values))
+    )
+    exact, library = (
+        torch.nn.functional.scaled_dot_product_attention(
+            q[:, :, None].to(dtype), keys.to(dtype), values.to(dtype), enable_gqa=True
+        )[:, :, 0].double()
+        for dtype in (torch.float64, torch.bfloat16)
+    )
+    assert (ours - exact).norm() < 2.5 * (library - exact).norm()
+
+
+@pytest.mark.parametrize("limits", [(1,), (1, 2, 3), (0, 4)])
+def test_limits_that_do_not_fit_the_keys_are_refused(limits):
+    with pytest.raises(ValueError, match="limits"):
+        Request((1, 2), (0, 0), limits)
+
+
+@pytest.mark.parametrize(
+    "options", [{"stop_strings": ("",)}, {"think_budget": 3}, {"think_budget": 10, "think_close": (1,)}]
+)
+def test_options_that_cannot_work_are_refused(options):
+    with pytest.raises(ValueError, match="stop string|think_budget"):
+        SamplingParams(10, decode=spell, **options)

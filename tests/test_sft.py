@@ -52,6 +52,18 @@ def test_targets_are_the_enumerated_next_token_distribution():
         assert target == pytest.approx({token: p / total for token, p in exact.items()}, abs=1e-12)
 
 
+def test_a_field_that_one_token_cannot_foresee_is_refused():
+    pieces = ["<", lessons.Field(["a", "a>"], [0.5, 0.5], 1), ">c"]
+    with pytest.raises(ValueError, match="begins with another"):
+        lessons.soft_targets(pieces, characters, stop_id=0)
+
+
+def test_confidences_are_noise_with_at_most_a_hint():
+    assert set(lessons.confidence_weights(0.7, 0.0)) == set(lessons.confidence_weights(None, 0.5)) == {1.0}
+    weights = np.array(lessons.confidence_weights(0.7, 0.25))
+    assert weights.sum() == pytest.approx(1) and weights.argmax() == 70 and weights.min() >= 0.75 / 101
+
+
 def test_demonstrations_read_back_in_every_form_with_distinct_answers(tokenizer):
     rng, encode = np.random.default_rng(0), lessons.make_encode(tokenizer)
     forms = set()
