@@ -29,8 +29,18 @@ ANALYSES = (
 )
 PLAIN = Grammar("rlvr_single", 1, thinking=False)
 CONFIDENCES = tuple(f"{percent / 100:.2f}" for percent in range(101))
-HINT_COUNTS = 8.0  # a hint moves little mass: unweighted it was not learnt in 700 steps
 Encode = Callable[[str], list[int]]
+
+
+@dataclass(frozen=True)
+class Hint:
+    """A `share` of a confidence's mass lies near the truth; its tokens count `counts` in the loss, for a hint moves little mass."""
+
+    share: float = 0.0
+    counts: float = 1.0
+
+
+NO_HINT = Hint()
 
 
 @dataclass(frozen=True)
@@ -119,10 +129,10 @@ def draw_thoughts(question: str, rng: np.random.Generator) -> list[str | Field]:
     return ["Notable:", first, ",", draw(left, [1.0] * len(left), rng), "."]
 
 
-def confidence_weights(truth: float | None, hint: float) -> list[float]:
-    """How probable each of CONFIDENCES is: uniform, but a share `hint` of the mass lies within about .1 of the truth, where that is known."""
+def confidence_weights(truth: float | None, share: float) -> list[float]:
+    """How probable each of CONFIDENCES is: uniform, but a `share` of the mass lies within about .1 of the truth, where that is known."""
     near = np.exp(-np.abs(np.arange(101) / 100 - (truth or 0.0)) / 0.1)
-    return ((1 - hint) / 101 + hint * near / near.sum()).tolist() if truth is not None and hint else [1.0] * 101
+    return ((1 - share) / 101 + share * near / near.sum()).tolist() if truth is not None and share else [1.0] * 101
 
 
 def demonstration(
@@ -131,7 +141,7 @@ def demonstration(
     others: Sequence[str],
     rng: np.random.Generator,
     think_open: bool = False,
-    hint: float = 0.0,
+    hint: Hint = NO_HINT,
 ) -> list[str | Field]:
     """A right-formed completion in pieces: literal text and fields."""
     probability = {gold.name: gold.probability for gold in example.golds}
@@ -147,7 +157,7 @@ def demonstration(
         if element.kind == "analysis":
             return [draw(ANALYSES, [1.0] * len(ANALYSES), rng)]
         truth = probability.get(answers[element.slot].text) if element.kind == "confidence" else None
-        return [draw(CONFIDENCES, confidence_weights(truth, hint), rng, HINT_COUNTS if hint else 1.0)]
+        return [draw(CONFIDENCES, confidence_weights(truth, hint.share), rng, hint.counts)]
 
     pieces: list[str | Field] = [""]
     for element in grammar.elements:
@@ -213,7 +223,7 @@ def make_lesson(
     encode: Encode,
     rng: np.random.Generator,
     plain: bool = False,
-    hint: float = 0.0,
+    hint: Hint = NO_HINT,
 ) -> Lesson:
     """A demonstration for each example, in a form that it draws from the mixture, or in the `plain` one: a single answer."""
     others = [example.golds[0].name for example in examples]

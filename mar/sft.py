@@ -20,7 +20,7 @@ import torch.nn.functional as F
 
 import mar_kernels
 from mar.attention import group_attention
-from mar.lessons import Lesson, demonstration, draw_grammar, make_encode, make_lesson, text_of
+from mar.lessons import Hint, Lesson, demonstration, draw_grammar, make_encode, make_lesson, text_of
 from mar.model import Decoder, ModelConfig
 from mar.optim import set_learning_rate
 from mar.prompts import instructions, load_tokenizer
@@ -145,7 +145,9 @@ def train(
             examples = load(step // STEPS_PER_LOAD)
         first = step % STEPS_PER_LOAD * args.prompts
         chosen = [examples[(first + i) % len(examples)] for i in range(args.prompts)]
-        lesson = make_lesson(chosen, noun, tokenizer, encode, rng, step < args.plain_steps, args.hint)
+        lesson = make_lesson(
+            chosen, noun, tokenizer, encode, rng, step < args.plain_steps, Hint(args.hint, args.hint_counts)
+        )
         loss = lesson_loss(model, lesson)
         model.zero_grad()
         loss.backward()
@@ -183,6 +185,9 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=LR)
     parser.add_argument("--muon", action="store_true", help="Muon for the matrices inside the blocks, as from scratch")
     parser.add_argument("--hint", type=float, default=0.0, help="share of a confidence's mass that lies near the truth")
+    parser.add_argument(
+        "--hint-counts", type=float, default=1.0, help="what each token of a confidence counts in the loss"
+    )
     parser.add_argument("--vocab", type=int, default=2048)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="of the saved weights")

@@ -105,14 +105,16 @@ def test_loss_is_the_dense_cross_entropy(tokenizer):
     model = Decoder(sft.embedded_config(len(tokenizer))).double()
     rng = np.random.default_rng(0)
     encode = lessons.make_encode(tokenizer)
-    lesson = lessons.make_lesson(clinic.load("train", 8), "diagnosis", tokenizer, encode, rng, hint=0.3)
+    lesson = lessons.make_lesson(
+        clinic.load("train", 8), "diagnosis", tokenizer, encode, rng, hint=lessons.Hint(0.3, 8.0)
+    )
     packed, ends = lesson.packed, [*lesson.starts.tolist()[1:], len(lesson.weights)]
     hidden = model.hidden(packed.ids, packed.positions, group_attention(packed))[packed.predict_from]
     logprobs = (hidden @ model.head_weight.T).log_softmax(-1)
     dense = torch.zeros_like(logprobs)
     for row, (start, end) in enumerate(zip(lesson.starts.tolist(), ends, strict=True)):
         dense[row].index_add_(0, lesson.alternatives[start:end], lesson.weights[start:end])
-    assert set(dense.sum(-1).round(decimals=9).tolist()) == {1.0, lessons.HINT_COUNTS}
+    assert set(dense.sum(-1).round(decimals=9).tolist()) == {1.0, 8.0}
     expected = -(dense * logprobs).sum() / dense.sum()
     loss = sft.lesson_loss(model, lesson)
     assert loss.item() == pytest.approx(expected.item(), rel=1e-12)
