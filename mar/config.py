@@ -138,7 +138,7 @@ class OptimOptions:
     """AdamW."""
 
     lr: float = number("${model.lr}", low=0, above=True)
-    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
     eps: float = number(1e-8, low=0, above=True)
     weight_decay: float = number(0.0, low=0)
     warmup_frac: float = number(0.05, low=0, high=1)  # of train.steps

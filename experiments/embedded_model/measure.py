@@ -1,21 +1,28 @@
-"""Format rate and coverage of the embedded model in every form it was trained on, as the table of README.md beside this file.
+"""Format rate and coverage of the embedded model in every form it was trained on, as the table of README.md beside this file, and the KL
+divergence from the exact posterior to the distribution of its single answer.
 
 python experiments/embedded_model/measure.py [--items 200]
 """
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import torch
 
 from mar.evaluate import Protocol, measure
 from mar.fetch import resolve_model
 from mar.grammar import Grammar
+from mar.lessons import make_encode, make_lesson
+from mar.model import Decoder
 from mar.posterior import floor_coverage
 from mar.prompts import build_prompt, load_tokenizer
+from mar.records import Example
 from mar.rewards import RewardSpec
 from mar.rollout import make_decode
 from mar.sampler import SamplingParams
+from mar.sft import lesson_loss
 from mar.tasks import clinic, get_task
 from mar.weights import load_model
 
@@ -35,6 +42,15 @@ FORMS: list[tuple[str, Grammar, str]] = [
 ]
 
 
+def posterior_kl(model: Decoder, tokenizer: Any, examples: list[Example]) -> float:
+    """Nats per patient, exact: no answer is drawn."""
+    rng = np.random.default_rng(1)
+    lesson = make_lesson(examples, clinic.NOUN, tokenizer, make_encode(tokenizer), rng, plain=True)
+    with torch.no_grad():
+        excess = lesson_loss(model, lesson).item() - lesson.entropy
+    return excess * lesson.counts.sum().item() / len(examples)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--items", type=int, default=200)
@@ -43,6 +59,7 @@ def main() -> None:
     model, tokenizer = load_model(args.model), load_tokenizer(args.model)
     examples = clinic.load("validation", args.items)
     posterior = np.array([[gold.probability for gold in example.golds] for example in examples], dtype=np.float64)
+    print(f"KL to the posterior, one answer: {posterior_kl(model, tokenizer, examples):.3f} nats\n")
     print("| form | format rate | coverage@K | floor | repeats per set | tokens per set |\n|---|---|---|---|---|---|")
     for name, grammar, style in FORMS:
         protocol = Protocol(
