@@ -9,6 +9,33 @@ from einops import rearrange
 from torch import Tensor
 
 from mar.model import ModelConfig
+from mar.records import UserError
+
+
+def capacity(
+    prompt_lengths: Sequence[int], group_sizes: Sequence[int], max_tokens: int, kv_budget_tokens: int
+) -> tuple[int, int]:
+    """(prompt slots, row slots) within the budget; a prompt slot is as long as the longest prompt.
+
+    Beside the prompts whose rows fill the row slots there is room for as many again, of which only slow rows are left. Raises UserError where
+    the largest group with the longest prompt does not fit.
+    """
+    num_prompts, longest, largest = len(prompt_lengths), max(prompt_lengths), max(group_sizes)
+    if (need := longest + largest * max_tokens) > kv_budget_tokens:
+        raise UserError(
+            f"one group needs {need} tokens of KV memory (prompt {longest} + {largest} x {max_tokens}): raise "
+            f"scale.kv_budget_tokens from {kv_budget_tokens}, or lower algo.group_size or model.max_completion_tokens"
+        )
+
+    def prompts_for(rows: int) -> int:
+        return min(num_prompts, rows, 2 * -(-rows // largest) + 1)
+
+    rows = sum(group_sizes)
+    if num_prompts * longest + rows * max_tokens > kv_budget_tokens:
+        rows = min(rows, kv_budget_tokens // max_tokens)
+        while rows > largest and prompts_for(rows) * longest + rows * max_tokens > kv_budget_tokens:
+            rows -= 1
+    return min(num_prompts, rows, (kv_budget_tokens - rows * max_tokens) // longest), rows
 
 
 @dataclass

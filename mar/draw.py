@@ -5,6 +5,7 @@ be re-made alone, in any batch, on any number of ranks.
 """
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -47,6 +48,29 @@ class Truncation:
     def __post_init__(self) -> None:
         if self.top_k < 0 or not 0 < self.top_p <= 1 or not 0 <= self.min_p <= 1:
             raise ValueError(f"top_k >= 0, 0 < top_p <= 1 and 0 <= min_p <= 1, not {self}")
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How tokens are drawn. temperature 0 is greedy; a row ends after a token of `stop_ids` (kept), after the token that completes one of
+    `stop_strings`, or after `max_tokens`. A row that has not written `</think>` within `think_budget` tokens gets the tokens `think_close`."""
+
+    max_tokens: int
+    temperature: float = 1.0
+    stop_ids: tuple[int, ...] = ()
+    truncation: Truncation = Truncation()
+    stop_strings: tuple[str, ...] = ()
+    think_budget: int | None = None
+    think_close: tuple[int, ...] = ()
+    decode: Callable[[tuple[int, ...]], str] | None = None  # needed by stop_strings and think_budget
+
+    def __post_init__(self) -> None:
+        if (self.stop_strings or self.think_budget is not None) and self.decode is None:
+            raise ValueError("stop_strings and think_budget read text: they need decode")
+        if "" in self.stop_strings or (self.think_budget is not None and not self.think_close):
+            raise ValueError("a stop string is empty, or think_budget has no think_close tokens to put in")
+        if self.think_budget is not None and not 0 <= self.think_budget <= self.max_tokens - len(self.think_close) - 1:
+            raise ValueError(f"think_budget={self.think_budget} leaves no room below max_tokens={self.max_tokens}")
 
 
 def truncated_logprobs(logprobs: Tensor, truncation: Truncation) -> Tensor:

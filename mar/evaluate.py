@@ -4,13 +4,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from mar.draw import SamplingParams
 from mar.grammar import Grammar
 from mar.metrics import gap_closed, known_bounds, set_metrics
 from mar.model import Decoder
 from mar.records import Prompt, Rollout
 from mar.rewards import RewardSpec
 from mar.rollout import Decode, judge_groups, sample
-from mar.sampler import SamplingParams
 
 SHOWN_METRICS = ("top1", "brier", "ece", "q_mse", "format_rate", "repeats_per_set", "tokens_per_set", "prompt_tokens")
 

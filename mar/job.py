@@ -12,7 +12,9 @@ import numpy as np
 import torch
 
 from mar import __version__
+from mar.cache import capacity
 from mar.config import Config, RewardOptions
+from mar.draw import SamplingParams
 from mar.evaluate import Protocol
 from mar.grammar import Grammar, render
 from mar.log import Display
@@ -22,7 +24,6 @@ from mar.prompts import build_prompt, fit_grammar, load_tokenizer
 from mar.records import Example, Prompt, UserError
 from mar.rewards import RewardSpec, first_open
 from mar.rollout import Decode, make_decode
-from mar.sampler import Request, SamplingParams, capacity
 from mar.tasks import get_task
 from mar.tasks.common import Source
 from mar.tasks.medqa import chance_line
@@ -139,10 +140,9 @@ def build_job(config: Config, folder: Path, model_folder: Path, display: Display
     grammar = fit_grammar(Grammar(r.form, r.num_answers, r.layout, model.thinking, r.analysis, r.other), tokenizer)
     spec = reward_of(r)
     prompts = make_prompts(config, train, grammar, tokenizer, data.train_split, display)
-    longest = Request(max((p.ids for p in prompts), key=len), (0,) * config.algo.group_size)
-    capacity(
-        [longest], model.max_completion_tokens, config.sampler.kv_budget_tokens
-    )  # refuses a budget below one group
+    longest = max(len(p.ids) for p in prompts)
+    # refuses a budget below one group before the model is loaded
+    capacity([longest], [config.algo.group_size], model.max_completion_tokens, config.sampler.kv_budget_tokens)
     gpu = config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available())
     policy = load_model(model_folder, dtype=getattr(torch, config.scale.dtype), device="cuda" if gpu else "cpu")
     decode = make_decode(tokenizer)

@@ -7,12 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from mar.draw import stream_key
+from mar.draw import SamplingParams, stream_key
 from mar.grammar import Grammar, decode_with_starts, parse
 from mar.model import Decoder
 from mar.records import Completion, Prompt, Rollout
 from mar.rewards import RewardSpec, reward
-from mar.sampler import Generation, Request, SamplingParams, generate
+from mar.sampler import Generation, Request, generate
 from mar.verify import VERIFIERS, matching_increments, repeats
 
 Decode = Callable[[tuple[int, ...]], str]

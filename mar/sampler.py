@@ -4,7 +4,7 @@ Each prompt is computed once, for all rows of its group, whenever they run. No d
 """
 
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,38 +12,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mar.cache import KVCache
-from mar.draw import Truncation, draw_tokens, uniforms
+from mar.cache import KVCache, capacity
+from mar.draw import SamplingParams, draw_tokens, uniforms
 from mar.grammar import decode_with_starts
 from mar.model import Decoder
-from mar.records import UserError
 
 RETIRE_EVERY = 8  # steps between two looks for finished rows where a look waits for the device
 PREFILL_TOKENS = 4096  # prompts are computed this many tokens at a time: no larger activations, and on a CPU they stay near the caches
 WORTH_SHRINKING = 7 / 8  # with nothing left to admit, free slots are dropped when fewer than this are in use
-
-
-@dataclass(frozen=True)
-class SamplingParams:
-    """How tokens are drawn. temperature 0 is greedy; a row ends after a token of `stop_ids` (kept), after the token that completes one of
-    `stop_strings`, or after `max_tokens`. A row that has not written `</think>` within `think_budget` tokens gets the tokens `think_close`."""
-
-    max_tokens: int
-    temperature: float = 1.0
-    stop_ids: tuple[int, ...] = ()
-    truncation: Truncation = Truncation()
-    stop_strings: tuple[str, ...] = ()
-    think_budget: int | None = None
-    think_close: tuple[int, ...] = ()
-    decode: Callable[[tuple[int, ...]], str] | None = None  # needed by stop_strings and think_budget
-
-    def __post_init__(self) -> None:
-        if (self.stop_strings or self.think_budget is not None) and self.decode is None:
-            raise ValueError("stop_strings and think_budget read text: they need decode")
-        if "" in self.stop_strings or (self.think_budget is not None and not self.think_close):
-            raise ValueError("a stop string is empty, or think_budget has no think_close tokens to put in")
-        if self.think_budget is not None and not 0 <= self.think_budget <= self.max_tokens - len(self.think_close) - 1:
-            raise ValueError(f"think_budget={self.think_budget} leaves no room below max_tokens={self.max_tokens}")
 
 
 @dataclass(frozen=True)
@@ -88,30 +64,6 @@ class Generation:
     kv_bytes: int
 
 
-def capacity(requests: Sequence[Request], max_tokens: int, kv_budget_tokens: int) -> tuple[int, int]:
-    """(prompt slots, row slots) within the budget; a prompt slot is as long as the longest prompt.
-
-    Beside the prompts whose rows fill the row slots there is room for as many again, of which only slow rows are left. Raises UserError where
-    the largest group with the longest prompt does not fit.
-    """
-    longest, largest = max(len(r.prompt_ids) for r in requests), max(len(r.keys) for r in requests)
-    if (need := longest + largest * max_tokens) > kv_budget_tokens:
-        raise UserError(
-            f"one group needs {need} tokens of KV memory (prompt {longest} + {largest} x {max_tokens}): raise "
-            f"scale.kv_budget_tokens from {kv_budget_tokens}, or lower algo.group_size or model.max_completion_tokens"
-        )
-
-    def prompts_for(rows: int) -> int:
-        return min(len(requests), rows, 2 * -(-rows // largest) + 1)
-
-    rows = sum(len(r.keys) for r in requests)
-    if len(requests) * longest + rows * max_tokens > kv_budget_tokens:
-        rows = min(rows, kv_budget_tokens // max_tokens)
-        while rows > largest and prompts_for(rows) * longest + rows * max_tokens > kv_budget_tokens:
-            rows -= 1
-    return min(len(requests), rows, (kv_budget_tokens - rows * max_tokens) // longest), rows
-
-
 def decode_step(model: Decoder, cache: KVCache, tokens: Tensor, width: int) -> Tensor:
     """Feed one token [S] to every row slot; returns the hidden states [S, d]. A function of static buffers: nothing here depends on values."""
     positions = cache.prompt_lengths[cache.row_prompt] + cache.own_lengths
@@ -139,12 +91,16 @@ class _Slots:
     """The state of one `generate`. Host side: which completion each row slot holds and how old it is. Device side: everything per token."""
 
     def __init__(self, model: Decoder, requests: Sequence[Request], params: SamplingParams, budget: int) -> None:
-        weight, longest = model.head_weight, max(len(r.prompt_ids) for r in requests)
+        weight, lengths, sizes = (
+            model.head_weight,
+            [len(r.prompt_ids) for r in requests],
+            [len(r.keys) for r in requests],
+        )
         self.model, self.requests, self.params, self.device = model, requests, params, weight.device
-        self.largest_group = max(len(r.keys) for r in requests)
-        num_prompts, num_rows = capacity(requests, params.max_tokens, budget)
+        self.largest_group = max(sizes)
+        num_prompts, num_rows = capacity(lengths, sizes, params.max_tokens, budget)
         self.num_rows = num_rows
-        self.cache = KVCache.allocate(model.config, num_prompts, longest, num_rows, params.max_tokens, weight)
+        self.cache = KVCache.allocate(model.config, num_prompts, max(lengths), num_rows, params.max_tokens, weight)
         self.kv_bytes = self.cache.num_bytes
         self.retire_every = 1 if self.device.type == "cpu" and not params.stop_strings else RETIRE_EVERY
         self.num_steps, self.waited_until = 0, 0
@@ -156,7 +112,7 @@ class _Slots:
         self.waiting = deque(range(len(owner)))
         self.entered = np.zeros(len(owner), dtype=np.int64)  # the step at which a completion got its slot
         self.results: list[Sampled | None] = [None] * len(owner)
-        self.unfinished = [len(r.keys) for r in requests]
+        self.unfinished = list(sizes)
         self.free_prompts, self.slot_of = deque(range(num_prompts)), dict[int, int]()
         self.held = np.full(num_rows, -1)  # the completion in each row slot, -1: free
         self.ages = np.zeros(num_rows, dtype=np.int64)  # tokens drawn
@@ -249,9 +205,8 @@ class _Slots:
         if len(tokens) != len(self.held):  # slots were dropped since the draw
             tokens = self.rows["tokens"].gather(1, cache.own_lengths[:, None])[:, 0]
         width = min(oldest, self.params.max_tokens)
-        cache.own_lengths.clamp_(
-            max=width - 1
-        )  # rows that are done, or slots that are free, write over their last entry
+        # rows that are done, or slots that are free, write over their last entry
+        cache.own_lengths.clamp_(max=width - 1)
         self.rows["hidden"] = decode_step(self.model, cache, tokens, width)
         cache.own_lengths += 1
 

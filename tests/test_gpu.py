@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from mar.attention import pack_groups
-from mar.draw import stream_key
-from mar.sampler import Request, SamplingParams, generate
+from mar.draw import SamplingParams, stream_key
+from mar.sampler import Request, generate
 
 pytestmark = pytest.mark.gpu
 

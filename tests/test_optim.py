@@ -7,11 +7,11 @@ from torch import nn
 
 from mar.advantages import token_advantages
 from mar.batch import make_batch, micro_batches
+from mar.draw import SamplingParams
 from mar.losses import reinforce, token_weights
 from mar.optim import SCHEDULES, learning_rate, make_optimizer, set_learning_rate
 from mar.records import Completion, Example, Prompt, Rollout
 from mar.rollout import sample
-from mar.sampler import SamplingParams
 
 
 def rates(steps, warmup, schedule):

@@ -10,13 +10,17 @@ from scipy.stats import chisquare
 
 from mar import sampler
 from mar.attention import group_attention, pack_groups
-from mar.cache import KVCache
-from mar.draw import Truncation, draw_tokens, stream_key, truncated_logprobs, uniforms
+from mar.cache import KVCache, capacity
+from mar.draw import SamplingParams, Truncation, draw_tokens, stream_key, truncated_logprobs, uniforms
 from mar.model import ARCHITECTURES
 from mar.records import UserError
-from mar.sampler import Request, SamplingParams, capacity
+from mar.sampler import Request
 
 PLENTY = 10**6
+
+
+def slots_for(asked, max_tokens, budget):
+    return capacity([len(r.prompt_ids) for r in asked], [len(r.keys) for r in asked], max_tokens, budget)
 
 
 def generate(*args):
@@ -137,7 +141,7 @@ def test_a_row_does_not_depend_on_its_neighbours(tiny_model):
     alone = [generate(model, [Request(r.prompt_ids, (key,))], params, PLENTY)[0][0] for r in asked for key in r.keys]
     assert len({len(s.ids) for s in alone}) > 4
     tightest = max(len(r.prompt_ids) for r in asked) + 3 * 20
-    assert capacity(asked, 20, tightest) == (1, 3) and capacity(asked, 20, 2 * tightest)[1] < 12
+    assert slots_for(asked, 20, tightest) == (1, 3) and slots_for(asked, 20, 2 * tightest)[1] < 12
     for budget in (PLENTY, 2 * tightest, tightest):
         for mine, theirs in zip(itertools.chain(*generate(model, asked, params, budget)), alone, strict=True):
             same(mine, theirs)
@@ -234,7 +238,7 @@ def test_slots_stay_busy_while_prompts_wait(tiny_model):
     whole = sampler.generate(model, asked, params, PLENTY)
     tight = sampler.generate(model, asked, params, budget)
     lengths = [len(s.ids) for group in tight.groups for s in group]
-    assert capacity(asked, 64, budget)[1] <= 24 and max(lengths) >= 10 * np.percentile(lengths, 10)
+    assert slots_for(asked, 64, budget)[1] <= 24 and max(lengths) >= 10 * np.percentile(lengths, 10)
     assert whole.occupancy is None and tight.occupancy >= 0.9
     for ours, theirs in zip(itertools.chain(*tight.groups), itertools.chain(*whole.groups), strict=True):
         same(ours, theirs)
@@ -267,7 +271,7 @@ def test_one_token_at_most(stops, reason, tiny_model):
 )
 def test_slots_keep_to_the_budget(budget, slots):
     asked = requests((10, 3, 50, 2, 2, 2, 40, 40), (2, 1, 3, 1, 1, 1, 2, 2))
-    assert capacity(asked, 20, budget) == slots and slots[0] * 50 + slots[1] * 20 <= budget
+    assert slots_for(asked, 20, budget) == slots and slots[0] * 50 + slots[1] * 20 <= budget
 
 
 def test_a_group_over_the_budget_is_refused(tiny_model):

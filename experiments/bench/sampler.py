@@ -25,11 +25,11 @@ import transformers
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from mar.draw import stream_key
+from mar.draw import SamplingParams, stream_key
 from mar.fetch import resolve_model
 from mar.grammar import Grammar
 from mar.prompts import build_prompt, load_tokenizer
-from mar.sampler import Request, SamplingParams, generate
+from mar.sampler import Request, generate
 from mar.tasks import clinic
 from mar.weights import load_model
 

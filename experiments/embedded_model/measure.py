@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from mar.draw import SamplingParams
 from mar.evaluate import Protocol, measure
 from mar.fetch import resolve_model
 from mar.grammar import Grammar
@@ -21,7 +22,6 @@ from mar.prompts import build_prompt, load_tokenizer
 from mar.records import Example
 from mar.rewards import RewardSpec
 from mar.rollout import make_decode
-from mar.sampler import SamplingParams
 from mar.sft import lesson_loss
 from mar.tasks import clinic, get_task
 from mar.weights import load_model
