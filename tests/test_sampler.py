@@ -195,14 +195,14 @@ def test_a_stop_string_ends_a_row_at_the_token_that_completes_it(tiny_model):
 
 
 def test_a_thinking_budget_puts_in_the_closing_tag_and_nothing_else(tiny_model):
-    model, asked, close = tiny_model(seed=4), requests((5, 11), 12), (7, 9)
+    model, asked, close = tiny_model(seed=4), requests((5, 11, 8), 24), (7, 9)
     free = generate(model, asked, SamplingParams(20), PLENTY)
 
     def decode(ids):  # token 3 is what the model itself closes its thoughts with
         return "".join("</think>" if i == 3 else "." for i in ids)
 
     params = SamplingParams(20, think_budget=6, think_close=close, decode=decode)
-    groups = generate(model, asked, params, 300)
+    groups = generate(model, asked, params, 24 * 20 + 2 * 11)  # slots are used again
     kinds = set()
     for whole, sampled in zip(itertools.chain(*free), itertools.chain(*groups), strict=True):
         np.testing.assert_array_equal(sampled.ids[:6], whole.ids[:6])
@@ -346,6 +346,8 @@ def test_bfloat16_attention_is_about_as_exact_as_the_library(tiny_model):
 def test_limits_that_do_not_fit_the_keys_are_refused(limits):
     with pytest.raises(ValueError, match="limits"):
         Request((1, 2), (0, 0), limits)
+    with pytest.raises(ValueError, match="prompt is empty"):
+        Request((), (0, 0))
 
 
 @pytest.mark.parametrize(
