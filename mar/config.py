@@ -44,6 +44,7 @@ class ModelOptions:
     source: str = one_of("embedded", "folder", "hub", "wheel", default=MISSING)
     path: str | None = None  # a folder, or a hub id
     lr: float = number(MISSING, low=0, above=True)
+    trainable: str = ""  # a regular expression that finds the parameters to train; empty trains all
     max_prompt_tokens: int = number(MISSING, low=1)  # a longer prompt is dropped and counted
     max_completion_tokens: int = number(MISSING, low=1)
     thinking: bool = MISSING
@@ -138,6 +139,7 @@ class OptimOptions:
     """AdamW."""
 
     lr: float = number("${model.lr}", low=0, above=True)
+    trainable: str = "${model.trainable}"
     betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
     eps: float = number(1e-8, low=0, above=True)
     weight_decay: float = number(0.0, low=0)
@@ -268,6 +270,10 @@ def _run_faults(config: Config) -> Iterator[str]:
         yield f"train.stop_at={stop_at} lies after train.steps={steps}: lower it or drop it"
     if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
         yield f"optim.betas={betas} is wrong: give two numbers from 0 to below 1"
+    try:
+        re.compile(config.optim.trainable)
+    except re.error as error:
+        yield f"optim.trainable={config.optim.trainable!r} is no regular expression: {error}"
     if config.scale.num_gpus > 1:
         yield f"scale={config.scale.name} is a machine of several GPUs, which cannot be used yet: take scale=h100x1"
 

@@ -156,7 +156,7 @@ def build_job(config: Config, folder: Path, model_folder: Path, display: Display
         kv_budget_tokens=config.sampler.kv_budget_tokens,
         seed=config.seed,
     )
-    optimizer = make_optimizer(policy, o.lr, (o.betas[0], o.betas[1]), o.eps, o.weight_decay)
+    optimizer = make_optimizer(policy, o.lr, (o.betas[0], o.betas[1]), o.eps, o.weight_decay, o.trainable)
     return Job(config, folder, policy, optimizer, prompts, protocol, first_open(grammar, spec))
 
 

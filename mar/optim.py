@@ -1,19 +1,27 @@
 """The optimizer and its learning-rate schedule."""
 
 import math
+import re
 
 import torch
 from torch import nn
+
+from mar.records import UserError
 
 SCHEDULES = ("linear", "cosine", "constant")
 
 
 def make_optimizer(
-    model: nn.Module, lr: float, betas: tuple[float, float], eps: float, weight_decay: float
+    model: nn.Module, lr: float, betas: tuple[float, float], eps: float, weight_decay: float, trainable: str = ""
 ) -> torch.optim.AdamW:
-    """AdamW; norms and biases are not decayed."""
-    matrices = [p for p in model.parameters() if p.ndim >= 2]
-    vectors = [p for p in model.parameters() if p.ndim < 2]
+    """AdamW of the parameters in whose names the regular expression `trainable` is found; the others are frozen. Norms and biases are not
+    decayed. Raises UserError where it finds none."""
+    for name, p in model.named_parameters():
+        p.requires_grad_(re.search(trainable, name) is not None)
+    chosen = [p for p in model.parameters() if p.requires_grad]
+    if not chosen:
+        raise UserError(f"optim.trainable={trainable!r} is found in no parameter's name; names are like {name}")
+    matrices, vectors = ([p for p in chosen if (p.ndim >= 2) == wide] for wide in (True, False))
     groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps)
 

@@ -15,7 +15,7 @@ from mar import grammar, rewards
 from mar.config import CONF_DIR, Config, RewardOptions, compose, from_omegaconf, validate
 from mar.records import UserError
 
-LR = {"embedded": 4e-4, "smollm2-135m": 1e-5, "qwen3-1.7b": 2e-6, "qwen3-8b": 1e-6, "hf": 1e-6}
+LR = {"embedded": 1e-1, "smollm2-135m": 1e-5, "qwen3-1.7b": 2e-6, "qwen3-8b": 1e-6, "hf": 1e-6}
 MODEL_SOURCE = {"embedded": "embedded", "hf": "hub"}
 SCALE_MODEL = {"laptop": "embedded", "h100x1": "qwen3-1.7b", "h100x8": "qwen3-8b"}
 SCALE_SOURCE = {"laptop": "embedded", "h100x1": "hub", "h100x8": "hub"}
@@ -136,6 +136,7 @@ REFUSED = [
     ("algo.credit=shapley", "algo.credit=shapley is unknown: choose one of to_go"),
     ("optim.lr=0", "optim.lr=0.0"),
     ("optim.lr=nan", "optim.lr=nan"),
+    ('optim.trainable="*norm"', "no regular expression"),
     ("optim.betas=[0.9]", "two numbers"),
     ("optim.betas=[0.9,1.0]", "two numbers"),
     ("optim.warmup_frac=2", "at most 1"),

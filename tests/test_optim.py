@@ -6,11 +6,12 @@ import torch
 from torch import nn
 
 from mar.advantages import token_advantages
+from mar.attention import pack_groups
 from mar.batch import make_batch, micro_batches
 from mar.draw import SamplingParams
 from mar.losses import reinforce, token_weights
 from mar.optim import SCHEDULES, learning_rate, make_optimizer, set_learning_rate
-from mar.records import Completion, Example, Prompt, Rollout
+from mar.records import Completion, Example, Prompt, Rollout, UserError
 from mar.rollout import sample
 
 
@@ -52,6 +53,19 @@ def test_only_matrices_decay(tiny_model):
         torch.testing.assert_close(p.detach(), before[name] * (0.95 if decays else 1.0), atol=1e-12, rtol=0)
     held = [id(p) for group in optimizer.param_groups for p in group["params"]]
     assert sorted(held) == sorted(id(p) for p in model.parameters())
+
+
+def test_what_is_not_trainable_stays(tiny_model):
+    model = tiny_model()
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    optimizer = make_optimizer(model, 0.1, (0.9, 0.95), 1e-8, 0.1, r"^norm|blocks\.1\..*down")
+    model(pack_groups([[1, 2]], [[[3, 4, 5]]]), 1.0)[0].sum().backward()
+    optimizer.step()
+    moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    assert moved == {name for name in before if name == "norm.weight" or name.startswith("blocks.1.down")}
+    assert all((p.grad is not None) == (name in moved) for name, p in model.named_parameters())
+    with pytest.raises(UserError, match="optim.trainable='nrm' is found in no parameter's name"):
+        make_optimizer(model, 0.1, (0.9, 0.95), 1e-8, 0.1, "nrm")
 
 
 def as_rollout(asked, completion, components):
