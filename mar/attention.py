@@ -21,7 +21,7 @@ Tokens = Sequence[int]
 # the query heads of one key head go to the token axis, so that a prompt's keys are not repeated
 FOLD, UNFOLD = "n (h r) ... -> 1 h (n r) ...", "1 h (n r) ... -> n (h r) ..."
 
-_attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # public SDPA returns no log-sum-exp
+cpu_attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # public SDPA returns no log-sum-exp
 _attention_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 _compile: Callable = cache(torch.compile)  # one compiled function per process
 
@@ -127,11 +127,11 @@ class _GroupAttention(torch.autograd.Function):
         out = torch.empty_like(q)
         lse = q.new_empty(q.shape[:2], dtype=torch.promote_types(q.dtype, torch.float32))
         for block in blocks:
-            own = _attention(block.pad(q), block.pad(k, repeat), block.pad(v, repeat), 0.0, True)
+            own = cpu_attention(block.pad(q), block.pad(k, repeat), block.pad(v, repeat), 0.0, True)
             out[block.tokens], lse[block.tokens] = block.unpad(own[0]), block.unpad(own[1])
         for prompt, rows in shared:
             keys, values = (x[prompt].transpose(0, 1)[None] for x in (k, v))
-            parts = _attention(rearrange(q[rows], FOLD, h=kv_heads), keys, values, 0.0, False)
+            parts = cpu_attention(rearrange(q[rows], FOLD, h=kv_heads), keys, values, 0.0, False)
             shared_out, shared_lse = (rearrange(part, UNFOLD, r=repeat) for part in parts)
             own_lse, lse[rows] = lse[rows].clone(), torch.logaddexp(lse[rows], shared_lse)
             own_share, shared_share = (own_lse - lse[rows]).exp_(), (shared_lse - lse[rows]).exp_()

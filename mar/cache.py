@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
+from mar.attention import cpu_attention
 from mar.model import ModelConfig
 from mar.records import UserError
 
@@ -106,17 +107,21 @@ class KVCache:
         """An `attend` for one new token per row, at its `own_lengths`, all below `width`: one product per prompt over its slot, one per row
         over its own tokens, joined by their log-sum-exps."""
         device, rows = self.own_lengths.device, torch.arange(len(self.own_lengths), device=self.own_lengths.device)
-        unread = (torch.arange(width, device=device) > self.own_lengths[:, None])[:, None, None]  # [S, 1, 1, width]
-        positions = torch.arange(self.prompt_keys.shape[3], device=device)
-        padding = (positions >= self.prompt_lengths[:, None])[:, None, None]  # [Q, 1, 1, P]
+        positions = torch.arange(max(width, self.prompt_keys.shape[3]), device=device)
+
+        def hide(ends: Tensor, count: int) -> Tensor:  # [len(ends), 1, 1, count]: 0, and -inf from `ends` on
+            return torch.where(positions[:count] < ends[:, None], 0.0, -torch.inf).to(self.own_keys)[:, None, None]
+
+        mix = _mix_cpu if device.type == "cpu" else _mix
+        unread, padding = hide(self.own_lengths + 1, width), hide(self.prompt_lengths, self.prompt_keys.shape[3])
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             q = rearrange(q, "s (h r) d -> s h r d", h=k.shape[1])
             own_keys, own_values = self.own_keys[layer], self.own_values[layer]
             own_keys[rows, :, self.own_lengths], own_values[rows, :, self.own_lengths] = k, v
-            own, own_lse = _mix(q, own_keys[:, :, :width], own_values[:, :, :width], unread)
+            own, own_lse = mix(q, own_keys[:, :, :width], own_values[:, :, :width], unread)
             grouped = rearrange(q[self.members], "g m h r d -> g h (m r) d")
-            parts = _mix(grouped, self.prompt_keys[layer], self.prompt_values[layer], padding)
+            parts = mix(grouped, self.prompt_keys[layer], self.prompt_values[layer], padding)
             split = "g h (m r) d -> (g m) h r d"
             shared, lse = (rearrange(x, split, m=self.members.shape[1])[self.place] for x in parts)
             share = torch.sigmoid(lse - own_lse)  # the prompt's part of the softmax mass
@@ -149,9 +154,15 @@ class KVCache:
         self.members = self.members[prompts]
 
 
-def _mix(q: Tensor, keys: Tensor, values: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
-    """Attention of q over the entries that are not `hidden`, and its log-sum-exp, both in float32 or wider."""
+def _mix_cpu(q: Tensor, keys: Tensor, values: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """`_mix` in one operator."""
+    mixed, lse = cpu_attention(q, keys, values, 0.0, False, attn_mask=bias)
+    return mixed, lse[..., None]
+
+
+def _mix(q: Tensor, keys: Tensor, values: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """Attention of q [B, H, M, D] over N entries with `bias` [B, 1, 1, N] on their scores, and its log-sum-exp [B, H, M, 1] in float32 or wider."""
     precise = torch.promote_types(q.dtype, torch.float32)
-    scores = ((q @ keys.mT).to(precise) * q.shape[-1] ** -0.5).masked_fill_(hidden, -torch.inf)
+    scores = ((q @ keys.mT).to(precise) * q.shape[-1] ** -0.5).add_(bias)
     lse = scores.logsumexp(-1, keepdim=True)
     return (scores.sub_(lse).exp_().to(q.dtype) @ values).to(precise), lse

@@ -8,6 +8,7 @@ import pytest
 import torch
 from scipy.stats import chisquare
 
+from mar import cache as kv_cache
 from mar import sampler
 from mar.attention import group_attention, pack_groups
 from mar.cache import KVCache, capacity
@@ -317,6 +318,18 @@ def test_the_decode_step_compiles_whole_and_never_again(tiny_model):
     for ours, theirs in zip(itertools.chain(*slots.result().groups), itertools.chain(*eager), strict=True):
         np.testing.assert_array_equal(ours.ids, theirs.ids)
         np.testing.assert_allclose(ours.full_logprobs, theirs.full_logprobs, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype,atol", [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+def test_attention_on_other_devices_equals_that_on_cpu(dtype, atol):
+    torch.manual_seed(0)
+    q, keys, values = (torch.randn(5, 2, n, 8, dtype=dtype) for n in (6, 40, 40))
+    hidden = torch.arange(40) >= torch.tensor([1, 7, 20, 39, 40])[:, None]
+    bias = torch.zeros(5, 40, dtype=dtype).masked_fill(hidden, -torch.inf)[:, None, None]
+    for ours, theirs in zip(
+        kv_cache._mix(q, keys, values, bias), kv_cache._mix_cpu(q, keys, values, bias), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs, atol=atol, rtol=0)
 
 
 def test_bfloat16_attention_is_about_as_exact_as_the_library(tiny_model):
