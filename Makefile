@@ -23,7 +23,7 @@ STAMP := $(ENV)/.mar-$(shell echo '$(CURDIR)' | cksum | cut -d' ' -f1)
 CPU := OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES=''
 PYTEST := $(CPU) $(BIN)/python -m pytest -q
 
-.PHONY: help setup train test test-slow lint format check smoke golden budget bench gpu
+.PHONY: help setup train test test-slow lint format check smoke golden budget bench report gpu
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -57,6 +57,7 @@ lint: setup ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check -q .
 	$(BIN)/python -m mypy
+	$(BIN)/python experiments/report.py --check
 
 format: setup ## let ruff mend what it can
 	$(BIN)/ruff check --fix -q .
@@ -74,6 +75,9 @@ budget: setup ## lines of code against the budget
 
 bench: setup ## our sampler against transformers.generate (BENCH=--bars: every case)
 	$(BIN)/python experiments/bench/sampler.py $(or $(BENCH),--quick)
+
+report: setup ## the tables of the READMEs again, from the committed logs (stale ones fail `make lint`)
+	$(BIN)/python experiments/report.py
 
 gpu: setup ## the tests that need a CUDA device
 	$(BIN)/python -m pytest -q -m gpu $(ARGS)

@@ -23,7 +23,8 @@ def make_optimizer(
         raise UserError(f"optim.trainable={trainable!r} is found in no parameter's name; names are like {name}")
     matrices, vectors = ([p for p in chosen if (p.ndim >= 2) == wide] for wide in (True, False))
     groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps)
+    # a checkpoint would lose the settings of an empty group
+    return torch.optim.AdamW([group for group in groups if group["params"]], lr=lr, betas=betas, eps=eps)
 
 
 def learning_rate(step: int, num_steps: int, lr: float, warmup_frac: float, schedule: str) -> float:

@@ -51,10 +51,10 @@ def words(model: Path, out: Path, *more: str) -> list[str]:
     ]  # fmt: skip
 
 
-def weights_after(folder: Path, model: Path) -> dict[str, torch.Tensor]:
+def weights_after(folder: Path, model: Path, trainable: str = "") -> dict[str, torch.Tensor]:
     found, policy = checkpoint.newest(folder / "checkpoints"), load_model(model)
     assert found is not None and found.step == 4
-    checkpoint.restore(found, policy, make_optimizer(policy, 1.0, (0.9, 0.95), 1e-8, 0.0))
+    checkpoint.restore(found, policy, make_optimizer(policy, 1.0, (0.9, 0.95), 1e-8, 0.0, trainable))
     return {name: p.detach().clone() for name, p in policy.named_parameters()}
 
 
@@ -63,21 +63,27 @@ def records(folder: Path) -> list[dict[str, float]]:
     return [{k: v for k, v in row.items() if not k.startswith("perf/")} for row in rows]
 
 
-def test_resumed_run_is_the_uninterrupted_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(compose(words(EMBEDDED, tmp_path / "whole"))) == 0
+@pytest.mark.parametrize("trainable", ["", "^norm"])
+def test_resumed_run_is_the_uninterrupted_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], trainable: str
+) -> None:
+    chosen = f"optim.trainable='{trainable}'"
+    assert run(compose(words(EMBEDDED, tmp_path / "whole", chosen))) == 0
     last = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert run(compose(words(EMBEDDED, tmp_path / "cut", "train.stop_at=2"))) == 0
+    assert run(compose(words(EMBEDDED, tmp_path / "cut", "train.stop_at=2", chosen))) == 0
     cut, whole = tmp_path / "cut/clinic/seed0", tmp_path / "whole/clinic/seed0"
     assert not json.loads((cut / "eval.json").read_text()).get("after") and len(records(cut)) == 2
     # as if a crash had come after the checkpoint, in the middle of a line
     for name in ("metrics.jsonl", "completions.jsonl"):
         with (cut / name).open("a") as file:
             file.write('{"step": 3, "stage": "train"}\n{"step": 4, "re')
-    assert run(compose(words(EMBEDDED, tmp_path / "cut"))) == 0
+    assert run(compose(words(EMBEDDED, tmp_path / "cut", chosen))) == 0
 
-    one, two = weights_after(whole, EMBEDDED), weights_after(cut, EMBEDDED)
+    one, two = weights_after(whole, EMBEDDED, trainable), weights_after(cut, EMBEDDED, trainable)
     assert all(torch.equal(one[name], two[name]) for name in one)
-    assert not torch.equal(one["embed.weight"], load_model(EMBEDDED).embed.weight)  # it did train
+    base = dict(load_model(EMBEDDED).named_parameters())
+    moved = {name for name in one if not torch.equal(one[name], base[name])}
+    assert moved == ({"norm.weight"} if trainable else set(base))  # it did train, and nothing else
     assert records(whole) == records(cut) and len(records(whole)) == 4
     assert (whole / "completions.jsonl").read_text() == (cut / "completions.jsonl").read_text()
     assert json.loads((whole / "eval.json").read_text()) == json.loads((cut / "eval.json").read_text())

@@ -1,0 +1,69 @@
+"""Write the tables of the Markdown files again from the committed logs they name:  python experiments/report.py [--check]
+
+A table stands between `<!-- log PATH -->` or `<!-- logs PATH PATH ... -->` and `<!-- end -->`, the paths relative to the repository; a log's last line is the
+JSON document that `mar.train` ends with. One log gives floor, before, after and ceiling; several give a line for each. `--check` writes nothing and exits
+with 1, naming the files, where a table is not what its logs say.
+"""
+
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+ROWS = ("coverage@3", "top1", "brier", "ece", "q_mse", "format_rate", "repeats_per_set", "tokens_per_set")
+BLOCK = re.compile(r"(?P<open><!-- logs? (?P<paths>[^>]+?) -->\n).*?(?P<close><!-- end -->)", re.DOTALL)
+
+
+def shown(name: str, value: float | None) -> str:
+    return "–" if value is None else f"{value:.1f}" if name.startswith("tokens") else f"{value:.3f}"
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def of_one(end: dict[str, Any]) -> str:
+    """Floor, before, after and ceiling of each metric."""
+    stages = ("floor", "before", "after", "ceiling")
+    return table(["", *stages], [[name, *(shown(name, end[stage].get(name)) for stage in stages)] for name in ROWS])
+
+
+def of_several(ends: dict[str, dict[str, Any]]) -> str:
+    """One line for each log."""
+    names = ("coverage@3", "top1", "ece", "q_mse", "repeats_per_set")
+    rows = [
+        [log, f"{end['gap_closed']:.3f}", *(shown(n, end["after"][n]) for n in names), f"{end['job_s']:.0f}"]
+        for log, end in ends.items()
+    ]
+    return table(["log", "gap_closed", *names, "seconds"], rows)
+
+
+def fill(text: str) -> str:
+    """The text with all of its tables made again."""
+
+    def block(match: re.Match[str]) -> str:
+        paths = [ROOT / path for path in match["paths"].split()]
+        ends = {path.stem: json.loads(path.read_text().rstrip().rpartition("\n")[2]) for path in paths}
+        made = of_one(next(iter(ends.values()))) if len(ends) == 1 else of_several(ends)
+        return f"{match['open']}\n{made}\n\n{match['close']}"
+
+    return BLOCK.sub(block, text)
+
+
+def main() -> None:
+    files = [ROOT / "README.md", *sorted(ROOT.glob("experiments/*/README.md"))]
+    stale = {file: made for file in files if (made := fill(text := file.read_text())) != text}
+    if "--check" in sys.argv[1:]:
+        for file in stale:
+            print(f"{file.relative_to(ROOT)}: a table differs from its logs; run `make report`")
+        sys.exit(bool(stale))
+    for file, text in stale.items():
+        file.write_text(text)
+        print(f"wrote {file.relative_to(ROOT)}")
+
+
+if __name__ == "__main__":
+    main()
