@@ -1,8 +1,8 @@
 """Write the tables of the Markdown files again from the committed logs they name:  python experiments/report.py [--check]
 
-A table stands between `<!-- log PATH -->` or `<!-- logs PATH PATH ... -->` and `<!-- end -->`, the paths relative to the repository; a log's last line is the
-JSON document that `mar.train` ends with. One log gives floor, before, after and ceiling; several give a line for each. `--check` writes nothing and exits
-with 1, naming the files, where a table is not what its logs say.
+A table stands between `<!-- log PATH -->` or `<!-- logs PATH PATH ... -->` and `<!-- end -->`, the paths relative to the repository; a log's
+last line is the JSON document that `mar.train` ends with. One log gives floor, before, after and ceiling; several give a line for each. `--check`
+writes nothing and exits with 1, naming the files, where a table is not what its logs say.
 """
 
 import json
