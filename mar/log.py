@@ -28,6 +28,11 @@ def plain(value: Any) -> Any:
     return value
 
 
+def shown(value: float | None) -> str:
+    """A metric in a table."""
+    return "–" if value is None else f"{value:.1f}" if abs(value) >= 10 else f"{value:.3f}"
+
+
 def append_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """Append rows, one JSON document a line."""
     with path.open("a", encoding="utf-8") as file:
@@ -145,5 +150,5 @@ class Display:
             table.add_column(name, justify="right")
         for row in rows:
             values = [(column or {}).get(row) for column in columns.values()]
-            table.add_row(row, *("-" if v is None else f"{v:.1f}" if abs(v) >= 10 else f"{v:.3f}" for v in values))
+            table.add_row(row, *map(shown, values))
         self.console.print(table)

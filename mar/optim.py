@@ -20,7 +20,8 @@ def make_optimizer(
         p.requires_grad_(re.search(trainable, name) is not None)
     chosen = [p for p in model.parameters() if p.requires_grad]
     if not chosen:
-        raise UserError(f"optim.trainable={trainable!r} is found in no parameter's name; names are like {name}")
+        names = ", ".join([name for name, _ in model.named_parameters()][:3])
+        raise UserError(f"model.trainable={trainable!r} is found in no parameter's name; they are {names}, ...")
     matrices, vectors = ([p for p in chosen if (p.ndim >= 2) == wide] for wide in (True, False))
     groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     # a checkpoint would lose the settings of an empty group

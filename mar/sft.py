@@ -1,9 +1,10 @@
 """Supervised warm-up on the grammar: the model learns to answer in every form before reinforcement learning makes the answers good.
 
-    python -m mar.sft --task clinic --scratch --out mar/embedded/model      (re-creates the embedded model and its tokenizer)
-    python -m mar.sft --task clinic --model FOLDER --out FOLDER             (any supported checkpoint)
+    python -m mar.sft --task clinic --model FOLDER --out FOLDER      (any supported checkpoint)
+    python -m mar.sft --task clinic --scratch --out FOLDER           (a small model of our own, with its tokenizer)
 
-The result knows the grammar and the task's answers, but neither ranks nor rates them: that is left to the reward. `mar/lessons.py` says what is
+experiments/embedded_model/recreate.sh makes the embedded model out of such stages. The result knows the grammar and the task's answers, but does
+not rank them, and rates them only as far as --hint says: the rest is left to the reward. `mar/lessons.py` says what is
 taught.
 """
 

@@ -8,7 +8,7 @@ import json
 import signal
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from torch import Tensor
 from mar import checkpoint, rundir
 from mar.advantages import token_advantages, zero_group_frac
 from mar.batch import Batch, make_batch, micro_batches
-from mar.config import Config, from_omegaconf, validate
+from mar.config import Config, compose, from_omegaconf, validate
 from mar.evaluate import SHOWN_METRICS, bounds, measure, summary
 from mar.fetch import resolve_model
 from mar.job import Job, announce, build_job, environment
@@ -197,8 +197,11 @@ def run(config: Config) -> int:
     document: dict[str, Any] = {"task": config.data.task, "num_items": len(job.protocol.prompts)}
     document |= bounds(job.protocol.prompts, config.reward.num_answers)
     first_step = resume(job, document, display) if place.resume else 0
+    total = sum(p.numel() for p in job.model.parameters())
+    trained = sum(p.numel() for p in job.model.parameters() if p.requires_grad)
     display.say(
-        f"{config.data.task}: {len(job.prompts)} training and {len(job.protocol.prompts)} held-out prompts; writing to {folder}"
+        f"{config.data.task}: {len(job.prompts)} training and {len(job.protocol.prompts)} held-out prompts; "
+        f"training {trained:,} of the {total:,} parameters of {config.model.name}; writing to {folder}"
     )
     display.first_step = first_step
     outcome = train(job, first_step, display, document)
@@ -257,5 +260,17 @@ def main(tree: Any) -> None:
         sys.exit(code)
 
 
+def refuse_unknown_words(words: Sequence[str]) -> None:
+    """Exit with one sentence where Hydra would print a page: a misspelt key or option. Sweeps and flags are left to Hydra."""
+    if any(word.startswith("-") for word in words):
+        return
+    try:
+        compose(words, check=False)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
 if __name__ == "__main__":
+    refuse_unknown_words(sys.argv[1:])
     main()

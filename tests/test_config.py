@@ -41,6 +41,7 @@ def test_every_experiment_on_every_scale_with_every_model(experiment: str, scale
     for model, lr in LR.items():
         chosen = compose([*words, f"model={model}", *(["model.path=owner/name"] if model == "hf" else [])], check=False)
         assert (chosen.model.name, chosen.model.lr, chosen.optim.lr) == (model, lr, lr)
+        assert (chosen.model.trainable == "") == (model != "embedded")
         assert chosen.model.source == MODEL_SOURCE.get(model, "hub")
         assert chosen.data == default.data
         assert (chosen.algo, chosen.reward, chosen.train) == (default.algo, default.reward, default.train)
@@ -136,7 +137,7 @@ REFUSED = [
     ("algo.credit=shapley", "algo.credit=shapley is unknown: choose one of to_go"),
     ("optim.lr=0", "optim.lr=0.0"),
     ("optim.lr=nan", "optim.lr=nan"),
-    ('optim.trainable="*norm"', "no regular expression"),
+    ('model.trainable="*norm"', "no regular expression"),
     ("optim.betas=[0.9]", "two numbers"),
     ("optim.betas=[0.9,1.0]", "two numbers"),
     ("optim.warmup_frac=2", "at most 1"),

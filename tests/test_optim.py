@@ -59,12 +59,16 @@ def test_what_is_not_trainable_stays(tiny_model):
     model = tiny_model()
     before = {name: p.clone() for name, p in model.named_parameters()}
     optimizer = make_optimizer(model, 0.1, (0.9, 0.95), 1e-8, 0.1, r"^norm|blocks\.1\..*down")
-    model(pack_groups([[1, 2]], [[[3, 4, 5]]]), 1.0)[0].sum().backward()
+    packed, whole = pack_groups([[1, 2]], [[[3, 4, 5]]]), tiny_model()
+    for policy in (model, whole):
+        policy(packed, 1.0)[0].sum().backward()
+    for (name, p), full in zip(model.named_parameters(), whole.parameters(), strict=True):
+        assert p.grad is None or torch.equal(p.grad, full.grad), name
     optimizer.step()
     moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
     assert moved == {name for name in before if name == "norm.weight" or name.startswith("blocks.1.down")}
     assert all((p.grad is not None) == (name in moved) for name, p in model.named_parameters())
-    with pytest.raises(UserError, match="optim.trainable='nrm' is found in no parameter's name"):
+    with pytest.raises(UserError, match="model.trainable='nrm' is found in no parameter's name"):
         make_optimizer(model, 0.1, (0.9, 0.95), 1e-8, 0.1, "nrm")
 
 

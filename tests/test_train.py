@@ -17,7 +17,7 @@ from mar.optim import make_optimizer
 from mar.records import UserError
 from mar.sft import train_tokenizer
 from mar.tasks import clinic
-from mar.train import run
+from mar.train import refuse_unknown_words, run
 from mar.weights import load_model, save_model
 
 SHAPE = {"architectures": ["Qwen3ForCausalLM"], "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
@@ -67,9 +67,11 @@ def records(folder: Path) -> list[dict[str, float]]:
 def test_resumed_run_is_the_uninterrupted_one(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], trainable: str
 ) -> None:
-    chosen = f"optim.trainable='{trainable}'"
+    chosen = f"model.trainable='{trainable}'"
     assert run(compose(words(EMBEDDED, tmp_path / "whole", chosen))) == 0
-    last = json.loads(capsys.readouterr().out.splitlines()[-1])
+    said = capsys.readouterr()
+    last = json.loads(said.out.splitlines()[-1])
+    assert f"training {'128' if trainable else '938,880'} of the 938,880 parameters" in said.out
     assert run(compose(words(EMBEDDED, tmp_path / "cut", "train.stop_at=2", chosen))) == 0
     cut, whole = tmp_path / "cut/clinic/seed0", tmp_path / "whole/clinic/seed0"
     assert not json.loads((cut / "eval.json").read_text()).get("after") and len(records(cut)) == 2
@@ -178,3 +180,14 @@ def test_interrupt_saves_and_the_same_command_goes_on(model_folder: Path, tmp_pa
     assert found is not None and found.step == metrics.read_text().count("\n")
     again = run(compose([*command[3:], f"train.stop_at={found.step + 1}"]))
     assert again == 0 and metrics.read_text().count("\n") == found.step + 1
+
+
+@pytest.mark.parametrize("word", ["+experiment=clinc", "algo.groupsize=4", "modle=hf", "garbage"])
+def test_a_misspelt_word_is_one_sentence(word: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit:
+        refuse_unknown_words(["+experiment=clinic"] * (not word.startswith("+")) + [word])
+    said = capsys.readouterr()
+    assert exit.value.code == 2 and not said.out and said.err.count("\n") == 1 and said.err.startswith("error: ")
+    assert word.partition("=")[2 if word.startswith("+") else 0] in said.err
+    refuse_unknown_words(["-m", word])  # a sweep's words are read by Hydra
+    refuse_unknown_words(["+experiment=clinic", "algo.group_size=4"])

@@ -1,7 +1,7 @@
 """Format rate and coverage of the embedded model in every form it was trained on, as the table of README.md beside this file, and the KL
-divergence from the exact posterior to the distribution of its single answer.
+divergence from the exact posterior to the distribution of its single answer. With `--confidences`: how well confidences follow the probabilities.
 
-python experiments/embedded_model/measure.py [--items 200]
+python experiments/embedded_model/measure.py [--items 200] [--model FOLDER] [--confidences]
 """
 
 import argparse
@@ -19,7 +19,7 @@ from mar.lessons import make_encode, make_lesson
 from mar.model import Decoder
 from mar.posterior import floor_coverage
 from mar.prompts import build_prompt, load_tokenizer
-from mar.records import Example
+from mar.records import Example, Rollout
 from mar.rewards import RewardSpec
 from mar.rollout import make_decode
 from mar.sft import lesson_loss
@@ -51,28 +51,55 @@ def posterior_kl(model: Decoder, tokenizer: Any, examples: list[Example]) -> flo
     return excess * lesson.counts.sum().item() / len(examples)
 
 
+def slot_correlations(rollouts: list[Rollout]) -> list[float]:
+    """Pearson correlation of confidence and exact probability (a repeat has none left) over right-formed sets, for each slot [K]."""
+    pairs = []
+    for rollout in (r for r in rollouts if r.reason is None):
+        probability = {gold.name: gold.probability for gold in rollout.prompt.example.golds}
+        truth = [
+            0.0 if again else probability.get(a, 0.0)
+            for a, again in zip(rollout.answers, rollout.repeated, strict=True)
+        ]
+        pairs.append((rollout.confidences, truth))
+    confidences, truths = np.array(pairs, dtype=np.float64).transpose(1, 2, 0)  # [K, rollouts] each
+    return [float(np.corrcoef(q, p)[0, 1]) for q, p in zip(confidences, truths, strict=True)]
+
+
+def run(
+    model: Decoder, tokenizer: Any, examples: list[Example], grammar: Grammar, style: str
+) -> tuple[dict[str, Any], list[Rollout]]:
+    """One set for each example."""
+    protocol = Protocol(
+        prompts=tuple(build_prompt(e, grammar, tokenizer, clinic.NOUN, style) for e in examples),
+        grammar=grammar,
+        spec=RewardSpec(brier="paper" if grammar.confident else "none"),
+        verifier=get_task("clinic").verifier,
+        decode=make_decode(tokenizer),
+        params=SamplingParams(320, 1.0, (tokenizer.eos_token_id,)),
+        kv_budget_tokens=65536,
+        seed=0,
+    )
+    return measure(model, protocol)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--items", type=int, default=200)
     parser.add_argument("--model", type=Path, default=resolve_model("embedded", "embedded", None)[0])
+    parser.add_argument("--confidences", action="store_true")
     args = parser.parse_args()
     model, tokenizer = load_model(args.model), load_tokenizer(args.model)
     examples = clinic.load("validation", args.items)
+    if args.confidences:
+        metrics, rollouts = run(model, tokenizer, examples, Grammar("rlcr_multi", 3, thinking=False), "ranked")
+        found = " / ".join(f"{r:.2f}" for r in slot_correlations(rollouts))
+        print(f"correlation in slots 1 / 2 / 3: {found}; q_mse {metrics['q_mse']:.3f}, ECE {metrics['ece']:.3f}")
+        return
     posterior = np.array([[gold.probability for gold in example.golds] for example in examples], dtype=np.float64)
     print(f"KL to the posterior, one answer: {posterior_kl(model, tokenizer, examples):.3f} nats\n")
     print("| form | format rate | coverage@K | floor | repeats per set | tokens per set |\n|---|---|---|---|---|---|")
     for name, grammar, style in FORMS:
-        protocol = Protocol(
-            prompts=tuple(build_prompt(e, grammar, tokenizer, clinic.NOUN, style) for e in examples),
-            grammar=grammar,
-            spec=RewardSpec(brier="paper" if grammar.confident else "none"),
-            verifier=get_task("clinic").verifier,
-            decode=make_decode(tokenizer),
-            params=SamplingParams(320, 1.0, (tokenizer.eos_token_id,)),
-            kv_budget_tokens=65536,
-            seed=0,
-        )
-        metrics, _ = measure(model, protocol)
+        metrics, _ = run(model, tokenizer, examples, grammar, style)
         K = grammar.num_answers
         row = [
             metrics["format_rate"],

@@ -31,8 +31,9 @@ class _LinearLogprobs(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_logprobs: Tensor | None, grad_entropy: Tensor | None, grad_lse: Tensor | None):  # type: ignore[no-untyped-def]
         hidden, weight, targets, entropy, lse = ctx.saved_tensors
-        grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight)
-        needs_weight = ctx.needs_input_grad[1]
+        grad_hidden, grad_weight = torch.empty_like(hidden), None
+        if ctx.needs_input_grad[1]:
+            grad_weight = torch.zeros_like(weight)
         of_target = torch.zeros_like(lse) if grad_logprobs is None else grad_logprobs
         of_probs = (0 if grad_lse is None else grad_lse) - of_target  # dlse/dz = p, dlogprob/dz = onehot - p
         for rows in _row_blocks(hidden.shape[0], weight.shape[0]):
@@ -44,9 +45,9 @@ class _LinearLogprobs(torch.autograd.Function):
             grad_logits.scatter_add_(1, targets[rows, None], of_target[rows, None])
             grad_logits.div_(ctx.temperature)
             grad_hidden[rows] = grad_logits @ weight
-            if needs_weight:
+            if grad_weight is not None:
                 grad_weight.addmm_(grad_logits.T, hidden[rows])
-        return grad_hidden, grad_weight if needs_weight else None, None, None
+        return grad_hidden, grad_weight, None, None
 
 
 def linear_logprobs(
