@@ -25,7 +25,7 @@ from mar.config import Config, compose, from_omegaconf, validate
 from mar.evaluate import SHOWN_METRICS, bounds, measure, summary
 from mar.fetch import resolve_model
 from mar.job import Job, announce, build_job, environment
-from mar.log import Display, append_jsonl, completion_row, truncate_jsonl, write_json
+from mar.log import Display, append_jsonl, completion_row, plain, truncate_jsonl, write_json
 from mar.losses import reinforce, token_weights
 from mar.metrics import set_metrics
 from mar.optim import learning_rate, set_learning_rate
@@ -244,7 +244,7 @@ def close(job: Job, document: Mapping[str, Any], display: Display, seconds: floa
         )
     for name in ("config.yaml", "metrics.jsonl", "completions.jsonl", "eval.json", "checkpoints"):
         display.say(f"  {job.folder / name}")
-    print(json.dumps({"run_dir": str(job.folder), "job_s": round(seconds, 1), **end}), flush=True)
+    print(json.dumps(plain({"run_dir": str(job.folder), "job_s": round(seconds, 1), **end})), flush=True)
 
 
 @hydra.main(config_path="../conf", config_name="config", version_base="1.3")

@@ -103,6 +103,9 @@ def test_resumed_run_is_the_uninterrupted_one(
         "prompt_tokens",
     }
     assert all(set(last[name]) == keys for name in ("floor", "before", "after", "ceiling"))
+    kept = json.loads((whole / "eval.json").read_text())
+    assert kept["gap_closed"] == last["gap_closed"]
+    assert all(last[name][key] == kept[name][key] for name in ("before", "after") for key in keys)
     assert json.loads((whole / "eval.json").read_text())["task"] == "clinic"
 
 
