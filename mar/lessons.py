@@ -29,6 +29,7 @@ ANALYSES = (
 )
 PLAIN = Grammar("rlvr_single", 1, thinking=False)
 CONFIDENCES = tuple(f"{percent / 100:.2f}" for percent in range(101))
+SPREAD = 0.02  # with 0.1 a probability of .02 was taught as .10 and .10 as .14: too alike to be told apart
 Encode = Callable[[str], list[int]]
 
 
@@ -130,8 +131,8 @@ def draw_thoughts(question: str, rng: np.random.Generator) -> list[str | Field]:
 
 
 def confidence_weights(truth: float | None, share: float) -> list[float]:
-    """How probable each of CONFIDENCES is: uniform, but a `share` of the mass lies within about .1 of the truth, where that is known."""
-    near = np.exp(-np.abs(np.arange(101) / 100 - (truth or 0.0)) / 0.1)
+    """How probable each of CONFIDENCES is: uniform, but a `share` of the mass lies within about SPREAD of the truth, where that is known."""
+    near = np.exp(-np.abs(np.arange(101) / 100 - (truth or 0.0)) / SPREAD)
     return ((1 - share) / 101 + share * near / near.sum()).tolist() if truth is not None and share else [1.0] * 101
 
 
@@ -204,7 +205,7 @@ def soft_targets(
 
 @dataclass(frozen=True)
 class Lesson:
-    """One demonstration for each prompt, and the distribution of each of its M tokens as a bag: `weights` [W] of token ids `alternatives` [W],
+    """Demonstrations for each prompt, and the distribution of each of its M tokens as a bag: `weights` [W] of token ids `alternatives` [W],
     those of token m from `starts[m]` on; they add up to what the token counts, `counts` [M]. `entropy` (nats) is the least that the loss can
     become."""
 
@@ -224,8 +225,9 @@ def make_lesson(
     rng: np.random.Generator,
     plain: bool = False,
     hint: Hint = NO_HINT,
+    rows: int = 1,
 ) -> Lesson:
-    """A demonstration for each example, in a form that it draws from the mixture, or in the `plain` one: a single answer."""
+    """`rows` demonstrations for each example, in a form that it draws from the mixture, or in the `plain` one: a single answer."""
     others = [example.golds[0].name for example in examples]
     prompts: list[list[int]] = []
     completions: list[list[list[int]]] = []
@@ -233,11 +235,13 @@ def make_lesson(
     for example in examples:
         grammar, style = (PLAIN, "ranked") if plain else draw_grammar(rng)
         prompt = build_prompt(example, grammar, tokenizer, noun, style)
-        pieces = demonstration(example, grammar, others, rng, prompt.think_open, hint)
-        ids, targets = soft_targets(pieces, encode, tokenizer.eos_token_id)
         prompts.append(list(prompt.ids))
-        completions.append([ids])
-        bags += targets
+        completions.append([])
+        for _ in range(rows):
+            pieces = demonstration(example, grammar, others, rng, prompt.think_open, hint)
+            ids, targets = soft_targets(pieces, encode, tokenizer.eos_token_id)
+            completions[-1].append(ids)
+            bags += targets
     weights = torch.tensor([p for bag in bags for p in bag.values()], dtype=torch.float64)
     counts = torch.tensor([sum(bag.values()) for bag in bags], dtype=torch.float64)
     return Lesson(

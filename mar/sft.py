@@ -147,7 +147,7 @@ def train(
         first = step % STEPS_PER_LOAD * args.prompts
         chosen = [examples[(first + i) % len(examples)] for i in range(args.prompts)]
         lesson = make_lesson(
-            chosen, noun, tokenizer, encode, rng, step < args.plain_steps, Hint(args.hint, args.hint_counts)
+            chosen, noun, tokenizer, encode, rng, step < args.plain_steps, Hint(args.hint, args.hint_counts), args.rows
         )
         loss = lesson_loss(model, lesson)
         model.zero_grad()
@@ -157,7 +157,7 @@ def train(
         for optimizer, peak in optimizers:
             set_learning_rate(optimizer, peak * rate)
             optimizer.step()
-        recent.append((loss.item() - lesson.entropy) * lesson.counts.sum().item() / args.prompts)
+        recent.append((loss.item() - lesson.entropy) * lesson.counts.sum().item() / (args.prompts * args.rows))
         last = step + 1 == args.steps
         if (step + 1) % args.log_every == 0 or last:
             line = {"step": step + 1, "kl": round(float(np.mean(recent)), 4), "lr": round(args.lr * rate, 6)}
@@ -182,7 +182,8 @@ def main() -> None:
     parser.add_argument(
         "--plain-steps", type=int, default=0, help="of these, how many of the first teach single answers only"
     )
-    parser.add_argument("--prompts", type=int, default=32, help="prompts per step, each with one completion")
+    parser.add_argument("--prompts", type=int, default=32, help="prompts per step")
+    parser.add_argument("--rows", type=int, default=1, help="completions per prompt")
     parser.add_argument("--lr", type=float, default=LR)
     parser.add_argument("--muon", action="store_true", help="Muon for the matrices inside the blocks, as from scratch")
     parser.add_argument("--hint", type=float, default=0.0, help="share of a confidence's mass that lies near the truth")

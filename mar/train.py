@@ -21,7 +21,8 @@ from torch import Tensor
 from mar import checkpoint, rundir
 from mar.advantages import token_advantages, zero_group_frac
 from mar.batch import Batch, make_batch, micro_batches
-from mar.config import Config, compose, from_omegaconf, validate
+from mar.compose import compose, from_omegaconf, validate
+from mar.config import Config
 from mar.evaluate import SHOWN_METRICS, bounds, measure, summary
 from mar.fetch import resolve_model
 from mar.job import Job, announce, build_job, environment

@@ -12,7 +12,8 @@ from hydra import initialize_config_dir
 from omegaconf import OmegaConf
 
 from mar import grammar, rewards
-from mar.config import CONF_DIR, Config, RewardOptions, compose, from_omegaconf, validate
+from mar.compose import CONF_DIR, compose, from_omegaconf, validate
+from mar.config import Config, RewardOptions
 from mar.records import UserError
 
 LR = {"embedded": 1e-1, "smollm2-135m": 1e-5, "qwen3-1.7b": 2e-6, "qwen3-8b": 1e-6, "hf": 1e-6}

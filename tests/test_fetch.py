@@ -11,7 +11,7 @@ import torch
 from safetensors.numpy import load_file, save_file
 
 from mar import fetch
-from mar.config import compose
+from mar.compose import compose
 from mar.records import UserError
 
 CACHED = fetch.place(fetch.SMOLLM2, fetch.SMOLLM2_HUB)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from mar.config import compose
+from mar.compose import compose
 from mar.fetch import resolve_model
 from mar.grammar import Grammar
 from mar.job import sampling_params

@@ -13,7 +13,8 @@ import yaml
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from mar.config import CONF_DIR, Config, compose
+from mar.compose import CONF_DIR, compose
+from mar.config import Config
 from mar.records import UserError
 from mar.rundir import RunDir, differing_keys, find, prepare, variant
 
@@ -82,7 +83,7 @@ def test_multirun_by_hydra_itself(tmp_path: Path) -> None:
     script = tmp_path / "main.py"
     script.write_text(
         "import hydra\n"
-        "from mar.config import from_omegaconf, validate\n"
+        "from mar.compose import from_omegaconf, validate\n"
         "from mar.rundir import prepare\n"
         f"@hydra.main(config_path={str(CONF_DIR)!r}, config_name='config', version_base='1.3')\n"
         "def main(tree): prepare(validate(from_omegaconf(tree)).to_dict())\n"

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from mar import checkpoint
-from mar.config import compose
+from mar.compose import compose
 from mar.model import Decoder, ModelConfig
 from mar.optim import make_optimizer
 from mar.records import UserError
