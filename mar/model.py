@@ -166,7 +166,7 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
         heads = rearrange(self.qkv(self.attention_norm(x)), "n (h d) -> n h d", d=cos.shape[-1])
-        both, v = heads.split((self.heads + self.kv_heads, self.kv_heads), dim=1)  # q and k go through the same, at once
+        both, v = heads.split((self.heads + self.kv_heads, self.kv_heads), dim=1)  # q and k: one norm, one rotation
         if self.q_norm is not None and self.k_norm is not None:
             weights = (self.q_norm.weight.expand(self.heads, -1), self.k_norm.weight.expand(self.kv_heads, -1))
             both = F.rms_norm(both, both.shape[-1:], eps=self.q_norm.eps) * torch.cat(weights)
