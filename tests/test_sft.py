@@ -106,8 +106,9 @@ def test_loss_is_the_dense_cross_entropy(tokenizer):
     rng = np.random.default_rng(0)
     encode = lessons.make_encode(tokenizer)
     lesson = lessons.make_lesson(
-        clinic.load("train", 8), "diagnosis", tokenizer, encode, rng, hint=lessons.Hint(0.3, 8.0)
+        clinic.load("train", 8), "diagnosis", tokenizer, encode, rng, hint=lessons.Hint(0.3, 8.0), rows=2
     )
+    assert len(lesson.packed.prompts) == 8 and len(lesson.packed.rows) == 16
     packed, ends = lesson.packed, [*lesson.starts.tolist()[1:], len(lesson.weights)]
     hidden = model.hidden(packed.ids, packed.positions, group_attention(packed))[packed.predict_from]
     logprobs = (hidden @ model.head_weight.T).log_softmax(-1)
