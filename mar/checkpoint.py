@@ -19,6 +19,8 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.optim import Optimizer
 
+from mar.distributed import ALONE, World
+
 MANIFEST = "manifest.json"
 
 
@@ -52,14 +54,26 @@ def _sync(path: Path) -> None:
         os.close(handle)
 
 
-def save(folder: Path, step: int, model: nn.Module, optimizer: Optimizer, keep: int) -> Path:
-    """Write the state after `step` updates as `folder/step<step>` and keep the newest `keep`; a crash at any point leaves the older ones usable."""
+def save(folder: Path, step: int, model: nn.Module, optimizer: Optimizer, keep: int, world: World = ALONE) -> Path:
+    """Write the state after `step` updates as `folder/step<step>` and keep the newest `keep`; a crash at any point leaves the older ones usable.
+    Every rank writes its shards, rank 0 publishes them."""
     target, temporary = folder / f"step{step:06d}", folder / f"step{step:06d}.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
+    if world.leads:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+    world.wait()
     weights, moments = get_state_dict(model, optimizer)
     with _quiet():
-        dcp.save({"model": weights, "optimizer": moments}, checkpoint_id=temporary, no_dist=True)
+        dcp.save({"model": weights, "optimizer": moments}, checkpoint_id=temporary, no_dist=world.size == 1)
+    if world.leads:
+        _publish(temporary, target, step, keep)
+    world.wait()
+    return target
+
+
+def _publish(temporary: Path, target: Path, step: int, keep: int) -> None:
+    """Manifest, fsyncs, rename; then the oldest go."""
+    folder = target.parent
     files = sorted(p for p in temporary.iterdir() if p.is_file())
     manifest: dict[str, Any] = {"step": step, "files": {p.name: _sha256(p) for p in files}}
     (temporary / MANIFEST).write_text(json.dumps(manifest, indent=2))
@@ -71,7 +85,6 @@ def save(folder: Path, step: int, model: nn.Module, optimizer: Optimizer, keep: 
     _sync(folder)
     for old in sorted(folder.glob("step" + "[0-9]" * 6))[:-keep]:
         shutil.rmtree(old)
-    return target
 
 
 def _fault(path: Path) -> str | None:
@@ -101,10 +114,10 @@ def newest(folder: Path) -> Found | None:
     return None
 
 
-def restore(found: Found, model: nn.Module, optimizer: Optimizer) -> None:
-    """Load weights and optimizer state in place."""
+def restore(found: Found, model: nn.Module, optimizer: Optimizer, world: World = ALONE) -> None:
+    """Load weights and optimizer state in place, whatever the number of ranks that wrote them."""
     weights, moments = get_state_dict(model, optimizer)
     state: dict[str, Any] = {"model": weights, "optimizer": moments}
     with _quiet():
-        dcp.load(state, checkpoint_id=found.path, no_dist=True)
+        dcp.load(state, checkpoint_id=found.path, no_dist=world.size == 1)
     set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])

@@ -90,8 +90,6 @@ def _run_faults(config: Config) -> Iterator[str]:
         re.compile(config.model.trainable)
     except re.error as error:
         yield f"model.trainable={config.model.trainable!r} is no regular expression: {error}"
-    if config.scale.num_gpus > 1:
-        yield f"scale={config.scale.name} is a machine of several GPUs, which cannot be used yet: take scale=h100x1"
 
 
 def validate(config: Config) -> Config:

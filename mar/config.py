@@ -116,7 +116,8 @@ class ScaleOptions:
     name: str = MISSING
     num_gpus: int = number(0, low=0)
     data_source: str = one_of("embedded", "hub", "path", default=MISSING)
-    dtype: str = one_of("float32", "bfloat16")
+    dtype: str = one_of("float32", "bfloat16", "float64")  # of computation; parameters are float32 at least
+    replicas: int = number(1, low=1)  # copies of the sharded model (HSDP); the processes of each share it
     kv_budget_tokens: int = number(MISSING, low=1)
     micro_batch_tokens: int = number(MISSING, low=1)
 

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from mar.distributed import ALONE, World
 from mar.draw import SamplingParams
 from mar.grammar import Grammar
 from mar.metrics import gap_closed, known_bounds, set_metrics
@@ -29,11 +30,12 @@ class Protocol:
     seed: int
 
 
-def measure(model: Decoder, protocol: Protocol) -> tuple[dict[str, Any], list[Rollout]]:
+def measure(model: Decoder, protocol: Protocol, world: World = ALONE) -> tuple[dict[str, Any], list[Rollout]]:
     """The metrics of `set_metrics`, and the rollouts they were read from. Draws depend on seed and item alone, not on the training step."""
     p = protocol
-    groups, _ = sample(model, p.prompts, 1, p.params, p.kv_budget_tokens, (p.seed, "eval", 0))
-    rollouts = [group[0] for group in judge_groups(p.prompts, groups, p.grammar, p.spec, p.verifier, p.decode)]
+    groups, _ = sample(model, p.prompts, 1, p.params, p.kv_budget_tokens, (p.seed, "eval", 0), world.share)
+    judged = judge_groups(p.prompts[world.share], groups, p.grammar, p.spec, p.verifier, p.decode)
+    rollouts = [group[0] for group in world.gather(judged)]
     return set_metrics(rollouts, p.verifier, p.grammar.confident), rollouts
 
 

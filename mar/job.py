@@ -3,7 +3,7 @@
 import os
 import platform
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,10 +14,11 @@ import torch
 from mar import __version__
 from mar.cache import capacity
 from mar.config import Config, RewardOptions
+from mar.distributed import World, gather_weights, shard
 from mar.draw import SamplingParams
 from mar.evaluate import Protocol
 from mar.grammar import Grammar, render
-from mar.log import Display
+from mar.log import Display, append_jsonl
 from mar.model import Decoder
 from mar.optim import make_optimizer
 from mar.prompts import build_prompt, fit_grammar, load_tokenizer
@@ -43,6 +44,20 @@ class Job:
     prompts: tuple[Prompt, ...]
     protocol: Protocol
     first_open: np.ndarray
+    world: World
+    whole: Decoder | None  # an unsharded copy to sample from, where the policy is sharded
+
+    def sampler(self) -> Decoder:
+        """The policy of this moment, in one piece."""
+        if self.whole is None:
+            return self.model
+        gather_weights(self.model, self.whole)
+        return self.whole
+
+    def write(self, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Append rows to a jsonl file of the run."""
+        if self.world.leads:
+            append_jsonl(self.folder / name, rows)
 
     def prompts_of(self, step: int) -> list[Prompt]:
         """The prompts of a step, from the seed and the step alone: each epoch is a new order of all prompts."""
@@ -128,7 +143,7 @@ def sampling_params(config: Config, grammar: Grammar, tokenizer: Any, decode: De
     )
 
 
-def build_job(config: Config, folder: Path, model_folder: Path, display: Display) -> Job:
+def build_job(config: Config, folder: Path, model_folder: Path, display: Display, world: World) -> Job:
     """Load data, tokenizer and model and prepare every prompt. Raises UserError with one sentence for whatever a user can get wrong."""
     model, data, r, o = config.model, config.data, config.reward, config.optim
     endless = data.source == "embedded" and data.num_train is None  # then as many patients as the run will see
@@ -143,8 +158,14 @@ def build_job(config: Config, folder: Path, model_folder: Path, display: Display
     longest = max(len(p.ids) for p in prompts)
     # refuses a budget below one group before the model is loaded
     capacity([longest], [config.algo.group_size], model.max_completion_tokens, config.sampler.kv_budget_tokens)
-    gpu = config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available())
-    policy = load_model(model_folder, dtype=getattr(torch, config.scale.dtype), device="cuda" if gpu else "cpu")
+    dtype, whole = getattr(torch, config.scale.dtype), None
+    # at lr 1e-6 a bfloat16 parameter would not move
+    policy = load_model(model_folder, dtype=torch.promote_types(dtype, torch.float32), device=world.device)
+    if world.size > 1 or world.device.type == "cuda":
+        with torch.device("meta"):
+            whole = Decoder(policy.config).to(dtype).requires_grad_(False)
+        whole.to_empty(device=world.device)
+        shard(policy, world, config.scale)
     decode = make_decode(tokenizer)
     protocol = Protocol(
         prompts=make_prompts(config, held_out, grammar, tokenizer, data.eval_split, display),
@@ -157,7 +178,7 @@ def build_job(config: Config, folder: Path, model_folder: Path, display: Display
         seed=config.seed,
     )
     optimizer = make_optimizer(policy, o.lr, (o.betas[0], o.betas[1]), o.eps, o.weight_decay, config.model.trainable)
-    return Job(config, folder, policy, optimizer, prompts, protocol, first_open(grammar, spec))
+    return Job(config, folder, policy, optimizer, prompts, protocol, first_open(grammar, spec), world, whole)
 
 
 def environment() -> dict[str, Any]:

@@ -36,15 +36,16 @@ def sample(
     params: SamplingParams,
     kv_budget_tokens: int,
     identity: tuple[int | str, ...],
+    share: slice = slice(None),
 ) -> tuple[list[list[Completion]], Generation]:
-    """`group_size` completions of every prompt, and how the sampler did. `identity` (run seed, stage, step), prompt id, its occurrence and sample
-    index fix every draw."""
+    """`group_size` completions of every prompt of `share`, and how the sampler did. `identity` (run seed, stage, step), prompt id, its occurrence
+    among all prompts and sample index fix every draw."""
     seen: Counter[str] = Counter()  # a prompt asked twice in one step gets two different groups
     requests = []
     for p in prompts:
         requests.append(Request(p.ids, tuple(stream_key(*identity, p.id, seen[p.id], g) for g in range(group_size))))
         seen[p.id] += 1
-    generation = generate(model, requests, params, kv_budget_tokens)
+    generation = generate(model, requests[share], params, kv_budget_tokens)
     completions = [
         [
             Completion(g, s.ids, s.sampler_logprobs, s.full_logprobs, s.finish_reason, s.inserted)

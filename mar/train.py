@@ -23,13 +23,14 @@ from mar.advantages import token_advantages, zero_group_frac
 from mar.batch import Batch, make_batch, micro_batches
 from mar.compose import compose, from_omegaconf, validate
 from mar.config import Config
+from mar.distributed import World, join
 from mar.evaluate import SHOWN_METRICS, bounds, measure, summary
 from mar.fetch import resolve_model
 from mar.job import Job, announce, build_job, environment
-from mar.log import Display, append_jsonl, completion_row, plain, truncate_jsonl, write_json
+from mar.log import Display, completion_row, plain, truncate_jsonl, write_json
 from mar.losses import reinforce, token_weights
 from mar.metrics import set_metrics
-from mar.optim import learning_rate, set_learning_rate
+from mar.optim import clip_gradients, learning_rate, set_learning_rate
 from mar.records import Rollout, UserError
 from mar.rollout import judge_groups, sample
 
@@ -38,19 +39,22 @@ INTERRUPTED = 130
 
 def update(job: Job, batch: Batch, advantages: Tensor, lr: float) -> dict[str, float]:
     """One optimizer step on the whole batch, in micro-batches whose gradients add up to the same whatever the cut."""
-    config, mask = job.config, batch.completion_mask
+    config, mask, world = job.config, batch.completion_mask, job.world
     weights = token_weights(batch.loss_mask, config.algo.aggregation, config.model.max_completion_tokens)
     job.optimizer.zero_grad()
     loss, entropy, mismatch = 0.0, 0.0, 0.0
-    for micro in micro_batches(batch, config.train.micro_batch_tokens):
+    for micro, factor in world.deal(list(micro_batches(batch, config.train.micro_batch_tokens))):
         logprobs, token_entropy, _ = job.model(micro.packed, config.algo.temperature)
         a, w, sampled = (micro.flat(column, mask) for column in (advantages, weights, batch.full_logprobs))
         part = reinforce(logprobs, a.to(logprobs.dtype), w.to(logprobs.dtype))
-        part.backward()
-        loss += part.item()
-        entropy += token_entropy.detach().sum().item()
-        mismatch = max(mismatch, (logprobs.detach() - sampled).abs().max().item())
-    norm = torch.nn.utils.clip_grad_norm_(job.model.parameters(), config.optim.grad_clip).item()
+        (factor * part).backward()
+        if factor:
+            loss += part.item()
+            entropy += token_entropy.detach().sum().item()
+            mismatch = max(mismatch, (logprobs.detach() - sampled).abs().max().item())
+    loss, entropy = world.reduce((loss, entropy))
+    (mismatch,) = world.reduce((mismatch,), largest=True)
+    norm = clip_gradients(job.model, config.optim.grad_clip)
     if not np.isfinite(norm):
         raise UserError(f"the gradient is not finite (loss {loss}): lower optim.lr; the last checkpoint is untouched")
     set_learning_rate(job.optimizer, lr)
@@ -66,15 +70,21 @@ def update(job: Job, batch: Batch, advantages: Tensor, lr: float) -> dict[str, f
 
 def train_step(job: Job, step: int) -> tuple[dict[str, Any], list[Rollout]]:
     """Sample, verify, advantage, loss, step."""
-    config, p = job.config, job.protocol
+    config, p, world = job.config, job.protocol, job.world
     lr = learning_rate(step, config.train.steps, config.optim.lr, config.optim.warmup_frac, config.optim.schedule)
     clock = [time.perf_counter()]
     prompts = job.prompts_of(step)
     completions, generation = sample(
-        job.model, prompts, config.algo.group_size, p.params, p.kv_budget_tokens, (config.seed, "train", step)
+        job.sampler(),
+        prompts,
+        config.algo.group_size,
+        p.params,
+        p.kv_budget_tokens,
+        (config.seed, "train", step),
+        world.share,
     )
     clock.append(time.perf_counter())
-    groups = judge_groups(prompts, completions, p.grammar, p.spec, p.verifier, p.decode)
+    groups = world.gather(judge_groups(prompts[world.share], completions, p.grammar, p.spec, p.verifier, p.decode))
     batch = make_batch(groups, job.first_open, job.model.head_weight.device)
     advantages = token_advantages(batch, config.algo.credit, config.algo.baseline, config.algo.scale_by)
     clock.append(time.perf_counter())
@@ -118,6 +128,10 @@ class Interrupts:
             flush=True,
         )
 
+    def agree(self, world: World) -> None:
+        """Stop together: a signal to one rank is one to all."""
+        self.pending = world.reduce((float(self.pending),), largest=True) != [0.0]
+
     @contextmanager
     def held(self) -> Iterator[None]:
         self.inside = True
@@ -147,11 +161,12 @@ def train(job: Job, first_step: int, display: Display, document: dict[str, Any])
             for step in range(first_step + 1, last_step + 1):
                 with interrupts.held():
                     metrics, rollouts = train_step(job, step - 1)
-                    append_jsonl(job.folder / "metrics.jsonl", [{"step": step, **metrics}])
-                    append_jsonl(job.folder / "completions.jsonl", [completion_row(r, "train", step) for r in rollouts])
+                    job.write("metrics.jsonl", [{"step": step, **metrics}])
+                    job.write("completions.jsonl", [completion_row(r, "train", step) for r in rollouts])
                     display.step(step, metrics)
+                    interrupts.agree(job.world)
                     if step % config.checkpoint.every == 0 or step == last_step or interrupts.pending:
-                        checkpoint.save(checkpoints, step, job.model, job.optimizer, config.checkpoint.keep)
+                        checkpoint.save(checkpoints, step, job.model, job.optimizer, config.checkpoint.keep, job.world)
                         saved = step
                 if interrupts.pending:
                     raise KeyboardInterrupt
@@ -170,13 +185,14 @@ def train(job: Job, first_step: int, display: Display, document: dict[str, Any])
 def evaluate(job: Job, stage: str, step: int, document: dict[str, Any], display: Display) -> None:
     """Measure the policy, add it to `eval.json`, and say so."""
     began = time.perf_counter()
-    metrics, rollouts = measure(job.model, job.protocol)
-    append_jsonl(job.folder / "completions.jsonl", [completion_row(r, "eval", step) for r in rollouts[:200]])
+    metrics, rollouts = measure(job.sampler(), job.protocol, job.world)
+    job.write("completions.jsonl", [completion_row(r, "eval", step) for r in rollouts[:200]])
     document["history"] = [h for h in document.get("history", []) if h["step"] < step] + [{"step": step, **metrics}]
     if stage in ("before", "after"):
         document[stage] = metrics
         document["gap_closed"] = summary(document, job.config.reward.num_answers)["gap_closed"]
-    write_json(job.folder / "eval.json", document)
+    if job.world.leads:
+        write_json(job.folder / "eval.json", document)
     key = f"coverage@{job.config.reward.num_answers}"
     shown = "  ".join(
         f"{k} {metrics[k]:.3f}" for k in (key, "top1", "ece", "format_rate") if metrics.get(k) is not None
@@ -187,14 +203,18 @@ def evaluate(job: Job, stage: str, step: int, document: dict[str, Any], display:
 def run(config: Config) -> int:
     """Prepare, resume if there is something to resume, train, and close with a table and one JSON line. Returns the exit code."""
     began, display = time.perf_counter(), Display(config.logger.console, 0, config.train.steps)
+    world = join(config.device, config.scale)
+    display.console.quiet = not world.leads
     config = announce(config, display)
     if config.model.threads:
         torch.set_num_threads(config.model.threads)
-    rundir.find(config.to_dict())  # refuse a folder that belongs to something else before anything is loaded
+    place = rundir.find(config.to_dict())  # refuse a folder that belongs to something else before anything is loaded
     model_folder, provenance = resolve_model(config.model.source, config.model.name, config.model.path)
     folder = Path(config.run_dir)
-    job = build_job(config, folder, model_folder, display)
-    place = rundir.prepare({**config.to_dict(), "provenance": {"model": provenance, **environment()}})
+    job = build_job(config, folder, model_folder, display, world)
+    if world.leads:
+        rundir.prepare({**config.to_dict(), "provenance": {"model": provenance, **environment()}})
+    world.wait()
     document: dict[str, Any] = {"task": config.data.task, "num_items": len(job.protocol.prompts)}
     document |= bounds(job.protocol.prompts, config.reward.num_answers)
     first_step = resume(job, document, display) if place.resume else 0
@@ -206,7 +226,7 @@ def run(config: Config) -> int:
     )
     display.first_step = first_step
     outcome = train(job, first_step, display, document)
-    if outcome == "finished":
+    if outcome == "finished" and world.leads:
         close(job, document, display, time.perf_counter() - began)
     return INTERRUPTED if outcome == "interrupted" else 0
 
@@ -218,10 +238,11 @@ def resume(job: Job, document: dict[str, Any], display: Display) -> int:
         display.say(f"passed over a checkpoint: {fault}")
     step = found.step if found else 0
     if found:
-        checkpoint.restore(found, job.model, job.optimizer)
+        checkpoint.restore(found, job.model, job.optimizer, job.world)
         display.say(f"resuming after step {step} from {found.path}")
     for name in ("metrics.jsonl", "completions.jsonl"):
-        truncate_jsonl(job.folder / name, step)
+        if job.world.leads:
+            truncate_jsonl(job.folder / name, step)
     if (job.folder / "eval.json").exists():
         old: Mapping[str, Any] = json.loads((job.folder / "eval.json").read_text())
         if old.get("before"):

@@ -159,7 +159,6 @@ REFUSED = [
     ("model=hf", "model.path=<folder or hub id>"),
     ("model=hf model.path=./nowhere", "no folder here"),
     ("model.source=wheel", "model=smollm2-135m"),
-    ("scale=h100x8", "scale=h100x1"),
 ]
 
 
