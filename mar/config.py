@@ -85,6 +85,7 @@ class RewardOptions:
     gate: bool = True  # a format failure cancels the answer reward
     sum_rule: bool = False  # confidences that sum to more than 1 fail the format: for single-label tasks only
     duplicates: str = one_of("per_slot", "gate")  # a repeat earns nothing, or zeroes the whole answer reward
+    sandbox: str = one_of("bubblewrap", "unsafe")  # where model-written programs run; unsafe: as you, on this machine
     rank_weights: list[float] | None = None  # w_1 >= ... >= w_K on the hits
 
     @property

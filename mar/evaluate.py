@@ -11,7 +11,7 @@ from mar.metrics import gap_closed, known_bounds, set_metrics
 from mar.model import Decoder
 from mar.records import Prompt, Rollout
 from mar.rewards import RewardSpec
-from mar.rollout import Decode, judge_groups, sample
+from mar.rollout import Decode, judge_groups, judged_only, sample
 
 SHOWN_METRICS = ("top1", "brier", "ece", "q_mse", "format_rate", "repeats_per_set", "tokens_per_set", "prompt_tokens")
 
@@ -35,7 +35,8 @@ def measure(model: Decoder, protocol: Protocol, world: World = ALONE) -> tuple[d
     p = protocol
     groups, _ = sample(model, p.prompts, 1, p.params, p.kv_budget_tokens, (p.seed, "eval", 0), world.share)
     judged = judge_groups(p.prompts[world.share], groups, p.grammar, p.spec, p.verifier, p.decode)
-    rollouts = [group[0] for group in world.gather(judged)]
+    groups_of_one = world.gather(judged)
+    rollouts = [group[0] for group in judged_only(groups_of_one)]
     return set_metrics(rollouts, p.verifier, p.grammar.confident), rollouts
 
 

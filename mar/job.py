@@ -21,10 +21,12 @@ from mar.grammar import Grammar, render
 from mar.log import Display, append_jsonl
 from mar.model import Decoder
 from mar.optim import make_optimizer
+from mar.programs import RUNNERS
 from mar.prompts import build_prompt, fit_grammar, load_tokenizer
 from mar.records import Example, Prompt, UserError
 from mar.rewards import RewardSpec, first_open
 from mar.rollout import Decode, make_decode
+from mar.sandbox import require
 from mar.tasks import get_task
 from mar.tasks.common import Source
 from mar.tasks.medqa import chance_line
@@ -154,6 +156,10 @@ def build_job(config: Config, folder: Path, model_folder: Path, display: Display
     tokenizer = load_tokenizer(model_folder)
     grammar = fit_grammar(Grammar(r.form, r.num_answers, r.layout, model.thinking, r.analysis, r.other), tokenizer)
     spec = reward_of(r)
+    verifier = get_task(data.task).verifier
+    if verifier in RUNNERS:
+        verifier += "_unsafe" * (r.sandbox == "unsafe")
+        require(unsafe=r.sandbox == "unsafe")
     prompts = make_prompts(config, train, grammar, tokenizer, data.train_split, display)
     longest = max(len(p.ids) for p in prompts)
     # refuses a budget below one group before the model is loaded
@@ -171,7 +177,7 @@ def build_job(config: Config, folder: Path, model_folder: Path, display: Display
         prompts=make_prompts(config, held_out, grammar, tokenizer, data.eval_split, display),
         grammar=grammar,
         spec=spec,
-        verifier=get_task(data.task).verifier,
+        verifier=verifier,
         decode=decode,
         params=sampling_params(config, grammar, tokenizer, decode),
         kv_budget_tokens=config.sampler.kv_budget_tokens,

@@ -36,6 +36,7 @@ class Example:
     truth: str = "single"
     multi_label: bool = False
     drawn: int | None = None
+    tests: tuple[str, ...] = ()  # where programs are the answers: assertions, and set-up code for them
 
     def targets(self) -> tuple[Gold, ...]:
         """The golds that the reward pays for: the drawn label where there is one, else all of them."""
@@ -87,4 +88,5 @@ class Rollout:
     components: np.ndarray  # [C] float64
     segment_ids: np.ndarray  # [R] int64
     total: float
+    unjudged: int = 0  # answers whose check broke down: the completion is left out, not paid 0
     parts: dict[str, float] = field(default_factory=dict)  # named reward terms, for the log

@@ -1,21 +1,24 @@
 """Prompts to rollouts: sample, read, verify, pay. Ends at rewards; nothing here is differentiated."""
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
 
 from mar.draw import SamplingParams, stream_key
-from mar.grammar import Grammar, decode_with_starts, parse
+from mar.grammar import Grammar, Parsed, decode_with_starts, parse
 from mar.model import Decoder
-from mar.records import Completion, Prompt, Rollout
+from mar.programs import INFRASTRUCTURE, RUNNERS, Tests, Verdict, verify_programs
+from mar.records import Completion, Gold, Prompt, Rollout, UserError
 from mar.rewards import RewardSpec, reward
 from mar.sampler import Generation, Request, generate
 from mar.verify import VERIFIERS, matching_increments, repeats
 
 Decode = Callable[[tuple[int, ...]], str]
+Verdicts = Mapping[tuple[str, Tests], Verdict]
 REMEMBERED_TOKENS = 32  # longer texts do not come again
 
 
@@ -56,30 +59,57 @@ def sample(
     return completions, generation
 
 
-def judge_completion(
-    prompt: Prompt, completion: Completion, grammar: Grammar, spec: RewardSpec, verifier: str, decode: Decode
-) -> Rollout:
-    """Read one completion strictly, match its answers to this prompt's own golds, and split its reward into components."""
+@dataclass(frozen=True)
+class Reading:
+    """A completion as text, and what the grammar reads in it."""
+
+    prompt: Prompt
+    completion: Completion
+    text: str
+    starts: np.ndarray  # [R] characters that the tokens before had fixed; the stop token starts where the text ends
+    parsed: Parsed
+
+
+def read(prompt: Prompt, completion: Completion, grammar: Grammar, decode: Decode) -> Reading:
+    """Decode and parse one completion strictly."""
     written = completion.ids[:-1] if completion.finish_reason == "stop" else completion.ids
     text, starts = decode_with_starts(written.tolist(), decode)
-    parsed = parse(text, grammar, prompt.think_open)
-    targets = prompt.example.targets()
-    hits, _ = matching_increments(parsed.answers, targets, VERIFIERS[verifier])
-    repeated = repeats(parsed.answers, prompt.example.golds, VERIFIERS[verifier])
-    earned = reward(parsed, hits, repeated, len(targets), grammar, spec)
-    starts = np.append(starts, len(text))[: len(completion.ids)]  # the stop token starts where the text ends
+    starts = np.append(starts, len(text))[: len(completion.ids)]
+    return Reading(prompt, completion, text, starts, parse(text, grammar, prompt.think_open))
+
+
+def pay(reading: Reading, grammar: Grammar, spec: RewardSpec, verifier: str, verdicts: Verdicts) -> Rollout:
+    """Match the answers to this prompt's own golds, or to its tests, and split the reward into components."""
+    example, answers = reading.prompt.example, reading.parsed.answers
+    if verifier in RUNNERS:  # as many golds as answers: each distinct program that passes takes one
+        found = {answer: verdicts[answer, example.tests] for answer in answers if answer is not None}
+        targets: tuple[Gold, ...] = (Gold("a program that passes"),) * len(answers)
+        hits, _ = matching_increments(
+            answers,
+            targets,
+            lambda a, _: tuple(range(len(answers))) * (found[a].outcome == "passed"),
+            lambda a: found[a].key,
+        )
+        repeated = repeats(answers, key=lambda a: found[a].key)
+        unjudged = sum(verdict.outcome == INFRASTRUCTURE for verdict in found.values())
+    else:
+        targets, unjudged = example.targets(), 0
+        hits, _ = matching_increments(answers, targets, VERIFIERS[verifier])
+        repeated = repeats(answers, example.golds, VERIFIERS[verifier])
+    earned = reward(reading.parsed, hits, repeated, len(targets), grammar, spec)
     return Rollout(
-        prompt=prompt,
-        completion=completion,
-        text=text,
-        answers=parsed.answers,
-        confidences=parsed.confidences,
+        prompt=reading.prompt,
+        completion=reading.completion,
+        text=reading.text,
+        answers=answers,
+        confidences=reading.parsed.confidences,
         hits=hits,
         repeated=repeated,
-        reason=parsed.reason,
+        reason=reading.parsed.reason,
         components=earned.components,
-        segment_ids=parsed.segments(starts),
+        segment_ids=reading.parsed.segments(reading.starts),
         total=earned.total,
+        unjudged=unjudged,
         parts=earned.parts,
     )
 
@@ -92,8 +122,33 @@ def judge_groups(
     verifier: str,
     decode: Decode,
 ) -> list[list[Rollout]]:
-    """Rollouts of every completion, each against its own prompt."""
-    return [
-        [judge_completion(prompt, completion, grammar, spec, verifier, decode) for completion in group]
+    """Rollouts of every completion, each against its own prompt. Programs of all completions run side by side."""
+    readings = [
+        [read(prompt, completion, grammar, decode) for completion in group]
         for prompt, group in zip(prompts, groups, strict=True)
     ]
+    verdicts: Verdicts = {}
+    if verifier in RUNNERS:
+        written = [(a, r.prompt.example.tests) for group in readings for r in group for a in r.parsed.answers]
+        jobs = [(answer, tests) for answer, tests in written if answer is not None]
+        verdicts = verify_programs(jobs, unsafe=RUNNERS[verifier])
+    return [[pay(reading, grammar, spec, verifier, verdicts) for reading in group] for group in readings]
+
+
+def judge_completion(
+    prompt: Prompt, completion: Completion, grammar: Grammar, spec: RewardSpec, verifier: str, decode: Decode
+) -> Rollout:
+    """`judge_groups` of one completion."""
+    return judge_groups([prompt], [[completion]], grammar, spec, verifier, decode)[0][0]
+
+
+def judged_only(groups: Sequence[Sequence[Rollout]]) -> list[list[Rollout]]:
+    """The groups without completions that could not be judged: neither paid, nor in the baseline of the others.
+
+    A group of which fewer than two are left, and any are missing, is left out. UserError where nothing remains.
+    """
+    kept = [[r for r in group if not r.unjudged] for group in groups]
+    kept = [group for group, whole in zip(kept, groups, strict=True) if len(group) >= min(2, len(whole))]
+    if not kept:
+        raise UserError("no program of this step could be run: the sandbox has stopped working on this machine")
+    return kept

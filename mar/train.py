@@ -32,7 +32,7 @@ from mar.losses import reinforce, token_weights
 from mar.metrics import set_metrics
 from mar.optim import clip_gradients, learning_rate, set_learning_rate
 from mar.records import Rollout, UserError
-from mar.rollout import judge_groups, sample
+from mar.rollout import judge_groups, judged_only, sample
 
 INTERRUPTED = 130
 
@@ -84,7 +84,8 @@ def train_step(job: Job, step: int) -> tuple[dict[str, Any], list[Rollout]]:
         world.share,
     )
     clock.append(time.perf_counter())
-    groups = world.gather(judge_groups(prompts[world.share], completions, p.grammar, p.spec, p.verifier, p.decode))
+    judged = world.gather(judge_groups(prompts[world.share], completions, p.grammar, p.spec, p.verifier, p.decode))
+    groups = judged_only(judged)
     batch = make_batch(groups, job.first_open, job.model.head_weight.device)
     advantages = token_advantages(batch, config.algo.credit, config.algo.baseline, config.algo.scale_by)
     clock.append(time.perf_counter())
@@ -99,6 +100,7 @@ def train_step(job: Job, step: int) -> tuple[dict[str, Any], list[Rollout]]:
         "adv/std": advantages[batch.completion_mask].std().item(),
         "adv/zero_group_frac": zero_group_frac(batch),
         **{f"train/{name}": value for name, value in sets.items()},
+        "train/unjudged": sum(map(len, judged)) - len(rollouts),
         "train/truncated_frac": float(np.mean([r.completion.finish_reason == "length" for r in rollouts])),
         "sampler/decode_steps": generation.num_steps,
         "sampler/occupancy": generation.occupancy,

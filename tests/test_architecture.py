@@ -12,11 +12,12 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # The one order of the code, upstream first. A new module takes the place at which the data reaches it.
 ORDER = """
-    records rundir config compose grammar posterior tasks prompts verify rewards mar_kernels
+    records rundir config compose grammar posterior sandbox_child sandbox programs tasks prompts verify rewards mar_kernels
     attention model weights distributed draw cache sampler rollout batch advantages losses optim checkpoint
     metrics log evaluate fetch lessons sft job train plan plots report show
 """.split()
-TEXT_SIDE = {"records", "rundir", "config", "compose", "grammar", "posterior", "tasks", "prompts", "verify", "rewards"}
+TEXT_SIDE = {"records", "rundir", "config", "compose", "grammar", "posterior", "tasks", "prompts", "verify", "rewards",
+             "sandbox_child", "sandbox", "programs"}  # fmt: skip
 MAY_SEE_HYDRA = {"rundir", "config", "compose", "train"}
 
 

@@ -1,0 +1,90 @@
+"""Programs that want to be paid without being right, or to do harm. The task: `def double(x)`, twice its argument.
+
+One line each, so some are long. Each is text that only ever runs inside the sandbox (tests/test_sandbox.py, experiments/tasks). None may pass.
+"""
+# ruff: noqa: E501
+
+TESTS = ("assert double(2) == 4", "assert double('ab') == 'abab'", "assert double(-7) == -14")
+HONEST = "def double(x):\n    return x + x"
+
+WRONG = "def double(x):\n    return None\n"
+FORGED = 'b"[4,\\"abab\\",4]\\n"'  # a reply with one guess wrong: what a program that cannot know the answers can send
+YES = "class Yes({base}):\n    def __eq__(self, other): return True\n    def __ne__(self, other): return False\n    __hash__ = None\n"
+
+PROGRAMS = {
+    "fork bomb": "import os\nwhile True:\n    try: os.fork()\n    except OSError: pass",
+    "threads": "import threading, time\nwhile True:\n    try: threading.Thread(target=time.sleep, args=(60,)).start()\n    except RuntimeError: pass",
+    "memory bomb": "x = [0] * 10**10",
+    "creeping memory": "x = []\nwhile True: x.append(bytearray(10**6))",
+    "endless loop": "while True: pass",
+    "sleep": "import time\ntime.sleep(1000)",
+    "sleep in the call": "import time\ndef double(x): time.sleep(1000)",
+    "huge integer": "def double(x): return 9 ** 9 ** 9",
+    "huge number of digits": "def double(x): return 10 ** 100_000",
+    "deep recursion": "import sys\nsys.setrecursionlimit(10**9)\ndef double(x): return double(x)",
+    "deep value": "def double(x):\n    y = []\n    for _ in range(10**5): y = [y]\n    return y",
+    "cyclic value": "def double(x):\n    y = []\n    y.append(y)\n    return y",
+    "1 GB of output": "while True: print('x' * 10**6)",
+    "1 GB into the channel": "import os\nwhile True:\n    for fd in range(3, 32):\n        try: os.write(fd, b'x' * 10**6)\n        except OSError: pass",
+    "1 GB value": "def double(x): return 'x' * 10**9",
+    "fills the disk": "import itertools\nfor i in itertools.count(): open(f'/tmp/{i}', 'w').write('x' * 10**6)",
+    "os._exit(0)": "import os\nos._exit(0)",
+    "os._exit(0) in the call": "import os\ndef double(x): os._exit(0)",
+    "sys.exit": "import sys\nsys.exit(0)",
+    "sys.exit in the call": "import sys\ndef double(x): sys.exit(0)",
+    "catches SystemExit": "import sys\ntry: sys.exit(0)\nexcept SystemExit: print('PASS')\n" + WRONG,
+    "exit hook": "import atexit, os\natexit.register(lambda: os._exit(0))\n" + WRONG,
+    "printed verdict": "print('PASS'); print('passed'); print('ready'); print('[4, \"abab\", -14]')\n" + WRONG,
+    "forged reply": f"import os\nfor fd in range(3, 32):\n    try: os.write(fd, {FORGED})\n    except OSError: pass\nos._exit(0)",
+    "forged breakdown": "import os\nfor fd in range(3, 32):\n    try:\n        os.ftruncate(fd, 0); os.lseek(fd, 0, 0)\n    except OSError: pass\nos._exit(1)",
+    "equals everything": YES.format(base="object") + "def double(x): return Yes()",
+    "list that equals everything": YES.format(base="list") + "def double(x): return Yes()",
+    "integer that equals everything": YES.format(base="int") + "def double(x): return Yes()",
+    "string that equals everything": YES.format(base="str") + "def double(x): return Yes()",
+    "patched builtins": "import builtins\nbuiltins.eval = lambda *a: 4\nbuiltins.all = lambda *a: True\nbuiltins.isinstance = lambda *a: True\n" + WRONG,
+    "patched operator": "import operator\noperator.eq = lambda a, b: True\n" + WRONG,
+    "assertions off": "import sys\nsys.flags = None\n__debug__ = False\n" + WRONG,
+    "patched harness": "import sys\nmain = sys._getframe(1)\nmain.f_globals['tagged'] = lambda v: '4'\n" + WRONG,
+    "reads the harness": "import sys\nrequest = sys._getframe(1).f_locals['request']\ndef double(x): return str(request)",
+    "empties the questions": "import sys\nsys._getframe(1).f_locals['request']['expressions'].clear()\n" + WRONG,
+    "__del__": "class D:\n    def __del__(self): import os; os._exit(0)\ndef double(x): D()",
+    "trace": "import sys\nsys.settrace(lambda *a: None)\nsys.setprofile(lambda *a: None)\n" + WRONG,
+    "kills its parent": "import os, signal\nos.kill(os.getppid(), signal.SIGKILL)\nos.kill(1, signal.SIGKILL)\n" + WRONG,
+    "kills everyone": "import os, signal\nos.kill(-1, signal.SIGKILL)\n" + WRONG,
+    "ignores signals": "import signal\nfor s in range(1, 32):\n    try: signal.signal(s, signal.SIG_IGN)\n    except (OSError, ValueError): pass\nwhile True: pass",
+    "outlives the run": "import os, time\nif os.fork() == 0:\n    os.setsid()\n    time.sleep(1000)\nos._exit(0)",
+    "zombies": "import os\nfor _ in range(100):\n    try:\n        if os.fork() == 0: os._exit(0)\n    except OSError: break\n" + WRONG,
+    "null pointer": "import ctypes\nctypes.string_at(0)",
+    "lifts its limits": "import resource\nresource.setrlimit(resource.RLIMIT_AS, (-1, -1))",
+    "becomes root": "import os\nos.setuid(0)",
+    "no text": "",
+    "no program": "I would double it: x + x.",
+    "null byte": "def double(x): return x\0",
+    "surrogate": "'\ud800'\n" + WRONG,
+    "nested brackets": "(" * 50_000,
+    "nested signs": "x = " + "-" * 50_000 + "1",
+    "nested calls": "x = " + "f(" * 90 + ")" * 90 + "\n" + WRONG,
+    "too long": "#" * 10**6,
+    "hard-coded": "def double(x): return {2: 4}.get(x, 'abab')",
+}  # fmt: skip
+
+# What each finds must be nothing: the expression is 1 where the program got hold of something, else 0.
+PROBES = {
+    "password file": "import os\nfound = os.path.exists('/etc/passwd') or os.path.exists('/etc/shadow')",
+    "environment": "import os\nfound = bool(set(os.environ) - {'PYTHONHASHSEED', 'PWD', 'LC_CTYPE'})",
+    "the test file": "import os\nfound = any('test' in n or 'hostile' in n for d, _, ns in os.walk(HERE) for n in ns)",
+    "the project": "import importlib.util\nfound = importlib.util.find_spec('mar') is not None",
+    "installed packages": "import importlib.util\nfound = importlib.util.find_spec('torch') is not None",
+    "processes": "import os\nfound = os.path.exists('/proc') or os.path.exists('/sys')",
+    "home folder": "import os\nfound = os.path.exists(os.path.expanduser('~/.cache')) or os.path.exists('/work')",
+    "other files in tmp": "import os\nfound = bool(os.listdir('/tmp'))",
+    "writing outside": "found = False\nfor f in ('/x', '/usr/x', '/lib/x', PREFIX + '/x'):\n    try: open(f, 'w'); found = True\n    except OSError: pass",
+    "network": "import socket\nfound = False\nfor f in (socket.AF_INET, socket.AF_INET6):\n    for a in (('1.1.1.1', 53), ('127.0.0.1', PORT)):\n        try: socket.socket(f).connect(a); found = True\n        except OSError: pass",
+    "unix socket": "import socket\nfound = True\ntry: socket.socket(socket.AF_UNIX).connect('/var/run/docker.sock')\nexcept OSError: found = False",
+    "symbolic link": "import os\nos.symlink('/proc/1/root/etc/passwd', '/tmp/l')\nos.symlink('../../../../etc/passwd', '/tmp/m')\nfound = os.path.exists('/tmp/l') or os.path.exists('/tmp/m')",
+    "root": "import os\nfound = os.getuid() == 0 or os.geteuid() == 0",
+    "mounting": "import ctypes\nfound = ctypes.CDLL(None).mount(b'none', b'/tmp', b'tmpfs', 0, 0) == 0",
+    "signals to others": "import os\nfound = True\ntry: os.kill(PID, 0)\nexcept OSError: found = False",
+    "open files": "import os\nfound = False\nfor fd in range(4, 32):\n    try: found |= bool(os.readlink(f'/proc/self/fd/{fd}'))\n    except OSError: pass",
+    "programs": "import shutil\nfound = bool(shutil.which('sh') or shutil.which('bash') or shutil.which('curl'))",
+}  # fmt: skip

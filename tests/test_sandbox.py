@@ -1,0 +1,170 @@
+"""Programs of the model: what they earn, what they reach, and that the process which grades them survives all of it."""
+
+import os
+import shutil
+import socket
+import sys
+import time
+
+import pytest
+
+from mar import programs, sandbox
+from mar.programs import Verdict, take_apart, verify_program, verify_programs
+from mar.records import UserError
+from mar.sandbox import evaluate, require
+from tests.hostile import HONEST, PROBES, PROGRAMS, TESTS
+
+needs_bubblewrap = pytest.mark.skipif(
+    not shutil.which("bwrap"), reason="no bubblewrap here (apt-get install bubblewrap)"
+)
+
+
+@pytest.fixture(autouse=True)
+def short_limits(monkeypatch):
+    monkeypatch.setattr(sandbox, "WALL_S", 3.0)
+    monkeypatch.setitem(sandbox.LIMITS, "RLIMIT_CPU", 2)
+
+
+@needs_bubblewrap
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_hostile_programs_earn_nothing(name):
+    began = time.monotonic()
+    verdict = verify_program(PROGRAMS[name], TESTS)
+    assert verdict.outcome in ("failed", "timeout"), verdict  # never masked: a program cannot choose not to be graded
+    assert time.monotonic() - began < 30
+
+
+@needs_bubblewrap
+@pytest.mark.parametrize("name", PROBES)
+def test_the_sandbox_shows_nothing_of_the_host(name):
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        server.listen()
+        known = {
+            "PORT": server.getsockname()[1],
+            "PID": os.getpid(),
+            "HERE": os.path.dirname(__file__),
+            "PREFIX": sys.base_prefix,
+        }
+        setup = "".join(f"{key} = {value!r}\n" for key, value in known.items())
+        reply = evaluate(setup + PROBES[name], ["bool(found)"])
+    assert reply.values == (False,), reply
+
+
+@needs_bubblewrap
+def test_nothing_is_left_behind():
+    """After a program that forks away from its session, no process of it lives on."""
+    mark = f"marked{os.getpid()}"
+    evaluate(f"import os, time\nif os.fork() == 0:\n    os.setsid()\n    time.sleep(1000)\nx = {mark!r}", ["x"])
+    time.sleep(0.2)
+    uids = [os.stat(f"/proc/{n}").st_uid for n in os.listdir("/proc") if n.isdigit() and os.path.exists(f"/proc/{n}")]
+    assert not [uid for uid in uids if 1_000_000 <= uid < 1_000_000 + (1 << 24)]
+
+
+@needs_bubblewrap
+@pytest.mark.skipif(os.geteuid() != 0 and not shutil.which("bwrap"), reason="needs bubblewrap")
+def test_processes_are_limited():
+    count = "import os, time\nn = 0\ntry:\n    for _ in range(40):\n        if os.fork() == 0: time.sleep(60)\n        n += 1\nexcept OSError: pass"
+    assert evaluate(count, ["n"]).values[0] < sandbox.LIMITS["RLIMIT_NPROC"]
+
+
+@needs_bubblewrap
+@pytest.mark.parametrize(
+    "value",
+    [None, True, 0, -3, 1.5, float("inf"), "a\u00e9\U0001f600\"'\n", b"\x00\xff", 2j, [1, [2, ()]], {1: {2}, (3, "x"): [None]},
+     frozenset({1}), "", [], {}, 10**50],
+)  # fmt: skip
+def test_plain_values_come_out_as_they_were(value):
+    reply = evaluate(f"inf = float('inf')\nx = {value!r}", ["x"])
+    assert reply.values == (value,)
+    assert type(reply.values[0]) is type(value)
+
+
+@needs_bubblewrap
+def test_honest_programs_pass_side_by_side():
+    variants = [HONEST, "def double(x):\n    return 2 * x", "double = lambda x: x * 2", "def double(x): return x"]
+    found = verify_programs([(program, TESTS) for program in variants * 2])
+    assert [found[program, TESTS].outcome for program in variants] == ["passed", "passed", "passed", "failed"]
+    assert len({found[program, TESTS].key for program in variants}) == 4
+
+
+@needs_bubblewrap
+@pytest.mark.parametrize(
+    ("other", "same"),
+    [("def double(y):  # doubled\n    'Twice.'\n    pass\n    return y + y\n\n", True),
+     ("def double(number: int) -> int:\n    return number + number", True),
+     ("def double(x):\n    return x * 2", False),
+     ("def double(x):\n    y = x\n    return y + x", False),
+     ("def double(x):\n    return x + y", False)],
+)  # fmt: skip
+def test_renaming_does_not_make_a_program_new(other, same):
+    assert (evaluate(HONEST, []).key == evaluate(other, []).key) == same
+
+
+@needs_bubblewrap
+def test_a_program_cannot_choose_its_key():
+    """Else the same program, K times, would be K distinct ones."""
+    forge = "import os\nfor fd in range(32):\n    try:\n        os.ftruncate(fd, 0); os.lseek(fd, 0, 0)\n    except OSError: pass\n"
+    forge += "    try: os.write(fd, b'ready\\n' + b'f' * 64 + b'\\n')\n    except OSError: pass\n"
+    assert evaluate(forge + HONEST, []).key not in ("", "f" * 64)
+
+
+@needs_bubblewrap
+def test_import_aliases_do_not_make_a_program_new():
+    keys = {evaluate(p, []).key for p in ("import math\nf = math.sqrt(2)", "import math as m\nf = m.sqrt(2)")}
+    assert len(keys) == 1
+    assert evaluate("from math import sqrt as f\nf(2)", []).key != evaluate("from math import floor as f\nf(2)", []).key
+
+
+@needs_bubblewrap
+@pytest.mark.parametrize(
+    ("test", "program", "outcome"),
+    [("assert not f(1)", "def f(x): return []", "passed"), ("assert f(1)", "def f(x): return 0", "failed"),
+     ("assert math.isclose(f(1), 0.5, rel_tol=0.01)", "def f(x): return 0.501", "passed"),
+     ("assert math.isclose(f(1), 0.5)", "import math\nmath.isclose = lambda *a, **k: True\ndef f(x): return 7", "failed"),
+     ("assert set(f(1)) == set([1, 2])", "def f(x): return (2, 1, 1)", "passed"),
+     ("assert f(1) == g(2) == 3", "def f(x): return 3", None), ("assert 1 == 1", "", None), ("x = 3", "", None), ("assert (", "", None),
+     ("n = N(3)\nassert f(n) == 3", "class N:\n    def __init__(s, v): s.v = v\ndef f(n): return n.v", "passed"),
+     ("assert f(1) < 3 != 4", "def f(x): return 'x'", "failed"), ("assert sum(10, 15) == 6", "def sum(a, b): return 6", "passed")],
+)  # fmt: skip
+def test_tests_are_taken_apart(test, program, outcome):
+    if outcome is None:
+        with pytest.raises(UserError):
+            take_apart((test,))
+    else:
+        assert verify_program(program, (test,)).outcome == outcome
+
+
+def test_expected_values_never_enter():
+    suite = take_apart(("assert f(1) == 'secret1'", "assert math.isclose(f(2), 0.125)", "assert 'secret2' == f(3)"))
+    assert suite.probes == ("f(1)", "f(2)", "f(3)")
+    assert suite.setup == ""
+
+
+def test_without_bubblewrap_programs_are_refused(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(UserError, match="reward.sandbox=unsafe"):
+        require()
+    require(unsafe=True)
+    assert verify_program(HONEST, TESTS, unsafe=True).outcome == "passed"
+
+
+def test_a_sandbox_that_does_not_start_is_not_the_programs_fault(monkeypatch):
+    monkeypatch.setattr(sandbox, "_command", lambda unsafe: ("/bin/sh", "-c", "echo no namespaces >&2; exit 1"))
+    assert verify_program(HONEST, TESTS).outcome == "infrastructure_error"
+    with pytest.raises(UserError, match="no namespaces"):
+        require(unsafe=True)
+
+
+def test_a_breakdown_is_tried_once_more(monkeypatch):
+    replies = [sandbox.Reply("infrastructure_error"), sandbox.Reply("returned", (4, "abab", -14), "k")]
+    monkeypatch.setattr(programs, "evaluate", lambda *_: replies.pop(0))
+    assert verify_program(HONEST, TESTS) == Verdict("passed", "k")
+
+
+@pytest.mark.parametrize("body", [b"[" * 10**5, b'[["list", 3]]', b'[{"a": 1}]', b'[["eval", ["1"]]]', b"[1", b"", b"\xff",
+                                  b'[["set", [["list", []]]]]', b'[["float", "x"]]', b'["' + b"9" * 10 + b'"', b"9" * 5000])  # fmt: skip
+def test_what_is_no_reply_fails(monkeypatch, body, tmp_path):
+    (tmp_path / "reply").write_bytes(body)
+    monkeypatch.setattr(sandbox, "_command", lambda _: ("sh", "-c", f"echo ready >&2; cat {tmp_path / 'reply'}"))
+    assert evaluate(HONEST, ["double(2)"]).outcome == "failed"
