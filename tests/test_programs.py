@@ -1,0 +1,79 @@
+"""K programs in a completion: coverage counts distinct correct ones, and a breakdown of the sandbox leaves the completion out."""
+
+import shutil
+
+import numpy as np
+import pytest
+
+from mar import rollout as rollout_module
+from mar.grammar import Grammar, render
+from mar.programs import Verdict
+from mar.records import Completion, Example, Prompt, UserError
+from mar.rewards import RewardSpec
+from mar.rollout import judge_groups, judged_only
+from tests.hostile import HONEST, TESTS
+
+GRAMMAR = Grammar("rlvr_multi", 3, thinking=False)
+TWICE, RENAMED, WRONG = "def double(x):\n    return 2 * x", HONEST.replace("x", "y"), "def double(x): return x"
+
+
+def judge(groups, verifier="program", spec=None):
+    """Rollouts of completions given as lists of three programs; decoded character by character."""
+    prompt = Prompt(Example("q", "test", "?", (), truth="rule", tests=TESTS), "?", (1,))
+    zeros = np.zeros(1, np.float32)
+
+    def completion(answers):
+        ids = np.array([ord(c) for c in render(GRAMMAR, answers)] + [0])
+        return Completion(0, ids, zeros, zeros, "stop")
+
+    spec = spec or RewardSpec(brier="none")
+    groups = [[completion(answers) for answers in group] for group in groups]
+    return judge_groups([prompt] * len(groups), groups, GRAMMAR, spec, verifier, lambda ids: "".join(map(chr, ids)))
+
+
+@pytest.mark.skipif(not shutil.which("bwrap"), reason="no bubblewrap here (apt-get install bubblewrap)")
+def test_distinct_correct_programs_are_counted():
+    cases = {
+        (HONEST, TWICE, WRONG): ((1, 1, 0), (False, False, False)),
+        (HONEST, RENAMED, TWICE): ((1, 0, 1), (False, True, False)),
+        (WRONG, WRONG, HONEST): ((0, 0, 1), (False, True, False)),
+        ("no program", "while True", HONEST): ((0, 0, 1), (False, False, False)),
+    }
+    (group,) = judge([list(map(list, cases))])
+    assert [(r.hits, r.repeated) for r in group] == list(cases.values())
+    assert [r.total for r in group] == [0.5 + sum(hits) for hits, _ in cases.values()]
+    assert not any(r.unjudged for r in group)
+
+
+def breaks_down(jobs, unsafe):
+    return {job: Verdict("infrastructure_error" if "2 *" in job[0] else "passed", job[0]) for job in jobs}
+
+
+def test_a_breakdown_leaves_the_completion_out(monkeypatch):
+    monkeypatch.setattr(rollout_module, "verify_programs", breaks_down)
+    a, b, c = [HONEST, RENAMED, WRONG], [HONEST, TWICE, WRONG], [TWICE, TWICE, TWICE]
+    groups = judge([[a, b, a], [a, b], [c, c], [a]])
+    assert [[r.unjudged for r in group] for group in groups] == [[0, 1, 0], [0, 1], [1, 1], [0]]
+    kept = judged_only(groups)
+    assert [[r.answers for r in group] for group in kept] == [[tuple(a), tuple(a)], [tuple(a)]]
+    with pytest.raises(UserError, match="sandbox"):
+        judged_only(groups[2:3])
+
+
+def test_one_run_per_distinct_program(monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        rollout_module, "verify_programs", lambda jobs, unsafe: asked.append(unsafe) or breaks_down(jobs, unsafe)
+    )
+    judge([[[HONEST, RENAMED, WRONG]] * 2] * 3)
+    judge([[[HONEST, RENAMED, WRONG]]], verifier="program_unsafe")
+    assert asked == [False, True]
+
+
+@pytest.mark.parametrize("coverage", ["fraction_golds", "fraction_answers"])
+def test_full_marks_are_k_distinct_programs(monkeypatch, coverage):
+    monkeypatch.setattr(
+        rollout_module, "verify_programs", lambda jobs, unsafe: {j: Verdict("passed", j[0]) for j in jobs}
+    )
+    ((whole, part),) = judge([[[HONEST, TWICE, WRONG], [HONEST, HONEST, TWICE]]], spec=RewardSpec(coverage, "none"))
+    assert (whole.parts["coverage"], part.parts["coverage"]) == (1, pytest.approx(2 / 3))
