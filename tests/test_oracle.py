@@ -1,0 +1,114 @@
+"""Our rewards against an independent reading of the method, on 10,000 random and adversarial completions."""
+
+import itertools
+import random
+import re
+import string
+
+import pytest
+
+from mar.grammar import Grammar, parse, render
+from mar.records import Gold
+from mar.rewards import RewardSpec, reward
+from mar.verify import matching_increments, repeats
+
+WORDS = ["flu", "Flu.", "the flu", "influenza", "cold", "Cold!", "gout", "mumps", "a cold", "lupus"]
+POOL = (("flu", "influenza"), ("cold", "influenza"), ("gout",), ("mumps", "gout"))
+P = r"\s*((?:0?\.[0-9]{1,9}|0|1|1\.0{1,9}))\s*"
+NOTHING = r"((?:(?!</?(?:think|analysis|other|answer[0-9]*|confidence[0-9]*)>)[\s\S])*)"
+
+
+def plain(text):
+    """Lower case, no punctuation, no articles: enough for the words above."""
+    words = "".join(" " if c in string.punctuation else c for c in text.lower()).split()
+    return " ".join(w for w in words if w not in ("a", "the")) or " ".join(words)
+
+
+def read(text, K, confident):
+    """(answers, confidences) up to the first breach, and whether the whole is right: one regular expression a prefix."""
+    parts = [r"\s*<think>[\s\S]*?</think>"]
+    for k in range(1, K + 1):
+        parts += [rf"\s*<answer{k}>{NOTHING}</answer{k}>"]
+        parts += [rf"\s*<confidence{k}>{P}</confidence{k}>"] if confident else []
+    if re.match(parts[0], text) is None:
+        return [None] * K, [None] * K, False
+    for length in range(len(parts), 0, -1):
+        found = re.match(
+            "".join(parts[:length]).replace("[\\s\\S]*?</think>", "(?:(?!</think>)[\\s\\S])*</think>"), text
+        )
+        groups = list(found.groups()) if found else []
+        written = groups[::2] if confident else groups
+        if found and all(a.strip() for a in written):
+            q = [float(c) for c in groups[1::2]] if confident else []
+            whole = length == len(parts) and not text[found.end() :].strip()
+            pad = [a.strip() for a in written] + [None] * (K - len(written))
+            return pad, q + [None] * (K - len(q)), whole
+    raise AssertionError
+
+
+def best(answers, golds):
+    """The largest number of golds that distinct answers can take, by trying everything."""
+    distinct = list(dict.fromkeys(plain(a) for a in answers if a is not None))
+    fits = [[g for g, names in enumerate(golds) if a in [plain(n) for n in names]] + [None] for a in distinct]
+    choices = [[g for g in choice if g is not None] for choice in itertools.product(*fits)]
+    return max(len(c) for c in choices if len(c) == len(set(c)))
+
+
+def oracle(text, golds, K, confident, coverage, brier, sum_rule):
+    """METHOD 2: format + coverage - Brier, a format failure cancels the first and is charged all of the second."""
+    answers, q, whole = read(text, K, confident)
+    totals = [best(answers[:k], golds) for k in range(K + 1)]
+    y = [b - a for a, b in itertools.pairwise(totals)]
+    ok = whole and not (sum_rule and sum(c for c in q if c is not None) > 1 + 1e-6)
+    paid = {"sum": sum(y), "any": float(any(y)), "fraction_golds": sum(y) / len(golds), "fraction_answers": sum(y) / K}[
+        coverage
+    ]
+    error = sum((c - h) ** 2 for c, h in zip(q, y, strict=True)) / K if ok and confident else 1.0
+    total = 0.5 * whole + paid * ok
+    return total + {"none": 0.0, "paper": -error, "released": (1 - error) * ok}[brier]
+
+
+def completion(rng, K, confident):
+    """A right completion, or one damaged by an edit somewhere."""
+    grammar = Grammar("rlcr_multi" if confident else "rlvr_multi", K)
+    q = [rng.choice([0.0, 0.1, 0.33, 0.34, 0.5, 0.9, 1.0]) for _ in range(K)]
+    text = render(grammar, rng.choices(WORDS, k=K), q, thinking=rng.choice(["hm", "<answer1>flu</answer1>", ""]))
+    pieces = [
+        "</think>",
+        "<answer1>",
+        "</answer2>",
+        "<think>",
+        "flu",
+        " ",
+        "\n",
+        "1%",
+        "nan",
+        "1e-9",
+        "<",
+        "<confidence1>0.5</confidence1>",
+    ]
+    for _ in range(rng.choice([0, 0, 0, 1, 1, 2])):
+        start, length = rng.randrange(len(text) + 1), rng.choice([0, 0, 1, 3, 12])
+        text = text[:start] + rng.choice([*pieces, ""]) + text[start + length :]
+    return (text[: rng.randrange(len(text) + 1)] if rng.random() < 0.1 else text), grammar
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_rewards_agree_with_the_oracle(seed):
+    rng, well_formed = random.Random(seed), 0
+    for _ in range(1000):
+        K, confident = rng.randint(1, 4), rng.random() < 0.7
+        text, grammar = completion(rng, K, confident)
+        names = rng.sample(POOL, rng.randint(1, 4))
+        golds = [Gold(n[0], n[1:]) for n in names]
+        coverage = rng.choice(["sum", "any", "fraction_golds", "fraction_answers"])
+        brier = rng.choice(["paper", "released"]) if confident else "none"
+        sum_rule = confident and rng.random() < 0.5
+        parsed = parse(text, grammar)
+        hits, _ = matching_increments(parsed.answers, golds)
+        spec = RewardSpec(coverage, brier, sum_rule)
+        ours = reward(parsed, hits, repeats(parsed.answers, golds), len(golds), grammar, spec)
+        assert ours.total == pytest.approx(oracle(text, names, K, confident, coverage, brier, sum_rule), abs=1e-9), text
+        assert ours.components.sum() == pytest.approx(ours.total, abs=1e-9)
+        well_formed += parsed.reason is None
+    assert 200 < well_formed < 800
