@@ -15,12 +15,12 @@ from mar import __version__
 from mar.cache import capacity
 from mar.config import Config, RewardOptions
 from mar.draw import SamplingParams
-from mar.evaluate import Protocol
 from mar.grammar import Grammar, render
 from mar.log import Display
 from mar.model import Decoder
 from mar.optim import make_optimizer
 from mar.prompts import build_prompt, fit_grammar, load_tokenizer
+from mar.protocol import Protocol
 from mar.records import Example, Prompt, UserError
 from mar.rewards import RewardSpec, first_open
 from mar.rollout import Decode, make_decode
@@ -67,11 +67,17 @@ def load_data(config: Config, split: str, num: int | None, seed: int, display: D
 
 
 def make_prompts(
-    config: Config, examples: Sequence[Example], grammar: Grammar, tokenizer: Any, split: str, display: Display
+    config: Config,
+    examples: Sequence[Example],
+    grammar: Grammar,
+    tokenizer: Any,
+    split: str,
+    display: Display,
+    style: str = "ranked",
 ) -> tuple[Prompt, ...]:
     """Prompts of all examples; those over the limit are dropped and counted, never cut."""
     noun, limit = get_task(config.data.task).noun, config.model.max_prompt_tokens
-    prompts = [build_prompt(example, grammar, tokenizer, noun) for example in examples]
+    prompts = [build_prompt(example, grammar, tokenizer, noun, style) for example in examples]
     kept = tuple(p for p in prompts if len(p.ids) <= limit)
     if len(kept) < len(prompts):
         dropped, longest = len(prompts) - len(kept), max(len(p.ids) for p in prompts)
