@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mar.log import shown
-from mar.protocol import SHOWN_METRICS
+from mar.metrics import SHOWN_METRICS
 
 ROOT = Path(__file__).parents[1]
 BLOCK = re.compile(r"(?P<open><!-- logs? (?P<paths>[^>]+?) -->\n).*?(?P<close><!-- end -->)", re.DOTALL)

@@ -13,6 +13,7 @@ from mar.records import Example, Rollout
 from mar.verify import VERIFIERS, matching_increments
 
 NUM_BINS = 10
+SHOWN_METRICS = ("top1", "brier", "ece", "q_mse", "format_rate", "repeats_per_set", "tokens_per_set", "prompt_tokens")
 
 
 @dataclass(frozen=True)

@@ -7,13 +7,11 @@ from typing import Any
 from mar.draw import SamplingParams
 from mar.grammar import Grammar
 from mar.itemstats import estimate, read_item, resamples, statistics
-from mar.metrics import gap_closed, known_bounds, set_metrics
+from mar.metrics import SHOWN_METRICS, gap_closed, known_bounds, set_metrics
 from mar.model import Decoder
 from mar.records import Prompt, Rollout
 from mar.rewards import RewardSpec
 from mar.rollout import Decode, judge_groups, sample
-
-SHOWN_METRICS = ("top1", "brier", "ece", "q_mse", "format_rate", "repeats_per_set", "tokens_per_set", "prompt_tokens")
 
 
 @dataclass(frozen=True)

@@ -26,11 +26,10 @@ from mar import plots
 from mar.arms import at_tokens
 from mar.compose import load_config
 from mar.grammar import Grammar
-from mar.job import reward_of
 from mar.log import plain, read_jsonl
-from mar.protocol import SHOWN_METRICS
+from mar.metrics import SHOWN_METRICS
 from mar.records import UserError
-from mar.rewards import component_layout
+from mar.rewards import RewardSpec, component_layout
 from mar.rundir import differing_keys, flatten
 
 NUM_PROMPTS = 200  # in the rollout browser
@@ -190,7 +189,9 @@ def browser(run: Run) -> tuple[Table, list[str]]:
     r = run.config["reward"]
     config = load_config(run.path / "config.yaml").reward
     grammar = Grammar(config.form, r["num_answers"], r["layout"], False, config.analysis, config.other)
-    names = [name for name, _ in component_layout(grammar, reward_of(config))]
+    names = [
+        name for name, _ in component_layout(grammar, RewardSpec(brier=config.brier if config.confident else "none"))
+    ]
     return {"groups": shown[:NUM_PROMPTS], "components": names}, faults
 
 

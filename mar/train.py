@@ -27,10 +27,10 @@ from mar.fetch import resolve_model
 from mar.job import Job, announce, build_job, environment
 from mar.log import Display, append_jsonl, completion_row, plain, truncate_jsonl, write_json
 from mar.losses import reinforce, token_weights
-from mar.metrics import set_metrics
+from mar.metrics import SHOWN_METRICS, set_metrics
 from mar.mirror import Mirror
 from mar.optim import learning_rate, set_learning_rate
-from mar.protocol import SHOWN_METRICS, bounds, measure, summary
+from mar.protocol import bounds, measure, summary
 from mar.records import Rollout, UserError
 from mar.rollout import judge_groups, sample
 
