@@ -16,7 +16,12 @@ from typing import Any
 
 import torch.distributed.checkpoint as dcp
 from torch import nn
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    get_model_state_dict,
+    get_state_dict,
+    set_model_state_dict,
+    set_state_dict,
+)
 from torch.optim import Optimizer
 
 from mar.distributed import ALONE, World
@@ -121,3 +126,11 @@ def restore(found: Found, model: nn.Module, optimizer: Optimizer, world: World =
     with _quiet():
         dcp.load(state, checkpoint_id=found.path, no_dist=world.size == 1)
     set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+
+
+def restore_weights(found: Found, model: nn.Module) -> None:
+    """Load the weights alone, in place."""
+    state: dict[str, Any] = {"model": get_model_state_dict(model)}
+    with _quiet():
+        dcp.load(state, checkpoint_id=found.path, no_dist=True)
+    set_model_state_dict(model, state["model"])

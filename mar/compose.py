@@ -11,6 +11,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import yaml
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra.errors import HydraException
@@ -111,6 +112,26 @@ def from_omegaconf(config: Any) -> Config:
     if added := [key for key in rundir.flatten(given) if key not in known]:
         raise UserError(f"{', '.join(added)}: no such key in the schema; `--cfg job` shows all there are")
     return tree
+
+
+def load_config(file: Path, overrides: Sequence[str] = ()) -> Config:
+    """The config that a run wrote, with `key=value` words over it. UserError where another version of the schema wrote it."""
+    try:
+        saved = dict(yaml.safe_load(file.read_text(encoding="utf-8")))
+        saved.pop("provenance", None)
+        if saved["data"]["num_eval"] == saved["eval"]["num_items"]:
+            del saved["data"]["num_eval"]  # it followed the other
+        words = OmegaConf.from_dotlist(list(overrides))
+        tree = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), saved, words))
+    except OSError:
+        raise UserError(f"{file} cannot be read: name a folder that mar.train wrote") from None
+    except (OmegaConfBaseException, yaml.YAMLError, KeyError, TypeError, ValueError) as error:
+        why = " ".join(str(error).split())[:120]
+        raise UserError(
+            f"{file} is damaged, of another version of mar, or an override does not fit it: {why}"
+        ) from None
+    assert isinstance(tree, Config)
+    return validate(tree)
 
 
 def compose(overrides: Sequence[str] = (), check: bool = True) -> Config:

@@ -157,6 +157,7 @@ class CheckpointOptions:
 @dataclass
 class LoggerOptions:
     console: str = one_of("auto", "rich", "plain")
+    wandb: str = one_of("off", "offline", "online")  # a mirror of metrics.jsonl; the run never waits for it long
 
 
 @dataclass

@@ -14,14 +14,14 @@ import torch
 from mar import __version__
 from mar.cache import capacity
 from mar.config import Config, RewardOptions
-from mar.distributed import World, gather_weights, shard
+from mar.distributed import ALONE, World, gather_weights, shard
 from mar.draw import SamplingParams
-from mar.evaluate import Protocol
 from mar.grammar import Grammar, render
 from mar.log import Display, append_jsonl
 from mar.model import Decoder
 from mar.optim import make_optimizer
 from mar.prompts import build_prompt, fit_grammar, load_tokenizer
+from mar.protocol import Protocol
 from mar.records import Example, Prompt, UserError
 from mar.rewards import RewardSpec, first_open
 from mar.rollout import Decode, make_decode
@@ -82,11 +82,17 @@ def load_data(config: Config, split: str, num: int | None, seed: int, display: D
 
 
 def make_prompts(
-    config: Config, examples: Sequence[Example], grammar: Grammar, tokenizer: Any, split: str, display: Display
+    config: Config,
+    examples: Sequence[Example],
+    grammar: Grammar,
+    tokenizer: Any,
+    split: str,
+    display: Display,
+    style: str = "ranked",
 ) -> tuple[Prompt, ...]:
     """Prompts of all examples; those over the limit are dropped and counted, never cut."""
     noun, limit = get_task(config.data.task).noun, config.model.max_prompt_tokens
-    prompts = [build_prompt(example, grammar, tokenizer, noun) for example in examples]
+    prompts = [build_prompt(example, grammar, tokenizer, noun, style) for example in examples]
     kept = tuple(p for p in prompts if len(p.ids) <= limit)
     if len(kept) < len(prompts):
         dropped, longest = len(prompts) - len(kept), max(len(p.ids) for p in prompts)
@@ -143,7 +149,7 @@ def sampling_params(config: Config, grammar: Grammar, tokenizer: Any, decode: De
     )
 
 
-def build_job(config: Config, folder: Path, model_folder: Path, display: Display, world: World) -> Job:
+def build_job(config: Config, folder: Path, model_folder: Path, display: Display, world: World = ALONE) -> Job:
     """Load data, tokenizer and model and prepare every prompt. Raises UserError with one sentence for whatever a user can get wrong."""
     model, data, r, o = config.model, config.data, config.reward, config.optim
     endless = data.source == "embedded" and data.num_train is None  # then as many patients as the run will see

@@ -81,6 +81,7 @@ def judge_completion(
         segment_ids=parsed.segments(starts),
         total=earned.total,
         parts=earned.parts,
+        token_starts=starts,
     )
 
 

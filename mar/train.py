@@ -24,13 +24,14 @@ from mar.batch import Batch, make_batch, micro_batches
 from mar.compose import compose, from_omegaconf, validate
 from mar.config import Config
 from mar.distributed import World, join
-from mar.evaluate import SHOWN_METRICS, bounds, measure, summary
 from mar.fetch import resolve_model
 from mar.job import Job, announce, build_job, environment
 from mar.log import Display, completion_row, plain, truncate_jsonl, write_json
 from mar.losses import reinforce, token_weights
-from mar.metrics import set_metrics
+from mar.metrics import SHOWN_METRICS, set_metrics
+from mar.mirror import Mirror
 from mar.optim import clip_gradients, learning_rate, set_learning_rate
+from mar.protocol import bounds, measure, summary
 from mar.records import Rollout, UserError
 from mar.rollout import judge_groups, sample
 
@@ -68,8 +69,8 @@ def update(job: Job, batch: Batch, advantages: Tensor, lr: float) -> dict[str, f
     }
 
 
-def train_step(job: Job, step: int) -> tuple[dict[str, Any], list[Rollout]]:
-    """Sample, verify, advantage, loss, step."""
+def train_step(job: Job, step: int) -> tuple[dict[str, Any], list[Rollout], Tensor]:
+    """Sample, verify, advantage, loss, step. Returns metrics, B rollouts and their advantages [B, T]."""
     config, p, world = job.config, job.protocol, job.world
     lr = learning_rate(step, config.train.steps, config.optim.lr, config.optim.warmup_frac, config.optim.schedule)
     clock = [time.perf_counter()]
@@ -107,7 +108,7 @@ def train_step(job: Job, step: int) -> tuple[dict[str, Any], list[Rollout]]:
         "perf/update_s": clock[3] - clock[2],
         "perf/tokens_per_s": batch.num_tokens / (clock[3] - clock[0]),
     }
-    return metrics, rollouts
+    return metrics, rollouts, advantages
 
 
 class Interrupts:
@@ -160,9 +161,10 @@ def train(job: Job, first_step: int, display: Display, document: dict[str, Any])
         with display:
             for step in range(first_step + 1, last_step + 1):
                 with interrupts.held():
-                    metrics, rollouts = train_step(job, step - 1)
+                    metrics, rollouts, advantages = train_step(job, step - 1)
                     job.write("metrics.jsonl", [{"step": step, **metrics}])
-                    job.write("completions.jsonl", [completion_row(r, "train", step) for r in rollouts])
+                    shown = zip(rollouts, advantages.tolist(), strict=True)
+                    job.write("completions.jsonl", [completion_row(r, "train", step, a) for r, a in shown])
                     display.step(step, metrics)
                     interrupts.agree(job.world)
                     if step % config.checkpoint.every == 0 or step == last_step or interrupts.pending:
@@ -186,7 +188,10 @@ def evaluate(job: Job, stage: str, step: int, document: dict[str, Any], display:
     """Measure the policy, add it to `eval.json`, and say so."""
     began = time.perf_counter()
     metrics, rollouts = measure(job.sampler(), job.protocol, job.world)
-    job.write("completions.jsonl", [completion_row(r, "eval", step) for r in rollouts[:200]])
+    texts = [completion_row(r, "eval", step) for r in rollouts[:200]]
+    job.write("completions.jsonl", texts)
+    if display.mirror:
+        display.mirror.completions(step, plain(texts))
     document["history"] = [h for h in document.get("history", []) if h["step"] < step] + [{"step": step, **metrics}]
     if stage in ("before", "after"):
         document[stage] = metrics
@@ -225,6 +230,8 @@ def run(config: Config) -> int:
         f"training {trained:,} of the {total:,} parameters of {config.model.name}; writing to {folder}"
     )
     display.first_step = first_step
+    if config.logger.wandb != "off" and world.leads:
+        display.mirror = Mirror(config.logger.wandb, folder, plain(config.to_dict()), display.say)
     outcome = train(job, first_step, display, document)
     if outcome == "finished" and world.leads:
         close(job, document, display, time.perf_counter() - began)
@@ -264,9 +271,18 @@ def close(job: Job, document: Mapping[str, Any], display: Display, seconds: floa
         display.say(
             f"gap closed: {end['gap_closed']:.3f}  (0: K draws from the posterior, 1: its K most probable answers)"
         )
+    if display.mirror:
+        display.mirror.close(plain(end), lambda: pictures(job.folder))
     for name in ("config.yaml", "metrics.jsonl", "completions.jsonl", "eval.json", "checkpoints"):
         display.say(f"  {job.folder / name}")
     print(json.dumps(plain({"run_dir": str(job.folder), "job_s": round(seconds, 1), **end})), flush=True)
+
+
+def pictures(folder: Path) -> Mapping[str, Any]:
+    """The run's figures."""
+    from mar import plots  # matplotlib is an extra
+
+    return plots.of_run(folder)
 
 
 @hydra.main(config_path="../conf", config_name="config", version_base="1.3")
