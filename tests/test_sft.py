@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from experiments.embedded_model.begin import embedded_config
 from mar import lessons, sft
 from mar.attention import group_attention
 from mar.fetch import resolve_model
@@ -102,7 +103,7 @@ def test_an_example_without_probabilities_teaches_its_gold_among_others():
 
 def test_loss_is_the_dense_cross_entropy(tokenizer):
     torch.manual_seed(0)
-    model = Decoder(sft.embedded_config(len(tokenizer))).double()
+    model = Decoder(embedded_config(len(tokenizer))).double()
     rng = np.random.default_rng(0)
     encode = lessons.make_encode(tokenizer)
     lesson = lessons.make_lesson(

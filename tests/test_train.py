@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from experiments.embedded_model.begin import train_tokenizer
 from mar import checkpoint
 from mar.compose import compose
 from mar.model import Decoder, ModelConfig
 from mar.optim import make_optimizer
 from mar.records import UserError
-from mar.sft import train_tokenizer
 from mar.tasks import clinic
 from mar.train import refuse_unknown_words, run
 from mar.weights import load_model, save_model

@@ -13,7 +13,8 @@ stage() { # number, then the arguments of mar.sft; its log lies beside its folde
 }
 
 # answers: single plain ones first, then every form
-stage 1 --scratch --plain-steps 800 --steps 2000 --lr 1e-3 --dtype bfloat16
+${PYTHON:-python} experiments/embedded_model/begin.py "$stages/0"
+stage 1 --model "$stages/0" --muon --plain-steps 800 --steps 2000 --lr 1e-3 --dtype bfloat16
 stage 2 --model "$stages/1" --muon --plain-steps 200 --steps 900 --lr 1e-3 --seed 1 --hint 0.2 --dtype bfloat16
 stage 3 --model "$stages/2" --muon --steps 750 --lr 7e-4 --seed 2 --hint 0.25 --hint-counts 8 --dtype bfloat16
 # confidences: all of their mass near the truth, until the probability of an answer can be read where its confidence is written
