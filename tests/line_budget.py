@@ -21,6 +21,7 @@ AROUND = {
     "sft",
     "lessons",
     "fetch",
+    "export",
     "plan",
 }
 
