@@ -243,10 +243,11 @@ def of_evaluation(document: Row) -> dict[str, Figure]:
     return out | {"unique_answers": unique_answers(same), "tokens": tokens_per_answer(arms)}
 
 
-def save(figures: Mapping[str, Figure], folder: Path) -> None:
-    """Write each figure as `name.svg` and `name.png`."""
+def save(figures: Mapping[str, Figure], folder: Path) -> dict[str, Path]:
+    """Write each figure as `name.svg` and `name.png`; returns the latter."""
     folder.mkdir(parents=True, exist_ok=True)
     with matplotlib.rc_context(STYLE):
         for name, figure in figures.items():
             figure.savefig(folder / f"{name}.svg", metadata={"Date": None})
             figure.savefig(folder / f"{name}.png")
+    return {name: folder / f"{name}.png" for name in figures}
