@@ -21,9 +21,22 @@ from mar.itemstats import (
     resamples,
     statistics,
 )
+from mar.log import Display
 from mar.records import Example
 
 NUM_ORDERS = 64
+SHOWN = (
+    "top1",
+    "brier",
+    "ece",
+    "auroc",
+    "q_mse",
+    "tv_distance",
+    "regret",
+    "format_rate",
+    "repeats_per_set",
+    "tokens_per_set",
+)
 
 
 @dataclass(frozen=True)
@@ -147,3 +160,37 @@ def compared(a: Sequence[Item], b: Sequence[Item], confident: bool) -> dict[str,
     first, second = statistics(mine, confident), statistics(theirs, confident)
     weights = resamples(len(ids))
     return {"num_items": len(ids)} | {n: difference(first[n], second[n], weights) for n in first if n in second}
+
+
+def document_of(
+    arms: Sequence[Arm], items: Mapping[str, Sequence[Item]], examples: Sequence[Example], k: int
+) -> dict[str, Any]:
+    """What `evaluation.json` says of all arms, at equal answers, at equal tokens, and item by item."""
+    ids = {i.id for i in items["policy"]}
+    found = {a.name: measured(a, items[a.name]) for a in arms}
+    per_set = found["policy"]["curve"]["tokens"]
+    budgets = sorted({per_set[0], per_set[len(per_set) // 2], per_set[-1]})
+    K, most = arms[0].grammar.num_answers, arms[0].grammar.num_answers * arms[0].num_sets
+    same = [a for a in arms[1:] if a.grammar.num_answers == K or a.grammar.num_answers * a.num_sets == most]
+    return {
+        "num_items": len(ids),
+        "k": k,
+        "bars": bars([e for e in examples if e.id in ids], k),
+        "arms": found,
+        "equal_tokens": [{"tokens": b} | {n: at_tokens(a["curve"], b) for n, a in found.items()} for b in budgets],
+        "paired": {f"policy - {a.name}": compared(items["policy"], items[a.name], a.grammar.confident) for a in same},
+    }
+
+
+def show(document: Mapping[str, Any], display: Display) -> None:
+    """The table of the arms, without those of other sizes, and what the pairs say of coverage."""
+    K = document["arms"]["policy"]["num_answers"]
+    columns = {n: a["metrics"] for n, a in document["arms"].items() if not n.startswith("K=")}
+    most = max(a["num_answers"] * a["num_sets"] for a in document["arms"].values())
+    names = (f"coverage@{K}", f"coverage@{most}", f"unique@{most}", *SHOWN)
+    display.table(f"{document['task']}, {document['num_items']} items, ± half of the 95 % interval", columns, names)
+    for pair, values in document["paired"].items():
+        key = next((n for n in values if n.startswith("coverage@")), None)
+        if key and values[key][0] is not None:
+            value, low, high = values[key]
+            display.say(f"{pair}: {key} {value:+.3f} [{low:+.3f}, {high:+.3f}] on {values['num_items']} items")

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from mar import checkpoint
-from mar.arms import Arm, arms_of, at_tokens, bars, compared, measured
+from mar.arms import Arm, arms_of, compared, document_of, show
 from mar.compose import compose, load_config
 from mar.config import Config
 from mar.fetch import resolve_model
@@ -40,18 +40,6 @@ from mar.weights import load_model
 
 OPTIONS = {"k": "30", "num_answers": "1..6", "arms": "", "completions": "", "against": "", "out": ""}
 ROWS_AT_ONCE = 512  # completions between two writes
-SHOWN = (
-    "top1",
-    "brier",
-    "ece",
-    "auroc",
-    "q_mse",
-    "tv_distance",
-    "regret",
-    "format_rate",
-    "repeats_per_set",
-    "tokens_per_set",
-)
 
 
 @dataclass(frozen=True)
@@ -255,27 +243,6 @@ def read_completions(file: Path, arm: Arm, questions: Questions, display: Displa
     return replace(arm, says=f"{num_sets} texts a question from {file.name}", num_sets=num_sets), items
 
 
-def document_of(
-    target: Target, arms: Sequence[Arm], items: Mapping[str, list[Item]], questions: Questions, k: int
-) -> dict[str, Any]:
-    """`evaluation.json`."""
-    ids = {i.id for i in next(iter(items.values()))}
-    examples = [e for e in questions.examples if e.id in ids]
-    document: dict[str, Any] = {"task": target.config.data.task, "target": target.name, "num_items": len(ids), "k": k}
-    document |= {"step": target.run.step if target.run else None, "bars": bars(examples, k)}
-    document["arms"] = {a.name: measured(a, items[a.name]) for a in arms}
-    first, per_set = document["arms"]["policy"], document["arms"]["policy"]["curve"]["tokens"]
-    budgets = sorted({per_set[0], per_set[len(per_set) // 2], per_set[-1]})
-    document["equal_tokens"] = [
-        {"tokens": b} | {name: at_tokens(arm["curve"], b) for name, arm in document["arms"].items()} for b in budgets
-    ]
-    same = [a for a in arms[1:] if a.grammar.num_answers == first["num_answers"]]
-    document["paired"] = {
-        f"policy - {a.name}": compared(items["policy"], items[a.name], a.grammar.confident) for a in same
-    }
-    return document
-
-
 def compare_with(other: Path, items: Sequence[Item], confident: bool) -> dict[str, Any]:
     """The paired differences between this policy and that of another evaluation."""
     path = other / "eval_items.jsonl"
@@ -288,20 +255,6 @@ def compare_with(other: Path, items: Sequence[Item], confident: bool) -> dict[st
             f"{path} holds other questions: a paired comparison needs the same task, split and eval.num_items"
         )
     return compared(items, theirs, confident)
-
-
-def show(document: Mapping[str, Any], display: Display) -> None:
-    """Metrics of every arm that answers with as many answers as the policy, and what the pairs say."""
-    K = document["arms"]["policy"]["num_answers"]
-    columns = {n: a["metrics"] for n, a in document["arms"].items() if not n.startswith("K=")}
-    most = max(a["num_answers"] * a["num_sets"] for a in document["arms"].values())
-    names = (f"coverage@{K}", f"coverage@{most}", f"unique@{most}", *SHOWN)
-    display.table(f"{document['task']}, {document['num_items']} items, ± half of the 95 % interval", columns, names)
-    for pair, values in document["paired"].items():
-        key = next((n for n in values if n.startswith("coverage@")), None)
-        if key and values[key][0] is not None:
-            value, low, high = values[key]
-            display.say(f"{pair}: {key} {value:+.3f} [{low:+.3f}, {high:+.3f}] on {values['num_items']} items")
 
 
 def run(words: Sequence[str], display: Display) -> Path:
@@ -325,7 +278,12 @@ def run(words: Sequence[str], display: Display) -> Path:
         append_jsonl(target.out / "eval_items.jsonl", [{"arm": "policy", **i.to_row()} for i in read])
     else:
         items = answer_all(target, arms, questions, display)
-    document = document_of(target, arms, items, questions, k)
+    document: dict[str, Any] = {
+        "task": target.config.data.task,
+        "target": target.name,
+        "step": target.run.step if target.run else None,
+    }
+    document |= document_of(arms, items, questions.examples, k)
     if options["against"]:
         document["paired"][f"policy - {options['against']}"] = compare_with(
             Path(options["against"]), items["policy"], grammar.confident

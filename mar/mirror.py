@@ -83,14 +83,14 @@ class Mirror:
             self.table.add_data(*(str(v) if isinstance(v := row[c], list | tuple) else v for c in TEXT_COLUMNS))
         self.run.log({"completions": self.table}, step=step)
 
-    def close(self, summary: Mapping[str, Any], pictures: Callable[[], Mapping[str, Any]]) -> None:
-        """The closing numbers, and figures (made only where somebody looks at them) as images."""
+    def close(self, summary: Mapping[str, Any], pictures: Callable[[], Mapping[str, Path]]) -> None:
+        """The closing numbers, and figures (drawn only where somebody looks at them) as images."""
         if self.run:
             self._guard(lambda: self._end(summary, pictures))
 
-    def _end(self, summary: Mapping[str, Any], pictures: Callable[[], Mapping[str, Any]]) -> None:
+    def _end(self, summary: Mapping[str, Any], pictures: Callable[[], Mapping[str, Path]]) -> None:
         import wandb
 
-        self.run.log({f"plots/{name}": wandb.Image(figure) for name, figure in pictures().items()})
+        self.run.log({f"plots/{name}": wandb.Image(str(file)) for name, file in pictures().items()})
         self.run.summary.update(dict(summary))
         self.run.finish()

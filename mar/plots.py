@@ -87,8 +87,10 @@ def learning_curves(
     """One panel a metric. runs: setting -> the rows of metrics.jsonl, one list per seed; the mean over seeds of the running mean, in a band from the
     lowest to the highest seed. evals: setting -> history of eval.json, as points with intervals. bars: an eval.json with floor and ceiling."""
     figure, panels = _figure(len(keys), 3.4, 2.5)
+    figure.get_layout_engine().set(w_pad=0.12)  # type: ignore[union-attr, call-arg]
     for axes, key in zip(panels, keys, strict=True):
         axes.set(title=key, xlabel="step")
+        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         name = key.partition("/")[2]
         for index, (setting, seeds) in enumerate(runs.items()):
             last, colour = min(len(rows) for rows in seeds), COLOURS[index % 7]
@@ -243,10 +245,11 @@ def of_evaluation(document: Row) -> dict[str, Figure]:
     return out | {"unique_answers": unique_answers(same), "tokens": tokens_per_answer(arms)}
 
 
-def save(figures: Mapping[str, Figure], folder: Path) -> None:
-    """Write each figure as `name.svg` and `name.png`."""
+def save(figures: Mapping[str, Figure], folder: Path) -> dict[str, Path]:
+    """Write each figure as `name.svg` and `name.png`; returns the latter."""
     folder.mkdir(parents=True, exist_ok=True)
     with matplotlib.rc_context(STYLE):
         for name, figure in figures.items():
             figure.savefig(folder / f"{name}.svg", metadata={"Date": None})
             figure.savefig(folder / f"{name}.png")
+    return {name: folder / f"{name}.png" for name in figures}

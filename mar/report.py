@@ -8,11 +8,9 @@ import argparse
 import base64
 import io
 import json
-import math
 import sys
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -31,56 +29,10 @@ from mar.metrics import SHOWN_METRICS
 from mar.records import UserError
 from mar.rewards import RewardSpec, component_layout
 from mar.rundir import differing_keys, flatten
+from mar.runs import Run, over_seeds, read_run, settings_of, with_interval
 
 NUM_PROMPTS = 200  # in the rollout browser
-STUDENT = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)  # 97.5 % points for 1 to 9 degrees of freedom
 Table = dict[str, Any]  # {"title", "note", "columns": [...], "rows": [[...]]}
-
-
-@dataclass(frozen=True)
-class Run:
-    """What a run's folder holds. `evaluation`: what `mar.evaluate` found, {} where it was not run. `faults`: lines that had to be skipped."""
-
-    path: Path
-    config: dict[str, Any]
-    metrics: list[dict[str, Any]]
-    document: dict[str, Any]
-    evaluation: dict[str, Any]
-    faults: list[str]
-
-    @property
-    def num_answers(self) -> int:
-        return int(self.config["reward"]["num_answers"])
-
-    @property
-    def finished(self) -> bool:
-        return bool(self.document.get("after"))
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
-    except (ValueError, TypeError):
-        raise UserError(f"{path} is damaged: remove it, or the run") from None
-
-
-def read_run(path: Path) -> Run:
-    """UserError for what is no run, or is one that has not made a step."""
-    try:
-        config = dict(yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8")))
-        config["reward"]["num_answers"]
-    except FileNotFoundError:
-        raise UserError(
-            f"{path} holds no config.yaml: name a folder that mar.train wrote, or one above such folders"
-        ) from None
-    except (yaml.YAMLError, TypeError, KeyError, ValueError):
-        raise UserError(
-            f"{path}/config.yaml is damaged or of another version of mar: make the report with that version"
-        ) from None
-    metrics, faults = read_jsonl(path / "metrics.jsonl") if (path / "metrics.jsonl").exists() else ([], [])
-    if not metrics:
-        raise UserError(f"{path} has not finished a step yet: there is nothing to report")
-    return Run(path, config, metrics, read_json(path / "eval.json"), read_json(path / "evaluation.json"), faults)
 
 
 def svg(figure: Figure) -> str:
@@ -89,10 +41,6 @@ def svg(figure: Figure) -> str:
     with rc_context(plots.STYLE):
         figure.savefig(out, format="svg", metadata={"Date": None})
     return "data:image/svg+xml;base64," + base64.b64encode(out.getvalue()).decode()
-
-
-def with_interval(column: Mapping[str, Any], metric: str) -> list[float | None]:
-    return [column.get(metric), *column.get("interval", {}).get(metric, (None, None))]
 
 
 def headline(run: Run) -> Table:
@@ -195,42 +143,6 @@ def browser(run: Run) -> tuple[Table, list[str]]:
     return {"groups": shown[:NUM_PROMPTS], "components": names}, faults
 
 
-def settings_of(runs: Sequence[Run]) -> dict[str, list[Run]]:
-    """Runs that differ by their seed alone under one name, which says how they differ from the others."""
-    flat = [
-        {k: v for k, v in flatten(run.config).items() if not k.startswith(("provenance", "logger", "out", "run_dir"))}
-        for run in runs
-    ]
-    keys = sorted(
-        {
-            k
-            for one in flat
-            for k in one
-            if k not in ("seed", "name") and any(one.get(k) != other.get(k) for other in flat)
-        }
-    )
-    keys = [k for k in keys if k != "optim.lr" or "model.lr" not in keys]  # it follows the other
-    groups: dict[str, list[Run]] = defaultdict(list)
-    for run, one in zip(runs, flat, strict=True):
-        groups[", ".join(f"{k.rpartition('.')[2]}={one.get(k)}" for k in keys) or str(run.config["name"])].append(run)
-    return groups
-
-
-def over_seeds(runs: Sequence[Run], metric: str) -> list[float | None]:
-    """[mean, low, high] over finished runs: Student's 95 % interval of the seeds' means; with one seed, that of its items."""
-    columns = [run.document["after"] for run in runs if run.finished and run.document["after"].get(metric) is not None]
-    values = [column[metric] for column in columns]
-    if len(values) < 2:
-        return with_interval(columns[0], metric) if columns else [None, None, None]
-    mean, freedom = float(np.mean(values)), len(values) - 1
-    half = (
-        (STUDENT[freedom - 1] if freedom <= len(STUDENT) else 2.0)
-        * float(np.std(values, ddof=1))
-        / math.sqrt(len(values))
-    )
-    return [mean, mean - half, mean + half]
-
-
 def settings_table(groups: Mapping[str, Sequence[Run]]) -> Table:
     """One line a setting."""
     metrics = list(dict.fromkeys([f"coverage@{runs[0].num_answers}" for runs in groups.values()])) + list(
@@ -271,8 +183,6 @@ def figures_of(groups: Mapping[str, Sequence[Run]]) -> dict[str, Figure]:
             {n: [r.metrics for r in runs] for n, runs in groups.items()}, evals, keys, first.document
         )
     }
-    if alone:
-        out["reward components"] = plots.components(first.metrics)
     arms = {n: runs[0].evaluation for n, runs in groups.items() if runs[0].evaluation}
     if alone and arms:
         out |= plots.of_evaluation(first.evaluation)
@@ -284,7 +194,7 @@ def figures_of(groups: Mapping[str, Sequence[Run]]) -> dict[str, Figure]:
         }
         if any(p["reliability"] for p in policies.values()):
             out["reliability"] = plots.reliability(policies)
-    return out
+    return out | ({"reward components": plots.components(first.metrics)} if alone else {})
 
 
 def page(runs: Sequence[Run], title: str) -> dict[str, Any]:

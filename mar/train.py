@@ -278,11 +278,11 @@ def close(job: Job, document: Mapping[str, Any], display: Display, seconds: floa
     print(json.dumps(plain({"run_dir": str(job.folder), "job_s": round(seconds, 1), **end})), flush=True)
 
 
-def pictures(folder: Path) -> Mapping[str, Any]:
-    """The run's figures."""
+def pictures(folder: Path) -> Mapping[str, Path]:
+    """The run's figures, as files in its folder."""
     from mar import plots  # matplotlib is an extra
 
-    return plots.of_run(folder)
+    return plots.save(plots.of_run(folder), folder / "plots")
 
 
 @hydra.main(config_path="../conf", config_name="config", version_base="1.3")

@@ -16,6 +16,7 @@ AROUND = {
     "itemstats",
     "plots",
     "mirror",
+    "runs",
     "report",
     "show",
     "sft",
