@@ -80,7 +80,7 @@ def measure(side: str, with_entropy: bool, size: str) -> dict[str, float]:
 
 
 def gradient_error(size: str) -> dict[str, float]:
-    """Largest |ours - exact| over largest |exact| of either gradient, entropy included; exact: log_softmax in float64, in blocks of rows. And FLOPs."""
+    """Largest |ours - exact| over largest |exact| of either gradient, entropy included; exact: log_softmax in float64. And FLOPs."""
     hidden, weight, targets, upstream = inputs(*SIZES[size])
     exact = [x.double().requires_grad_() for x in (hidden, weight)]
     num_tokens = len(targets)
