@@ -140,6 +140,7 @@ class TrainOptions:
     steps: int = number(300, low=1)
     stop_at: int | None = number(None, low=1)  # stop after this step as if interrupted; the schedule keeps its length
     micro_batch_tokens: int = number("${scale.micro_batch_tokens}", low=1)
+    checkpoint_activations: bool = False  # compute each block again in the backward pass: same gradients, less memory
 
 
 @dataclass

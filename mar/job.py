@@ -167,6 +167,7 @@ def build_job(config: Config, folder: Path, model_folder: Path, display: Display
     dtype, whole = getattr(torch, config.scale.dtype), None
     # at lr 1e-6 a bfloat16 parameter would not move
     policy = load_model(model_folder, dtype=torch.promote_types(dtype, torch.float32), device=world.device)
+    policy.checkpoint_blocks = config.train.checkpoint_activations
     if world.size > 1 or world.device.type == "cuda":
         with torch.device("meta"):
             whole = Decoder(policy.config).to(dtype).requires_grad_(False)

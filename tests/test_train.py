@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint as recompute
 
 from experiments.embedded_model.begin import train_tokenizer
 from mar import checkpoint
@@ -49,6 +50,23 @@ def words(model: Path, out: Path, *more: str) -> list[str]:
         "train.steps=4", "algo.prompts_per_step=2", "algo.group_size=3", "eval.num_items=3", "eval.every=0", "checkpoint.every=50",
         "optim.lr=1e-2", f"out={out}", "logger.console=plain", *more,
     ]  # fmt: skip
+
+
+def test_checkpointed_activations_train_the_same_policy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    def counted(block: torch.nn.Module, *inputs: object, **options: bool) -> torch.Tensor:
+        calls.append(block)
+        return recompute(block, *inputs, **options)
+
+    monkeypatch.setattr("mar.model.checkpoint", counted)
+    for name, switch in (("kept", "false"), ("recomputed", "true")):
+        before = len(calls)
+        switched = (f"train.checkpoint_activations={switch}", "train.steps=2")
+        assert run(compose(words(EMBEDDED, tmp_path / name, *switched))) == 0
+        assert (len(calls) > before) == (switch == "true")
+    kept, recomputed = (records(tmp_path / name / "clinic" / "seed0") for name in ("kept", "recomputed"))
+    assert kept == recomputed and kept[-1]["optim/grad_norm"] > 0
 
 
 def weights_after(folder: Path, model: Path, trainable: str = "") -> dict[str, torch.Tensor]:
