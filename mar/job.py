@@ -1,5 +1,6 @@
 """What the training loop needs, built once from the config: data, prompts, model, optimizer. All that can fail on a user's input fails here."""
 
+import copy
 import os
 import platform
 import subprocess
@@ -14,7 +15,8 @@ import torch
 from mar import __version__
 from mar.cache import capacity
 from mar.config import Config, RewardOptions
-from mar.draw import SamplingParams
+from mar.critic import Critic
+from mar.draw import SamplingParams, Truncation
 from mar.evaluate import Protocol
 from mar.grammar import Grammar, render
 from mar.log import Display
@@ -43,10 +45,16 @@ class Job:
     prompts: tuple[Prompt, ...]
     protocol: Protocol
     first_open: np.ndarray
+    reference: Decoder | None = None  # the first policy, where there is a KL term
+    critic: tuple[Critic, torch.optim.Optimizer] | None = None
 
-    def prompts_of(self, step: int) -> list[Prompt]:
-        """The prompts of a step, from the seed and the step alone: each epoch is a new order of all prompts."""
+    def prompts_of(self, step: int, attempt: int = 0) -> list[Prompt]:
+        """The prompts of a step, from the seed and the step alone: each epoch is a new order of all prompts. A later `attempt` (algo.resample)
+        draws others out of turn."""
         per_step, count = self.config.algo.prompts_per_step, len(self.prompts)
+        if attempt:
+            drawn = np.random.default_rng([self.config.seed, step, attempt]).choice(count, per_step, per_step > count)
+            return [self.prompts[i] for i in drawn]
         chosen = []
         for place in range(step * per_step, (step + 1) * per_step):
             order = np.random.default_rng([self.config.seed, place // count]).permutation(count)
@@ -121,6 +129,7 @@ def sampling_params(config: Config, grammar: Grammar, tokenizer: Any, decode: De
         longest,
         config.algo.temperature,
         tuple(sorted(stops)),
+        Truncation(config.algo.top_k, config.algo.top_p, config.algo.min_p),
         stop_strings=tuple(s.stop_strings),
         think_budget=s.think_budget,
         think_close=close,
@@ -156,8 +165,21 @@ def build_job(config: Config, folder: Path, model_folder: Path, display: Display
         kv_budget_tokens=config.sampler.kv_budget_tokens,
         seed=config.seed,
     )
-    optimizer = make_optimizer(policy, o.lr, (o.betas[0], o.betas[1]), o.eps, o.weight_decay, config.model.trainable)
-    return Job(config, folder, policy, optimizer, prompts, protocol, first_open(grammar, spec))
+    adamw = ((o.betas[0], o.betas[1]), o.eps, o.weight_decay)
+    optimizer = make_optimizer(policy, o.lr, *adamw, config.model.trainable)
+    reference = copy.deepcopy(policy).requires_grad_(False) if config.algo.kl_coef else None
+    critic = Critic(policy) if config.algo.baseline == "value" else None
+    return Job(
+        config,
+        folder,
+        policy,
+        optimizer,
+        prompts,
+        protocol,
+        first_open(grammar, spec),
+        reference,
+        (critic, make_optimizer(critic, config.algo.critic_lr, *adamw)) if critic else None,
+    )
 
 
 def environment() -> dict[str, Any]:
