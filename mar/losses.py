@@ -115,7 +115,8 @@ def diagnostics(
     logprobs: Tensor, columns: Mapping[str, Tensor], by_sequence: bool, low: float, high: float
 ) -> dict[str, float]:
     """Sums over the tokens with a weight: `approx_kl` r - 1 - log r (estimates KL(old || new)), `clip_frac` tokens whose ratio is outside the bounds,
-    `sampler_kl` the same estimate of KL(sampler || old), `num`; and the largest ratio and |old - full_logprobs|. columns: the flat ones of that name.
+    `sampler_kl` k1 of KL(sampler || old) (k3 is wrong where the sampler leaves tokens out), `num`;
+    and the largest ratio and |old - full_logprobs|. columns: the flat ones of that name.
     """
     kept, old = columns["weights"] != 0, columns["old_logprobs"]
     log_ratio = logprobs - old
@@ -124,7 +125,7 @@ def diagnostics(
     return {
         "approx_kl": kl_k3(old, logprobs)[kept].sum().item(),
         "clip_frac": ((ratio < 1 - low) | (ratio > 1 + high)).sum().item(),
-        "sampler_kl": kl_k3(columns["sampler_logprobs"], old)[kept].sum().item(),
+        "sampler_kl": kl_k1(columns["sampler_logprobs"], old)[kept].sum().item(),
         "num": kept.sum().item(),
         "ratio_max": ratio.max().item() if len(ratio) else 1.0,
         "sampler_mismatch_max": (old - columns["full_logprobs"]).abs().max().item(),
