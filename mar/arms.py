@@ -25,18 +25,7 @@ from mar.log import Display
 from mar.records import Example
 
 NUM_ORDERS = 64
-SHOWN = (
-    "top1",
-    "brier",
-    "ece",
-    "auroc",
-    "q_mse",
-    "tv_distance",
-    "regret",
-    "format_rate",
-    "repeats_per_set",
-    "tokens_per_set",
-)
+SHOWN = "top1 brier ece auroc q_mse tv_distance regret format_rate repeats_per_set tokens_per_set".split()
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,7 @@
     python -m mar.sft --task clinic --model FOLDER --out FOLDER      (any supported checkpoint)
 
 experiments/embedded_model/recreate.sh makes the embedded model out of such stages. The result knows the grammar and the task's answers, but does
-not rank them, and rates them only as far as --hint says: the rest is left to the reward. `mar/lessons.py` says what is
-taught.
+not rank them, and rates them only as far as --hint says: the rest is left to the reward. `mar/lessons.py` says what is taught.
 """
 
 import argparse
@@ -89,7 +88,14 @@ def train(
         first = step % STEPS_PER_LOAD * args.prompts
         chosen = [examples[(first + i) % len(examples)] for i in range(args.prompts)]
         lesson = make_lesson(
-            chosen, noun, tokenizer, encode, rng, step < args.plain_steps, Hint(args.hint, args.hint_counts), args.rows
+            chosen,
+            noun,
+            tokenizer,
+            encode,
+            rng,
+            step < args.plain_steps,
+            Hint(args.hint, args.hint_counts, args.hint_spread),
+            args.rows,
         )
         loss = lesson_loss(model, lesson)
         model.zero_grad()
@@ -127,6 +133,7 @@ def main() -> None:
     parser.add_argument(
         "--hint-counts", type=float, default=1.0, help="what each token of a confidence counts in the loss"
     )
+    parser.add_argument("--hint-spread", type=float, default=Hint.spread, help="how far from it")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="of the saved weights")
     parser.add_argument("--log-every", type=int, default=100)

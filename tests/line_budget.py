@@ -10,6 +10,7 @@ ROOT = Path(__file__).resolve().parents[1]
 CORE_BUDGET = 4400
 TOTAL_BUDGET = 7500
 AROUND = {
+    "posterior",
     "evaluate",
     "arms",
     "protocol",
@@ -22,7 +23,6 @@ AROUND = {
     "sft",
     "lessons",
     "fetch",
-    "export",
     "plan",
 }
 

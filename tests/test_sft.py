@@ -60,9 +60,12 @@ def test_a_field_that_one_token_cannot_foresee_is_refused():
 
 
 def test_confidences_are_noise_with_at_most_a_hint():
-    assert set(lessons.confidence_weights(0.7, 0.0)) == set(lessons.confidence_weights(None, 0.5)) == {1.0}
-    weights = np.array(lessons.confidence_weights(0.7, 0.25))
+    for truth, share in ((0.7, 0.0), (None, 0.5)):
+        assert lessons.confidence_weights(truth, lessons.Hint(share)) == pytest.approx([1 / 101] * 101)
+    weights = np.array(lessons.confidence_weights(0.7, lessons.Hint(0.25)))
     assert weights.sum() == pytest.approx(1) and weights.argmax() == 70 and weights.min() >= 0.75 / 101
+    narrow, wide = (np.array(lessons.confidence_weights(0.5, lessons.Hint(1.0, 1.0, s))) for s in (0.02, 0.2))
+    assert narrow[40:61].sum() > 0.98 and 0.2 < wide[40:61].sum() < 0.6
 
 
 def test_demonstrations_read_back_in_every_form_with_distinct_answers(tokenizer):
