@@ -51,7 +51,7 @@ test: setup ## the tests that a CPU does in at most 3 minutes
 	$(PYTEST) -n 2 -m 'not slow and not gpu' $(ARGS)
 
 test-slow: setup ## the other tests that need no GPU
-	$(PYTEST) -m 'slow and not gpu' $(ARGS)
+	$(PYTEST) -n 2 -m 'slow and not gpu' $(ARGS)
 
 lint: setup ## ruff and mypy
 	$(BIN)/ruff check .

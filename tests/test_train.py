@@ -95,7 +95,8 @@ def test_resumed_runs_of_other_algorithms_are_the_uninterrupted_ones(tmp_path: P
     if name == "ppo":
         assert whole[0]["optim/grad_norm"] == 0 < whole[1]["optim/grad_norm"] and whole[0]["value/loss"] > 0
     if name == "dapo":
-        assert all(row["policy/sampler_kl"] > 1e-3 for row in whole)  # top_p cuts what is drawn from
+        kept = [row["policy/sampler_kl"] for row in whole]  # top_p cuts what is drawn from, less as the policy sharpens
+        assert kept[0] > 1e-2 and min(kept) > 1e-4
     if name == "grpo":
         assert whole[0]["policy/ref_kl"] == pytest.approx(0, abs=1e-6) and whole[-1]["policy/ref_kl"] > 1e-5
 
