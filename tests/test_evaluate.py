@@ -236,7 +236,11 @@ def test_arms() -> None:
     assert single["list"].grammar == Grammar("rlvr_multi", 3)
 
 
-def test_words() -> None:
+def test_words(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    job = tmp_path / "algo.credit=own/seed0"
+    job.mkdir(parents=True)
+    assert evaluate.split_words([str(job), "seed=1"])[::2] == (str(job), ["seed=1"])
+    assert evaluate.main(["--help"]) == 0 and "completions=file.jsonl" in capsys.readouterr().out
     name, options, settings = evaluate.split_words(
         ["runs/x", "k=6", "eval.num_items=5", "+experiment=clinic", "completions="]
     )
