@@ -56,9 +56,9 @@ class Target:
 
 def split_words(words: Sequence[str]) -> tuple[str, dict[str, str], list[str]]:
     """(target, our options, settings) of a command line."""
-    targets = [w for w in words if "=" not in w]
+    targets = [w for w in words if "=" not in w or Path(w).exists()]  # the folders of a sweep have = in their names
     options = {key: value for key, _, value in (w.partition("=") for w in words) if key in OPTIONS}
-    settings = [w for w in words if "=" in w and w.partition("=")[0] not in OPTIONS]
+    settings = [w for w in words if w not in targets and w.partition("=")[0] not in OPTIONS]
     if len(targets) + bool(options.get("completions")) != 1:
         raise UserError(
             f"name one thing to measure: a run, a checkpoint folder, base or completions=<file>, not {targets or 'nothing'}"
@@ -295,6 +295,9 @@ def run(words: Sequence[str], display: Display) -> Path:
 
 
 def main(words: Sequence[str]) -> int:
+    if {"-h", "--help"} & set(words):
+        print(__doc__)
+        return 0
     try:
         run(words, Display("plain", 0, 0))
     except (UserError, KeyboardInterrupt) as error:

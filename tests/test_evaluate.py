@@ -97,7 +97,7 @@ def test_an_interrupted_evaluation_goes_on(
     expected = (tmp_path / "whole/eval_items.jsonl").read_bytes()
     lines = expected.splitlines(keepends=True)
     (tmp_path / "cut").mkdir()
-    kept = b"".join(lines[:3]) + lines[3][:40] if cut == "middle of a line" else b"".join(lines[:9])
+    kept = b"".join(lines[:4]) + lines[4][:40] if cut == "middle of a line" else b"".join(lines[:9])
     (tmp_path / "cut/eval_items.jsonl").write_bytes(kept)
     asked = []
     sampled = evaluate.Questions.sampled
@@ -107,7 +107,9 @@ def test_an_interrupted_evaluation_goes_on(
     evaluate.run(["base", *FEW, f"out={tmp_path / 'cut'}"], DISPLAY)
     assert (tmp_path / "cut/eval_items.jsonl").read_bytes() == expected
     assert document(tmp_path / "cut") == document(tmp_path / "whole")
-    assert asked.count("policy") == (2 if cut == "middle of a line" else 0)  # three chunks in all
+    assert asked.count("policy") == (
+        2 if cut == "middle of a line" else 0
+    )  # the third item is half a chunk: asked again
     assert [row["metrics"] for row in document(base)["arms"].values()] == [
         row["metrics"] for row in document(tmp_path / "cut")["arms"].values()
     ]
@@ -236,7 +238,11 @@ def test_arms() -> None:
     assert single["list"].grammar == Grammar("rlvr_multi", 3)
 
 
-def test_words() -> None:
+def test_words(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    job = tmp_path / "algo.credit=own/seed0"
+    job.mkdir(parents=True)
+    assert evaluate.split_words([str(job), "seed=1"])[::2] == (str(job), ["seed=1"])
+    assert evaluate.main(["--help"]) == 0 and "completions=file.jsonl" in capsys.readouterr().out
     name, options, settings = evaluate.split_words(
         ["runs/x", "k=6", "eval.num_items=5", "+experiment=clinic", "completions="]
     )

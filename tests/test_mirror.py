@@ -50,6 +50,7 @@ def history(found: list) -> list[dict]:
     return [row for row in rows if "reward/total" in row]
 
 
+@pytest.mark.slow
 def test_a_run_and_its_mirror(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = [
         "+experiment=clinic",

@@ -209,19 +209,19 @@ def test_figures_are_files_that_open(runs: list[Path], tmp_path: Path) -> None:
     from PIL import Image
 
     document = json.loads((runs[0] / "evaluation.json").read_text())
-    figures = plots.of_run(runs[0]) | plots.of_evaluation(document)
+    figures = {"tokens": plots.tokens_per_answer(document["arms"]), "components": plots.of_run(runs[0])["components"]}
+    figures["reliability"] = plots.reliability({"policy": document["arms"]["policy"]})
     plots.save(figures, tmp_path)
     for name in figures:
         ElementTree.parse(tmp_path / f"{name}.svg")
         with Image.open(tmp_path / f"{name}.png") as image:
             assert len(image.convert("L").resize((40, 40)).getcolors() or []) > 1
-    before = (tmp_path / "coverage.svg").read_bytes()
-    plots.save({"coverage": plots.coverage(document["arms"], document["bars"])}, tmp_path)
-    again = (tmp_path / "coverage.svg").read_bytes()
-    plots.save({"coverage": plots.coverage(document["arms"], document["bars"])}, tmp_path)
-    assert (
-        (tmp_path / "coverage.svg").read_bytes() == again != before
-    )  # the same figure is the same file; K=... arms were not in the first
+    before = (tmp_path / "tokens.svg").read_bytes()
+    plots.save({"tokens": plots.tokens_per_answer(document["arms"])}, tmp_path)
+    assert (tmp_path / "tokens.svg").read_bytes() == before  # the same figure is the same file
+    document["arms"]["policy"]["tokens"][0] += 10
+    plots.save({"tokens": plots.tokens_per_answer(document["arms"])}, tmp_path)
+    assert (tmp_path / "tokens.svg").read_bytes() != before
 
 
 def test_running_mean() -> None:
