@@ -4,7 +4,7 @@ Tokens are shifted once, in `pack_groups`; denominators are counted once, here, 
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import torch
@@ -36,6 +36,14 @@ class Batch:
     def totals(self) -> Tensor:
         """Reward of each completion [B]."""
         return self.components.sum(1)
+
+    def take(self, chosen: Sequence[int]) -> tuple["Batch", Tensor]:
+        """The batch of some of its groups, in this order, and which rows they are [b]."""
+        ends = np.cumsum([len(group) for group in self.groups])
+        rows = [row for i in chosen for row in range(ends[i] - len(self.groups[i]), ends[i])]
+        index = torch.tensor(rows, device=self.group_ids.device)
+        tensors = {f.name: getattr(self, f.name)[index] for f in fields(self) if f.name != "groups"}
+        return replace(self, groups=tuple(self.groups[i] for i in chosen), **tensors), index
 
 
 def make_batch(

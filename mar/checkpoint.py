@@ -16,12 +16,18 @@ from typing import Any
 
 import torch.distributed.checkpoint as dcp
 from torch import nn
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    get_model_state_dict,
+    get_state_dict,
+    set_model_state_dict,
+    set_state_dict,
+)
 from torch.optim import Optimizer
 
 from mar.distributed import ALONE, World
 
 MANIFEST = "manifest.json"
+Trained = tuple[nn.Module, Optimizer]
 
 
 @dataclass(frozen=True)
@@ -54,7 +60,21 @@ def _sync(path: Path) -> None:
         os.close(handle)
 
 
-def save(folder: Path, step: int, model: nn.Module, optimizer: Optimizer, keep: int, world: World = ALONE) -> Path:
+def _state(model: nn.Module, optimizer: Optimizer, critic: Trained | None) -> dict[str, Any]:
+    parts = {"": (model, optimizer)} | ({"critic_": critic} if critic else {})
+    states = {prefix: get_state_dict(*part) for prefix, part in parts.items()}
+    return {f"{p}{name}": s for p, pair in states.items() for name, s in zip(("model", "optimizer"), pair, strict=True)}
+
+
+def save(
+    folder: Path,
+    step: int,
+    model: nn.Module,
+    optimizer: Optimizer,
+    keep: int,
+    critic: Trained | None = None,
+    world: World = ALONE,
+) -> Path:
     """Write the state after `step` updates as `folder/step<step>` and keep the newest `keep`; a crash at any point leaves the older ones usable.
     Every rank writes its shards, rank 0 publishes them."""
     target, temporary = folder / f"step{step:06d}", folder / f"step{step:06d}.tmp"
@@ -62,9 +82,8 @@ def save(folder: Path, step: int, model: nn.Module, optimizer: Optimizer, keep: 
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
     world.wait()
-    weights, moments = get_state_dict(model, optimizer)
     with _quiet():
-        dcp.save({"model": weights, "optimizer": moments}, checkpoint_id=temporary, no_dist=world.size == 1)
+        dcp.save(_state(model, optimizer, critic), checkpoint_id=temporary, no_dist=world.size == 1)
     if world.leads:
         _publish(temporary, target, step, keep)
     world.wait()
@@ -114,10 +133,21 @@ def newest(folder: Path) -> Found | None:
     return None
 
 
-def restore(found: Found, model: nn.Module, optimizer: Optimizer, world: World = ALONE) -> None:
-    """Load weights and optimizer state in place, whatever the number of ranks that wrote them."""
-    weights, moments = get_state_dict(model, optimizer)
-    state: dict[str, Any] = {"model": weights, "optimizer": moments}
+def restore(
+    found: Found, model: nn.Module, optimizer: Optimizer, critic: Trained | None = None, world: World = ALONE
+) -> None:
+    """Load weights and optimizer state in place, of a run with a critic also the critic's, whatever the number of ranks that wrote them."""
+    state = _state(model, optimizer, critic)
     with _quiet():
         dcp.load(state, checkpoint_id=found.path, no_dist=world.size == 1)
     set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+    if critic:
+        set_state_dict(*critic, model_state_dict=state["critic_model"], optim_state_dict=state["critic_optimizer"])
+
+
+def restore_weights(found: Found, model: nn.Module) -> None:
+    """Load the weights alone, in place."""
+    state: dict[str, Any] = {"model": get_model_state_dict(model)}
+    with _quiet():
+        dcp.load(state, checkpoint_id=found.path, no_dist=True)
+    set_model_state_dict(model, state["model"])

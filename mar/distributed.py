@@ -13,12 +13,13 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from mar.config import ScaleOptions
-from mar.model import Decoder
+from mar.model import Block, Decoder
 from mar.records import UserError
 
 T = TypeVar("T")
@@ -99,16 +100,16 @@ def join(device: str, scale: ScaleOptions) -> World:
     return World(rank, size, where)
 
 
-def shard(model: Decoder, world: World, scale: ScaleOptions) -> None:
+def shard(model: nn.Module, world: World, scale: ScaleOptions) -> None:
     """FSDP2 in place: every block, then the root with embedding, last norm and head. Computes in `scale.dtype`, keeps, updates and reduces in the
     parameters' own; `scale.replicas` copies of a sharded model (HSDP)."""
     mesh = init_device_mesh(
         world.device.type, (scale.replicas, world.size // scale.replicas), mesh_dim_names=("replicate", "shard")
     )
     mesh = mesh["shard"] if scale.replicas == 1 else mesh
-    own = model.head_weight.dtype
+    own = next(model.parameters()).dtype
     policy = MixedPrecisionPolicy(param_dtype=getattr(torch, scale.dtype), reduce_dtype=own)
-    for block in model.blocks:
+    for block in [module for module in model.modules() if isinstance(module, Block)]:
         fully_shard(block, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh, mp_policy=policy)
 

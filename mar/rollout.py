@@ -111,6 +111,7 @@ def pay(reading: Reading, grammar: Grammar, spec: RewardSpec, verifier: str, ver
         total=earned.total,
         unjudged=unjudged,
         parts=earned.parts,
+        token_starts=reading.starts,
     )
 
 

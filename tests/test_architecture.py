@@ -13,8 +13,8 @@ ROOT = Path(__file__).resolve().parents[1]
 # The one order of the code, upstream first. A new module takes the place at which the data reaches it.
 ORDER = """
     records rundir config compose grammar posterior sandbox_child sandbox programs tasks prompts verify rewards mar_kernels
-    attention model weights distributed draw cache sampler rollout batch advantages losses optim checkpoint
-    metrics log evaluate fetch lessons sft job train plan plots report show
+    attention model weights distributed draw cache sampler rollout batch advantages losses critic optim checkpoint
+    metrics itemstats mirror log plots protocol fetch lessons sft job update train arms evaluate plan runs report show
 """.split()
 TEXT_SIDE = {"records", "rundir", "config", "compose", "grammar", "posterior", "tasks", "prompts", "verify", "rewards",
              "sandbox_child", "sandbox", "programs"}  # fmt: skip
