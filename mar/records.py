@@ -90,6 +90,4 @@ class Rollout:
     total: float
     unjudged: int = 0  # answers whose check broke down: the completion is left out, not paid 0
     parts: dict[str, float] = field(default_factory=dict)  # named reward terms, for the log
-    token_starts: np.ndarray = field(
-        default_factory=lambda: np.zeros(0, np.int64)
-    )  # [R] where in `text` each token begins
+    token_starts: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))  # [R] where in `text` each token begins

@@ -50,10 +50,7 @@ def sample(
         seen[p.id] += 1
     generation = generate(model, requests[share], params, kv_budget_tokens)
     completions = [
-        [
-            Completion(g, s.ids, s.sampler_logprobs, s.full_logprobs, s.finish_reason, s.inserted)
-            for g, s in enumerate(group)
-        ]
+        [Completion(g, s.ids, s.sampler_logprobs, s.full_logprobs, s.finish_reason, s.inserted) for g, s in enumerate(group)]
         for group in generation.groups
     ]
     return completions, generation
@@ -85,10 +82,7 @@ def pay(reading: Reading, grammar: Grammar, spec: RewardSpec, verifier: str, ver
         found = {answer: verdicts[answer, example.tests] for answer in answers if answer is not None}
         targets: tuple[Gold, ...] = (Gold("a program that passes"),) * len(answers)
         hits, _ = matching_increments(
-            answers,
-            targets,
-            lambda a, _: tuple(range(len(answers))) * (found[a].outcome == "passed"),
-            lambda a: found[a].key,
+            answers, targets, lambda a, _: tuple(range(len(answers))) * (found[a].outcome == "passed"), lambda a: found[a].key
         )
         repeated = repeats(answers, key=lambda a: found[a].key)
         unjudged = sum(verdict.outcome == INFRASTRUCTURE for verdict in found.values())
@@ -116,18 +110,10 @@ def pay(reading: Reading, grammar: Grammar, spec: RewardSpec, verifier: str, ver
 
 
 def judge_groups(
-    prompts: Sequence[Prompt],
-    groups: Sequence[Sequence[Completion]],
-    grammar: Grammar,
-    spec: RewardSpec,
-    verifier: str,
-    decode: Decode,
+    prompts: Sequence[Prompt], groups: Sequence[Sequence[Completion]], grammar: Grammar, spec: RewardSpec, verifier: str, decode: Decode
 ) -> list[list[Rollout]]:
     """Rollouts of every completion, each against its own prompt. Programs of all completions run side by side."""
-    readings = [
-        [read(prompt, completion, grammar, decode) for completion in group]
-        for prompt, group in zip(prompts, groups, strict=True)
-    ]
+    readings = [[read(prompt, completion, grammar, decode) for completion in group] for prompt, group in zip(prompts, groups, strict=True)]
     verdicts: Verdicts = {}
     if verifier in RUNNERS:
         written = [(a, r.prompt.example.tests) for group in readings for r in group for a in r.parsed.answers]
@@ -136,9 +122,7 @@ def judge_groups(
     return [[pay(reading, grammar, spec, verifier, verdicts) for reading in group] for group in readings]
 
 
-def judge_completion(
-    prompt: Prompt, completion: Completion, grammar: Grammar, spec: RewardSpec, verifier: str, decode: Decode
-) -> Rollout:
+def judge_completion(prompt: Prompt, completion: Completion, grammar: Grammar, spec: RewardSpec, verifier: str, decode: Decode) -> Rollout:
     """`judge_groups` of one completion."""
     return judge_groups([prompt], [[completion]], grammar, spec, verifier, decode)[0][0]
 

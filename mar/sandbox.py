@@ -28,14 +28,7 @@ MAX_BYTES = 1 << 20  # of the reply, of each file
 MAX_HEAD = 1 << 16  # what the pipe holds
 MAX_PROGRAM = 1 << 16  # characters
 MAX_DEPTH = 60  # of nested containers in a value
-LIMITS = {
-    "RLIMIT_CPU": CPU_S,
-    "RLIMIT_AS": 256 << 20,
-    "RLIMIT_FSIZE": MAX_BYTES,
-    "RLIMIT_NPROC": 8,
-    "RLIMIT_NOFILE": 32,
-    "RLIMIT_CORE": 0,
-}
+LIMITS = {"RLIMIT_CPU": CPU_S, "RLIMIT_AS": 256 << 20, "RLIMIT_FSIZE": MAX_BYTES, "RLIMIT_NPROC": 8, "RLIMIT_NOFILE": 32, "RLIMIT_CORE": 0}
 KINDS: dict[str, Any] = {
     **{kind.__name__: kind for kind in (list, tuple, set, frozenset, dict, bytes, bytearray)},
     "complex": lambda parts: complex(*parts),
@@ -71,17 +64,7 @@ def _command(unsafe: bool) -> tuple[str, ...]:
         words += ["--dir", folder]  # a parent made by the way would be closed to all but root
     for folder in ("/lib", "/lib64", "/usr/lib", "/usr/lib64", prefix if prefix != "/usr" else python):
         words += ["--ro-bind-try", folder, folder]
-    words += [
-        "--dev-bind",
-        "/dev/null",
-        "/dev/null",
-        "--size",
-        str(16 * MAX_BYTES),
-        "--perms",
-        "1777",
-        "--tmpfs",
-        "/tmp",
-    ]
+    words += ["--dev-bind", "/dev/null", "/dev/null", "--size", str(16 * MAX_BYTES), "--perms", "1777", "--tmpfs", "/tmp"]
     return (*words, "--chdir", "/tmp", "--remount-ro", "/", *run)
 
 
@@ -94,14 +77,10 @@ def require(unsafe: bool = False) -> None:
         )
     reply = evaluate("x = 1", ["x"], unsafe=unsafe)
     if reply.values != (1,):
-        raise UserError(
-            f"the sandbox does not start here ({reply.detail or reply.outcome}): reward.sandbox=unsafe runs without it"
-        )
+        raise UserError(f"the sandbox does not start here ({reply.detail or reply.outcome}): reward.sandbox=unsafe runs without it")
 
 
-def evaluate(
-    program: str, expressions: Sequence[str], setup: str = "", unsafe: bool = False, wall_s: float | None = None
-) -> Reply:
+def evaluate(program: str, expressions: Sequence[str], setup: str = "", unsafe: bool = False, wall_s: float | None = None) -> Reply:
     """Run a program, then trusted `setup`, and bring the values of trusted `expressions` out as plain data.
 
     `failed`: the program raised, died, or returned something that is not plain or above 1 MiB; `timeout`: it was killed after
@@ -115,9 +94,7 @@ def evaluate(
     with tempfile.TemporaryFile() as given, tempfile.TemporaryFile() as written:
         given.write(marshal.dumps(request))
         given.seek(0)
-        child = subprocess.Popen(
-            _command(unsafe), stdin=given, stdout=written, stderr=subprocess.PIPE, start_new_session=True
-        )
+        child = subprocess.Popen(_command(unsafe), stdin=given, stdout=written, stderr=subprocess.PIPE, start_new_session=True)
         ended = os.pidfd_open(child.pid)
         late = not select.select([ended], [], [], wall_s or WALL_S)[0]
         os.close(ended)

@@ -42,9 +42,7 @@ def _names(tree: _ast.AST) -> dict[str, str]:
 def _text(node: object, names: dict[str, str]) -> str:
     """A syntax tree as text, without what makes no program new."""
     if isinstance(node, list):
-        idle = [
-            isinstance(n, _ast.Pass) or (isinstance(n, _ast.Expr) and isinstance(n.value, _ast.Constant)) for n in node
-        ]
+        idle = [isinstance(n, _ast.Pass) or (isinstance(n, _ast.Expr) and isinstance(n.value, _ast.Constant)) for n in node]
         return "[" + ",".join(_text(n, names) for n, skip in zip(node, idle, strict=True) if not skip) + "]"
     if not isinstance(node, _ast.AST):
         return repr(node)

@@ -33,9 +33,7 @@ def read(text, K, confident):
     if re.match(parts[0], text) is None:
         return [None] * K, [None] * K, False
     for length in range(len(parts), 0, -1):
-        found = re.match(
-            "".join(parts[:length]).replace("[\\s\\S]*?</think>", "(?:(?!</think>)[\\s\\S])*</think>"), text
-        )
+        found = re.match("".join(parts[:length]).replace("[\\s\\S]*?</think>", "(?:(?!</think>)[\\s\\S])*</think>"), text)
         groups = list(found.groups()) if found else []
         written = groups[::2] if confident else groups
         if found and all(a.strip() for a in written):
@@ -60,9 +58,7 @@ def oracle(text, golds, K, confident, coverage, brier, sum_rule):
     totals = [best(answers[:k], golds) for k in range(K + 1)]
     y = [b - a for a, b in itertools.pairwise(totals)]
     ok = whole and not (sum_rule and sum(c for c in q if c is not None) > 1 + 1e-6)
-    paid = {"sum": sum(y), "any": float(any(y)), "fraction_golds": sum(y) / len(golds), "fraction_answers": sum(y) / K}[
-        coverage
-    ]
+    paid = {"sum": sum(y), "any": float(any(y)), "fraction_golds": sum(y) / len(golds), "fraction_answers": sum(y) / K}[coverage]
     error = sum((c - h) ** 2 for c, h in zip(q, y, strict=True)) / K if ok and confident else 1.0
     total = 0.5 * whole + paid * ok
     return total + {"none": 0.0, "paper": -error, "released": (1 - error) * ok}[brier]

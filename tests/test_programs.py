@@ -62,9 +62,7 @@ def test_a_breakdown_leaves_the_completion_out(monkeypatch):
 
 def test_one_run_per_distinct_program(monkeypatch):
     asked = []
-    monkeypatch.setattr(
-        rollout_module, "verify_programs", lambda jobs, unsafe: asked.append(unsafe) or breaks_down(jobs, unsafe)
-    )
+    monkeypatch.setattr(rollout_module, "verify_programs", lambda jobs, unsafe: asked.append(unsafe) or breaks_down(jobs, unsafe))
     judge([[[HONEST, RENAMED, WRONG]] * 2] * 3)
     judge([[[HONEST, RENAMED, WRONG]]], verifier="program_unsafe")
     assert asked == [False, True]
@@ -72,8 +70,6 @@ def test_one_run_per_distinct_program(monkeypatch):
 
 @pytest.mark.parametrize("coverage", ["fraction_golds", "fraction_answers"])
 def test_full_marks_are_k_distinct_programs(monkeypatch, coverage):
-    monkeypatch.setattr(
-        rollout_module, "verify_programs", lambda jobs, unsafe: {j: Verdict("passed", j[0]) for j in jobs}
-    )
+    monkeypatch.setattr(rollout_module, "verify_programs", lambda jobs, unsafe: {j: Verdict("passed", j[0]) for j in jobs})
     ((whole, part),) = judge([[[HONEST, TWICE, WRONG], [HONEST, HONEST, TWICE]]], spec=RewardSpec(coverage, "none"))
     assert (whole.parts["coverage"], part.parts["coverage"]) == (1, pytest.approx(2 / 3))

@@ -14,9 +14,7 @@ from mar.records import UserError
 from mar.sandbox import evaluate, require
 from tests.hostile import HONEST, PROBES, PROGRAMS, TESTS
 
-needs_bubblewrap = pytest.mark.skipif(
-    not shutil.which("bwrap"), reason="no bubblewrap here (apt-get install bubblewrap)"
-)
+needs_bubblewrap = pytest.mark.skipif(not shutil.which("bwrap"), reason="no bubblewrap here (apt-get install bubblewrap)")
 
 
 @pytest.fixture(autouse=True)
@@ -40,12 +38,7 @@ def test_the_sandbox_shows_nothing_of_the_host(name):
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         server.listen()
-        known = {
-            "PORT": server.getsockname()[1],
-            "PID": os.getpid(),
-            "HERE": os.path.dirname(__file__),
-            "PREFIX": sys.base_prefix,
-        }
+        known = {"PORT": server.getsockname()[1], "PID": os.getpid(), "HERE": os.path.dirname(__file__), "PREFIX": sys.base_prefix}
         setup = "".join(f"{key} = {value!r}\n" for key, value in known.items())
         reply = evaluate(setup + PROBES[name], ["bool(found)"])
     assert reply.values == (False,), reply
