@@ -1,7 +1,7 @@
 """Answer sets, several to an item, and every metric as a function of sums over items: a bootstrap over items is then one matrix product.
 
-Names and definitions are those of `mar.metrics`; what needs several sets of one policy (union, unique answers, overlap) is here. A metric that an
-answer form cannot have (a calibration without confidences) is left out, never 0.
+Where the task knows the probability of each gold, a slot is worth that exact mass instead of a drawn 0 or 1: same expectation, no label noise.
+A metric that an answer form cannot have (a calibration without confidences) is left out, never 0.
 """
 
 import re
@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from mar.grammar import RESERVED_TAG, Grammar, parse
+from mar.grammar import RESERVED_TAG, Grammar, Parsed, parse
 from mar.metrics import NUM_BINS, auroc_of_counts, set_value, tv_distance, union_curve
 from mar.posterior import ceiling_value
-from mar.records import Gold, Prompt
+from mar.records import Gold, Prompt, Rollout
 from mar.verify import VERIFIERS, matching_increments, normalise, repeats
 
 NUM_RESAMPLES, LEVEL = 1000, 0.95
@@ -59,34 +59,38 @@ class Item:
         return Item(**{**row, "sets": tuple(sets)})
 
 
-def read_item(prompt: Prompt, texts: Sequence[tuple[str, int]], grammar: Grammar, verifier: str) -> Item:
-    """Parse completions of one prompt, (text, number of tokens) each, strictly, and judge them against this item's own golds."""
-    example, K = prompt.example, grammar.num_answers
+def item_of(prompt: Prompt, written: Sequence[tuple[Parsed | Rollout, str, int]], verifier: str) -> Item:
+    """Completions of one prompt, (as read, its text, number of tokens) each, judged against this item's own golds."""
+    example, K = prompt.example, len(written[0][0].answers)
     golds, targets, known = example.golds, example.targets(), dict[tuple[str, int], tuple[int, ...]]()
+    match = VERIFIERS.get(verifier, lambda *_: ())  # programs have been run already
 
     def verify(answer: str, among: Sequence[Gold]) -> tuple[int, ...]:  # the same few answers come again and again
         if (answer, len(among)) not in known:
-            known[answer, len(among)] = VERIFIERS[verifier](answer, among)
+            known[answer, len(among)] = match(answer, among)
         return known[answer, len(among)]
 
-    def read(text: str, tokens: int) -> AnswerSet:
-        parsed = parse(text, grammar, prompt.think_open)
+    def judged(said: Parsed | Rollout, text: str, tokens: int) -> AnswerSet:
         hits, mass, keys = (0.0,) * K, (0.0,) * K, tuple[str | None, ...]((None,) * K)
-        if parsed.reason is None:
-            hits, _ = matching_increments(parsed.answers, targets, verify)
-            _, taken = matching_increments(parsed.answers, golds, verify)
+        if said.reason is None:
+            hits = said.hits if isinstance(said, Rollout) else matching_increments(said.answers, targets, verify)[0]
+            _, taken = matching_increments(said.answers, golds, verify)
             mass = tuple(0.0 if g is None else golds[g].probability or 0.0 for g in taken) if exact else hits
-            meant = [(answer, verify(answer, golds)) for answer in map(str, parsed.answers)]
+            meant = [(answer, verify(answer, golds)) for answer in map(str, said.answers)]
             keys = tuple(normalise(golds[among[0]].name if len(among) == 1 else a) for a, among in meant)
-        repeated = repeats(parsed.answers, golds, verify)
-        return AnswerSet(text, parsed.answers, parsed.confidences, hits, mass, keys, repeated, parsed.reason, tokens)
+        repeated = said.repeated if isinstance(said, Rollout) else repeats(said.answers, golds, verify)
+        return AnswerSet(text, said.answers, said.confidences, hits, mass, keys, repeated, said.reason, tokens)
 
     exact, best = example.truth == "exact", None
     if exact:
         p = [gold.probability or 0.0 for gold in golds]
         best = ceiling_value(np.array([p + [0.0] * (K - len(p))]), K).item()
-    sets = tuple(read(*one) for one in texts)
-    return Item(example.id, len(targets), example.multi_label, best, len(prompt.ids), sets)
+    return Item(example.id, len(targets), example.multi_label, best, len(prompt.ids), tuple(judged(*one) for one in written))
+
+
+def read_item(prompt: Prompt, texts: Sequence[tuple[str, int]], grammar: Grammar, verifier: str) -> Item:
+    """The same of texts that nobody has read yet, (text, number of tokens) each."""
+    return item_of(prompt, [(parse(text, grammar, prompt.think_open), text, n) for text, n in texts], verifier)
 
 
 @dataclass(frozen=True)
@@ -119,7 +123,7 @@ def binned(expected: np.ndarray, said: np.ndarray) -> np.ndarray:
 
 
 def ece_of(expected: np.ndarray, said: np.ndarray) -> Statistic:
-    """Expected calibration error, 10 equal bins (see metrics.ece)."""
+    """Expected calibration error over slots with a confidence: 10 equal bins, sum of |mean q - mean y| weighted by count (Naeini et al. 2015)."""
 
     def value(sums: np.ndarray) -> np.ndarray:
         count, q, y = np.moveaxis(sums.reshape(*sums.shape[:-1], 3, NUM_BINS), -2, 0)
@@ -130,7 +134,7 @@ def ece_of(expected: np.ndarray, said: np.ndarray) -> Statistic:
 
 
 def auroc_of(expected: np.ndarray, said: np.ndarray) -> Statistic:
-    """See metrics.auroc."""
+    """metrics.auroc_of_counts over slots with a confidence; an exact mass counts as that share of a right answer."""
     seen = ~np.isnan(said)
     levels, at = np.unique(said[seen], return_inverse=True)
     columns = np.zeros((len(said), 2, len(levels)))
@@ -245,9 +249,20 @@ def statistics(items: Sequence[Item], confident: bool, curve: Mapping[str, np.nd
     }
 
 
+def set_metrics(rollouts: Sequence[Rollout], verifier: str, confident: bool) -> tuple[dict[str, float | None], dict[str, Statistic]]:
+    """Every metric of one set each, None where it is undefined, and the statistics behind them."""
+    found = statistics([item_of(r.prompt, [(r, r.text, len(r.completion.ids))], verifier) for r in rollouts], confident)
+    return {name: _value(statistic) for name, statistic in found.items()}, found
+
+
 def resamples(num_items: int, seed: int = 0) -> np.ndarray:
     """[B, n] how often each item occurs in each bootstrap sample; the same for every metric and policy, so differences are paired."""
     return np.random.default_rng(seed).multinomial(num_items, [1 / num_items] * num_items, size=NUM_RESAMPLES).astype(float)
+
+
+def _value(statistic: Statistic) -> float | None:
+    value = statistic.value(statistic.columns.sum(0)).item()
+    return None if np.isnan(value) else value
 
 
 def _bounds(values: np.ndarray) -> list[float | None]:
@@ -257,8 +272,7 @@ def _bounds(values: np.ndarray) -> list[float | None]:
 
 def estimate(statistic: Statistic, weights: np.ndarray) -> list[float | None]:
     """[value, low, high]: the metric and its 95 % percentile bootstrap interval over items. weights: `resamples`."""
-    value = statistic.value(statistic.columns.sum(0)).item()
-    return [None if np.isnan(value) else value, *_bounds(statistic.value(weights @ statistic.columns))]
+    return [_value(statistic), *_bounds(statistic.value(weights @ statistic.columns))]
 
 
 def difference(a: Statistic, b: Statistic, weights: np.ndarray) -> list[float | None]:

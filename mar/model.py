@@ -37,6 +37,7 @@ HF_NAMES = {
     "mlp_bias": "mlp_bias",
     "tied_embeddings": "tie_word_embeddings",
 }
+FEW_ROWS, LARGE_WEIGHT = 128, 1 << 18  # rows of x, elements of the weight
 LLAMA3_KEYS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
 
@@ -145,6 +146,20 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
 
 
+def project(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x [N, in] @ weight [out, in].T + bias -> [N, out]. With few rows and a large weight, as in decoding, a CPU computes the transposed product up
+    to twice as fast (SmolLM2's linears at 16 rows: 96 instead of 188 ms a step on two cores)."""
+    if x.device.type != "cpu" or torch.is_grad_enabled() or len(x) > FEW_ROWS or weight.numel() < LARGE_WEIGHT:
+        return F.linear(x, weight, bias)
+    out = (weight @ x.T).T
+    return out if bias is None else out + bias
+
+
+class Linear(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return project(x, self.weight, self.bias)
+
+
 class Block(nn.Module):
     """One layer: x + o(attend(qkv(norm x))), then x + down(silu(gate) * up) of its norm."""
 
@@ -153,13 +168,13 @@ class Block(nn.Module):
         self.index, self.heads, self.kv_heads = index, config.num_heads, config.num_kv_heads
         size, wide, width = config.hidden_size, config.intermediate_size, config.num_heads * config.head_dim
         self.attention_norm = nn.RMSNorm(size, config.rms_norm_eps)
-        self.qkv = nn.Linear(size, width + 2 * config.num_kv_heads * config.head_dim, bias=config.attention_bias)
+        self.qkv = Linear(size, width + 2 * config.num_kv_heads * config.head_dim, bias=config.attention_bias)
         self.q_norm = nn.RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else None
         self.k_norm = nn.RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else None
-        self.o = nn.Linear(width, size, bias=config.output_bias)
+        self.o = Linear(width, size, bias=config.output_bias)
         self.mlp_norm = nn.RMSNorm(size, config.rms_norm_eps)
-        self.gate_up = nn.Linear(size, 2 * wide, bias=config.mlp_bias)
-        self.down = nn.Linear(wide, size, bias=config.mlp_bias)
+        self.gate_up = Linear(size, 2 * wide, bias=config.mlp_bias)
+        self.down = Linear(wide, size, bias=config.mlp_bias)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
         heads = rearrange(self.qkv(self.attention_norm(x)), "n (h d) -> n h d", d=cos.shape[-1])

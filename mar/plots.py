@@ -215,7 +215,7 @@ def size_sweep(arms: Mapping[str, Row], bars: Row | None) -> Figure:
 def headline_keys(document: Row, rows: Sequence[Row]) -> list[str]:
     """The logged metrics that the learning curves show, in order; `document` is an `eval.json`."""
     stage: Row = next((document[s] for s in ("after", "before", "ceiling") if document.get(s)), {})
-    cover = [f"train/{n}" for n in stage if n.startswith("coverage@") and not n.endswith("_drawn")]
+    cover = [f"train/{n}" for n in stage if n.startswith("coverage@")]
     keys = ["reward/total", *cover, "train/top1", "train/brier", "train/ece", "train/format_rate"]
     return [k for k in keys if any(r.get(k) is not None for r in rows)]
 

@@ -7,8 +7,8 @@ from typing import Any
 from mar.distributed import ALONE, World
 from mar.draw import SamplingParams
 from mar.grammar import Grammar
-from mar.itemstats import estimate, read_item, resamples, statistics
-from mar.metrics import SHOWN_METRICS, gap_closed, known_bounds, set_metrics
+from mar.itemstats import estimate, resamples, set_metrics
+from mar.metrics import SHOWN_METRICS, gap_closed, known_bounds
 from mar.model import Decoder
 from mar.records import Prompt, Rollout
 from mar.rewards import RewardSpec
@@ -36,12 +36,9 @@ def measure(model: Decoder, protocol: Protocol, world: World = ALONE) -> tuple[d
     groups, _ = sample(model, p.prompts, 1, p.params, p.kv_budget_tokens, (p.seed, "eval", 0), world.share)
     judged = judge_groups(p.prompts[world.share], groups, p.grammar, p.spec, p.verifier, p.decode)
     rollouts = [group[0] for group in judged_only(world.gather(judged))]
-    metrics: dict[str, Any] = dict(set_metrics(rollouts, p.verifier, p.grammar.confident))
-    texts = [(r.text, len(r.completion.ids)) for r in rollouts]
-    items = [read_item(q, [text], p.grammar, p.verifier) for q, text in zip(p.prompts, texts, strict=True)]
-    weights, known = resamples(len(items)), statistics(items, p.grammar.confident)
-    metrics["interval"] = {name: estimate(known[name], weights)[1:] for name in metrics if name in known}
-    return metrics, rollouts
+    values, found = set_metrics(rollouts, p.verifier, p.grammar.confident)
+    weights = resamples(len(rollouts))
+    return {**values, "interval": {name: estimate(statistic, weights)[1:] for name, statistic in found.items()}}, rollouts
 
 
 def bounds(prompts: Sequence[Prompt], num_answers: int) -> dict[str, dict[str, float | None]]:

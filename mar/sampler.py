@@ -15,7 +15,7 @@ from torch import Tensor
 from mar.cache import KVCache, capacity
 from mar.draw import SamplingParams, draw_tokens, uniforms
 from mar.grammar import decode_with_starts
-from mar.model import Decoder
+from mar.model import Decoder, project
 
 RETIRE_EVERY = 8  # steps between two looks for finished rows where a look waits for the device
 PREFILL_TOKENS = 4096  # prompts are computed this many tokens at a time: no larger activations, and on a CPU they stay near the caches
@@ -172,7 +172,7 @@ class _Slots:
         rows, params, at = self.rows, self.params, self.cache.own_lengths
         if params.think_budget is not None:
             self.close_thoughts(np.flatnonzero((self.held >= 0) & (self.ages == params.think_budget)).tolist())
-        logits = (rows["hidden"] @ self.model.head_weight.T).to(rows["full"].dtype)
+        logits = project(rows["hidden"], self.model.head_weight).to(rows["full"].dtype)
         token, drawn, full = draw_tokens(logits, uniforms(rows["key"], at), params.temperature, params.truncation)
         if len(self.close):
             into = at - rows["insert_at"]

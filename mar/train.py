@@ -25,9 +25,10 @@ from mar.compose import compose, from_omegaconf, validate
 from mar.config import Config
 from mar.distributed import World, join
 from mar.fetch import resolve_model
+from mar.itemstats import set_metrics
 from mar.job import Job, announce, build_job, environment
 from mar.log import Display, completion_row, plain, truncate_jsonl, write_json
-from mar.metrics import SHOWN_METRICS, set_metrics
+from mar.metrics import SHOWN_METRICS
 from mar.mirror import Mirror
 from mar.protocol import bounds, measure, summary
 from mar.records import Rollout, UserError
@@ -73,7 +74,7 @@ def train_step(job: Job, step: int) -> tuple[dict[str, Any], list[Rollout], Tens
     clock.append(time.perf_counter())
 
     rollouts = [rollout for group in groups for rollout in group]
-    sets = set_metrics(rollouts, p.verifier, p.grammar.confident)
+    sets, _ = set_metrics(rollouts, p.verifier, p.grammar.confident)
     metrics |= {
         "reward/total": float(np.mean([r.total for r in rollouts])),
         **{f"reward/{name}": float(np.mean([r.parts[name] for r in rollouts])) for name in rollouts[0].parts},

@@ -65,14 +65,20 @@ def same_answer(a: str, b: str) -> bool:
     return normalise(a) == normalise(b)
 
 
+@lru_cache(maxsize=1 << 16)
+def _names(gold: Gold) -> frozenset[str]:
+    """What an answer may be, normalised, to be this gold; never "" (nothing visible)."""
+    return frozenset(map(normalise, (gold.name, *gold.aliases))) - {""}
+
+
 def hits_gold(answer: str, gold: Gold) -> bool:
     """Whether the answer is the gold's name or one of its aliases."""
-    wanted = normalise(answer)
-    return wanted != "" and any(wanted == normalise(name) for name in (gold.name, *gold.aliases))
+    return normalise(answer) in _names(gold)
 
 
 def text_verifier(answer: str, golds: Sequence[Gold]) -> tuple[int, ...]:
-    return tuple(i for i, gold in enumerate(golds) if hits_gold(answer, gold))
+    wanted = normalise(answer)
+    return tuple(i for i, gold in enumerate(golds) if wanted in _names(gold))
 
 
 VERIFIERS: dict[str, Verifier] = {"text": text_verifier}

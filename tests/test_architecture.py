@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 ORDER = """
     records rundir config compose grammar posterior sandbox_child sandbox programs tasks prompts verify rewards mar_kernels
     attention model weights distributed draw cache sampler rollout batch advantages losses critic optim checkpoint
-    metrics itemstats mirror log plots protocol fetch lessons sft job update train arms evaluate plan runs report show
+    metrics itemstats mirror log plots protocol fetch lessons sft job update train arms evaluate export plan runs report show
 """.split()
 TEXT_SIDE = {"records", "rundir", "config", "compose", "grammar", "posterior", "tasks", "prompts", "verify", "rewards",
              "sandbox_child", "sandbox", "programs"}  # fmt: skip

@@ -55,6 +55,14 @@ def test_ranks_agree_with_one_process(alone, tmp_path, ranks, words):
 
 
 @pytest.mark.slow
+def test_a_critic_a_reference_and_several_updates_agree_too(tmp_path):
+    words = ("algo=ppo", "algo.kl_coef=0.01", "algo.epochs=2", "algo.minibatches=2")
+    one, two = (train(tmp_path / str(ranks), ranks, *words) for ranks in (1, 2))
+    assert (one / "completions.jsonl").read_text() == (two / "completions.jsonl").read_text()
+    torch.testing.assert_close(parameters(one), parameters(two), rtol=0, atol=1e-8)
+
+
+@pytest.mark.slow
 def test_a_run_goes_on_with_another_number_of_ranks(alone, tmp_path):
     train(tmp_path, 2, "train.stop_at=2")
     run = train(tmp_path, 1)

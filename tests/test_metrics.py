@@ -8,7 +8,8 @@ import pytest
 from sklearn.calibration import calibration_curve
 from sklearn.metrics import brier_score_loss
 
-from mar.metrics import SlotTable, brier, ece, gap_closed, known_bounds, q_mse, set_metrics, slot_table
+from mar.itemstats import ece_of, set_metrics
+from mar.metrics import gap_closed, known_bounds
 from mar.records import Completion, Example, Gold, Prompt, Rollout
 from mar.verify import VERIFIERS, matching_increments, repeats
 
@@ -34,30 +35,44 @@ def broken(asked, answers=("a", None, None), confidences=(0.9, None, None)):
     return rollout(asked, answers, confidences, "unfinished", num_tokens=1)
 
 
+def measured(rollouts, confident=True):
+    return set_metrics(rollouts, "text", confident)[0]
+
+
+def ece(mass, confidence):
+    statistic = ece_of(mass, confidence)
+    return statistic.value(statistic.columns.sum(0)).item()
+
+
 def random_slots(n=400):
+    """Hits and confidences [n, 3], and the rollouts that say so: an answer is right (its own gold of three) or not."""
     rng = np.random.default_rng(0)
     confidence = rng.uniform(size=(n, 3))
-    return (rng.uniform(size=(n, 3)) < confidence**1.5).astype(float), confidence
+    right = rng.uniform(size=(n, 3)) < confidence**1.5
+    asked = example((None,) * 3, None, "uniform")
+    said = [["abc"[k] if y else f"no {k}" for k, y in enumerate(row)] for row in right]
+    return right.astype(float), confidence, [rollout(asked, *one) for one in zip(said, confidence.tolist(), strict=True)]
 
 
-def test_brier_ece_and_q_mse_by_hand():
-    mass = np.array([[1.0, 0.0], [0.3, 0.6]])
-    confidence = np.array([[0.9, 0.25], [NAN, 0.95]])
-    # (.1)^2, (.25)^2, a missing one is charged 1, .6 (.05)^2 + .4 (.95)^2
-    assert brier(mass, confidence) == pytest.approx((0.01 + 0.0625 + 1 + 0.0015 + 0.361) / 4)
-    assert ece(mass, confidence) == pytest.approx((abs(0.9 + 0.95 - 1.6) + 0.25) / 3)  # .9 and .95 share a bin, so their errors may cancel
-    assert q_mse(mass, confidence) == pytest.approx((0.01 + 0.0625 + 0.35**2) / 3)
-    assert ece(np.array([0.0, 1.0]), np.array([1.0, 0.95])) == pytest.approx(0.95 / 2)  # 1 belongs to the last bin
-    nothing = np.full((2, 2), NAN)
-    assert (brier(mass, nothing), ece(mass, nothing), q_mse(mass, nothing)) == (1.0, None, None)
+def test_metrics_by_hand():
+    slots = [(0.3, 0.6, 0.1), (0.3, 0.6, 0.1)]
+    sets = [rollout(example(slots[0]), ("c", "x", "b"), (0.9, 0.25, None)), rollout(example(slots[1]), ("a", "b", "x"), (None, 0.95, 1.0))]
+    found = measured(sets)
+    # .1 (.1)^2 + .9 (.9)^2, (.25)^2, a missing one is charged 1; then 1, .6 (.05)^2 + .4 (.95)^2, 1
+    assert found["brier"] == pytest.approx((0.001 + 0.729 + 0.0625 + 1 + 1 + 0.0015 + 0.361 + 1) / 6)
+    assert found["q_mse"] == pytest.approx((0.8**2 + 0.25**2 + 0.35**2 + 1) / 4)
+    assert found["ece"] == pytest.approx((abs(0.9 + 0.95 + 1.0 - 0.7) + 0.25) / 4)  # .9, .95 and 1 share the last bin: their errors add up
+    assert ece(np.array([[0.0, 1.0]]), np.array([[1.0, 0.95]])) == pytest.approx(0.95 / 2)
+    assert math.isnan(ece(np.ones((2, 2)), np.full((2, 2), NAN)))
 
 
 def test_brier_and_ece_agree_with_scikit_learn():
-    y, q = random_slots()
-    assert brier(y, q) == pytest.approx(brier_score_loss(y.ravel(), q.ravel()), rel=1e-12)
+    y, q, rollouts = random_slots()
+    found = measured(rollouts)
+    assert found["brier"] == pytest.approx(brier_score_loss(y.ravel(), q.ravel()), rel=1e-12)
     share, mean = calibration_curve(y.ravel(), q.ravel(), n_bins=10, strategy="uniform")
     counts = np.histogram(q, np.linspace(0, 1, 11))[0]
-    assert ece(y, q) == pytest.approx((np.abs(share - mean) * counts).sum() / y.size, rel=1e-12)
+    assert found["ece"] == pytest.approx((np.abs(share - mean) * counts).sum() / y.size, rel=1e-12)
     q[:, 1] = NAN
     assert ece(y, q) == pytest.approx(ece(y[:, [0, 2]], q[:, [0, 2]]), rel=1e-12)
 
@@ -65,20 +80,18 @@ def test_brier_and_ece_agree_with_scikit_learn():
 def test_exact_masses_are_the_expectation_over_drawn_labels():
     p = (0.5, 0.3, 0.15, 0.05)
     sets = [(("b", "alias of B", "x"), (0.4, 0.9, 0.1)), (("d", "a", "c"), (0.2, 0.7, 0.6))]
-    expected = dict.fromkeys(("coverage@3_drawn", "top1_drawn", "brier"), 0.0)
+    expected = dict.fromkeys(("recall@3", "brier"), 0.0)
     for labels in itertools.product(range(4), repeat=2):
         weight = math.prod(p[label] for label in labels)
         rollouts = [rollout(example(p, label), *given) for label, given in zip(labels, sets, strict=True)]
-        exact = set_metrics(rollouts)
-        drawn = slot_table(rollouts, "text", exact=False)
-        assert exact["top1_drawn"] == ((labels[0] == 1) + (labels[1] == 3)) / 2
-        for key in ("coverage@3_drawn", "top1_drawn"):
-            expected[key] += weight * exact[key]
-        expected["brier"] += weight * brier(drawn.mass, drawn.confidence)
+        exact = measured(rollouts)
+        expected["recall@3"] += weight * exact["recall@3"]
+        for (_, said), one in zip(sets, rollouts, strict=True):
+            expected["brier"] += weight * np.mean((np.array(said) - one.hits) ** 2) / 2
         assert exact["coverage@3"] == pytest.approx((0.3 + 0.7) / 2)  # a repeat has no mass; whatever was drawn
         assert exact["top1"] == pytest.approx((0.3 + 0.05) / 2)
         assert exact["q_mse"] == pytest.approx((0.1**2 + 0.9**2 + 0.1**2 + 0.15**2 + 0.2**2 + 0.45**2) / 6)
-    assert expected == pytest.approx({"coverage@3_drawn": exact["coverage@3"], "top1_drawn": exact["top1"], "brier": exact["brier"]})
+    assert expected == pytest.approx({"recall@3": exact["coverage@3"], "brier": exact["brier"]})
 
 
 def test_sets_by_hand():
@@ -87,35 +100,31 @@ def test_sets_by_hand():
         rollout(asked, ("b", "a", "A."), (0.5, 0.5, 0.0), num_tokens=10),
         rollout(asked, ("a", "b", "c"), (1.0, 0.0, 0.0), num_tokens=5),
     ]
-    assert set_metrics(rollouts) == pytest.approx(
-        {"coverage@3": 1.0, "top1": 0.5, "brier": 0.5 / 6, "ece": 0.0, "q_mse": None, "format_rate": 1.0, "repeats_per_set": 0.5,
-         "tokens_per_set": 7.5, "prompt_tokens": 6.0}
-    )  # fmt: skip
+    expected = {"coverage@3": 1.0, "top1": 0.5, "brier": 0.5 / 6, "ece": 0.0, "format_rate": 1.0, "repeats_per_set": 0.5}
+    expected |= {"tokens_per_set": 7.5, "prompt_tokens": 6.0}
+    found = measured(rollouts)
+    assert {name: found[name] for name in expected} == pytest.approx(expected) and "q_mse" not in found
 
 
 def test_a_format_failure_is_wrong_and_charged_one():
     asked = example(drawn=0)
-    table = slot_table([broken(asked), rollout(asked, ("a", "b", "c"), (0.5, 0.3, 0.2))], "text", exact=True)
-    np.testing.assert_array_equal(table.mass, [[0, 0, 0], [0.5, 0.3, 0.2]])
-    np.testing.assert_array_equal(table.confidence, [[NAN] * 3, [0.5, 0.3, 0.2]])
-    np.testing.assert_array_equal(table.well_formed, [False, True])
-    both = set_metrics([broken(asked), rollout(asked, ("a", "b", "c"), (0.5, 0.3, 0.2))])
-    assert both["coverage@3"] == pytest.approx(0.5) and both["coverage@3_drawn"] == 0.5 and both["format_rate"] == 0.5
+    both = measured([broken(asked), rollout(asked, ("a", "b", "c"), (0.5, 0.3, 0.2))])
+    assert both["coverage@3"] == pytest.approx(0.5) and both["recall@3"] == 0.5 and both["format_rate"] == 0.5
     assert both["brier"] == pytest.approx((3 + 0.25 + 0.21 + 0.16) / 6)
     assert both["q_mse"] == pytest.approx(0) and both["ece"] == pytest.approx(0)  # of what can be read; format_rate stands beside them
 
 
 @pytest.mark.parametrize("truth", ["exact", "single"])
 def test_garbage_is_no_perfect_brier(truth):
-    metrics = set_metrics([broken(example(truth=truth)), broken(example(truth=truth), (None,) * 3, (None,) * 3)])
+    metrics = measured([broken(example(truth=truth)), broken(example(truth=truth), (None,) * 3, (None,) * 3)])
     assert metrics["brier"] == 1.0 and metrics["format_rate"] == 0.0
-    assert metrics["coverage@3"] == 0.0 and metrics["ece"] is None and metrics["q_mse"] is None
+    assert metrics["coverage@3"] == 0.0 and metrics["ece"] is None and metrics.get("q_mse") is None
     assert not any(isinstance(value, float) and math.isnan(value) for value in metrics.values())
 
 
 def test_a_grammar_without_confidences_has_no_brier():
-    metrics = set_metrics([rollout(example(), ("a", "b", "c"), (None,) * 3)], confident=False)
-    assert metrics["brier"] is None and metrics["ece"] is None and metrics["coverage@3"] == pytest.approx(1.0)
+    metrics = measured([rollout(example(), ("a", "b", "c"), (None,) * 3)], confident=False)
+    assert not {"brier", "ece"} & set(metrics) and metrics["coverage@3"] == pytest.approx(1.0)
 
 
 def brute_floor(p, k):
@@ -138,7 +147,7 @@ def test_floor_and_ceiling_of_a_known_posterior():
     assert ceiling["coverage@2"] == pytest.approx((0.8 + 0.6) / 2) and ceiling["top1"] == pytest.approx(0.45)
     assert ceiling["brier"] == pytest.approx((0.24 + 0.16 + 0.21 + 0.21) / 4)
     assert ceiling["value"] == pytest.approx((0.8 + 0.6) / 2 - (0.24 + 0.16 + 0.21 + 0.21) / 4)
-    honest = set_metrics([rollout(example(p), ("a", "b"), p[:2]) for p in (first, second)])  # who answers so, measures so
+    honest = measured([rollout(example(p), ("a", "b"), p[:2]) for p in (first, second)])  # who answers so, measures so
     assert {k: honest[k] for k in ("coverage@2", "top1", "brier", "ece", "q_mse")} == pytest.approx(
         {k: ceiling[k] for k in ("coverage@2", "top1", "brier", "ece", "q_mse")}, abs=1e-12
     )
@@ -158,8 +167,5 @@ def test_gap_closed():
 
 
 def test_slots_are_judged_against_their_own_item():
-    table = slot_table(
-        [rollout(example((0.9, 0.1)), ("a", "b"), (0, 0)), rollout(example((0.2, 0.8)), ("b", "a"), (0, 0))], "text", exact=True
-    )
-    assert isinstance(table, SlotTable)
-    np.testing.assert_allclose(table.mass, [[0.9, 0.1], [0.8, 0.2]])
+    found = measured([rollout(example((0.9, 0.1)), ("a", "b"), (0, 0)), rollout(example((0.2, 0.8)), ("b", "a"), (0, 0))])
+    assert found["top1"] == pytest.approx((0.9 + 0.8) / 2)

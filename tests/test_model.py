@@ -7,7 +7,7 @@ import torch
 import transformers
 
 from mar.attention import group_attention, pack_groups
-from mar.model import Decoder, ModelConfig
+from mar.model import FEW_ROWS, LARGE_WEIGHT, Decoder, ModelConfig, project
 from mar.records import UserError
 from mar.weights import load_model, save_model
 
@@ -117,3 +117,17 @@ def test_mistral_without_the_key_has_its_default_window():
     config = {key: value for key, value in BASE.items() if key != "sliding_window"}
     with pytest.raises(UserError, match="sliding_window=4096"):
         ModelConfig.from_hf(config | {"architectures": ["MistralForCausalLM"]})
+
+
+@pytest.mark.parametrize("rows", [1, FEW_ROWS, FEW_ROWS + 1])
+@pytest.mark.parametrize("biased", [False, True])
+def test_few_rows_are_projected_alike(rows, biased):
+    torch.manual_seed(0)
+    x, weight = torch.randn(rows, 512, dtype=torch.float64), torch.randn(LARGE_WEIGHT // 512, 512, dtype=torch.float64)
+    bias = torch.randn(len(weight), dtype=torch.float64) if biased else None
+    expected = x @ weight.T + (bias if biased else 0)
+    with torch.no_grad():
+        out = project(x, weight, bias)
+    torch.testing.assert_close(out, expected, rtol=0, atol=1e-12)
+    transposed = 1 < rows <= FEW_ROWS  # one row shows nothing
+    assert out.is_contiguous() != transposed

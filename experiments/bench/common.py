@@ -44,18 +44,24 @@ def seconds(work: Callable[[], object], runs: int) -> float:
     return statistics.median(times)
 
 
+def resident_bytes(key: str) -> int:
+    """Of this process: VmRSS is now, VmHWM the peak. Linux."""
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
+    return int(line.split()[1]) * 1024
+
+
+def reset_peak() -> None:
+    """VmHWM starts again from now."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
 @contextmanager
 def peak_bytes() -> Iterator[list[int]]:
-    """By how much resident memory rose at its highest inside; in the list after the end. Linux: VmHWM of this process is reset."""
-
-    def resident(key: str) -> int:
-        (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
-        return int(line.split()[1]) * 1024
-
-    Path("/proc/self/clear_refs").write_text("5")
-    before, peak = resident("VmRSS"), [0]
+    """By how much resident memory rose at its highest inside; in the list after the end."""
+    reset_peak()
+    before, peak = resident_bytes("VmRSS"), [0]
     yield peak
-    peak[0] = resident("VmHWM") - before
+    peak[0] = resident_bytes("VmHWM") - before
 
 
 def record(file: Path, columns: Sequence[str], rows: Mapping[str, Sequence[float]]) -> None:

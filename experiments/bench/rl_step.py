@@ -1,25 +1,29 @@
-"""One whole RL step (sample, verify, update) of mar or of TRL on the same random model:  python -m experiments.bench.rl_step ours|trl P G R runs
+"""One side of the comparison of whole RL steps (sample, verify, update):  python -m experiments.bench.rl_step ours|trl random|smollm2 P G R RUNS
 
-The last line of stdout is {"seconds": median of a step, "bytes": peak resident memory of a step over what was resident before it}.
+Says {"ready": ...} when it is warm, then makes one step for each line of its input and answers with {"seconds": ..., "bytes": ...}: how long it took,
+and the peak of resident memory in it over what was resident before the warm-up (optimizer state, activations, caches). `step.py` asks both in turn.
 """
 
 import json
-import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from experiments.bench.common import peak_bytes
+from experiments.bench.common import reset_peak, resident_bytes
 from mar.attention import pack_groups
+from mar.compose import compose
 from mar.draw import SamplingParams, stream_key
+from mar.fetch import resolve_model
 from mar.losses import reinforce
 from mar.model import Decoder, ModelConfig
 from mar.sampler import Request, generate
-from mar.weights import save_model
+from mar.weights import load_model, save_model
 from mar_kernels import answer_advantages
 
 VOCAB, LR, BETAS, CLIP = 8192, 1e-4, (0.9, 0.999), 1.0
@@ -31,7 +35,41 @@ def policy() -> Decoder:
     return Decoder(SHAPE)
 
 
+@contextmanager
+def checkpoint(model: str) -> Iterator[Path]:
+    """The folder of `smollm2`, or of the random model."""
+    if model == "smollm2":
+        options = compose(["+experiment=clinic", "model=smollm2-135m"]).model
+        yield resolve_model(options.source, options.name, options.path)[0]
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        save_model(policy(), Path(folder))
+        yield Path(folder)
+
+
+class Steps:
+    """Waits for a line of input before a step and reports after it; the first step warms up."""
+
+    def __init__(self) -> None:
+        self.warm = False
+        self.before = 0
+
+    def begin(self) -> None:
+        if self.warm:
+            sys.stdin.readline()
+        self.before = self.before or resident_bytes("VmRSS")
+        reset_peak()
+        self.began = time.perf_counter()
+
+    def end(self, note: dict[str, Any]) -> None:
+        taken = time.perf_counter() - self.began
+        said = {"seconds": taken, "bytes": resident_bytes("VmHWM") - self.before} if self.warm else {"ready": note}
+        self.warm = True
+        print(json.dumps(said, default=str), flush=True)
+
+
 def random_prompt(length: int, seed: int) -> list[int]:
+    """Ids that every vocabulary here has."""
     return torch.randint(2, VOCAB, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
 
 
@@ -40,8 +78,8 @@ def verify(ids: list[int]) -> float:
     return sum(i % 2 == 0 for i in ids) / len(ids)
 
 
-def steps_of_ours(P: int, G: int, R: int, runs: int) -> tuple[list[float], int]:
-    model, times = policy(), []
+def steps_of_ours(folder: Path, P: int, G: int, R: int, runs: int) -> None:
+    model, steps = load_model(folder), Steps()
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR, betas=BETAS, weight_decay=0.0)
     params = SamplingParams(R, 1.0, ())
 
@@ -58,70 +96,60 @@ def steps_of_ours(P: int, G: int, R: int, runs: int) -> tuple[list[float], int]:
         torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
         optimizer.step()
 
-    step(0)
-    with peak_bytes() as peak:
-        for index in range(1, runs + 1):
-            began = time.perf_counter()
-            step(index)
-            times.append(time.perf_counter() - began)
-    return times, peak[0]
+    for index in range(runs + 1):
+        steps.begin()
+        step(index)
+        steps.end({"parameters": sum(p.numel() for p in model.parameters())})
 
 
-def word_tokenizer() -> Any:
+def word_tokenizer(vocab: int) -> Any:
     """One word a token, so that a prompt of P words is P tokens."""
     import tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    words = {"<pad>": 0, "<eos>": 1, **{f"w{i}": i for i in range(2, VOCAB)}}
+    words = {"<pad>": 0, "<eos>": 1, **{f"w{i}": i for i in range(2, vocab)}}
     inner = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<pad>"))
     inner.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", eos_token="<eos>", padding_side="left")
 
 
-def steps_of_trl(P: int, G: int, R: int, runs: int) -> tuple[list[float], int]:
+def steps_of_trl(folder: Path, P: int, G: int, R: int, runs: int) -> None:
     """TRL at its best CPU settings: float32, no activation checkpointing, no reference model, one update a batch."""
     import datasets
     import transformers
     import trl
 
-    times: list[float] = []
-    clock = {"began": 0.0}
+    steps = Steps()
 
     class Clock(transformers.TrainerCallback):
         def on_step_begin(self, *_: Any, **__: Any) -> None:
-            clock["began"] = time.perf_counter()
+            steps.begin()
 
         def on_step_end(self, *_: Any, **__: Any) -> None:
-            times.append(time.perf_counter() - clock["began"])
-            if len(times) == 1:  # the first step has warmed up
-                peak.append(measured.__enter__())
+            steps.end({key: value for key, value in config.to_dict().items() if not key.endswith(("_dir", "run_name"))})
 
     def reward(completion_ids: list[list[int]], **_: Any) -> list[float]:
         return [verify(ids) for ids in completion_ids]
 
-    peak: list[list[int]] = []
-    measured = peak_bytes()
-    with tempfile.TemporaryDirectory() as folder:
-        save_model(policy(), Path(folder))
+    with tempfile.TemporaryDirectory() as out:
         config = trl.GRPOConfig(
-            output_dir=folder, use_cpu=True, bf16=False, gradient_checkpointing=False, beta=0.0, num_iterations=1,
+            output_dir=out, use_cpu=True, bf16=False, gradient_checkpointing=False, beta=0.0, num_iterations=1,
             num_generations=G, per_device_train_batch_size=G, gradient_accumulation_steps=1, max_steps=runs + 1,
             max_completion_length=R, generation_kwargs={"min_new_tokens": R}, temperature=1.0, scale_rewards="none",
             learning_rate=LR, adam_beta1=BETAS[0], adam_beta2=BETAS[1], weight_decay=0.0, max_grad_norm=CLIP,
             lr_scheduler_type="constant", save_strategy="no", report_to="none", logging_strategy="no", disable_tqdm=True,
         )  # fmt: skip
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
         prompts = [" ".join(f"w{i}" for i in random_prompt(P, index)) for index in range(runs + 1)]
         trainer = trl.GRPOTrainer(
-            model=transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32),
+            model=model,
             reward_funcs=reward,
             args=config,
             train_dataset=datasets.Dataset.from_dict({"prompt": prompts}),
-            processing_class=word_tokenizer(),
+            processing_class=word_tokenizer(model.config.vocab_size),
             callbacks=[Clock()],
         )
         trainer.train()
-    measured.__exit__(None, None, None)
-    return times[1:], peak[0][0]
 
 
 SIDES = {"ours": steps_of_ours, "trl": steps_of_trl}
@@ -129,5 +157,6 @@ SIDES = {"ours": steps_of_ours, "trl": steps_of_trl}
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    seconds, peak = SIDES[sys.argv[1]](*map(int, sys.argv[2:]))
-    print(json.dumps({"seconds": statistics.median(seconds), "bytes": peak}))
+    side, name, *numbers = sys.argv[1:]
+    with checkpoint(name) as where:
+        SIDES[side](where, *map(int, numbers))

@@ -1,9 +1,10 @@
 """The training step: prompts shared against a copy of the prompt per row, and the whole RL step against TRL's GRPOTrainer.
 
-    python experiments/bench/step.py [--quick | --bars] [--runs 3]
+    python experiments/bench/step.py [--quick | --bars] [--runs 2]
 
 --quick: FLOPs and the smallest case. --bars: every case (the default); TRL's where `trl` is installed (pip install -e '.[bench]'). A random Qwen3 of
-6.8M parameters, float32, one thread, lengths forced to be equal. Appends to results/step.csv; the last line of stdout is one JSON document.
+6.8M parameters, and SmolLM2-135M; float32, one thread, lengths forced to be equal. TRL's resolved configuration goes to results/trl_config.json.
+Appends to results/step.csv; the last line of stdout is one JSON document.
 """
 
 import argparse
@@ -25,11 +26,18 @@ from experiments.bench.common import alternate, quiet_machine, record
 from experiments.bench.rl_step import SIDES, VOCAB, policy, random_prompt
 from mar.attention import pack_groups
 
+ROOT = Path(__file__).resolve().parents[2]
 RESULTS = Path(__file__).parent / "results" / "step.csv"
+TRL_CONFIG = RESULTS.with_name("trl_config.json")
 BARS = {"shared_frac": ">= 0.85", "growth_g4_g32": "<= 3.2", "trl_p512_g8": ">= 4", "trl_p512_g32": ">= 6",
-        "trl_p256_g16": ">= 2.5", "memory_ratio": ">= 2"}  # fmt: skip
+        "trl_p256_g16": ">= 2.5", "trl_smollm2": ">= 3", "memory_ratio": ">= 2"}  # fmt: skip
 SHARED = [(512, 8, 64), (512, 32, 64), (256, 16, 128)]  # prompt tokens, group size, completion tokens
-WHOLE = {"trl_p512_g8": (512, 8, 64), "trl_p512_g32": (512, 32, 64), "trl_p256_g16": (256, 16, 128)}
+WHOLE = {
+    "trl_p512_g8": ("random", 512, 8, 64),
+    "trl_p512_g32": ("random", 512, 32, 64),
+    "trl_p256_g16": ("random", 256, 16, 128),
+    "trl_smollm2": ("smollm2", 256, 8, 64),
+}
 
 
 def train_step(model: Any, prompt_tokens: int, group_size: int, completion_tokens: int, shared: bool) -> float:
@@ -69,22 +77,39 @@ def growth(model: Any, runs: int) -> float:
     return statistics.median(speeds["4"]) / statistics.median(speeds["32"])
 
 
-def whole_step(case: tuple[int, int, int], runs: int) -> dict[str, dict[str, float]]:
-    """Seconds and peak bytes of a whole RL step of either side, each in its own process."""
-    found = {}
+def whole_step(case: tuple[str, int, int, int], runs: int) -> dict[str, list[dict[str, float]]]:
+    """What `rl_step` says of each step of either side, each in its own process, one step in turn."""
+    children, found = {}, dict[str, list[dict[str, float]]]()
     for side in SIDES:
         command = [sys.executable, "-m", "experiments.bench.rl_step", side, *map(str, (*case, runs))]
-        root = Path(__file__).resolve().parents[2]
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, cwd=root)
-        found[side] = json.loads(done.stdout.splitlines()[-1])
+        children[side] = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT)
+        ready = answer(children[side])["ready"]
+        if side == "trl":
+            TRL_CONFIG.write_text(json.dumps(ready, indent=1, sort_keys=True) + "\n")
+    for _ in range(runs):
+        for side, child in children.items():
+            assert child.stdin is not None
+            print(file=child.stdin, flush=True)
+            found.setdefault(side, []).append(answer(child))
+    for child in children.values():
+        child.communicate()
     return found
+
+
+def answer(child: subprocess.Popen[str]) -> dict[str, Any]:
+    """The next line of a child that is a JSON document; libraries print too."""
+    assert child.stdout is not None
+    for line in child.stdout:
+        if line.startswith('{"'):
+            return json.loads(line)
+    raise SystemExit(f"a side of the comparison stopped with code {child.wait()}")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="FLOPs and the smallest case")
     parser.add_argument("--bars", action="store_true", help="every case (the default)")
-    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--runs", type=int, default=2)
     args = parser.parse_args(arguments)
     torch.set_num_threads(1)
     quiet_machine()
@@ -95,14 +120,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not args.quick:
         found["growth_g4_g32"] = growth(model, args.runs)
     trl = importlib.util.find_spec("trl") is not None
-    print("whole steps against TRL: " + ("" if trl else "left out, trl is not installed: pip install -e '.[bench]'"))
-    for name, case in WHOLE.items() if trl else ():
-        if args.quick and name != "trl_p512_g8":
-            continue
-        sides = whole_step((64, 4, 8) if args.quick else case, args.runs)
-        found[name if not args.quick else "trl_small"] = sides["trl"]["seconds"] / sides["ours"]["seconds"]
-        ratio = sides["trl"]["bytes"] / sides["ours"]["bytes"]
-        found["memory_ratio"] = min(ratio, found.get("memory_ratio", ratio))
+    why = "not with --quick" if args.quick else "" if trl else "left out, trl is not installed: pip install -e '.[bench]'"
+    print(f"whole steps against TRL: {why}")
+    for name, case in WHOLE.items() if trl and not args.quick else ():
+        sides = whole_step(case, args.runs)
+        middle = {side: {k: statistics.median(s[k] for s in steps) for k in steps[0]} for side, steps in sides.items()}
+        found[name], memory = (middle["trl"][k] / middle["ours"][k] for k in ("seconds", "bytes"))
+        found["memory_ratio"] = min(memory, found.get("memory_ratio", memory))
+        told = "; ".join(f"{side} {m['seconds']:.2f} s, {m['bytes'] / 2**20:,.0f} MiB" for side, m in middle.items())
+        print(f"{name}: {told}", flush=True)
     for name, value in found.items():
         print(f"{name:16s} {value:8.3g}  " + (f"bar {BARS[name]}" if name in BARS else ""))
     record(RESULTS, ["value"], {name: [value] for name, value in found.items()})

@@ -1,0 +1,98 @@
+"""A run's policy as a checkpoint that others load:  python -m mar.export runs/clinic/seed0 [folder] [--dtype bfloat16]
+
+Writes safetensors, tokenizer, chat template, generation config and a model card with the prompt that the policy was trained on; transformers and
+vLLM read the folder.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mar import checkpoint
+from mar.compose import load_config
+from mar.config import Config
+from mar.fetch import resolve_model
+from mar.grammar import Grammar
+from mar.prompts import fit_grammar, instructions, load_tokenizer
+from mar.records import UserError
+from mar.tasks import get_task
+from mar.weights import load_model, save_model
+
+CARD = """---
+library_name: transformers
+tags: [multi-answer, reinforcement-learning]
+---
+# {name}
+
+{model} after {step} of {steps} steps of `mar` on {task} ({objective}, K={K}, credit {credit}); parameters in {dtype}.
+
+It was asked in these words, after the question, and sampled at temperature {temperature}:
+
+```
+{instructions}
+```
+{results}"""
+
+
+def card(config: Config, grammar: Grammar, step: int, dtype: str, measured: dict[str, Any]) -> str:
+    """README.md of the exported folder."""
+    task, after = config.data.task, measured.get("after") or {}
+    rows = "".join(f"| {name} | {value:.3f} |\n" for name, value in after.items() if isinstance(value, float))
+    return CARD.format(
+        name=config.name,
+        model=config.model.path or config.model.name,
+        step=step,
+        steps=config.train.steps,
+        task=task,
+        objective=config.reward.objective,
+        K=grammar.num_answers,
+        credit=config.algo.credit,
+        dtype=dtype,
+        temperature=config.algo.temperature,
+        instructions=instructions(grammar, get_task(task).noun),
+        results=f"\nOn {measured['num_items']} held-out items:\n\n| metric | |\n|---|---|\n{rows}" if rows else "",
+    )
+
+
+def export(run: Path, folder: Path, dtype: str) -> Path:
+    """Write `folder`. Raises UserError for a run without a checkpoint, and for a folder that holds something."""
+    from transformers import GenerationConfig
+
+    config = load_config(run / "config.yaml")
+    found = checkpoint.newest(run / "checkpoints")
+    if found is None:
+        raise UserError(f"{run} has no readable checkpoint: let the run reach checkpoint.every={config.checkpoint.every}")
+    if folder.exists() and any(folder.iterdir()):
+        raise UserError(f"{folder} is not empty: name another folder or remove it")
+    source, _ = resolve_model(config.model.source, config.model.name, config.model.path)
+    model, tokenizer, r = load_model(source), load_tokenizer(source), config.reward
+    checkpoint.restore_weights(found, model)
+    grammar = Grammar(r.form, r.num_answers, r.layout, config.model.thinking, r.analysis, r.other)
+    tokenizer.save_pretrained(folder)
+    ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    GenerationConfig(do_sample=True, temperature=config.algo.temperature, top_k=0, top_p=1.0, **ends).save_pretrained(folder)
+    measured = json.loads((run / "eval.json").read_text()) if (run / "eval.json").exists() else {}
+    (folder / "README.md").write_text(card(config, fit_grammar(grammar, tokenizer), found.step, dtype, measured))
+    save_model(model, folder, getattr(torch, dtype), extra=ends)
+    return folder
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, help="a run directory")
+    parser.add_argument("folder", type=Path, nargs="?", help="where to write (default: RUN/export)")
+    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
+    args = parser.parse_args()
+    try:
+        print(export(args.run, args.folder or args.run / "export", args.dtype))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

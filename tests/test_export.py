@@ -1,0 +1,54 @@
+"""An exported run is a checkpoint that transformers reads, equal to the policy."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+from mar import checkpoint
+from mar.compose import compose
+from mar.export import export
+from mar.fetch import resolve_model
+from mar.records import UserError
+from mar.train import run
+from mar.weights import load_model
+
+WORDS = "+experiment=clinic train.steps=1 eval.num_items=2 algo.prompts_per_step=1 algo.group_size=2 logger.console=plain"
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("runs")
+    assert run(compose([*WORDS.split(), f"out={out}"])) == 0
+    return out / "clinic" / "seed0"
+
+
+def test_transformers_reads_the_policy(trained, tmp_path):
+    folder = export(trained, tmp_path / "hf", "float32")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    policy = load_model(resolve_model("embedded", "embedded", None)[0])
+    before = policy.norm.weight.detach().clone()
+    checkpoint.restore_weights(checkpoint.newest(trained / "checkpoints"), policy)
+    assert not torch.equal(before, policy.norm.weight)
+    ours = dict(load_model(folder).named_parameters())
+    for name, parameter in policy.named_parameters():
+        torch.testing.assert_close(ours[name], parameter, rtol=0, atol=0)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    assert theirs.generation_config.eos_token_id == tokenizer.eos_token_id and tokenizer.chat_template
+    card = (folder / "README.md").read_text()
+    assert "after 1 of 1 steps" in card and "<answer1>" in card and "| coverage@3 |" in card
+
+
+def test_mistakes_are_one_sentence(trained, tmp_path):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "x").touch()
+    with pytest.raises(UserError, match="is not empty"):
+        export(trained, tmp_path / "full", "bfloat16")
+    with pytest.raises(UserError, match="cannot be read"):
+        export(tmp_path / "nothing", tmp_path / "out", "bfloat16")
+    command = [sys.executable, "-m", "mar.export", str(tmp_path / "nothing")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and not (tmp_path / "out").exists()
