@@ -48,6 +48,8 @@ def make_batch(
     mask = positions < lengths[:, None]
     start, end = torch.tensor([r.completion.inserted for r in rows]).T[..., None]
 
+    judged = torch.tensor([[r.judged] for r in rows])
+
     def padded(columns: list[np.ndarray]) -> Tensor:
         tensors = [torch.from_numpy(np.ascontiguousarray(c)) for c in columns]
         return torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True).to(device)
@@ -59,7 +61,7 @@ def make_batch(
         first_open=torch.from_numpy(first_open).expand(len(rows), -1).to(device),
         segment_ids=padded([r.segment_ids for r in rows]),
         completion_mask=mask.to(device),
-        loss_mask=(mask & ~((positions >= start) & (positions < end))).to(device),
+        loss_mask=(mask & judged & ~((positions >= start) & (positions < end))).to(device),
         sampler_logprobs=padded([r.completion.sampler_logprobs for r in rows]),
         full_logprobs=padded([r.completion.full_logprobs for r in rows]),
     )

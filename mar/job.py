@@ -4,7 +4,7 @@ import os
 import platform
 import subprocess
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import torch
 
 from mar import __version__
 from mar.cache import capacity
-from mar.config import Config, RewardOptions
+from mar.config import Config, DataOptions, RewardOptions
 from mar.draw import SamplingParams
 from mar.evaluate import Protocol
 from mar.grammar import Grammar, render
@@ -24,8 +24,9 @@ from mar.prompts import build_prompt, fit_grammar, load_tokenizer
 from mar.records import Example, Prompt, UserError
 from mar.rewards import RewardSpec, first_open
 from mar.rollout import Decode, make_decode
+from mar.sandbox import check_sandbox
 from mar.tasks import get_task
-from mar.tasks.common import Source
+from mar.tasks.common import Source, aim
 from mar.tasks.medqa import chance_line
 from mar.weights import load_model
 
@@ -57,13 +58,23 @@ class Job:
 def load_data(config: Config, split: str, num: int | None, seed: int, display: Display) -> list[Example]:
     """The examples of a split; says what was dropped, and what guessing is worth where options are shown."""
     data = config.data
-    source = Source(data.source, split, num, seed, data.path, data.hub_id, data.max_gold_words, data.show_options)
+    shared = {item.name for item in fields(Source)} - {"kind", "split", "num", "seed"}
+    source = Source(data.source, split, num, seed, **{name: getattr(data, name) for name in shared})
     loaded = get_task(data.task).load(source)
     if loaded.dropped:
         display.say(f"{split}: dropped " + ", ".join(f"{n} ({why})" for why, n in sorted(loaded.dropped.items())))
     if loaded.num_options:
         display.say(f"{split}: {chance_line(config.reward.num_answers, loaded.num_options)}")
-    return loaded.examples
+    return aim(loaded.examples, data.target)
+
+
+def verifier_of(data: DataOptions) -> str:
+    """The verifier of the task; for programs that of the sandbox asked for, which must work here."""
+    verifier = get_task(data.task).verifier
+    if verifier == "program":
+        check_sandbox(data.sandbox)
+        return "program_unsafe" if data.sandbox == "unsafe" else verifier
+    return verifier
 
 
 def make_prompts(
@@ -150,7 +161,7 @@ def build_job(config: Config, folder: Path, model_folder: Path, display: Display
         prompts=make_prompts(config, held_out, grammar, tokenizer, data.eval_split, display),
         grammar=grammar,
         spec=spec,
-        verifier=get_task(data.task).verifier,
+        verifier=verifier_of(data),
         decode=decode,
         params=sampling_params(config, grammar, tokenizer, decode),
         kv_budget_tokens=config.sampler.kv_budget_tokens,

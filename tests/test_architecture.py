@@ -12,11 +12,22 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # The one order of the code, upstream first. A new module takes the place at which the data reaches it.
 ORDER = """
-    records rundir config compose grammar posterior tasks prompts verify rewards mar_kernels
+    records rundir config compose grammar posterior sandbox verify tasks prompts rewards mar_kernels
     attention model weights draw cache sampler rollout batch advantages losses optim checkpoint
     metrics log evaluate fetch lessons sft job train plan plots report show
 """.split()
-TEXT_SIDE = {"records", "rundir", "config", "compose", "grammar", "posterior", "tasks", "prompts", "verify", "rewards"}
+TEXT_SIDE = {
+    "records",
+    "rundir",
+    "config",
+    "compose",
+    "grammar",
+    "posterior",
+    "tasks",
+    "prompts",
+    "verify",
+    "rewards",
+} | {"sandbox"}
 MAY_SEE_HYDRA = {"rundir", "config", "compose", "train"}
 
 
