@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 ORDER = """
     records rundir config compose grammar posterior sandbox verify tasks prompts rewards mar_kernels
     attention model weights draw cache sampler rollout batch advantages losses optim checkpoint
-    metrics log evaluate fetch lessons sft job train plan plots report show
+    metrics log evaluate fetch lessons sft job __main__ train plan plots report show
 """.split()
 TEXT_SIDE = {
     "records",
@@ -40,6 +40,8 @@ def module_of(file: Path) -> str:
     parts = file.relative_to(ROOT).parts
     if parts[0] == "kernels":
         return "mar_kernels"
+    if file.stem == "__main__":  # a command of the package, not what others import
+        return "__main__"
     return parts[1] if len(parts) > 2 else file.stem.replace("__init__", "")
 
 
