@@ -15,7 +15,7 @@ from mar.grammar import Grammar
 from mar.job import load_data
 from mar.log import Display
 from mar.prompts import build_prompt, fit_grammar, load_tokenizer
-from mar.records import UserError
+from mar.records import Prompt, UserError
 from mar.tasks import get_task
 
 
@@ -28,7 +28,7 @@ def main(words: list[str]) -> None:
     tokenizer = load_tokenizer(folder)
     plain = Grammar(r.form, r.num_answers, r.layout, config.model.thinking, r.analysis, r.other)
     grammar = fit_grammar(plain, tokenizer)
-    prompts = []
+    prompts: list[Prompt] = []
     for split in ("train", "validation", "test"):
         examples = load_data(config, split, config.data.num_train, config.seed, display)
         prompts = prompts or [build_prompt(example, grammar, tokenizer, noun) for example in examples]

@@ -113,7 +113,8 @@ def load_bayes(source: Source) -> Loaded:
     conditions, findings, prior, present = _statistics(folder if folder.is_dir() else folder.parent)
     spread = prior @ (present - prior @ present) ** 2  # findings that tell conditions apart are asked for more often
     rng = np.random.default_rng([SPLITS.index(source.split), source.seed])
-    examples, seen = [], set()
+    examples: list[Example] = []
+    seen: set[str] = set()
     dropped: Counter[str] = Counter()
     while len(examples) < source.num:
         condition, size = rng.choice(len(prior), p=prior), rng.choice(NUM_ASKED)
