@@ -23,7 +23,7 @@ STAMP := $(ENV)/.mar-$(shell echo '$(CURDIR)' | cksum | cut -d' ' -f1)
 CPU := OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES=''
 PYTEST := $(CPU) $(BIN)/python -m pytest -q
 
-.PHONY: help setup train test test-slow lint format check smoke golden budget bench report gpu
+.PHONY: help setup train test test-slow lint format check smoke golden golden-update budget bench report gpu
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -51,7 +51,7 @@ test: setup ## the tests that a CPU does in at most 3 minutes
 	$(PYTEST) -n 2 -m 'not slow and not gpu' $(ARGS)
 
 test-slow: setup ## the other tests that need no GPU
-	$(PYTEST) -m 'slow and not gpu' $(ARGS)
+	$(PYTEST) -n 2 -m 'slow and not gpu' $(ARGS)
 
 lint: setup ## ruff and mypy
 	$(BIN)/ruff check .
@@ -69,6 +69,9 @@ smoke: setup ## two real steps of the main job, in a temporary folder
 
 golden: setup ## the committed loss values come out again
 	$(PYTEST) -m golden
+
+golden-update: setup ## write the golden values again and show what changed
+	PYTHONPATH=.:kernels $(CPU) $(BIN)/python tests/test_golden.py
 
 budget: setup ## lines of code against the budget
 	$(BIN)/python tests/line_budget.py

@@ -11,8 +11,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from mar.evaluate import SHOWN_METRICS
 from mar.log import shown
+from mar.metrics import SHOWN_METRICS
 
 ROOT = Path(__file__).parents[1]
 BLOCK = re.compile(r"(?P<open><!-- logs? (?P<paths>[^>]+?) -->\n).*?(?P<close><!-- end -->)", re.DOTALL)

@@ -1,5 +1,8 @@
-"""From reward components to one advantage per completion token."""
+"""From reward components to one advantage per completion token. What changes a reward changes `components`, before credit is given."""
 
+from dataclasses import replace
+
+import torch
 from torch import Tensor
 
 from mar.batch import Batch
@@ -7,12 +10,77 @@ from mar_kernels import answer_advantages
 
 
 def token_advantages(batch: Batch, credit: str, baseline: str, scale: str) -> Tensor:
-    """Advantages [B, T] float64, zero outside completions; the whole step at once (see mar_kernels.answer_advantages for the estimators)."""
+    """Advantages [B, T] float64, zero outside completions; the whole step at once (see mar_kernels.answer_advantages for the estimators).
+
+    scale `whiten`: the mean and the standard deviation of all trained tokens are taken out (REINFORCE++, arXiv 2501.03262, eq. 9).
+    """
     weights = batch.components.new_ones(batch.components.shape[1])  # components arrive weighted
-    advantages = answer_advantages(
-        batch.components, weights, batch.first_open, batch.segment_ids, batch.group_ids, credit, baseline, scale
-    )
-    return advantages * batch.completion_mask
+    columns = (batch.components, weights, batch.first_open, batch.segment_ids, batch.group_ids)
+    advantages = answer_advantages(*columns, credit, baseline, "none" if scale == "whiten" else scale)
+    return (whiten(advantages, batch.loss_mask) if scale == "whiten" else advantages) * batch.completion_mask
+
+
+def whiten(advantages: Tensor, mask: Tensor) -> Tensor:
+    """[B, T] with mean 0 and standard deviation 1 over the tokens of `mask`; a batch without spread is only centred."""
+    chosen = advantages[mask]
+    mean = chosen.sum() / max(len(chosen), 1)
+    std = ((chosen - mean) ** 2).sum().div(max(len(chosen) - 1, 1)).sqrt()
+    return (advantages - mean) / (std + 1e-8 if std > 1e-4 else 1.0)
+
+
+def best_of_k_advantages(batch: Batch, k: int) -> Tensor:
+    """The advantage of each completion for the best of k samples instead of the mean, on all of its tokens, [B, T].
+
+    A_i = k x mean over the sets J of k - 1 other completions of (max(r_i, max_J r) - max_J r): what i adds to a set of k. The mean of
+    A_i grad log pi is an unbiased gradient of E[max of k rewards], for rewards of 0 and 1 of pass@k (arXiv 2505.15201, section 4; what is
+    subtracted does not depend on sample i). Groups need at least k completions, 2 <= k.
+    """
+    out = torch.zeros_like(batch.totals)
+    for group in batch.group_ids.unique():
+        members = (batch.group_ids == group).nonzero()[:, 0]
+        rewards, order = batch.totals[members].sort()
+        n = len(members)
+        below = torch.arange(
+            n - 1, dtype=rewards.dtype, device=rewards.device
+        )  # of the m-th of n - 1 others, m are lower
+        chance = torch.ones_like(below)  # that it is the largest of k - 1: C(m, k - 2) / C(n - 1, k - 1)
+        for i in range(k - 2):
+            chance = chance * (below - i).clamp(min=0) / (n - 2 - i)
+        chance = chance * (k - 1) / (n - 1)
+        for i in range(n):
+            others = torch.cat([rewards[:i], rewards[i + 1 :]])
+            out[members[order[i]]] = k * (chance * (rewards[i] - others).clamp(min=0)).sum()
+    return out[:, None] * batch.completion_mask
+
+
+def with_kl_cost(batch: Batch, kl: Tensor, coef: float) -> Batch:
+    """The batch paid `coef` less per nat of `kl` [B, T] (k1 in the reward).
+
+    The cost of a segment's tokens joins the component that is first open there: to-go credit stays exact, for no later segment excludes a cost
+    that is still to come.
+    """
+    start = batch.first_open.gather(1, batch.segment_ids)
+    cost = coef * kl.to(batch.components.dtype) * batch.loss_mask
+    return replace(batch, components=batch.components.scatter_add(1, start, -cost))
+
+
+def with_truncation_rule(batch: Batch, rule: str, max_completion_tokens: int, overlong_tokens: int) -> Batch:
+    """What becomes of completions that the length limit ended: `keep`; `mask` (their tokens are not trained on; they still count in baselines);
+    `penalise` (up to 1 less reward: linearly over the last `overlong_tokens` before the limit, 0: only at the limit). DAPO, arXiv 2503.14476,
+    section 3.4 and eq. 13."""
+    if rule == "keep":
+        return batch
+    cut = [r.completion.finish_reason == "length" for group in batch.groups for r in group]
+    truncated = torch.tensor(cut, device=batch.loss_mask.device)
+    if rule == "mask":
+        return replace(batch, loss_mask=batch.loss_mask & ~truncated[:, None])
+    if rule == "penalise":
+        over = batch.completion_mask.sum(1) - (max_completion_tokens - overlong_tokens)
+        penalty = torch.where(truncated, 1.0, (over.double() / max(overlong_tokens, 1)).clamp(0, 1))
+        components = batch.components.clone()
+        components[:, -1] -= penalty  # length is known at the very end
+        return replace(batch, components=components)
+    raise ValueError(f"unknown rule {rule!r}; known: keep, mask, penalise")
 
 
 def zero_group_frac(batch: Batch) -> float:

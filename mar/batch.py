@@ -4,7 +4,7 @@ Tokens are shifted once, in `pack_groups`; denominators are counted once, here, 
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import torch
@@ -37,6 +37,14 @@ class Batch:
         """Reward of each completion [B]."""
         return self.components.sum(1)
 
+    def take(self, chosen: Sequence[int]) -> tuple["Batch", Tensor]:
+        """The batch of some of its groups, in this order, and which rows they are [b]."""
+        ends = np.cumsum([len(group) for group in self.groups])
+        rows = [row for i in chosen for row in range(ends[i] - len(self.groups[i]), ends[i])]
+        index = torch.tensor(rows, device=self.group_ids.device)
+        tensors = {f.name: getattr(self, f.name)[index] for f in fields(self) if f.name != "groups"}
+        return replace(self, groups=tuple(self.groups[i] for i in chosen), **tensors), index
+
 
 def make_batch(
     groups: Sequence[Sequence[Rollout]], first_open: np.ndarray, device: torch.device | str = "cpu"
@@ -47,8 +55,6 @@ def make_batch(
     positions = torch.arange(int(lengths.max()))
     mask = positions < lengths[:, None]
     start, end = torch.tensor([r.completion.inserted for r in rows]).T[..., None]
-
-    judged = torch.tensor([[r.judged] for r in rows])
 
     def padded(columns: list[np.ndarray]) -> Tensor:
         tensors = [torch.from_numpy(np.ascontiguousarray(c)) for c in columns]
@@ -61,7 +67,7 @@ def make_batch(
         first_open=torch.from_numpy(first_open).expand(len(rows), -1).to(device),
         segment_ids=padded([r.segment_ids for r in rows]),
         completion_mask=mask.to(device),
-        loss_mask=(mask & judged & ~((positions >= start) & (positions < end))).to(device),
+        loss_mask=(mask & ~((positions >= start) & (positions < end))).to(device),
         sampler_logprobs=padded([r.completion.sampler_logprobs for r in rows]),
         full_logprobs=padded([r.completion.full_logprobs for r in rows]),
     )

@@ -54,7 +54,7 @@ class KVCache:
     own_lengths: Tensor  # [S] tokens of its own that a row has read
     row_prompt: Tensor  # [S] the prompt slot that a row reads
     members: Tensor  # [Q, M] the rows that read each prompt, padded with row 0
-    place: Tensor  # [S] where a row stands in `members`, flattened
+    place: Tensor  # [S] where a row stands in its line of `members`
 
     @classmethod
     def allocate(
@@ -120,10 +120,10 @@ class KVCache:
             own_keys, own_values = self.own_keys[layer], self.own_values[layer]
             own_keys[rows, :, self.own_lengths], own_values[rows, :, self.own_lengths] = k, v
             own, own_lse = mix(q, own_keys[:, :, :width], own_values[:, :, :width], unread)
-            grouped = rearrange(q[self.members], "g m h r d -> g h (m r) d")
+            grouped = rearrange(q.transpose(0, 1)[:, self.members], "h g m r d -> g h (m r) d")  # one gather, no copy
             parts = mix(grouped, self.prompt_keys[layer], self.prompt_values[layer], padding)
-            split = "g h (m r) d -> (g m) h r d"
-            shared, lse = (rearrange(x, split, m=self.members.shape[1])[self.place] for x in parts)
+            split = "g h (m r) d -> g m h r d"
+            shared, lse = (rearrange(x, split, m=self.members.shape[1])[self.row_prompt, self.place] for x in parts)
             share = torch.sigmoid(lse - own_lse)  # the prompt's part of the softmax mass
             return rearrange(own + share * (shared - own), "s h r d -> s (h r) d").to(q.dtype)
 
@@ -135,7 +135,7 @@ class KVCache:
         place = [0] * len(row_prompt)
         for row, slot in enumerate(row_prompt):
             if slot >= 0:
-                place[row] = slot * most + len(members[slot])
+                place[row] = len(members[slot])
                 members[slot].append(row)
         table = [rows + [0] * (most - len(rows)) for rows in members]
         lines = (table, place, [max(slot, 0) for slot in row_prompt])

@@ -16,10 +16,18 @@ from typing import Any
 
 import torch.distributed.checkpoint as dcp
 from torch import nn
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    get_model_state_dict,
+    get_state_dict,
+    set_model_state_dict,
+    set_state_dict,
+)
 from torch.optim import Optimizer
 
+from mar.distributed import ALONE, World
+
 MANIFEST = "manifest.json"
+Trained = tuple[nn.Module, Optimizer]
 
 
 @dataclass(frozen=True)
@@ -52,14 +60,39 @@ def _sync(path: Path) -> None:
         os.close(handle)
 
 
-def save(folder: Path, step: int, model: nn.Module, optimizer: Optimizer, keep: int) -> Path:
-    """Write the state after `step` updates as `folder/step<step>` and keep the newest `keep`; a crash at any point leaves the older ones usable."""
+def _state(model: nn.Module, optimizer: Optimizer, critic: Trained | None) -> dict[str, Any]:
+    parts = {"": (model, optimizer)} | ({"critic_": critic} if critic else {})
+    states = {prefix: get_state_dict(*part) for prefix, part in parts.items()}
+    return {f"{p}{name}": s for p, pair in states.items() for name, s in zip(("model", "optimizer"), pair, strict=True)}
+
+
+def save(
+    folder: Path,
+    step: int,
+    model: nn.Module,
+    optimizer: Optimizer,
+    keep: int,
+    critic: Trained | None = None,
+    world: World = ALONE,
+) -> Path:
+    """Write the state after `step` updates as `folder/step<step>` and keep the newest `keep`; a crash at any point leaves the older ones usable.
+    Every rank writes its shards, rank 0 publishes them."""
     target, temporary = folder / f"step{step:06d}", folder / f"step{step:06d}.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    weights, moments = get_state_dict(model, optimizer)
+    if world.leads:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+    world.wait()
     with _quiet():
-        dcp.save({"model": weights, "optimizer": moments}, checkpoint_id=temporary, no_dist=True)
+        dcp.save(_state(model, optimizer, critic), checkpoint_id=temporary, no_dist=world.size == 1)
+    if world.leads:
+        _publish(temporary, target, step, keep)
+    world.wait()
+    return target
+
+
+def _publish(temporary: Path, target: Path, step: int, keep: int) -> None:
+    """Manifest, fsyncs, rename; then the oldest go."""
+    folder = target.parent
     files = sorted(p for p in temporary.iterdir() if p.is_file())
     manifest: dict[str, Any] = {"step": step, "files": {p.name: _sha256(p) for p in files}}
     (temporary / MANIFEST).write_text(json.dumps(manifest, indent=2))
@@ -71,7 +104,6 @@ def save(folder: Path, step: int, model: nn.Module, optimizer: Optimizer, keep: 
     _sync(folder)
     for old in sorted(folder.glob("step" + "[0-9]" * 6))[:-keep]:
         shutil.rmtree(old)
-    return target
 
 
 def _fault(path: Path) -> str | None:
@@ -101,10 +133,21 @@ def newest(folder: Path) -> Found | None:
     return None
 
 
-def restore(found: Found, model: nn.Module, optimizer: Optimizer) -> None:
-    """Load weights and optimizer state in place."""
-    weights, moments = get_state_dict(model, optimizer)
-    state: dict[str, Any] = {"model": weights, "optimizer": moments}
+def restore(
+    found: Found, model: nn.Module, optimizer: Optimizer, critic: Trained | None = None, world: World = ALONE
+) -> None:
+    """Load weights and optimizer state in place, of a run with a critic also the critic's, whatever the number of ranks that wrote them."""
+    state = _state(model, optimizer, critic)
+    with _quiet():
+        dcp.load(state, checkpoint_id=found.path, no_dist=world.size == 1)
+    set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+    if critic:
+        set_state_dict(*critic, model_state_dict=state["critic_model"], optim_state_dict=state["critic_optimizer"])
+
+
+def restore_weights(found: Found, model: nn.Module) -> None:
+    """Load the weights alone, in place."""
+    state: dict[str, Any] = {"model": get_model_state_dict(model)}
     with _quiet():
         dcp.load(state, checkpoint_id=found.path, no_dist=True)
-    set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+    set_model_state_dict(model, state["model"])

@@ -11,6 +11,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import yaml
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra.errors import HydraException
@@ -18,7 +19,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from mar import rundir
-from mar.config import Config, DataOptions, ModelOptions, RewardOptions
+from mar.config import AlgoOptions, Config, DataOptions, ModelOptions, RewardOptions
 from mar.records import UserError
 
 CONF_DIR = Path(__file__).resolve().parents[1] / "conf"
@@ -74,12 +75,55 @@ def _reward_faults(reward: RewardOptions) -> Iterator[str]:
         yield f"reward.rank_weights={weights} must not rise from rank to rank nor fall below 0: sort them"
 
 
-def _run_faults(config: Config) -> Iterator[str]:
-    algo, betas, steps, stop_at = config.algo, config.optim.betas, config.train.steps, config.train.stop_at
-    if algo.group_size == 1 and algo.baseline != "none":
+def _group_faults(algo: AlgoOptions, num_answers: int) -> Iterator[str]:
+    if algo.group_size == 1 and algo.baseline in ("leave_one_out", "mean"):
         yield f"algo.group_size=1 leaves algo.baseline={algo.baseline} nothing to compare with: take 2 or baseline=none"
     if algo.group_size == 1 and algo.scale_by == "group_std":
         yield "algo.group_size=1 has no spread for algo.scale_by=group_std: take 2 or more, or scale_by=none"
+    if algo.group_size == 1 and algo.resample:
+        yield f"algo.group_size=1 never has spread, so algo.resample={algo.resample} would replace everything: set it to 0"
+    if algo.pass_k > algo.group_size:
+        yield f"algo.pass_k={algo.pass_k} needs as many completions: algo.group_size={algo.group_size}"
+    if algo.pass_k > 1 and (num_answers, algo.credit, algo.baseline, algo.scale_by) != (
+        1,
+        "set",
+        "leave_one_out",
+        "none",
+    ):
+        yield (
+            f"algo.pass_k={algo.pass_k} has a baseline of its own, for single answers: set reward.num_answers=1, "
+            "algo.credit=set, algo.baseline=leave_one_out and algo.scale_by=none"
+        )
+
+
+def _algo_faults(algo: AlgoOptions, max_completion_tokens: int, steps: int) -> Iterator[str]:
+    if (algo.top_k, algo.top_p, algo.min_p) != (0, 1.0, 0.0) and algo.importance == "none":
+        yield "algo.top_k, top_p and min_p draw from another distribution than is trained: set algo.importance=truncated"
+    if algo.epochs * algo.minibatches > 1 and algo.loss == "reinforce":
+        yield "algo.loss=reinforce takes one update per batch: set algo.epochs=1 and algo.minibatches=1, or loss=ppo, gspo or cispo"
+    if algo.minibatches > algo.prompts_per_step:
+        yield f"algo.minibatches={algo.minibatches} are cut from algo.prompts_per_step={algo.prompts_per_step} whole groups: lower it"
+    if algo.overlong_tokens and algo.truncated != "penalise":
+        yield f"algo.overlong_tokens={algo.overlong_tokens} belongs to algo.truncated=penalise: set both or neither"
+    if algo.overlong_tokens > max_completion_tokens:
+        yield f"algo.overlong_tokens={algo.overlong_tokens} is above model.max_completion_tokens={max_completion_tokens}: lower it"
+    if algo.name == "ppo" and algo.baseline != "value":
+        yield f"algo=ppo is PPO with a critic and algo.baseline={algo.baseline} has none: set it to value, or take algo=grpo"
+    if algo.baseline == "value" and (algo.credit == "own" or algo.scale_by in ("group_std", "batch_std")):
+        yield (
+            f"algo.baseline=value goes with algo.credit=to_go or set and algo.scale_by=none or whiten, not {algo.credit} "
+            f"and {algo.scale_by}"
+        )
+    if algo.critic_warmup and algo.baseline != "value":
+        yield f"algo.critic_warmup={algo.critic_warmup} needs a critic: set algo.baseline=value"
+    if algo.critic_warmup >= steps:
+        yield f"algo.critic_warmup={algo.critic_warmup} leaves no step for the policy: train.steps={steps}"
+
+
+def _run_faults(config: Config) -> Iterator[str]:
+    betas, steps, stop_at = config.optim.betas, config.train.steps, config.train.stop_at
+    yield from _group_faults(config.algo, config.reward.num_answers)
+    yield from _algo_faults(config.algo, config.model.max_completion_tokens, steps)
     if not re.fullmatch(r"\w[\w.+-]*", config.name):
         yield f"name={config.name!r} becomes a folder: use letters, digits and . _ + - only"
     if stop_at is not None and stop_at > steps:
@@ -90,8 +134,6 @@ def _run_faults(config: Config) -> Iterator[str]:
         re.compile(config.model.trainable)
     except re.error as error:
         yield f"model.trainable={config.model.trainable!r} is no regular expression: {error}"
-    if config.scale.num_gpus > 1:
-        yield f"scale={config.scale.name} is a machine of several GPUs, which cannot be used yet: take scale=h100x1"
 
 
 def validate(config: Config) -> Config:
@@ -113,6 +155,26 @@ def from_omegaconf(config: Any) -> Config:
     if added := [key for key in rundir.flatten(given) if key not in known]:
         raise UserError(f"{', '.join(added)}: no such key in the schema; `--cfg job` shows all there are")
     return tree
+
+
+def load_config(file: Path, overrides: Sequence[str] = ()) -> Config:
+    """The config that a run wrote, with `key=value` words over it. UserError where another version of the schema wrote it."""
+    try:
+        saved = dict(yaml.safe_load(file.read_text(encoding="utf-8")))
+        saved.pop("provenance", None)
+        if saved["data"]["num_eval"] == saved["eval"]["num_items"]:
+            del saved["data"]["num_eval"]  # it followed the other
+        words = OmegaConf.from_dotlist(list(overrides))
+        tree = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), saved, words))
+    except OSError:
+        raise UserError(f"{file} cannot be read: name a folder that mar.train wrote") from None
+    except (OmegaConfBaseException, yaml.YAMLError, KeyError, TypeError, ValueError) as error:
+        why = " ".join(str(error).split())[:120]
+        raise UserError(
+            f"{file} is damaged, of another version of mar, or an override does not fit it: {why}"
+        ) from None
+    assert isinstance(tree, Config)
+    return validate(tree)
 
 
 def compose(overrides: Sequence[str] = (), check: bool = True) -> Config:

@@ -64,14 +64,39 @@ class DataOptions:
 class AlgoOptions:
     """`conf/algo/*.yaml`: from rewards to a gradient."""
 
-    name: str = one_of("reinforce")
+    name: str = one_of(*"reinforce rloo grpo dr_grpo dapo gspo cispo reinforce_pp ppo paper".split())
     group_size: int = number(8, low=1)  # completions per prompt
     prompts_per_step: int = number(32, low=1)
     temperature: float = number(1.0, low=0, above=True)
+    top_k: int = number(0, low=0)  # 0 = all; these three need importance=truncated
+    top_p: float = number(1.0, low=0, high=1, above=True)
+    min_p: float = number(0.0, low=0, high=1)
+    resample: int = number(
+        0, low=0
+    )  # times that groups without spread are replaced by other prompts' (dynamic sampling)
+    truncated: str = one_of("keep", "mask", "penalise")  # what becomes of completions that hit the length limit
+    overlong_tokens: int = number(0, low=0)  # truncated=penalise grows over so many tokens before the limit
     credit: str = one_of("to_go", "set", "own")
-    baseline: str = one_of("leave_one_out", "mean", "none")
-    scale_by: str = one_of("none", "group_std", "batch_std")
+    baseline: str = one_of("leave_one_out", "mean", "none", "value")  # value: a critic
+    scale_by: str = one_of("none", "group_std", "batch_std", "whiten")
+    pass_k: int = number(1, low=1)  # train the best of so many samples (pass@k) instead of the mean
+    loss: str = one_of("reinforce", "ppo", "gspo", "cispo")
+    clip_low: float = number(0.2, low=0, high=1)  # ratios from 1 - clip_low
+    clip_high: float = number(0.2, low=0)  # to 1 + clip_high
     aggregation: str = one_of("token_mean", "sequence_mean", "constant")
+    epochs: int = number(1, low=1)  # passes over each rollout batch
+    minibatches: int = number(1, low=1)  # optimizer steps per pass, on whole groups
+    importance: str = one_of("none", "truncated")  # weights of trainer against sampler
+    importance_cap: float = number(2.0, low=1)
+    kl: str = one_of("k3", "k2", "k1")  # against the first policy: k1 in the reward, k2 and k3 in the loss
+    kl_coef: float = number(0.0, low=0)  # 0: no reference model
+    entropy_coef: float = number(0.0, low=0)
+    entropy_decay: bool = False  # linearly to 0 over train.steps
+    gae_lambda: float = number(0.95, low=0, high=1)
+    value_clip: float = number(0.2, low=0, above=True)
+    critic_lr: float = number(1e-5, low=0, above=True)
+    critic_warmup: int = number(0, low=0)  # first steps that train the critic alone
+    max_skips: int = number(3, low=1)  # steps in a row with a loss or gradient that is not finite
 
 
 @dataclass
@@ -122,7 +147,8 @@ class ScaleOptions:
     name: str = MISSING
     num_gpus: int = number(0, low=0)
     data_source: str = one_of("embedded", "hub", "path", default=MISSING)
-    dtype: str = one_of("float32", "bfloat16")
+    dtype: str = one_of("float32", "bfloat16", "float64")  # of computation; parameters are float32 at least
+    replicas: int = number(1, low=1)  # copies of the sharded model (HSDP); the processes of each share it
     kv_budget_tokens: int = number(MISSING, low=1)
     micro_batch_tokens: int = number(MISSING, low=1)
 
@@ -145,6 +171,7 @@ class TrainOptions:
     steps: int = number(300, low=1)
     stop_at: int | None = number(None, low=1)  # stop after this step as if interrupted; the schedule keeps its length
     micro_batch_tokens: int = number("${scale.micro_batch_tokens}", low=1)
+    checkpoint_activations: bool = False  # compute each block again in the backward pass: same gradients, less memory
 
 
 @dataclass
@@ -162,6 +189,7 @@ class CheckpointOptions:
 @dataclass
 class LoggerOptions:
     console: str = one_of("auto", "rich", "plain")
+    wandb: str = one_of("off", "offline", "online")  # a mirror of metrics.jsonl; the run never waits for it long
 
 
 @dataclass

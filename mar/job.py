@@ -1,10 +1,11 @@
 """What the training loop needs, built once from the config: data, prompts, model, optimizer. All that can fail on a user's input fails here."""
 
+import copy
 import os
 import platform
 import subprocess
-from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,20 +14,21 @@ import torch
 
 from mar import __version__
 from mar.cache import capacity
-from mar.config import Config, DataOptions, RewardOptions
-from mar.draw import SamplingParams
-from mar.evaluate import Protocol
+from mar.config import Config, RewardOptions
+from mar.critic import Critic
+from mar.distributed import ALONE, World, gather_weights, shard
+from mar.draw import SamplingParams, Truncation
 from mar.grammar import Grammar, render
-from mar.log import Display
+from mar.log import Display, append_jsonl
 from mar.model import Decoder
 from mar.optim import make_optimizer
 from mar.prompts import build_prompt, fit_grammar, load_tokenizer
+from mar.protocol import Protocol
 from mar.records import Example, Prompt, UserError
 from mar.rewards import RewardSpec, first_open
 from mar.rollout import Decode, make_decode
-from mar.sandbox import check_sandbox
 from mar.tasks import get_task
-from mar.tasks.common import Source, aim
+from mar.tasks.common import Source
 from mar.tasks.medqa import chance_line
 from mar.weights import load_model
 
@@ -44,10 +46,30 @@ class Job:
     prompts: tuple[Prompt, ...]
     protocol: Protocol
     first_open: np.ndarray
+    world: World
+    whole: Decoder | None  # an unsharded copy to sample from, where the policy is sharded
+    reference: Decoder | None  # the first policy, where there is a KL term
+    critic: tuple[Critic, torch.optim.Optimizer] | None
 
-    def prompts_of(self, step: int) -> list[Prompt]:
-        """The prompts of a step, from the seed and the step alone: each epoch is a new order of all prompts."""
+    def sampler(self) -> Decoder:
+        """The policy of this moment, in one piece."""
+        if self.whole is None:
+            return self.model
+        gather_weights(self.model, self.whole)
+        return self.whole
+
+    def write(self, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Append rows to a jsonl file of the run."""
+        if self.world.leads:
+            append_jsonl(self.folder / name, rows)
+
+    def prompts_of(self, step: int, attempt: int = 0) -> list[Prompt]:
+        """The prompts of a step, from the seed and the step alone: each epoch is a new order of all prompts. A later `attempt` (algo.resample)
+        draws others out of turn."""
         per_step, count = self.config.algo.prompts_per_step, len(self.prompts)
+        if attempt:
+            drawn = np.random.default_rng([self.config.seed, step, attempt]).choice(count, per_step, per_step > count)
+            return [self.prompts[i] for i in drawn]
         chosen = []
         for place in range(step * per_step, (step + 1) * per_step):
             order = np.random.default_rng([self.config.seed, place // count]).permutation(count)
@@ -58,31 +80,27 @@ class Job:
 def load_data(config: Config, split: str, num: int | None, seed: int, display: Display) -> list[Example]:
     """The examples of a split; says what was dropped, and what guessing is worth where options are shown."""
     data = config.data
-    shared = {item.name for item in fields(Source)} - {"kind", "split", "num", "seed"}
-    source = Source(data.source, split, num, seed, **{name: getattr(data, name) for name in shared})
+    source = Source(data.source, split, num, seed, data.path, data.hub_id, data.max_gold_words, data.show_options)
     loaded = get_task(data.task).load(source)
     if loaded.dropped:
         display.say(f"{split}: dropped " + ", ".join(f"{n} ({why})" for why, n in sorted(loaded.dropped.items())))
     if loaded.num_options:
         display.say(f"{split}: {chance_line(config.reward.num_answers, loaded.num_options)}")
-    return aim(loaded.examples, data.target)
-
-
-def verifier_of(data: DataOptions) -> str:
-    """The verifier of the task; for programs that of the sandbox asked for, which must work here."""
-    verifier = get_task(data.task).verifier
-    if verifier == "program":
-        check_sandbox(data.sandbox)
-        return "program_unsafe" if data.sandbox == "unsafe" else verifier
-    return verifier
+    return loaded.examples
 
 
 def make_prompts(
-    config: Config, examples: Sequence[Example], grammar: Grammar, tokenizer: Any, split: str, display: Display
+    config: Config,
+    examples: Sequence[Example],
+    grammar: Grammar,
+    tokenizer: Any,
+    split: str,
+    display: Display,
+    style: str = "ranked",
 ) -> tuple[Prompt, ...]:
     """Prompts of all examples; those over the limit are dropped and counted, never cut."""
     noun, limit = get_task(config.data.task).noun, config.model.max_prompt_tokens
-    prompts = [build_prompt(example, grammar, tokenizer, noun) for example in examples]
+    prompts = [build_prompt(example, grammar, tokenizer, noun, style) for example in examples]
     kept = tuple(p for p in prompts if len(p.ids) <= limit)
     if len(kept) < len(prompts):
         dropped, longest = len(prompts) - len(kept), max(len(p.ids) for p in prompts)
@@ -132,6 +150,7 @@ def sampling_params(config: Config, grammar: Grammar, tokenizer: Any, decode: De
         longest,
         config.algo.temperature,
         tuple(sorted(stops)),
+        Truncation(config.algo.top_k, config.algo.top_p, config.algo.min_p),
         stop_strings=tuple(s.stop_strings),
         think_budget=s.think_budget,
         think_close=close,
@@ -139,7 +158,7 @@ def sampling_params(config: Config, grammar: Grammar, tokenizer: Any, decode: De
     )
 
 
-def build_job(config: Config, folder: Path, model_folder: Path, display: Display) -> Job:
+def build_job(config: Config, folder: Path, model_folder: Path, display: Display, world: World = ALONE) -> Job:
     """Load data, tokenizer and model and prepare every prompt. Raises UserError with one sentence for whatever a user can get wrong."""
     model, data, r, o = config.model, config.data, config.reward, config.optim
     endless = data.source == "embedded" and data.num_train is None  # then as many patients as the run will see
@@ -154,21 +173,34 @@ def build_job(config: Config, folder: Path, model_folder: Path, display: Display
     longest = max(len(p.ids) for p in prompts)
     # refuses a budget below one group before the model is loaded
     capacity([longest], [config.algo.group_size], model.max_completion_tokens, config.sampler.kv_budget_tokens)
-    gpu = config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available())
-    policy = load_model(model_folder, dtype=getattr(torch, config.scale.dtype), device="cuda" if gpu else "cpu")
+    dtype, whole = getattr(torch, config.scale.dtype), None
+    # at lr 1e-6 a bfloat16 parameter would not move
+    policy = load_model(model_folder, dtype=torch.promote_types(dtype, torch.float32), device=world.device)
+    policy.checkpoint_blocks = config.train.checkpoint_activations
+    reference = copy.deepcopy(policy).requires_grad_(False) if config.algo.kl_coef else None
+    critic = Critic(policy) if config.algo.baseline == "value" else None
+    if world.size > 1 or world.device.type == "cuda":
+        with torch.device("meta"):
+            whole = Decoder(policy.config).to(dtype).requires_grad_(False)
+        whole.to_empty(device=world.device)
+        for part in filter(None, (policy, reference, critic)):
+            shard(part, world, config.scale)
     decode = make_decode(tokenizer)
     protocol = Protocol(
         prompts=make_prompts(config, held_out, grammar, tokenizer, data.eval_split, display),
         grammar=grammar,
         spec=spec,
-        verifier=verifier_of(data),
+        verifier=get_task(data.task).verifier,
         decode=decode,
         params=sampling_params(config, grammar, tokenizer, decode),
         kv_budget_tokens=config.sampler.kv_budget_tokens,
         seed=config.seed,
     )
-    optimizer = make_optimizer(policy, o.lr, (o.betas[0], o.betas[1]), o.eps, o.weight_decay, config.model.trainable)
-    return Job(config, folder, policy, optimizer, prompts, protocol, first_open(grammar, spec))
+    adamw = ((o.betas[0], o.betas[1]), o.eps, o.weight_decay)
+    optimizer = make_optimizer(policy, o.lr, *adamw, config.model.trainable)
+    valued = (critic, make_optimizer(critic, config.algo.critic_lr, *adamw)) if critic else None
+    opens = first_open(grammar, spec)
+    return Job(config, folder, policy, optimizer, prompts, protocol, opens, world, whole, reference, valued)
 
 
 def environment() -> dict[str, Any]:

@@ -29,16 +29,17 @@ ANALYSES = (
 )
 PLAIN = Grammar("rlvr_single", 1, thinking=False)
 CONFIDENCES = tuple(f"{percent / 100:.2f}" for percent in range(101))
-SPREAD = 0.02  # with 0.1 a probability of .02 was taught as .10 and .10 as .14: too alike to be told apart
 Encode = Callable[[str], list[int]]
 
 
 @dataclass(frozen=True)
 class Hint:
-    """A `share` of a confidence's mass lies near the truth; its tokens count `counts` in the loss, for a small share moves little mass."""
+    """A `share` of a confidence's mass lies within about `spread` of the truth (.1 teaches .02 as .10 and .10 as .14: too alike to be told apart);
+    its tokens count `counts` in the loss, for a small share moves little mass."""
 
     share: float = 0.0
     counts: float = 1.0
+    spread: float = 0.02
 
 
 NO_HINT = Hint()
@@ -130,10 +131,11 @@ def draw_thoughts(question: str, rng: np.random.Generator) -> list[str | Field]:
     return ["Notable:", first, ",", draw(left, [1.0] * len(left), rng), "."]
 
 
-def confidence_weights(truth: float | None, share: float) -> list[float]:
-    """How probable each of CONFIDENCES is: uniform, but a `share` of the mass lies within about SPREAD of the truth, where that is known."""
-    near = np.exp(-np.abs(np.arange(101) / 100 - (truth or 0.0)) / SPREAD)
-    return ((1 - share) / 101 + share * near / near.sum()).tolist() if truth is not None and share else [1.0] * 101
+def confidence_weights(truth: float | None, hint: Hint) -> list[float]:
+    """How probable each of CONFIDENCES is: uniform, but for the hint where the truth is known."""
+    near = np.exp(-np.abs(np.arange(101) / 100 - (truth or 0.0)) / hint.spread)
+    share = hint.share if truth is not None else 0.0
+    return ((1 - share) / 101 + share * near / near.sum()).tolist()
 
 
 def demonstration(
@@ -158,7 +160,7 @@ def demonstration(
         if element.kind == "analysis":
             return [draw(ANALYSES, [1.0] * len(ANALYSES), rng)]
         truth = probability.get(answers[element.slot].text) if element.kind == "confidence" else None
-        return [draw(CONFIDENCES, confidence_weights(truth, hint.share), rng, hint.counts)]
+        return [draw(CONFIDENCES, confidence_weights(truth, hint), rng, hint.counts)]
 
     pieces: list[str | Field] = [""]
     for element in grammar.elements:
@@ -205,9 +207,8 @@ def soft_targets(
 
 @dataclass(frozen=True)
 class Lesson:
-    """Demonstrations for each prompt, and the distribution of each of its M tokens as a bag: `weights` [W] of token ids `alternatives` [W],
-    those of token m from `starts[m]` on; they add up to what the token counts, `counts` [M]. `entropy` (nats) is the least that the loss can
-    become."""
+    """Demonstrations for each prompt, and the distribution of each of its M tokens as a bag: `weights` [W] of token ids `alternatives` [W], those
+    of token m from `starts[m]` on; they add up to what the token counts, `counts` [M]. `entropy` (nats) is the least that the loss can become."""
 
     packed: PackedGroups
     alternatives: torch.Tensor

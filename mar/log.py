@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from mar.mirror import Mirror
 from mar.records import Rollout
 
 
@@ -28,9 +29,27 @@ def plain(value: Any) -> Any:
     return value
 
 
-def shown(value: float | None) -> str:
-    """A metric in a table."""
+def shown(value: float | Sequence[float | None] | None) -> str:
+    """A metric in a table; [value, low, high] with half of its interval."""
+    if isinstance(value, Sequence):
+        middle, low, high = value
+        return shown(middle) + ("" if low is None or high is None else f" ±{shown((high - low) / 2)}")
     return "–" if value is None else f"{value:.1f}" if abs(value) >= 10 else f"{value:.3f}"
+
+
+def read_jsonl(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
+    """The rows of a file, and `file:line` of every line that is no JSON object (a crash, a full disk): these are skipped."""
+    rows, broken = [], []
+    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").split("\n"), 1):
+        try:
+            row = json.loads(line) if line.strip() else None
+        except json.JSONDecodeError:
+            row = line
+        if isinstance(row, dict):
+            rows.append(row)
+        elif row is not None:
+            broken.append(f"{path}:{number}")
+    return rows, broken
 
 
 def append_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
@@ -66,8 +85,19 @@ def write_json(path: Path, document: Mapping[str, Any]) -> None:
     _replace(path, json.dumps(plain(document), indent=2) + "\n")
 
 
-def completion_row(rollout: Rollout, stage: str, step: int) -> dict[str, Any]:
-    """One line of `completions.jsonl`."""
+def runs_of(starts: Sequence[int], values: Sequence[float]) -> list[list[float]]:
+    """[[first character, value], ...] of each run of tokens with one value, to three digits: an advantage is constant over a segment."""
+    out: list[list[float]] = []
+    for start, value in zip(starts, (float(f"{v:.3g}") for v in values), strict=False):
+        if not out or out[-1][1] != value:
+            out.append([int(start), value])
+    return out
+
+
+def completion_row(
+    rollout: Rollout, stage: str, step: int, advantages: Sequence[float] | None = None
+) -> dict[str, Any]:
+    """One line of `completions.jsonl`. advantages [>= R]: one per token, kept as `runs_of` them."""
     example = rollout.prompt.example
     return {
         "step": step,
@@ -81,6 +111,7 @@ def completion_row(rollout: Rollout, stage: str, step: int) -> dict[str, Any]:
         "answers": rollout.answers,
         "confidences": rollout.confidences,
         "hits": rollout.hits,
+        "repeated": rollout.repeated,
         "reason": rollout.reason,
         "reward": rollout.total,
         "parts": rollout.parts,
@@ -88,6 +119,7 @@ def completion_row(rollout: Rollout, stage: str, step: int) -> dict[str, Any]:
         "finish_reason": rollout.completion.finish_reason,
         "num_tokens": len(rollout.completion.ids),
         "inserted": rollout.completion.inserted,
+        **({} if advantages is None else {"advantages": runs_of(rollout.token_starts.tolist(), advantages)}),
     }
 
 
@@ -107,6 +139,7 @@ class Display:
         self.live = mode == "rich" or (mode == "auto" and sys.stdout.isatty())
         self.first_step, self.num_steps, self.began = first_step, num_steps, time.perf_counter()
         self.progress: Progress | None = None
+        self.mirror: Mirror | None = None
 
     def say(self, text: str) -> None:
         self.console.print(text, highlight=False, soft_wrap=True, markup=False)
@@ -131,6 +164,8 @@ class Display:
 
     def step(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Show the metrics of a finished step (counted from 1)."""
+        if self.mirror:
+            self.mirror.step(step, plain(metrics))
         values = {label: metrics[key] for key, label in self.SHOWN.items() if metrics.get(key) is not None}
         line = "  ".join(
             f"{label} {value:,.0f}" if label == "tok/s" else f"{label} {value:.3f}" for label, value in values.items()
@@ -145,7 +180,7 @@ class Display:
     def table(self, title: str, columns: Mapping[str, Mapping[str, Any] | None], rows: Sequence[str]) -> None:
         """Metrics (rows) of several policies (columns)."""
         table = Table(title=title, title_justify="left")
-        table.add_column("")
+        table.add_column("", no_wrap=True)
         for name in columns:
             table.add_column(name, justify="right")
         for row in rows:

@@ -13,6 +13,7 @@ from mar.records import Example, Rollout
 from mar.verify import VERIFIERS, matching_increments
 
 NUM_BINS = 10
+SHOWN_METRICS = ("top1", "brier", "ece", "q_mse", "format_rate", "repeats_per_set", "tokens_per_set", "prompt_tokens")
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,46 @@ def q_mse(mass: np.ndarray, confidence: np.ndarray) -> float | None:
     """Mean (q - p)^2 against exact masses p over slots with a confidence."""
     seen = ~np.isnan(confidence)
     return float(((confidence - mass)[seen] ** 2).mean()) if seen.any() else None
+
+
+def auroc(mass: np.ndarray, confidence: np.ndarray) -> float | None:
+    """P(a right answer has the higher confidence than a wrong one), ties one half, over slots with a confidence; an exact mass counts as that
+    share of a right answer. None where all are right or all wrong."""
+    seen = ~np.isnan(confidence)
+    levels, at = np.unique(confidence[seen], return_inverse=True)
+    right, wrong = (np.bincount(at, w, minlength=len(levels)) for w in (mass[seen], 1 - mass[seen]))
+    return auroc_of_counts(right, wrong).item() if right.sum() * wrong.sum() > 0 else None
+
+
+def auroc_of_counts(right: np.ndarray, wrong: np.ndarray) -> np.ndarray:
+    """The same from how many right and wrong answers [..., L] each confidence has, in rising order -> [...], nan where undefined."""
+    below = wrong.cumsum(-1) - wrong / 2
+    pairs = right.sum(-1) * wrong.sum(-1)
+    return np.divide((right * below).sum(-1), pairs, out=np.full(pairs.shape, np.nan), where=pairs > 0)
+
+
+def set_value(mass: np.ndarray, confidence: np.ndarray) -> np.ndarray:
+    """[n] value E[sum y - mean Brier] of each set under exact masses [n, K]; a slot without a confidence is charged 1."""
+    loss = mass * (confidence - 1) ** 2 + (1 - mass) * confidence**2
+    return mass.sum(-1) - np.where(np.isnan(confidence), 1.0, loss).mean(-1)
+
+
+def tv_distance(mass: np.ndarray, confidence: np.ndarray) -> np.ndarray:
+    """[n] (sum |q - p| + |sum q - sum p|) / 2: total variation between what a set says and the posterior, the rest being one outcome; nan where
+    a slot has no confidence. masses and confidences [n, K]."""
+    return (np.abs(confidence - mass).sum(-1) + np.abs((confidence - mass).sum(-1))) / 2
+
+
+def union_curve(seen: np.ndarray, worth: np.ndarray) -> np.ndarray:
+    """[S] expected worth of what m = 1..S of the S sets show together, over all choices of m (for one outcome the unbiased pass@k estimator,
+    Chen et al. 2021). seen [S, U]: does set s show outcome u; worth [U]."""
+    num_sets, counts = len(seen), seen.sum(0)
+    out = np.empty(num_sets)
+    missed = np.ones(len(worth))  # C(S - c, m) / C(S, m)
+    for m in range(num_sets):
+        missed = missed * np.maximum(num_sets - counts - m, 0) / (num_sets - m)
+        out[m] = worth @ (1 - missed)
+    return out
 
 
 def set_metrics(rollouts: Sequence[Rollout], verifier: str = "text", confident: bool = True) -> dict[str, float | None]:

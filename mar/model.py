@@ -166,10 +166,12 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
         heads = rearrange(self.qkv(self.attention_norm(x)), "n (h d) -> n h d", d=cos.shape[-1])
-        q, k, v = heads.split((self.heads, self.kv_heads, self.kv_heads), dim=1)
+        both, v = heads.split((self.heads + self.kv_heads, self.kv_heads), dim=1)  # q and k: one norm, one rotation
         if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        out = attend(self.index, rotate(q, cos, sin), rotate(k, cos, sin), v)
+            weights = (self.q_norm.weight.expand(self.heads, -1), self.k_norm.weight.expand(self.kv_heads, -1))
+            both = F.rms_norm(both, both.shape[-1:], eps=self.q_norm.eps) * torch.cat(weights)
+        q, k = rotate(both, cos, sin).split((self.heads, self.kv_heads), dim=1)
+        out = attend(self.index, q, k, v)
         x = x + self.o(out.flatten(1))
         gate, up = self.gate_up(self.mlp_norm(x)).chunk(2, dim=-1)
         return x + self.down(F.silu(gate) * up)

@@ -5,6 +5,7 @@ import re
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from mar.records import UserError
 
@@ -41,6 +42,12 @@ def learning_rate(step: int, num_steps: int, lr: float, warmup_frac: float, sche
     if schedule == "constant":
         return lr
     raise ValueError(f"unknown schedule {schedule!r}; known: {', '.join(SCHEDULES)}")
+
+
+def clip_gradients(model: nn.Module, most: float) -> float:
+    """Scale all gradients so that their joint norm is at most `most`; returns what it was."""
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), most)
+    return (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:

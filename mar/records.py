@@ -13,13 +13,11 @@ class UserError(Exception):
 
 @dataclass(frozen=True)
 class Gold:
-    """One correct answer: its name, other accepted spellings, its probability where the task knows it; `tests` are the
-    Python statements that a program has to satisfy to be it (verifier `program`)."""
+    """One correct answer: its name, other accepted spellings, and its probability where the task knows it."""
 
     name: str
     aliases: tuple[str, ...] = ()
     probability: float | None = None
-    tests: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -29,7 +27,6 @@ class Example:
     `truth` says where the golds come from: `exact` (the true posterior, in `Gold.probability`), `survey` (shares of people), `uniform` (each gold
     equally right), `single` (one gold), `rule` (a program decides). `drawn` is the index of the gold that was drawn as this item's
     label where the golds form a distribution, else None. `multi_label`: several golds may be right at once.
-    `stratum` names the part of the data that it belongs to where a task has several (how much of the evidence was removed, say).
     """
 
     id: str
@@ -39,7 +36,6 @@ class Example:
     truth: str = "single"
     multi_label: bool = False
     drawn: int | None = None
-    stratum: str = ""
 
     def targets(self) -> tuple[Gold, ...]:
         """The golds that the reward pays for: the drawn label where there is one, else all of them."""
@@ -92,4 +88,6 @@ class Rollout:
     segment_ids: np.ndarray  # [R] int64
     total: float
     parts: dict[str, float] = field(default_factory=dict)  # named reward terms, for the log
-    judged: bool = True  # False: the verifier itself failed; the completion is not trained on
+    token_starts: np.ndarray = field(
+        default_factory=lambda: np.zeros(0, np.int64)
+    )  # [R] where in `text` each token begins

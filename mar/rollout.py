@@ -1,8 +1,7 @@
 """Prompts to rollouts: sample, read, verify, pay. Ends at rewards; nothing here is differentiated."""
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -11,10 +10,10 @@ import numpy as np
 from mar.draw import SamplingParams, stream_key
 from mar.grammar import Grammar, decode_with_starts, parse
 from mar.model import Decoder
-from mar.records import Completion, Gold, Prompt, Rollout
+from mar.records import Completion, Prompt, Rollout
 from mar.rewards import RewardSpec, reward
 from mar.sampler import Generation, Request, generate
-from mar.verify import KEYS, VERIFIERS, Unjudged, matching_increments, normalise, prepare, probabilities, repeats
+from mar.verify import VERIFIERS, matching_increments, repeats
 
 Decode = Callable[[tuple[int, ...]], str]
 REMEMBERED_TOKENS = 32  # longer texts do not come again
@@ -37,15 +36,16 @@ def sample(
     params: SamplingParams,
     kv_budget_tokens: int,
     identity: tuple[int | str, ...],
+    share: slice = slice(None),
 ) -> tuple[list[list[Completion]], Generation]:
-    """`group_size` completions of every prompt, and how the sampler did. `identity` (run seed, stage, step), prompt id, its occurrence and sample
-    index fix every draw."""
+    """`group_size` completions of every prompt of `share`, and how the sampler did. `identity` (run seed, stage, step), prompt id, its occurrence
+    among all prompts and sample index fix every draw."""
     seen: Counter[str] = Counter()  # a prompt asked twice in one step gets two different groups
     requests = []
     for p in prompts:
         requests.append(Request(p.ids, tuple(stream_key(*identity, p.id, seen[p.id], g) for g in range(group_size))))
         seen[p.id] += 1
-    generation = generate(model, requests, params, kv_budget_tokens)
+    generation = generate(model, requests[share], params, kv_budget_tokens)
     completions = [
         [
             Completion(g, s.ids, s.sampler_logprobs, s.full_logprobs, s.finish_reason, s.inserted)
@@ -63,16 +63,9 @@ def judge_completion(
     written = completion.ids[:-1] if completion.finish_reason == "stop" else completion.ids
     text, starts = decode_with_starts(written.tolist(), decode)
     parsed = parse(text, grammar, prompt.think_open)
-    example, verify, key, judged = prompt.example, VERIFIERS[verifier], KEYS.get(verifier, normalise), True
-    targets, hits, repeated = example.targets(), (0.0,) * grammar.num_answers, (False,) * grammar.num_answers
-    try:
-        if example.drawn is None and example.truth in ("exact", "survey"):
-            hits, targets = probabilities(parsed.answers, targets, verify), targets[:1]
-        else:
-            hits, _ = matching_increments(parsed.answers, targets, verify, key)
-        repeated = repeats(parsed.answers, example.golds, verify, key)
-    except Unjudged:
-        judged = False
+    targets = prompt.example.targets()
+    hits, _ = matching_increments(parsed.answers, targets, VERIFIERS[verifier])
+    repeated = repeats(parsed.answers, prompt.example.golds, VERIFIERS[verifier])
     earned = reward(parsed, hits, repeated, len(targets), grammar, spec)
     starts = np.append(starts, len(text))[: len(completion.ids)]  # the stop token starts where the text ends
     return Rollout(
@@ -87,8 +80,8 @@ def judge_completion(
         components=earned.components,
         segment_ids=parsed.segments(starts),
         total=earned.total,
-        parts={**earned.parts, "unjudged": float(not judged)},
-        judged=judged,
+        parts=earned.parts,
+        token_starts=starts,
     )
 
 
@@ -100,30 +93,8 @@ def judge_groups(
     verifier: str,
     decode: Decode,
 ) -> list[list[Rollout]]:
-    """Rollouts of every completion, each against its own prompt. One that could not be judged gets its group's mean
-    components: the baselines of the others then only shrink by one factor, and batch.py keeps it out of the loss."""
-    if verifier in KEYS:
-        prepare(verifier, _written(prompts, groups, grammar, decode))
-    judged = [
+    """Rollouts of every completion, each against its own prompt."""
+    return [
         [judge_completion(prompt, completion, grammar, spec, verifier, decode) for completion in group]
         for prompt, group in zip(prompts, groups, strict=True)
     ]
-    return [_fill(group) if not all(r.judged for r in group) else group for group in judged]
-
-
-def _written(
-    prompts: Sequence[Prompt], groups: Sequence[Sequence[Completion]], grammar: Grammar, decode: Decode
-) -> Iterator[tuple[str, Sequence[Gold]]]:
-    """(answer, golds) of everything that was written."""
-    for prompt, group in zip(prompts, groups, strict=True):
-        for completion in group:
-            written = completion.ids[:-1] if completion.finish_reason == "stop" else completion.ids
-            text, _ = decode_with_starts(written.tolist(), decode)
-            answers = parse(text, grammar, prompt.think_open).answers
-            yield from ((answer, prompt.example.targets()) for answer in answers if answer is not None)
-
-
-def _fill(group: list[Rollout]) -> list[Rollout]:
-    known = [r.components for r in group if r.judged]
-    mean = np.mean(known, axis=0) if known else np.zeros_like(group[0].components)
-    return [r if r.judged else replace(r, components=mean, total=float(mean.sum())) for r in group]

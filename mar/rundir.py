@@ -21,7 +21,7 @@ from mar.records import UserError
 
 LONGEST_VARIANT = 80
 # They name, place or show a run; they do not change it.
-NOT_A_VARIANT = {"seed", "name", "experiment", "out", "run_dir", "data.path", "train.stop_at"}
+NOT_A_VARIANT = {"seed", "name", "experiment", "sweep", "out", "run_dir", "data.path", "train.stop_at"}
 NOT_A_DIFFERENCE = {"train.stop_at", "out", "run_dir", "logger", "provenance"}
 
 

@@ -3,7 +3,7 @@
 Each prompt is computed once, for all rows of its group, whenever they run. No draw depends on the slot, the batch or the time: see draw.py.
 """
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -252,6 +252,7 @@ class _Slots:
         self.rows = {name: value[rows] for name, value in self.rows.items()}
         self.held, self.ages = self.held[live], self.ages[live]
         self.slot_of = {request: prompts.index(slot) for request, slot in self.slot_of.items()}
+        self.largest_group = max(Counter(self.owner[i] for i in self.held).values())
         self.reassign()
 
     def reassign(self) -> None:

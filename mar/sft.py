@@ -1,17 +1,15 @@
 """Supervised warm-up on the grammar: the model learns to answer in every form before reinforcement learning makes the answers good.
 
     python -m mar.sft --task clinic --model FOLDER --out FOLDER      (any supported checkpoint)
-    python -m mar.sft --task clinic --scratch --out FOLDER           (a small model of our own, with its tokenizer)
 
 experiments/embedded_model/recreate.sh makes the embedded model out of such stages. The result knows the grammar and the task's answers, but does
-not rank them, and rates them only as far as --hint says: the rest is left to the reward. `mar/lessons.py` says what is
-taught.
+not rank them, and rates them only as far as --hint says: the rest is left to the reward. `mar/lessons.py` says what is taught.
 """
 
 import argparse
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,74 +19,17 @@ import torch.nn.functional as F
 
 import mar_kernels
 from mar.attention import group_attention
-from mar.lessons import Hint, Lesson, demonstration, draw_grammar, make_encode, make_lesson, text_of
-from mar.model import Decoder, ModelConfig
+from mar.lessons import Hint, Lesson, make_encode, make_lesson
+from mar.model import Decoder
 from mar.optim import set_learning_rate
-from mar.prompts import instructions, load_tokenizer
-from mar.records import Example, UserError
+from mar.prompts import load_tokenizer
+from mar.records import Example
 from mar.tasks import get_task
 from mar.tasks.common import Source
 from mar.weights import load_model, save_model
 
 STEPS_PER_LOAD, SFT_SEED = 200, 1_000_000
 LR, DECAY = 1e-3, 0.7  # a low rate, and most of the way spent lowering it, did better than a higher one
-CHAT_TEMPLATE = (
-    "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
-)
-
-
-def train_tokenizer(examples: Sequence[Example], noun: str, vocab_size: int, folder: Path) -> None:
-    """A byte-level BPE tokenizer with a chat template. A confidence is written in digits, tags and most names are several tokens, and a
-    token may cross the border between two tags, as in large models."""
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    rng, texts, names = np.random.default_rng(0), [], [gold.name for example in examples for gold in example.golds]
-    for example in examples:
-        grammar, style = draw_grammar(rng)
-        texts += [
-            example.question,
-            instructions(grammar, noun, style),
-            text_of(demonstration(example, grammar, names, rng)),
-        ]
-    tokenizer = Tokenizer(models.BPE())
-    pieces = Regex(r"[0-9]+>(?:</?[a-z]+)?|>?</?[a-z]+|0?\.(?=[0-9])|[0-9]| ?[A-Za-z]+|\n| ?[^\sA-Za-z0-9<>]+|\s|.")
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(pieces, "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    special = ["<|pad|>", "<|end|>", "<|user|>", "<|assistant|>", "<|system|>"]
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    tokenizer.train_from_iterator(
-        texts,
-        trainers.BpeTrainer(
-            vocab_size=vocab_size, special_tokens=special, initial_alphabet=alphabet, show_progress=False
-        ),
-    )
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>", pad_token="<|pad|>")
-    fast.chat_template = CHAT_TEMPLATE
-    fast.save_pretrained(folder)
-
-
-def embedded_config(vocab_size: int) -> ModelConfig:
-    """The shape of the embedded model: Qwen3 in small."""
-    return ModelConfig.from_hf(
-        {
-            "architectures": ["Qwen3ForCausalLM"],
-            "vocab_size": vocab_size,
-            "hidden_size": 128,
-            "intermediate_size": 384,
-            "num_hidden_layers": 4,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "head_dim": 32,
-            "rms_norm_eps": 1e-6,
-            "rope_theta": 10000.0,
-            "max_position_embeddings": 2048,
-            "tie_word_embeddings": True,
-        }
-    )
 
 
 def lesson_loss(model: Decoder, lesson: Lesson) -> torch.Tensor:
@@ -137,7 +78,7 @@ def train(
     model: Decoder, tokenizer: Any, load: Callable[[int], list[Example]], noun: str, args: argparse.Namespace
 ) -> None:
     """Minimise the lessons' loss. The log shows `kl`: how many nats a completion lies above the least possible."""
-    optimizers = make_optimizers(model, args.lr, args.scratch or args.muon)
+    optimizers = make_optimizers(model, args.lr, args.muon)
     rng, began, encode = np.random.default_rng(args.seed), time.perf_counter(), make_encode(tokenizer)
     recent: list[float] = []
     examples: list[Example] = []
@@ -147,7 +88,14 @@ def train(
         first = step % STEPS_PER_LOAD * args.prompts
         chosen = [examples[(first + i) % len(examples)] for i in range(args.prompts)]
         lesson = make_lesson(
-            chosen, noun, tokenizer, encode, rng, step < args.plain_steps, Hint(args.hint, args.hint_counts), args.rows
+            chosen,
+            noun,
+            tokenizer,
+            encode,
+            rng,
+            step < args.plain_steps,
+            Hint(args.hint, args.hint_counts, args.hint_spread),
+            args.rows,
         )
         loss = lesson_loss(model, lesson)
         model.zero_grad()
@@ -171,12 +119,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", default="clinic")
     parser.add_argument("--path", help="jsonl of the task's examples; without it the embedded ones")
-    parser.add_argument("--model", type=Path, help="folder of the model to start from")
-    parser.add_argument(
-        "--scratch",
-        action="store_true",
-        help="start the embedded shape from random weights, with a tokenizer of its own",
-    )
+    parser.add_argument("--model", type=Path, required=True, help="folder of the model to start from")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument(
@@ -185,19 +128,17 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=32, help="prompts per step")
     parser.add_argument("--rows", type=int, default=1, help="completions per prompt")
     parser.add_argument("--lr", type=float, default=LR)
-    parser.add_argument("--muon", action="store_true", help="Muon for the matrices inside the blocks, as from scratch")
+    parser.add_argument("--muon", action="store_true", help="Muon for the matrices inside the blocks")
     parser.add_argument("--hint", type=float, default=0.0, help="share of a confidence's mass that lies near the truth")
     parser.add_argument(
         "--hint-counts", type=float, default=1.0, help="what each token of a confidence counts in the loss"
     )
-    parser.add_argument("--vocab", type=int, default=2048)
+    parser.add_argument("--hint-spread", type=float, default=Hint.spread, help="how far from it")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="of the saved weights")
     parser.add_argument("--log-every", type=int, default=100)
     parser.add_argument("--save-every", type=int, default=500)
     args = parser.parse_args()
-    if args.scratch == (args.model is not None):
-        raise UserError("give either --scratch or --model FOLDER")
     task = get_task(args.task)
 
     def load(chunk: int) -> list[Example]:  # fresh patients all the time; the seeds of training runs are small numbers
@@ -205,15 +146,10 @@ def main() -> None:
         return task.load(Source(kind, "train", num, SFT_SEED + 1000 * args.seed + chunk, args.path)).examples
 
     torch.manual_seed(args.seed)
-    if args.scratch:
-        train_tokenizer(load(-1)[:4000], task.noun, args.vocab, args.out)
-        tokenizer = load_tokenizer(args.out)
-        model = Decoder(embedded_config(len(tokenizer)))
-    else:
-        model, tokenizer = load_model(args.model), load_tokenizer(args.model)
-        for key in ("is_local", "local_files_only"):  # how it was loaded is no property of it
-            tokenizer.init_kwargs.pop(key, None)
-        tokenizer.save_pretrained(args.out)
+    model, tokenizer = load_model(args.model), load_tokenizer(args.model)
+    for key in ("is_local", "local_files_only"):  # how it was loaded is no property of it
+        tokenizer.init_kwargs.pop(key, None)
+    tokenizer.save_pretrained(args.out)
     print(
         json.dumps(
             {"parameters": sum(p.numel() for p in model.parameters()), "vocabulary": len(tokenizer), **vars(args)},

@@ -1,7 +1,7 @@
 """Train a policy to write K answers with honest confidences:  python -m mar.train +experiment=medqa
 
-One step: sample G completions of P prompts, verify and pay them, one advantage per token, one REINFORCE update. There is no critic, no
-reference model, no replay: every completion is used once, by the policy that wrote it.
+One step: sample G completions of P prompts, verify and pay them, one advantage per token, then the updates. REINFORCE with a leave-one-out baseline
+is the default; ratios, a critic, a reference model and several updates per batch are switches (conf/algo/). There is no replay.
 """
 
 import json
@@ -19,74 +19,65 @@ import torch
 from torch import Tensor
 
 from mar import checkpoint, rundir
-from mar.advantages import token_advantages, zero_group_frac
-from mar.batch import Batch, make_batch, micro_batches
+from mar.advantages import zero_group_frac
+from mar.batch import make_batch
 from mar.compose import compose, from_omegaconf, validate
 from mar.config import Config
-from mar.evaluate import SHOWN_METRICS, bounds, measure, summary
+from mar.distributed import World, join
 from mar.fetch import resolve_model
 from mar.job import Job, announce, build_job, environment
-from mar.log import Display, append_jsonl, completion_row, plain, truncate_jsonl, write_json
-from mar.losses import reinforce, token_weights
-from mar.metrics import set_metrics
-from mar.optim import learning_rate, set_learning_rate
+from mar.log import Display, completion_row, plain, truncate_jsonl, write_json
+from mar.metrics import SHOWN_METRICS, set_metrics
+from mar.mirror import Mirror
+from mar.protocol import bounds, measure, summary
 from mar.records import Rollout, UserError
 from mar.rollout import judge_groups, sample
+from mar.update import prepare, update
 
 INTERRUPTED = 130
 
 
-def update(job: Job, batch: Batch, advantages: Tensor, lr: float) -> dict[str, float]:
-    """One optimizer step on the whole batch, in micro-batches whose gradients add up to the same whatever the cut."""
-    config, mask = job.config, batch.completion_mask
-    weights = token_weights(batch.loss_mask, config.algo.aggregation, config.model.max_completion_tokens)
-    job.optimizer.zero_grad()
-    loss, entropy, mismatch = 0.0, 0.0, 0.0
-    for micro in micro_batches(batch, config.train.micro_batch_tokens):
-        logprobs, token_entropy, _ = job.model(micro.packed, config.algo.temperature)
-        a, w, sampled = (micro.flat(column, mask) for column in (advantages, weights, batch.full_logprobs))
-        part = reinforce(logprobs, a.to(logprobs.dtype), w.to(logprobs.dtype))
-        part.backward()
-        loss += part.item()
-        entropy += token_entropy.detach().sum().item()
-        mismatch = max(mismatch, (logprobs.detach() - sampled).abs().max().item())
-    norm = torch.nn.utils.clip_grad_norm_(job.model.parameters(), config.optim.grad_clip).item()
-    if not np.isfinite(norm):
-        raise UserError(f"the gradient is not finite (loss {loss}): lower optim.lr; the last checkpoint is untouched")
-    set_learning_rate(job.optimizer, lr)
-    job.optimizer.step()
-    return {
-        "policy/loss": loss,
-        "policy/entropy": entropy / batch.num_tokens,
-        "policy/sampler_mismatch_max": mismatch,
-        "optim/grad_norm": norm,
-        "optim/lr": lr,
-    }
+def refill(job: Job, step: int, groups: list[list[Rollout]]) -> int:
+    """Dynamic sampling (DAPO): put groups of other prompts in place of those whose completions all earned the same, at most algo.resample times.
+    Returns how many were replaced."""
+    p, world, replaced = job.protocol, job.world, 0
+    for attempt in range(1, job.config.algo.resample + 1):
+        flat = [i for i, group in enumerate(groups) if len({r.total for r in group}) == 1]
+        if not flat:
+            break
+        prompts, identity = job.prompts_of(step, attempt)[: len(flat)], (job.config.seed, "train", step, attempt)
+        size = job.config.algo.group_size
+        fresh, _ = sample(job.sampler(), prompts, size, p.params, p.kv_budget_tokens, identity, world.share)
+        judged = world.gather(judge_groups(prompts[world.share], fresh, p.grammar, p.spec, p.verifier, p.decode))
+        for i, group in zip(flat, judged, strict=True):
+            groups[i] = group
+        replaced += len(flat)
+    return replaced
 
 
-def train_step(job: Job, step: int) -> tuple[dict[str, Any], list[Rollout]]:
-    """Sample, verify, advantage, loss, step."""
-    config, p = job.config, job.protocol
-    lr = learning_rate(step, config.train.steps, config.optim.lr, config.optim.warmup_frac, config.optim.schedule)
+def train_step(job: Job, step: int) -> tuple[dict[str, Any], list[Rollout], Tensor]:
+    """Sample, verify, advantage, loss, step. Returns metrics, B rollouts and their advantages [B, T]."""
+    config, p, world = job.config, job.protocol, job.world
     clock = [time.perf_counter()]
     prompts = job.prompts_of(step)
-    completions, generation = sample(
-        job.model, prompts, config.algo.group_size, p.params, p.kv_budget_tokens, (config.seed, "train", step)
-    )
+    drawn = (p.params, p.kv_budget_tokens, (config.seed, "train", step), world.share)
+    completions, generation = sample(job.sampler(), prompts, config.algo.group_size, *drawn)
     clock.append(time.perf_counter())
-    groups = judge_groups(prompts, completions, p.grammar, p.spec, p.verifier, p.decode)
-    batch = make_batch(groups, job.first_open, job.model.head_weight.device)
-    advantages = token_advantages(batch, config.algo.credit, config.algo.baseline, config.algo.scale_by)
+    groups = world.gather(judge_groups(prompts[world.share], completions, p.grammar, p.spec, p.verifier, p.decode))
+    replaced = refill(job, step, groups)
     clock.append(time.perf_counter())
-    metrics: dict[str, Any] = update(job, batch, advantages, lr)
+    batch, columns = prepare(job, make_batch(groups, job.first_open, job.model.head_weight.device))
+    metrics: dict[str, Any] = update(job, batch, columns, step)
     clock.append(time.perf_counter())
 
     rollouts = [rollout for group in groups for rollout in group]
     sets = set_metrics(rollouts, p.verifier, p.grammar.confident)
     metrics |= {
-        "reward/total": batch.totals.mean().item(),
+        "reward/total": float(np.mean([r.total for r in rollouts])),
         **{f"reward/{name}": float(np.mean([r.parts[name] for r in rollouts])) for name in rollouts[0].parts},
-        "adv/std": advantages[batch.completion_mask].std().item(),
+        "adv/mean": columns["advantages"][batch.completion_mask].mean().item(),
+        "adv/std": columns["advantages"][batch.completion_mask].std().item(),
+        "adv/replaced_groups": replaced,
         "adv/zero_group_frac": zero_group_frac(batch),
         **{f"train/{name}": value for name, value in sets.items()},
         "train/truncated_frac": float(np.mean([r.completion.finish_reason == "length" for r in rollouts])),
@@ -97,7 +88,19 @@ def train_step(job: Job, step: int) -> tuple[dict[str, Any], list[Rollout]]:
         "perf/update_s": clock[3] - clock[2],
         "perf/tokens_per_s": batch.num_tokens / (clock[3] - clock[0]),
     }
-    return metrics, rollouts
+    return metrics, rollouts, columns["advantages"]
+
+
+def skipped(job: Job, step: int, metrics: Mapping[str, Any], rollouts: Sequence[Rollout], display: Display) -> bool:
+    """Whether updates of this step were left out because they were not finite; says so and keeps the completions."""
+    if not metrics["optim/skipped"]:
+        return False
+    job.write("skipped.jsonl", [completion_row(r, "train", step) for r in rollouts])
+    display.say(
+        f"step {step}: a loss or gradient is not finite, {metrics['optim/skipped']} updates were left out; "
+        f"completions in {job.folder / 'skipped.jsonl'}"
+    )
+    return True
 
 
 class Interrupts:
@@ -118,6 +121,10 @@ class Interrupts:
             flush=True,
         )
 
+    def agree(self, world: World) -> None:
+        """Stop together: a signal to one rank is one to all."""
+        self.pending = world.reduce((float(self.pending),), largest=True) != [0.0]
+
     @contextmanager
     def held(self) -> Iterator[None]:
         self.inside = True
@@ -131,7 +138,7 @@ def train(job: Job, first_step: int, display: Display, document: dict[str, Any])
     """The loop, from update `first_step`. Returns `finished`, `stopped` (by train.stop_at) or `interrupted`."""
     config, interrupts, checkpoints = job.config, Interrupts(), job.folder / "checkpoints"
     last_step = min(config.train.steps, config.train.stop_at or config.train.steps)
-    step, saved = first_step, first_step
+    step, saved, in_a_row = first_step, first_step, 0
 
     def due(step: int) -> bool:
         return config.eval.every > 0 and step % config.eval.every == 0 and 0 < step < config.train.steps
@@ -146,12 +153,20 @@ def train(job: Job, first_step: int, display: Display, document: dict[str, Any])
         with display:
             for step in range(first_step + 1, last_step + 1):
                 with interrupts.held():
-                    metrics, rollouts = train_step(job, step - 1)
-                    append_jsonl(job.folder / "metrics.jsonl", [{"step": step, **metrics}])
-                    append_jsonl(job.folder / "completions.jsonl", [completion_row(r, "train", step) for r in rollouts])
+                    metrics, rollouts, advantages = train_step(job, step - 1)
+                    job.write("metrics.jsonl", [{"step": step, **metrics}])
+                    shown = zip(rollouts, advantages.tolist(), strict=True)
+                    job.write("completions.jsonl", [completion_row(r, "train", step, a) for r, a in shown])
                     display.step(step, metrics)
+                    interrupts.agree(job.world)
+                    in_a_row = in_a_row + 1 if skipped(job, step, metrics, rollouts, display) else 0
+                    if in_a_row == config.algo.max_skips:
+                        raise UserError(
+                            f"{in_a_row} steps in a row were not finite: lower optim.lr; {checkpoints} has the last good step"
+                        )
                     if step % config.checkpoint.every == 0 or step == last_step or interrupts.pending:
-                        checkpoint.save(checkpoints, step, job.model, job.optimizer, config.checkpoint.keep)
+                        trained = (job.model, job.optimizer)
+                        checkpoint.save(checkpoints, step, *trained, config.checkpoint.keep, job.critic, job.world)
                         saved = step
                 if interrupts.pending:
                     raise KeyboardInterrupt
@@ -170,13 +185,17 @@ def train(job: Job, first_step: int, display: Display, document: dict[str, Any])
 def evaluate(job: Job, stage: str, step: int, document: dict[str, Any], display: Display) -> None:
     """Measure the policy, add it to `eval.json`, and say so."""
     began = time.perf_counter()
-    metrics, rollouts = measure(job.model, job.protocol)
-    append_jsonl(job.folder / "completions.jsonl", [completion_row(r, "eval", step) for r in rollouts[:200]])
+    metrics, rollouts = measure(job.sampler(), job.protocol, job.world)
+    texts = [completion_row(r, "eval", step) for r in rollouts[:200]]
+    job.write("completions.jsonl", texts)
+    if display.mirror:
+        display.mirror.completions(step, plain(texts))
     document["history"] = [h for h in document.get("history", []) if h["step"] < step] + [{"step": step, **metrics}]
     if stage in ("before", "after"):
         document[stage] = metrics
         document["gap_closed"] = summary(document, job.config.reward.num_answers)["gap_closed"]
-    write_json(job.folder / "eval.json", document)
+    if job.world.leads:
+        write_json(job.folder / "eval.json", document)
     key = f"coverage@{job.config.reward.num_answers}"
     shown = "  ".join(
         f"{k} {metrics[k]:.3f}" for k in (key, "top1", "ece", "format_rate") if metrics.get(k) is not None
@@ -187,14 +206,18 @@ def evaluate(job: Job, stage: str, step: int, document: dict[str, Any], display:
 def run(config: Config) -> int:
     """Prepare, resume if there is something to resume, train, and close with a table and one JSON line. Returns the exit code."""
     began, display = time.perf_counter(), Display(config.logger.console, 0, config.train.steps)
+    world = join(config.device, config.scale)
+    display.console.quiet = not world.leads
     config = announce(config, display)
     if config.model.threads:
         torch.set_num_threads(config.model.threads)
-    rundir.find(config.to_dict())  # refuse a folder that belongs to something else before anything is loaded
+    place = rundir.find(config.to_dict())  # refuse a folder that belongs to something else before anything is loaded
     model_folder, provenance = resolve_model(config.model.source, config.model.name, config.model.path)
     folder = Path(config.run_dir)
-    job = build_job(config, folder, model_folder, display)
-    place = rundir.prepare({**config.to_dict(), "provenance": {"model": provenance, **environment()}})
+    job = build_job(config, folder, model_folder, display, world)
+    if world.leads:
+        rundir.prepare({**config.to_dict(), "provenance": {"model": provenance, **environment()}})
+    world.wait()
     document: dict[str, Any] = {"task": config.data.task, "num_items": len(job.protocol.prompts)}
     document |= bounds(job.protocol.prompts, config.reward.num_answers)
     first_step = resume(job, document, display) if place.resume else 0
@@ -205,8 +228,10 @@ def run(config: Config) -> int:
         f"training {trained:,} of the {total:,} parameters of {config.model.name}; writing to {folder}"
     )
     display.first_step = first_step
+    if config.logger.wandb != "off" and world.leads:
+        display.mirror = Mirror(config.logger.wandb, folder, plain(config.to_dict()), display.say)
     outcome = train(job, first_step, display, document)
-    if outcome == "finished":
+    if outcome == "finished" and world.leads:
         close(job, document, display, time.perf_counter() - began)
     return INTERRUPTED if outcome == "interrupted" else 0
 
@@ -218,10 +243,11 @@ def resume(job: Job, document: dict[str, Any], display: Display) -> int:
         display.say(f"passed over a checkpoint: {fault}")
     step = found.step if found else 0
     if found:
-        checkpoint.restore(found, job.model, job.optimizer)
+        checkpoint.restore(found, job.model, job.optimizer, job.critic, job.world)
         display.say(f"resuming after step {step} from {found.path}")
     for name in ("metrics.jsonl", "completions.jsonl"):
-        truncate_jsonl(job.folder / name, step)
+        if job.world.leads:
+            truncate_jsonl(job.folder / name, step)
     if (job.folder / "eval.json").exists():
         old: Mapping[str, Any] = json.loads((job.folder / "eval.json").read_text())
         if old.get("before"):
@@ -243,9 +269,18 @@ def close(job: Job, document: Mapping[str, Any], display: Display, seconds: floa
         display.say(
             f"gap closed: {end['gap_closed']:.3f}  (0: K draws from the posterior, 1: its K most probable answers)"
         )
+    if display.mirror:
+        display.mirror.close(plain(end), lambda: pictures(job.folder))
     for name in ("config.yaml", "metrics.jsonl", "completions.jsonl", "eval.json", "checkpoints"):
         display.say(f"  {job.folder / name}")
     print(json.dumps(plain({"run_dir": str(job.folder), "job_s": round(seconds, 1), **end})), flush=True)
+
+
+def pictures(folder: Path) -> Mapping[str, Path]:
+    """The run's figures, as files in its folder."""
+    from mar import plots  # matplotlib is an extra
+
+    return plots.save(plots.of_run(folder), folder / "plots")
 
 
 @hydra.main(config_path="../conf", config_name="config", version_base="1.3")

@@ -2,11 +2,10 @@
 
 import re
 import unicodedata
-from collections.abc import Callable, Hashable, Iterable, Sequence
-from functools import lru_cache, partial
+from collections.abc import Callable, Hashable, Sequence
+from functools import lru_cache
 
 from mar.records import Gold
-from mar.sandbox import program_key, program_of, run_program, run_programs
 
 Verifier = Callable[[str, Sequence[Gold]], tuple[int, ...]]  # the golds, by index, that an answer may take
 Key = Callable[[str], Hashable]
@@ -76,52 +75,7 @@ def text_verifier(answer: str, golds: Sequence[Gold]) -> tuple[int, ...]:
     return tuple(i for i, gold in enumerate(golds) if hits_gold(answer, gold))
 
 
-class Unjudged(Exception):
-    """The machinery failed, not the model: the completion is masked, never called wrong."""
-
-
-_outcome = lru_cache(maxsize=1 << 14)(run_program)
-
-
-def program_verifier(answer: str, golds: Sequence[Gold], kind: str) -> tuple[int, ...]:
-    """The golds whose tests the program passes. Raises Unjudged where the sandbox itself failed."""
-    outcomes = [_outcome(program_of(answer), gold.tests, kind) for gold in golds]
-    if "infrastructure_error" in outcomes:
-        raise Unjudged
-    return tuple(i for i, outcome in enumerate(outcomes) if outcome == "passed")
-
-
-VERIFIERS: dict[str, Verifier] = {
-    "text": text_verifier,
-    "program": partial(program_verifier, kind="bubblewrap"),
-    "program_unsafe": partial(program_verifier, kind="unsafe"),
-}
-KEYS: dict[str, Key] = {
-    "program": program_key,
-    "program_unsafe": program_key,
-}  # when are two answers one? else normalise
-
-
-def prepare(verifier: str, pairs: Iterable[tuple[str, Sequence[Gold]]]) -> None:
-    """Run the programs of a whole step at once, as many in parallel as there are cores; nothing for other verifiers."""
-    if verifier in KEYS:
-        jobs = {(program_of(answer), gold.tests) for answer, golds in pairs for gold in golds}
-        kind = "unsafe" if verifier == "program_unsafe" else "bubblewrap"
-        run_programs(sorted(jobs), kind, _outcome)
-
-
-def probabilities(answers: Answers, golds: Sequence[Gold], verifier: Verifier = text_verifier) -> tuple[float, ...]:
-    """[K] expected hit of each answer where one gold is right with its probability: the mass that no earlier answer had.
-
-    The expectation of `matching_increments` against a drawn label, and like it decided by a_1..a_k alone.
-    """
-    covered: set[int] = set()
-    out = []
-    for answer in answers:
-        new = set(() if answer is None else verifier(answer, golds)) - covered
-        covered |= new
-        out.append(float(sum(golds[g].probability or 0.0 for g in sorted(new))))
-    return tuple(out)
+VERIFIERS: dict[str, Verifier] = {"text": text_verifier}
 
 
 def matching_increments(

@@ -9,7 +9,22 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 CORE_BUDGET = 4400
 TOTAL_BUDGET = 7500
-AROUND = {"evaluate", "plots", "report", "show", "sft", "lessons", "fetch", "plan"}
+AROUND = {
+    "posterior",
+    "evaluate",
+    "arms",
+    "protocol",
+    "itemstats",
+    "plots",
+    "mirror",
+    "runs",
+    "report",
+    "show",
+    "sft",
+    "lessons",
+    "fetch",
+    "plan",
+}
 
 
 def count_lines() -> dict[str, int]:

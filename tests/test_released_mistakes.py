@@ -66,10 +66,7 @@ def test_answers_out_of_order_fail_the_format():
     parts = {k: f"<answer{k}>x{k}</answer{k}><confidence{k}>0.1</confidence{k}>" for k in (1, 2, 3)}
     reasons = {order: parse("<think></think>" + "".join(parts[k] for k in order), GRAMMAR).reason for order in
                [(1, 2, 3), (2, 1, 3), (1, 3, 2), (3, 2, 1)]}  # fmt: skip
-    assert reasons == {
-        (1, 2, 3): None,
-        **dict.fromkeys([(2, 1, 3), (1, 3, 2), (3, 2, 1)], "text_outside_tags"),
-    }
+    assert reasons == {(1, 2, 3): None, **dict.fromkeys([(2, 1, 3), (1, 3, 2), (3, 2, 1)], "text_outside_tags")}
 
 
 def test_float_noise_does_not_break_the_sum_rule():

@@ -3,13 +3,13 @@
 import numpy as np
 import pytest
 
+from experiments.embedded_model.begin import train_tokenizer
 from mar.draw import SamplingParams
 from mar.grammar import Grammar, render
 from mar.prompts import build_prompt, load_tokenizer
 from mar.records import Completion, Example, Gold, Prompt
 from mar.rewards import RewardSpec, first_open
 from mar.rollout import judge_completion, judge_groups, make_decode, sample
-from mar.sft import train_tokenizer
 
 GRAMMAR, SPEC = Grammar("rlcr_multi", 2, thinking=False), RewardSpec()
 

@@ -266,10 +266,7 @@ def test_one_token_at_most(stops, reason, tiny_model):
     assert len(sampled.ids) == 1 and sampled.finish_reason == reason
 
 
-@pytest.mark.parametrize(
-    "budget, slots",
-    [(110, (1, 3)), (160, (2, 3)), (400, (5, 6)), (660, (8, 13)), (659, (8, 12))],
-)
+@pytest.mark.parametrize("budget, slots", [(110, (1, 3)), (160, (2, 3)), (400, (5, 6)), (660, (8, 13)), (659, (8, 12))])
 def test_slots_keep_to_the_budget(budget, slots):
     asked = requests((10, 3, 50, 2, 2, 2, 40, 40), (2, 1, 3, 1, 1, 1, 2, 2))
     assert slots_for(asked, 20, budget) == slots and slots[0] * 50 + slots[1] * 20 <= budget

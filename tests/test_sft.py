@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from experiments.embedded_model.begin import embedded_config
 from mar import lessons, sft
 from mar.attention import group_attention
 from mar.fetch import resolve_model
@@ -59,9 +60,12 @@ def test_a_field_that_one_token_cannot_foresee_is_refused():
 
 
 def test_confidences_are_noise_with_at_most_a_hint():
-    assert set(lessons.confidence_weights(0.7, 0.0)) == set(lessons.confidence_weights(None, 0.5)) == {1.0}
-    weights = np.array(lessons.confidence_weights(0.7, 0.25))
+    for truth, share in ((0.7, 0.0), (None, 0.5)):
+        assert lessons.confidence_weights(truth, lessons.Hint(share)) == pytest.approx([1 / 101] * 101)
+    weights = np.array(lessons.confidence_weights(0.7, lessons.Hint(0.25)))
     assert weights.sum() == pytest.approx(1) and weights.argmax() == 70 and weights.min() >= 0.75 / 101
+    narrow, wide = (np.array(lessons.confidence_weights(0.5, lessons.Hint(1.0, 1.0, s))) for s in (0.02, 0.2))
+    assert narrow[40:61].sum() > 0.98 and 0.2 < wide[40:61].sum() < 0.6
 
 
 def test_demonstrations_read_back_in_every_form_with_distinct_answers(tokenizer):
@@ -102,12 +106,13 @@ def test_an_example_without_probabilities_teaches_its_gold_among_others():
 
 def test_loss_is_the_dense_cross_entropy(tokenizer):
     torch.manual_seed(0)
-    model = Decoder(sft.embedded_config(len(tokenizer))).double()
+    model = Decoder(embedded_config(len(tokenizer))).double()
     rng = np.random.default_rng(0)
     encode = lessons.make_encode(tokenizer)
     lesson = lessons.make_lesson(
-        clinic.load("train", 8), "diagnosis", tokenizer, encode, rng, hint=lessons.Hint(0.3, 8.0)
+        clinic.load("train", 8), "diagnosis", tokenizer, encode, rng, hint=lessons.Hint(0.3, 8.0), rows=2
     )
+    assert len(lesson.packed.prompts) == 8 and len(lesson.packed.rows) == 16
     packed, ends = lesson.packed, [*lesson.starts.tolist()[1:], len(lesson.weights)]
     hidden = model.hidden(packed.ids, packed.positions, group_attention(packed))[packed.predict_from]
     logprobs = (hidden @ model.head_weight.T).log_softmax(-1)

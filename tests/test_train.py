@@ -9,13 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint as recompute
 
-from mar import checkpoint
+from experiments.embedded_model.begin import train_tokenizer
+from mar import checkpoint, losses
 from mar.compose import compose
 from mar.model import Decoder, ModelConfig
 from mar.optim import make_optimizer
 from mar.records import UserError
-from mar.sft import train_tokenizer
 from mar.tasks import clinic
 from mar.train import refuse_unknown_words, run
 from mar.weights import load_model, save_model
@@ -51,11 +52,73 @@ def words(model: Path, out: Path, *more: str) -> list[str]:
     ]  # fmt: skip
 
 
+def test_checkpointed_activations_train_the_same_policy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    def counted(block: torch.nn.Module, *inputs: object, **options: bool) -> torch.Tensor:
+        calls.append(block)
+        return recompute(block, *inputs, **options)
+
+    monkeypatch.setattr("mar.model.checkpoint", counted)
+    for name, switch in (("kept", "false"), ("recomputed", "true")):
+        before = len(calls)
+        switched = (f"train.checkpoint_activations={switch}", "train.steps=2")
+        assert run(compose(words(EMBEDDED, tmp_path / name, *switched))) == 0
+        assert (len(calls) > before) == (switch == "true")
+    kept, recomputed = (records(tmp_path / name / "clinic" / "seed0") for name in ("kept", "recomputed"))
+    assert kept == recomputed and kept[-1]["optim/grad_norm"] > 0
+
+
 def weights_after(folder: Path, model: Path, trainable: str = "") -> dict[str, torch.Tensor]:
     found, policy = checkpoint.newest(folder / "checkpoints"), load_model(model)
     assert found is not None and found.step == 4
     checkpoint.restore(found, policy, make_optimizer(policy, 1.0, (0.9, 0.95), 1e-8, 0.0, trainable))
     return {name: p.detach().clone() for name, p in policy.named_parameters()}
+
+
+PPO = ["algo=ppo", "algo.minibatches=2", "algo.critic_warmup=1", "algo.critic_lr=1e-3"]
+DAPO = ["algo=dapo", "algo.epochs=2", "algo.minibatches=2", "algo.importance=truncated", "algo.top_p=0.9"]
+ALGORITHMS = {"ppo": PPO, "dapo": DAPO, "grpo": ["algo=grpo", "algo.entropy_coef=0.01", "algo.entropy_decay=true"]}
+
+
+@pytest.mark.parametrize("name", ["ppo", *(pytest.param(name, marks=pytest.mark.slow) for name in ("dapo", "grpo"))])
+def test_resumed_runs_of_other_algorithms_are_the_uninterrupted_ones(tmp_path: Path, name: str) -> None:
+    """Critic, its moments, the reference, minibatches and dynamic sampling all go on where they were."""
+    chosen = ALGORITHMS[name]
+    assert run(compose(words(EMBEDDED, tmp_path / "whole", *chosen))) == 0
+    for stop in ("train.stop_at=2", "train.stop_at=4"):
+        assert run(compose(words(EMBEDDED, tmp_path / "cut", *chosen, stop))) == 0
+    whole, cut = (records(tmp_path / part / "clinic/seed0") for part in ("whole", "cut"))
+    assert whole == cut and len(whole) == 4
+    for row in whole:
+        assert row["optim/skipped"] == 0 and 0 <= row["policy/clip_frac"] <= 1 and row["policy/approx_kl"] >= 0
+    if name == "ppo":
+        assert whole[0]["optim/grad_norm"] == 0 < whole[1]["optim/grad_norm"] and whole[0]["value/loss"] > 0
+    if name == "dapo":
+        kept = [row["policy/sampler_kl"] for row in whole]  # top_p cuts what is drawn from, less as the policy sharpens
+        assert kept[0] > 1e-2 and min(kept) > 1e-4
+    if name == "grpo":
+        assert whole[0]["policy/ref_kl"] == pytest.approx(0, abs=1e-6) and whole[-1]["policy/ref_kl"] > 1e-5
+
+
+def test_steps_that_are_not_finite_are_kept_aside_and_end_the_run(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(losses.LOSSES, "reinforce", lambda logprobs, *_: (logprobs * float("nan")).sum())
+    with pytest.raises(UserError, match="2 steps in a row were not finite"):
+        run(compose(words(model_folder, tmp_path, "algo.max_skips=2", "model.max_completion_tokens=4")))
+    folder = tmp_path / "clinic/seed0"
+    assert (folder / "skipped.jsonl").read_text().count("\n") == 2 * 6
+    assert "step 1: a loss or gradient is not finite" in capsys.readouterr().out
+    assert all(row["optim/skipped"] == 1 and row["policy/loss"] is None for row in records(folder))
+
+
+def test_groups_without_spread_are_replaced(model_folder: Path, tmp_path: Path) -> None:
+    """The random model never writes an answer: every group is flat in every round."""
+    chosen = ["algo.resample=2", "train.steps=1", "model.max_completion_tokens=4"]
+    assert run(compose(words(model_folder, tmp_path, *chosen))) == 0
+    (row,) = records(tmp_path / "clinic/seed0")
+    assert row["adv/replaced_groups"] == 4 and row["adv/zero_group_frac"] == 1
 
 
 def records(folder: Path) -> list[dict[str, float]]:

@@ -1,22 +1,19 @@
 """Our sampler against transformers.generate: same weights, threads, sampling parameters and stop rule; tokens up to the stop are counted.
 
-    python experiments/bench/sampler.py [--quick | --bars] [--runs 3] [--threads 1]
+    python experiments/bench/sampler.py [--quick | --bars] [--runs 3]
 
-The two run alternately in one process, medians are shown. Appends to results/sampler.csv; the last line of stdout is one JSON document.
+--quick: counts and the embedded model, on one thread. --bars: SmolLM2-135M too, on all cores. The two run alternately in one process, medians
+are shown. Appends to results/sampler.csv; the last line of stdout is one JSON document.
 """
 
 import argparse
-import csv
 import json
 import os
-import platform
 import statistics
-import subprocess
-import time
+import sys
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass
-from datetime import date
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +22,14 @@ import transformers
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from experiments.bench.common import alternate, quiet_machine, record, seconds
 from mar.draw import SamplingParams, stream_key
 from mar.fetch import resolve_model
 from mar.grammar import Grammar
 from mar.prompts import build_prompt, load_tokenizer
-from mar.sampler import Request, generate
+from mar.sampler import Generation, Request, generate
 from mar.tasks import clinic
 from mar.weights import load_model
 
@@ -49,6 +49,10 @@ class Case:
     max_tokens: int
     limits: list[list[int]] | None = None
     stop_id: int | None = None
+
+    @property
+    def threads(self) -> int:
+        return 1 if self.model == "embedded" else os.cpu_count() or 1
 
 
 def embedded_prompts(folder: Path, count: int) -> list[tuple[int, ...]]:
@@ -79,6 +83,10 @@ def cases(quick: bool, folders: dict[str, Path]) -> list[Case]:
 
 
 def run_ours(model: Any, case: Case, seed: int) -> int:
+    return sum(len(s.ids) for group in sample_case(model, case, seed).groups for s in group)
+
+
+def sample_case(model: Any, case: Case, seed: int, budget: int = PLENTY) -> Generation:
     requests = [
         Request(
             prompt,
@@ -88,7 +96,7 @@ def run_ours(model: Any, case: Case, seed: int) -> int:
         for i, prompt in enumerate(case.prompts)
     ]
     params = SamplingParams(case.max_tokens, 1.0, () if case.stop_id is None else (case.stop_id,))
-    return sum(len(s.ids) for group in generate(model, requests, params, PLENTY).groups for s in group)
+    return generate(model, requests, params, budget)
 
 
 class RowLimits(transformers.StoppingCriteria):
@@ -145,86 +153,127 @@ class CountOps(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def count(run: Callable[[Case], Any], case: Case) -> tuple[float, int]:
+def count(run: Callable[[Case], Any], case: Case) -> tuple[int, int]:
     """aten ops of one decode step (the difference between 17 and 16 new tokens), FLOPs of the whole generation."""
-    ops = []
+    case, ops = replace(case, limits=None, stop_id=None), []
     for tokens in (16, 17):
         with CountOps() as counter:
-            run(Case(case.name, case.model, case.prompts, case.group_size, tokens))
+            run(replace(case, max_tokens=tokens))
         ops.append(sum(counter.count.values()))
     with FlopCounterMode(display=False) as flops:
-        run(Case(case.name, case.model, case.prompts, case.group_size, 32))
+        run(replace(case, max_tokens=32))
     return ops[1] - ops[0], flops.get_total_flops()
 
 
-def main() -> None:
+def counts(ours: Any, theirs: Any, case: Case) -> dict[str, float]:
+    """What no noise touches: operators, FLOPs, bytes of the KV cache against one that keeps every row's prompt, and how full the slots are kept
+    when 10 times as much waits as fits, of lengths that vary 10 times."""
+    (our_ops, our_flops), (their_ops, their_flops) = (
+        count(lambda c: run_ours(ours, c, 0), case),
+        count(lambda c: run_theirs(theirs, c, 0), case),
+    )
+    P, G, R = max(map(len, case.prompts)), case.group_size, case.max_tokens
+    same_length = replace(case, prompts=[(1,) * P] * len(case.prompts), max_tokens=R, stop_id=1)
+    kv_bytes = sample_case(ours, same_length, 0).kv_bytes
+    config = ours.config
+    unshared = 2 * 4 * config.num_layers * config.num_kv_heads * config.head_dim * len(case.prompts) * G * (P + R)
+    limits = [[8 + (37 * (G * i + g)) % 73 for g in range(G)] for i in range(len(case.prompts))]
+    rows = len(case.prompts) * G // 10
+    tight = replace(case, limits=limits, stop_id=None)
+    occupancy = sample_case(ours, tight, 0, budget=rows * R + (2 * -(-rows // G) + 1) * P).occupancy
+    return {
+        "ops": our_ops,
+        "ops_ratio": our_ops / their_ops,
+        "flops_ratio": our_flops / their_flops,
+        "kv_ratio": kv_bytes / unshared,
+        "kv_formula": (P + G * R) / (G * (P + R)),
+        "occupancy": occupancy or 0.0,
+    }
+
+
+def roofline(model: Any, rows: int, context: int, step_s: float) -> dict[str, float]:
+    """How near a decode step of `rows` rows comes to what this machine attains: its linear layers at this row count, each at the better of
+    `x @ W.T` and `W @ x.T`, and the keys and values read at the measured bandwidth. And the same FLOPs at the speed of one large product."""
+    weights: dict[tuple[int, ...], list[torch.Tensor]] = {}
+    for weight in (*(p for p in model.blocks.parameters() if p.ndim == 2), model.head_weight):
+        weights.setdefault(tuple(weight.shape), []).append(weight.detach())
+    linear_s, flops = 0.0, 0.0
+    for (out, size), same in weights.items():
+        x, columns = torch.randn(rows, size), torch.randn(size, rows)
+        of_rows = seconds(lambda same=same, x=x: [x @ w.T for w in same], 5)
+        of_columns = seconds(lambda same=same, columns=columns: [w @ columns for w in same], 5)
+        linear_s += min(of_rows, of_columns)
+        flops += 2.0 * rows * out * size * len(same)
+    big = torch.randn(1 << 26)
+    bandwidth = big.numel() * 4 / seconds(big.sum, 5)
+    config = model.config
+    kv_bytes = 2 * 4 * config.num_layers * config.num_kv_heads * config.head_dim * context
+    square = torch.randn(2048, 2048)
+    peak = 2 * 2048**3 / seconds(lambda: square @ square, 3)
+    attainable = linear_s + kv_bytes / bandwidth
+    return {"roofline_frac": attainable / step_s, "large_gemm_frac": flops / peak / step_s, "decode_step_s": step_s}
+
+
+def compare(case: Case, ours: Any, theirs: Any, runs: int) -> dict[str, float]:
+    """Medians in tokens a second. One token each warms both up; for SmolLM2 that is also the prefill, taken out of `decode`."""
+    torch.set_num_threads(case.threads)
+    sides = {"ours": lambda seed: run_ours(ours, case, seed), "hf": lambda seed: run_theirs(theirs, case, seed)}
+    first = replace(case, max_tokens=1, limits=None)
+    prefill = {
+        "ours": seconds(lambda: run_ours(ours, first, 0), 1),
+        "hf": seconds(lambda: run_theirs(theirs, first, 0), 1),
+    }
+    speeds = {name: statistics.median(values) for name, values in alternate(runs, sides).items()}
+    row = {"ours_tok_s": speeds["ours"], "hf_tok_s": speeds["hf"], "ratio": speeds["ours"] / speeds["hf"]}
+    if case.limits is None and case.stop_id is None:  # as many tokens each time
+        rows = len(case.prompts) * case.group_size
+        for name in sides:
+            decode_s = rows * case.max_tokens / speeds[name] - prefill[name]
+            row |= {f"{name}_prefill_s": prefill[name], f"{name}_decode_tok_s": rows * (case.max_tokens - 1) / decode_s}
+    return row
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="embedded cases and counts only")
-    parser.add_argument("--bars", action="store_true", help="every case")
+    parser.add_argument("--quick", action="store_true", help="counts and the embedded cases only")
+    parser.add_argument("--bars", action="store_true", help="every case (the default)")
     parser.add_argument("--runs", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=1)
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
+    args = parser.parse_args(arguments)
+    quiet_machine()
     transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
     folders = {"embedded": resolve_model("embedded", "embedded", None)[0]}
     if not args.quick:
         folders["smollm2-135m"] = resolve_model("wheel", "smollm2-135m", None)[0]
 
     document: dict[str, Any] = {"cases": {}}
-    loaded: dict[str, tuple[Any, Any]] = {}
+    models: dict[str, tuple[Any, Any]] = {}
     for case in cases(args.quick, folders):
-        if case.model not in loaded:
+        if case.model not in models:
             theirs = transformers.AutoModelForCausalLM.from_pretrained(folders[case.model], dtype=torch.float32).eval()
-            loaded[case.model] = (load_model(folders[case.model]), theirs)
-        models = dict(zip(("ours", "hf"), loaded[case.model], strict=True))
-        speeds: dict[str, list[float]] = {"ours": [], "hf": []}
-        for seed in range(args.runs + 1):
-            for name, run in (("ours", run_ours), ("hf", run_theirs)):
-                began = time.perf_counter()
-                tokens = run(models[name], case, seed)
-                if seed:  # the first run warms up
-                    speeds[name].append(tokens / (time.perf_counter() - began))
-        ours, theirs = (statistics.median(speeds[name]) for name in ("ours", "hf"))
-        document["cases"][case.name] = {"ours_tok_s": ours, "hf_tok_s": theirs, "ratio": ours / theirs}
-        bar = BARS[case.name]
+            models[case.model] = (load_model(folders[case.model]), theirs)
+        row = document["cases"][case.name] = compare(case, *models[case.model], args.runs)
         print(
-            f"{case.name:18s} ours {ours:8.0f} tok/s  transformers {theirs:8.0f} tok/s  x{ours / theirs:.2f}  (bar {bar})"
+            f"{case.name:16s} ours {row['ours_tok_s']:7.0f} tok/s  transformers {row['hf_tok_s']:7.0f} tok/s  "
+            f"x{row['ratio']:.2f}  (bar {BARS[case.name]}; {case.threads} threads)",
+            flush=True,
         )
-        if case.name == "embedded_16x8":
-            counts = [
-                count(lambda c, f=run, m=models[n]: f(m, c, 0), case)
-                for n, run in (("ours", run_ours), ("hf", run_theirs))
-            ]
-            document["ops_ratio"] = counts[0][0] / counts[1][0]
-            document["flops_ratio"] = counts[0][1] / counts[1][1]
-            print(f"aten ops of a decode step {counts[0][0]} / {counts[1][0]}, FLOPs {document['flops_ratio']:.3f}")
-    record(document, args.threads)
-    print(json.dumps(document))
-
-
-def record(document: dict[str, Any], threads: int) -> None:
-    git = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
-    ).stdout.strip()
-    RESULTS.parent.mkdir(exist_ok=True)
-    fresh = not RESULTS.exists()
-    with RESULTS.open("a", newline="") as file:
-        writer = csv.writer(file)
-        if fresh:
-            writer.writerow(
-                "date commit machine cores threads torch transformers case ours_tok_s hf_tok_s ratio".split()
+        if "hf_prefill_s" in row:
+            prefill, decode = (
+                f"{row[f'ours_{what}']:.1f} against {row[f'hf_{what}']:.1f}" for what in ("prefill_s", "decode_tok_s")
             )
-        head = [
-            date.today(),
-            git,
-            platform.machine(),
-            os.cpu_count(),
-            threads,
-            torch.__version__,
-            transformers.__version__,
-        ]
-        for name, row in document["cases"].items():
-            writer.writerow([*head, name, *(round(row[key], 2) for key in ("ours_tok_s", "hf_tok_s", "ratio"))])
+            print(f"{'':16s} prefill {prefill} s, decode {decode} tok/s")
+        if case.name == "embedded_16x8":
+            document |= (found := counts(*models[case.model], case))
+            print(f"{'':16s} " + "  ".join(f"{name} {value:.3g}" for name, value in found.items()))
+        if case.name == "smollm2_2x16":
+            rows = len(case.prompts) * case.group_size
+            context = sum(map(len, case.prompts)) + rows * case.max_tokens // 2
+            document |= (found := roofline(models[case.model][0], rows, context, rows / row["ours_decode_tok_s"]))
+            print(f"{'':16s} " + "  ".join(f"{name} {value:.3g}" for name, value in found.items()))
+    columns = ("ours_tok_s", "hf_tok_s", "ratio")
+    record(RESULTS, columns, {name: [row[c] for c in columns] for name, row in document["cases"].items()})
+    print(json.dumps(document))
 
 
 if __name__ == "__main__":

@@ -1,53 +1,83 @@
 """The specification of every kernel, in plain PyTorch and bounded in memory."""
 
+from collections.abc import Iterator
+from itertools import product
+
 import torch
 from torch import Tensor
 
-BLOCK_ELEMENTS = 1 << 23  # the largest [rows, V] block ever held: 32 MiB in float32
+BLOCK_ELEMENTS = 1 << 21  # the largest block of logits ever held: 8 MiB in float32, which a cache holds between passes
+BLOCK_ROWS = 1 << 12  # tall blocks read the weight, the largest operand, the fewest times
+LEAST = -1e4  # a log-probability below it is one of exactly 0, whose product with it is 0 and not the NaN of 0 * -inf
 
 
-def _row_blocks(num_rows: int, vocab_size: int) -> list[slice]:
-    rows = max(1, BLOCK_ELEMENTS // vocab_size)
-    return [slice(start, min(start + rows, num_rows)) for start in range(0, num_rows, rows)]
+def _blocks(num_rows: int, vocab_size: int) -> Iterator[tuple[slice, slice]]:
+    """Rows and columns of each block of the [N, V] logits, row after row of blocks."""
+    height = max(1, min(num_rows, BLOCK_ROWS, BLOCK_ELEMENTS))
+    width = max(1, BLOCK_ELEMENTS // height)
+    for top, left in product(range(0, num_rows, height), range(0, vocab_size, width)):
+        yield slice(top, min(top + height, num_rows)), slice(left, min(left + width, vocab_size))
 
 
 class _LinearLogprobs(torch.autograd.Function):
-    """Log-softmax of `hidden @ weight.T / temperature` at the targets, recomputed block by block in the backward pass."""
+    """The logits are computed block by block, once for the outputs (online softmax, arXiv:1805.02867) and again for the gradients."""
 
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float):  # type: ignore[no-untyped-def]
-        logprobs, entropy, lse = (hidden.new_empty(hidden.shape[0]) for _ in range(3))
-        for rows in _row_blocks(hidden.shape[0], weight.shape[0]):
-            logits = (hidden[rows] @ weight.T).div_(temperature)  # [n, V]
-            lse[rows] = torch.logsumexp(logits, dim=-1)
-            logprobs[rows] = logits.gather(1, targets[rows, None]).squeeze(1) - lse[rows]
-            probs = (logits - lse[rows, None]).exp_()
-            entropy[rows] = lse[rows] - probs.mul_(logits).nan_to_num_(0.0).sum(-1)  # 0 * -inf is 0 here
+        N, V = hidden.shape[0], weight.shape[0]
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        scaled = hidden.to(wide) / temperature
+        top = scaled.new_full((N,), torch.finfo(wide).min)  # the largest logit so far
+        total, moment, chosen = (
+            scaled.new_zeros(N) for _ in range(3)
+        )  # sum e, sum e z (z = logit - top), target's logit
+        for rows, columns in _blocks(N, V):
+            logits = scaled[rows] @ weight[columns].to(wide).T
+            place = targets[rows] - columns.start
+            inside = (place >= 0) & (place < logits.shape[1])
+            found = logits.gather(1, place.clamp(0, logits.shape[1] - 1)[:, None]).squeeze(1)
+            chosen[rows] = torch.where(inside, found, chosen[rows])
+            higher = torch.maximum(top[rows], logits.amax(1))
+            z = logits.sub_(higher[:, None]).clamp_(min=LEAST)
+            e = z.exp()
+            fall = top[rows] - higher
+            moment[rows] = (moment[rows] + fall * total[rows]) * fall.exp() + torch.linalg.vecdot(e, z)
+            total[rows] = total[rows] * fall.exp() + e.sum(1)
+            top[rows] = higher
+        lse = top + total.log()
+        entropy = total.log() - moment / total
         ctx.save_for_backward(hidden, weight, targets, entropy, lse)
         ctx.temperature = temperature
         ctx.set_materialize_grads(False)  # an output that nobody uses costs nothing in backward
-        return logprobs, entropy, lse
+        return chosen - lse, entropy, lse
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx, grad_logprobs: Tensor | None, grad_entropy: Tensor | None, grad_lse: Tensor | None):  # type: ignore[no-untyped-def]
         hidden, weight, targets, entropy, lse = ctx.saved_tensors
-        grad_hidden, grad_weight = torch.empty_like(hidden), None
-        if ctx.needs_input_grad[1]:
-            grad_weight = torch.zeros_like(weight)
+        scaled = hidden.to(lse.dtype) / ctx.temperature
+        grad_hidden = torch.zeros_like(scaled)
+        grad_weight = torch.zeros_like(weight, dtype=lse.dtype) if ctx.needs_input_grad[1] else None
         of_target = torch.zeros_like(lse) if grad_logprobs is None else grad_logprobs
         of_probs = (0 if grad_lse is None else grad_lse) - of_target  # dlse/dz = p, dlogprob/dz = onehot - p
-        for rows in _row_blocks(hidden.shape[0], weight.shape[0]):
-            logits = (hidden[rows] @ weight.T).div_(ctx.temperature)
-            probs, scale = (logits - lse[rows, None]).exp_(), of_probs[rows, None]
-            if grad_entropy is not None:  # dH/dz = -p (z - E[z]), with E[z] = lse - H
-                scale = scale - logits.sub_((lse - entropy)[rows, None]).mul_(grad_entropy[rows, None])
-            grad_logits = probs.mul_(scale).nan_to_num_(0.0)
-            grad_logits.scatter_add_(1, targets[rows, None], of_target[rows, None])
-            grad_logits.div_(ctx.temperature)
-            grad_hidden[rows] = grad_logits @ weight
+        for rows, columns in _blocks(*hidden.shape[:1], *weight.shape[:1]):
+            head = weight[columns].to(lse.dtype)
+            logprobs = (scaled[rows] @ head.T).sub_(lse[rows, None]).clamp_(min=LEAST)
+            grad_logits = logprobs.exp()  # the probabilities, times what follows
+            if grad_entropy is None:
+                grad_logits.mul_(of_probs[rows, None])
+            else:  # dH/dz = -p (log p + H)
+                slope = logprobs.add_(entropy[rows, None]).mul_(-grad_entropy[rows, None])
+                grad_logits.mul_(slope.add_(of_probs[rows, None]))
+            place = targets[rows] - columns.start
+            inside = (place >= 0) & (place < grad_logits.shape[1])
+            place = place.clamp(0, grad_logits.shape[1] - 1)
+            grad_logits.scatter_add_(1, place[:, None], torch.where(inside, of_target[rows], 0)[:, None])
+            grad_hidden[rows].addmm_(grad_logits, head)
             if grad_weight is not None:
-                grad_weight.addmm_(grad_logits.T, hidden[rows])
-        return grad_hidden, grad_weight, None, None
+                grad_weight[columns].addmm_(grad_logits.T, scaled[rows])
+        grad_hidden = grad_hidden.div_(ctx.temperature).to(hidden.dtype)
+        return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), None, None
 
 
 def linear_logprobs(
@@ -55,8 +85,9 @@ def linear_logprobs(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Log-probability of `targets`, entropy and log-sum-exp of softmax(hidden @ weight.T / temperature).
 
-    hidden [N, D], weight [V, D], targets [N] int64 -> three tensors [N], in nats, differentiable in hidden and weight. The [N, V]
-    logits never exist: forward and backward hold one block of at most `BLOCK_ELEMENTS`.
+    hidden [N, D], weight [V, D], targets [N] int64 -> three tensors [N] of float32 or wider, in nats, differentiable in hidden and weight. The
+    [N, V] logits never exist: forward and backward hold one block of at most `BLOCK_ELEMENTS`, and compute 2NVD and 6NVD FLOPs. A token of logit
+    -inf has probability 0 and no gradient; NaN in an input or in a gradient from above comes out as NaN.
     """
     return _LinearLogprobs.apply(hidden, weight, targets, temperature)
 

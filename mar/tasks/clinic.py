@@ -1,10 +1,9 @@
 """clinic: an invented little clinic whose true posterior is known, so coverage and calibration have exact bars.
 
-A patient's condition is drawn from the prior; sex, age band and 84 findings depend on it alone and not on each other
-(naive Bayes). Some of 12 body systems, picked without a look at the patient, are examined, and each finding of these is
-known to be present or absent. The golds are all conditions with their exact posterior given sex, age band and the
-examined findings; `drawn` is the patient's own. The numbers (clinic.json) are made up: plausible enough to read, no
-medical advice.
+A patient's condition is drawn from the prior; sex, age band and 84 findings depend on it alone and not on each other (naive Bayes). Some of 12 body
+systems, picked without a look at the patient, are examined, and each finding of these is known to be present or absent. The golds are all
+conditions with their exact posterior given sex, age band and the examined findings; `drawn` is the patient's own. The numbers (clinic.json) are
+made up: plausible enough to read, no medical advice.
 """
 
 import json

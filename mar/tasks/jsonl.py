@@ -4,10 +4,9 @@
     {"question": "What causes flu?", "golds": [{"name": "influenza virus", "aliases": ["influenza"]}], "id": "flu"}
     {"question": "A coin?", "golds": [{"name": "heads", "probability": 0.5}, {"name": "tails", "probability": 0.5}]}
 
-One gold: `truth` is single. Several: all of them are right at once (multi-label), `uniform`. With a probability on all,
-which sum to 1, the golds are a distribution, `exact`; one of them is drawn as the label, by the id, once and for all. A
-key "truth" says otherwise (`survey` for shares of people). Without "id" the question's words make one. The id decides
-the split: of a file 70 % are train, 20 % validation and 10 % test.
+One gold: `truth` is single. Several: all of them are right at once (multi-label), `uniform`. With a probability on all, which sum to 1, the golds
+are a distribution, `exact`; one of them is drawn as the label, by the id, once and for all. A key "truth" says otherwise (`survey` for shares of
+people). Without "id" the question's words make one. The id decides the split: of a file 70 % are train, 20 % validation and 10 % test.
 """
 
 from typing import Any

@@ -1,0 +1,73 @@
+"""What the benchmarks share: alternating runs, and a line per case in results/*.csv under the same head."""
+
+import csv
+import os
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import date
+from pathlib import Path
+
+import torch
+import transformers
+
+HEAD = "date commit machine cores threads torch transformers case".split()
+
+
+def quiet_machine() -> None:
+    """Say so where other processes are busy: the times are then worth less."""
+    if (load := os.getloadavg()[0]) > 0.5:
+        print(f"the load average is {load:.1f}: other processes are busy, and times will be noisy")
+
+
+def alternate(runs: int, sides: Mapping[str, Callable[[int], float]]) -> dict[str, list[float]]:
+    """Call each side in turn, `runs` times, with the number of the run; what they return (units of work) per second. Warm them up before."""
+    speeds: dict[str, list[float]] = {name: [] for name in sides}
+    for run in range(runs):
+        for name, side in sides.items():
+            began = time.perf_counter()
+            done = side(run)
+            speeds[name].append(done / (time.perf_counter() - began))
+    return speeds
+
+
+def seconds(work: Callable[[], object], runs: int) -> float:
+    """Median of `runs` calls."""
+    times = []
+    for _ in range(runs):
+        began = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - began)
+    return statistics.median(times)
+
+
+@contextmanager
+def peak_bytes() -> Iterator[list[int]]:
+    """By how much resident memory rose at its highest inside; in the list after the end. Linux: VmHWM of this process is reset."""
+
+    def resident(key: str) -> int:
+        (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
+        return int(line.split()[1]) * 1024
+
+    Path("/proc/self/clear_refs").write_text("5")
+    before, peak = resident("VmRSS"), [0]
+    yield peak
+    peak[0] = resident("VmHWM") - before
+
+
+def record(file: Path, columns: Sequence[str], rows: Mapping[str, Sequence[float]]) -> None:
+    """Append one line per case."""
+    command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
+    commit = subprocess.run(command, capture_output=True, text=True, check=False, cwd=file.parents[1]).stdout.strip()
+    file.parent.mkdir(exist_ok=True)
+    fresh = not file.exists()
+    with file.open("a", newline="") as out:
+        writer = csv.writer(out)
+        if fresh:
+            writer.writerow([*HEAD, *columns])
+        where = [date.today(), commit, platform.machine(), os.cpu_count(), torch.get_num_threads()]
+        for case, values in rows.items():
+            writer.writerow([*where, torch.__version__, transformers.__version__, case, *(f"{v:.4g}" for v in values)])

@@ -1,0 +1,42 @@
+"""Which credit has the lower variance, measured on rollouts of a real policy."""
+
+import torch
+
+from mar.advantages import token_advantages
+from mar.batch import Batch, micro_batches
+from mar.job import Job
+from mar.losses import reinforce, token_weights
+from mar.update import Logs, flat_columns
+
+
+def variance_ratio(job: Job, batch: Batch) -> float | None:
+    """Variance of a group's policy gradient with to-go credit over that with one scalar a completion, on the same completions (constant
+    aggregation, no scaling; prompts differ, and their spread is in both). Costs two backward passes."""
+    algo, longest = job.config.algo, job.config.model.max_completion_tokens
+    baseline = "leave_one_out" if algo.baseline == "value" else algo.baseline
+    parameters = [p for p in job.model.parameters() if p.requires_grad]
+    credits = ("to_go", "set")
+    columns = {credit: token_advantages(batch, credit, baseline, "none") for credit in credits}
+    total, square = {credit: [torch.zeros_like(p) for p in parameters] for credit in credits}, Logs(float)
+    for i in range(len(batch.groups)):
+        part, rows = batch.take([i])
+        weights = token_weights(part.loss_mask, "constant", longest)
+        own = {credit: [torch.zeros_like(p) for p in parameters] for credit in credits}
+        for micro in micro_batches(part, job.config.train.micro_batch_tokens):
+            logprobs = job.model(micro.packed, algo.temperature)[0]
+            c = flat_columns(
+                micro, part, {"weights": weights, **{n: a[rows] for n, a in columns.items()}}, logprobs.dtype
+            )
+            for credit in credits:
+                loss = reinforce(logprobs, c[credit], c["weights"])
+                for held, g in zip(own[credit], torch.autograd.grad(loss, parameters, retain_graph=True), strict=True):
+                    held += g
+        for credit in credits:
+            square[credit] += sum(g.double().square().sum().item() for g in own[credit])
+            for held, g in zip(total[credit], own[credit], strict=True):
+                held += g
+    spread = {
+        credit: square[credit] - sum(g.double().square().sum().item() for g in total[credit]) / len(batch.groups)
+        for credit in credits
+    }
+    return spread["to_go"] / spread["set"] if spread["set"] > 0 else None

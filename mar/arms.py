@@ -1,0 +1,185 @@
+"""What `mar.evaluate` asks of whom (an arm), and the document that its answers make."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from mar.grammar import Grammar
+from mar.itemstats import (
+    Item,
+    Statistic,
+    binned,
+    curves,
+    difference,
+    estimate,
+    histogram,
+    mean_of,
+    ratio,
+    resamples,
+    statistics,
+)
+from mar.log import Display
+from mar.records import Example
+
+NUM_ORDERS = 64
+SHOWN = "top1 brier ece auroc q_mse tv_distance regret format_rate repeats_per_set tokens_per_set".split()
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way of asking: which weights (`trained` or not), which form and words, how many sets per item. `says` defines it in one sentence."""
+
+    name: str
+    says: str
+    grammar: Grammar
+    num_sets: int
+    style: str = "ranked"
+    trained: bool = True
+
+
+def arms_of(grammar: Grammar, k: int, sizes: Sequence[int], trained: bool) -> list[Arm]:
+    """The policy as it was trained to answer, the baselines of the same model untrained, and sets of other sizes.
+
+    k answers per question: a policy of K answers gives k // K sets, a single one k completions.
+    """
+    K, confident = grammar.num_answers, grammar.confident
+    single = Grammar("rlcr_single" if confident else "rlvr_single", 1, thinking=grammar.thinking)
+    asked = (
+        grammar if grammar.multi else Grammar("rlcr_multi" if confident else "rlvr_multi", 3, thinking=grammar.thinking)
+    )
+    sets, untrained = max(1, k // K), "the untrained model" if trained else "the same weights"
+    arms = [Arm("policy", f"{sets} sets of {K}, asked as in training", grammar, sets, trained=trained)]
+    if trained:
+        arms.append(Arm("base", f"{untrained}, asked as the policy is, once", grammar, 1, trained=False))
+    if grammar.multi:
+        arms.append(Arm("single", f"{untrained}, asked for one answer, {k} times", single, k, trained=False))
+    for style, says in (
+        ("list", "prompted for K: asked only to list"),
+        ("verbalized", "verbalised sampling: asked to draw at random"),
+    ):
+        arms.append(Arm(style, f"{untrained}, {says} {asked.num_answers} answers", asked, 1, style, False))
+    for size in sizes if grammar.multi else ():
+        if size != K:
+            arms.append(
+                Arm(
+                    f"K={size}", f"the policy, asked for {size}", replace(grammar, num_answers=size), 1, trained=trained
+                )
+            )
+    return arms
+
+
+def _curve(items: Sequence[Item], each: Mapping[str, np.ndarray], weights: np.ndarray) -> dict[str, Any]:
+    """Coverage, unique answers and tokens against the number of answers k, each [value, low, high]."""
+    K = len(items[0].sets[0].answers)
+    steps = range(len(items[0].sets))
+    tokens = np.mean([[s.tokens for s in i.sets] for i in items])
+    out: dict[str, Any] = {"k": [K * (m + 1) for m in steps], "tokens": [float(tokens * (m + 1)) for m in steps]}
+    return out | {
+        name: [estimate(mean_of(each[name][:, m]), weights) for m in steps] for name in ("coverage", "unique", "pass")
+    }
+
+
+def _reliability(items: Sequence[Item], weights: np.ndarray) -> list[dict[str, Any]]:
+    """Of each confidence bin with answers in it: their number, mean confidence, and the share that is right [value, low, high]."""
+    said = np.array(
+        [[[np.nan if q is None or s.reason else q for q in s.confidences] for s in i.sets] for i in items], float
+    )
+    bins = binned(np.array([[s.mass for s in i.sets] for i in items], float), said)  # [n, 3, bins]
+    out = []
+    for count, q, y in np.moveaxis(bins, (0, 1, 2), (2, 1, 0)):
+        if total := count.sum():
+            out.append(
+                {
+                    "count": int(total),
+                    "said": q.sum() / total,
+                    "right": estimate(Statistic(np.stack([y, count], 1), ratio), weights),
+                }
+            )
+    return out
+
+
+def measured(arm: Arm, items: Sequence[Item]) -> dict[str, Any]:
+    """Everything that is said of one arm."""
+    weights, sets, each = resamples(len(items)), [s for i in items for s in i.sets], curves(items)
+    all_statistics = statistics(items, arm.grammar.confident, each)
+    return {
+        "says": arm.says,
+        "num_answers": arm.grammar.num_answers,
+        "num_sets": len(items[0].sets),
+        "metrics": {name: estimate(statistic, weights) for name, statistic in all_statistics.items()},
+        "curve": _curve(items, each, weights),
+        "reliability": _reliability(items, weights) if arm.grammar.confident else [],
+        "unique_histogram": histogram([len({key for s in i.sets for key in s.keys if key is not None}) for i in items]),
+        "tokens": [s.tokens for s in sets][:5000],
+        "format_failures": dict(Counter(s.reason for s in sets if s.reason)),
+    }
+
+
+def at_tokens(curve: Mapping[str, Any], budget: float) -> float | None:
+    """Coverage that a policy reaches with `budget` tokens, between two of its points; None outside of them."""
+    tokens, coverage = curve["tokens"], [value for value, *_ in curve["coverage"]]
+    return float(np.interp(budget, tokens, coverage)) if tokens[0] <= budget <= tokens[-1] else None
+
+
+def bars(examples: Sequence[Example], k: int) -> dict[str, list[float]] | None:
+    """Floor and ceiling of coverage against 1..k answers where the posterior is known: k distinct draws from it (the mean of NUM_ORDERS orders of
+    drawing an item, so to about .001), and its k most probable answers."""
+    if any(e.truth != "exact" for e in examples):
+        return None
+    p = np.zeros((len(examples), max(k, *(len(e.golds) for e in examples))))
+    for row, example in zip(p, examples, strict=True):
+        row[: len(example.golds)] = [gold.probability for gold in example.golds]
+    rng, floor = np.random.default_rng(0), np.zeros(k)
+    with np.errstate(divide="ignore"):
+        logs = np.log(p)
+    for _ in range(NUM_ORDERS):  # draws without replacement come in the order of log p + Gumbel noise
+        order = np.argsort(-(logs + rng.gumbel(size=p.shape)), axis=1)[:, :k]
+        floor += np.take_along_axis(p, order, 1).cumsum(1).mean(0) / NUM_ORDERS
+    best = -np.sort(-p, axis=1)[:, :k]
+    return {"k": list(range(1, k + 1)), "floor": floor.tolist(), "ceiling": best.cumsum(1).mean(0).tolist()}
+
+
+def compared(a: Sequence[Item], b: Sequence[Item], confident: bool) -> dict[str, Any]:
+    """a - b of every metric that both have, on the items that both answered: {metric: [difference, low, high]}, and the number of items."""
+    ids = {i.id for i in a} & {i.id for i in b}
+    mine, theirs = ([i for i in sorted(items, key=lambda i: i.id) if i.id in ids] for items in (a, b))
+    first, second = statistics(mine, confident), statistics(theirs, confident)
+    weights = resamples(len(ids))
+    return {"num_items": len(ids)} | {n: difference(first[n], second[n], weights) for n in first if n in second}
+
+
+def document_of(
+    arms: Sequence[Arm], items: Mapping[str, Sequence[Item]], examples: Sequence[Example], k: int
+) -> dict[str, Any]:
+    """What `evaluation.json` says of all arms, at equal answers, at equal tokens, and item by item."""
+    ids = {i.id for i in items["policy"]}
+    found = {a.name: measured(a, items[a.name]) for a in arms}
+    per_set = found["policy"]["curve"]["tokens"]
+    budgets = sorted({per_set[0], per_set[len(per_set) // 2], per_set[-1]})
+    K, most = arms[0].grammar.num_answers, arms[0].grammar.num_answers * arms[0].num_sets
+    same = [a for a in arms[1:] if a.grammar.num_answers == K or a.grammar.num_answers * a.num_sets == most]
+    return {
+        "num_items": len(ids),
+        "k": k,
+        "bars": bars([e for e in examples if e.id in ids], k),
+        "arms": found,
+        "equal_tokens": [{"tokens": b} | {n: at_tokens(a["curve"], b) for n, a in found.items()} for b in budgets],
+        "paired": {f"policy - {a.name}": compared(items["policy"], items[a.name], a.grammar.confident) for a in same},
+    }
+
+
+def show(document: Mapping[str, Any], display: Display) -> None:
+    """The table of the arms, without those of other sizes, and what the pairs say of coverage."""
+    K = document["arms"]["policy"]["num_answers"]
+    columns = {n: a["metrics"] for n, a in document["arms"].items() if not n.startswith("K=")}
+    most = max(a["num_answers"] * a["num_sets"] for a in document["arms"].values())
+    names = (f"coverage@{K}", f"coverage@{most}", f"unique@{most}", *SHOWN)
+    display.table(f"{document['task']}, {document['num_items']} items, ± half of the 95 % interval", columns, names)
+    for pair, values in document["paired"].items():
+        key = next((n for n in values if n.startswith("coverage@")), None)
+        if key and values[key][0] is not None:
+            value, low, high = values[key]
+            display.say(f"{pair}: {key} {value:+.3f} [{low:+.3f}, {high:+.3f}] on {values['num_items']} items")

@@ -1,0 +1,282 @@
+"""Answer sets, several to an item, and every metric as a function of sums over items: a bootstrap over items is then one matrix product.
+
+Names and definitions are those of `mar.metrics`; what needs several sets of one policy (union, unique answers, overlap) is here. A metric that an
+answer form cannot have (a calibration without confidences) is left out, never 0.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+
+from mar.grammar import RESERVED_TAG, Grammar, parse
+from mar.metrics import NUM_BINS, auroc_of_counts, set_value, tv_distance, union_curve
+from mar.posterior import ceiling_value
+from mar.records import Gold, Prompt
+from mar.verify import VERIFIERS, matching_increments, normalise, repeats
+
+NUM_RESAMPLES, LEVEL = 1000, 0.95
+
+
+@dataclass(frozen=True)
+class AnswerSet:
+    """One completion, read and judged. [K] each: the answers (None: not written), confidences, `hits` against the targets, `mass` (exact
+    probability, else the hit), `keys` (what makes two answers the same), `repeated`. A format failure has a `reason` and no mass, hits or keys."""
+
+    text: str
+    answers: tuple[str | None, ...]
+    confidences: tuple[float | None, ...]
+    hits: tuple[float, ...]
+    mass: tuple[float, ...]
+    keys: tuple[str | None, ...]
+    repeated: tuple[bool, ...]
+    reason: str | None
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Item:
+    """One question and the sets that a policy wrote for it. `best_value`: the Bayes-optimal value of K answers where the posterior is known."""
+
+    id: str
+    num_golds: int
+    multi_label: bool
+    best_value: float | None
+    prompt_tokens: int
+    sets: tuple[AnswerSet, ...]
+
+    def to_row(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @staticmethod
+    def from_row(row: Mapping[str, Any]) -> "Item":
+        plain: list[dict[str, Any]] = [
+            {k: tuple(v) if isinstance(v, list) else v for k, v in s.items()} for s in row["sets"]
+        ]
+        sets = [AnswerSet(**one) for one in plain]
+        return Item(**{**row, "sets": tuple(sets)})
+
+
+def read_item(prompt: Prompt, texts: Sequence[tuple[str, int]], grammar: Grammar, verifier: str) -> Item:
+    """Parse completions of one prompt, (text, number of tokens) each, strictly, and judge them against this item's own golds."""
+    example, K = prompt.example, grammar.num_answers
+    golds, targets, known = example.golds, example.targets(), dict[tuple[str, int], tuple[int, ...]]()
+
+    def verify(answer: str, among: Sequence[Gold]) -> tuple[int, ...]:  # the same few answers come again and again
+        if (answer, len(among)) not in known:
+            known[answer, len(among)] = VERIFIERS[verifier](answer, among)
+        return known[answer, len(among)]
+
+    def read(text: str, tokens: int) -> AnswerSet:
+        parsed = parse(text, grammar, prompt.think_open)
+        hits, mass, keys = (0.0,) * K, (0.0,) * K, tuple[str | None, ...]((None,) * K)
+        if parsed.reason is None:
+            hits, _ = matching_increments(parsed.answers, targets, verify)
+            _, taken = matching_increments(parsed.answers, golds, verify)
+            mass = tuple(0.0 if g is None else golds[g].probability or 0.0 for g in taken) if exact else hits
+            meant = [(answer, verify(answer, golds)) for answer in map(str, parsed.answers)]
+            keys = tuple(normalise(golds[among[0]].name if len(among) == 1 else a) for a, among in meant)
+        repeated = repeats(parsed.answers, golds, verify)
+        return AnswerSet(text, parsed.answers, parsed.confidences, hits, mass, keys, repeated, parsed.reason, tokens)
+
+    exact, best = example.truth == "exact", None
+    if exact:
+        p = [gold.probability or 0.0 for gold in golds]
+        best = ceiling_value(np.array([p + [0.0] * (K - len(p))]), K).item()
+    sets = tuple(read(*one) for one in texts)
+    return Item(example.id, len(targets), example.multi_label, best, len(prompt.ids), sets)
+
+
+@dataclass(frozen=True)
+class Statistic:
+    """`value` of the column sums of `columns` [n, c]: [..., c] -> [...], nan where it is undefined."""
+
+    columns: np.ndarray
+    value: Callable[[np.ndarray], np.ndarray]
+
+
+def ratio(sums: np.ndarray) -> np.ndarray:
+    return np.divide(sums[..., 0], sums[..., 1], out=np.full(sums.shape[:-1], np.nan), where=sums[..., 1] > 0)
+
+
+def mean_of(values: np.ndarray) -> Statistic:
+    """The mean of an array whose first axis is the item; nan entries do not count."""
+    flat = np.asarray(values, dtype=float).reshape(len(values), -1)
+    return Statistic(np.stack([np.nansum(flat, 1), (~np.isnan(flat)).sum(1)], 1), ratio)
+
+
+def binned(expected: np.ndarray, said: np.ndarray) -> np.ndarray:
+    """[n, 3, bins] of each item's slots with a confidence: their number, sum of confidences, sum of hits (or masses)."""
+    out = np.zeros((len(said), 3, NUM_BINS))
+    item, *rest = np.nonzero(~np.isnan(said))
+    q, y = said[item, *rest], expected[item, *rest]
+    at = np.minimum((q * NUM_BINS).astype(int), NUM_BINS - 1)
+    for row, values in enumerate((np.ones_like(q), q, y)):
+        np.add.at(out[:, row], (item, at), values)
+    return out
+
+
+def ece_of(expected: np.ndarray, said: np.ndarray) -> Statistic:
+    """Expected calibration error, 10 equal bins (see metrics.ece)."""
+
+    def value(sums: np.ndarray) -> np.ndarray:
+        count, q, y = np.moveaxis(sums.reshape(*sums.shape[:-1], 3, NUM_BINS), -2, 0)
+        total = count.sum(-1)
+        return np.divide(np.abs(q - y).sum(-1), total, out=np.full(total.shape, np.nan), where=total > 0)
+
+    return Statistic(binned(expected, said).reshape(len(said), -1), value)
+
+
+def auroc_of(expected: np.ndarray, said: np.ndarray) -> Statistic:
+    """See metrics.auroc."""
+    seen = ~np.isnan(said)
+    levels, at = np.unique(said[seen], return_inverse=True)
+    columns = np.zeros((len(said), 2, len(levels)))
+    for side, weights in enumerate((expected[seen], 1 - expected[seen])):
+        np.add.at(columns[:, side], (np.nonzero(seen)[0], at), weights)
+    return Statistic(columns.reshape(len(said), -1), lambda s: auroc_of_counts(*np.split(s, 2, axis=-1)))
+
+
+def words(text: str) -> list[str]:
+    """Lower-case words and numbers of a completion without its tags, as rouge-score cuts them."""
+    return re.findall("[a-z0-9]+", RESERVED_TAG.sub(" ", text).lower())
+
+
+def rouge_l(a: Sequence[str], b: Sequence[str]) -> float:
+    """F1 of the longest common subsequence (Lin 2004); 0 where either is empty."""
+    row = [0] * (len(b) + 1)
+    for x in a:
+        before = row
+        row = [0]
+        for j, y in enumerate(b):
+            row.append(before[j] + 1 if x == y else max(before[j + 1], row[j]))
+    return 2 * row[-1] / (len(a) + len(b)) if row[-1] else 0.0
+
+
+def shared(a: Sequence[str], b: Sequence[str], n: int = 1) -> float:
+    """Jaccard index of the sets of n-grams; nan where neither has any."""
+    x, y = ({tuple(w[i : i + n]) for i in range(len(w) - n + 1)} for w in (a, b))
+    return len(x & y) / len(x | y) if x | y else np.nan
+
+
+OVERLAPS: dict[str, Callable[[Sequence[str], Sequence[str]], float]] = {
+    "overlap_3gram": lambda a, b: shared(a, b, 3),
+    "overlap_4gram": lambda a, b: shared(a, b, 4),
+    "overlap_jaccard": shared,
+    "overlap_rouge_l": rouge_l,
+}
+
+
+def _union(item: Item, what: Callable[[AnswerSet], Mapping[str, float]]) -> np.ndarray:
+    """The union curve [S] of outcomes, each with its worth, that `what` reads off a set."""
+    shown = [what(s) for s in item.sets]
+    worth = {key: value for outcomes in shown for key, value in outcomes.items()}
+    seen = np.array([[key in outcomes for key in worth] for outcomes in shown]).reshape(len(shown), len(worth))
+    return union_curve(seen, np.array(list(worth.values())))
+
+
+def _covered(s: AnswerSet) -> dict[str, float]:
+    return {str(key): mass for key, mass in zip(s.keys, s.mass, strict=True) if mass > 0}
+
+
+def curves(items: Sequence[Item]) -> dict[str, np.ndarray]:
+    """[n, S] each, against the number m of sets: `coverage` of their union, `unique` answers in it, `pass` (is any right)."""
+    return {
+        "coverage": np.array([_union(i, _covered) for i in items]),
+        "unique": np.array([_union(i, lambda s: {key: 1.0 for key in s.keys if key is not None}) for i in items]),
+        "pass": np.array([_union(i, lambda s: {"hit": 1.0} if any(s.hits) else {}) for i in items]),
+    }
+
+
+def statistics(
+    items: Sequence[Item], confident: bool, curve: Mapping[str, np.ndarray] | None = None
+) -> dict[str, Statistic]:
+    """Every metric that these sets allow, by name. K answers a set, S sets an item, k = S K answers in all. `curve`: `curves`, if at hand."""
+    sets = [i.sets for i in items]
+    K, S = len(sets[0][0].answers), len(sets[0])
+    mass, hits, repeated = (
+        np.array([[getattr(s, a) for s in i] for i in sets], float) for a in ("mass", "hits", "repeated")
+    )
+    readable = np.array([[s.reason is None for s in i] for i in sets])
+    said = np.array([[[np.nan if q is None else q for q in s.confidences] for s in i] for i in sets], float)
+    said[~readable] = np.nan
+    exact, curve = items[0].best_value is not None, curve or curves(items)
+    num_golds, multi_label = np.array([i.num_golds for i in items]), any(i.multi_label for i in items)
+    out = {
+        f"coverage@{K}": mean_of(mass.sum(-1)),
+        "top1": mean_of(mass[..., 0]),
+        f"recall@{K}": mean_of(hits.sum(-1) / num_golds[:, None]),
+        "precision": mean_of(mass),
+        f"pass@{K}": mean_of(curve["pass"][:, 0]),
+    }
+    if S > 1:
+        out |= {
+            f"coverage@{S * K}": mean_of(curve["coverage"][:, -1]),
+            f"pass@{S * K}": mean_of(curve["pass"][:, -1]),
+            f"unique@{S * K}": mean_of(curve["unique"][:, -1]),
+        }
+        pairs = [[(words(a.text), words(b.text)) for a, b in pairwise(i)] for i in sets]
+        out |= {name: mean_of(np.array([[f(a, b) for a, b in p] for p in pairs])) for name, f in OVERLAPS.items()}
+    if confident:
+        loss = mass * (said - 1) ** 2 + (1 - mass) * said**2
+        chosen = np.nan_to_num(said, nan=-1.0).argmax(-1)[..., None]
+        total, any_hit = said.sum(-1), np.minimum(mass.sum(-1), 1.0)
+        of_set = (mass.sum(-1) / K, total / K) if multi_label else (any_hit, np.minimum(total, 1.0))
+        out |= {
+            "top1_conf": mean_of(np.take_along_axis(mass, chosen, -1)),
+            "brier": mean_of(np.where(np.isnan(said), 1.0, loss)),
+            "ece": ece_of(mass, said),
+            "auroc": auroc_of(mass, said),
+            "ece_top1": ece_of(mass[..., 0], said[..., 0]),
+            "set_ece": ece_of(*of_set),
+        }
+    if exact and confident:
+        best = np.array([i.best_value for i in items], float)[:, None]
+        value = set_value(mass, said)
+        out |= {
+            "q_mse": mean_of((said - mass) ** 2),
+            "tv_distance": mean_of(tv_distance(mass, said)),
+            "value": mean_of(value),
+            "regret": mean_of(best - value),
+        }
+    return out | {
+        "format_rate": mean_of(readable),
+        "repeats_per_set": mean_of(repeated.sum(-1)),
+        "tokens_per_set": mean_of(np.array([[s.tokens for s in i] for i in sets])),
+        "prompt_tokens": mean_of(np.array([i.prompt_tokens for i in items])),
+    }
+
+
+def resamples(num_items: int, seed: int = 0) -> np.ndarray:
+    """[B, n] how often each item occurs in each bootstrap sample; the same for every metric and policy, so differences are paired."""
+    return (
+        np.random.default_rng(seed)
+        .multinomial(num_items, [1 / num_items] * num_items, size=NUM_RESAMPLES)
+        .astype(float)
+    )
+
+
+def _bounds(values: np.ndarray) -> list[float | None]:
+    kept = values[~np.isnan(values)]
+    return np.quantile(kept, [(1 - LEVEL) / 2, (1 + LEVEL) / 2]).tolist() if len(kept) else [None, None]
+
+
+def estimate(statistic: Statistic, weights: np.ndarray) -> list[float | None]:
+    """[value, low, high]: the metric and its 95 % percentile bootstrap interval over items. weights: `resamples`."""
+    value = statistic.value(statistic.columns.sum(0)).item()
+    return [None if np.isnan(value) else value, *_bounds(statistic.value(weights @ statistic.columns))]
+
+
+def difference(a: Statistic, b: Statistic, weights: np.ndarray) -> list[float | None]:
+    """[a - b, low, high] of two policies measured on the same items, both resampled alike."""
+    value = (a.value(a.columns.sum(0)) - b.value(b.columns.sum(0))).item()
+    values = a.value(weights @ a.columns) - b.value(weights @ b.columns)
+    return [None if np.isnan(value) else value, *_bounds(values)]
+
+
+def histogram(values: Sequence[int]) -> dict[str, int]:
+    return {str(value): count for value, count in sorted(Counter(values).items())}

@@ -1,0 +1,63 @@
+"""How a run measures its policy: one set of answers per held-out prompt, at the training temperature, always the same items and draws."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from mar.distributed import ALONE, World
+from mar.draw import SamplingParams
+from mar.grammar import Grammar
+from mar.itemstats import estimate, read_item, resamples, statistics
+from mar.metrics import SHOWN_METRICS, gap_closed, known_bounds, set_metrics
+from mar.model import Decoder
+from mar.records import Prompt, Rollout
+from mar.rewards import RewardSpec
+from mar.rollout import Decode, judge_groups, sample
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """Everything but the policy: what is asked, how it is drawn, how it is judged."""
+
+    prompts: tuple[Prompt, ...]
+    grammar: Grammar
+    spec: RewardSpec
+    verifier: str
+    decode: Decode
+    params: SamplingParams
+    kv_budget_tokens: int
+    seed: int
+
+
+def measure(model: Decoder, protocol: Protocol, world: World = ALONE) -> tuple[dict[str, Any], list[Rollout]]:
+    """The metrics of `set_metrics`, with `interval` (metric -> 95 % bootstrap interval over items), and the rollouts they were read from. Draws
+    depend on seed and item alone, not on the training step."""
+    p = protocol
+    groups, _ = sample(model, p.prompts, 1, p.params, p.kv_budget_tokens, (p.seed, "eval", 0), world.share)
+    judged = judge_groups(p.prompts[world.share], groups, p.grammar, p.spec, p.verifier, p.decode)
+    rollouts = [group[0] for group in world.gather(judged)]
+    metrics: dict[str, Any] = dict(set_metrics(rollouts, p.verifier, p.grammar.confident))
+    texts = [(r.text, len(r.completion.ids)) for r in rollouts]
+    items = [read_item(q, [text], p.grammar, p.verifier) for q, text in zip(p.prompts, texts, strict=True)]
+    weights, known = resamples(len(items)), statistics(items, p.grammar.confident)
+    metrics["interval"] = {name: estimate(known[name], weights)[1:] for name in metrics if name in known}
+    return metrics, rollouts
+
+
+def bounds(prompts: Sequence[Prompt], num_answers: int) -> dict[str, dict[str, float | None]]:
+    """`floor` and `ceiling` where the posterior is known, else nothing."""
+    return known_bounds([p.example for p in prompts], num_answers) or {}
+
+
+def summary(document: Mapping[str, Any], num_answers: int) -> dict[str, Any]:
+    """The part of `eval.json` that goes on the last line of stdout: four policies and how much of the gap is closed."""
+    key = f"coverage@{num_answers}"
+    columns = {name: document.get(name) for name in ("floor", "before", "after", "ceiling")}
+    out: dict[str, Any] = {
+        name: None if c is None else {k: c.get(k) for k in (key, *SHOWN_METRICS)} for name, c in columns.items()
+    }
+    known = columns["floor"] and columns["ceiling"] and columns["after"]
+    out["gap_closed"] = (
+        gap_closed(document["after"][key], document["floor"][key], document["ceiling"][key]) if known else None
+    )
+    return out

@@ -1,0 +1,79 @@
+"""Several ranks are one run: the same completions, and parameters that agree in float64."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from mar import checkpoint
+from mar.config import ScaleOptions
+from mar.distributed import World, join
+from mar.fetch import resolve_model
+from mar.optim import make_optimizer
+from mar.records import UserError
+from mar.weights import load_model
+
+ROOT = Path(__file__).resolve().parents[1]
+WORDS = """+experiment=clinic train.steps=3 eval.num_items=3 algo.prompts_per_step=3 algo.group_size=3 model.trainable= model.lr=1e-3
+scale.dtype=float64 logger.console=plain train.micro_batch_tokens=256 checkpoint.every=1 optim.grad_clip=0.01""".split()
+
+
+def train(out: Path, ranks: int, *words: str) -> Path:
+    """The run directory of a training run on `ranks` processes."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
+    command = [sys.executable, *launcher, "-m", "mar.train", *WORDS, f"out={out}", *words]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return out / "clinic" / "seed0"
+
+
+def parameters(run: Path) -> torch.Tensor:
+    model = load_model(resolve_model("embedded", "embedded", None)[0], dtype=torch.float64)
+    found = checkpoint.newest(run / "checkpoints")
+    assert found is not None and found.step == 3
+    checkpoint.restore(found, model, make_optimizer(model, 1e-3, (0.9, 0.999), 1e-8, 0.0))
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    run = train(tmp_path_factory.mktemp("alone"), 1)
+    return (run / "completions.jsonl").read_text(), parameters(run)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks, words", [(2, ()), (4, ("scale.replicas=2",))])
+def test_ranks_agree_with_one_process(alone, tmp_path, ranks, words):
+    """Three prompts on two ranks are uneven; on four ranks one has none; 2 x 2 is HSDP."""
+    run = train(tmp_path, ranks, *words)
+    assert (run / "completions.jsonl").read_text() == alone[0]
+    torch.testing.assert_close(parameters(run), alone[1], rtol=0, atol=1e-8)
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_with_another_number_of_ranks(alone, tmp_path):
+    train(tmp_path, 2, "train.stop_at=2")
+    run = train(tmp_path, 1)
+    assert (run / "completions.jsonl").read_text() == alone[0]
+    torch.testing.assert_close(parameters(run), alone[1], rtol=0, atol=1e-8)
+
+
+def test_micro_batches_are_dealt_in_equal_numbers():
+    hands = [World(rank, 3).deal("abcd") for rank in range(3)]
+    assert hands == [[("a", 3.0), ("d", 3.0)], [("b", 3.0), ("a", 0.0)], [("c", 3.0), ("a", 0.0)]]
+    assert World().deal("ab") == [("a", 1.0), ("b", 1.0)]
+
+
+def test_what_does_not_fit_the_machine_is_refused(monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    for options, message in (
+        (ScaleOptions("h100x8", 8), "torchrun --nproc-per-node 8"),
+        (ScaleOptions("laptop", 0, replicas=2), "scale.replicas=2 does not divide the 1 processes"),
+        (ScaleOptions("laptop", 0, dtype="bfloat16"), "take scale.dtype=float32"),
+    ):
+        with pytest.raises(UserError, match=message):
+            join("cpu", options)

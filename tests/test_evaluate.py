@@ -1,0 +1,304 @@
+"""The command on the embedded model: the same bytes again, after an interruption too; texts from outside; every mistake in one sentence."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from mar import evaluate
+from mar.arms import arms_of, at_tokens
+from mar.compose import compose
+from mar.grammar import Grammar
+from mar.job import build_job
+from mar.log import Display
+from mar.protocol import measure
+from mar.records import UserError
+
+EMBEDDED = Path("mar/embedded/model").absolute()
+DISPLAY = Display("plain", 0, 0)
+FEW = ["+experiment=clinic", "eval.num_items=5", "k=6", "num_answers=2..3", "arms=policy,single,K=2"]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("base")
+    return evaluate.run(["base", *FEW, f"out={out}"], DISPLAY)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from mar.train import run
+
+    out = tmp_path_factory.mktemp("runs")
+    words = [
+        "+experiment=clinic",
+        "train.steps=2",
+        "train.stop_at=1",
+        "checkpoint.every=1",
+        "algo.group_size=2",
+        "algo.prompts_per_step=2",
+    ]
+    assert run(compose([*words, "eval.num_items=5", "eval.every=1", f"out={out}", "logger.console=plain"])) == 0
+    return out / "clinic/seed0"
+
+
+def document(folder: Path) -> dict:
+    return json.loads((folder / "evaluation.json").read_text())
+
+
+def test_an_evaluation_holds_what_it_says(base: Path) -> None:
+    rows = [json.loads(line) for line in (base / "eval_items.jsonl").read_text().splitlines()]
+    assert len(rows) == 1 + 3 * 5 and "protocol" in rows[0]
+    found = document(base)
+    assert set(found["arms"]) == {"policy", "single", "K=2"}
+    policy, single = found["arms"]["policy"], found["arms"]["single"]
+    assert (policy["num_sets"], single["num_sets"]) == (2, 6)
+    assert policy["curve"]["k"] == [3, 6] and single["curve"]["k"] == [1, 2, 3, 4, 5, 6]
+    assert len(found["bars"]["floor"]) == 6
+    for name in (
+        "coverage@3",
+        "coverage@6",
+        "pass@6",
+        "unique@6",
+        "ece",
+        "auroc",
+        "set_ece",
+        "q_mse",
+        "tv_distance",
+        "regret",
+        "overlap_rouge_l",
+    ):
+        middle, low, high = policy["metrics"][name]
+        assert low <= middle <= high, name
+    equal = found["equal_tokens"][0]
+    assert equal["policy"] == policy["curve"]["coverage"][0][0]
+    assert equal["single"] == pytest.approx(at_tokens(single["curve"], policy["curve"]["tokens"][0]))
+
+
+def test_the_first_set_is_what_training_measures(base: Path, tmp_path: Path) -> None:
+    job = build_job(compose(["+experiment=clinic", "eval.num_items=5"]), tmp_path, EMBEDDED, DISPLAY)
+    metrics, rollouts = measure(job.model, job.protocol)
+    rows = [json.loads(line) for line in (base / "eval_items.jsonl").read_text().splitlines()]
+    first = [row["sets"][0]["text"] for row in rows if row.get("arm") == "policy"]
+    assert first == [r.text for r in rollouts]
+    for name in ("coverage@3", "top1", "brier", "ece", "q_mse", "format_rate"):
+        low, high = metrics["interval"][name]
+        assert low <= metrics[name] <= high
+
+
+@pytest.mark.parametrize("cut", ["middle of a line", "middle of an arm"])
+def test_an_interrupted_evaluation_goes_on(
+    cut: str, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evaluate, "ROWS_AT_ONCE", 4)  # two items of the policy at a time
+    evaluate.run(["base", *FEW, f"out={tmp_path / 'whole'}"], DISPLAY)
+    expected = (tmp_path / "whole/eval_items.jsonl").read_bytes()
+    lines = expected.splitlines(keepends=True)
+    (tmp_path / "cut").mkdir()
+    kept = b"".join(lines[:4]) + lines[4][:40] if cut == "middle of a line" else b"".join(lines[:9])
+    (tmp_path / "cut/eval_items.jsonl").write_bytes(kept)
+    asked = []
+    sampled = evaluate.Questions.sampled
+    monkeypatch.setattr(
+        evaluate.Questions, "sampled", lambda self, arm, *rest: asked.append(arm.name) or sampled(self, arm, *rest)
+    )
+    evaluate.run(["base", *FEW, f"out={tmp_path / 'cut'}"], DISPLAY)
+    assert (tmp_path / "cut/eval_items.jsonl").read_bytes() == expected
+    assert document(tmp_path / "cut") == document(tmp_path / "whole")
+    assert asked.count("policy") == (
+        2 if cut == "middle of a line" else 0
+    )  # the third item is half a chunk: asked again
+    assert [row["metrics"] for row in document(base)["arms"].values()] == [
+        row["metrics"] for row in document(tmp_path / "cut")["arms"].values()
+    ]
+
+
+def test_another_evaluation_is_not_mixed_in(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["base", *FEW[:-1], "arms=policy", f"out={tmp_path}"]
+    evaluate.run(words, DISPLAY)
+    evaluate.run([*words, "seed=1"], Display("plain", 0, 0))
+    assert "belongs to another evaluation" in capsys.readouterr().out
+    assert json.loads((tmp_path / "eval_items.jsonl").read_text().splitlines()[0])["protocol"]["seed"] == 1
+
+
+def test_completions_of_others_measure_alike(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    items = [
+        row
+        for line in (base / "eval_items.jsonl").read_text().splitlines()
+        if (row := json.loads(line)).get("arm") == "policy"
+    ]
+    file = tmp_path / "theirs.jsonl"
+    texts = [{"id": i["id"], "text": s["text"]} for i in items for s in i["sets"]] + [
+        {"id": "clinic-test-999999", "text": "?"}
+    ]
+    file.write_text("".join(json.dumps(row) + "\n" for row in texts) + '{"id": "clinic-te')
+    evaluate.run(
+        [f"completions={file}", "+experiment=clinic", "eval.num_items=7", f"out={tmp_path}"], Display("plain", 0, 0)
+    )
+    said = " ".join(capsys.readouterr().out.split())
+    assert (
+        "10 of 11 texts: 2 for each of 5 of 7 questions" in said
+        and "skipped 1 broken line(s)" in said
+        and ":12" in said
+    )
+    ours, theirs = document(base)["arms"]["policy"]["metrics"], document(tmp_path)["arms"]["policy"]["metrics"]
+    for name in ours:
+        if name != "tokens_per_set":
+            assert theirs[name] == ours[name], name
+    # a stop token is no text: one token a set less, when counted from the text
+    assert theirs["tokens_per_set"][0] == pytest.approx(ours["tokens_per_set"][0] - 1, abs=0.5)
+
+
+def test_a_run_against_its_untrained_self(
+    trained: Path, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = evaluate.run(
+        [str(trained), "k=3", "arms=policy,base", "num_answers=", f"against={base}", f"out={tmp_path}"],
+        Display("plain", 0, 0),
+    )
+    assert "unfinished: measuring step 1 of 2" in " ".join(capsys.readouterr().out.split())
+    found = document(out)
+    assert found["step"] == 1 and found["num_items"] == 5
+    assert set(found["paired"]) == {"policy - base", f"policy - {base}"}
+    rows = {
+        row["arm"]: row
+        for line in (out / "eval_items.jsonl").read_text().splitlines()
+        if "arm" in (row := json.loads(line))
+    }
+    assert rows["policy"]["sets"] != rows["base"]["sets"]  # a step of lr .1 did change it
+    middle, low, high = found["paired"]["policy - base"]["coverage@3"]
+    arms = found["arms"]
+    assert middle == pytest.approx(
+        arms["policy"]["metrics"]["coverage@3"][0] - arms["base"]["metrics"]["coverage@3"][0], abs=2e-6
+    )
+
+
+def test_a_checkpoint_of_transformers_evaluates_the_same(base: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    AutoModelForCausalLM.from_pretrained(EMBEDDED, dtype=torch.float32).save_pretrained(tmp_path / "theirs")
+    AutoTokenizer.from_pretrained(EMBEDDED).save_pretrained(tmp_path / "theirs")
+    words = ["model.thinking=false", "model.max_completion_tokens=96", "model.max_prompt_tokens=384"]
+    out = evaluate.run([str(tmp_path / "theirs"), *words, *FEW, f"out={tmp_path / 'out'}"], DISPLAY)
+    assert document(out)["arms"] == document(base)["arms"]
+
+
+@pytest.mark.slow
+def test_the_same_coverage_through_transformers_generate(tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    words = ["+experiment=clinic", "eval.num_items=150", "k=3", "num_answers=", "arms=policy"]
+    ours = document(evaluate.run(["base", *words, f"out={tmp_path / 'ours'}"], DISPLAY))
+    job = build_job(compose(["+experiment=clinic", "eval.num_items=150"]), tmp_path, EMBEDDED, DISPLAY)
+    tokenizer = AutoTokenizer.from_pretrained(EMBEDDED, padding_side="left")
+    model = AutoModelForCausalLM.from_pretrained(EMBEDDED, dtype=torch.float32)
+    torch.manual_seed(0)
+    inputs = tokenizer(
+        [p.text for p in job.protocol.prompts], return_tensors="pt", padding=True, add_special_tokens=False
+    )
+    stops = list(job.protocol.params.stop_ids)
+    ids = model.generate(
+        **inputs,
+        do_sample=True,
+        temperature=1.0,
+        top_k=0,
+        top_p=1.0,
+        max_new_tokens=96,
+        eos_token_id=stops,
+        pad_token_id=stops[0],
+    )
+    texts = tokenizer.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    file = tmp_path / "generated.jsonl"
+    file.write_text(
+        "".join(json.dumps({"id": p.id, "text": t}) + "\n" for p, t in zip(job.protocol.prompts, texts, strict=True))
+    )
+    theirs = document(
+        evaluate.run(
+            [f"completions={file}", *words, f"against={tmp_path / 'ours'}", f"out={tmp_path / 'theirs'}"], DISPLAY
+        )
+    )
+    _, low, high = theirs["paired"][f"policy - {tmp_path / 'ours'}"]["coverage@3"]
+    assert low < 0 < high and theirs["arms"]["policy"]["metrics"]["format_rate"][0] > 0.95
+    assert (
+        abs(theirs["arms"]["policy"]["metrics"]["coverage@3"][0] - ours["arms"]["policy"]["metrics"]["coverage@3"][0])
+        < 0.08
+    )
+
+
+def test_arms() -> None:
+    multi = {a.name: a for a in arms_of(Grammar("rlcr_multi", 3), 30, [1, 3, 5], trained=True)}
+    assert list(multi) == ["policy", "base", "single", "list", "verbalized", "K=1", "K=5"]
+    assert [a.num_sets for a in multi.values()] == [10, 1, 30, 1, 1, 1, 1]
+    assert [n for n, a in multi.items() if a.trained] == ["policy", "K=1", "K=5"] and multi["list"].style == "list"
+    assert multi["K=1"].grammar == Grammar("rlcr_multi", 1)
+    single = {a.name: a for a in arms_of(Grammar("rlvr_single", 1), 30, [1, 3, 5], trained=False)}
+    assert list(single) == ["policy", "list", "verbalized"] and single["policy"].num_sets == 30
+    assert single["list"].grammar == Grammar("rlvr_multi", 3)
+
+
+def test_words(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    job = tmp_path / "algo.credit=own/seed0"
+    job.mkdir(parents=True)
+    assert evaluate.split_words([str(job), "seed=1"])[::2] == (str(job), ["seed=1"])
+    assert evaluate.main(["--help"]) == 0 and "completions=file.jsonl" in capsys.readouterr().out
+    name, options, settings = evaluate.split_words(
+        ["runs/x", "k=6", "eval.num_items=5", "+experiment=clinic", "completions="]
+    )
+    assert (name, options["k"], options["completions"], settings) == (
+        "runs/x",
+        "6",
+        "",
+        ["eval.num_items=5", "+experiment=clinic"],
+    )
+    assert evaluate.sizes_of("2..4") == [2, 3, 4] and evaluate.sizes_of("2,5") == [2, 5] and evaluate.sizes_of("") == []
+    curve = {"tokens": [10.0, 20.0], "coverage": [[0.5, 0, 1], [0.7, 0, 1]]}
+    assert at_tokens(curve, 15) == pytest.approx(0.6) and at_tokens(curve, 5) is None and at_tokens(curve, 21) is None
+
+
+def broken_inputs(tmp_path: Path, trained: Path) -> dict[str, tuple[list[str], str]]:
+    (tmp_path / "young").mkdir()
+    (tmp_path / "young/config.yaml").write_text((trained / "config.yaml").read_text())
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old/config.yaml").write_text((trained / "config.yaml").read_text().replace("grad_clip:", "clip_norm:"))
+    (tmp_path / "no_ids.jsonl").write_text('{"text": "flu"}\n')
+    (tmp_path / "other_ids.jsonl").write_text('{"id": "q1", "text": "flu"}\n')
+    (tmp_path / "empty.jsonl").write_text("")
+    (tmp_path / "tiny.jsonl").write_text('{"id": "only", "question": "Q?", "golds": ["x"]}\n')
+    clinic = ["+experiment=clinic", "eval.num_items=3"]
+    own = ["data=jsonl", f"data.path={tmp_path}/tiny.jsonl", "data.eval_split=test"]
+    return {
+        "nothing": ([], "name one thing to measure"),
+        "two things": (["base", "other"], "name one thing to measure"),
+        "no such place": (["nowhere"], "neither a run"),
+        "no checkpoint yet": ([str(tmp_path / "young")], "no readable checkpoint"),
+        "another schema": ([str(tmp_path / "old")], "another version"),
+        "misspelt setting": ([str(trained), "eval.nun_items=3"], "override"),
+        "no ids": ([f"completions={tmp_path}/no_ids.jsonl", *clinic], "keys id and text"),
+        "no rows": ([f"completions={tmp_path}/empty.jsonl", *clinic], "keys id and text"),
+        "other ids": ([f"completions={tmp_path}/other_ids.jsonl", *clinic], "clinic-test-000000"),
+        "no file": ([f"completions={tmp_path}/none.jsonl", *clinic], "no such file"),
+        "unknown arm": (["base", "arms=policy,singel", *clinic], "arms=singel"),
+        "bad sizes": (["base", "num_answers=many", *clinic], "num_answers=many"),
+        "bad k": (["base", "k=many", *clinic], "k=many"),
+        "large sizes": (["base", "num_answers=1..60", *clinic], "1 to 10"),
+        "empty set": (["base", "+experiment=clinic", *own], "tiny.jsonl"),
+        "not evaluated": (
+            [str(trained), "k=3", "arms=policy", f"against={tmp_path}", f"out={tmp_path}/o"],
+            "python -m mar.evaluate",
+        ),
+    }
+
+
+def test_mistakes_are_one_sentence(tmp_path: Path, trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, (words, expected) in broken_inputs(tmp_path, trained).items():
+        assert evaluate.main(words) == 2, name
+        said = capsys.readouterr().err
+        assert said.startswith("error: ") and said.count("\n") == 1 and expected in said, (name, said)
+
+
+def test_nothing_of_a_resampled_interval_depends_on_the_order_of_arms(base: Path) -> None:
+    with pytest.raises(UserError, match="other questions"):
+        evaluate.compare_with(base, [], True)
+    assert np.isfinite(document(base)["arms"]["policy"]["metrics"]["coverage@3"]).all()

@@ -1,0 +1,309 @@
+"""The report in a real browser where there is one: every view, no console error, no word of a model that becomes markup. Then `mar.show`."""
+
+import json
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+
+pytest.importorskip("matplotlib", reason="figures need matplotlib: pip install 'mar[eval]'")
+from mar import evaluate, plots, report, show
+from mar import runs as runs_of_folders
+from mar.compose import compose
+from mar.log import Display
+from mar.records import UserError
+from mar.train import run
+
+CHROMIUM = next(
+    (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None
+)
+EVIL = "</script><script>document.title='owned'</script><img src=x onerror=document.title='owned'>\u2028<!--"
+
+
+def train(out: Path, *more: str) -> Path:
+    words = [
+        "+experiment=clinic",
+        "train.steps=3",
+        "algo.group_size=3",
+        "algo.prompts_per_step=2",
+        "eval.num_items=6",
+        "checkpoint.every=3",
+    ]
+    config = compose([*words, f"out={out}", "logger.console=plain", *more])
+    assert run(config) == 0
+    return Path(config.run_dir)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """A run with an evaluation and two wicked completions, another seed of it, and another setting."""
+    out = tmp_path_factory.mktemp("runs")
+    first = train(out / "a", "eval.every=2")
+    evaluate.run([str(first), "eval.num_items=6", "k=6", "num_answers=1..2"], Display("plain", 0, 0))
+    rows = [json.loads(line) for line in (first / "completions.jsonl").read_text().splitlines()]
+    wicked = [i for i, row in enumerate(rows) if row["stage"] == "train" and row["step"] == 3][:2]
+    for i, reason in zip(wicked, (None, "trailing_text"), strict=True):
+        rows[i] |= {
+            "text": f"<answer1>{EVIL}</answer1>",
+            "answers": [EVIL, EVIL, None],
+            "confidences": [0.9, 0.1, None],
+            "reason": reason,
+        }
+        rows[i] |= {"hits": [0, 0, 0], "repeated": [False, True, False], "question": EVIL, "targets": [EVIL]}
+    (first / "completions.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows) + '{"step": 3, "te')
+    return [first, train(out / "a", "seed=1"), train(out / "b", "reward=multi_rlvr")]
+
+
+@pytest.fixture(scope="module")
+def page(runs: list[Path]) -> Path:
+    return report.report([runs[0]], None)
+
+
+def data_of(file: Path) -> dict:
+    text = file.read_text(encoding="utf-8")
+    return json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', text, re.DOTALL)[1])
+
+
+def table(data: dict, title: str) -> dict:
+    return next(t for t in data["tables"] if t["title"] == title)
+
+
+class Scripts(HTMLParser):
+    """Counts elements as a browser would: a script element that the data opened would be one more."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.links: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.links += [value or "" for key, value in attrs if key in ("src", "href")]
+
+
+def test_a_run_is_one_file_that_needs_nothing_else(runs: list[Path], page: Path) -> None:
+    elements, data = Scripts(page.read_text(encoding="utf-8")), data_of(page)
+    assert elements.tags.count("script") == 2 and "img" not in elements.tags
+    assert all(link.startswith(("#", "data:")) for link in elements.links)
+    assert any("Skipped 1 broken line(s)" in note for note in data["notes"])
+    assert set(data["figures"]) == {
+        "learning curves",
+        "reward components",
+        "coverage",
+        "reliability",
+        "sizes",
+        "unique_answers",
+        "tokens",
+    }
+    head = table(data, "Headline")
+    assert head["columns"] == ["", "floor", "before", "after", "ceiling"]
+    stored = json.loads((runs[0] / "eval.json").read_text())
+    cover = dict(zip(head["columns"], head["rows"][0], strict=True))
+    assert cover["after"] == [stored["after"]["coverage@3"], *stored["after"]["interval"]["coverage@3"]]
+    assert cover["floor"] == [stored["floor"]["coverage@3"], None, None] and cover["after"][1] < cover["after"][2]
+    assert table(data, "Evaluation")["columns"][1:] == ["policy", "base", "single", "list", "verbalized"]
+    assert (
+        len(table(data, "Paired differences")["rows"]) > 10
+        and len(table(data, "Coverage at equal tokens")["rows"]) == 2
+    )
+    assert "commit" in data["provenance"] and "num_answers: 3" in data["configs"][str(runs[0])]
+
+
+def test_rollouts_carry_advantages_and_named_components(page: Path) -> None:
+    rollouts = data_of(page)["rollouts"]
+    assert rollouts["components"] == ["coverage1", "brier1", "coverage2", "brier2", "coverage3", "brier3", "end"]
+    assert [len(g["rows"]) for g in rollouts["groups"]] == [3] * 6 and {g["step"] for g in rollouts["groups"]} == {
+        1,
+        2,
+        3,
+    }
+    for group in rollouts["groups"]:
+        totals = [sum(row["components"]) for row in group["rows"]]
+        for row, total in zip(group["rows"], totals, strict=True):
+            assert row["reward"] == pytest.approx(total, abs=1e-4)
+            starts = [start for start, _ in row["advantages"]]
+            assert starts == sorted(set(starts)) and starts[0] == 0
+            others = (sum(totals) - total) / 2  # leave one out: the first token is credited with all of it
+            assert row["advantages"][0][1] == pytest.approx(total - others, abs=2e-3)
+
+
+def test_pairs_and_sweeps(runs: list[Path], tmp_path: Path) -> None:
+    pair = data_of(report.report([runs[0], runs[2]], tmp_path / "pair.html"))
+    assert table(pair, "What differs")["rows"] == [
+        ["eval.every", "2", "0"],
+        ["reward.objective", "multi_rlcr", "multi_rlvr"],
+    ]
+    assert set(pair["figures"]) >= {"learning curves", "coverage"} and pair["rollouts"] is None
+    sweep = table(data_of(report.report([runs[1].parents[2]], tmp_path / "sweep.html")), "Settings")
+    assert [row[1] for row in sweep["rows"]] == [1, 1, 1]  # eval.every differs too
+    same = [runs_of_folders.read_run(r) for r in (runs[1], runs[1])]
+    mean, low, high = runs_of_folders.over_seeds(same, "top1")
+    assert mean == low == high == same[0].document["after"]["top1"]
+    two = [runs_of_folders.Run(Path(), {}, [], {"after": {"x": v}}, {}, []) for v in (1.0, 3.0)]
+    assert runs_of_folders.over_seeds(two, "x") == pytest.approx(
+        [2, 2 - 12.71, 2 + 12.71]
+    )  # t = 12.71, standard error 1
+
+
+@pytest.mark.parametrize("width", [1280, 500])
+def test_in_a_browser(width: int, page: Path, tmp_path: Path) -> None:
+    if CHROMIUM is None:
+        pytest.skip("no chromium here: apt-get install chromium")
+    click = """<script>addEventListener('load', () => { const seen = [];
+      const count = (what) => document.querySelectorAll(what).length;
+      const look = (name) => seen.push(name + ':' + count('#prompts button') + ':' + count('.card'));
+      look('all');
+      for (const id of ['failed', 'repeats', 'over']) { const box = document.getElementById(id); box.click(); look(id); box.click(); }
+      const find = document.getElementById('find'); find.value = 'onerror'; find.dispatchEvent(new Event('input')); look('find');
+      document.querySelectorAll('#prompts button')[0].click();
+      seen.push('marks:' + count('pre .wrong') + ':' + count('li .repeated'));
+      const shaded = [...document.querySelectorAll('pre span')].filter((s) => s.style.background && s.title.includes('coverage1'));
+      seen.push('shades:' + shaded.length);
+      find.value = 'zzz'; find.dispatchEvent(new Event('input')); look('none');
+      document.querySelectorAll('details').forEach((d) => { d.open = true; });
+      const pictures = [...document.images]; seen.push('images:' + pictures.length + ':' + pictures.filter((i) => i.naturalWidth > 100).length);
+      seen.push('title:' + document.title); seen.push('wide:' + (document.documentElement.scrollWidth - document.documentElement.clientWidth));
+      document.body.dataset.seen = seen.join(' | '); }); </script>"""
+    file = tmp_path / "report.html"
+    file.write_text(page.read_text(encoding="utf-8").replace("</body>", click + "</body>"), encoding="utf-8")
+    options = [
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--virtual-time-budget=8000",
+        "--enable-logging=stderr",
+        f"--window-size={width},900",
+    ]
+    done = subprocess.run(
+        [CHROMIUM, *options, f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", file.as_uri()],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    assert "CONSOLE" not in done.stderr, re.findall(r".*CONSOLE.*", done.stderr)
+    seen = re.search(r'data-seen="([^"]*)"', done.stdout)[1].split(" | ")
+    assert seen[0] == "all:6:3" and seen[1] == "failed:1:3" and seen[4] == "find:1:3"
+    assert int(seen[2].split(":")[1]) >= 1 and int(seen[3].split(":")[1]) >= 1
+    assert seen[5].startswith("marks:") and "0" not in seen[5].split(":")[1:] and int(seen[6].split(":")[1]) >= 7
+    assert seen[7] == "none:0:0" and seen[8] == "images:7:7"
+    assert seen[9].startswith("title:mar: ") and seen[10] == "wide:0"
+
+
+@pytest.mark.parametrize("name", ["script", "quote"])
+def test_no_text_leaves_its_element(name: str, tmp_path: Path) -> None:
+    text = {"script": "</SCRIPT >", "quote": "\"'`${x}&lt;\ud800"}[name]
+    report.write({"title": text}, tmp_path / "r.html")
+    written = (tmp_path / "r.html").read_text(encoding="utf-8")
+    assert Scripts(written).tags.count("script") == 2 and "</SCRIPT" not in written
+    assert data_of(tmp_path / "r.html")["title"] == text.replace("\ud800", "?")
+
+
+def test_figures_are_files_that_open(runs: list[Path], tmp_path: Path) -> None:
+    from PIL import Image
+
+    document = json.loads((runs[0] / "evaluation.json").read_text())
+    figures = {"tokens": plots.tokens_per_answer(document["arms"]), "components": plots.of_run(runs[0])["components"]}
+    figures["reliability"] = plots.reliability({"policy": document["arms"]["policy"]})
+    plots.save(figures, tmp_path)
+    for name in figures:
+        ElementTree.parse(tmp_path / f"{name}.svg")
+        with Image.open(tmp_path / f"{name}.png") as image:
+            assert len(image.convert("L").resize((40, 40)).getcolors() or []) > 1
+    before = (tmp_path / "tokens.svg").read_bytes()
+    plots.save({"tokens": plots.tokens_per_answer(document["arms"])}, tmp_path)
+    assert (tmp_path / "tokens.svg").read_bytes() == before  # the same figure is the same file
+    document["arms"]["policy"]["tokens"][0] += 10
+    plots.save({"tokens": plots.tokens_per_answer(document["arms"])}, tmp_path)
+    assert (tmp_path / "tokens.svg").read_bytes() != before
+
+
+def test_running_mean() -> None:
+    values = np.array([1.0, np.nan, 3.0] + [5.0] * 17)
+    assert plots.smoothed(values)[:5].tolist() == [1, 1, 3, 4, 5]
+    assert np.isnan(plots.smoothed(np.array([np.nan, 2.0]))[0])
+
+
+def faults(tmp_path: Path, good: Path) -> dict[str, tuple[list[Path], str]]:
+    for name in ("empty", "young", "damaged", "old"):
+        (tmp_path / name).mkdir()
+    for name in ("young", "damaged"):
+        (tmp_path / name / "config.yaml").write_text((good / "config.yaml").read_text())
+    (tmp_path / "old/config.yaml").write_text("K: 3\n")
+    shutil.copy(good / "metrics.jsonl", tmp_path / "damaged")
+    (tmp_path / "damaged/eval.json").write_text("{")
+    return {
+        "nowhere": ([tmp_path / "nowhere"], "holds no run"),
+        "empty": ([tmp_path / "empty"], "holds no run"),
+        "pair with nothing": ([good, tmp_path / "empty"], "no config.yaml"),
+        "no step": ([tmp_path / "young"], "not finished a step"),
+        "half a document": ([tmp_path / "damaged"], "damaged"),
+        "another version": ([tmp_path / "old"], "another version"),
+        "three": ([good, good, good], "one run, one folder"),
+    }
+
+
+def test_mistakes_are_one_sentence(tmp_path: Path, runs: list[Path], capsys: pytest.CaptureFixture[str]) -> None:
+    for name, (paths, expected) in faults(tmp_path, runs[0]).items():
+        assert report.main([*map(str, paths), "--out", str(tmp_path / "r.html")]) == 2, name
+        said = capsys.readouterr().err
+        assert said.startswith("error: ") and said.count("\n") == 1 and expected in said, (name, said)
+    assert not (tmp_path / "r.html").exists()
+
+
+def test_an_unfinished_run_says_so(tmp_path: Path) -> None:
+    folder = train(tmp_path, "train.stop_at=2", "eval.every=1")
+    data = data_of(report.report([folder], None))
+    assert any("unfinished: step 2 of 3" in note for note in data["notes"])
+    assert table(data, "Headline")["columns"] == ["", "floor", "before", "latest", "ceiling"]
+
+
+def test_show(runs: list[Path], capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [json.loads(line) for line in (runs[1] / "completions.jsonl").read_text().splitlines()]
+    last = [row for row in rows if row["step"] == 3 and row["stage"] == "train"]
+    assert show.main([str(runs[1])]) == 0
+    said = capsys.readouterr().out
+    assert all(row["id"] in said for row in last) and said.count("reward ") == len(last) and "coverage +" in said
+    assert show.main([str(runs[1]), "0", "000004"]) == 0
+    said = capsys.readouterr().out
+    assert "clinic-test-000004" in said and "clinic-test-000003" not in said
+    assert show.main([str(runs[0]), "3"]) == 0
+    said = capsys.readouterr().out
+    assert "\\x2028" in said and "\u2028" not in said and "skipped 1 broken line(s)" in " ".join(said.split())
+    for words, expected in ((["9"], "steps [0] to [3]"), (["3", "nobody"], "'nobody'")):
+        assert show.main([str(runs[1]), *words]) == 2
+        assert expected in capsys.readouterr().err
+    assert show.main([str(runs[1].parent)]) == 2 and "does not exist" in capsys.readouterr().err
+
+
+def test_show_marks_what_is_right(tmp_path: Path) -> None:
+    row = {
+        "answers": ["flu", "flu", "\x1b[31mx"],
+        "hits": [1, 0, 0],
+        "repeated": [False, True, False],
+        "confidences": [0.5, None, 0.25],
+    }
+    row |= {
+        "reason": None,
+        "text": "<think>a\x1b</think><answer1>",
+        "reward": 1.0,
+        "parts": {"format": 0.5},
+        "sample": 0,
+    }
+    text = show.shown(row)
+    assert [show.verdict(row, k) for k in range(3)] == ["right", "repeated", "wrong"]
+    assert (
+        "\x1b" not in text.plain
+        and "a\\x1b" in text.plain
+        and {"not bold bold green", "not bold red", "not bold magenta"} <= {s.style for s in text.spans}
+    )
+    assert show.verdict(row | {"reason": "unfinished"}, 0) == "wrong"
+    (tmp_path / "completions.jsonl").write_text('{"step": 1}\n')
+    with pytest.raises(UserError, match="another version"):
+        show.show(tmp_path, None, "", None)
