@@ -34,9 +34,7 @@ def main(words: list[str]) -> None:
         prompts = prompts or [build_prompt(example, grammar, tokenizer, noun) for example in examples]
         golds = np.array([len(example.golds) for example in examples])
         strata = Counter(example.stratum for example in examples if example.stratum)
-        display.say(
-            f"{split}: {len(examples)} rows, golds {golds.mean():.2f} ({golds.min()} to {golds.max()}) {dict(strata) or ''}"
-        )
+        display.say(f"{split}: {len(examples)} rows, golds {golds.mean():.2f} ({golds.min()} to {golds.max()}) {dict(strata) or ''}")
     lengths = np.array([len(prompt.ids) for prompt in prompts])
     low, middle, high = np.percentile(lengths, [0, 50, 100]).astype(int)
     display.say(f"prompt tokens of train ({config.model.name}): {low} to {high}, median {middle}")

@@ -106,9 +106,7 @@ def posterior(prior: np.ndarray, present: np.ndarray, answers: np.ndarray) -> np
 def load_bayes(source: Source) -> Loaded:
     """`num` drawn patients of a split: train, validation and test are separate streams of the seed."""
     if source.kind != "path" or source.num is None:
-        raise UserError(
-            f"ddxplus_bayes draws patients from {STATISTICS}: use data.source=path data.path=<its folder> and data.num_train"
-        )
+        raise UserError(f"ddxplus_bayes draws patients from {STATISTICS}: use data.source=path data.path=<its folder> and data.num_train")
     table, folder = _table(source), Path(str(source.path)).expanduser()
     conditions, findings, prior, present = _statistics(folder if folder.is_dir() else folder.parent)
     spread = prior @ (present - prior @ present) ** 2  # findings that tell conditions apart are asked for more often
@@ -129,7 +127,5 @@ def load_bayes(source: Source) -> Loaded:
         seen.add(text)
         golds = tuple(map(Gold, conditions, [()] * len(conditions), posterior(prior, present, answers).tolist()))
         id = f"ddxplus_bayes-{source.split}-{len(examples):06d}"
-        examples.append(
-            Example(id, "ddxplus_bayes", text, golds, "exact", drawn=int(condition), stratum=f"asked{size}")
-        )
+        examples.append(Example(id, "ddxplus_bayes", text, golds, "exact", drawn=int(condition), stratum=f"asked{size}"))
     return Loaded(examples, dropped)
