@@ -52,6 +52,12 @@ class DataOptions:
     num_eval: int = "${eval.num_items}"  # type: ignore[assignment]
     max_gold_words: int = number(3, low=1)  # a question whose golds are all longer is dropped and counted
     show_options: bool = False
+    max_sentences: int | None = number(None, low=1)  # of a patient's sentences (mediQ) the first so many are shown
+    data_seed: int = number(0, low=0)  # of what a task draws when it builds its questions (hotpotqa), whatever `seed`
+    min_prob: float = number(0.1, low=0, high=1)  # ddxplus: a condition of the differential is a gold from here on
+    # what is paid: auto = the drawn label of a distribution, else all golds; ddxplus: set = differential, drawn = pathology
+    target: str = one_of("auto", "drawn", "probabilities", "set")
+    sandbox: str = one_of("bubblewrap", "unsafe")  # where model-written programs run
 
 
 @dataclass

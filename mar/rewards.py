@@ -108,20 +108,22 @@ def first_open(grammar: Grammar, spec: RewardSpec) -> np.ndarray:
 
 def _coverage_terms(hits: Sequence[float], num_golds: int, spec: RewardSpec) -> list[float]:
     """[K] marginal coverage of each slot, weighted."""
-    marginals = np.diff(np.maximum.accumulate(hits), prepend=0.0).tolist() if spec.coverage == "any" else hits
+    marginals = np.diff(np.minimum(np.cumsum(hits), 1.0), prepend=0.0).tolist() if spec.coverage == "any" else hits
     share = {"fraction_golds": max(num_golds, 1), "fraction_answers": len(hits)}.get(spec.coverage, 1)
     ranks = spec.rank_weights or (1.0,) * len(hits)
     return [spec.coverage_weight * w * m / share for w, m in zip(ranks, marginals, strict=True)]
 
 
 def _brier_terms(parsed: Parsed, hits: Sequence[float], grammar: Grammar) -> list[float | None]:
-    """[K] (or [K+1] with `<other>`) squared error of each confidence, None where it or its answer is missing."""
+    """[K] (or [K+1] with `<other>`) E(q - y)^2 = (q - h)^2 + h(1 - h) of each confidence, None where it or its answer is
+    missing. A hit h of 0 or 1 is a verdict; one between is a probability (verify.probabilities)."""
     errors = [
-        None if answer is None or confidence is None else (confidence - hit) ** 2
+        None if answer is None or confidence is None else (confidence - hit) ** 2 + hit * (1.0 - hit)
         for answer, confidence, hit in zip(parsed.answers, parsed.confidences, hits, strict=True)
     ]
     if grammar.other:
-        errors.append(None if parsed.other is None else (parsed.other - (0.0 if any(hits) else 1.0)) ** 2)
+        none = 1.0 - min(1.0, math.fsum(hits))
+        errors.append(None if parsed.other is None else (parsed.other - none) ** 2 + none * (1.0 - none))
     return errors
 
 

@@ -40,7 +40,10 @@ def load(task, path, split="train", **options):
 
 
 def test_unknown_task_names_the_known():
-    with pytest.raises(UserError, match="unknown task 'medq': data.task is one of clinic, jsonl, medqa"):
+    with pytest.raises(
+        UserError,
+        match="unknown task 'medq': data.task is one of ambigqa, clinic, ddxplus, ddxplus_bayes, hotpotqa, jsonl, mbpp, medqa, protoqa",
+    ):
         get_task("medq")
 
 

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from mar.records import UserError
-from mar.tasks import clinic, jsonl, medqa
+from mar.tasks import ambigqa, clinic, ddxplus, hotpotqa, jsonl, mbpp, medqa, protoqa
 from mar.tasks.common import Loaded, Source
 
 
@@ -29,6 +29,12 @@ def _clinic(source: Source) -> Loaded:
 TASKS: dict[str, Task] = {
     "clinic": Task(load=_clinic, noun=clinic.NOUN),
     "medqa": Task(load=medqa.load, noun=medqa.NOUN),
+    "ddxplus": Task(load=ddxplus.load, noun=ddxplus.NOUN),
+    "ddxplus_bayes": Task(load=ddxplus.load_bayes, noun=ddxplus.NOUN),
+    "hotpotqa": Task(load=hotpotqa.load, noun=hotpotqa.NOUN),
+    "ambigqa": Task(load=ambigqa.load, noun=ambigqa.NOUN),
+    "protoqa": Task(load=protoqa.load, noun=protoqa.NOUN),
+    "mbpp": Task(load=mbpp.load, noun=mbpp.NOUN, verifier="program"),
     "jsonl": Task(load=jsonl.load, noun=jsonl.NOUN),
 }
 

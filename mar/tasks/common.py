@@ -3,12 +3,13 @@
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mar.records import Example, UserError
+from mar.records import Example, Gold, UserError
 
 Row = Mapping[str, Any]
 SPLIT_SHARES = (("test", 10), ("validation", 30), ("train", 100))  # the per cent of ids below which a split ends
@@ -27,6 +28,10 @@ class Source:
     hub_id: str | None = None
     max_gold_words: int = 3
     show_options: bool = False
+    max_sentences: int | None = None
+    min_prob: float = 0.1
+    target: str = "auto"
+    data_seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -72,9 +77,46 @@ def id_of(row: Row, key: str, prefix: str, question: str) -> str:
     return f"{prefix}-{stable_hash(' '.join(question.split())):016x}" if given is None else f"{prefix}-{given}"
 
 
+def read_json(file: Path) -> Any:
+    """The value in a JSON file; a missing or malformed one is named."""
+    if not file.is_file():
+        raise UserError(f"{file}: there is no such file: check data.path")
+    try:
+        return json.loads(file.read_text(encoding="utf-8-sig"))
+    except ValueError as error:
+        raise UserError(f"{file} is not valid JSON ({error}): mend it") from None
+
+
+def draw_label(id: str, golds: Sequence[Gold]) -> int:
+    """The index of the gold that is this item's label, drawn by the probabilities, once and for all, from the id."""
+    edges = list(accumulate(gold.probability or 0.0 for gold in golds))
+    point = stable_hash(f"drawn {id}") / 2**64 * edges[-1]
+    return next(index for index, edge in enumerate(edges) if point < edge)
+
+
+def aim(examples: list[Example], target: str) -> list[Example]:
+    """The examples with what the reward pays for: a drawn label, or the probabilities, where these are known.
+
+    Both agree in expectation. All golds at once (`set`) is another objective: refused for a distribution.
+    """
+    if not any(example.truth in ("exact", "survey") for example in examples):
+        if target == "probabilities":
+            raise UserError("data.target=probabilities: the golds of this task have none; use data.target=auto")
+        return examples
+    if target == "set":
+        raise UserError("data.target=set: of a distribution one gold is right; use data.target=drawn or probabilities")
+    return [replace(e, drawn=None) for e in examples] if target == "probabilities" else examples
+
+
 def read_jsonl(path: str) -> Iterator[tuple[str, Row]]:
-    """(`file:line`, row) for every line; a missing file or a line that is no JSON object is named."""
+    """(`file:line`, row) for every line, or (`file[n]`, row) of one array in a .json file; what cannot be read is named."""
     file = Path(path).expanduser()
+    if file.suffix == ".json":
+        array = read_json(file)
+        if not isinstance(array, list) or not all(isinstance(row, dict) for row in array):
+            raise UserError(f"{path} is no array of objects: give one row an element, or jsonl")
+        yield from ((f"{path}[{number}]", row) for number, row in enumerate(array))
+        return
     if not file.is_file():
         raise UserError(f"data.path={path}: there is no such file")
     with file.open("rb") as lines:
@@ -95,7 +137,7 @@ def read_hub(hub_id: str, split: str) -> tuple[Iterator[tuple[str, Row]], Callab
     import datasets
 
     try:
-        splits = datasets.load_dataset(hub_id)
+        splits = datasets.load_dataset(*hub_id.split(":"))  # "owner/name:configuration"
     except Exception as error:  # many kinds: connection, missing repository, bad cache
         raise UserError(
             f"cannot load data set {hub_id} from the hub ({type(error).__name__}: {' '.join(str(error).split())[:160]}): "

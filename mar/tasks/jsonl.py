@@ -9,11 +9,10 @@ are a distribution, `exact`; one of them is drawn as the label, by the id, once 
 people). Without "id" the question's words make one. The id decides the split: of a file 70 % are train, 20 % validation and 10 % test.
 """
 
-from itertools import accumulate
 from typing import Any
 
 from mar.records import TRUTHS, Example, Gold, UserError
-from mar.tasks.common import Candidate, Loaded, Row, Source, id_of, load_rows, stable_hash, text_of
+from mar.tasks.common import Candidate, Loaded, Row, Source, draw_label, id_of, load_rows, text_of
 
 NOUN = "answer"
 GOLD_KEYS = {"name", "aliases", "probability"}
@@ -56,9 +55,7 @@ def _read(row: Row, place: str) -> Candidate:
     golds = tuple(_gold(gold, place) for gold in raw)
     truth, id, drawn = _truth(row, golds, place), id_of(row, "id", "jsonl", question), None
     if golds[0].probability is not None:
-        edges = list(accumulate(gold.probability or 0.0 for gold in golds))
-        point = stable_hash(f"drawn {id}") / 2**64 * edges[-1]
-        drawn = next(index for index, edge in enumerate(edges) if point < edge)
+        drawn = draw_label(id, golds)
     return Candidate(Example(id, "jsonl", question, golds, truth, drawn is None and len(golds) > 1, drawn), question)
 
 

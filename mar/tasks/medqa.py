@@ -3,7 +3,8 @@
 Rows are {question, options {A..D} or a list, answer, answer_idx, and realidx if there is one}. By default the options
 are hidden: the question is rewritten to an open one, and rows that cannot be asked so, or whose answer has more than
 `max_gold_words` words, are dropped and counted. `show_options` lists the options under the question as it is and drops
-nothing but duplicates; guesses then hit by chance (`chance_line`).
+nothing but duplicates; guesses then hit by chance (`chance_line`). Rows of mediQ (Li et al. 2024) hold the patient as
+sentences in `context`; the first `max_sentences` of them are shown (null: all): the same gold, rising uncertainty.
 """
 
 import re
@@ -88,7 +89,14 @@ def load(source: Source) -> Loaded:
 
     def read(row: Row, place: str) -> Candidate:
         question, (options, letter) = text_of(row, "question", place), _options(row, place)
-        answer, shown, reason = options[letter], question, None
+        context = row.get("context") or []
+        if not isinstance(context, list) or not all(isinstance(sentence, str) for sentence in context):
+            raise UserError(f"{place}: 'context' must be a list of sentences, not {context!r}")
+        if source.max_sentences is not None and "context" not in row:
+            raise UserError(f"{place}: data.max_sentences needs rows with 'context', as mediQ has them")
+        asked = " ".join([*context[: source.max_sentences], question])
+        question = " ".join([*context, question])  # what tells rows apart, however much of it is shown
+        answer, shown, reason = options[letter], asked, None
         short = _ABBREVIATION.sub("", answer)
         aliases = {short, *(_ABBREVIATION.findall(answer) if answer.endswith(")") else ())}
         if source.show_options:
@@ -96,8 +104,8 @@ def load(source: Source) -> Loaded:
             shown += "\n" + "\n".join(f"{key}. {text}" for key, text in options.items())
             aliases |= {f"{letter}. {answer}"} | ({letter} - {text.upper() for text in options.values()})
         else:
-            opened = None if _ABOVE.search(answer) else open_question(question)
-            shown, reason = opened or question, None if opened else NEEDS_OPTIONS
+            opened = None if _ABOVE.search(answer) else open_question(asked)
+            shown, reason = opened or asked, None if opened else NEEDS_OPTIONS
             reason = LONG_GOLD if len(short.split()) > source.max_gold_words else reason
         gold, id = Gold(answer, tuple(sorted(aliases - {answer}))), id_of(row, "realidx", "medqa", question)
         return Candidate(Example(id, "medqa", shown, (gold,)), question, reason)

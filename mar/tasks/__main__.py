@@ -1,0 +1,49 @@
+"""Look at a task before training on it:  python -m mar.tasks ddxplus data.source=path data.path=<file> [model=smollm2-135m]
+
+Prints the rows of each split, kept and dropped; gold-set sizes; prompt lengths in tokens; and three prompts as the model
+reads them. Words are those of the training command.
+"""
+
+import sys
+from collections import Counter
+
+import numpy as np
+
+from mar.compose import compose
+from mar.fetch import resolve_model
+from mar.grammar import Grammar
+from mar.job import load_data
+from mar.log import Display
+from mar.prompts import build_prompt, fit_grammar, load_tokenizer
+from mar.records import Prompt, UserError
+from mar.tasks import get_task
+
+
+def main(words: list[str]) -> None:
+    if not words:
+        raise UserError("name a task: python -m mar.tasks medqa data.source=path data.path=<file>")
+    config, display = compose([f"+experiment={words[0]}", "model=smollm2-135m", *words[1:]]), Display("plain", 0, 0)
+    r, noun = config.reward, get_task(config.data.task).noun
+    folder, _ = resolve_model(config.model.source, config.model.name, config.model.path)
+    tokenizer = load_tokenizer(folder)
+    plain = Grammar(r.form, r.num_answers, r.layout, config.model.thinking, r.analysis, r.other)
+    grammar = fit_grammar(plain, tokenizer)
+    prompts: list[Prompt] = []
+    for split in ("train", "validation", "test"):
+        examples = load_data(config, split, config.data.num_train, config.seed, display)
+        prompts = prompts or [build_prompt(example, grammar, tokenizer, noun) for example in examples]
+        golds = np.array([len(example.golds) for example in examples])
+        strata = Counter(example.stratum for example in examples if example.stratum)
+        display.say(f"{split}: {len(examples)} rows, golds {golds.mean():.2f} ({golds.min()} to {golds.max()}) {dict(strata) or ''}")
+    lengths = np.array([len(prompt.ids) for prompt in prompts])
+    low, middle, high = np.percentile(lengths, [0, 50, 100]).astype(int)
+    display.say(f"prompt tokens of train ({config.model.name}): {low} to {high}, median {middle}")
+    for prompt in prompts[:3]:
+        display.say(f"\n--- {prompt.id}\n{prompt.text}")
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except UserError as error:
+        sys.exit(f"error: {error}")
