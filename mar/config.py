@@ -57,7 +57,6 @@ class DataOptions:
     min_prob: float = number(0.1, low=0, high=1)  # ddxplus: a condition of the differential is a gold from here on
     # what is paid: auto = the drawn label of a distribution, else all golds; ddxplus: set = differential, drawn = pathology
     target: str = one_of("auto", "drawn", "probabilities", "set")
-    sandbox: str = one_of("bubblewrap", "unsafe")  # where model-written programs run
 
 
 @dataclass

@@ -85,7 +85,8 @@ def item_of(prompt: Prompt, written: Sequence[tuple[Parsed | Rollout, str, int]]
     if exact:
         p = [gold.probability or 0.0 for gold in golds]
         best = ceiling_value(np.array([p + [0.0] * (K - len(p))]), K).item()
-    return Item(example.id, len(targets), example.multi_label, best, len(prompt.ids), tuple(judged(*one) for one in written))
+    num_golds = 1 if example.truth in ("exact", "survey") else len(targets)
+    return Item(example.id, num_golds, example.multi_label, best, len(prompt.ids), tuple(judged(*one) for one in written))
 
 
 def read_item(prompt: Prompt, texts: Sequence[tuple[str, int]], grammar: Grammar, verifier: str) -> Item:

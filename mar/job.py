@@ -5,7 +5,7 @@ import os
 import platform
 import subprocess
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +22,16 @@ from mar.grammar import Grammar, render
 from mar.log import Display, append_jsonl
 from mar.model import Decoder
 from mar.optim import make_optimizer
-from mar.programs import RUNNERS
 from mar.prompts import build_prompt, fit_grammar, load_tokenizer
 from mar.protocol import Protocol
 from mar.records import Example, Prompt, UserError
 from mar.rewards import RewardSpec, first_open
 from mar.rollout import Decode, make_decode
-from mar.sandbox import require
 from mar.tasks import get_task
-from mar.tasks.common import Source
+from mar.tasks.common import Source, aim
 from mar.tasks.medqa import chance_line
+from mar.tasks.programs import RUNNERS
+from mar.tasks.sandbox import require
 from mar.weights import load_model
 
 STOP_TOKENS = ("<|im_end|>", "<|eot_id|>")  # that chat templates end a turn with, beside the tokenizer's own end
@@ -82,7 +82,8 @@ class Job:
 def load_data(config: Config, split: str, num: int | None, seed: int, display: Display) -> list[Example]:
     """The examples of a split; says what was dropped, and what guessing is worth where options are shown."""
     data = config.data
-    source = Source(data.source, split, num, seed, data.path, data.hub_id, data.max_gold_words, data.show_options)
+    shared = {item.name for item in fields(Source)} - {"kind", "split", "num", "seed"}
+    source = Source(data.source, split, num, seed, **{name: getattr(data, name) for name in shared})
     loaded = get_task(data.task).load(source)
     if loaded.dropped:
         display.say(f"{split}: dropped " + ", ".join(f"{n} ({why})" for why, n in sorted(loaded.dropped.items())))
@@ -157,7 +158,9 @@ def build_job(config: Config, folder: Path, model_folder: Path, display: Display
     model, data, r, o = config.model, config.data, config.reward, config.optim
     endless = data.source == "embedded" and data.num_train is None  # then as many patients as the run will see
     num_train = config.train.steps * config.algo.prompts_per_step if endless else data.num_train
-    train = load_data(config, data.train_split, num_train, config.seed, display)
+    if data.target not in get_task(data.task).targets:
+        raise UserError(f"data.target={data.target} is not for {data.task}: choose one of {', '.join(get_task(data.task).targets)}")
+    train = aim(load_data(config, data.train_split, num_train, config.seed, display), data.target)  # measured against labels all the same
     held_out = load_data(config, data.eval_split, data.num_eval, 0, display)
 
     tokenizer = load_tokenizer(model_folder)

@@ -27,6 +27,7 @@ class Example:
     `truth` says where the golds come from: `exact` (the true posterior, in `Gold.probability`), `survey` (shares of people), `uniform` (each gold
     equally right), `single` (one gold), `rule` (a program decides). `drawn` is the index of the gold that was drawn as this item's
     label where the golds form a distribution, else None. `multi_label`: several golds may be right at once.
+    `stratum` names the part of the data that it belongs to where a task has several (how much of the evidence was removed, say).
     """
 
     id: str
@@ -36,6 +37,7 @@ class Example:
     truth: str = "single"
     multi_label: bool = False
     drawn: int | None = None
+    stratum: str = ""
     tests: tuple[str, ...] = ()  # where programs are the answers: assertions, and set-up code for them
 
     def targets(self) -> tuple[Gold, ...]:

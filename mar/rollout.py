@@ -11,11 +11,11 @@ import numpy as np
 from mar.draw import SamplingParams, stream_key
 from mar.grammar import Grammar, Parsed, decode_with_starts, parse
 from mar.model import Decoder
-from mar.programs import INFRASTRUCTURE, RUNNERS, Tests, Verdict, verify_programs
 from mar.records import Completion, Gold, Prompt, Rollout, UserError
 from mar.rewards import RewardSpec, reward
 from mar.sampler import Generation, Request, generate
-from mar.verify import VERIFIERS, matching_increments, repeats
+from mar.tasks.programs import INFRASTRUCTURE, RUNNERS, Tests, Verdict, verify_programs
+from mar.verify import VERIFIERS, matching_increments, probabilities, repeats
 
 Decode = Callable[[tuple[int, ...]], str]
 Verdicts = Mapping[tuple[str, Tests], Verdict]
@@ -87,9 +87,12 @@ def pay(reading: Reading, grammar: Grammar, spec: RewardSpec, verifier: str, ver
         repeated = repeats(answers, key=lambda a: found[a].key)
         unjudged = sum(verdict.outcome == INFRASTRUCTURE for verdict in found.values())
     else:
-        targets, unjudged = example.targets(), 0
-        hits, _ = matching_increments(answers, targets, VERIFIERS[verifier])
-        repeated = repeats(answers, example.golds, VERIFIERS[verifier])
+        targets, unjudged, verify = example.targets(), 0, VERIFIERS[verifier]
+        if example.drawn is None and example.truth in ("exact", "survey"):  # data.target=probabilities
+            hits, targets = probabilities(answers, targets, verify), targets[:1]
+        else:
+            hits, _ = matching_increments(answers, targets, verify)
+        repeated = repeats(answers, example.golds, verify)
     earned = reward(reading.parsed, hits, repeated, len(targets), grammar, spec)
     return Rollout(
         prompt=reading.prompt,
@@ -127,7 +130,7 @@ def judge_completion(prompt: Prompt, completion: Completion, grammar: Grammar, s
     return judge_groups([prompt], [[completion]], grammar, spec, verifier, decode)[0][0]
 
 
-def judged_only(groups: Sequence[Sequence[Rollout]]) -> list[list[Rollout]]:
+def judged_only(groups: Sequence[list[Rollout]]) -> list[list[Rollout]]:
     """The groups without completions that could not be judged: neither paid, nor in the baseline of the others.
 
     A group of which fewer than two are left, and any are missing, is left out. UserError where nothing remains.

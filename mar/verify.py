@@ -84,6 +84,20 @@ def text_verifier(answer: str, golds: Sequence[Gold]) -> tuple[int, ...]:
 VERIFIERS: dict[str, Verifier] = {"text": text_verifier}
 
 
+def probabilities(answers: Answers, golds: Sequence[Gold], verifier: Verifier = text_verifier) -> tuple[float, ...]:
+    """[K] expected hit of each answer where one gold is right with its probability: the mass that no earlier answer had.
+
+    The expectation of `matching_increments` against a drawn label, and like it decided by a_1..a_k alone.
+    """
+    covered: set[int] = set()
+    out = []
+    for answer in answers:
+        new = set(() if answer is None else verifier(answer, golds)) - covered
+        covered |= new
+        out.append(float(sum(golds[g].probability or 0.0 for g in sorted(new))))
+    return tuple(out)
+
+
 def matching_increments(
     answers: Answers, golds: Sequence[Gold], verifier: Verifier = text_verifier, key: Key = normalise
 ) -> tuple[tuple[float, ...], tuple[int | None, ...]]:

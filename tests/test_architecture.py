@@ -12,12 +12,11 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # The one order of the code, upstream first. A new module takes the place at which the data reaches it.
 ORDER = """
-    records rundir config compose grammar posterior sandbox_child sandbox programs tasks prompts verify rewards mar_kernels
+    records rundir config compose grammar posterior verify tasks prompts rewards mar_kernels
     attention model weights distributed draw cache sampler rollout batch advantages losses critic optim checkpoint
-    metrics itemstats mirror log plots protocol fetch lessons sft job update train arms evaluate export plan runs report show
+    metrics itemstats mirror log plots protocol fetch lessons sft job update __main__ train arms evaluate export plan runs report show
 """.split()
-TEXT_SIDE = {"records", "rundir", "config", "compose", "grammar", "posterior", "tasks", "prompts", "verify", "rewards",
-             "sandbox_child", "sandbox", "programs"}  # fmt: skip
+TEXT_SIDE = {"records", "rundir", "config", "compose", "grammar", "posterior", "tasks", "prompts", "verify", "rewards"}
 MAY_SEE_HYDRA = {"rundir", "config", "compose", "train"}
 
 
@@ -30,6 +29,8 @@ def module_of(file: Path) -> str:
     parts = file.relative_to(ROOT).parts
     if parts[0] == "kernels":
         return "mar_kernels"
+    if file.stem == "__main__":  # a command of the package, not what others import
+        return "__main__"
     return parts[1] if len(parts) > 2 else file.stem.replace("__init__", "")
 
 

@@ -7,10 +7,10 @@ import pytest
 
 from mar import rollout as rollout_module
 from mar.grammar import Grammar, render
-from mar.programs import Verdict
 from mar.records import Completion, Example, Prompt, UserError
 from mar.rewards import RewardSpec
 from mar.rollout import judge_groups, judged_only
+from mar.tasks.programs import Verdict
 from tests.hostile import HONEST, TESTS
 
 GRAMMAR = Grammar("rlvr_multi", 3, thinking=False)

@@ -8,10 +8,10 @@ import time
 
 import pytest
 
-from mar import programs, sandbox
-from mar.programs import Verdict, take_apart, verify_program, verify_programs
 from mar.records import UserError
-from mar.sandbox import evaluate, require
+from mar.tasks import programs, sandbox
+from mar.tasks.programs import Verdict, take_apart, verify_program, verify_programs
+from mar.tasks.sandbox import evaluate, require
 from tests.hostile import HONEST, PROBES, PROGRAMS, TESTS
 
 needs_bubblewrap = pytest.mark.skipif(not shutil.which("bwrap"), reason="no bubblewrap here (apt-get install bubblewrap)")

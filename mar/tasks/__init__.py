@@ -11,11 +11,13 @@ from mar.tasks.common import Loaded, Source
 
 @dataclass(frozen=True)
 class Task:
-    """How a task is loaded and spoken of. `noun` is one answer in the prompt, `verifier` a key of verify.VERIFIERS."""
+    """How a task is loaded and spoken of. `noun` is one answer in the prompt, `verifier` a key of verify.VERIFIERS or of programs.RUNNERS,
+    `targets` what data.target may be. All golds at once (`set`) is another objective: never for a distribution, of which one gold is right."""
 
     load: Callable[[Source], Loaded]
     noun: str
     verifier: str = "text"
+    targets: tuple[str, ...] = ("auto",)
 
 
 def _clinic(source: Source) -> Loaded:
@@ -26,16 +28,18 @@ def _clinic(source: Source) -> Loaded:
     return Loaded(clinic.load(source.split, source.num, source.seed), Counter())
 
 
+DISTRIBUTION = ("auto", "drawn", "probabilities")
+
 TASKS: dict[str, Task] = {
-    "clinic": Task(load=_clinic, noun=clinic.NOUN),
+    "clinic": Task(load=_clinic, noun=clinic.NOUN, targets=DISTRIBUTION),
     "medqa": Task(load=medqa.load, noun=medqa.NOUN),
-    "ddxplus": Task(load=ddxplus.load, noun=ddxplus.NOUN),
-    "ddxplus_bayes": Task(load=ddxplus.load_bayes, noun=ddxplus.NOUN),
+    "ddxplus": Task(load=ddxplus.load, noun=ddxplus.NOUN, targets=("auto", "set", "drawn")),
+    "ddxplus_bayes": Task(load=ddxplus.load_bayes, noun=ddxplus.NOUN, targets=DISTRIBUTION),
     "hotpotqa": Task(load=hotpotqa.load, noun=hotpotqa.NOUN),
     "ambigqa": Task(load=ambigqa.load, noun=ambigqa.NOUN),
-    "protoqa": Task(load=protoqa.load, noun=protoqa.NOUN),
+    "protoqa": Task(load=protoqa.load, noun=protoqa.NOUN, targets=DISTRIBUTION),
     "mbpp": Task(load=mbpp.load, noun=mbpp.NOUN, verifier="program"),
-    "jsonl": Task(load=jsonl.load, noun=jsonl.NOUN),
+    "jsonl": Task(load=jsonl.load, noun=jsonl.NOUN, targets=DISTRIBUTION),
 }
 
 

@@ -95,16 +95,11 @@ def draw_label(id: str, golds: Sequence[Gold]) -> int:
 
 
 def aim(examples: list[Example], target: str) -> list[Example]:
-    """The examples with what the reward pays for: a drawn label, or the probabilities, where these are known.
-
-    Both agree in expectation. All golds at once (`set`) is another objective: refused for a distribution.
-    """
-    if not any(example.truth in ("exact", "survey") for example in examples):
-        if target == "probabilities":
-            raise UserError("data.target=probabilities: the golds of this task have none; use data.target=auto")
-        return examples
-    if target == "set":
-        raise UserError("data.target=set: of a distribution one gold is right; use data.target=drawn or probabilities")
+    """The examples with what the reward pays for: a drawn label, or where the golds form a distribution and `target` says so its
+    probabilities. Both agree in expectation."""
+    known = all(example.truth in ("exact", "survey") for example in examples)
+    if target == "probabilities" and not known:
+        raise UserError("data.target=probabilities: not all golds have a probability; use data.target=auto")
     return [replace(e, drawn=None) for e in examples] if target == "probabilities" else examples
 
 

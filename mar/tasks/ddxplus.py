@@ -17,11 +17,10 @@ from typing import Any
 import numpy as np
 
 from mar.records import Example, Gold, UserError
-from mar.tasks.common import Candidate, Loaded, Row, Source, load_rows, read_json, stable_hash
+from mar.tasks.common import Candidate, Loaded, Row, Source, load_rows, read_json, split_of, stable_hash
 
 NOUN = "diagnosis"
 EVIDENCES, STATISTICS = ("release_evidences_en.json", "release_evidences.json"), "evidence_given_condition_probs.json"
-SPLITS = ("train", "validation", "test")
 NUM_ASKED = (8, 12, 20)  # findings asked for, each number equally often
 FEW, WORDS = "differential has no condition above data.min_prob", {"N": "no", "Y": "yes", "NA": "none of them"}
 
@@ -104,13 +103,13 @@ def posterior(prior: np.ndarray, present: np.ndarray, answers: np.ndarray) -> np
 
 
 def load_bayes(source: Source) -> Loaded:
-    """`num` drawn patients of a split: train, validation and test are separate streams of the seed."""
+    """`num` drawn patients of a split, to which they belong by their text: no question is in two splits, whatever the seed."""
     if source.kind != "path" or source.num is None:
         raise UserError(f"ddxplus_bayes draws patients from {STATISTICS}: use data.source=path data.path=<its folder> and data.num_train")
     table, folder = _table(source), Path(str(source.path)).expanduser()
     conditions, findings, prior, present = _statistics(folder if folder.is_dir() else folder.parent)
     spread = prior @ (present - prior @ present) ** 2  # findings that tell conditions apart are asked for more often
-    rng = np.random.default_rng([SPLITS.index(source.split), source.seed])
+    rng = np.random.default_rng(source.seed)
     examples: list[Example] = []
     seen: set[str] = set()
     dropped: Counter[str] = Counter()
@@ -121,6 +120,8 @@ def load_bayes(source: Source) -> Loaded:
         answers[asked] = rng.random(size) < present[condition, asked]
         lines = [f"- {table[findings[f]]['question_en']} {'yes' if answers[f] else 'no'}" for f in asked]
         text = "A patient was asked:\n" + "\n".join(lines)
+        if split_of(text) != source.split:
+            continue
         if text in seen:
             dropped["duplicate question"] += 1
             continue

@@ -1,16 +1,14 @@
 """MBPP (Austin et al. 2021): a task in words, and tests that a Python function has to pass; every correct program is right.
 
-Rows are {text or prompt, test_list, test_setup_code or test_imports}. The first test is shown, for name and signature;
-the others decide unseen. The golds of an example are its tests NUM_PROGRAMS times over: each takes one program, and a
-program counts once however it is spelt (sandbox.program_key), so coverage is the number of DISTINCT correct programs.
+Rows are {text or prompt, test_list, test_setup_code or test_imports}. The first test is shown, for name and signature; the others decide
+unseen. Each distinct program that passes is a hit, so coverage is the number of DISTINCT correct programs.
 """
 
 from mar.records import Example, Gold, UserError
-from mar.sandbox import split_tests
 from mar.tasks.common import Candidate, Loaded, Row, Source, load_rows, text_of
+from mar.tasks.programs import take_apart
 
 NOUN = "program"
-NUM_PROGRAMS = 10  # no completion has more answers (reward.num_answers)
 
 
 def _read(row: Row, place: str) -> Candidate:
@@ -18,11 +16,14 @@ def _read(row: Row, place: str) -> Candidate:
     if not isinstance(tests, list) or not tests or not all(isinstance(test, str) for test in tests):
         raise UserError(f"{place}: 'test_list' must be a list of asserts that is not empty")
     setup = "\n".join([*(row.get("test_imports") or ()), row.get("test_setup_code") or ""]).strip()
-    statements = (*([setup] if setup else []), *tests)
-    reason = None if split_tests(statements) else "test that compares no value"
+    statements, reason = (*([setup] if setup else []), *tests), None
+    try:
+        take_apart(statements)
+    except UserError:
+        reason = "tests that no plain value can be compared with"
     shown = f"{text}\nFor example:\n{tests[0].strip()}\nAnswer with the Python source of the whole function."
-    golds = (Gold("a correct program", tests=statements),) * NUM_PROGRAMS
-    example = Example(f"mbpp-{row.get('task_id')}", "mbpp", shown, golds, "rule", multi_label=True)
+    golds = (Gold("a program that passes its tests"),)
+    example = Example(f"mbpp-{row.get('task_id')}", "mbpp", shown, golds, "rule", multi_label=True, tests=statements)
     return Candidate(example, f"{text}\n{tests[0]}", reason)
 
 

@@ -17,7 +17,7 @@ from functools import lru_cache
 from typing import Any
 
 from mar.records import UserError
-from mar.sandbox import Reply, evaluate
+from mar.tasks.sandbox import Reply, evaluate
 
 Check = Callable[[Sequence[Any]], Any]  # from the values of the probes
 INFRASTRUCTURE = "infrastructure_error"
@@ -107,9 +107,16 @@ class Verdict:
     key: str
 
 
+def unfenced(answer: str) -> str:
+    """The source in an answer: what stands inside one Markdown fence, where there is one."""
+    lines = answer.strip().splitlines()
+    fenced = len(lines) > 2 and lines[0].startswith("```") and lines[-1].strip() == "```"
+    return "\n".join(lines[1:-1]) if fenced else answer
+
+
 def verify_program(program: str, tests: Tests, unsafe: bool = False) -> Verdict:
     """Run one program against its tests. A sandbox that did not start is tried once more."""
-    suite = take_apart(tests)
+    suite, program = take_apart(tests), unfenced(program)
     reply = Reply(INFRASTRUCTURE)
     for _ in range(2):
         if reply.outcome == INFRASTRUCTURE:
