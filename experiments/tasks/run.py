@@ -1,0 +1,103 @@
+"""How fast answers are judged, and what the hostile ones earn:  python experiments/tasks/run.py [--quick | --bars] [--data FOLDER]
+
+Completions of text are parsed and verified on one thread; MBPP's reference programs (100 of them, all with --bars) and the hostile programs and
+answers of tests/ run as in training. The last line of stdout is one JSON document.
+"""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from mar.grammar import Grammar, parse, render
+from mar.records import UserError
+from mar.rewards import RewardSpec, reward
+from mar.tasks import clinic
+from mar.tasks.programs import take_apart, verify_programs
+from mar.tasks.sandbox import require
+from mar.verify import matching_increments, repeats
+from tests import hostile, hostile_answers
+
+NUM_TEXTS, QUICK_PROGRAMS = 1000, 100
+
+
+def texts_per_s() -> float:
+    """Completions of three answers a second, against each patient's 60 conditions."""
+    rng, grammar = np.random.default_rng(0), Grammar("rlcr_multi", 3, thinking=False)
+    patients = clinic.load("validation", NUM_TEXTS)
+    names = [g.name for g in patients[0].golds]
+    texts = [render(grammar, list(rng.choice(names, 3, replace=False)), [0.5, 0.3, 0.1]) for _ in patients]
+    began = time.perf_counter()
+    for patient, text in zip(patients, texts, strict=True):
+        parsed = parse(text, grammar)
+        hits, _ = matching_increments(parsed.answers, patient.targets())
+        reward(parsed, hits, repeats(parsed.answers, patient.golds), 1, grammar, RewardSpec())
+    return NUM_TEXTS / (time.perf_counter() - began)
+
+
+def references(file: Path, most: int | None) -> tuple[int, int, int, float]:
+    """(tried, passed, left out, programs a second) of MBPP's own solutions."""
+    jobs, left_out = [], 0
+    for row in map(json.loads, file.read_text(encoding="utf-8").splitlines()[:most]):
+        setup = row.get("test_setup_code") or ""
+        tests = (*([setup] if setup else []), *row["test_list"])
+        try:
+            take_apart(tests)
+            jobs.append((row["code"], tests))
+        except UserError:
+            left_out += 1
+    began = time.perf_counter()
+    verdicts = verify_programs(jobs)
+    passed = sum(verdicts[job].outcome == "passed" for job in jobs)
+    return len(jobs), passed, left_out, len(jobs) / (time.perf_counter() - began)
+
+
+def attacks() -> dict[str, list[str]]:
+    """The names of the hostile programs and answers, and of those that were paid."""
+    programs = verify_programs([(program, hostile.TESTS) for program in hostile.PROGRAMS.values()])
+    won = [name for name, program in hostile.PROGRAMS.items() if programs[program, hostile.TESTS].outcome == "passed"]
+    for name, (text, most) in hostile_answers.ANSWERS.items():
+        parsed = parse(text, hostile_answers.GRAMMAR)
+        hits, _ = matching_increments(parsed.answers, hostile_answers.GOLDS)
+        again = repeats(parsed.answers, hostile_answers.GOLDS)
+        earned = reward(parsed, hits, again, len(hostile_answers.GOLDS), hostile_answers.GRAMMAR, RewardSpec())
+        won += [name] if earned.parts["coverage"] > most else []
+    return {"tried": [*hostile.PROGRAMS, *hostile_answers.ANSWERS], "succeeded": won}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="100 reference programs (the default)")
+    parser.add_argument("--bars", action="store_true", help="all reference programs")
+    parser.add_argument("--data", type=Path, default=Path("../shared/data/mbpp/mbpp.jsonl"), help="MBPP's jsonl")
+    args = parser.parse_args(arguments)
+    require()
+    found: dict[str, object] = {"text_verified_per_s": round(texts_per_s())}
+    if args.data.is_file():
+        tried, passed, left_out, speed = references(args.data, None if args.bars else QUICK_PROGRAMS)
+        found |= {
+            "references_tried": tried,
+            "references_passed": passed,
+            "references_left_out": left_out,
+            "programs_per_s": round(speed, 1),
+        }
+    else:
+        print(f"{args.data} is not here: no reference programs; give --data <mbpp.jsonl>")
+    tried_and_won = attacks()
+    found |= {f"attacks_{name}": len(names) for name, names in tried_and_won.items()}
+    for name in tried_and_won["succeeded"]:
+        print(f"paid: {name}")
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as error:
+        sys.exit(f"error: {error}")
