@@ -90,6 +90,6 @@ class Rollout:
     components: np.ndarray  # [C] float64
     segment_ids: np.ndarray  # [R] int64
     total: float
-    unjudged: int = 0  # answers whose check broke down: the completion is left out, not paid 0
     parts: dict[str, float] = field(default_factory=dict)  # named reward terms, for the log
     token_starts: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))  # [R] where in `text` each token begins
+    unjudged: int = 0  # answers whose check broke down: the completion is left out, not paid 0

@@ -31,7 +31,10 @@ def test_tables_cover_the_files() -> None:
     assert options("scale") == sorted(SCALE_MODEL)
 
 
-@pytest.mark.parametrize("experiment", options("experiment"))
+QUICK = ("medqa", "clinic", "paper")
+
+
+@pytest.mark.parametrize("experiment", [e if e in QUICK else pytest.param(e, marks=pytest.mark.slow) for e in options("experiment")])
 @pytest.mark.parametrize("scale", options("scale"))
 def test_every_experiment_on_every_scale_with_every_model(experiment: str, scale: str) -> None:
     task_source = {"clinic": "embedded", "ddxplus_bayes": "path"}.get(experiment, SCALE_SOURCE[scale])
@@ -67,8 +70,8 @@ PRESETS = {
 
 
 @pytest.mark.parametrize("preset", options("algo"))
-def test_a_preset_is_what_its_name_says_in_every_experiment(preset: str) -> None:
-    for experiment in ([], *[[f"+experiment={e}"] for e in options("experiment")]):
+def test_a_preset_is_what_its_name_says_in_an_experiment(preset: str) -> None:
+    for experiment in ([], *[[f"+experiment={e}"] for e in QUICK]):
         a = compose([*experiment, f"algo={preset}"], check=False).algo
         kl = a.kl if a.kl_coef else None
         assert (a.name, (a.credit, a.baseline, a.scale_by, a.loss, a.aggregation, kl)) == (preset, PRESETS[preset])

@@ -75,7 +75,8 @@ DAPO = ["algo=dapo", "algo.epochs=2", "algo.minibatches=2", "algo.importance=tru
 ALGORITHMS = {"ppo": PPO, "dapo": DAPO, "grpo": ["algo=grpo", "algo.entropy_coef=0.01", "algo.entropy_decay=true"]}
 
 
-@pytest.mark.parametrize("name", ["ppo", *(pytest.param(name, marks=pytest.mark.slow) for name in ("dapo", "grpo"))])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ALGORITHMS)
 def test_resumed_runs_of_other_algorithms_are_the_uninterrupted_ones(tmp_path: Path, name: str) -> None:
     """Critic, its moments, the reference, minibatches and dynamic sampling all go on where they were."""
     chosen = ALGORITHMS[name]

@@ -136,6 +136,7 @@ def test_explained_variance():
     assert explained_variance(returns, 0 * returns) is None
 
 
+@pytest.mark.slow
 def test_the_critic_learns_the_returns_and_leaves_the_policy_alone(tiny_model):
     model = tiny_model()
     words = ["algo=ppo", "algo.minibatches=3", "algo.kl_coef=0", "algo.critic_warmup=60"]
