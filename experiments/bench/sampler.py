@@ -211,18 +211,19 @@ def roofline(model: Any, rows: int, context: int, step_s: float) -> dict[str, fl
 
 
 def compare(case: Case, ours: Any, theirs: Any, runs: int) -> dict[str, float]:
-    """Medians in tokens a second. One token each warms both up; for SmolLM2 that is also the prefill, taken out of `decode`."""
+    """Medians in tokens a second. One token each warms both up; where all completions are equally long it is also measured, as the prefill."""
     torch.set_num_threads(case.threads)
     sides = {"ours": lambda seed: run_ours(ours, case, seed), "hf": lambda seed: run_theirs(theirs, case, seed)}
-    first = replace(case, max_tokens=1, limits=None)
-    prefill = {"ours": seconds(lambda: run_ours(ours, first, 0), 1), "hf": seconds(lambda: run_theirs(theirs, first, 0), 1)}
+    first, rows = replace(case, max_tokens=1, limits=None), len(case.prompts) * case.group_size
+    once = {"ours": lambda seed: run_ours(ours, first, seed), "hf": lambda seed: run_theirs(theirs, first, seed)}
+    alternate(1, once)
     speeds = {name: statistics.median(values) for name, values in alternate(runs, sides).items()}
     row = {"ours_tok_s": speeds["ours"], "hf_tok_s": speeds["hf"], "ratio": speeds["ours"] / speeds["hf"]}
     if case.limits is None and case.stop_id is None:  # as many tokens each time
-        rows = len(case.prompts) * case.group_size
-        for name in sides:
-            decode_s = rows * case.max_tokens / speeds[name] - prefill[name]
-            row |= {f"{name}_prefill_s": prefill[name], f"{name}_decode_tok_s": rows * (case.max_tokens - 1) / decode_s}
+        for name, values in alternate(2, once).items():
+            prefill_s = rows / statistics.median(values)
+            decode_s = rows * case.max_tokens / speeds[name] - prefill_s
+            row |= {f"{name}_prefill_s": prefill_s, f"{name}_decode_tok_s": rows * (case.max_tokens - 1) / decode_s}
     return row
 
 
