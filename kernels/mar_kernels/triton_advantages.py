@@ -24,7 +24,7 @@ def _weighted(components, weights, rows, B, C, COLUMNS: tl.constexpr):
     return (found * tl.load(weights + c, mask=c < C, other=0)[None, :]).to(components.dtype.element_ty)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B", "T"])
 def advantages_kernel(
     components, weights, first_open, segment_ids, groups, out, B, T, C, S,
     CREDIT: tl.constexpr, BASELINE: tl.constexpr, SCALE: tl.constexpr, COLUMNS: tl.constexpr, HEIGHT: tl.constexpr,
