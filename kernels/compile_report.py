@@ -27,19 +27,10 @@ from mar_kernels import triton_advantages, triton_logprobs
 
 REPORT = Path(__file__).with_name("COMPILE.md")
 CHECKED, LISTED = (80, 90), (86, 89, 100, 120)
-SM = {
-    80: (164, 64),
-    86: (100, 48),
-    89: (100, 48),
-    90: (228, 64),
-    100: (228, 64),
-    120: (100, 48),
-}  # KiB shared and warps of a multiprocessor
-FLOPS = {
-    torch.bfloat16: 989e12,
-    torch.float32: 495e12 / 3,
-}  # H100 SXM, dense, per second; tf32x3 multiplies three times
-HBM, L2 = 3.35e12, 5.5e12  # H100 SXM, bytes per second
+# KiB of shared memory and warps of a multiprocessor; the H100's dense FLOP/s (tf32x3 multiplies three times) and bytes/s.
+SM = {80: (164, 64), 86: (100, 48), 89: (100, 48), 90: (228, 64), 100: (228, 64), 120: (100, 48)}
+FLOPS = {torch.bfloat16: 989e12, torch.float32: 495e12 / 3}
+HBM, L2 = 3.35e12, 5.5e12
 N, D, V = 16_384, 2_048, 151_936  # tokens of a micro-batch; Qwen3-1.7B
 B, T, C, S = 1_536, 1_536, 11, 12  # a step of the paper's recipe, with K = 5
 TYPES = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.float64: "*fp64", torch.int64: "*i64"}

@@ -98,7 +98,7 @@ def compare(case, used, temperature=0.7):
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16])
-@pytest.mark.parametrize("N,V", [(1, 7), (63, 1000), pytest.param(100, 50_257, marks=slow)])
+@pytest.mark.parametrize("N,V", [(0, 7), (1, 7), (63, 1000), pytest.param(100, 50_257, marks=slow)])
 @on_triton
 def test_linear_logprobs(device, N, V, dtype):
     compare(inputs(N, 24, V, dtype, device), (0, 1, 2))
