@@ -33,10 +33,7 @@ def of_one(end: dict[str, Any]) -> str:
 def of_several(ends: dict[str, dict[str, Any]]) -> str:
     """One line for each log."""
     metrics = ("coverage@3", "top1", "ece", "q_mse", "repeats_per_set")
-    rows = [
-        [log, shown(end["gap_closed"]), *(shown(end["after"][m]) for m in metrics), f"{end['job_s']:.0f}"]
-        for log, end in ends.items()
-    ]
+    rows = [[log, shown(end["gap_closed"]), *(shown(end["after"][m]) for m in metrics), f"{end['job_s']:.0f}"] for log, end in ends.items()]
     return table(["log", "gap_closed", *metrics, "seconds"], rows)
 
 

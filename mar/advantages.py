@@ -40,9 +40,7 @@ def best_of_k_advantages(batch: Batch, k: int) -> Tensor:
         members = (batch.group_ids == group).nonzero()[:, 0]
         rewards, order = batch.totals[members].sort()
         n = len(members)
-        below = torch.arange(
-            n - 1, dtype=rewards.dtype, device=rewards.device
-        )  # of the m-th of n - 1 others, m are lower
+        below = torch.arange(n - 1, dtype=rewards.dtype, device=rewards.device)  # of the m-th of n - 1 others, m are lower
         chance = torch.ones_like(below)  # that it is the largest of k - 1: C(m, k - 2) / C(n - 1, k - 1)
         for i in range(k - 2):
             chance = chance * (below - i).clamp(min=0) / (n - 2 - i)

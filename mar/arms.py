@@ -8,19 +8,7 @@ from typing import Any
 import numpy as np
 
 from mar.grammar import Grammar
-from mar.itemstats import (
-    Item,
-    Statistic,
-    binned,
-    curves,
-    difference,
-    estimate,
-    histogram,
-    mean_of,
-    ratio,
-    resamples,
-    statistics,
-)
+from mar.itemstats import Item, Statistic, binned, curves, difference, estimate, histogram, mean_of, ratio, resamples, statistics
 from mar.log import Display
 from mar.records import Example
 
@@ -47,27 +35,18 @@ def arms_of(grammar: Grammar, k: int, sizes: Sequence[int], trained: bool) -> li
     """
     K, confident = grammar.num_answers, grammar.confident
     single = Grammar("rlcr_single" if confident else "rlvr_single", 1, thinking=grammar.thinking)
-    asked = (
-        grammar if grammar.multi else Grammar("rlcr_multi" if confident else "rlvr_multi", 3, thinking=grammar.thinking)
-    )
+    asked = grammar if grammar.multi else Grammar("rlcr_multi" if confident else "rlvr_multi", 3, thinking=grammar.thinking)
     sets, untrained = max(1, k // K), "the untrained model" if trained else "the same weights"
     arms = [Arm("policy", f"{sets} sets of {K}, asked as in training", grammar, sets, trained=trained)]
     if trained:
         arms.append(Arm("base", f"{untrained}, asked as the policy is, once", grammar, 1, trained=False))
     if grammar.multi:
         arms.append(Arm("single", f"{untrained}, asked for one answer, {k} times", single, k, trained=False))
-    for style, says in (
-        ("list", "prompted for K: asked only to list"),
-        ("verbalized", "verbalised sampling: asked to draw at random"),
-    ):
+    for style, says in (("list", "prompted for K: asked only to list"), ("verbalized", "verbalised sampling: asked to draw at random")):
         arms.append(Arm(style, f"{untrained}, {says} {asked.num_answers} answers", asked, 1, style, False))
     for size in sizes if grammar.multi else ():
         if size != K:
-            arms.append(
-                Arm(
-                    f"K={size}", f"the policy, asked for {size}", replace(grammar, num_answers=size), 1, trained=trained
-                )
-            )
+            arms.append(Arm(f"K={size}", f"the policy, asked for {size}", replace(grammar, num_answers=size), 1, trained=trained))
     return arms
 
 
@@ -77,26 +56,18 @@ def _curve(items: Sequence[Item], each: Mapping[str, np.ndarray], weights: np.nd
     steps = range(len(items[0].sets))
     tokens = np.mean([[s.tokens for s in i.sets] for i in items])
     out: dict[str, Any] = {"k": [K * (m + 1) for m in steps], "tokens": [float(tokens * (m + 1)) for m in steps]}
-    return out | {
-        name: [estimate(mean_of(each[name][:, m]), weights) for m in steps] for name in ("coverage", "unique", "pass")
-    }
+    return out | {name: [estimate(mean_of(each[name][:, m]), weights) for m in steps] for name in ("coverage", "unique", "pass")}
 
 
 def _reliability(items: Sequence[Item], weights: np.ndarray) -> list[dict[str, Any]]:
     """Of each confidence bin with answers in it: their number, mean confidence, and the share that is right [value, low, high]."""
-    said = np.array(
-        [[[np.nan if q is None or s.reason else q for q in s.confidences] for s in i.sets] for i in items], float
-    )
+    said = np.array([[[np.nan if q is None or s.reason else q for q in s.confidences] for s in i.sets] for i in items], float)
     bins = binned(np.array([[s.mass for s in i.sets] for i in items], float), said)  # [n, 3, bins]
     out = []
     for count, q, y in np.moveaxis(bins, (0, 1, 2), (2, 1, 0)):
         if total := count.sum():
             out.append(
-                {
-                    "count": int(total),
-                    "said": q.sum() / total,
-                    "right": estimate(Statistic(np.stack([y, count], 1), ratio), weights),
-                }
+                {"count": int(total), "said": q.sum() / total, "right": estimate(Statistic(np.stack([y, count], 1), ratio), weights)}
             )
     return out
 
@@ -151,9 +122,7 @@ def compared(a: Sequence[Item], b: Sequence[Item], confident: bool) -> dict[str,
     return {"num_items": len(ids)} | {n: difference(first[n], second[n], weights) for n in first if n in second}
 
 
-def document_of(
-    arms: Sequence[Arm], items: Mapping[str, Sequence[Item]], examples: Sequence[Example], k: int
-) -> dict[str, Any]:
+def document_of(arms: Sequence[Arm], items: Mapping[str, Sequence[Item]], examples: Sequence[Example], k: int) -> dict[str, Any]:
     """What `evaluation.json` says of all arms, at equal answers, at equal tokens, and item by item."""
     ids = {i.id for i in items["policy"]}
     found = {a.name: measured(a, items[a.name]) for a in arms}

@@ -43,9 +43,7 @@ class PackedGroups:
     targets: Int64[Tensor, " m"]
 
 
-def pack_groups(
-    prompts: Sequence[Tokens], completions: Sequence[Sequence[Tokens]], device: torch.device | str = "cpu"
-) -> PackedGroups:
+def pack_groups(prompts: Sequence[Tokens], completions: Sequence[Sequence[Tokens]], device: torch.device | str = "cpu") -> PackedGroups:
     """Token ids of each prompt and of its completions, none of them empty. A prompt may have no completions."""
     lines: list[list[int]] = [[], [], [], []]
     ids, positions, predict_from, targets = lines

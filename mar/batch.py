@@ -46,9 +46,7 @@ class Batch:
         return replace(self, groups=tuple(self.groups[i] for i in chosen), **tensors), index
 
 
-def make_batch(
-    groups: Sequence[Sequence[Rollout]], first_open: np.ndarray, device: torch.device | str = "cpu"
-) -> Batch:
+def make_batch(groups: Sequence[Sequence[Rollout]], first_open: np.ndarray, device: torch.device | str = "cpu") -> Batch:
     """Pad the per-token columns of all rollouts to [B, T]; `first_open` [S] is the grammar's (rewards.first_open)."""
     rows = [rollout for group in groups for rollout in group]
     lengths = torch.tensor([len(r.completion.ids) for r in rows])

@@ -13,9 +13,7 @@ from mar.model import ModelConfig
 from mar.records import UserError
 
 
-def capacity(
-    prompt_lengths: Sequence[int], group_sizes: Sequence[int], max_tokens: int, kv_budget_tokens: int
-) -> tuple[int, int]:
+def capacity(prompt_lengths: Sequence[int], group_sizes: Sequence[int], max_tokens: int, kv_budget_tokens: int) -> tuple[int, int]:
     """(prompt slots, row slots) within the budget; a prompt slot is as long as the longest prompt.
 
     Beside the prompts whose rows fill the row slots there is room for as many again, of which only slow rows are left. Raises UserError where
@@ -57,9 +55,7 @@ class KVCache:
     place: Tensor  # [S] where a row stands in its line of `members`
 
     @classmethod
-    def allocate(
-        cls, config: ModelConfig, num_prompts: int, prompt_tokens: int, num_rows: int, row_tokens: int, like: Tensor
-    ) -> "KVCache":
+    def allocate(cls, config: ModelConfig, num_prompts: int, prompt_tokens: int, num_rows: int, row_tokens: int, like: Tensor) -> "KVCache":
         """Empty slots, in the dtype and on the device of `like`."""
 
         def empty(count: int, tokens: int) -> Tensor:

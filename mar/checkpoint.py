@@ -16,12 +16,7 @@ from typing import Any
 
 import torch.distributed.checkpoint as dcp
 from torch import nn
-from torch.distributed.checkpoint.state_dict import (
-    get_model_state_dict,
-    get_state_dict,
-    set_model_state_dict,
-    set_state_dict,
-)
+from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_state_dict, set_model_state_dict, set_state_dict
 from torch.optim import Optimizer
 
 from mar.distributed import ALONE, World
@@ -67,13 +62,7 @@ def _state(model: nn.Module, optimizer: Optimizer, critic: Trained | None) -> di
 
 
 def save(
-    folder: Path,
-    step: int,
-    model: nn.Module,
-    optimizer: Optimizer,
-    keep: int,
-    critic: Trained | None = None,
-    world: World = ALONE,
+    folder: Path, step: int, model: nn.Module, optimizer: Optimizer, keep: int, critic: Trained | None = None, world: World = ALONE
 ) -> Path:
     """Write the state after `step` updates as `folder/step<step>` and keep the newest `keep`; a crash at any point leaves the older ones usable.
     Every rank writes its shards, rank 0 publishes them."""
@@ -133,9 +122,7 @@ def newest(folder: Path) -> Found | None:
     return None
 
 
-def restore(
-    found: Found, model: nn.Module, optimizer: Optimizer, critic: Trained | None = None, world: World = ALONE
-) -> None:
+def restore(found: Found, model: nn.Module, optimizer: Optimizer, critic: Trained | None = None, world: World = ALONE) -> None:
     """Load weights and optimizer state in place, of a run with a critic also the critic's, whatever the number of ranks that wrote them."""
     state = _state(model, optimizer, critic)
     with _quiet():

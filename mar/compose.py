@@ -84,12 +84,7 @@ def _group_faults(algo: AlgoOptions, num_answers: int) -> Iterator[str]:
         yield f"algo.group_size=1 never has spread, so algo.resample={algo.resample} would replace everything: set it to 0"
     if algo.pass_k > algo.group_size:
         yield f"algo.pass_k={algo.pass_k} needs as many completions: algo.group_size={algo.group_size}"
-    if algo.pass_k > 1 and (num_answers, algo.credit, algo.baseline, algo.scale_by) != (
-        1,
-        "set",
-        "leave_one_out",
-        "none",
-    ):
+    if algo.pass_k > 1 and (num_answers, algo.credit, algo.baseline, algo.scale_by) != (1, "set", "leave_one_out", "none"):
         yield (
             f"algo.pass_k={algo.pass_k} has a baseline of its own, for single answers: set reward.num_answers=1, "
             "algo.credit=set, algo.baseline=leave_one_out and algo.scale_by=none"
@@ -170,9 +165,7 @@ def load_config(file: Path, overrides: Sequence[str] = ()) -> Config:
         raise UserError(f"{file} cannot be read: name a folder that mar.train wrote") from None
     except (OmegaConfBaseException, yaml.YAMLError, KeyError, TypeError, ValueError) as error:
         why = " ".join(str(error).split())[:120]
-        raise UserError(
-            f"{file} is damaged, of another version of mar, or an override does not fit it: {why}"
-        ) from None
+        raise UserError(f"{file} is damaged, of another version of mar, or an override does not fit it: {why}") from None
     assert isinstance(tree, Config)
     return validate(tree)
 

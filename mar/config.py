@@ -65,9 +65,7 @@ class AlgoOptions:
     top_k: int = number(0, low=0)  # 0 = all; these three need importance=truncated
     top_p: float = number(1.0, low=0, high=1, above=True)
     min_p: float = number(0.0, low=0, high=1)
-    resample: int = number(
-        0, low=0
-    )  # times that groups without spread are replaced by other prompts' (dynamic sampling)
+    resample: int = number(0, low=0)  # times that groups without spread are replaced by other prompts' (dynamic sampling)
     truncated: str = one_of("keep", "mask", "penalise")  # what becomes of completions that hit the length limit
     overlong_tokens: int = number(0, low=0)  # truncated=penalise grows over so many tokens before the limit
     credit: str = one_of("to_go", "set", "own")

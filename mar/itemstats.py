@@ -54,9 +54,7 @@ class Item:
 
     @staticmethod
     def from_row(row: Mapping[str, Any]) -> "Item":
-        plain: list[dict[str, Any]] = [
-            {k: tuple(v) if isinstance(v, list) else v for k, v in s.items()} for s in row["sets"]
-        ]
+        plain: list[dict[str, Any]] = [{k: tuple(v) if isinstance(v, list) else v for k, v in s.items()} for s in row["sets"]]
         sets = [AnswerSet(**one) for one in plain]
         return Item(**{**row, "sets": tuple(sets)})
 
@@ -192,15 +190,11 @@ def curves(items: Sequence[Item]) -> dict[str, np.ndarray]:
     }
 
 
-def statistics(
-    items: Sequence[Item], confident: bool, curve: Mapping[str, np.ndarray] | None = None
-) -> dict[str, Statistic]:
+def statistics(items: Sequence[Item], confident: bool, curve: Mapping[str, np.ndarray] | None = None) -> dict[str, Statistic]:
     """Every metric that these sets allow, by name. K answers a set, S sets an item, k = S K answers in all. `curve`: `curves`, if at hand."""
     sets = [i.sets for i in items]
     K, S = len(sets[0][0].answers), len(sets[0])
-    mass, hits, repeated = (
-        np.array([[getattr(s, a) for s in i] for i in sets], float) for a in ("mass", "hits", "repeated")
-    )
+    mass, hits, repeated = (np.array([[getattr(s, a) for s in i] for i in sets], float) for a in ("mass", "hits", "repeated"))
     readable = np.array([[s.reason is None for s in i] for i in sets])
     said = np.array([[[np.nan if q is None else q for q in s.confidences] for s in i] for i in sets], float)
     said[~readable] = np.nan
@@ -253,11 +247,7 @@ def statistics(
 
 def resamples(num_items: int, seed: int = 0) -> np.ndarray:
     """[B, n] how often each item occurs in each bootstrap sample; the same for every metric and policy, so differences are paired."""
-    return (
-        np.random.default_rng(seed)
-        .multinomial(num_items, [1 / num_items] * num_items, size=NUM_RESAMPLES)
-        .astype(float)
-    )
+    return np.random.default_rng(seed).multinomial(num_items, [1 / num_items] * num_items, size=NUM_RESAMPLES).astype(float)
 
 
 def _bounds(values: np.ndarray) -> list[float | None]:

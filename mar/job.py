@@ -90,13 +90,7 @@ def load_data(config: Config, split: str, num: int | None, seed: int, display: D
 
 
 def make_prompts(
-    config: Config,
-    examples: Sequence[Example],
-    grammar: Grammar,
-    tokenizer: Any,
-    split: str,
-    display: Display,
-    style: str = "ranked",
+    config: Config, examples: Sequence[Example], grammar: Grammar, tokenizer: Any, split: str, display: Display, style: str = "ranked"
 ) -> tuple[Prompt, ...]:
     """Prompts of all examples; those over the limit are dropped and counted, never cut."""
     noun, limit = get_task(config.data.task).noun, config.model.max_prompt_tokens
@@ -108,9 +102,7 @@ def make_prompts(
             f"{split}: dropped {dropped} of {len(prompts)} prompts, longer than model.max_prompt_tokens={limit} (longest: {longest})"
         )
     if not kept:
-        raise UserError(
-            f"no {split} prompt is left: all {len(prompts)} are longer than model.max_prompt_tokens={limit}; raise it"
-        )
+        raise UserError(f"no {split} prompt is left: all {len(prompts)} are longer than model.max_prompt_tokens={limit}; raise it")
     return kept
 
 
@@ -206,9 +198,7 @@ def build_job(config: Config, folder: Path, model_folder: Path, display: Display
 def environment() -> dict[str, Any]:
     """What a reader of the results needs to know about where they come from."""
     here = Path(__file__).parent
-    git = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=here, capture_output=True, text=True, check=False
-    )
+    git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=here, capture_output=True, text=True, check=False)
     return {
         "mar": __version__,
         "commit": git.stdout.strip() or None,

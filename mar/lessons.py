@@ -67,14 +67,9 @@ def text_of(pieces: Sequence[str | Field]) -> str:
 
 def make_encode(tokenizer: Any) -> Encode:
     """Token ids of a piece of text, remembered. Raises UserError for a tokenizer whose pieces do not join."""
-    joined = (
-        tokenizer("</answer1>", add_special_tokens=False)["input_ids"]
-        + tokenizer("word", add_special_tokens=False)["input_ids"]
-    )
+    joined = tokenizer("</answer1>", add_special_tokens=False)["input_ids"] + tokenizer("word", add_special_tokens=False)["input_ids"]
     if tokenizer.decode(joined, skip_special_tokens=False) != "</answer1>word":
-        raise UserError(
-            "mar.sft joins pieces of text token by token; this tokenizer adds something to the start of each piece"
-        )
+        raise UserError("mar.sft joins pieces of text token by token; this tokenizer adds something to the start of each piece")
 
     @cache
     def encode(text: str) -> list[int]:
@@ -120,12 +115,8 @@ def draw_answers(example: Example, num_answers: int, others: Sequence[str], rng:
 
 def draw_thoughts(question: str, rng: np.random.Generator) -> list[str | Field]:
     """Two clauses of the question."""
-    clauses = dict.fromkeys(
-        c.strip() for c in re.split(r"[.:,;?](?:\s|$)", question) if 2 < len(c.strip()) < 40 and "<" not in c
-    )
-    left = (
-        [f" {clause}" for clause in clauses] + [" the question"] * (len(clauses) < 2) + [" its answer"] * (not clauses)
-    )
+    clauses = dict.fromkeys(c.strip() for c in re.split(r"[.:,;?](?:\s|$)", question) if 2 < len(c.strip()) < 40 and "<" not in c)
+    left = [f" {clause}" for clause in clauses] + [" the question"] * (len(clauses) < 2) + [" its answer"] * (not clauses)
     first = draw(left, [1.0] * len(left), rng)
     left = [clause for clause in left if clause != first.text]
     return ["Notable:", first, ",", draw(left, [1.0] * len(left), rng), "."]
@@ -139,12 +130,7 @@ def confidence_weights(truth: float | None, hint: Hint) -> list[float]:
 
 
 def demonstration(
-    example: Example,
-    grammar: Grammar,
-    others: Sequence[str],
-    rng: np.random.Generator,
-    think_open: bool = False,
-    hint: Hint = NO_HINT,
+    example: Example, grammar: Grammar, others: Sequence[str], rng: np.random.Generator, think_open: bool = False, hint: Hint = NO_HINT
 ) -> list[str | Field]:
     """A right-formed completion in pieces: literal text and fields."""
     probability = {gold.name: gold.probability for gold in example.golds}
@@ -173,9 +159,7 @@ def demonstration(
     return [piece for piece in pieces if piece]
 
 
-def soft_targets(
-    pieces: Sequence[str | Field], encode: Encode, stop_id: int
-) -> tuple[list[int], list[dict[int, float]]]:
+def soft_targets(pieces: Sequence[str | Field], encode: Encode, stop_id: int) -> tuple[list[int], list[dict[int, float]]]:
     """The token ids of a demonstration, stop token included, and for each the exact distribution of that token given those before it, times
     what the token counts.
 

@@ -94,9 +94,7 @@ def runs_of(starts: Sequence[int], values: Sequence[float]) -> list[list[float]]
     return out
 
 
-def completion_row(
-    rollout: Rollout, stage: str, step: int, advantages: Sequence[float] | None = None
-) -> dict[str, Any]:
+def completion_row(rollout: Rollout, stage: str, step: int, advantages: Sequence[float] | None = None) -> dict[str, Any]:
     """One line of `completions.jsonl`. advantages [>= R]: one per token, kept as `runs_of` them."""
     example = rollout.prompt.example
     return {
@@ -167,9 +165,7 @@ class Display:
         if self.mirror:
             self.mirror.step(step, plain(metrics))
         values = {label: metrics[key] for key, label in self.SHOWN.items() if metrics.get(key) is not None}
-        line = "  ".join(
-            f"{label} {value:,.0f}" if label == "tok/s" else f"{label} {value:.3f}" for label, value in values.items()
-        )
+        line = "  ".join(f"{label} {value:,.0f}" if label == "tok/s" else f"{label} {value:.3f}" for label, value in values.items())
         if self.progress:
             self.progress.update(self.task, completed=step, line=line)
             return

@@ -54,17 +54,13 @@ def _clipped(ratio: Tensor, advantages: Tensor, weights: Tensor, clip_low: float
     return -(weights * torch.minimum(ratio * advantages, clipped * advantages)).sum()
 
 
-def ppo_clip(
-    logprobs: Tensor, advantages: Tensor, weights: Tensor, old_logprobs: Tensor, rows: Tensor, low: float, high: float
-) -> Tensor:
+def ppo_clip(logprobs: Tensor, advantages: Tensor, weights: Tensor, old_logprobs: Tensor, rows: Tensor, low: float, high: float) -> Tensor:
     """PPO (Schulman et al. 2017, arXiv 1707.06347, eq. 7) with separate bounds (DAPO, arXiv 2503.14476, eq. 8):
     -sum_t w_t min(r_t A_t, clip(r_t, 1 - low, 1 + high) A_t)."""
     return _clipped((logprobs - old_logprobs).exp(), advantages, weights, low, high)
 
 
-def gspo(
-    logprobs: Tensor, advantages: Tensor, weights: Tensor, old_logprobs: Tensor, rows: Tensor, low: float, high: float
-) -> Tensor:
+def gspo(logprobs: Tensor, advantages: Tensor, weights: Tensor, old_logprobs: Tensor, rows: Tensor, low: float, high: float) -> Tensor:
     """GSPO (Zheng et al. 2025, arXiv 2507.18071, eq. 5 and 7) in its token form (eq. 13 and 14), so that advantages may differ along a completion:
     ppo_clip with r_t = s * pi_t / sg(pi_t), where s = exp(mean of the completion's log ratios) is constant and sg stops the gradient. With one
     advantage a completion, value and gradient are those of GSPO."""
@@ -72,9 +68,7 @@ def gspo(
     return _clipped((mean + logprobs - logprobs.detach()).exp(), advantages, weights, low, high)
 
 
-def cispo(
-    logprobs: Tensor, advantages: Tensor, weights: Tensor, old_logprobs: Tensor, rows: Tensor, low: float, high: float
-) -> Tensor:
+def cispo(logprobs: Tensor, advantages: Tensor, weights: Tensor, old_logprobs: Tensor, rows: Tensor, low: float, high: float) -> Tensor:
     """CISPO (MiniMax-M1, arXiv 2506.13585, eq. 4 and 5): REINFORCE weighted by the clipped ratio, no token loses its gradient:
     -sum_t w_t sg(clip(r_t, 1 - low, 1 + high)) A_t log pi(token_t). low=1 is no lower bound."""
     ratio = (logprobs - old_logprobs).detach().exp().clamp(1 - low, 1 + high)
@@ -111,9 +105,7 @@ def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, weights: Ten
 
 
 @torch.no_grad()
-def diagnostics(
-    logprobs: Tensor, columns: Mapping[str, Tensor], by_sequence: bool, low: float, high: float
-) -> dict[str, float]:
+def diagnostics(logprobs: Tensor, columns: Mapping[str, Tensor], by_sequence: bool, low: float, high: float) -> dict[str, float]:
     """Sums over the tokens with a weight: `approx_kl` r - 1 - log r (estimates KL(old || new)), `clip_frac` tokens whose ratio is outside the bounds,
     `sampler_kl` k1 of KL(sampler || old) (k3 is wrong where the sampler leaves tokens out), `num`;
     and the largest ratio and |old - full_logprobs|. columns: the flat ones of that name.

@@ -34,11 +34,7 @@ class Mirror:
         thread.start()
         thread.join(PATIENCE)
         if fault or thread.is_alive():
-            why = (
-                f"{type(fault[0]).__name__}: {' '.join(str(fault[0]).split())[:160]}"
-                if fault
-                else f"no answer in {PATIENCE:.0f} s"
-            )
+            why = f"{type(fault[0]).__name__}: {' '.join(str(fault[0]).split())[:160]}" if fault else f"no answer in {PATIENCE:.0f} s"
             self.say(f"wandb is off from here on ({why}); the run's own files are complete")
             self.run = None
 
@@ -50,9 +46,7 @@ class Mirror:
         file = self.folder / "wandb_id"
         if not file.exists():
             file.write_text(secrets.token_hex(4))
-        settings = wandb.Settings(
-            init_timeout=PATIENCE, silent=True, console="off", disable_git=True, x_disable_stats=True
-        )
+        settings = wandb.Settings(init_timeout=PATIENCE, silent=True, console="off", disable_git=True, x_disable_stats=True)
         self.run = wandb.init(
             project="mar",
             id=file.read_text(),

@@ -83,10 +83,7 @@ class ModelConfig:
         fields = {ours: hf[theirs] for ours, theirs in HF_NAMES.items() if hf.get(theirs) is not None}
         heads, qwen3 = fields["num_heads"], architecture == "Qwen3ForCausalLM"
         defaults = {"num_kv_heads": heads, "head_dim": 128 if qwen3 else fields["hidden_size"] // heads}
-        fields |= {
-            "qk_norm": qwen3,
-            "attention_bias": architecture == "Qwen2ForCausalLM" or fields.get("attention_bias", False),
-        }
+        fields |= {"qk_norm": qwen3, "attention_bias": architecture == "Qwen2ForCausalLM" or fields.get("attention_bias", False)}
         return cls(architecture=architecture, **(defaults | fields | _read_rope(hf)))
 
     def to_hf(self) -> dict[str, Any]:
@@ -212,9 +209,7 @@ class Decoder(nn.Module):
         cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
         return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
 
-    def hidden(
-        self, ids: Int64[Tensor, " n"], positions: Int64[Tensor, " n"], attend: Attend
-    ) -> Float[Tensor, "n size"]:
+    def hidden(self, ids: Int64[Tensor, " n"], positions: Int64[Tensor, " n"], attend: Attend) -> Float[Tensor, "n size"]:
         """Hidden states of N tokens after the last norm. `attend(layer, q, k, v)` gets rotated q and k and scales by 1/sqrt(head_dim)."""
         x = self.embed(ids)
         cos, sin = self.rope(positions, x.dtype)

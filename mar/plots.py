@@ -63,9 +63,7 @@ def _points(axes: Axes, x: Any, points: Sequence[Sequence[float | None]], line: 
 def _bars(axes: Axes, x: Any, bars: Row | None, **look: Any) -> None:
     """Floor and ceiling against the number of answers x."""
     for name, dash in (("floor", ":"), ("ceiling", "--")) if bars else ():
-        axes.plot(
-            x, [(bars or {})[name][n - 1] for n in x], color=GREY, linestyle=dash, linewidth=1, label=name, **look
-        )
+        axes.plot(x, [(bars or {})[name][n - 1] for n in x], color=GREY, linestyle=dash, linewidth=1, label=name, **look)
 
 
 def smoothed(values: np.ndarray) -> np.ndarray:
@@ -159,9 +157,7 @@ def coverage(arms: Mapping[str, Row], bars: Row | None) -> Figure:
         for axes, x in ((by_answers, curve["k"]), (by_tokens, curve["tokens"])):
             axes.fill_between(x, low, high, color=COLOURS[index % 7], alpha=0.15, linewidth=0)
             axes.plot(x, middle, label=name, markevery=max(1, len(x) // 10), **_look(index))
-    by_answers.set(
-        title="coverage at equal answers", xlabel="answers k (floor, ceiling: k different ones)", ylabel="coverage"
-    )
+    by_answers.set(title="coverage at equal answers", xlabel="answers k (floor, ceiling: k different ones)", ylabel="coverage")
     by_tokens.set(title="coverage at equal tokens", xlabel="completion tokens")
     figure.legend(*by_answers.get_legend_handles_labels(), loc="outside right center")
     return figure

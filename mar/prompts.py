@@ -48,9 +48,7 @@ def instructions(grammar: Grammar, noun: str, style: str = "ranked") -> str:
     parts = []
     if grammar.thinking:
         parts.append("Think first.")
-    parts.append(
-        STYLES[style].format(count=_count(grammar, noun)) if grammar.multi else f"Give the most likely {noun}."
-    )
+    parts.append(STYLES[style].format(count=_count(grammar, noun)) if grammar.multi else f"Give the most likely {noun}.")
     if grammar.analysis:
         parts.append("Then analyse how sure you can be.")
     if grammar.confident:
@@ -97,6 +95,4 @@ def load_tokenizer(folder: str | Path) -> Any:
     try:
         return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
     except (OSError, ValueError) as error:
-        raise UserError(
-            f"{folder} has no readable tokenizer ({' '.join(str(error).split())[:120]}): it needs tokenizer.json"
-        ) from None
+        raise UserError(f"{folder} has no readable tokenizer ({' '.join(str(error).split())[:120]}): it needs tokenizer.json") from None

@@ -53,11 +53,7 @@ def summary(document: Mapping[str, Any], num_answers: int) -> dict[str, Any]:
     """The part of `eval.json` that goes on the last line of stdout: four policies and how much of the gap is closed."""
     key = f"coverage@{num_answers}"
     columns = {name: document.get(name) for name in ("floor", "before", "after", "ceiling")}
-    out: dict[str, Any] = {
-        name: None if c is None else {k: c.get(k) for k in (key, *SHOWN_METRICS)} for name, c in columns.items()
-    }
+    out: dict[str, Any] = {name: None if c is None else {k: c.get(k) for k in (key, *SHOWN_METRICS)} for name, c in columns.items()}
     known = columns["floor"] and columns["ceiling"] and columns["after"]
-    out["gap_closed"] = (
-        gap_closed(document["after"][key], document["floor"][key], document["ceiling"][key]) if known else None
-    )
+    out["gap_closed"] = gap_closed(document["after"][key], document["floor"][key], document["ceiling"][key]) if known else None
     return out

@@ -88,6 +88,4 @@ class Rollout:
     segment_ids: np.ndarray  # [R] int64
     total: float
     parts: dict[str, float] = field(default_factory=dict)  # named reward terms, for the log
-    token_starts: np.ndarray = field(
-        default_factory=lambda: np.zeros(0, np.int64)
-    )  # [R] where in `text` each token begins
+    token_starts: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))  # [R] where in `text` each token begins

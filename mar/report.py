@@ -54,11 +54,7 @@ def headline(run: Run) -> Table:
     rows = [[metric, *(with_interval(c, metric) for c in columns.values())] for metric in (key, *SHOWN_METRICS)]
     closed = run.document.get("gap_closed")
     note = f"{run.document.get('num_items', '?')} held-out items of {run.document.get('task', '?')}; intervals: 95 % bootstrap over items."
-    note += (
-        ""
-        if closed is None
-        else f" Gap closed: {closed:.3f} (0: K draws from the posterior, 1: its K most probable answers)."
-    )
+    note += "" if closed is None else f" Gap closed: {closed:.3f} (0: K draws from the posterior, 1: its K most probable answers)."
     return {"title": "Headline", "note": note, "columns": ["", *columns], "rows": rows}
 
 
@@ -68,37 +64,15 @@ def arms_table(evaluation: Mapping[str, Any]) -> list[Table]:
     names = list(dict.fromkeys(name for a in arms.values() for name in a["metrics"]))
     rows: list[list[Any]] = [[name, *(a["metrics"].get(name) for a in arms.values())] for name in names]
     says = " · ".join(f"{name}: {a['says']}" for name, a in arms.items())
-    out = [
-        {
-            "title": "Evaluation",
-            "note": f"{evaluation['num_items']} items. {says}.",
-            "columns": ["", *arms],
-            "rows": rows,
-        }
-    ]
+    out = [{"title": "Evaluation", "note": f"{evaluation['num_items']} items. {says}.", "columns": ["", *arms], "rows": rows}]
     equal = [
-        [f"{b['tokens']:.0f} tokens", *(at_tokens(a["curve"], b["tokens"]) for a in arms.values())]
-        for b in evaluation["equal_tokens"]
+        [f"{b['tokens']:.0f} tokens", *(at_tokens(a["curve"], b["tokens"]) for a in arms.values())] for b in evaluation["equal_tokens"]
     ]
-    out.append(
-        {
-            "title": "Coverage at equal tokens",
-            "note": "– : outside of what was sampled.",
-            "columns": ["", *arms],
-            "rows": equal,
-        }
-    )
+    out.append({"title": "Coverage at equal tokens", "note": "– : outside of what was sampled.", "columns": ["", *arms], "rows": equal})
     if pairs := evaluation["paired"]:
         metrics = list(dict.fromkeys(n for values in pairs.values() for n in values if n != "num_items"))
         table = [[m, *(values.get(m) for values in pairs.values())] for m in metrics]
-        out.append(
-            {
-                "title": "Paired differences",
-                "note": "On the same items, resampled alike.",
-                "columns": ["", *pairs],
-                "rows": table,
-            }
-        )
+        out.append({"title": "Paired differences", "note": "On the same items, resampled alike.", "columns": ["", *pairs], "rows": table})
     return out
 
 
@@ -112,23 +86,8 @@ def browser(run: Run) -> tuple[Table, list[str]]:
             groups[row["step"], str(row["id"])].append(row)
     steps = sorted({step for step, _ in groups})
     per_step = max(1, len(groups) // max(len(steps), 1))
-    wanted = (
-        {steps[round(i)] for i in np.linspace(0, len(steps) - 1, min(len(steps), max(2, NUM_PROMPTS // per_step)))}
-        if steps
-        else set()
-    )
-    kept = (
-        "text",
-        "answers",
-        "confidences",
-        "hits",
-        "repeated",
-        "reason",
-        "reward",
-        "components",
-        "advantages",
-        "num_tokens",
-    )
+    wanted = {steps[round(i)] for i in np.linspace(0, len(steps) - 1, min(len(steps), max(2, NUM_PROMPTS // per_step)))} if steps else set()
+    kept = ("text", "answers", "confidences", "hits", "repeated", "reason", "reward", "components", "advantages", "num_tokens")
     shown = [
         {"step": step, "id": id, "question": group[0].get("question", ""), "targets": group[0].get("targets", []),
          "rows": [{k: row[k] for k in kept if k in row} for row in group]}
@@ -137,27 +96,18 @@ def browser(run: Run) -> tuple[Table, list[str]]:
     r = run.config["reward"]
     config = load_config(run.path / "config.yaml").reward
     grammar = Grammar(config.form, r["num_answers"], r["layout"], False, config.analysis, config.other)
-    names = [
-        name for name, _ in component_layout(grammar, RewardSpec(brier=config.brier if config.confident else "none"))
-    ]
+    names = [name for name, _ in component_layout(grammar, RewardSpec(brier=config.brier if config.confident else "none"))]
     return {"groups": shown[:NUM_PROMPTS], "components": names}, faults
 
 
 def settings_table(groups: Mapping[str, Sequence[Run]]) -> Table:
     """One line a setting."""
-    metrics = list(dict.fromkeys([f"coverage@{runs[0].num_answers}" for runs in groups.values()])) + list(
-        SHOWN_METRICS[:-1]
-    )
+    metrics = list(dict.fromkeys([f"coverage@{runs[0].num_answers}" for runs in groups.values()])) + list(SHOWN_METRICS[:-1])
     rows = []
     for name, runs in groups.items():
         closed = [r.document["gap_closed"] for r in runs if r.document.get("gap_closed") is not None]
         rows.append(
-            [
-                name,
-                sum(r.finished for r in runs),
-                float(np.mean(closed)) if closed else None,
-                *(over_seeds(runs, m) for m in metrics),
-            ]
+            [name, sum(r.finished for r in runs), float(np.mean(closed)) if closed else None, *(over_seeds(runs, m) for m in metrics)]
         )
     note = "Mean over finished seeds (n) with Student's 95 % interval; with one seed, the bootstrap interval over its items."
     return {"title": "Settings", "note": note, "columns": ["setting", "n", "gap_closed", *metrics], "rows": rows}
@@ -179,19 +129,14 @@ def figures_of(groups: Mapping[str, Sequence[Run]]) -> dict[str, Figure]:
     keys = list(dict.fromkeys(k for r in runs for k in plots.headline_keys(r.document, r.metrics)))
     evals = {name: runs[0].document.get("history", []) if len(runs) == 1 else [] for name, runs in groups.items()}
     out = {
-        "learning curves": plots.learning_curves(
-            {n: [r.metrics for r in runs] for n, runs in groups.items()}, evals, keys, first.document
-        )
+        "learning curves": plots.learning_curves({n: [r.metrics for r in runs] for n, runs in groups.items()}, evals, keys, first.document)
     }
     arms = {n: runs[0].evaluation for n, runs in groups.items() if runs[0].evaluation}
     if alone and arms:
         out |= plots.of_evaluation(first.evaluation)
     elif arms:
         policies = {n: e["arms"]["policy"] for n, e in arms.items()}
-        out |= {
-            "coverage": plots.coverage(policies, first.evaluation.get("bars")),
-            "tokens": plots.tokens_per_answer(policies),
-        }
+        out |= {"coverage": plots.coverage(policies, first.evaluation.get("bars")), "tokens": plots.tokens_per_answer(policies)}
         if any(p["reliability"] for p in policies.values()):
             out["reliability"] = plots.reliability(policies)
     return out | ({"reward components": plots.components(first.metrics)} if alone else {})
@@ -200,11 +145,7 @@ def figures_of(groups: Mapping[str, Sequence[Run]]) -> dict[str, Figure]:
 def page(runs: Sequence[Run], title: str) -> dict[str, Any]:
     """Everything that the template shows."""
     groups, faults = settings_of(runs), [f for run in runs for f in run.faults]
-    notes = [
-        f"{r.path} is unfinished: step {r.metrics[-1]['step']} of {r.config['train']['steps']}"
-        for r in runs
-        if not r.finished
-    ]
+    notes = [f"{r.path} is unfinished: step {r.metrics[-1]['step']} of {r.config['train']['steps']}" for r in runs if not r.finished]
     tables = [headline(runs[0])] if len(runs) == 1 else [settings_table(groups)]
     if len(runs) == 2:
         tables += [differences(*runs), *(headline(r) | {"title": f"Headline of {r.path}"} for r in runs)]
@@ -248,13 +189,9 @@ def report(paths: Sequence[Path], out: Path | None) -> Path:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m mar.report", description="One HTML file about a run, a sweep or two runs."
-    )
+    parser = argparse.ArgumentParser(prog="python -m mar.report", description="One HTML file about a run, a sweep or two runs.")
     parser.add_argument("run", type=Path, nargs="+", help="one run, one folder of runs, or two runs")
-    parser.add_argument(
-        "--out", type=Path, help="the file to write (default: report.html in the folder; of two runs, here)"
-    )
+    parser.add_argument("--out", type=Path, help="the file to write (default: report.html in the folder; of two runs, here)")
     options = parser.parse_args(arguments)
     try:
         if len(options.run) > 2:

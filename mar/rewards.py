@@ -125,9 +125,7 @@ def _brier_terms(parsed: Parsed, hits: Sequence[float], grammar: Grammar) -> lis
     return errors
 
 
-def reward(
-    parsed: Parsed, hits: Sequence[float], repeats: Sequence[bool], num_golds: int, grammar: Grammar, spec: RewardSpec
-) -> Reward:
+def reward(parsed: Parsed, hits: Sequence[float], repeats: Sequence[bool], num_golds: int, grammar: Grammar, spec: RewardSpec) -> Reward:
     """Grade one completion. hits [K] are the matching increments of its answers and repeats [K] its repeated ones
     (verify.py), both 0 where nothing was written."""
     layout = component_layout(grammar, spec)

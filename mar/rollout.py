@@ -47,18 +47,13 @@ def sample(
         seen[p.id] += 1
     generation = generate(model, requests[share], params, kv_budget_tokens)
     completions = [
-        [
-            Completion(g, s.ids, s.sampler_logprobs, s.full_logprobs, s.finish_reason, s.inserted)
-            for g, s in enumerate(group)
-        ]
+        [Completion(g, s.ids, s.sampler_logprobs, s.full_logprobs, s.finish_reason, s.inserted) for g, s in enumerate(group)]
         for group in generation.groups
     ]
     return completions, generation
 
 
-def judge_completion(
-    prompt: Prompt, completion: Completion, grammar: Grammar, spec: RewardSpec, verifier: str, decode: Decode
-) -> Rollout:
+def judge_completion(prompt: Prompt, completion: Completion, grammar: Grammar, spec: RewardSpec, verifier: str, decode: Decode) -> Rollout:
     """Read one completion strictly, match its answers to this prompt's own golds, and split its reward into components."""
     written = completion.ids[:-1] if completion.finish_reason == "stop" else completion.ids
     text, starts = decode_with_starts(written.tolist(), decode)
@@ -86,12 +81,7 @@ def judge_completion(
 
 
 def judge_groups(
-    prompts: Sequence[Prompt],
-    groups: Sequence[Sequence[Completion]],
-    grammar: Grammar,
-    spec: RewardSpec,
-    verifier: str,
-    decode: Decode,
+    prompts: Sequence[Prompt], groups: Sequence[Sequence[Completion]], grammar: Grammar, spec: RewardSpec, verifier: str, decode: Decode
 ) -> list[list[Rollout]]:
     """Rollouts of every completion, each against its own prompt."""
     return [

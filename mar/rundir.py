@@ -92,9 +92,7 @@ def find(config: Mapping[str, Any]) -> RunDir:
     if not path.exists() or (path.is_dir() and not any(path.iterdir())):
         return RunDir(path, resume=False)
     if not (path / "config.yaml").is_file():
-        raise UserError(
-            f"{path} exists but holds no config.yaml, so it is no run of mar: choose another name= or seed="
-        )
+        raise UserError(f"{path} exists but holds no config.yaml, so it is no run of mar: choose another name= or seed=")
     if is_finished(path):
         places = (path.with_name(f"{path.name}~{number}") for number in count(1))
         return RunDir(path, resume=False, archive=next(place for place in places if not place.exists()))
@@ -116,9 +114,7 @@ def prepare(config: Mapping[str, Any]) -> RunDir:
     if run.archive is not None:
         run.path.rename(run.archive)
     run.path.mkdir(parents=True, exist_ok=True)
-    half = run.path.with_name(
-        f".{run.path.name}.config.yaml"
-    )  # beside the folder: an interrupted start leaves it empty
+    half = run.path.with_name(f".{run.path.name}.config.yaml")  # beside the folder: an interrupted start leaves it empty
     half.write_text(yaml.safe_dump(dict(config), sort_keys=False))
     half.replace(run.path / "config.yaml")
     return run

@@ -51,13 +51,9 @@ def read_run(path: Path) -> Run:
         config = dict(yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8")))
         config["reward"]["num_answers"]
     except FileNotFoundError:
-        raise UserError(
-            f"{path} holds no config.yaml: name a folder that mar.train wrote, or one above such folders"
-        ) from None
+        raise UserError(f"{path} holds no config.yaml: name a folder that mar.train wrote, or one above such folders") from None
     except (yaml.YAMLError, TypeError, KeyError, ValueError):
-        raise UserError(
-            f"{path}/config.yaml is damaged or of another version of mar: make the report with that version"
-        ) from None
+        raise UserError(f"{path}/config.yaml is damaged or of another version of mar: make the report with that version") from None
     metrics, faults = read_jsonl(path / "metrics.jsonl") if (path / "metrics.jsonl").exists() else ([], [])
     if not metrics:
         raise UserError(f"{path} has not finished a step yet: there is nothing to report")
@@ -66,18 +62,8 @@ def read_run(path: Path) -> Run:
 
 def settings_of(runs: Sequence[Run]) -> dict[str, list[Run]]:
     """Runs that differ by their seed alone under one name, which says how they differ from the others."""
-    flat = [
-        {k: v for k, v in flatten(run.config).items() if not k.startswith(("provenance", "logger", "out", "run_dir"))}
-        for run in runs
-    ]
-    keys = sorted(
-        {
-            k
-            for one in flat
-            for k in one
-            if k not in ("seed", "name") and any(one.get(k) != other.get(k) for other in flat)
-        }
-    )
+    flat = [{k: v for k, v in flatten(run.config).items() if not k.startswith(("provenance", "logger", "out", "run_dir"))} for run in runs]
+    keys = sorted({k for one in flat for k in one if k not in ("seed", "name") and any(one.get(k) != other.get(k) for other in flat)})
     keys = [k for k in keys if k != "optim.lr" or "model.lr" not in keys]  # it follows the other
     groups: dict[str, list[Run]] = defaultdict(list)
     for run, one in zip(runs, flat, strict=True):
@@ -92,11 +78,7 @@ def over_seeds(runs: Sequence[Run], metric: str) -> list[float | None]:
     if len(values) < 2:
         return with_interval(columns[0], metric) if columns else [None, None, None]
     mean, freedom = float(np.mean(values)), len(values) - 1
-    half = (
-        (STUDENT[freedom - 1] if freedom <= len(STUDENT) else 2.0)
-        * float(np.std(values, ddof=1))
-        / math.sqrt(len(values))
-    )
+    half = (STUDENT[freedom - 1] if freedom <= len(STUDENT) else 2.0) * float(np.std(values, ddof=1)) / math.sqrt(len(values))
     return [mean, mean - half, mean + half]
 
 

@@ -31,11 +31,7 @@ class Request:
     limits: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        if (
-            not self.prompt_ids
-            or (self.limits and len(self.limits) != len(self.keys))
-            or min(self.limits, default=1) < 1
-        ):
+        if not self.prompt_ids or (self.limits and len(self.limits) != len(self.keys)) or min(self.limits, default=1) < 1:
             raise ValueError("a prompt is empty, or its limits are not one number above 0 for each key")
 
 
@@ -91,11 +87,7 @@ class _Slots:
     """The state of one `generate`. Host side: which completion each row slot holds and how old it is. Device side: everything per token."""
 
     def __init__(self, model: Decoder, requests: Sequence[Request], params: SamplingParams, budget: int) -> None:
-        weight, lengths, sizes = (
-            model.head_weight,
-            [len(r.prompt_ids) for r in requests],
-            [len(r.keys) for r in requests],
-        )
+        weight, lengths, sizes = (model.head_weight, [len(r.prompt_ids) for r in requests], [len(r.keys) for r in requests])
         self.model, self.requests, self.params, self.device = model, requests, params, weight.device
         self.largest_group = max(sizes)
         num_prompts, num_rows = capacity(lengths, sizes, params.max_tokens, budget)
@@ -227,9 +219,7 @@ class _Slots:
         if not rows:
             return
         columns = ("tokens", "drawn", "full", "length", "stopped", "stop_string", "insert_at")
-        tokens, drawn, full, lengths, stopped, texts, inserts = (
-            self.rows[name][rows].cpu().numpy() for name in columns
-        )
+        tokens, drawn, full, lengths, stopped, texts, inserts = (self.rows[name][rows].cpu().numpy() for name in columns)
         for i, row in enumerate(rows):
             completion, n, start = int(self.held[row]), int(lengths[i]), int(inserts[i])
             reason = "stop_string" if texts[i] else "stop" if stopped[i] else "length"

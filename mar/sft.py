@@ -37,9 +37,7 @@ def lesson_loss(model: Decoder, lesson: Lesson) -> torch.Tensor:
     packed, head = lesson.packed, model.head_weight
     hidden = model.hidden(packed.ids, packed.positions, group_attention(packed))[packed.predict_from]
     _, _, lse = mar_kernels.linear_logprobs(hidden, head, packed.targets)
-    rows = F.embedding_bag(
-        lesson.alternatives, head, lesson.starts, mode="sum", per_sample_weights=lesson.weights.to(head.dtype)
-    )
+    rows = F.embedding_bag(lesson.alternatives, head, lesson.starts, mode="sum", per_sample_weights=lesson.weights.to(head.dtype))
     counts = lesson.counts.to(lse.dtype)
     return (counts * lse - (hidden * rows).sum(-1)).sum() / counts.sum()
 
@@ -74,9 +72,7 @@ def make_optimizers(model: Decoder, lr: float, muon: bool) -> list[tuple[torch.o
     return [(adamw, lr), (Muon(inside, lr=10 * lr), 10 * lr)] if muon else [(adamw, lr)]
 
 
-def train(
-    model: Decoder, tokenizer: Any, load: Callable[[int], list[Example]], noun: str, args: argparse.Namespace
-) -> None:
+def train(model: Decoder, tokenizer: Any, load: Callable[[int], list[Example]], noun: str, args: argparse.Namespace) -> None:
     """Minimise the lessons' loss. The log shows `kl`: how many nats a completion lies above the least possible."""
     optimizers = make_optimizers(model, args.lr, args.muon)
     rng, began, encode = np.random.default_rng(args.seed), time.perf_counter(), make_encode(tokenizer)
@@ -88,14 +84,7 @@ def train(
         first = step % STEPS_PER_LOAD * args.prompts
         chosen = [examples[(first + i) % len(examples)] for i in range(args.prompts)]
         lesson = make_lesson(
-            chosen,
-            noun,
-            tokenizer,
-            encode,
-            rng,
-            step < args.plain_steps,
-            Hint(args.hint, args.hint_counts, args.hint_spread),
-            args.rows,
+            chosen, noun, tokenizer, encode, rng, step < args.plain_steps, Hint(args.hint, args.hint_counts, args.hint_spread), args.rows
         )
         loss = lesson_loss(model, lesson)
         model.zero_grad()
@@ -122,17 +111,13 @@ def main() -> None:
     parser.add_argument("--model", type=Path, required=True, help="folder of the model to start from")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=2000)
-    parser.add_argument(
-        "--plain-steps", type=int, default=0, help="of these, how many of the first teach single answers only"
-    )
+    parser.add_argument("--plain-steps", type=int, default=0, help="of these, how many of the first teach single answers only")
     parser.add_argument("--prompts", type=int, default=32, help="prompts per step")
     parser.add_argument("--rows", type=int, default=1, help="completions per prompt")
     parser.add_argument("--lr", type=float, default=LR)
     parser.add_argument("--muon", action="store_true", help="Muon for the matrices inside the blocks")
     parser.add_argument("--hint", type=float, default=0.0, help="share of a confidence's mass that lies near the truth")
-    parser.add_argument(
-        "--hint-counts", type=float, default=1.0, help="what each token of a confidence counts in the loss"
-    )
+    parser.add_argument("--hint-counts", type=float, default=1.0, help="what each token of a confidence counts in the loss")
     parser.add_argument("--hint-spread", type=float, default=Hint.spread, help="how far from it")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="of the saved weights")
@@ -150,12 +135,7 @@ def main() -> None:
     for key in ("is_local", "local_files_only"):  # how it was loaded is no property of it
         tokenizer.init_kwargs.pop(key, None)
     tokenizer.save_pretrained(args.out)
-    print(
-        json.dumps(
-            {"parameters": sum(p.numel() for p in model.parameters()), "vocabulary": len(tokenizer), **vars(args)},
-            default=str,
-        )
-    )
+    print(json.dumps({"parameters": sum(p.numel() for p in model.parameters()), "vocabulary": len(tokenizer), **vars(args)}, default=str))
     train(model, tokenizer, load, task.noun, args)
 
 

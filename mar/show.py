@@ -57,9 +57,7 @@ def choose(rows: list[dict[str, Any]], step: int | None, prompt: str) -> list[li
         if row["step"] == wanted and row["stage"] == stage and prompt in str(row["id"]):
             groups.setdefault(str(row["id"]), []).append(row)
     if not groups:
-        raise UserError(
-            f"no completion of step {wanted} has {prompt!r} in its id; there are steps {steps[:1]} to {steps[-1:]}"
-        )
+        raise UserError(f"no completion of step {wanted} has {prompt!r} in its id; there are steps {steps[:1]} to {steps[-1:]}")
     return list(groups.values())[: None if prompt else FIRST_PROMPTS]
 
 

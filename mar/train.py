@@ -115,11 +115,7 @@ class Interrupts:
         if self.pending or not self.inside:
             raise KeyboardInterrupt
         self.pending = True
-        print(
-            "\nstopping after this step (once more: stop at once, back to the last checkpoint)",
-            file=sys.stderr,
-            flush=True,
-        )
+        print("\nstopping after this step (once more: stop at once, back to the last checkpoint)", file=sys.stderr, flush=True)
 
     def agree(self, world: World) -> None:
         """Stop together: a signal to one rank is one to all."""
@@ -146,9 +142,7 @@ def train(job: Job, first_step: int, display: Display, document: dict[str, Any])
     try:
         if "before" not in document:
             evaluate(job, "before", 0, document, display)
-        elif (
-            due(first_step) and document["history"][-1]["step"] < first_step
-        ):  # interrupted between checkpoint and evaluation
+        elif due(first_step) and document["history"][-1]["step"] < first_step:  # interrupted between checkpoint and evaluation
             evaluate(job, f"step {first_step}", first_step, document, display)
         with display:
             for step in range(first_step + 1, last_step + 1):
@@ -161,9 +155,7 @@ def train(job: Job, first_step: int, display: Display, document: dict[str, Any])
                     interrupts.agree(job.world)
                     in_a_row = in_a_row + 1 if skipped(job, step, metrics, rollouts, display) else 0
                     if in_a_row == config.algo.max_skips:
-                        raise UserError(
-                            f"{in_a_row} steps in a row were not finite: lower optim.lr; {checkpoints} has the last good step"
-                        )
+                        raise UserError(f"{in_a_row} steps in a row were not finite: lower optim.lr; {checkpoints} has the last good step")
                     if step % config.checkpoint.every == 0 or step == last_step or interrupts.pending:
                         trained = (job.model, job.optimizer)
                         checkpoint.save(checkpoints, step, *trained, config.checkpoint.keep, job.critic, job.world)
@@ -175,9 +167,7 @@ def train(job: Job, first_step: int, display: Display, document: dict[str, Any])
         if last_step == config.train.steps:
             evaluate(job, "after", last_step, document, display)
     except KeyboardInterrupt:
-        display.say(
-            f"interrupted after step {step}; checkpoint of step {saved} in {checkpoints}; the same command goes on from there"
-        )
+        display.say(f"interrupted after step {step}; checkpoint of step {saved} in {checkpoints}; the same command goes on from there")
         return "interrupted"
     return "finished" if last_step == config.train.steps else "stopped"
 
@@ -197,9 +187,7 @@ def evaluate(job: Job, stage: str, step: int, document: dict[str, Any], display:
     if job.world.leads:
         write_json(job.folder / "eval.json", document)
     key = f"coverage@{job.config.reward.num_answers}"
-    shown = "  ".join(
-        f"{k} {metrics[k]:.3f}" for k in (key, "top1", "ece", "format_rate") if metrics.get(k) is not None
-    )
+    shown = "  ".join(f"{k} {metrics[k]:.3f}" for k in (key, "top1", "ece", "format_rate") if metrics.get(k) is not None)
     display.say(f"eval {stage} ({len(rollouts)} items, {time.perf_counter() - began:.0f} s)  {shown}")
 
 
@@ -261,14 +249,10 @@ def close(job: Job, document: Mapping[str, Any], display: Display, seconds: floa
     end = summary(document, K)
     rows = (f"coverage@{K}", *SHOWN_METRICS)
     display.table(
-        f"{document['task']}, {document['num_items']} held-out items",
-        {n: end[n] for n in ("floor", "before", "after", "ceiling")},
-        rows,
+        f"{document['task']}, {document['num_items']} held-out items", {n: end[n] for n in ("floor", "before", "after", "ceiling")}, rows
     )
     if end["gap_closed"] is not None:
-        display.say(
-            f"gap closed: {end['gap_closed']:.3f}  (0: K draws from the posterior, 1: its K most probable answers)"
-        )
+        display.say(f"gap closed: {end['gap_closed']:.3f}  (0: K draws from the posterior, 1: its K most probable answers)")
     if display.mirror:
         display.mirror.close(plain(end), lambda: pictures(job.folder))
     for name in ("config.yaml", "metrics.jsonl", "completions.jsonl", "eval.json", "checkpoints"):

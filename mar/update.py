@@ -19,15 +19,7 @@ from mar.config import AlgoOptions
 from mar.critic import explained_variance, gae, token_rewards
 from mar.distributed import World
 from mar.job import Job
-from mar.losses import (
-    KL_ESTIMATORS,
-    LOSSES,
-    diagnostics,
-    importance_weights,
-    kl_k1,
-    token_weights,
-    value_loss,
-)
+from mar.losses import KL_ESTIMATORS, LOSSES, diagnostics, importance_weights, kl_k1, token_weights, value_loss
 from mar.optim import clip_gradients, learning_rate, set_learning_rate
 
 Columns = dict[str, Tensor]
@@ -151,9 +143,7 @@ def _critic_pass(job: Job, critic: nn.Module, batch: Batch, columns: Columns) ->
     return _joined(world, logs)
 
 
-def _apply(
-    model: nn.Module, optimizer: torch.optim.Optimizer, loss: float, lr: float, clip: float
-) -> tuple[float, bool]:
+def _apply(model: nn.Module, optimizer: torch.optim.Optimizer, loss: float, lr: float, clip: float) -> tuple[float, bool]:
     """Clip and step; a loss or gradient that is not finite leaves everything as it is. Returns the norm and whether it stepped."""
     norm = clip_gradients(model, clip)
     finite = bool(np.isfinite([loss, norm]).all())

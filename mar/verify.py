@@ -105,9 +105,7 @@ def matching_increments(
     return hits, tuple(map(gold_of.get, range(len(hits))))
 
 
-def repeats(
-    answers: Answers, golds: Sequence[Gold] = (), verifier: Verifier = text_verifier, key: Key = normalise
-) -> tuple[bool, ...]:
+def repeats(answers: Answers, golds: Sequence[Gold] = (), verifier: Verifier = text_verifier, key: Key = normalise) -> tuple[bool, ...]:
     """[K] whether an earlier answer is the same by `key`, or means the same single gold (two aliases of it)."""
     out: list[bool] = []
     seen: set[tuple[str, Hashable]] = set()

@@ -30,10 +30,7 @@ def layout(config: ModelConfig) -> Layout:
     norms = {"attention_norm": ("input_layernorm", size), "mlp_norm": ("post_attention_layernorm", size)}
     if config.qk_norm:
         norms |= {f"{x}_norm": (f"self_attn.{x}_norm", config.head_dim) for x in "qk"}
-    out: Layout = {
-        "embed.weight": [("model.embed_tokens.weight", (vocab, size))],
-        "norm.weight": [("model.norm.weight", (size,))],
-    }
+    out: Layout = {"embed.weight": [("model.embed_tokens.weight", (vocab, size))], "norm.weight": [("model.norm.weight", (size,))]}
     for index in range(config.num_layers):
         ours, theirs = f"blocks.{index}", f"model.layers.{index}"
         for name, (part, outputs, inputs, bias) in linears.items():
@@ -56,9 +53,7 @@ def split_state(config: ModelConfig, state: dict[str, Tensor]) -> dict[str, Tens
     return tensors
 
 
-def save_model(
-    model: Decoder, folder: str | Path, dtype: torch.dtype | None = None, extra: dict[str, Any] | None = None
-) -> None:
+def save_model(model: Decoder, folder: str | Path, dtype: torch.dtype | None = None, extra: dict[str, Any] | None = None) -> None:
     """Write `config.json` and one `model.safetensors`, which transformers reads.
 
     `dtype` None keeps the model's own. `extra` goes into config.json as it is (say eos_token_id).

@@ -85,10 +85,7 @@ def block_elements(request, monkeypatch):
 
 def inputs(N=5, D=3, V=7, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    hidden, weight = (
-        torch.randn(N, D, generator=generator, dtype=F64),
-        torch.randn(V, D, generator=generator, dtype=F64),
-    )
+    hidden, weight = (torch.randn(N, D, generator=generator, dtype=F64), torch.randn(V, D, generator=generator, dtype=F64))
     return hidden.requires_grad_(), weight.requires_grad_(), torch.randint(V, (N,), generator=generator)
 
 
@@ -148,9 +145,7 @@ def test_a_frozen_head_gets_no_gradient_and_changes_no_other(upstream):
     hidden, weight, targets = inputs()
 
     def gradient_of_hidden(head):
-        loss = sum(
-            c * output.sum() for c, output in zip(upstream, linear_logprobs(hidden, head, targets, 0.7), strict=True)
-        )
+        loss = sum(c * output.sum() for c, output in zip(upstream, linear_logprobs(hidden, head, targets, 0.7), strict=True))
         return torch.autograd.grad(loss, hidden)[0]
 
     assert gradient_of_hidden(weight).any()
@@ -316,14 +311,7 @@ def test_the_toy_has_every_kind_of_text():
     assert cases.probs.sum() == pytest.approx(1)
     right = sum(p for p, reason in zip(cases.probs, cases.reasons, strict=True) if reason is None)
     assert 0.02 < right < 0.9
-    assert set(cases.reasons) == {
-        None,
-        "unfinished",
-        "text_outside_tags",
-        "tag_inside",
-        "trailing_text",
-        "bad_confidence",
-    }
+    assert set(cases.reasons) == {None, "unfinished", "text_outside_tags", "tag_inside", "trailing_text", "bad_confidence"}
 
 
 @pytest.mark.parametrize("name", TOY_SPECS)

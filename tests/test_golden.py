@@ -36,20 +36,8 @@ def _values(*shape: int) -> torch.Tensor:
 
 def tiny(scale: float = 1.0) -> Decoder:
     """A float64 model of fixed numbers, its matrices times `scale`."""
-    shape = {
-        "architectures": ["Qwen3ForCausalLM"],
-        "vocab_size": 29,
-        "hidden_size": 16,
-        "intermediate_size": 24,
-        "num_hidden_layers": 2,
-    }
-    shape |= {
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-        "head_dim": 8,
-        "rms_norm_eps": 1e-6,
-        "tie_word_embeddings": True,
-    }
+    shape = {"architectures": ["Qwen3ForCausalLM"], "vocab_size": 29, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
+    shape |= {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8, "rms_norm_eps": 1e-6, "tie_word_embeddings": True}
     model = Decoder(ModelConfig.from_hf(shape)).double()
     with torch.no_grad():
         for parameter in model.parameters():
@@ -61,9 +49,7 @@ def step(credit: str) -> dict[str, float]:
     """Loss and gradient norm of 2 groups x 3 completions on a tiny float64 model."""
     model = tiny()
     lengths = [[3, 7, 5], [6, 1, 4]]
-    completions = [
-        [[(5 * i + 3 * j + t) % 29 for t in range(n)] for j, n in enumerate(group)] for i, group in enumerate(lengths)
-    ]
+    completions = [[[(5 * i + 3 * j + t) % 29 for t in range(n)] for j, n in enumerate(group)] for i, group in enumerate(lengths)]
     flat = torch.tensor([n for group in lengths for n in group])
     mask = torch.arange(int(flat.max())) < flat[:, None]
     segments = (torch.arange(int(flat.max())) // 2).clamp(max=3).expand(6, -1)
@@ -78,10 +64,7 @@ def step(credit: str) -> dict[str, float]:
     logprobs, _, _ = model(pack_groups([[1, 2, 3, 4], [7, 8]], completions), 0.7)
     loss = reinforce(logprobs, advantages[mask], token_weights(mask, "token_mean", 8)[mask])
     loss.backward()
-    return {
-        "loss": loss.item(),
-        "grad_norm": torch.nn.utils.get_total_norm([p.grad for p in model.parameters()]).item(),
-    }
+    return {"loss": loss.item(), "grad_norm": torch.nn.utils.get_total_norm([p.grad for p in model.parameters()]).item()}
 
 
 PRESETS = sorted(file.stem for file in (CONF_DIR / "algo").glob("*.yaml"))

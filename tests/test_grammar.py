@@ -87,9 +87,7 @@ def assert_prefixes_agree(grammar, think_open, text):
         prefix = parse(text[:length], grammar, think_open)
         assert prefix.ends == tuple(end for end in full.ends if end <= length)
         violated = full.violation_at is not None and full.violation_at <= length
-        assert (prefix.violation, prefix.violation_at) == (
-            (full.violation, full.violation_at) if violated else (None, None)
-        )
+        assert (prefix.violation, prefix.violation_at) == ((full.violation, full.violation_at) if violated else (None, None))
         decided = grammar.elements[: len(prefix.ends)]
         for element in grammar.elements:
             if element.kind == "answer":
@@ -122,23 +120,7 @@ def test_segments_follow_the_ends(case):
 
 FIRST = "<answer1>a</answer1><confidence1>0.5</confidence1>"
 GOOD = "<think>t</think>" + FIRST + "<answer2>b</answer2><confidence2>.25</confidence2>"
-NO_PROBABILITY = [
-    "1%",
-    "50%",
-    "1.5",
-    "-0.1",
-    "5e-1",
-    "",
-    "half",
-    "0,5",
-    "1.01",
-    "nan",
-    "inf",
-    "٠.٥",
-    "00.5",
-    "0.5.",
-    "0.",
-]
+NO_PROBABILITY = ["1%", "50%", "1.5", "-0.1", "5e-1", "", "half", "0,5", "1.01", "nan", "inf", "٠.٥", "00.5", "0.5.", "0."]
 
 
 @pytest.mark.parametrize(

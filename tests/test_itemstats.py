@@ -10,20 +10,7 @@ from sklearn.metrics import roc_auc_score
 
 from mar.arms import bars
 from mar.grammar import Grammar, render
-from mar.itemstats import (
-    Item,
-    curves,
-    difference,
-    ece_of,
-    estimate,
-    mean_of,
-    read_item,
-    resamples,
-    rouge_l,
-    shared,
-    statistics,
-    words,
-)
+from mar.itemstats import Item, curves, difference, ece_of, estimate, mean_of, read_item, resamples, rouge_l, shared, statistics, words
 from mar.metrics import auroc, ece, set_metrics, set_value, tv_distance, union_curve
 from mar.posterior import ceiling_value, floor_coverage
 from mar.records import Completion, Example, Gold, Prompt
@@ -86,9 +73,7 @@ def test_auroc_agrees_with_scikit_learn():
 def test_rouge_l_agrees_with_rouge_score():
     rng, scorer = np.random.default_rng(3), RougeScorer(["rougeL"], use_stemmer=False)
     for _ in range(50):
-        a, b = (
-            " ".join(rng.choice(["the", "Flu,", "gout", "0.35", "x-ray"], size=rng.integers(0, 12))) for _ in range(2)
-        )
+        a, b = (" ".join(rng.choice(["the", "Flu,", "gout", "0.35", "x-ray"], size=rng.integers(0, 12))) for _ in range(2))
         assert rouge_l(words(a), words(b)) == pytest.approx(scorer.score(a, b)["rougeL"].fmeasure, abs=1e-12)
 
 
@@ -130,16 +115,7 @@ def test_one_set_an_item_measures_what_training_measures(truth):
         found.append(read_item(p, [(text, len(text))], GRAMMAR, "text"))
     old, new = set_metrics(rollouts), {name: value(s) for name, s in statistics(found, True).items()}
     shared_names = {name for name in old if name in new and old[name] is not None}
-    assert shared_names >= {
-        "coverage@2",
-        "top1",
-        "brier",
-        "ece",
-        "format_rate",
-        "repeats_per_set",
-        "tokens_per_set",
-        "prompt_tokens",
-    }
+    assert shared_names >= {"coverage@2", "top1", "brier", "ece", "format_rate", "repeats_per_set", "tokens_per_set", "prompt_tokens"}
     assert {n: new[n] for n in shared_names} == pytest.approx({n: old[n] for n in shared_names}, abs=1e-12)
     assert ("q_mse" in new) == (truth == "exact")
     assert new["format_rate"] < 1
@@ -168,11 +144,7 @@ def test_coverage_and_unique_answers_of_several_sets():
     assert each["pass"][0] == pytest.approx([2 / 3, 1, 1])
     assert [s.repeated for s in item.sets] == [(False, False), (False, False), (False, True)]
     found = {n: value(s) for n, s in statistics([item], True).items()}
-    assert (
-        found["recall@2"] == pytest.approx(0.5)
-        and found["precision"] == pytest.approx(3 / 6)
-        and found["unique@6"] == 3
-    )
+    assert found["recall@2"] == pytest.approx(0.5) and found["precision"] == pytest.approx(3 / 6) and found["unique@6"] == 3
 
 
 def test_set_ece_and_top1_conf():
@@ -191,9 +163,7 @@ def test_a_resample_is_the_metric_of_the_resampled_items():
     original = statistics(found, True)
     for row, repeated in zip(counts, again, strict=True):
         for name, statistic in statistics(repeated, True).items():
-            assert original[name].value(row @ original[name].columns).item() == pytest.approx(
-                value(statistic), nan_ok=True
-            ), name
+            assert original[name].value(row @ original[name].columns).item() == pytest.approx(value(statistic), nan_ok=True), name
     assert {"auroc", "ece", "set_ece", "overlap_rouge_l", "unique@8", "coverage@8"} <= set(original)
 
 

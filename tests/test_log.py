@@ -76,11 +76,7 @@ def test_documents_are_replaced_whole(tmp_path, monkeypatch):
 
 
 def test_a_completion_row_is_json_and_complete():
-    asked = Prompt(
-        Example("e", "clinic", "What is it?", (Gold("flu", (), 0.7), Gold("cold", (), 0.3)), "exact", drawn=1),
-        "?",
-        (1, 2),
-    )
+    asked = Prompt(Example("e", "clinic", "What is it?", (Gold("flu", (), 0.7), Gold("cold", (), 0.3)), "exact", drawn=1), "?", (1, 2))
     done = Completion(3, np.arange(4), np.zeros(4, np.float32), np.zeros(4, np.float32), "length")
     rollout = Rollout(asked, done, ODD, ("flu", None), (0.25, None), (0.0, 0.0), (False, False), "unfinished", np.array([0.0, -0.5]),
                       np.zeros(4, np.int64), -0.5, {"format": 0.0, "brier": np.float64(-0.5)})  # fmt: skip

@@ -7,15 +7,7 @@ import pytest
 import torch
 
 from experiments.credit.run import ESTIMATORS, GATED, UNGATED, Toy, facts, report
-from mar.losses import (
-    KL_ESTIMATORS,
-    LOSSES,
-    diagnostics,
-    importance_weights,
-    sequence_mean_log_ratio,
-    token_weights,
-    value_loss,
-)
+from mar.losses import KL_ESTIMATORS, LOSSES, diagnostics, importance_weights, sequence_mean_log_ratio, token_weights, value_loss
 
 F64 = torch.float64
 E = np.e
@@ -37,9 +29,7 @@ def by_hand(name, low=0.2, high=0.3):
 def test_losses_by_hand():
     loss, gradient = by_hand("reinforce")
     assert loss == pytest.approx(2 * 0.5 - 0.5 * 1.5 + 0.9) and gradient == pytest.approx([-2, 0.5, -1, 0])
-    loss, gradient = by_hand(
-        "ppo"
-    )  # the first is cut at 1.3; the second, at .61 and A < 0, at .8: neither has a gradient
+    loss, gradient = by_hand("ppo")  # the first is cut at 1.3; the second, at .61 and A < 0, at .8: neither has a gradient
     assert loss == pytest.approx(-2 * 1.3 + 0.5 * 0.8 - E**0.1) and gradient == pytest.approx([0, 0, -(E**0.1), 0])
     loss, gradient = by_hand("cispo")
     assert loss == pytest.approx(2 * 1.3 * 0.5 - 0.5 * 0.8 * 1.5 + 0.9 * E**0.1)
@@ -55,10 +45,7 @@ def test_weights_and_kl_by_hand():
     new, ref = column(-1.0, -2.0), column(-1.5, -1.0)
     for name, expected in {"k1": [0.5, -1], "k2": [0.125, 0.5], "k3": [E**-0.5 - 0.5, E - 2]}.items():
         assert KL_ESTIMATORS[name](new, ref).tolist() == pytest.approx(expected)
-    values, old = (
-        column(1.0, 3.0).requires_grad_(),
-        column(0.0, 2.0),
-    )  # the first moved by 1, cut to .5: 2.5 from its return of 3
+    values, old = (column(1.0, 3.0).requires_grad_(), column(0.0, 2.0))  # the first moved by 1, cut to .5: 2.5 from its return of 3
     loss = value_loss(values, old, column(3, 0), column(1, 0.1), 0.5)
     loss.backward()
     assert loss.item() == pytest.approx(0.5 * (2.5**2 + 0.1 * 9)) and values.grad.tolist() == pytest.approx([0, 0.3])
@@ -104,9 +91,7 @@ def test_a_token_of_weight_zero_is_not_there(name):
     gone = weights == 0
     losses = []
     for change in (0.0, 1.7):
-        losses.append(
-            LOSSES[name](new + change * gone, advantages + change * gone, weights, old, rows, 0.2, 0.2).item()
-        )
+        losses.append(LOSSES[name](new + change * gone, advantages + change * gone, weights, old, rows, 0.2, 0.2).item())
     assert losses[0] == losses[1] != 0.0
     assert LOSSES[name](new, advantages, 0 * weights, old, rows, 0.2, 0.2).item() == 0.0
 
@@ -152,11 +137,7 @@ def ours_and_inputs(match):
     mask = torch.arange(9) < torch.tensor([9, 1, 4, 7, 7, 2])[:, None]
     old, noise, ref = (torch.randn(6, 9, dtype=F64, generator=generator) for _ in range(3))
     logprobs = (-1 + 0.3 * noise - 0.2 * old).requires_grad_()
-    columns = {
-        "advantages": torch.randn(6, dtype=F64, generator=generator),
-        "old": -1 - 0.2 * old,
-        "ref": -1 + 0.3 * ref,
-    }
+    columns = {"advantages": torch.randn(6, dtype=F64, generator=generator), "old": -1 - 0.2 * old, "ref": -1 + 0.3 * ref}
     loss, low, high, aggregation, *_, beta, _ = match
     weights = token_weights(mask, aggregation, 12)[mask]
     rows = torch.arange(6)[:, None].expand(-1, 9)[mask]

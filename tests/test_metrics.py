@@ -17,12 +17,7 @@ NAN = float("nan")
 
 def example(p=(0.5, 0.3, 0.2), drawn=0, truth="exact"):
     return Example(
-        "e",
-        "test",
-        "?",
-        tuple(Gold("abcdefgh"[i], (f"alias of {'abcdefgh'[i]}",), x) for i, x in enumerate(p)),
-        truth,
-        drawn=drawn,
+        "e", "test", "?", tuple(Gold("abcdefgh"[i], (f"alias of {'abcdefgh'[i]}",), x) for i, x in enumerate(p)), truth, drawn=drawn
     )
 
 
@@ -32,19 +27,7 @@ def rollout(asked, answers, confidences, reason=None, num_tokens=4):
     hits, _ = matching_increments(answers, asked.targets(), VERIFIERS["text"])
     done = Completion(0, ids, ids, ids, "stop")
     again = repeats(answers, asked.golds)
-    return Rollout(
-        Prompt(asked, "?", (1,) * 6),
-        done,
-        "",
-        tuple(answers),
-        tuple(confidences),
-        hits,
-        again,
-        reason,
-        np.zeros(1),
-        ids,
-        0.0,
-    )
+    return Rollout(Prompt(asked, "?", (1,) * 6), done, "", tuple(answers), tuple(confidences), hits, again, reason, np.zeros(1), ids, 0.0)
 
 
 def broken(asked, answers=("a", None, None), confidences=(0.9, None, None)):
@@ -62,9 +45,7 @@ def test_brier_ece_and_q_mse_by_hand():
     confidence = np.array([[0.9, 0.25], [NAN, 0.95]])
     # (.1)^2, (.25)^2, a missing one is charged 1, .6 (.05)^2 + .4 (.95)^2
     assert brier(mass, confidence) == pytest.approx((0.01 + 0.0625 + 1 + 0.0015 + 0.361) / 4)
-    assert ece(mass, confidence) == pytest.approx(
-        (abs(0.9 + 0.95 - 1.6) + 0.25) / 3
-    )  # .9 and .95 share a bin, so their errors may cancel
+    assert ece(mass, confidence) == pytest.approx((abs(0.9 + 0.95 - 1.6) + 0.25) / 3)  # .9 and .95 share a bin, so their errors may cancel
     assert q_mse(mass, confidence) == pytest.approx((0.01 + 0.0625 + 0.35**2) / 3)
     assert ece(np.array([0.0, 1.0]), np.array([1.0, 0.95])) == pytest.approx(0.95 / 2)  # 1 belongs to the last bin
     nothing = np.full((2, 2), NAN)
@@ -97,9 +78,7 @@ def test_exact_masses_are_the_expectation_over_drawn_labels():
         assert exact["coverage@3"] == pytest.approx((0.3 + 0.7) / 2)  # a repeat has no mass; whatever was drawn
         assert exact["top1"] == pytest.approx((0.3 + 0.05) / 2)
         assert exact["q_mse"] == pytest.approx((0.1**2 + 0.9**2 + 0.1**2 + 0.15**2 + 0.2**2 + 0.45**2) / 6)
-    assert expected == pytest.approx(
-        {"coverage@3_drawn": exact["coverage@3"], "top1_drawn": exact["top1"], "brier": exact["brier"]}
-    )
+    assert expected == pytest.approx({"coverage@3_drawn": exact["coverage@3"], "top1_drawn": exact["top1"], "brier": exact["brier"]})
 
 
 def test_sets_by_hand():
@@ -123,9 +102,7 @@ def test_a_format_failure_is_wrong_and_charged_one():
     both = set_metrics([broken(asked), rollout(asked, ("a", "b", "c"), (0.5, 0.3, 0.2))])
     assert both["coverage@3"] == pytest.approx(0.5) and both["coverage@3_drawn"] == 0.5 and both["format_rate"] == 0.5
     assert both["brier"] == pytest.approx((3 + 0.25 + 0.21 + 0.16) / 6)
-    assert both["q_mse"] == pytest.approx(0) and both["ece"] == pytest.approx(
-        0
-    )  # of what can be read; format_rate stands beside them
+    assert both["q_mse"] == pytest.approx(0) and both["ece"] == pytest.approx(0)  # of what can be read; format_rate stands beside them
 
 
 @pytest.mark.parametrize("truth", ["exact", "single"])
@@ -161,9 +138,7 @@ def test_floor_and_ceiling_of_a_known_posterior():
     assert ceiling["coverage@2"] == pytest.approx((0.8 + 0.6) / 2) and ceiling["top1"] == pytest.approx(0.45)
     assert ceiling["brier"] == pytest.approx((0.24 + 0.16 + 0.21 + 0.21) / 4)
     assert ceiling["value"] == pytest.approx((0.8 + 0.6) / 2 - (0.24 + 0.16 + 0.21 + 0.21) / 4)
-    honest = set_metrics(
-        [rollout(example(p), ("a", "b"), p[:2]) for p in (first, second)]
-    )  # who answers so, measures so
+    honest = set_metrics([rollout(example(p), ("a", "b"), p[:2]) for p in (first, second)])  # who answers so, measures so
     assert {k: honest[k] for k in ("coverage@2", "top1", "brier", "ece", "q_mse")} == pytest.approx(
         {k: ceiling[k] for k in ("coverage@2", "top1", "brier", "ece", "q_mse")}, abs=1e-12
     )
@@ -184,9 +159,7 @@ def test_gap_closed():
 
 def test_slots_are_judged_against_their_own_item():
     table = slot_table(
-        [rollout(example((0.9, 0.1)), ("a", "b"), (0, 0)), rollout(example((0.2, 0.8)), ("b", "a"), (0, 0))],
-        "text",
-        exact=True,
+        [rollout(example((0.9, 0.1)), ("a", "b"), (0, 0)), rollout(example((0.2, 0.8)), ("b", "a"), (0, 0))], "text", exact=True
     )
     assert isinstance(table, SlotTable)
     np.testing.assert_allclose(table.mass, [[0.9, 0.1], [0.8, 0.2]])

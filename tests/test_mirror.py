@@ -42,11 +42,7 @@ def records(folder: Path) -> list:
 
 
 def history(found: list) -> list[dict]:
-    rows = [
-        {i.key or "/".join(i.nested_key): json.loads(i.value_json) for i in r.history.item}
-        for r in found
-        if r.HasField("history")
-    ]
+    rows = [{i.key or "/".join(i.nested_key): json.loads(i.value_json) for i in r.history.item} for r in found if r.HasField("history")]
     return [row for row in rows if "reward/total" in row]
 
 
@@ -75,9 +71,7 @@ def test_a_run_and_its_mirror(tmp_path: Path, capsys: pytest.CaptureFixture[str]
             if key != "step" and value is not None:
                 assert theirs[key] == value, key
     media = {p.suffix for p in folder.glob("wandb/offline-run-*/files/media/**/*") if p.is_file()}
-    assert (
-        media == {".png", ".json"} and (folder / "plots/learning.svg").exists()
-    )  # figures, and the table of completions
+    assert media == {".png", ".json"} and (folder / "plots/learning.svg").exists()  # figures, and the table of completions
     summary = {i.key or i.nested_key[0]: i.value_json for r in found if r.HasField("summary") for i in r.summary.update}
     assert json.loads(summary["gap_closed"]) == json.loads((folder / "eval.json").read_text())["gap_closed"]
     assert "wandb is off" not in capsys.readouterr().out

@@ -11,20 +11,8 @@ from mar.model import Decoder, ModelConfig
 from mar.records import UserError
 from mar.weights import load_model, save_model
 
-LLAMA3 = {
-    "rope_type": "llama3",
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 32,
-}
-SHAPE = {
-    "vocab_size": 101,
-    "hidden_size": 48,
-    "intermediate_size": 56,
-    "num_hidden_layers": 2,
-    "max_position_embeddings": 256,
-}
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
+SHAPE = {"vocab_size": 101, "hidden_size": 48, "intermediate_size": 56, "num_hidden_layers": 2, "max_position_embeddings": 256}
 CASES = {
     "llama": ("Llama", {"num_attention_heads": 3, "num_key_value_heads": 3, "tie_word_embeddings": False}),
     "llama-bias": ("Llama", {"num_attention_heads": 6, "num_key_value_heads": 2, "attention_bias": True, "mlp_bias": True}),
@@ -57,18 +45,13 @@ def test_logits_equal_transformers(case, tmp_path):
     theirs = hf_model(case)
     theirs.save_pretrained(tmp_path / "theirs")
     rows = torch.randint(0, 101, (2, 70))
-    for dtype, tolerance in (
-        (torch.float32, 1e-4),
-        (torch.float64, 2e-6),
-    ):  # transformers keeps norms and rope in float32
+    for dtype, tolerance in ((torch.float32, 1e-4), (torch.float64, 2e-6)):  # transformers keeps norms and rope in float32
         ours = load_model(tmp_path / "theirs", dtype)
         with torch.no_grad():
             expected = theirs.to(dtype)(rows).logits
             torch.testing.assert_close(our_logits(ours, rows.tolist()), expected.flatten(0, 1), atol=tolerance, rtol=0)
     save_model(ours, tmp_path / "ours")
-    back = transformers.AutoModelForCausalLM.from_pretrained(
-        tmp_path / "ours", dtype=torch.float64, attn_implementation="eager"
-    )
+    back = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours", dtype=torch.float64, attn_implementation="eager")
     assert type(back) is type(theirs)
     with torch.no_grad():
         assert torch.equal(back(rows).logits, theirs(rows).logits)

@@ -22,9 +22,7 @@ def rates(steps, warmup, schedule):
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_schedule_ends(schedule):
     values = rates(100, 0.05, schedule)
-    assert values[:6] == pytest.approx(
-        [0.4, 0.8, 1.2, 1.6, 2.0, 2.0]
-    )  # the first update moves, the warm-up reaches the full rate
+    assert values[:6] == pytest.approx([0.4, 0.8, 1.2, 1.6, 2.0, 2.0])  # the first update moves, the warm-up reaches the full rate
     assert max(values) == 2.0 and min(values) > 0
     middle, last = {"linear": (1.0, 2 / 95), "cosine": (1.0, 0.0006), "constant": (2.0, 2.0)}[schedule]
     assert values[52] == pytest.approx(middle, abs=0.03) and values[-1] == pytest.approx(last, abs=1e-4)
@@ -75,17 +73,7 @@ def test_what_is_not_trainable_stays(tiny_model):
 def as_rollout(asked, completion, components):
     ids = completion.ids
     return Rollout(
-        asked,
-        completion,
-        "",
-        (),
-        (),
-        (),
-        (),
-        None,
-        np.array(components),
-        np.minimum(np.arange(len(ids)), 1),
-        float(sum(components)),
+        asked, completion, "", (), (), (), (), None, np.array(components), np.minimum(np.arange(len(ids)), 1), float(sum(components))
     )
 
 
@@ -97,10 +85,7 @@ def learn(model, optimizer, groups, first_open):
     optimizer.zero_grad()
     for micro in micro_batches(batch, 30):
         logprobs, _, _ = model(micro.packed, 1.0)
-        reinforce(
-            logprobs,
-            *(micro.flat(column, batch.completion_mask).to(logprobs.dtype) for column in (advantages, weights)),
-        ).backward()
+        reinforce(logprobs, *(micro.flat(column, batch.completion_mask).to(logprobs.dtype) for column in (advantages, weights))).backward()
     nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
 
@@ -112,9 +97,7 @@ def test_an_update_raises_what_was_rewarded(tiny_model):
         asked = Prompt(Example(str(i), "test", "?", ()), "?", tuple(rng.integers(0, 23, 5 + i).tolist()))
         ids = [rng.integers(0, 23, 4) for _ in range(4)]
         paid = [[1.0 if g == winner else 0.0, 0.0] for g in range(4)]
-        groups.append(
-            [as_rollout(asked, Completion(g, ids[g], np.zeros(4), np.zeros(4), "stop"), paid[g]) for g in range(4)]
-        )
+        groups.append([as_rollout(asked, Completion(g, ids[g], np.zeros(4), np.zeros(4), "stop"), paid[g]) for g in range(4)])
 
     def first_token_logprobs():  # to_go: the first component is decided by the first token, which alone is paid
         (micro,) = micro_batches(make_batch(groups, np.array([0, 1])), 10**6)

@@ -19,9 +19,7 @@ from mar.log import Display
 from mar.records import UserError
 from mar.train import run
 
-CHROMIUM = next(
-    (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None
-)
+CHROMIUM = next((found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None)
 EVIL = "</script><script>document.title='owned'</script><img src=x onerror=document.title='owned'>\u2028<!--"
 
 
@@ -48,12 +46,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     rows = [json.loads(line) for line in (first / "completions.jsonl").read_text().splitlines()]
     wicked = [i for i, row in enumerate(rows) if row["stage"] == "train" and row["step"] == 3][:2]
     for i, reason in zip(wicked, (None, "trailing_text"), strict=True):
-        rows[i] |= {
-            "text": f"<answer1>{EVIL}</answer1>",
-            "answers": [EVIL, EVIL, None],
-            "confidences": [0.9, 0.1, None],
-            "reason": reason,
-        }
+        rows[i] |= {"text": f"<answer1>{EVIL}</answer1>", "answers": [EVIL, EVIL, None], "confidences": [0.9, 0.1, None], "reason": reason}
         rows[i] |= {"hits": [0, 0, 0], "repeated": [False, True, False], "question": EVIL, "targets": [EVIL]}
     (first / "completions.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows) + '{"step": 3, "te')
     return [first, train(out / "a", "seed=1"), train(out / "b", "reward=multi_rlvr")]
@@ -92,15 +85,7 @@ def test_a_run_is_one_file_that_needs_nothing_else(runs: list[Path], page: Path)
     assert elements.tags.count("script") == 2 and "img" not in elements.tags
     assert all(link.startswith(("#", "data:")) for link in elements.links)
     assert any("Skipped 1 broken line(s)" in note for note in data["notes"])
-    assert set(data["figures"]) == {
-        "learning curves",
-        "reward components",
-        "coverage",
-        "reliability",
-        "sizes",
-        "unique_answers",
-        "tokens",
-    }
+    assert set(data["figures"]) == {"learning curves", "reward components", "coverage", "reliability", "sizes", "unique_answers", "tokens"}
     head = table(data, "Headline")
     assert head["columns"] == ["", "floor", "before", "after", "ceiling"]
     stored = json.loads((runs[0] / "eval.json").read_text())
@@ -108,21 +93,14 @@ def test_a_run_is_one_file_that_needs_nothing_else(runs: list[Path], page: Path)
     assert cover["after"] == [stored["after"]["coverage@3"], *stored["after"]["interval"]["coverage@3"]]
     assert cover["floor"] == [stored["floor"]["coverage@3"], None, None] and cover["after"][1] < cover["after"][2]
     assert table(data, "Evaluation")["columns"][1:] == ["policy", "base", "single", "list", "verbalized"]
-    assert (
-        len(table(data, "Paired differences")["rows"]) > 10
-        and len(table(data, "Coverage at equal tokens")["rows"]) == 2
-    )
+    assert len(table(data, "Paired differences")["rows"]) > 10 and len(table(data, "Coverage at equal tokens")["rows"]) == 2
     assert "commit" in data["provenance"] and "num_answers: 3" in data["configs"][str(runs[0])]
 
 
 def test_rollouts_carry_advantages_and_named_components(page: Path) -> None:
     rollouts = data_of(page)["rollouts"]
     assert rollouts["components"] == ["coverage1", "brier1", "coverage2", "brier2", "coverage3", "brier3", "end"]
-    assert [len(g["rows"]) for g in rollouts["groups"]] == [3] * 6 and {g["step"] for g in rollouts["groups"]} == {
-        1,
-        2,
-        3,
-    }
+    assert [len(g["rows"]) for g in rollouts["groups"]] == [3] * 6 and {g["step"] for g in rollouts["groups"]} == {1, 2, 3}
     for group in rollouts["groups"]:
         totals = [sum(row["components"]) for row in group["rows"]]
         for row, total in zip(group["rows"], totals, strict=True):
@@ -135,10 +113,7 @@ def test_rollouts_carry_advantages_and_named_components(page: Path) -> None:
 
 def test_pairs_and_sweeps(runs: list[Path], tmp_path: Path) -> None:
     pair = data_of(report.report([runs[0], runs[2]], tmp_path / "pair.html"))
-    assert table(pair, "What differs")["rows"] == [
-        ["eval.every", "2", "0"],
-        ["reward.objective", "multi_rlcr", "multi_rlvr"],
-    ]
+    assert table(pair, "What differs")["rows"] == [["eval.every", "2", "0"], ["reward.objective", "multi_rlcr", "multi_rlvr"]]
     assert set(pair["figures"]) >= {"learning curves", "coverage"} and pair["rollouts"] is None
     sweep = table(data_of(report.report([runs[1].parents[2]], tmp_path / "sweep.html")), "Settings")
     assert [row[1] for row in sweep["rows"]] == [1, 1, 1]  # eval.every differs too
@@ -146,9 +121,7 @@ def test_pairs_and_sweeps(runs: list[Path], tmp_path: Path) -> None:
     mean, low, high = runs_of_folders.over_seeds(same, "top1")
     assert mean == low == high == same[0].document["after"]["top1"]
     two = [runs_of_folders.Run(Path(), {}, [], {"after": {"x": v}}, {}, []) for v in (1.0, 3.0)]
-    assert runs_of_folders.over_seeds(two, "x") == pytest.approx(
-        [2, 2 - 12.71, 2 + 12.71]
-    )  # t = 12.71, standard error 1
+    assert runs_of_folders.over_seeds(two, "x") == pytest.approx([2, 2 - 12.71, 2 + 12.71])  # t = 12.71, standard error 1
 
 
 @pytest.mark.parametrize("width", [1280, 500])
@@ -283,19 +256,8 @@ def test_show(runs: list[Path], capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_show_marks_what_is_right(tmp_path: Path) -> None:
-    row = {
-        "answers": ["flu", "flu", "\x1b[31mx"],
-        "hits": [1, 0, 0],
-        "repeated": [False, True, False],
-        "confidences": [0.5, None, 0.25],
-    }
-    row |= {
-        "reason": None,
-        "text": "<think>a\x1b</think><answer1>",
-        "reward": 1.0,
-        "parts": {"format": 0.5},
-        "sample": 0,
-    }
+    row = {"answers": ["flu", "flu", "\x1b[31mx"], "hits": [1, 0, 0], "repeated": [False, True, False], "confidences": [0.5, None, 0.25]}
+    row |= {"reason": None, "text": "<think>a\x1b</think><answer1>", "reward": 1.0, "parts": {"format": 0.5}, "sample": 0}
     text = show.shown(row)
     assert [show.verdict(row, k) for k in range(3)] == ["right", "repeated", "wrong"]
     assert (

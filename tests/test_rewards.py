@@ -54,9 +54,7 @@ def test_objectives_by_hand(name, answers, confidences, total):
     assert earned.components.sum() == pytest.approx(total)
 
 
-@pytest.mark.parametrize(
-    ("name", "total"), [("rlvr_single", 0), ("rlcr_single", -1), ("multi_rlvr", 0), ("multi_rlcr", -1)]
-)
+@pytest.mark.parametrize(("name", "total"), [("rlvr_single", 0), ("rlcr_single", -1), ("multi_rlvr", 0), ("multi_rlcr", -1)])
 def test_unreadable_text_earns_nothing_and_is_charged_the_whole_brier_term(name, total):
     grammar, spec = objective(name, 3 if "multi" in name else 1)
     assert earn("what?", grammar, spec).total == total
@@ -183,9 +181,7 @@ SPECS = st.builds(
 def texts(draw):
     """(grammar of two answers, a text that is right, or nearly)."""
     split = draw(st.booleans())
-    grammar = Grammar(
-        "rlcr_multi", 2, "split" if split else "interleaved", draw(st.booleans()), split, draw(st.booleans())
-    )
+    grammar = Grammar("rlcr_multi", 2, "split" if split else "interleaved", draw(st.booleans()), split, draw(st.booleans()))
     names = st.sampled_from(["flu", "The flu", "influenza", "cold", "lupus"])
     levels = st.sampled_from([0.0, 0.3, 0.7, 1.0])
     text = render(grammar, [draw(names), draw(names)], [draw(levels), draw(levels)], other=draw(levels))

@@ -25,9 +25,7 @@ class Pieces:
 
 
 def prompt(*golds, id="q", **more):
-    return Prompt(
-        Example(id, "test", "?", tuple(Gold(g) if isinstance(g, str) else g for g in golds), **more), "?", (1, 2)
-    )
+    return Prompt(Example(id, "test", "?", tuple(Gold(g) if isinstance(g, str) else g for g in golds), **more), "?", (1, 2))
 
 
 def completion(ids, finish_reason="stop"):
@@ -46,32 +44,17 @@ def test_tokens_across_borders_belong_to_the_earlier_segment():
     pieces = ["<answer1>", "flu", "</answer1><conf", "idence1>", "0.", "8</confidence1>", "<answer2>", "cold</answer2><", "confidence2>",
               "0.1</confidence2>\n", "<stop>"]  # fmt: skip
     got = judge(pieces, prompt("cold"))
-    assert (
-        got.text
-        == "<answer1>flu</answer1><confidence1>0.8</confidence1><answer2>cold</answer2><confidence2>0.1</confidence2>\n"
-    )
+    assert got.text == "<answer1>flu</answer1><confidence1>0.8</confidence1><answer2>cold</answer2><confidence2>0.1</confidence2>\n"
     assert got.segment_ids.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 3, 3, 4]
     assert (got.answers, got.confidences, got.hits, got.reason) == (("flu", "cold"), (0.8, 0.1), (0.0, 1.0), None)
-    np.testing.assert_allclose(
-        got.components, [0, -0.32, 1, -0.405, 0.5], atol=1e-12
-    )  # y1, -(q1 - y1)^2 / 2, y2, -(q2 - y2)^2 / 2, end
-    assert (
-        got.total
-        == pytest.approx(got.components.sum())
-        == pytest.approx(sum(got.parts[k] for k in ("format", "coverage", "brier")))
-    )
+    np.testing.assert_allclose(got.components, [0, -0.32, 1, -0.405, 0.5], atol=1e-12)  # y1, -(q1 - y1)^2 / 2, y2, -(q2 - y2)^2 / 2, end
+    assert got.total == pytest.approx(got.components.sum()) == pytest.approx(sum(got.parts[k] for k in ("format", "coverage", "brier")))
     open_at = first_open(GRAMMAR, SPEC)[got.segment_ids]
     assert open_at.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 3, 3, 4]  # the first component that each token still decides
 
 
 def test_the_stop_token_is_not_text_and_comes_last():
-    pieces = [
-        "<answer1>a</answer1>",
-        "<confidence1>0</confidence1>",
-        "<answer2>b</answer2>",
-        "<confidence2>1</confidence2>",
-        "<stop>",
-    ]
+    pieces = ["<answer1>a</answer1>", "<confidence1>0</confidence1>", "<answer2>b</answer2>", "<confidence2>1</confidence2>", "<stop>"]
     assert judge(pieces, prompt("b")).reason is None
     assert judge(pieces, prompt("b")).segment_ids.tolist() == [0, 1, 2, 3, 4]
     cut = judge(pieces, prompt("b"), "length")  # the same token, but as the last of an overlong text
@@ -86,13 +69,7 @@ def test_the_stop_token_is_not_text_and_comes_last():
 def test_all_after_a_violation_is_the_last_segment():
     pieces = ["<answer1>flu</answer1>", "so", "<confidence1>", "0.8</confidence1>", "<stop>"]
     got = judge(pieces, prompt("flu"))
-    assert got.reason == "text_outside_tags" and got.segment_ids.tolist() == [
-        0,
-        1,
-        4,
-        4,
-        4,
-    ]  # "so" is where it becomes certain
+    assert got.reason == "text_outside_tags" and got.segment_ids.tolist() == [0, 1, 4, 4, 4]  # "so" is where it becomes certain
     np.testing.assert_allclose(got.components, [1, 0, 0, 0, -2], atol=1e-12)  # the hit is clawed back at the end
 
 
@@ -114,8 +91,7 @@ def test_a_character_of_two_tokens_counts_once():
 
 def test_each_rollout_is_judged_by_its_own_prompt():
     pieces = [
-        f"<answer1>{a}</answer1><confidence1>0</confidence1><answer2>{b}</answer2><confidence2>0</confidence2>"
-        for a, b in ("xy", "yx")
+        f"<answer1>{a}</answer1><confidence1>0</confidence1><answer2>{b}</answer2><confidence2>0</confidence2>" for a, b in ("xy", "yx")
     ]
     decode = make_decode(Pieces(*pieces, "<stop>"))
     prompts = [prompt("x", id="1"), prompt("y", id="2"), prompt("z", id="3")]
@@ -154,12 +130,7 @@ def test_segments_of_a_trained_tokenizer(tmp_path):
         crossing += any(start < e < end for e in ends)
     assert crossing > 3 and got.segment_ids[-1] == len(ends)
     other = judge_completion(
-        asked,
-        completion([*ids[:-1], *tokenizer.encode("<|user|>"), ids[-1]]),
-        grammar,
-        SPEC,
-        "text",
-        make_decode(tokenizer),
+        asked, completion([*ids[:-1], *tokenizer.encode("<|user|>"), ids[-1]]), grammar, SPEC, "text", make_decode(tokenizer)
     )
     assert other.text == text + "<|user|>" and other.reason == "trailing_text"  # special tokens are not overlooked
 
@@ -172,12 +143,8 @@ def test_draws_depend_on_identity_not_on_company(tiny_model):
     assert [[c.sample_index for c in group] for group in first] == [[0, 1, 2]] * 2
     assert ids(sample(model, [b, a], 2, params, 1000, (0, "train", 1))[0]) == [group[:2] for group in ids(first)[::-1]]
     twice = ids(sample(model, [a, b, a], 3, params, 1000, (0, "train", 1))[0])
-    assert twice[:2] == ids(first) and not set(map(tuple, twice[2])) & set(
-        map(tuple, twice[0])
-    )  # asked twice: two different groups
+    assert twice[:2] == ids(first) and not set(map(tuple, twice[2])) & set(map(tuple, twice[0]))  # asked twice: two different groups
     namesake = Prompt(Example("c", "test", "?", ()), "?", a.ids)
     assert ids(sample(model, [namesake], 3, params, 1000, (0, "train", 1))[0])[0] != ids(first)[0]
     for other in ((0, "train", 2), (1, "train", 1), (0, "eval", 1)):
-        assert not set(map(tuple, ids(sample(model, [a], 3, params, 1000, other)[0])[0])) & set(
-            map(tuple, ids(first)[0])
-        )
+        assert not set(map(tuple, ids(sample(model, [a], 3, params, 1000, other)[0])[0])) & set(map(tuple, ids(first)[0]))

@@ -92,9 +92,7 @@ def test_multirun_by_hydra_itself(tmp_path: Path) -> None:
     words = ["+experiment=medqa", "seed=0,1", "reward.num_answers=2,3", "reward=multi_rlcr,multi_rlvr", "--multirun"]
     work = tmp_path / "work"
     work.mkdir()
-    subprocess.run(
-        [sys.executable, script, *words], cwd=work, env={"PYTHONPATH": str(CONF_DIR.parent)}, check=True, timeout=120
-    )
+    subprocess.run([sys.executable, script, *words], cwd=work, env={"PYTHONPATH": str(CONF_DIR.parent)}, check=True, timeout=120)
     files = sorted(str(f.relative_to(work)) for f in work.rglob("*") if f.is_file())
     assert len([f for f in files if f.endswith("/config.yaml")]) == 8
     assert len(files) == 9 and "runs/medqa/multirun.yaml" in files

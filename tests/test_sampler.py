@@ -33,10 +33,7 @@ def requests(lengths, group_size, vocab=23):
     rng = np.random.default_rng(0)
     sizes = [group_size] * len(lengths) if isinstance(group_size, int) else group_size
     prompts = [tuple(rng.integers(0, vocab, n).tolist()) for n in lengths]
-    return [
-        Request(p, tuple(stream_key(0, "test", i, g) for g in range(n)))
-        for i, (p, n) in enumerate(zip(prompts, sizes, strict=True))
-    ]
+    return [Request(p, tuple(stream_key(0, "test", i, g) for g in range(n))) for i, (p, n) in enumerate(zip(prompts, sizes, strict=True))]
 
 
 def next_logits(model, ids):
@@ -94,9 +91,7 @@ def test_logprobs_are_the_trainers(dtype, tolerance, tiny_model):
         np.testing.assert_allclose(full, expected, atol=tolerance, rtol=0)
         np.testing.assert_array_equal(full, join(groups, "sampler_logprobs"))
         if before is not None:  # the weights did change
-            assert (
-                np.abs(trainer_logprobs(model, asked, before, temperature) - join(before, "full_logprobs")).max() > 0.1
-            )
+            assert np.abs(trainer_logprobs(model, asked, before, temperature) - join(before, "full_logprobs")).max() > 0.1
         before = groups
         packed = pack_groups([r.prompt_ids for r in asked], [[s.ids.tolist() for s in group] for group in groups])
         logprobs = model(packed, temperature)[0]
@@ -184,9 +179,7 @@ def test_a_stop_string_ends_a_row_at_the_token_that_completes_it(tiny_model):
     endless = generate(model, asked, SamplingParams(60), PLENTY)
     params = SamplingParams(60, stop_strings=("abca", "ccc"), decode=spell)
     reasons = set()
-    for whole, cut in zip(
-        itertools.chain(*endless), itertools.chain(*generate(model, asked, params, 2500)), strict=True
-    ):
+    for whole, cut in zip(itertools.chain(*endless), itertools.chain(*generate(model, asked, params, 2500)), strict=True):
         text = spell(whole.ids)
         ends = [text.find(stop) + len(stop) for stop in params.stop_strings if stop in text]
         assert spell(cut.ids) == text[: min(ends, default=60)]
@@ -222,9 +215,7 @@ def test_truncated_draws_keep_both_log_probabilities(tiny_model):
     model, asked, temperature = tiny_model(), requests((4, 9), 8), 0.7
     params = SamplingParams(12, temperature, truncation=Truncation(top_k=5, top_p=0.8))
     groups = generate(model, asked, params, PLENTY)
-    np.testing.assert_allclose(
-        join(groups, "full_logprobs"), trainer_logprobs(model, asked, groups, temperature), atol=1e-10
-    )
+    np.testing.assert_allclose(join(groups, "full_logprobs"), trainer_logprobs(model, asked, groups, temperature), atol=1e-10)
     assert (join(groups, "sampler_logprobs") >= join(groups, "full_logprobs") - 1e-12).all()
     request, first = asked[0], groups[0][0]
     logits = next_logits(model, (*request.prompt_ids, *first.ids[:-1].tolist()))
@@ -323,9 +314,7 @@ def test_attention_on_other_devices_equals_that_on_cpu(dtype, atol):
     q, keys, values = (torch.randn(5, 2, n, 8, dtype=dtype) for n in (6, 40, 40))
     hidden = torch.arange(40) >= torch.tensor([1, 7, 20, 39, 40])[:, None]
     bias = torch.zeros(5, 40, dtype=dtype).masked_fill(hidden, -torch.inf)[:, None, None]
-    for ours, theirs in zip(
-        kv_cache._mix(q, keys, values, bias), kv_cache._mix_cpu(q, keys, values, bias), strict=True
-    ):
+    for ours, theirs in zip(kv_cache._mix(q, keys, values, bias), kv_cache._mix_cpu(q, keys, values, bias), strict=True):
         torch.testing.assert_close(ours, theirs, atol=atol, rtol=0)
 
 
@@ -344,9 +333,9 @@ def test_bfloat16_attention_is_about_as_exact_as_the_library(tiny_model):
         for prompt, mine in ((cache.prompt_keys, cache.own_keys), (cache.prompt_values, cache.own_values))
     )
     exact, library = (
-        torch.nn.functional.scaled_dot_product_attention(
-            q[:, :, None].to(dtype), keys.to(dtype), values.to(dtype), enable_gqa=True
-        )[:, :, 0].double()
+        torch.nn.functional.scaled_dot_product_attention(q[:, :, None].to(dtype), keys.to(dtype), values.to(dtype), enable_gqa=True)[
+            :, :, 0
+        ].double()
         for dtype in (torch.float64, torch.bfloat16)
     )
     assert (ours - exact).norm() < 2.5 * (library - exact).norm()
@@ -360,9 +349,7 @@ def test_limits_that_do_not_fit_the_keys_are_refused(limits):
         Request((), (0, 0))
 
 
-@pytest.mark.parametrize(
-    "options", [{"stop_strings": ("",)}, {"think_budget": 3}, {"think_budget": 10, "think_close": (1,)}]
-)
+@pytest.mark.parametrize("options", [{"stop_strings": ("",)}, {"think_budget": 3}, {"think_budget": 10, "think_close": (1,)}])
 def test_options_that_cannot_work_are_refused(options):
     with pytest.raises(ValueError, match="stop string|think_budget"):
         SamplingParams(10, decode=spell, **options)

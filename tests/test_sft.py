@@ -17,13 +17,7 @@ from mar.prompts import load_tokenizer
 from mar.records import Example, Gold, UserError
 from mar.tasks import clinic
 
-PIECES = [
-    "<",
-    lessons.Field(["a", "ab", "b", "abc"], [0.1, 0.2, 0.3, 0.4], 1),
-    ">c",
-    lessons.Field(["x", "xyz"], [0.25, 0.75], 1),
-    "!",
-]
+PIECES = ["<", lessons.Field(["a", "ab", "b", "abc"], [0.1, 0.2, 0.3, 0.4], 1), ">c", lessons.Field(["x", "xyz"], [0.25, 0.75], 1), "!"]
 
 
 def characters(text: str) -> list[int]:
@@ -73,9 +67,7 @@ def test_demonstrations_read_back_in_every_form_with_distinct_answers(tokenizer)
     forms = set()
     for example in clinic.load("train", 300):
         grammar, _ = lessons.draw_grammar(rng)
-        ids, targets = lessons.soft_targets(
-            lessons.demonstration(example, grammar, [], rng), encode, tokenizer.eos_token_id
-        )
+        ids, targets = lessons.soft_targets(lessons.demonstration(example, grammar, [], rng), encode, tokenizer.eos_token_id)
         parsed = parse(tokenizer.decode(ids[:-1]), grammar)
         assert parsed.reason is None and len(set(parsed.answers)) == grammar.num_answers
         assert len(ids) == len(targets) and all(token in target for token, target in zip(ids, targets, strict=True))
@@ -84,9 +76,7 @@ def test_demonstrations_read_back_in_every_form_with_distinct_answers(tokenizer)
 
 
 def test_later_slots_exclude_what_was_said():
-    example = Example(
-        "x", "clinic", "?", tuple(Gold(n, (), p) for n, p in zip("abc", (0.5, 0.3, 0.2), strict=True)), "exact"
-    )
+    example = Example("x", "clinic", "?", tuple(Gold(n, (), p) for n, p in zip("abc", (0.5, 0.3, 0.2), strict=True)), "exact")
     first, second, third = lessons.draw_answers(example, 3, [], np.random.default_rng(1))
     assert sorted((first.text, second.text, third.text)) == ["a", "b", "c"]
     assert first.text not in second.candidates and third.probabilities == [1.0]
@@ -109,9 +99,7 @@ def test_loss_is_the_dense_cross_entropy(tokenizer):
     model = Decoder(embedded_config(len(tokenizer))).double()
     rng = np.random.default_rng(0)
     encode = lessons.make_encode(tokenizer)
-    lesson = lessons.make_lesson(
-        clinic.load("train", 8), "diagnosis", tokenizer, encode, rng, hint=lessons.Hint(0.3, 8.0), rows=2
-    )
+    lesson = lessons.make_lesson(clinic.load("train", 8), "diagnosis", tokenizer, encode, rng, hint=lessons.Hint(0.3, 8.0), rows=2)
     assert len(lesson.packed.prompts) == 8 and len(lesson.packed.rows) == 16
     packed, ends = lesson.packed, [*lesson.starts.tolist()[1:], len(lesson.weights)]
     hidden = model.hidden(packed.ids, packed.positions, group_attention(packed))[packed.predict_from]

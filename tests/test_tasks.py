@@ -76,9 +76,7 @@ def test_splits_part_the_file_by_id_alone(tmp_path):
 def test_num_is_a_random_sample_that_grows_in_place(tmp_path):
     path = write(tmp_path / "a.jsonl", [medqa_row(n) for n in range(300)])
     everything = [e.id for e in load("medqa", path).examples]
-    few, more, other = (
-        [e.id for e in load("medqa", path, num=n, seed=s).examples] for n, s in ((20, 0), (40, 0), (20, 1))
-    )
+    few, more, other = ([e.id for e in load("medqa", path, num=n, seed=s).examples] for n, s in ((20, 0), (40, 0), (20, 1)))
     assert few == more[:20] and set(few) != set(everything[:20]) and set(few) != set(other)
     assert len(load("medqa", path, num=10_000).examples) == len(everything)
 
@@ -87,10 +85,7 @@ def test_empty_split_says_so_in_one_sentence(tmp_path):
     path = write(tmp_path / "a.jsonl", [medqa_row(id_in("train", "medqa"))])
     with pytest.raises(UserError, match=r"a.jsonl: split 'test' is empty \(1 rows; none of them falls into it\)"):
         load("medqa", path, "test")
-    path = write(
-        tmp_path / "b.jsonl",
-        [medqa_row(id_in("train", "medqa"), answer="x y z w", options=["x y z w", "b"], answer_idx=0)],
-    )
+    path = write(tmp_path / "b.jsonl", [medqa_row(id_in("train", "medqa"), answer="x y z w", options=["x y z w", "b"], answer_idx=0)])
     with pytest.raises(UserError, match="split 'train' is empty .*1 answer too long"):
         load("medqa", path)
 
@@ -99,9 +94,7 @@ def test_duplicates_are_dropped_across_splits_and_counted(tmp_path):
     first, again = id_in("train", "medqa"), id_in("test", "medqa")
     text = "Same  question. Which of the following is the most likely diagnosis?"
     other = medqa_row(id_in("test", "medqa", again + 1))
-    path = write(
-        tmp_path / "a.jsonl", [medqa_row(first, text), medqa_row(again, text.upper().replace("  ", " ")), other]
-    )
+    path = write(tmp_path / "a.jsonl", [medqa_row(first, text), medqa_row(again, text.upper().replace("  ", " ")), other])
     assert [e.id for e in load("medqa", path).examples] == [f"medqa-{first}"]
     held_out = load("medqa", path, "test")
     assert [e.id for e in held_out.examples] == [f"medqa-{other['realidx']}"]
@@ -116,9 +109,7 @@ def test_one_id_for_two_questions_is_an_error(tmp_path):
 
 def test_ids_without_realidx_come_from_the_question(tmp_path):
     rows = [{k: v for k, v in medqa_row(n).items() if k != "realidx"} | {"id": n} for n in range(50)]
-    ids = [
-        {e.question: e.id for e in load("medqa", write(tmp_path / "a.jsonl", r)).examples} for r in (rows, rows[::-1])
-    ]
+    ids = [{e.question: e.id for e in load("medqa", write(tmp_path / "a.jsonl", r)).examples} for r in (rows, rows[::-1])]
     assert ids[0] == ids[1] and len(set(ids[0].values())) == len(ids[0])
     renumbered = write(tmp_path / "a.jsonl", [row | {"id": 0} for row in rows])
     assert {e.question: e.id for e in load("medqa", renumbered).examples} == ids[0]
@@ -156,9 +147,7 @@ def test_unreachable_hub_says_which_flags_work(monkeypatch):
         raise ConnectionError("no\nnetwork")
 
     monkeypatch.setattr(datasets, "load_dataset", fail)
-    with pytest.raises(
-        UserError, match=r"owner/name .*ConnectionError: no network.*data.source=path.*data.source=embedded"
-    ) as caught:
+    with pytest.raises(UserError, match=r"owner/name .*ConnectionError: no network.*data.source=path.*data.source=embedded") as caught:
         load_hub("train")
     assert "\n" not in str(caught.value)
 
@@ -222,14 +211,7 @@ def test_shown_options_keep_every_row_and_take_letters(tmp_path):
     (example,) = loaded.examples
     assert loaded.num_options == 4 and not loaded.dropped
     assert example.question.startswith(row["question"]) and "\nB. Give two more units now\n" in example.question
-    for answer, hit in {
-        "B": 1,
-        "b.": 1,
-        "B) give two more units now": 1,
-        "Give two more units now": 1,
-        "A": 0,
-        "Asthma": 0,
-    }.items():
+    for answer, hit in {"B": 1, "b.": 1, "B) give two more units now": 1, "Give two more units now": 1, "A": 0, "Asthma": 0}.items():
         assert matching_increments([answer], example.golds)[0] == (hit,), answer
     assert matching_increments(["B", "Give two more units now"], example.golds)[0] == (1, 0)
 
@@ -253,12 +235,7 @@ def test_shown_options_must_be_equally_many(tmp_path):
 
 def test_options_as_a_list_and_abbreviations(tmp_path):
     number = id_in("train", "medqa")
-    row = {
-        "question": "What is it?",
-        "options": ["Flu", "Systemic lupus erythematosus (SLE)"],
-        "answer_idx": 1,
-        "realidx": number,
-    }
+    row = {"question": "What is it?", "options": ["Flu", "Systemic lupus erythematosus (SLE)"], "answer_idx": 1, "realidx": number}
     (example,) = load("medqa", write(tmp_path / "a.jsonl", [row])).examples
     (gold,) = example.golds
     assert set(gold.aliases) == {"SLE", "Systemic lupus erythematosus"}
@@ -362,10 +339,7 @@ def test_jsonl_draws_by_id_from_the_distribution(tmp_path):
         ({"question": "Q?", "golds": COIN[:1]}, "a.jsonl:2: the probabilities of 'golds' sum to 0.25"),
         ({"question": "Q?", "golds": ["a"], "truth": "gut"}, "a.jsonl:2: 'truth' is 'gut': choose one of exact"),
         ({"question": "Q?", "golds": ["a"], "truth": "exact"}, "a.jsonl:2: 'truth' is 'exact', which needs"),
-        (
-            {"question": "Q?", "golds": ["a", "b"], "truth": "single"},
-            "a.jsonl:2: 'truth' is 'single', which the 'golds'",
-        ),
+        ({"question": "Q?", "golds": ["a", "b"], "truth": "single"}, "a.jsonl:2: 'truth' is 'single', which the 'golds'"),
     ],
 )
 def test_malformed_jsonl_row(row, words, tmp_path):

@@ -22,13 +22,7 @@ from mar.train import refuse_unknown_words, run
 from mar.weights import load_model, save_model
 
 SHAPE = {"architectures": ["Qwen3ForCausalLM"], "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
-SHAPE |= {
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "head_dim": 8,
-    "rms_norm_eps": 1e-6,
-    "tie_word_embeddings": True,
-}
+SHAPE |= {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8, "rms_norm_eps": 1e-6, "tie_word_embeddings": True}
 
 
 @pytest.fixture(scope="module")
@@ -127,9 +121,7 @@ def records(folder: Path) -> list[dict[str, float]]:
 
 
 @pytest.mark.parametrize("trainable", ["", "^norm"])
-def test_resumed_run_is_the_uninterrupted_one(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], trainable: str
-) -> None:
+def test_resumed_run_is_the_uninterrupted_one(tmp_path: Path, capsys: pytest.CaptureFixture[str], trainable: str) -> None:
     chosen = f"model.trainable='{trainable}'"
     assert run(compose(words(EMBEDDED, tmp_path / "whole", chosen))) == 0
     said = capsys.readouterr()
@@ -154,17 +146,7 @@ def test_resumed_run_is_the_uninterrupted_one(
     assert json.loads((whole / "eval.json").read_text()) == json.loads((cut / "eval.json").read_text())
 
     assert set(last) == {"run_dir", "job_s", "floor", "before", "after", "ceiling", "gap_closed"}
-    keys = {
-        "coverage@3",
-        "top1",
-        "brier",
-        "ece",
-        "q_mse",
-        "format_rate",
-        "repeats_per_set",
-        "tokens_per_set",
-        "prompt_tokens",
-    }
+    keys = {"coverage@3", "top1", "brier", "ece", "q_mse", "format_rate", "repeats_per_set", "tokens_per_set", "prompt_tokens"}
     assert all(set(last[name]) == keys for name in ("floor", "before", "after", "ceiling"))
     kept = json.loads((whole / "eval.json").read_text())
     assert kept["gap_closed"] == last["gap_closed"]
@@ -180,12 +162,8 @@ def test_finished_run_moves_aside_and_another_config_is_refused(model_folder: Pa
         run(compose(words(model_folder, tmp_path, "train.steps=2", "optim.lr=1e-3")))
 
 
-def test_medqa_on_embedded_data_says_clinic(
-    model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    changed = [
-        w.replace("+experiment=clinic", "+experiment=medqa") for w in words(model_folder, tmp_path, "train.steps=1")
-    ]
+def test_medqa_on_embedded_data_says_clinic(model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    changed = [w.replace("+experiment=clinic", "+experiment=medqa") for w in words(model_folder, tmp_path, "train.steps=1")]
     assert run(compose([*changed, "model.max_completion_tokens=4"])) == 0
     assert "SYNTHETIC REHEARSAL" in capsys.readouterr().out.splitlines()[0]
     folder = tmp_path / "medqa/seed0"
@@ -227,12 +205,7 @@ def test_truncated_weights_are_named(model_folder: Path, tmp_path: Path) -> None
 
 @pytest.mark.slow
 def test_interrupt_saves_and_the_same_command_goes_on(model_folder: Path, tmp_path: Path) -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "mar.train",
-        *words(model_folder, tmp_path, "train.steps=400", "model.max_completion_tokens=4"),
-    ]
+    command = [sys.executable, "-m", "mar.train", *words(model_folder, tmp_path, "train.steps=400", "model.max_completion_tokens=4")]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     metrics = tmp_path / "clinic/seed0/metrics.jsonl"
     for _ in range(600):

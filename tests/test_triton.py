@@ -233,25 +233,7 @@ def test_rows_past_two_to_the_31(device):
     _, entropy, lse = near
     ones, tiles = torch.ones(3, device=device), kernels.tiles_for(hidden, weight)
     for out in (block, wanted):  # the gradient of the logits is written there
-        arguments = (
-            hidden,
-            weight,
-            targets,
-            lse,
-            entropy,
-            ones,
-            ones,
-            None,
-            out,
-            0,
-            3,
-            3,
-            24,
-            24,
-            24,
-            out.stride(0),
-            1.0,
-        )
+        arguments = (hidden, weight, targets, lse, entropy, ones, ones, None, out, 0, 3, 3, 24, 24, 24, out.stride(0), 1.0)
         kernels.grads_kernel[1, 1](*arguments, **tiles.constants(tiles.grad_columns))
     assert wanted.all() and torch.equal(block, wanted)
 
@@ -265,13 +247,8 @@ def test_rows_past_two_to_the_31(device):
 @on_triton
 def test_selected_logprobs(device, N, V, dtype):
     generator = torch.Generator().manual_seed(0)
-    logits = (
-        (3 * torch.randn(N, V + 1, generator=generator)).to(device, dtype)[:, :V].requires_grad_()
-    )  # rows that do not touch
-    targets, upstream = (
-        torch.randint(V, (N,), generator=generator).to(device),
-        torch.randn(N, generator=generator).to(device, dtype),
-    )
+    logits = (3 * torch.randn(N, V + 1, generator=generator)).to(device, dtype)[:, :V].requires_grad_()  # rows that do not touch
+    targets, upstream = (torch.randint(V, (N,), generator=generator).to(device), torch.randn(N, generator=generator).to(device, dtype))
     exact = logits.detach().double().requires_grad_()
     got, want = selected_logprobs(logits, targets, backend="triton"), selected_logprobs(exact, targets)
     close = {"rtol": 1e-5, "atol": 1e-5} if dtype == F32 else {"rtol": 4e-3, "atol": 1e-5}
@@ -282,9 +259,7 @@ def test_selected_logprobs(device, N, V, dtype):
 
 @on_triton
 def test_selected_logprobs_of_infinities_and_nan(device):
-    logits = torch.tensor(
-        [[-torch.inf, 1.0, 2.0], [1e4, -1e4, 0.0], [0.0, torch.nan, 1.0]], device=device
-    ).requires_grad_()
+    logits = torch.tensor([[-torch.inf, 1.0, 2.0], [1e4, -1e4, 0.0], [0.0, torch.nan, 1.0]], device=device).requires_grad_()
     targets = torch.tensor([1, 0, 2], device=device)
     found = []
     for backend in ("triton", "reference"):
@@ -304,9 +279,7 @@ def advantages(device, arrays, choices, backend="triton", dtype=F64, tile_elemen
         return answer_advantages(*tensors, **choices, backend=backend)
 
 
-CHOICES = list(
-    itertools.product(["to_go", "set", "own"], ["leave_one_out", "mean", "none"], ["none", "group_std", "batch_std"])
-)
+CHOICES = list(itertools.product(["to_go", "set", "own"], ["leave_one_out", "mean", "none"], ["none", "group_std", "batch_std"]))
 SOME = [CHOICES[i] for i in (0, 13, 26)]  # every value once
 
 
@@ -338,9 +311,7 @@ def test_advantages_of_empty_answers_and_masked_rows(device, credit):
         for rewards in (components, np.tile(components[:1], (4, 1)), broken):
             arrays = (rewards, weights, opens, segments, groups)
             got, want = (advantages(device, arrays, choices, backend) for backend in ("triton", "reference"))
-            if (
-                rewards is broken
-            ):  # the reference lets NaN * 0 in sums over unordered ends; what matters is where it may not be
+            if rewards is broken:  # the reference lets NaN * 0 in sums over unordered ends; what matters is where it may not be
                 assert got[1].isnan().any() and (scale == "batch_std" or not got[[0, 2]].isnan().any())
             else:
                 torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
@@ -352,9 +323,7 @@ def test_advantages_of_empty_answers_and_masked_rows(device, credit):
 @on_triton
 def test_unknown_choices_are_refused(device, choice):
     with pytest.raises(ValueError, match=f"unknown {choice} 'typo'"):
-        answer_advantages(
-            *(torch.from_numpy(a).to(device) for a in batch_of(0, [0, 0])), **{choice: "typo"}, backend="triton"
-        )
+        answer_advantages(*(torch.from_numpy(a).to(device) for a in batch_of(0, [0, 0])), **{choice: "typo"}, backend="triton")
 
 
 # --- which of them runs -------------------------------------------------------------------------------------------------
@@ -366,10 +335,7 @@ def test_a_cpu_never_imports_triton():
         "k.linear_logprobs(a, a, torch.zeros(2, dtype=torch.int64)); print('triton' in sys.modules)"
     )
     ran = subprocess.run(
-        [sys.executable, "-c", code],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+        [sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     )
     assert ran.stdout.strip() == "False", ran.stderr
 
@@ -380,12 +346,7 @@ def on_a_gpu(dtype=F32):
 
 @pytest.mark.parametrize(
     "dtype,capability,expected",
-    [
-        (F32, (9, 0), "triton_logprobs"),
-        (BF16, (8, 0), "triton_logprobs"),
-        (F64, (9, 0), "reference"),
-        (BF16, (7, 5), "reference"),
-    ],
+    [(F32, (9, 0), "triton_logprobs"), (BF16, (8, 0), "triton_logprobs"), (F64, (9, 0), "reference"), (BF16, (7, 5), "reference")],
 )
 def test_auto_takes_triton_on_a_gpu_that_can(dtype, capability, expected):
     with patch.object(torch.cuda, "get_device_capability", lambda _: capability):
@@ -439,9 +400,7 @@ def test_a_bad_kernel_is_rejected(change, problem, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["compile_report.py", "--check"])
     assert compile_report.main() == (problem is not None)
     printed = capsys.readouterr()
-    assert (
-        re.search(f"grads bf16 of_target of_entropy on sm_90: {problem}", printed.err) if problem else not printed.err
-    )
+    assert re.search(f"grads bf16 of_target of_entropy on sm_90: {problem}", printed.err) if problem else not printed.err
 
 
 @pytest.mark.gpu

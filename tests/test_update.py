@@ -25,12 +25,7 @@ from mar.update import _minibatches, entropy_coef, one_pass, prepare, update
 from tests.test_batch import FIRST_OPEN, fake_groups
 
 F64 = torch.float64
-SIZES = [
-    "algo.prompts_per_step=3",
-    "algo.group_size=4",
-    "model.max_completion_tokens=12",
-    "train.micro_batch_tokens=30",
-]
+SIZES = ["algo.prompts_per_step=3", "algo.group_size=4", "model.max_completion_tokens=12", "train.micro_batch_tokens=30"]
 
 
 def job_of(model, *words):
@@ -68,9 +63,7 @@ def test_truncated_completions():
     torch.testing.assert_close(hard, -gone.double())
     soft = with_truncation_rule(batch, "penalise", 12, 6)
     lengths = batch.completion_mask.sum(1)
-    torch.testing.assert_close(
-        soft.totals - batch.totals, -torch.where(gone, 1.0, ((lengths - 6) / 6).clamp(0, 1)).double()
-    )
+    torch.testing.assert_close(soft.totals - batch.totals, -torch.where(gone, 1.0, ((lengths - 6) / 6).clamp(0, 1)).double())
     assert torch.equal(soft.components[:, :-1], batch.components[:, :-1])  # length is decided last
     with pytest.raises(ValueError, match="'drop'"):
         with_truncation_rule(batch, "drop", 12, 0)
@@ -202,10 +195,7 @@ def test_minibatches_are_whole_groups_in_an_order_of_the_step(tiny_model):
     assert all(r[0] % 4 == 0 and r == list(range(r[0], r[0] + 4)) for r in rows)
     assert len({tuple(r[0] for r in rows[i : i + 3]) for i in range(0, 12, 3)}) > 1  # epochs differ
     for part, c in parts:
-        assert (
-            c["weights"].sum().item() == pytest.approx(1)
-            and part.groups[0][0] is batch.groups[c["advantages"][0, 0] // 4][0]
-        )
+        assert c["weights"].sum().item() == pytest.approx(1) and part.groups[0][0] is batch.groups[c["advantages"][0, 0] // 4][0]
 
 
 def test_truncated_importance_weights_correct_the_sampler(tiny_model):
@@ -215,10 +205,7 @@ def test_truncated_importance_weights_correct_the_sampler(tiny_model):
     shift = torch.zeros_like(batch.full_logprobs)
     shift[:, 0], shift[:, 1] = 0.3, -5.0
     gradients = {}
-    for name, words, factor in (
-        ("weighted", ["algo.importance=truncated"], 1.0),
-        ("by hand", [], (-shift).exp().clamp(max=2.0)),
-    ):
+    for name, words, factor in (("weighted", ["algo.importance=truncated"], 1.0), ("by hand", [], (-shift).exp().clamp(max=2.0))):
         model = tiny_model()
         job = job_of(model, "optim.grad_clip=1e9", *words)
         own, columns = prepare(job, replace(batch, sampler_logprobs=batch.full_logprobs + shift))

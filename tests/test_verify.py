@@ -93,9 +93,7 @@ def test_an_alias_hits_and_nothing_visible_never_does():
 def brute_force(candidates):
     """The maximum matching by trying every choice of a gold, or none, for every answer."""
     choices = itertools.product(*[(None, *c) for c in candidates])
-    return max(
-        len(taken) for choice in choices if len(set(taken := [g for g in choice if g is not None])) == len(taken)
-    )
+    return max(len(taken) for choice in choices if len(set(taken := [g for g in choice if g is not None])) == len(taken))
 
 
 @settings(max_examples=200, deadline=None)

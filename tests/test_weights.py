@@ -94,10 +94,7 @@ def test_missing_and_damaged_files_are_named(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     (
-        (
-            lambda t: t.pop("model.layers.1.self_attn.k_proj.bias"),
-            r"model\.layers\.1\.self_attn\.k_proj\.bias is missing",
-        ),
+        (lambda t: t.pop("model.layers.1.self_attn.k_proj.bias"), r"model\.layers\.1\.self_attn\.k_proj\.bias is missing"),
         (lambda t: t.update({"model.extra": torch.zeros(1)}), r"no tensor model\.extra"),
         (
             lambda t: t.update({"model.layers.0.mlp.up_proj.weight": torch.zeros(41, 24)}),

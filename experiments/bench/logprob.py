@@ -69,9 +69,7 @@ def measure(side: str, with_entropy: bool, size: str) -> dict[str, float]:
     """Seconds and peak bytes beyond the two gradients."""
     hidden, weight, targets, upstream = inputs(*SIZES[size])
     hidden.requires_grad_(), weight.requires_grad_()
-    gradients(
-        side, with_entropy, *(x.detach()[:8].requires_grad_() for x in (hidden, weight)), targets[:8] % 8, upstream[:8]
-    )
+    gradients(side, with_entropy, *(x.detach()[:8].requires_grad_() for x in (hidden, weight)), targets[:8] % 8, upstream[:8])
     with peak_bytes() as peak:
         began = time.perf_counter()
         gradients(side, with_entropy, hidden, weight, targets, upstream)
@@ -112,10 +110,7 @@ def compare(size: str, with_entropy: bool, runs: int) -> dict[str, Any]:
     medians = {side: {k: statistics.median(r[k] for r in rows) for k in rows[0]} for side, rows in found.items()}
     name = "with entropy" if with_entropy else "log-probability"
     for side, row in medians.items():
-        print(
-            f"{name:16s} {side:12s} {row['seconds']:7.2f} s   {row['bytes'] / 2**20:8.0f} MiB beyond the gradients",
-            flush=True,
-        )
+        print(f"{name:16s} {side:12s} {row['seconds']:7.2f} s   {row['bytes'] / 2**20:8.0f} MiB beyond the gradients", flush=True)
     return medians
 
 

@@ -88,11 +88,7 @@ def run_ours(model: Any, case: Case, seed: int) -> int:
 
 def sample_case(model: Any, case: Case, seed: int, budget: int = PLENTY) -> Generation:
     requests = [
-        Request(
-            prompt,
-            tuple(stream_key(seed, i, g) for g in range(case.group_size)),
-            tuple(case.limits[i]) if case.limits else (),
-        )
+        Request(prompt, tuple(stream_key(seed, i, g) for g in range(case.group_size)), tuple(case.limits[i]) if case.limits else ())
         for i, prompt in enumerate(case.prompts)
     ]
     params = SamplingParams(case.max_tokens, 1.0, () if case.stop_id is None else (case.stop_id,))
@@ -219,10 +215,7 @@ def compare(case: Case, ours: Any, theirs: Any, runs: int) -> dict[str, float]:
     torch.set_num_threads(case.threads)
     sides = {"ours": lambda seed: run_ours(ours, case, seed), "hf": lambda seed: run_theirs(theirs, case, seed)}
     first = replace(case, max_tokens=1, limits=None)
-    prefill = {
-        "ours": seconds(lambda: run_ours(ours, first, 0), 1),
-        "hf": seconds(lambda: run_theirs(theirs, first, 0), 1),
-    }
+    prefill = {"ours": seconds(lambda: run_ours(ours, first, 0), 1), "hf": seconds(lambda: run_theirs(theirs, first, 0), 1)}
     speeds = {name: statistics.median(values) for name, values in alternate(runs, sides).items()}
     row = {"ours_tok_s": speeds["ours"], "hf_tok_s": speeds["hf"], "ratio": speeds["ours"] / speeds["hf"]}
     if case.limits is None and case.stop_id is None:  # as many tokens each time
@@ -259,9 +252,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             flush=True,
         )
         if "hf_prefill_s" in row:
-            prefill, decode = (
-                f"{row[f'ours_{what}']:.1f} against {row[f'hf_{what}']:.1f}" for what in ("prefill_s", "decode_tok_s")
-            )
+            prefill, decode = (f"{row[f'ours_{what}']:.1f} against {row[f'hf_{what}']:.1f}" for what in ("prefill_s", "decode_tok_s"))
             print(f"{'':16s} prefill {prefill} s, decode {decode} tok/s")
         if case.name == "embedded_16x8":
             document |= (found := counts(*models[case.model], case))

@@ -36,11 +36,7 @@ def train_step(model: Any, prompt_tokens: int, group_size: int, completion_token
     """Forward and backward of one group; 1.0 for `alternate`."""
     prompt = random_prompt(prompt_tokens, 0)
     completions = [random_prompt(completion_tokens, 1 + g) for g in range(group_size)]
-    packed = (
-        pack_groups([prompt], [completions])
-        if shared
-        else pack_groups([prompt] * group_size, [[c] for c in completions])
-    )
+    packed = pack_groups([prompt], [completions]) if shared else pack_groups([prompt] * group_size, [[c] for c in completions])
     model.zero_grad()
     model(packed)[0].mean().backward()
     return 1.0
@@ -61,9 +57,7 @@ def shared_frac(model: Any, case: tuple[int, int, int], runs: int) -> dict[str, 
     speeds = {name: statistics.median(found) for name, found in alternate(runs, sides).items()}
     ratio = speeds["shared"] / speeds["per_row"]
     of_flops = flops(model, case, False) / flops(model, case, True)
-    print(
-        f"P{P} G{G} R{R}: per row / shared x{ratio:.2f}, in FLOPs x{of_flops:.2f}, in tokens x{tokens:.2f}", flush=True
-    )
+    print(f"P{P} G{G} R{R}: per row / shared x{ratio:.2f}, in FLOPs x{of_flops:.2f}, in tokens x{tokens:.2f}", flush=True)
     return {"time": ratio / tokens, "flops": of_flops / tokens}
 
 

@@ -298,11 +298,7 @@ def cases(quick: bool, answers: int) -> list[tuple[str, Toy, int]]:
     if not quick:
         out += [
             ("interleaved, format gate only", Toy("interleaved", RewardSpec(), answers), 2),
-            (
-                "interleaved, format gate only, mostly well-formed",
-                Toy("interleaved", RewardSpec(), answers, well_formed=4.0),
-                2,
-            ),
+            ("interleaved, format gate only, mostly well-formed", Toy("interleaved", RewardSpec(), answers, well_formed=4.0), 2),
             ("split, all gates", Toy("split", GATED, answers), 2),
             ("split, no gate", Toy("split", UNGATED, answers), 2),
             ("interleaved, all gates, mostly well-formed", Toy("interleaved", GATED, answers, well_formed=4.0), 2),
@@ -328,9 +324,7 @@ def main() -> None:
         print("| estimator | expected | cosine | relative_error | variance |\n|---|---|---|---|---|")
         for estimator, row in rows.items():
             kind = "biased" if row["biased"] else "exact"
-            print(
-                f"| {estimator} | {kind} | {row['cosine']:.6f} | {row['relative_error']:.1e} | {row['variance']:.4f} |"
-            )
+            print(f"| {estimator} | {kind} | {row['cosine']:.6f} | {row['relative_error']:.1e} | {row['variance']:.4f} |")
     print(json.dumps({"seconds": round(time.perf_counter() - began, 1), "cases": document}))
 
 

@@ -24,9 +24,7 @@ def variance_ratio(job: Job, batch: Batch) -> float | None:
         own = {credit: [torch.zeros_like(p) for p in parameters] for credit in credits}
         for micro in micro_batches(part, job.config.train.micro_batch_tokens):
             logprobs = job.model(micro.packed, algo.temperature)[0]
-            c = flat_columns(
-                micro, part, {"weights": weights, **{n: a[rows] for n, a in columns.items()}}, logprobs.dtype
-            )
+            c = flat_columns(micro, part, {"weights": weights, **{n: a[rows] for n, a in columns.items()}}, logprobs.dtype)
             for credit in credits:
                 loss = reinforce(logprobs, c[credit], c["weights"])
                 for held, g in zip(own[credit], torch.autograd.grad(loss, parameters, retain_graph=True), strict=True):
@@ -36,7 +34,6 @@ def variance_ratio(job: Job, batch: Batch) -> float | None:
             for held, g in zip(total[credit], own[credit], strict=True):
                 held += g
     spread = {
-        credit: square[credit] - sum(g.double().square().sum().item() for g in total[credit]) / len(batch.groups)
-        for credit in credits
+        credit: square[credit] - sum(g.double().square().sum().item() for g in total[credit]) / len(batch.groups) for credit in credits
     }
     return spread["to_go"] / spread["set"] if spread["set"] > 0 else None

@@ -56,18 +56,13 @@ def slot_correlations(rollouts: list[Rollout]) -> list[float]:
     pairs = []
     for rollout in (r for r in rollouts if r.reason is None):
         probability = {gold.name: gold.probability for gold in rollout.prompt.example.golds}
-        truth = [
-            0.0 if again else probability.get(a, 0.0)
-            for a, again in zip(rollout.answers, rollout.repeated, strict=True)
-        ]
+        truth = [0.0 if again else probability.get(a, 0.0) for a, again in zip(rollout.answers, rollout.repeated, strict=True)]
         pairs.append((rollout.confidences, truth))
     confidences, truths = np.array(pairs, dtype=np.float64).transpose(1, 2, 0)  # [K, rollouts] each
     return [float(np.corrcoef(q, p)[0, 1]) for q, p in zip(confidences, truths, strict=True)]
 
 
-def run(
-    model: Decoder, tokenizer: Any, examples: list[Example], grammar: Grammar, style: str
-) -> tuple[dict[str, Any], list[Rollout]]:
+def run(model: Decoder, tokenizer: Any, examples: list[Example], grammar: Grammar, style: str) -> tuple[dict[str, Any], list[Rollout]]:
     """One set for each example."""
     protocol = Protocol(
         prompts=tuple(build_prompt(e, grammar, tokenizer, clinic.NOUN, style) for e in examples),
@@ -101,12 +96,7 @@ def main() -> None:
     for name, grammar, style in FORMS:
         metrics, _ = run(model, tokenizer, examples, grammar, style)
         K = grammar.num_answers
-        row = [
-            metrics["format_rate"],
-            metrics[f"coverage@{K}"],
-            floor_coverage(posterior, K).mean(),
-            metrics["repeats_per_set"],
-        ]
+        row = [metrics["format_rate"], metrics[f"coverage@{K}"], floor_coverage(posterior, K).mean(), metrics["repeats_per_set"]]
         print(f"| {name} | {' | '.join(f'{x:.3f}' for x in row)} | {metrics['tokens_per_set']:.1f} |", flush=True)
 
 

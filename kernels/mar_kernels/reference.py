@@ -28,9 +28,7 @@ class _LinearLogprobs(torch.autograd.Function):
         wide = torch.promote_types(hidden.dtype, torch.float32)
         scaled = hidden.to(wide) / temperature
         top = scaled.new_full((N,), torch.finfo(wide).min)  # the largest logit so far
-        total, moment, chosen = (
-            scaled.new_zeros(N) for _ in range(3)
-        )  # sum e, sum e z (z = logit - top), target's logit
+        total, moment, chosen = (scaled.new_zeros(N) for _ in range(3))  # sum e, sum e z (z = logit - top), target's logit
         for rows, columns in _blocks(N, V):
             logits = scaled[rows] @ weight[columns].to(wide).T
             place = targets[rows] - columns.start
@@ -80,9 +78,7 @@ class _LinearLogprobs(torch.autograd.Function):
         return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), None, None
 
 
-def linear_logprobs(
-    hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float = 1.0
-) -> tuple[Tensor, Tensor, Tensor]:
+def linear_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
     """Log-probability of `targets`, entropy and log-sum-exp of softmax(hidden @ weight.T / temperature).
 
     hidden [N, D], weight [V, D], targets [N] int64 -> three tensors [N] of float32 or wider, in nats, differentiable in hidden and weight. The

@@ -8,11 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 TILE_ELEMENTS = 2048  # rows or tokens, times components, at a time: 16 numbers a thread
-CHOICES = {
-    "baseline": ("leave_one_out", "mean", "none"),
-    "scale": ("none", "group_std", "batch_std"),
-    "credit": ("to_go", "set", "own"),
-}
+CHOICES = {"baseline": ("leave_one_out", "mean", "none"), "scale": ("none", "group_std", "batch_std"), "credit": ("to_go", "set", "own")}
 
 
 @triton.jit

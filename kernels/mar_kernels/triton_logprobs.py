@@ -99,9 +99,7 @@ def sums_kernel(
     left = tl.program_id(1) * SPAN * COLUMNS
     for start in range(left, tl.minimum(left + SPAN * COLUMNS, V), COLUMNS):
         columns = start + tl.arange(0, COLUMNS)
-        logits = _logits(
-            hidden, weight, rows, columns, N, V, D, hidden_stride, weight_stride, scale, ROWS, COLUMNS, DEPTH, UPCAST
-        )
+        logits = _logits(hidden, weight, rows, columns, N, V, D, hidden_stride, weight_stride, scale, ROWS, COLUMNS, DEPTH, UPCAST)
         chosen += tl.sum(tl.where(columns[None, :] == target[:, None], logits, 0.0), 1)
         higher = tl.maximum(top, tl.max(logits, 1))
         z = _at_least(logits - higher[:, None])
@@ -128,9 +126,7 @@ def grads_kernel(
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     columns = left + tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     here = rows < N
-    logits = _logits(
-        hidden, weight, rows, columns, N, V, D, hidden_stride, weight_stride, scale, ROWS, COLUMNS, DEPTH, UPCAST
-    )
+    logits = _logits(hidden, weight, rows, columns, N, V, D, hidden_stride, weight_stride, scale, ROWS, COLUMNS, DEPTH, UPCAST)
     logprobs = _at_least(logits - tl.load(lse + rows, mask=here, other=0.0)[:, None])
     slope = tl.load(of_probs + rows, mask=here, other=0.0)[:, None]
     if of_entropy is not None:  # dH/dz = -p (log p + H)
@@ -201,9 +197,7 @@ def _mm(a: Tensor, b: Tensor) -> Tensor:
     return torch.mm(a, b.float()) if a.dtype == torch.float32 else torch.mm(a, b, out_dtype=torch.float32)
 
 
-def linear_logprobs(
-    hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float = 1.0
-) -> tuple[Tensor, Tensor, Tensor]:
+def linear_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
     """As in the reference. Beyond outputs and gradients: 16 bytes per row and span, and in backward one block and two products of it."""
     return _LinearLogprobs.apply(hidden, weight, targets, temperature)
 

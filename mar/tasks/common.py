@@ -62,9 +62,7 @@ def text_of(row: Row, key: str, place: str) -> str:
     value = row.get(key)
     if isinstance(value, str) and value.strip():
         return value.strip()
-    wrong = (
-        "missing" if value is None else "empty" if isinstance(value, str) else f"{type(value).__name__}, not a string"
-    )
+    wrong = "missing" if value is None else "empty" if isinstance(value, str) else f"{type(value).__name__}, not a string"
     raise UserError(f"{place}: {key!r} is {wrong}: give a text or remove the row")
 
 
@@ -106,9 +104,7 @@ def read_hub(hub_id: str, split: str) -> tuple[Iterator[tuple[str, Row]], Callab
         ) from None
     carved = split in ("train", "validation") and "train" in splits and not set(splits) & set(VALIDATION_NAMES)
     if split not in splits and not carved:
-        raise UserError(
-            f"data set {hub_id} has no split {split!r}: set data.train_split and data.eval_split to {', '.join(splits)}"
-        )
+        raise UserError(f"data set {hub_id} has no split {split!r}: set data.train_split and data.eval_split to {', '.join(splits)}")
     name = "train" if carved else split
     rows = ((f"{hub_id}[{name}][{number}]", row) for number, row in enumerate(splits[name]))
     return rows, lambda id: not carved or (split_of(id) == "validation") == (split == "validation")
@@ -156,9 +152,7 @@ def load_rows(source: Source, read: Callable[[Row, str], Candidate]) -> Loaded:
     if not examples:
         origin = source.path if source.kind == "path" else source.hub_id
         why = ", ".join(f"{number} {reason}" for reason, number in dropped.items()) or "none of them falls into it"
-        raise UserError(
-            f"{origin}: split {source.split!r} is empty ({len(places)} rows; {why}): use another split or file"
-        )
+        raise UserError(f"{origin}: split {source.split!r} is empty ({len(places)} rows; {why}): use another split or file")
     if source.num is not None and source.num < len(examples):
         examples.sort(key=lambda example: stable_hash(f"{source.seed} {example.id}"))
         del examples[source.num :]
