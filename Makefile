@@ -53,11 +53,12 @@ test: setup ## the tests that a CPU does in at most 3 minutes
 test-slow: setup ## the other tests that need no GPU
 	$(PYTEST) -n 2 -m 'slow and not gpu' $(ARGS)
 
-lint: setup ## ruff and mypy
+lint: setup ## ruff, mypy, committed tables, and the kernels compiled for two GPUs
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check -q .
 	$(BIN)/python -m mypy
 	$(BIN)/python experiments/report.py --check
+	! $(BIN)/python -c 'import triton' 2>/dev/null || $(CPU) PYTHONPATH=kernels $(BIN)/python kernels/compile_report.py --check
 
 format: setup ## let ruff mend what it can
 	$(BIN)/ruff check --fix -q .
