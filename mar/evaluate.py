@@ -27,15 +27,16 @@ from mar.compose import compose, load_config
 from mar.config import Config
 from mar.fetch import resolve_model
 from mar.grammar import Grammar
-from mar.itemstats import Item, read_item
-from mar.job import announce, load_data, make_prompts, sampling_params
+from mar.itemstats import Item, item_of, read_item
+from mar.job import announce, load_data, make_prompts, sampling_params, verifier_of
 from mar.log import Display, append_jsonl, plain, read_jsonl, write_json
 from mar.model import Decoder
 from mar.prompts import fit_grammar, load_tokenizer
 from mar.records import Prompt, UserError
-from mar.rollout import make_decode, sample
-from mar.tasks import get_task
+from mar.rewards import RewardSpec
+from mar.rollout import judge_groups, make_decode, sample
 from mar.tasks.common import stable_hash
+from mar.verify import VERIFIERS
 from mar.weights import load_model
 
 OPTIONS = {"k": "30", "num_answers": "1..6", "arms": "", "completions": "", "against": "", "out": ""}
@@ -110,7 +111,7 @@ class Questions:
     def __init__(self, target: Target, arms: Sequence[Arm], tokenizer: Any, display: Display) -> None:
         config = target.config
         self.config, self.tokenizer, self.decode = config, tokenizer, make_decode(tokenizer)
-        self.verifier = get_task(config.data.task).verifier
+        self.verifier = verifier_of(config)
         self.examples = load_data(config, config.data.eval_split, config.data.num_eval, 0, display)
         if not self.examples:
             raise UserError(f"the evaluation set is empty: data.eval_split={config.data.eval_split} of {config.data.task} has no rows")
@@ -132,9 +133,11 @@ class Questions:
         params = replace(params, max_tokens=int(params.max_tokens * room))
         identity = (self.config.seed, "eval", 0)
         groups, _ = sample(model, prompts, arm.num_sets, params, self.config.sampler.kv_budget_tokens, identity)
-        written = [[(c.ids[:-1] if c.finish_reason == "stop" else c.ids, len(c.ids)) for c in g] for g in groups]
-        texts = [[(self.decode(tuple(ids.tolist())), n) for ids, n in group] for group in written]
-        return [read_item(p, t, arm.grammar, self.verifier) for p, t in zip(prompts, texts, strict=True)]
+        spec = RewardSpec(brier="paper" if arm.grammar.confident else "none")  # what an answer earns is not looked at
+        rollouts = judge_groups(prompts, groups, arm.grammar, spec, self.verifier, self.decode)
+        if broken := sum(r.unjudged > 0 for group in rollouts for r in group):
+            raise UserError(f"{broken} completions could not be judged, the sandbox has stopped working here: the same command goes on")
+        return [item_of(p, [(r, r.text, len(r.completion.ids)) for r in g], self.verifier) for p, g in zip(prompts, rollouts, strict=True)]
 
 
 def kept_rows(
@@ -198,6 +201,8 @@ def read_completions(file: Path, arm: Arm, questions: Questions, display: Displa
     """Texts written elsewhere, judged like our own. Every item keeps as many samples as the one with the fewest."""
     if not file.is_file():
         raise UserError(f"completions={file}: there is no such file")
+    if questions.verifier not in VERIFIERS:
+        raise UserError(f"completions=<file> takes answers in words, and those of {questions.config.data.task} are programs")
     rows, broken = read_jsonl(file)
     if broken:
         display.say(f"skipped {len(broken)} broken line(s): {', '.join(broken[:3])}")

@@ -63,7 +63,7 @@ def item_of(prompt: Prompt, written: Sequence[tuple[Parsed | Rollout, str, int]]
     """Completions of one prompt, (as read, its text, number of tokens) each, judged against this item's own golds."""
     example, K = prompt.example, len(written[0][0].answers)
     golds, targets, known = example.golds, example.targets(), dict[tuple[str, int], tuple[int, ...]]()
-    match = VERIFIERS.get(verifier, lambda *_: ())  # programs have been run already
+    match = VERIFIERS.get(verifier, lambda *_: ())  # programs have been run: a rollout knows its hits
 
     def verify(answer: str, among: Sequence[Gold]) -> tuple[int, ...]:  # the same few answers come again and again
         if (answer, len(among)) not in known:

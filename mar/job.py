@@ -124,6 +124,15 @@ def reward_of(r: RewardOptions) -> RewardSpec:
     )
 
 
+def verifier_of(config: Config) -> str:
+    """The task's verifier; where it runs programs, that of the sandbox asked for, which must work here."""
+    verifier, unsafe = get_task(config.data.task).verifier, config.reward.sandbox == "unsafe"
+    if verifier in RUNNERS:
+        require(unsafe)
+        verifier += "_unsafe" * unsafe
+    return verifier
+
+
 def sampling_params(config: Config, grammar: Grammar, tokenizer: Any, decode: Decode) -> SamplingParams:
     """How completions are drawn. Raises UserError for a thinking budget that leaves no room for the answers."""
     vocabulary, s, longest = tokenizer.get_vocab(), config.sampler, config.model.max_completion_tokens
@@ -156,6 +165,7 @@ def sampling_params(config: Config, grammar: Grammar, tokenizer: Any, decode: De
 def build_job(config: Config, folder: Path, model_folder: Path, display: Display, world: World = ALONE) -> Job:
     """Load data, tokenizer and model and prepare every prompt. Raises UserError with one sentence for whatever a user can get wrong."""
     model, data, r, o = config.model, config.data, config.reward, config.optim
+    verifier = verifier_of(config)
     endless = data.source == "embedded" and data.num_train is None  # then as many patients as the run will see
     num_train = config.train.steps * config.algo.prompts_per_step if endless else data.num_train
     if data.target not in get_task(data.task).targets:
@@ -166,10 +176,6 @@ def build_job(config: Config, folder: Path, model_folder: Path, display: Display
     tokenizer = load_tokenizer(model_folder)
     grammar = fit_grammar(Grammar(r.form, r.num_answers, r.layout, model.thinking, r.analysis, r.other), tokenizer)
     spec = reward_of(r)
-    verifier = get_task(data.task).verifier
-    if verifier in RUNNERS:
-        verifier += "_unsafe" * (r.sandbox == "unsafe")
-        require(unsafe=r.sandbox == "unsafe")
     prompts = make_prompts(config, train, grammar, tokenizer, data.train_split, display)
     longest = max(len(p.ids) for p in prompts)
     # refuses a budget below one group before the model is loaded

@@ -10,11 +10,12 @@ import torch
 from mar import evaluate
 from mar.arms import arms_of, at_tokens
 from mar.compose import compose
-from mar.grammar import Grammar
+from mar.grammar import Grammar, render
 from mar.job import build_job
 from mar.log import Display
+from mar.prompts import load_tokenizer
 from mar.protocol import measure
-from mar.records import UserError
+from mar.records import Completion, UserError
 
 EMBEDDED = Path("mar/embedded/model").absolute()
 DISPLAY = Display("plain", 0, 0)
@@ -240,3 +241,29 @@ def test_nothing_of_a_resampled_interval_depends_on_the_order_of_arms(base: Path
     with pytest.raises(UserError, match="other questions"):
         evaluate.compare_with(base, [], True)
     assert np.isfinite(document(base)["arms"]["policy"]["metrics"]["coverage@3"]).all()
+
+
+def test_programs_are_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first answer of every set passes the tests, its copy is a repeat, the third is wrong."""
+    row = {"text": "Square a number.", "test_list": ["assert f(2) == 4", "assert f(3) == 9"]}
+    data = tmp_path / "mbpp.jsonl"
+    data.write_text("".join(json.dumps(row | {"task_id": n, "text": f"{n}: square a number."}) + "\n" for n in range(60)))
+    right, wrong = "def f(x):\n    return x * x", "def f(x):\n    return x + x"
+
+    def write(model, prompts, num_sets, params, *_):
+        text = render(Grammar("rlcr_multi", 3, thinking=False), [right, right.replace("x", "y"), wrong], [0.9, 0.2, 0.1])
+        ids = np.array(tokenizer(text)["input_ids"])
+        return [[Completion(g, ids, ids * 0.0, ids * 0.0, "length") for g in range(num_sets)] for _ in prompts], None
+
+    tokenizer = load_tokenizer(EMBEDDED)
+    monkeypatch.setattr("mar.evaluate.sample", write)
+    words = f"base +experiment=mbpp model=embedded data.source=path data.path={data} eval.num_items=3 k=6 num_answers= arms=policy"
+    words += " reward.sandbox=unsafe"
+    out = evaluate.run([*words.split(), f"out={tmp_path / 'out'}"], DISPLAY)
+    metrics = document(out)["arms"]["policy"]["metrics"]
+    assert {n: metrics[n][0] for n in ("coverage@3", "top1", "repeats_per_set", "format_rate")} == {
+        "coverage@3": 1, "top1": 1, "repeats_per_set": 1, "format_rate": 1}  # fmt: skip
+    texts = tmp_path / "texts.jsonl"
+    texts.write_text(json.dumps({"id": "mbpp-1", "text": "x"}))
+    with pytest.raises(UserError, match="answers in words"):
+        evaluate.run([f"completions={texts}", *words.split()[1:], f"out={tmp_path / 'b'}"], DISPLAY)
