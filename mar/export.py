@@ -17,6 +17,7 @@ from mar.compose import load_config
 from mar.config import Config
 from mar.fetch import resolve_model
 from mar.grammar import Grammar
+from mar.job import STOP_TOKENS
 from mar.prompts import fit_grammar, instructions, load_tokenizer
 from mar.records import UserError
 from mar.tasks import get_task
@@ -73,7 +74,9 @@ def export(run: Path, folder: Path, dtype: str) -> Path:
     checkpoint.restore_weights(found, model)
     grammar = Grammar(r.form, r.num_answers, r.layout, config.model.thinking, r.analysis, r.other)
     tokenizer.save_pretrained(folder)
-    ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    vocabulary = tokenizer.get_vocab()
+    stops = sorted({tokenizer.eos_token_id, *(vocabulary[t] for t in STOP_TOKENS if t in vocabulary)})
+    ends = {"eos_token_id": stops if len(stops) > 1 else stops[0], "pad_token_id": tokenizer.pad_token_id}
     GenerationConfig(do_sample=True, temperature=config.algo.temperature, top_k=0, top_p=1.0, **ends).save_pretrained(folder)
     measured = json.loads((run / "eval.json").read_text()) if (run / "eval.json").exists() else {}
     (folder / "README.md").write_text(card(config, fit_grammar(grammar, tokenizer), found.step, dtype, measured))

@@ -78,6 +78,7 @@ def item_of(prompt: Prompt, written: Sequence[tuple[Parsed | Rollout, str, int]]
             mass = tuple(0.0 if g is None else golds[g].probability or 0.0 for g in taken) if exact else hits
             meant = [(answer, verify(answer, golds)) for answer in map(str, said.answers)]
             keys = tuple(normalise(golds[among[0]].name if len(among) == 1 else a) for a, among in meant)
+            keys = (isinstance(said, Rollout) and said.keys) or keys
         repeated = said.repeated if isinstance(said, Rollout) else repeats(said.answers, golds, verify)
         return AnswerSet(text, said.answers, said.confidences, hits, mass, keys, repeated, said.reason, tokens)
 
@@ -85,7 +86,7 @@ def item_of(prompt: Prompt, written: Sequence[tuple[Parsed | Rollout, str, int]]
     if exact:
         p = [gold.probability or 0.0 for gold in golds]
         best = ceiling_value(np.array([p + [0.0] * (K - len(p))]), K).item()
-    num_golds = 1 if example.truth in ("exact", "survey") else len(targets)
+    num_golds = K if example.tests else 1 if example.truth in ("exact", "survey") else len(targets)
     return Item(example.id, num_golds, example.multi_label, best, len(prompt.ids), tuple(judged(*one) for one in written))
 
 
@@ -191,7 +192,7 @@ def curves(items: Sequence[Item]) -> dict[str, np.ndarray]:
     return {
         "coverage": np.array([_union(i, _covered) for i in items]),
         "unique": np.array([_union(i, lambda s: {key: 1.0 for key in s.keys if key is not None}) for i in items]),
-        "pass": np.array([_union(i, lambda s: {"hit": 1.0} if any(s.hits) else {}) for i in items]),
+        "pass": np.array([_union(i, lambda s: {"hit": min(1.0, sum(s.hits))} if any(s.hits) else {}) for i in items]),
     }
 
 

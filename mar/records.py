@@ -92,4 +92,5 @@ class Rollout:
     total: float
     parts: dict[str, float] = field(default_factory=dict)  # named reward terms, for the log
     token_starts: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))  # [R] where in `text` each token begins
+    keys: tuple[str | None, ...] = ()  # [K] equal for answers that are the same, where these are programs
     unjudged: int = 0  # answers whose check broke down: the completion is left out, not paid 0

@@ -85,9 +85,10 @@ def pay(reading: Reading, grammar: Grammar, spec: RewardSpec, verifier: str, ver
             answers, targets, lambda a, _: tuple(range(len(answers))) * (found[a].outcome == "passed"), lambda a: found[a].key
         )
         repeated = repeats(answers, key=lambda a: found[a].key)
+        keys = tuple(None if a is None else found[a].key for a in answers)
         unjudged = sum(verdict.outcome == INFRASTRUCTURE for verdict in found.values())
     else:
-        targets, unjudged, verify = example.targets(), 0, VERIFIERS[verifier]
+        targets, keys, unjudged, verify = example.targets(), (), 0, VERIFIERS[verifier]
         if example.drawn is None and example.truth in ("exact", "survey"):  # data.target=probabilities
             hits, targets = probabilities(answers, targets, verify), targets[:1]
         else:
@@ -106,6 +107,7 @@ def pay(reading: Reading, grammar: Grammar, spec: RewardSpec, verifier: str, ver
         components=earned.components,
         segment_ids=reading.parsed.segments(reading.starts),
         total=earned.total,
+        keys=keys,
         unjudged=unjudged,
         parts=earned.parts,
         token_starts=reading.starts,
@@ -130,13 +132,13 @@ def judge_completion(prompt: Prompt, completion: Completion, grammar: Grammar, s
     return judge_groups([prompt], [[completion]], grammar, spec, verifier, decode)[0][0]
 
 
-def judged_only(groups: Sequence[list[Rollout]]) -> list[list[Rollout]]:
+def judged_only(groups: Sequence[list[Rollout]], fewest: int = 2) -> list[list[Rollout]]:
     """The groups without completions that could not be judged: neither paid, nor in the baseline of the others.
 
-    A group of which fewer than two are left, and any are missing, is left out. UserError where nothing remains.
+    A group of which fewer than `fewest` are left, and any are missing, is left out. UserError where nothing remains.
     """
     kept = [[r for r in group if not r.unjudged] for group in groups]
-    kept = [group for group, whole in zip(kept, groups, strict=True) if len(group) >= min(2, len(whole))]
+    kept = [group for group, whole in zip(kept, groups, strict=True) if len(group) >= min(fewest, len(whole))]
     if not kept:
         raise UserError("no program of this step could be run: the sandbox has stopped working on this machine")
     return kept

@@ -66,7 +66,7 @@ def train_step(job: Job, step: int) -> tuple[dict[str, Any], list[Rollout], Tens
     completions, generation = sample(job.sampler(), prompts, config.algo.group_size, *drawn)
     clock.append(time.perf_counter())
     judged = world.gather(judge_groups(prompts[world.share], completions, p.grammar, p.spec, p.verifier, p.decode))
-    groups = judged_only(judged)
+    groups = judged_only(judged, max(2, config.algo.pass_k))
     replaced = refill(job, step, groups)
     clock.append(time.perf_counter())
     batch, columns = prepare(job, make_batch(groups, job.first_open, job.model.head_weight.device))

@@ -160,7 +160,7 @@ def _minibatches(job: Job, batch: Batch, columns: Columns, step: int) -> Sequenc
         order = np.arange(len(batch.groups))
         if algo.minibatches > 1:
             order = np.random.default_rng([job.config.seed, step, epoch]).permutation(order)
-        for chosen in np.array_split(order, algo.minibatches):
+        for chosen in np.array_split(order, min(algo.minibatches, len(order))):
             part, rows = batch.take(chosen.tolist())
             weights = token_weights(part.loss_mask, algo.aggregation, job.config.model.max_completion_tokens)
             parts.append((part, {name: column[rows] for name, column in columns.items()} | {"weights": weights}))

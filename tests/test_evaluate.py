@@ -261,8 +261,8 @@ def test_programs_are_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     words += " reward.sandbox=unsafe"
     out = evaluate.run([*words.split(), f"out={tmp_path / 'out'}"], DISPLAY)
     metrics = document(out)["arms"]["policy"]["metrics"]
-    assert {n: metrics[n][0] for n in ("coverage@3", "top1", "repeats_per_set", "format_rate")} == {
-        "coverage@3": 1, "top1": 1, "repeats_per_set": 1, "format_rate": 1}  # fmt: skip
+    expected = {"coverage@3": 1, "coverage@6": 1, "unique@6": 2, "recall@3": 1 / 3, "top1": 1, "repeats_per_set": 1, "format_rate": 1}
+    assert {n: metrics[n][0] for n in expected} == pytest.approx(expected)
     texts = tmp_path / "texts.jsonl"
     texts.write_text(json.dumps({"id": "mbpp-1", "text": "x"}))
     with pytest.raises(UserError, match="answers in words"):

@@ -1,6 +1,7 @@
 """K programs in a completion: coverage counts distinct correct ones, and a breakdown of the sandbox leaves the completion out."""
 
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from mar.grammar import Grammar, render
 from mar.records import Completion, Example, Prompt, UserError
 from mar.rewards import RewardSpec
 from mar.rollout import judge_groups, judged_only
-from mar.tasks.programs import Verdict
+from mar.tasks.programs import Verdict, take_apart
 from tests.hostile import HONEST, TESTS
 
 GRAMMAR = Grammar("rlvr_multi", 3, thinking=False)
@@ -73,3 +74,17 @@ def test_full_marks_are_k_distinct_programs(monkeypatch, coverage):
     monkeypatch.setattr(rollout_module, "verify_programs", lambda jobs, unsafe: {j: Verdict("passed", j[0]) for j in jobs})
     ((whole, part),) = judge([[[HONEST, TWICE, WRONG], [HONEST, HONEST, TWICE]]], spec=RewardSpec(coverage, "none"))
     assert (whole.parts["coverage"], part.parts["coverage"]) == (1, pytest.approx(2 / 3))
+
+
+def test_a_test_with_a_key_that_python_refuses_is_a_fault_of_its_row():
+    with pytest.raises(UserError, match="compares the program with itself"):
+        take_apart(("assert f(1) == {[1]: 2}",))
+
+
+def test_groups_that_shrink_too_far_are_left_out():
+    whole, broken = (SimpleNamespace(unjudged=n) for n in (0, 1))
+    groups = [[whole] * 4, [whole] * 3 + [broken], [whole, broken]]
+    assert [len(g) for g in judged_only(groups)] == [4, 3] and [len(g) for g in judged_only(groups, 4)] == [4]
+    assert judged_only([[whole]]) == [[whole]]
+    with pytest.raises(UserError, match="sandbox has stopped"):
+        judged_only([[broken, broken]])

@@ -199,6 +199,11 @@ def test_minibatches_are_whole_groups_in_an_order_of_the_step(tiny_model):
         assert c["weights"].sum().item() == pytest.approx(1) and part.groups[0][0] is batch.groups[c["advantages"][0, 0] // 4][0]
 
 
+def test_fewer_groups_than_minibatches_make_fewer_updates(tiny_model):
+    job = job_of(tiny_model(), "algo.loss=ppo", "algo.minibatches=5")
+    assert len(_minibatches(job, make_batch(fake_groups(), FIRST_OPEN), {}, 0)) == 3  # groups that could not be judged are gone
+
+
 def test_truncated_importance_weights_correct_the_sampler(tiny_model):
     """A sampler of half the log-probability of some tokens: their gradient is weighted by min(pi / sampler, cap)."""
     model = tiny_model()

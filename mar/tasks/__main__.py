@@ -29,7 +29,7 @@ def main(words: list[str]) -> None:
     plain = Grammar(r.form, r.num_answers, r.layout, config.model.thinking, r.analysis, r.other)
     grammar = fit_grammar(plain, tokenizer)
     prompts: list[Prompt] = []
-    for split in ("train", "validation", "test"):
+    for split in ("train", "validation", "test") if config.data.source == "path" else (config.data.train_split, config.data.eval_split):
         examples = load_data(config, split, config.data.num_train, config.seed, display)
         prompts = prompts or [build_prompt(example, grammar, tokenizer, noun) for example in examples]
         golds = np.array([len(example.golds) for example in examples])

@@ -77,6 +77,8 @@ def load(source: Source) -> Loaded:
         if type(row.get("age")) is not int or row.get("sex") not in ("M", "F") or not row.get("pathology"):
             raise UserError(f"{place}: a patient has 'age' (a number), 'sex' (M or F) and 'pathology' (a condition)")
         text = vignette(row["age"], row["sex"], row.get("initial_evidence"), codes, table)
+        if not all(isinstance(pair, list | tuple) and len(pair) == 2 and isinstance(pair[1], int | float) for pair in differential):
+            raise UserError(f"{place}: 'differential' must be pairs of a condition and its probability")
         names = [name for name, p in differential if p >= source.min_prob]
         names = [row["pathology"]] if source.target == "drawn" else names
         id, several = f"ddxplus-{stable_hash(text):016x}", len(names) > 1

@@ -19,7 +19,9 @@ def _pairs(value: Any, key: str, columns: tuple[str, str], place: str) -> list[t
     """[(title, what belongs to it)] from pairs, or from the columns of the hub."""
     if isinstance(value, dict) and set(columns) <= value.keys():
         value = list(zip(value[columns[0]], value[columns[1]], strict=True))
-    if not isinstance(value, list) or not all(len(pair) == 2 and isinstance(pair[0], str) for pair in value):
+    if not isinstance(value, list) or not all(
+        isinstance(pair, list | tuple) and len(pair) == 2 and isinstance(pair[0], str) for pair in value
+    ):
         raise UserError(f"{place}: {key!r} must be a list of pairs that begin with a title")
     return [(pair[0], pair[1]) for pair in value]
 

@@ -5,7 +5,7 @@ unseen. Each distinct program that passes is a hit, so coverage is the number of
 """
 
 from mar.records import Example, Gold, UserError
-from mar.tasks.common import Candidate, Loaded, Row, Source, load_rows, text_of
+from mar.tasks.common import Candidate, Loaded, Row, Source, id_of, load_rows, text_of
 from mar.tasks.programs import take_apart
 
 NOUN = "program"
@@ -15,7 +15,10 @@ def _read(row: Row, place: str) -> Candidate:
     text, tests = text_of(row, "text" if "text" in row else "prompt", place), row.get("test_list")
     if not isinstance(tests, list) or not tests or not all(isinstance(test, str) for test in tests):
         raise UserError(f"{place}: 'test_list' must be a list of asserts that is not empty")
-    setup = "\n".join([*(row.get("test_imports") or ()), row.get("test_setup_code") or ""]).strip()
+    imports = row.get("test_imports") or []
+    if not isinstance(imports, list):
+        raise UserError(f"{place}: 'test_imports' must be a list of statements")
+    setup = "\n".join([*imports, row.get("test_setup_code") or ""]).strip()
     statements, reason = (*([setup] if setup else []), *tests), None
     try:
         take_apart(statements)
@@ -23,7 +26,7 @@ def _read(row: Row, place: str) -> Candidate:
         reason = "tests that no plain value can be compared with"
     shown = f"{text}\nFor example:\n{tests[0].strip()}\nAnswer with the Python source of the whole function."
     golds = (Gold("a program that passes its tests"),)
-    example = Example(f"mbpp-{row.get('task_id')}", "mbpp", shown, golds, "rule", multi_label=True, tests=statements)
+    example = Example(id_of(row, "task_id", "mbpp", f"{text} {tests[0]}"), "mbpp", shown, golds, "rule", multi_label=True, tests=statements)
     return Candidate(example, f"{text}\n{tests[0]}", reason)
 
 

@@ -69,7 +69,7 @@ def _take_apart(node: ast.expr, probes: list[str]) -> Check:
     try:
         constant = ast.literal_eval(node)
         return lambda values: constant
-    except ValueError:
+    except (ValueError, TypeError):  # such as a list as a key
         probes.append(ast.unparse(node))
         return operator.itemgetter(len(probes) - 1)
 

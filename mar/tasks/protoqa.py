@@ -23,7 +23,7 @@ def _clusters(row: Row, place: str) -> list[tuple[int, list[str]]]:
         found = [(count, [text]) for text, count in raw.items()]
     else:
         found = []
-    found = [(n, [text for text in texts if text.strip()]) for n, texts in found if type(n) is int and n > 0]
+    found = [(n, [text for text in texts if text.strip()]) for n, texts in found if isinstance(texts, list) and type(n) is int and n > 0]
     found = [cluster for cluster in found if cluster[1]]  # a few rows have an answer of no text or of nobody
     if not found:
         raise UserError(f"{place}: 'answers' must give a number of people to each answer, or clusters of count and answers")
