@@ -200,7 +200,7 @@ def test_minibatches_are_whole_groups_in_an_order_of_the_step(tiny_model):
 
 
 def test_fewer_groups_than_minibatches_make_fewer_updates(tiny_model):
-    job = job_of(tiny_model(), "algo.loss=ppo", "algo.minibatches=5")
+    job = job_of(tiny_model(), "algo.loss=ppo", "algo.prompts_per_step=5", "algo.minibatches=5")
     assert len(_minibatches(job, make_batch(fake_groups(), FIRST_OPEN), {}, 0)) == 3  # groups that could not be judged are gone
 
 
