@@ -244,16 +244,21 @@ def test_nothing_of_a_resampled_interval_depends_on_the_order_of_arms(base: Path
 
 
 def test_programs_are_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first answer of every set passes the tests, its copy is a repeat, the third is wrong."""
+    """The first answer of every set passes, the second is the same with another name, the third is wrong; sets begin with either name."""
     row = {"text": "Square a number.", "test_list": ["assert f(2) == 4", "assert f(3) == 9"]}
     data = tmp_path / "mbpp.jsonl"
     data.write_text("".join(json.dumps(row | {"task_id": n, "text": f"{n}: square a number."}) + "\n" for n in range(60)))
     right, wrong = "def f(x):\n    return x * x", "def f(x):\n    return x + x"
 
     def write(model, prompts, num_sets, params, *_):
-        text = render(Grammar("rlcr_multi", 3, thinking=False), [right, right.replace("x", "y"), wrong], [0.9, 0.2, 0.1])
-        ids = np.array(tokenizer(text)["input_ids"])
-        return [[Completion(g, ids, ids * 0.0, ids * 0.0, "length") for g in range(num_sets)] for _ in prompts], None
+        group = []
+        for g in range(num_sets):
+            first, second = (right, right.replace("x", "y"))[:: 1 if g % 2 == 0 else -1]
+            ids = np.array(
+                tokenizer(render(Grammar("rlcr_multi", 3, thinking=False), [first, second, wrong], [0.9, 0.2, 0.1]))["input_ids"]
+            )
+            group.append(Completion(g, ids, ids * 0.0, ids * 0.0, "length"))
+        return [group for _ in prompts], None
 
     tokenizer = load_tokenizer(EMBEDDED)
     monkeypatch.setattr("mar.evaluate.sample", write)
