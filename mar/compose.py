@@ -76,7 +76,7 @@ def _reward_faults(reward: RewardOptions) -> Iterator[str]:
 
 
 def _group_faults(algo: AlgoOptions, num_answers: int) -> Iterator[str]:
-    if algo.group_size == 1 and algo.baseline in ("leave_one_out", "mean"):
+    if algo.group_size == 1 and algo.baseline in ("leave_one_out", "matched", "mean"):
         yield f"algo.group_size=1 leaves algo.baseline={algo.baseline} nothing to compare with: take 2 or baseline=none"
     if algo.group_size == 1 and algo.scale_by == "group_std":
         yield "algo.group_size=1 has no spread for algo.scale_by=group_std: take 2 or more, or scale_by=none"
@@ -109,6 +109,8 @@ def _algo_faults(algo: AlgoOptions, max_completion_tokens: int, steps: int) -> I
             f"algo.baseline=value goes with algo.credit=to_go or set and algo.scale_by=none or whiten, not {algo.credit} "
             f"and {algo.scale_by}"
         )
+    if algo.baseline == "matched" and (algo.credit != "to_go" or algo.scale_by in ("group_std", "batch_std")):
+        yield f"algo.baseline=matched goes with algo.credit=to_go and algo.scale_by=none or whiten, not {algo.credit} and {algo.scale_by}"
     if algo.critic_warmup and algo.baseline != "value":
         yield f"algo.critic_warmup={algo.critic_warmup} needs a critic: set algo.baseline=value"
     if algo.critic_warmup >= steps:
@@ -125,10 +127,11 @@ def _run_faults(config: Config) -> Iterator[str]:
         yield f"train.stop_at={stop_at} lies after train.steps={steps}: lower it or drop it"
     if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
         yield f"optim.betas={betas} is wrong: give two numbers from 0 to below 1"
-    try:
-        re.compile(config.model.trainable)
-    except re.error as error:
-        yield f"model.trainable={config.model.trainable!r} is no regular expression: {error}"
+    for key in ("trainable", "lora_layers"):
+        try:
+            re.compile(getattr(config.model, key))
+        except re.error as error:
+            yield f"model.{key}={getattr(config.model, key)!r} is no regular expression: {error}"
 
 
 def validate(config: Config) -> Config:

@@ -31,7 +31,10 @@ class ModelOptions:
     source: str = one_of("embedded", "folder", "hub", "wheel", default=MISSING)
     path: str | None = None  # a folder, or a hub id
     lr: float = number(MISSING, low=0, above=True)
-    trainable: str = ""  # a regular expression that finds the parameters to train; empty trains all
+    trainable: str = ""  # a regular expression that finds the parameters to train; empty: the adapters, without any: all
+    lora_rank: int = number(0, low=0)  # of adapters (mar/lora.py); 0: none
+    lora_scale: float = number(2.0, low=0, above=True)  # of what they add: alpha / rank elsewhere
+    lora_layers: str = ""  # a regular expression that finds the linear layers that get one; empty: all of the blocks
     max_prompt_tokens: int = number(MISSING, low=1)  # a longer prompt is dropped and counted
     max_completion_tokens: int = number(MISSING, low=1)
     thinking: bool = MISSING
@@ -74,7 +77,7 @@ class AlgoOptions:
     truncated: str = one_of("keep", "mask", "penalise")  # what becomes of completions that hit the length limit
     overlong_tokens: int = number(0, low=0)  # truncated=penalise grows over so many tokens before the limit
     credit: str = one_of("to_go", "set", "own")
-    baseline: str = one_of("leave_one_out", "mean", "none", "value")  # value: a critic
+    baseline: str = one_of("leave_one_out", "matched", "mean", "none", "value")  # value: a critic
     scale_by: str = one_of("none", "group_std", "batch_std", "whiten")
     pass_k: int = number(1, low=1)  # train the best of so many samples (pass@k) instead of the mean
     loss: str = one_of("reinforce", "ppo", "gspo", "cispo")

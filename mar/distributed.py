@@ -16,9 +16,9 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
 
 from mar.config import ScaleOptions
+from mar.lora import merged
 from mar.model import Block, Decoder
 from mar.records import UserError
 
@@ -112,8 +112,7 @@ def shard(model: nn.Module, world: World, scale: ScaleOptions) -> None:
 
 @torch.no_grad()
 def gather_weights(model: Decoder, whole: Decoder) -> None:
-    """Copy a sharded model's parameters into an unsharded one, tensor by tensor, in the dtype of the latter."""
+    """Copy a sharded model's parameters into an unsharded one without adapters, tensor by tensor, in the dtype of the latter."""
     target = dict(whole.named_parameters())
-    for name, parameter in model.named_parameters():
-        full = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
-        target[name].copy_(full)
+    for name, value in merged(model):
+        target[name].copy_(value)

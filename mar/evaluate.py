@@ -28,7 +28,7 @@ from mar.config import Config
 from mar.fetch import resolve_model
 from mar.grammar import Grammar
 from mar.itemstats import Item, item_of, read_item
-from mar.job import announce, load_data, make_prompts, sampling_params, verifier_of
+from mar.job import adapted, announce, load_data, make_prompts, sampling_params, verifier_of
 from mar.log import Display, append_jsonl, plain, read_jsonl, write_json
 from mar.model import Decoder
 from mar.prompts import fit_grammar, load_tokenizer
@@ -168,7 +168,7 @@ def load_weights(target: Target, device: str) -> tuple[Decoder, Decoder]:
     base = load_model(target.model_folder, dtype=dtype, device=device)
     if target.run is None:
         return base, base
-    policy = load_model(target.model_folder, dtype=dtype, device=device)
+    policy = adapted(load_model(target.model_folder, dtype=dtype, device=device), target.config.model)
     checkpoint.restore_weights(target.run, policy)
     return policy, base
 

@@ -6,6 +6,7 @@ vLLM read the folder.
 
 import argparse
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,8 @@ from mar.compose import load_config
 from mar.config import Config
 from mar.fetch import resolve_model
 from mar.grammar import Grammar
-from mar.job import STOP_TOKENS
+from mar.job import STOP_TOKENS, adapted
+from mar.lora import merge, save_adapters
 from mar.prompts import fit_grammar, instructions, load_tokenizer
 from mar.records import UserError
 from mar.tasks import get_task
@@ -59,8 +61,9 @@ def card(config: Config, grammar: Grammar, step: int, dtype: str, measured: dict
     )
 
 
-def export(run: Path, folder: Path, dtype: str) -> Path:
-    """Write `folder`. Raises UserError for a run without a checkpoint, and for a folder that holds something."""
+def export(run: Path, folder: Path, dtype: str, adapters: bool = False) -> Path:
+    """Write `folder`: a checkpoint, adapters merged, or in peft's format the `adapters` alone. Raises UserError for a run without a checkpoint, for
+    a folder that holds something, and where adapters alone are not what was trained."""
     from transformers import GenerationConfig
 
     config = load_config(run / "config.yaml")
@@ -70,8 +73,16 @@ def export(run: Path, folder: Path, dtype: str) -> Path:
     if folder.exists() and any(folder.iterdir()):
         raise UserError(f"{folder} is not empty: name another folder or remove it")
     source, _ = resolve_model(config.model.source, config.model.name, config.model.path)
-    model, tokenizer, r = load_model(source), load_tokenizer(source), config.reward
+    model, tokenizer, r = adapted(load_model(source), config.model), load_tokenizer(source), config.reward
+    trainable = config.model.trainable or "lora_"
+    others = [n for n, _ in model.named_parameters() if re.search(trainable, n) and ".lora_" not in n]
+    if adapters and (others or not config.model.lora_rank):
+        what = f"trained {others[0]} too" if config.model.lora_rank else "has no adapters"
+        raise UserError(f"{run} {what}: export without --adapters")
     checkpoint.restore_weights(found, model)
+    if adapters:
+        save_adapters(model, folder, config.model.path or config.model.name)
+        return folder
     grammar = Grammar(r.form, r.num_answers, r.layout, config.model.thinking, r.analysis, r.other)
     tokenizer.save_pretrained(folder)
     vocabulary = tokenizer.get_vocab()
@@ -80,7 +91,7 @@ def export(run: Path, folder: Path, dtype: str) -> Path:
     GenerationConfig(do_sample=True, temperature=config.algo.temperature, top_k=0, top_p=1.0, **ends).save_pretrained(folder)
     measured = json.loads((run / "eval.json").read_text()) if (run / "eval.json").exists() else {}
     (folder / "README.md").write_text(card(config, fit_grammar(grammar, tokenizer), found.step, dtype, measured))
-    save_model(model, folder, getattr(torch, dtype), extra=ends)
+    save_model(merge(model), folder, getattr(torch, dtype), extra=ends)
     return folder
 
 
@@ -89,9 +100,10 @@ def main() -> None:
     parser.add_argument("run", type=Path, help="a run directory")
     parser.add_argument("folder", type=Path, nargs="?", help="where to write (default: RUN/export)")
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
+    parser.add_argument("--adapters", action="store_true", help="the adapters alone, in peft's format")
     args = parser.parse_args()
     try:
-        print(export(args.run, args.folder or args.run / "export", args.dtype))
+        print(export(args.run, args.folder or args.run / "export", args.dtype, args.adapters))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -14,12 +14,13 @@ import torch
 
 from mar import __version__
 from mar.cache import capacity
-from mar.config import Config, RewardOptions
+from mar.config import Config, ModelOptions, RewardOptions
 from mar.critic import Critic
 from mar.distributed import ALONE, World, gather_weights, shard
 from mar.draw import SamplingParams, Truncation
 from mar.grammar import Grammar, render
 from mar.log import Display, append_jsonl
+from mar.lora import adapt
 from mar.model import Decoder
 from mar.optim import make_optimizer
 from mar.prompts import build_prompt, fit_grammar, load_tokenizer
@@ -162,6 +163,13 @@ def sampling_params(config: Config, grammar: Grammar, tokenizer: Any, decode: De
     )
 
 
+def adapted(model: Decoder, options: ModelOptions) -> Decoder:
+    """The same model, with the adapters that the config asks for."""
+    if options.lora_rank:
+        adapt(model, options.lora_rank, options.lora_scale, options.lora_layers)
+    return model
+
+
 def build_job(config: Config, folder: Path, model_folder: Path, display: Display, world: World = ALONE) -> Job:
     """Load data, tokenizer and model and prepare every prompt. Raises UserError with one sentence for whatever a user can get wrong."""
     model, data, r, o = config.model, config.data, config.reward, config.optim
@@ -186,6 +194,7 @@ def build_job(config: Config, folder: Path, model_folder: Path, display: Display
     policy.checkpoint_blocks = config.train.checkpoint_activations
     reference = copy.deepcopy(policy).requires_grad_(False) if config.algo.kl_coef else None
     critic = Critic(policy) if config.algo.baseline == "value" else None
+    policy = adapted(policy, model)
     if world.size > 1 or world.device.type == "cuda":
         with torch.device("meta"):
             whole = Decoder(policy.config).to(dtype).requires_grad_(False)
@@ -204,7 +213,7 @@ def build_job(config: Config, folder: Path, model_folder: Path, display: Display
         seed=config.seed,
     )
     adamw = ((o.betas[0], o.betas[1]), o.eps, o.weight_decay)
-    optimizer = make_optimizer(policy, o.lr, *adamw, config.model.trainable)
+    optimizer = make_optimizer(policy, o.lr, *adamw, model.trainable or ("lora_" if model.lora_rank else ""))
     valued = (critic, make_optimizer(critic, config.algo.critic_lr, *adamw)) if critic else None
     opens = first_open(grammar, spec)
     return Job(config, folder, policy, optimizer, prompts, protocol, opens, world, whole, reference, valued)

@@ -51,6 +51,7 @@ class Estimator:
 ESTIMATORS = {
     "to_go": Estimator(),
     "set": Estimator("set"),
+    "to_go, matched baseline": Estimator(baseline="matched"),
     "to_go, ppo loss": Estimator(loss="ppo"),
     "to_go, gspo loss": Estimator(loss="gspo"),
     "to_go, cispo loss": Estimator(loss="cispo"),
