@@ -15,11 +15,12 @@ def token_advantages(batch: Batch, credit: str, baseline: str, scale: str) -> Te
     scale `whiten`: the mean and the standard deviation of all trained tokens are taken out (REINFORCE++, arXiv 2501.03262, eq. 9).
     """
     weights = batch.components.new_ones(batch.components.shape[1])  # components arrive weighted
-    if baseline == "matched":
+    if (credit, baseline) == ("to_go", "matched"):
         advantages = matched_advantages(batch)
     else:
+        compared = "leave_one_out" if baseline == "matched" else baseline  # before its start no completion has earned anything: all match
         columns = (batch.components, weights, batch.first_open, batch.segment_ids, batch.group_ids)
-        advantages = answer_advantages(*columns, credit, baseline, "none" if scale == "whiten" else scale)
+        advantages = answer_advantages(*columns, credit, compared, "none" if scale == "whiten" else scale)
     return (whiten(advantages, batch.loss_mask) if scale == "whiten" else advantages) * batch.completion_mask
 
 

@@ -84,7 +84,8 @@ def _group_faults(algo: AlgoOptions, num_answers: int) -> Iterator[str]:
         yield f"algo.group_size=1 never has spread, so algo.resample={algo.resample} would replace everything: set it to 0"
     if algo.pass_k > algo.group_size:
         yield f"algo.pass_k={algo.pass_k} needs as many completions: algo.group_size={algo.group_size}"
-    if algo.pass_k > 1 and (num_answers, algo.credit, algo.baseline, algo.scale_by) != (1, "set", "leave_one_out", "none"):
+    own = (num_answers, algo.credit, algo.scale_by) == (1, "set", "none") and algo.baseline in ("leave_one_out", "matched")
+    if algo.pass_k > 1 and not own:
         yield (
             f"algo.pass_k={algo.pass_k} has a baseline of its own, for single answers: set reward.num_answers=1, "
             "algo.credit=set, algo.baseline=leave_one_out and algo.scale_by=none"
@@ -104,13 +105,11 @@ def _algo_faults(algo: AlgoOptions, max_completion_tokens: int, steps: int) -> I
         yield f"algo.overlong_tokens={algo.overlong_tokens} is above model.max_completion_tokens={max_completion_tokens}: lower it"
     if algo.name == "ppo" and algo.baseline != "value":
         yield f"algo=ppo is PPO with a critic and algo.baseline={algo.baseline} has none: set it to value, or take algo=grpo"
-    if algo.baseline == "value" and (algo.credit == "own" or algo.scale_by in ("group_std", "batch_std")):
+    if algo.baseline in ("value", "matched") and (algo.credit == "own" or algo.scale_by in ("group_std", "batch_std")):
         yield (
-            f"algo.baseline=value goes with algo.credit=to_go or set and algo.scale_by=none or whiten, not {algo.credit} "
-            f"and {algo.scale_by}"
+            f"algo.baseline={algo.baseline} goes with algo.credit=to_go or set and algo.scale_by=none or whiten, not {algo.credit} "
+            f"and {algo.scale_by}: take algo.baseline=leave_one_out"
         )
-    if algo.baseline == "matched" and (algo.credit != "to_go" or algo.scale_by in ("group_std", "batch_std")):
-        yield f"algo.baseline=matched goes with algo.credit=to_go and algo.scale_by=none or whiten, not {algo.credit} and {algo.scale_by}"
     if algo.critic_warmup and algo.baseline != "value":
         yield f"algo.critic_warmup={algo.critic_warmup} needs a critic: set algo.baseline=value"
     if algo.critic_warmup >= steps:

@@ -56,7 +56,7 @@ def test_every_experiment_on_every_scale_with_every_model(experiment: str, scale
 
 # credit, baseline, scale_by, loss, aggregation, kl where there is one
 PRESETS = {
-    "reinforce": ("to_go", "leave_one_out", "none", "reinforce", "token_mean", None),
+    "reinforce": ("to_go", "matched", "none", "reinforce", "token_mean", None),
     "rloo": ("set", "leave_one_out", "none", "reinforce", "constant", None),
     "grpo": ("set", "mean", "group_std", "ppo", "sequence_mean", "k3"),
     "dr_grpo": ("set", "mean", "none", "ppo", "constant", None),
@@ -159,7 +159,7 @@ REFUSED = [
     ("reward.coverage=most", "reward.coverage=most is unknown: choose one of sum"),
     ("reward.format_weight=-1", "reward.format_weight=-1.0 is out of range"),
     ("algo.group_size=0", "algo.group_size=0"),
-    ("algo.group_size=1", "algo.baseline=leave_one_out"),
+    ("algo.group_size=1", "algo.baseline=matched"),
     ("algo.group_size=1 algo.baseline=mean", "algo.baseline=mean"),
     ("algo.group_size=1 algo.baseline=none algo.scale_by=group_std", "scale_by=none"),
     ("algo.prompts_per_step=0", "algo.prompts_per_step=0"),
@@ -175,6 +175,7 @@ REFUSED = [
     ("algo=ppo algo.baseline=mean", "take algo=grpo"),
     ("algo.baseline=value algo.credit=own", "not own"),
     ("algo.baseline=value algo.scale_by=group_std", "and group_std"),
+    ("algo.credit=own", "take algo.baseline=leave_one_out"),
     ("algo.critic_warmup=1", "algo.baseline=value"),
     ("algo=ppo algo.critic_warmup=300", "leaves no step"),
     ("algo.group_size=1 algo.baseline=none algo.resample=1", "algo.resample=1 would replace everything"),

@@ -1,0 +1,88 @@
+"""One method and seed of the comparison on clinic, from training to a committed log:  python experiments/claims/run.py multi_rlcr 0
+
+Without words: every method, seed after seed; what has a log already is passed over, and a run that was cut off goes on. A trained method is
+`mar.train` with the words below and then `mar.evaluate`; the untrained ones are arms of one evaluation. Logs: experiments/claims/logs/.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from mar.job import environment
+
+HERE = Path(__file__).parent
+RUNS, LOGS = Path("runs/claims"), HERE / "logs"
+ITEMS, ANSWERS = 500, 30
+TRAINED = {
+    "multi_rlcr": ["reward=multi_rlcr"],
+    "multi_rlvr": ["reward=multi_rlvr"],
+    "rlcr_single": ["reward=rlcr_single"],
+    "rlvr_single": ["reward=rlvr_single"],
+    "pass_at_k": ["reward=rlvr_single", "algo.credit=set", "algo.pass_k=3"],
+}
+UNTRAINED = {"base": "policy", "single": "single", "prompted_k": "list", "verbalized": "verbalized"}  # arm of the same evaluation
+
+
+def command(module: str, *words: str) -> float:
+    """Run a module of mar on one thread, its output shown; returns seconds. Ends this program where it fails."""
+    began = time.perf_counter()
+    done = subprocess.run([sys.executable, "-m", module, *words], check=False)
+    if done.returncode:
+        sys.exit(f"{module} {' '.join(words)} ended with {done.returncode}")
+    return time.perf_counter() - began
+
+
+def kept(arm: dict[str, Any]) -> dict[str, Any]:
+    """What the tables and figures need of one arm."""
+    return {
+        name: arm[name] for name in ("num_answers", "num_sets", "metrics", "curve", "reliability", "unique_histogram", "format_failures")
+    }
+
+
+def write(method: str, seed: int, document: dict[str, Any], arm: str, **more: Any) -> None:
+    told = {"method": method, "seed": seed, **environment(), "num_items": document["num_items"], **more}
+    LOGS.mkdir(exist_ok=True)
+    (LOGS / f"{method}_seed{seed}.json").write_text(json.dumps({**told, **kept(document["arms"][arm]), "bars": document["bars"]}) + "\n")
+
+
+def one(method: str, seed: int) -> None:
+    """Measure one method with one seed, unless its log is there."""
+    if (LOGS / f"{method}_seed{seed}.json").exists():
+        return
+    sizes, items = [f"k={ANSWERS}", "num_answers="], f"eval.num_items={ITEMS}"
+    if method in UNTRAINED:
+        out = RUNS / f"base_seed{seed}"
+        seconds = command("mar.evaluate", "base", "+experiment=clinic", f"seed={seed}", items, *sizes, f"out={out}")
+        document = json.loads((out / "evaluation.json").read_text())
+        for name, arm in UNTRAINED.items():
+            write(name, seed, document, arm, words=[], train_s=0.0, evaluate_s=seconds)
+        return
+    words = ["+experiment=clinic", f"name={method}", f"seed={seed}", f"out={RUNS}", "eval.num_items=500", *TRAINED[method]]
+    folder = RUNS / method / f"seed{seed}"
+    finished = folder / "eval.json"
+    trained = 0.0
+    if not (finished.exists() and "after" in json.loads(finished.read_text())):
+        trained = command("mar.train", *words, "logger.console=plain")
+    seconds = command("mar.evaluate", str(folder), items, *sizes, "arms=policy")
+    document = json.loads((folder / "evaluation.json").read_text())
+    write(method, seed, document, "policy", words=words, train_s=trained, evaluate_s=seconds)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("method", nargs="?", choices=[*TRAINED, *UNTRAINED])
+    parser.add_argument("seed", nargs="?", type=int)
+    parser.add_argument("--seeds", type=int, default=5, help="how many, without a method and a seed")
+    args = parser.parse_args()
+    chosen = [args.method] if args.method else [*TRAINED, "base"]
+    for seed in range(args.seeds) if args.seed is None else [args.seed]:
+        for method in chosen:
+            one(method, seed)
+
+
+if __name__ == "__main__":
+    main()
