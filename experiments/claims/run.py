@@ -28,7 +28,7 @@ UNTRAINED = {"base": "policy", "single": "single", "prompted_k": "list", "verbal
 
 
 def command(module: str, *words: str) -> float:
-    """Run a module of mar on one thread, its output shown; returns seconds. Ends this program where it fails."""
+    """Run a module of mar, its output shown; returns seconds. Ends this program where it fails."""
     began = time.perf_counter()
     done = subprocess.run([sys.executable, "-m", module, *words], check=False)
     if done.returncode:
@@ -38,9 +38,8 @@ def command(module: str, *words: str) -> float:
 
 def kept(arm: dict[str, Any]) -> dict[str, Any]:
     """What the tables and figures need of one arm."""
-    return {
-        name: arm[name] for name in ("num_answers", "num_sets", "metrics", "curve", "reliability", "unique_histogram", "format_failures")
-    }
+    names = ("num_answers", "num_sets", "metrics", "curve", "reliability", "unique_histogram", "format_failures")
+    return {name: arm[name] for name in names} | {"tokens": arm["tokens"][:ITEMS]}
 
 
 def write(method: str, seed: int, document: dict[str, Any], arm: str, **more: Any) -> None:

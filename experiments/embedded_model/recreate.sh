@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Makes mar/embedded/model again, in about three hours on two CPU cores:  bash experiments/embedded_model/recreate.sh [folder for the stages]
+# Makes mar/embedded/model again, in about four and a half hours on two CPU cores:  bash experiments/embedded_model/recreate.sh [folder for the stages]
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 stages=${1:-runs/embedded_model}
@@ -21,6 +21,10 @@ stage 3 --model "$stages/2" --muon --steps 750 --lr 7e-4 --seed 2 --hint 0.25 --
 stage 4 --model "$stages/3" --muon --steps 700 --lr 1e-3 --seed 3 --hint 1 --hint-counts 4 --hint-spread 0.1
 stage 5 --model "$stages/4" --muon --steps 900 --lr 8e-4 --seed 4 --hint 1 --hint-counts 4 --hint-spread 0.1
 stage 6 --model "$stages/5" --muon --steps 850 --lr 1e-3 --seed 5 --hint 1 --hint-counts 6 --hint-spread 0.1
-# and noise again, with a quarter of the mass near the truth
-stage 7 --model "$stages/6" --muon --steps 150 --lr 5e-4 --seed 6 --hint 0.25 --hint-counts 8 --hint-spread 0.1 --dtype bfloat16
-cp "$stages"/7/* mar/embedded/model/
+# nearer to the truth, several demonstrations a patient (stage 7 was planned for 1,500 steps and ended at 750, its rate still at .0007)
+stage 7 --model "$stages/6" --muon --steps 750 --rows 6 --prompts 16 --lr 1e-3 --seed 10 --hint 1 --hint-counts 4 --hint-spread 0.02
+stage 8 --model "$stages/7" --muon --steps 520 --rows 6 --prompts 16 --lr 7e-4 --seed 13 --hint 1 --hint-counts 4 --hint-spread 0.02
+# and noise again, with a third of the mass near the truth; then the forms once more, which the confidences had cost something
+stage 9 --model "$stages/8" --muon --steps 100 --rows 6 --prompts 16 --lr 3e-4 --seed 15 --hint 0.35 --hint-counts 4 --hint-spread 0.02
+stage 10 --model "$stages/9" --muon --steps 220 --rows 4 --prompts 24 --lr 3e-4 --seed 16 --hint 0.35 --hint-counts 2 --hint-spread 0.02 --dtype bfloat16
+cp "$stages"/10/* mar/embedded/model/

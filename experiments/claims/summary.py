@@ -1,0 +1,141 @@
+"""Tables, figures and results.json of the comparison on clinic, from its logs alone; `make report` calls `write`, `make lint` calls `stale`."""
+
+import hashlib
+import json
+import math
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mar.metrics import gap_closed
+from mar.runs import STUDENT
+
+HERE = Path(__file__).parent
+ORDER = ("multi_rlcr", "multi_rlvr", "rlcr_single", "rlvr_single", "pass_at_k", "base", "single", "prompted_k", "verbalized")
+KS = range(3, 31, 3)
+OF_SETS = ("top1", "top1_conf", "ece", "set_ece", "brier", "q_mse", "tokens_per_set", "tv_distance", "format_rate")
+Log = Mapping[str, Any]
+
+
+def read_logs() -> dict[str, list[Log]]:
+    """Method -> its logs by seed, methods in the order of the tables."""
+    found: dict[str, list[Log]] = defaultdict(list)
+    for file in sorted((HERE / "logs").glob("*.json")):
+        log = json.loads(file.read_text(encoding="utf-8"))
+        found[log["method"]].append(log)
+    return {method: sorted(found[method], key=lambda log: log["seed"]) for method in ORDER if method in found}
+
+
+def interval(values: Sequence[float | None]) -> dict[str, Any]:
+    """Mean and Student's 95 % interval over n seeds; nulls where a seed has no value, an interval of null for one seed."""
+    known = [v for v in values if v is not None]
+    if len(known) < len(values) or not known:
+        return {"mean": None, "lo": None, "hi": None, "n": len(values)}
+    mean, n = float(np.mean(known)), len(known)
+    half = STUDENT[n - 2] * float(np.std(known, ddof=1)) / math.sqrt(n) if n > 1 else None
+    return {"mean": mean, "lo": None if half is None else mean - half, "hi": None if half is None else mean + half, "n": n}
+
+
+def on_curve(log: Log, name: str, k: int) -> float | None:
+    """`coverage` or `unique` of k answers; None where the method's sets do not add up to k."""
+    return dict(zip(log["curve"]["k"], log["curve"][name], strict=True)).get(k, [None])[0]
+
+
+def numbers(log: Log) -> dict[str, float | None]:
+    """Every metric of one log. Of single answers, `tokens_per_set` is of one, and what a set has is null."""
+    out = {f"coverage@{k}": on_curve(log, "coverage", k) for k in KS}
+    floor, ceiling = (log["bars"][name][2] for name in ("floor", "ceiling"))
+    out["gap_closed"] = None if out["coverage@3"] is None else gap_closed(out["coverage@3"], floor, ceiling)
+    out["unique@30"] = on_curve(log, "unique", 30)
+    return out | {name: (log["metrics"].get(name) or [None])[0] for name in OF_SETS}
+
+
+def results(logs: Mapping[str, Sequence[Log]]) -> dict[str, dict[str, dict[str, Any]]]:
+    """{method: {metric: {mean, lo, hi, n}}}, with floor and ceiling, which are known exactly."""
+    found = {}
+    for method, own in logs.items():
+        each = [numbers(log) for log in own]
+        found[method] = {metric: interval([row[metric] for row in each]) for metric in each[0]}
+    bars = next(iter(logs.values()))[0]["bars"]
+    for name in ("floor", "ceiling"):
+        exact = {f"coverage@{k}": bars[name][k - 1] for k in KS} | {"top1": bars[name][0], "unique@30": 30.0}
+        exact |= {"gap_closed": float(name == "ceiling")}
+        known: dict[str, float | None] = {metric: None for metric in next(iter(found.values()))} | exact
+        if name == "ceiling":
+            known |= {metric: 0.0 for metric in ("ece", "set_ece", "q_mse", "tv_distance")}
+        found[name] = {metric: {"mean": value, "lo": value, "hi": value, "n": 0} for metric, value in known.items()}
+    return found
+
+
+def table(found: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
+    """Markdown: mean ± half of the interval."""
+    metrics = ("gap_closed", "coverage@3", "coverage@30", "unique@30", "tokens_per_set", "top1", "ece", "q_mse", "tv_distance")
+
+    def cell(value: Mapping[str, Any]) -> str:
+        if value["mean"] is None:
+            return "–"
+        digits = 1 if value["mean"] >= 2 else 3
+        half = "" if value["lo"] in (None, value["mean"]) else f" ± {value['mean'] - value['lo']:.{digits}f}"
+        return f"{value['mean']:.{digits}f}{half}"
+
+    rows = [["method", "seeds", *metrics], ["---"] * (len(metrics) + 2)]
+    rows += [[method, str(row["top1"]["n"] or "–"), *(cell(row[metric]) for metric in metrics)] for method, row in found.items()]
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+def averaged(logs: Sequence[Log]) -> dict[str, Any]:
+    """One arm as `mar.plots` draws it: curves as means with the seeds' intervals, answers of all seeds together."""
+    first, curve = logs[0], {"k": logs[0]["curve"]["k"], "tokens": np.mean([log["curve"]["tokens"] for log in logs], 0).tolist()}
+    for name in ("coverage", "unique"):
+        each = np.array([[point[0] for point in log["curve"][name]] for log in logs])
+        told = [interval(column.tolist()) for column in each.T]
+        curve[name] = [[t["mean"], t["mean"] if t["lo"] is None else t["lo"], t["mean"] if t["hi"] is None else t["hi"]] for t in told]
+    histogram: dict[str, int] = defaultdict(int)
+    for log in logs:
+        for value, count in log["unique_histogram"].items():
+            histogram[value] += count
+    tokens = [n for log in logs for n in log["tokens"]]
+    mean_ece = interval([(log["metrics"].get("ece") or [None])[0] for log in logs])["mean"]
+    said = {"metrics": {"ece": [mean_ece]}, "reliability": first["reliability"], "tokens": tokens}
+    return {"num_answers": first["num_answers"], "num_sets": first["num_sets"], "curve": curve, "unique_histogram": histogram, **said}
+
+
+def figures(logs: Mapping[str, Sequence[Log]]) -> dict[str, Any]:
+    """coverage, reliability (first seed), unique answers and tokens per answer."""
+    from mar import plots
+
+    arms = {method: averaged(own) for method, own in logs.items()}
+    whole = {method: arm for method, arm in arms.items() if arm["num_answers"] * arm["num_sets"] == max(KS)}
+    confident = {method: arm for method, arm in arms.items() if arm["reliability"] and method in ("multi_rlcr", "rlcr_single", "base")}
+    bars = next(iter(logs.values()))[0]["bars"]
+    made = {"coverage": plots.coverage(whole, bars), "unique_answers": plots.unique_answers(whole)}
+    return made | {"reliability": plots.reliability(confident), "tokens": plots.tokens_per_answer(arms)}
+
+
+def fingerprint() -> str:
+    """Of the logs that figures and results.json were made from."""
+    return hashlib.sha256(b"".join(file.read_bytes() for file in sorted((HERE / "logs").glob("*.json")))).hexdigest()[:16]
+
+
+def stale() -> bool:
+    """Whether results.json and the figures are of other logs than those here."""
+    file = HERE / "results.json"
+    return not file.exists() or json.loads(file.read_text(encoding="utf-8"))["logs"] != fingerprint()
+
+
+def write() -> None:
+    from mar import plots
+
+    logs = read_logs()
+    document = {"logs": fingerprint(), **results(logs)}
+    (HERE / "results.json").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    plots.save(figures(logs), HERE / "figures")
+    for file in (HERE / "figures").glob("*.svg"):
+        file.unlink()  # the README shows the PNG files
+
+
+def markdown() -> str:
+    return table(results(read_logs()))
