@@ -63,9 +63,9 @@ def results(logs: Mapping[str, Sequence[Log]]) -> dict[str, dict[str, dict[str, 
     for name in ("floor", "ceiling"):
         exact = {f"coverage@{k}": bars[name][k - 1] for k in KS} | {"top1": bars[name][0], "unique@30": 30.0}
         exact |= {"gap_closed": float(name == "ceiling")}
-        known: dict[str, float | None] = {metric: None for metric in next(iter(found.values()))} | exact
+        known: dict[str, float | None] = dict.fromkeys(next(iter(found.values()))) | exact
         if name == "ceiling":
-            known |= {metric: 0.0 for metric in ("ece", "set_ece", "q_mse", "tv_distance")}
+            known |= dict.fromkeys(("ece", "set_ece", "q_mse", "tv_distance"), 0.0)
         found[name] = {metric: {"mean": value, "lo": value, "hi": value, "n": 0} for metric, value in known.items()}
     return found
 
