@@ -108,11 +108,12 @@ def skipped(job: Job, step: int, metrics: Mapping[str, Any], rollouts: Sequence[
 
 
 class Interrupts:
-    """SIGINT and SIGTERM wait for the end of a training step, so that a checkpoint is never of half an update; elsewhere they stop at once."""
+    """SIGINT, SIGTERM and SIGUSR1 (a cluster's warning) wait for the end of a training step, so that a checkpoint is never of half an update;
+    elsewhere they stop at once."""
 
     def __init__(self) -> None:
         self.inside, self.pending = False, False
-        for kind in (signal.SIGINT, signal.SIGTERM):
+        for kind in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
             signal.signal(kind, self._receive)
 
     def _receive(self, *_: object) -> None:

@@ -205,7 +205,8 @@ def test_truncated_weights_are_named(model_folder: Path, tmp_path: Path) -> None
 
 
 @pytest.mark.slow
-def test_interrupt_saves_and_the_same_command_goes_on(model_folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_saves_and_the_same_command_goes_on(model_folder: Path, tmp_path: Path, kind: signal.Signals) -> None:
     command = [sys.executable, "-m", "mar.train", *words(model_folder, tmp_path, "train.steps=400", "model.max_completion_tokens=4")]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     metrics = tmp_path / "clinic/seed0/metrics.jsonl"
@@ -213,7 +214,7 @@ def test_interrupt_saves_and_the_same_command_goes_on(model_folder: Path, tmp_pa
         if metrics.exists() and metrics.read_text().count("\n") >= 3:
             break
         time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(kind)
     out, _ = process.communicate(timeout=60)
     assert process.returncode == 130 and "checkpoint of step" in out and "Traceback" not in out
     found = checkpoint.newest(tmp_path / "clinic/seed0/checkpoints")
