@@ -1,8 +1,9 @@
 """Write the tables of the Markdown files again from the committed logs they name:  python experiments/report.py [--check]
 
 A table stands between `<!-- log PATH -->` or `<!-- logs PATH PATH ... -->` and `<!-- end -->`, the paths relative to the repository; a log's
-last line is the JSON document that `mar.train` ends with. One log gives floor, before, after and ceiling; several give a line for each. `--check`
-writes nothing and exits with 1, naming the files, where a table is not what its logs say.
+last line is the JSON document that `mar.train` ends with. One log gives floor, before, after and ceiling; several give a line for each; the table
+after `<!-- claims -->`, and results.json and the figures beside it, are made by experiments/claims/summary.py. `--check` writes nothing and
+exits with 1, naming the files, where something is not what its logs say.
 """
 
 import json
@@ -11,11 +12,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from experiments.claims import summary
 from mar.log import shown
 from mar.metrics import SHOWN_METRICS
 
-ROOT = Path(__file__).parents[1]
-BLOCK = re.compile(r"(?P<open><!-- logs? (?P<paths>[^>]+?) -->\n).*?(?P<close><!-- end -->)", re.DOTALL)
+ROOT = Path(__file__).resolve().parents[1]
+BLOCK = re.compile(r"(?P<open><!-- (?:logs? (?P<paths>[^>]+?)|claims) -->\n).*?(?P<close><!-- end -->)", re.DOTALL)
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:
@@ -51,9 +55,11 @@ def fill(text: str) -> str:
     """The text with all of its tables made again."""
 
     def block(match: re.Match[str]) -> str:
-        paths = [ROOT / path for path in match["paths"].split()]
-        ends = {path.stem: read_end(path) for path in paths}
-        made = of_one(next(iter(ends.values()))) if len(ends) == 1 else of_several(ends)
+        if match["paths"] is None:
+            made = summary.markdown()
+        else:
+            ends = {path.stem: read_end(path) for path in (ROOT / path for path in match["paths"].split())}
+            made = of_one(next(iter(ends.values()))) if len(ends) == 1 else of_several(ends)
         return f"{match['open']}\n{made}\n\n{match['close']}"
 
     return BLOCK.sub(block, text)
@@ -65,7 +71,12 @@ def main() -> None:
     if "--check" in sys.argv[1:]:
         for file in stale:
             print(f"{file.relative_to(ROOT)}: a table differs from its logs; run `make report`")
-        sys.exit(bool(stale))
+        if summary.stale():
+            print("experiments/claims: results.json and the figures are of other logs; run `make report`")
+        sys.exit(bool(stale) or summary.stale())
+    if summary.stale():
+        summary.write()
+        print("wrote experiments/claims/results.json and figures")
     for file, text in stale.items():
         file.write_text(text, encoding="utf-8")
         print(f"wrote {file.relative_to(ROOT)}")
