@@ -153,6 +153,19 @@ def test_a_gradient_that_nobody_wants_is_not_computed(device, frozen):
     assert product.call_count == 1 and torch.equal(one, both[1 - frozen])
 
 
+@on_triton
+def test_a_gradient_of_the_log_sum_exp_alone_may_be_strided(device):
+    """`lse.sum()` sends one number, expanded without memory of its own; a kernel that reads past it finds something else."""
+    hidden, weight, targets = inputs(5, 24, 40, F32, device)
+    found = []
+    for backend in ("triton", "reference"):
+        lse = linear_logprobs(hidden, weight, targets, 0.7, backend=backend)[2]
+        found += torch.autograd.grad(lse.sum(), (hidden, weight), retain_graph=True)
+        found += torch.autograd.grad(lse, (hidden, weight), torch.arange(10.0, device=device)[::2])
+    for ours, theirs in zip(found[:4], found[4:], strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("dtype", [F32, BF16])
 @on_triton
 def test_logits_of_ten_thousand(device, dtype):
