@@ -416,6 +416,27 @@ def test_a_bad_kernel_is_rejected(change, problem, monkeypatch, capsys):
     assert re.search(f"grads bf16 of_target of_entropy on sm_90: {problem}", printed.err) if problem else not printed.err
 
 
+def test_a_spill_that_ptxas_alone_reports_is_rejected(monkeypatch, capsys):
+    import compile_report
+
+    launch = next(x for x in compile_report.launches(90) if x.name == "grads bf16 of_target of_entropy")
+    found, count = [], compile_report.spilled_bytes
+
+    def counted(ptx, capability):
+        found.append(count(ptx, capability))
+        return 16 if len(found) == 1 else found[-1]
+
+    monkeypatch.setattr(compile_report, "spilled_bytes", counted)
+    monkeypatch.setattr(compile_report, "launches", lambda capability: [launch] if capability == 90 else [])
+    monkeypatch.setattr(sys, "argv", ["compile_report.py", "--check"])
+    assert compile_report.main() == 1 and "ptxas -v: 16 bytes spilled" in capsys.readouterr().err
+    launch.arguments["COLUMNS"] = 256
+    assert compile_report.main() == 1
+    if found == [None, None]:
+        pytest.skip("the ptxas of this triton does not read its PTX")
+    assert found[0] == 0 < found[1] and f"ptxas -v: {found[1]} bytes spilled" in capsys.readouterr().err
+
+
 @pytest.mark.gpu
 def test_two_runs_give_the_same_bits():
     found = []
