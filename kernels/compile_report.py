@@ -148,11 +148,19 @@ def compile_launch(launch: Launch) -> tuple[list[str], list[str]]:
     blocks = min((1 << 16) // (warps * -(-registers * 32 // 256) * 256), (room << 10) // (shared + 1024), most // warps)
     mma = sorted({" ".join(m) for m in MMA.findall(made.asm["ptx"])})
     problems = [f"a stack of {stack} bytes: registers were spilled"] if stack else []
+    problems += [f"ptxas -v: {spilled} bytes spilled"] if (spilled := spilled_bytes(made.asm["ptx"], launch.capability)) else []
     if launch.multiplies and not any(m.endswith(MMA_TYPE[launch.arguments["hidden"].dtype]) for m in mma):
         problems.append("multiplies without the tensor cores for its type")
     problems += ["uses atomics"] if re.search(r"\b(atom|red)\.", made.asm["ptx"]) else []
     counts = [registers, stack, f"{shared / 1024:.0f}", f"{blocks * warps / most:.0%}", ", ".join(mma) or "–"]
     return [launch.name, f"sm_{launch.capability}", *map(str, counts), *work(launch)], problems
+
+
+def spilled_bytes(ptx: str, capability: int) -> int | None:
+    """Stores and loads that `ptxas -v` counts as spills; None where the ptxas that triton brings does not read this PTX."""
+    flags = ["-v", f"--gpu-name=sm_{capability}{'a' * (capability >= 90)}", "-o", "/dev/null", "/dev/stdin"]
+    done = subprocess.run([triton.knobs.nvidia.ptxas.path, *flags], input=ptx, capture_output=True, text=True, check=False)
+    return None if done.returncode else sum(map(int, re.findall(r"(\d+) bytes spill", done.stderr)))
 
 
 def work(launch: Launch) -> list[str]:

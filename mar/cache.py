@@ -134,8 +134,9 @@ class KVCache:
                 place[row] = len(members[slot])
                 members[slot].append(row)
         table = [rows + [0] * (most - len(rows)) for rows in members]
-        lines = (table, place, [max(slot, 0) for slot in row_prompt])
-        self.members, self.place, self.row_prompt = (torch.tensor(x, device=self.own_lengths.device) for x in lines)
+        for name, line in {"members": table, "place": place, "row_prompt": [max(slot, 0) for slot in row_prompt]}.items():
+            old, new = getattr(self, name), torch.tensor(line, device=self.own_lengths.device)
+            setattr(self, name, old.copy_(new) if old.shape == new.shape else new)  # a CUDA graph reads the address
 
     def keep(self, rows: Tensor, prompts: Tensor) -> None:
         """Drop all row slots and prompt slots but these, in ascending order; `assign` follows. The memory is not given back, and none is asked

@@ -3,8 +3,9 @@
 Each prompt is computed once, for all rows of its group, whenever they run. No draw depends on the slot, the batch or the time: see draw.py.
 """
 
+import warnings
 from collections import Counter, deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,8 @@ from mar.model import Decoder, project
 
 RETIRE_EVERY = 8  # steps between two looks for finished rows where a look waits for the device
 PREFILL_TOKENS = 4096  # prompts are computed this many tokens at a time: no larger activations, and on a CPU they stay near the caches
+GRAPHED = ("cuda",)  # devices on which decode steps are captured and replayed
+GRAPH_WIDTH = 128  # widths that share a graph: fewer captures, for fewer than so many masked entries a row
 WORTH_SHRINKING = 7 / 8  # with nothing left to admit, free slots are dropped when fewer than this are in use
 
 
@@ -96,6 +99,7 @@ class _Slots:
         self.kv_bytes = self.cache.num_bytes
         self.retire_every = 1 if self.device.type == "cpu" and not params.stop_strings else RETIRE_EVERY
         self.num_steps, self.waited_until = 0, 0
+        self.graphs: dict[int, tuple[Tensor, Callable[[], object]]] = {}  # by width: the tokens it reads, its replay
 
         owner = [i for i, r in enumerate(requests) for _ in r.keys]
         self.owner, self.keys = owner, [key for r in requests for key in r.keys]
@@ -199,7 +203,15 @@ class _Slots:
         width = min(oldest, self.params.max_tokens)
         # rows that are done, or slots that are free, write over their last entry
         cache.own_lengths.clamp_(max=width - 1)
-        self.rows["hidden"] = decode_step(self.model, cache, tokens, width)
+        if self.device.type not in GRAPHED:
+            self.rows["hidden"] = decode_step(self.model, cache, tokens, width)
+        else:
+            width = min(-(-width // GRAPH_WIDTH) * GRAPH_WIDTH, self.params.max_tokens)
+            if width not in self.graphs:
+                fed, hidden = tokens.clone(), self.rows["hidden"]
+                self.graphs[width] = fed, _capture(lambda: hidden.copy_(decode_step(self.model, cache, fed, width)))
+            self.graphs[width][0].copy_(tokens)
+            self.graphs[width][1]()
         cache.own_lengths += 1
 
     def close_thoughts(self, rows: Iterable[int]) -> None:
@@ -235,7 +247,8 @@ class _Slots:
             self.shrink(live)
 
     def shrink(self, live: np.ndarray) -> None:
-        """Keep only the slots in use."""
+        """Keep only the slots in use, in new buffers."""
+        self.graphs.clear()
         prompts = sorted(self.slot_of.values())
         rows = torch.from_numpy(live).to(self.device)
         self.cache.keep(rows, torch.tensor(prompts, device=self.device))
@@ -272,6 +285,22 @@ class _Slots:
         offered = self.num_rows * self.waited_until
         occupancy = float(np.maximum(left - self.entered, 0).sum() / offered) if offered else None
         return Generation(groups, self.num_steps, occupancy, self.kv_bytes)
+
+
+def _capture(work: Callable[[], object]) -> Callable[[], object]:
+    """Run `work` and record its CUDA kernels; returns their replay on the same addresses, or after a warning `work` itself where that fails."""
+    stream, graph, replay = torch.cuda.Stream(), torch.cuda.CUDAGraph(), work
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):  # comes back to the stream before, also from a capture that fails
+        work()  # libraries set themselves up, which no capture may hold
+        try:
+            with torch.cuda.graph(graph, stream=stream):
+                work()
+            replay = graph.replay
+        except RuntimeError as error:  # CUDA's or torch's
+            warnings.warn(f"decoding goes on without CUDA graphs: {error}", stacklevel=2)
+    torch.cuda.current_stream().wait_stream(stream)
+    return replay
 
 
 def _chunks(items: Sequence[int], sizes: Sequence[int], most: int) -> list[list[int]]:

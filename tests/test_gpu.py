@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from mar import sampler
 from mar.attention import pack_groups
 from mar.draw import SamplingParams, stream_key
 from mar.sampler import Request, generate
@@ -48,3 +49,18 @@ def test_sampler_equals_the_cpu(tiny_model):
     for ours, theirs in rows:
         if np.array_equal(ours.ids, theirs.ids):
             np.testing.assert_allclose(ours.full_logprobs, theirs.full_logprobs, atol=1e-3)
+
+
+@pytest.mark.filterwarnings("error:decoding goes on without CUDA graphs")
+@pytest.mark.parametrize("budget", [10**6, 1500])
+def test_replayed_graphs_equal_eager_decoding(tiny_model, budget, monkeypatch):
+    model = tiny_model(dtype=torch.float32).to("cuda")
+    asked = [Request(tuple(p), tuple(stream_key("gpu", i, g) for g in range(8))) for i, p in enumerate(groups()[0])]
+    limits = tuple(range(20, 161, 20))  # rows leave one after another, and a width of 128 is passed
+    asked = [Request(r.prompt_ids, r.keys, limits) for r in asked]
+    replayed = generate(model, asked, SamplingParams(160, 0.0), budget).groups
+    monkeypatch.setattr(sampler, "GRAPHED", ())
+    eager = generate(model, asked, SamplingParams(160, 0.0), budget).groups
+    for ours, theirs in zip(itertools.chain(*replayed), itertools.chain(*eager), strict=True):
+        np.testing.assert_array_equal(ours.ids, theirs.ids)
+        np.testing.assert_allclose(ours.full_logprobs, theirs.full_logprobs, atol=1e-4)

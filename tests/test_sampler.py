@@ -1,12 +1,15 @@
 """The sampler draws from the trainer's model, and a completion is the same in whatever company it is made."""
 
 import itertools
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from scipy.stats import chisquare
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mar import cache as kv_cache
 from mar import sampler
@@ -306,6 +309,79 @@ def test_the_decode_step_compiles_whole_and_never_again(tiny_model):
     for ours, theirs in zip(itertools.chain(*slots.result().groups), itertools.chain(*eager), strict=True):
         np.testing.assert_array_equal(ours.ids, theirs.ids)
         np.testing.assert_allclose(ours.full_logprobs, theirs.full_logprobs, atol=1e-4)
+
+
+class Recorded(TorchDispatchMode):
+    """What a CUDA graph is, on a CPU: the operators of one run with the very tensors they read and wrote. Python is not run again."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        self.calls.append((function, args, kwargs or {}, out))
+        return out
+
+    def replay(self):
+        for function, args, kwargs, out in self.calls:
+            again = function(*args, **kwargs)
+            for old, new in zip(*(x if isinstance(x, tuple | list) else (x,) for x in (out, again)), strict=True):
+                if isinstance(old, torch.Tensor) and old.data_ptr() != new.data_ptr():  # views, and what is written in place, are there
+                    old.copy_(new)
+
+
+@pytest.fixture
+def recorded(monkeypatch):
+    """The widths' captures of `generate` on a CPU."""
+    found = []
+
+    def capture(work):
+        work()
+        with Recorded() as graph:
+            work()
+        found.append(graph)
+        return graph.replay
+
+    monkeypatch.setattr(sampler, "_capture", capture)
+    monkeypatch.setattr(sampler, "GRAPHED", ("cpu",))
+    monkeypatch.setattr(sampler, "GRAPH_WIDTH", 8)
+    return found
+
+
+@pytest.mark.parametrize("budget", [PLENTY, 250])
+def test_replayed_decode_steps_give_what_eager_ones_give(tiny_model, recorded, monkeypatch, budget):
+    """Also while rows retire, enter and are dropped: the buffers a graph was captured from are those it must read later."""
+    model, asked, params = tiny_model(), requests((5, 9, 30, 2), 4), SamplingParams(20, 1.0, (3,))
+    replayed = sampler.generate(model, asked, params, budget)
+    assert 3 <= len(recorded) < replayed.num_steps / 2
+    monkeypatch.setattr(sampler, "GRAPHED", ())
+    for ours, theirs in zip(itertools.chain(*replayed.groups), itertools.chain(*generate(model, asked, params, budget)), strict=True):
+        same(ours, theirs)
+
+
+def test_a_capture_that_fails_warns_and_runs_eagerly(monkeypatch):
+    calls, stream = [], SimpleNamespace(wait_stream=lambda other: None)
+
+    @contextmanager
+    def fails(graph, stream):
+        yield
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    names = {
+        "Stream": lambda: stream,
+        "current_stream": lambda: stream,
+        "stream": nullcontext,
+        "graph": fails,
+        "CUDAGraph": SimpleNamespace,
+    }
+    for name, value in names.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    with pytest.warns(UserWarning, match="without CUDA graphs: operation not permitted"):
+        replay = sampler._capture(lambda: calls.append(1))
+    calls.clear()
+    replay()
+    assert calls == [1]
 
 
 @pytest.mark.parametrize("dtype,atol", [(torch.float64, 1e-12), (torch.float32, 1e-5)])

@@ -153,6 +153,19 @@ def test_a_gradient_that_nobody_wants_is_not_computed(device, frozen):
     assert product.call_count == 1 and torch.equal(one, both[1 - frozen])
 
 
+@on_triton
+def test_a_gradient_of_the_log_sum_exp_alone_may_be_strided(device):
+    """`lse.sum()` sends one number, expanded without memory of its own; a kernel that reads past it finds something else."""
+    hidden, weight, targets = inputs(5, 24, 40, F32, device)
+    found = []
+    for backend in ("triton", "reference"):
+        lse = linear_logprobs(hidden, weight, targets, 0.7, backend=backend)[2]
+        found += torch.autograd.grad(lse.sum(), (hidden, weight), retain_graph=True)
+        found += torch.autograd.grad(lse, (hidden, weight), torch.arange(10.0, device=device)[::2])
+    for ours, theirs in zip(found[:4], found[4:], strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("dtype", [F32, BF16])
 @on_triton
 def test_logits_of_ten_thousand(device, dtype):
@@ -401,6 +414,27 @@ def test_a_bad_kernel_is_rejected(change, problem, monkeypatch, capsys):
     assert compile_report.main() == (problem is not None)
     printed = capsys.readouterr()
     assert re.search(f"grads bf16 of_target of_entropy on sm_90: {problem}", printed.err) if problem else not printed.err
+
+
+def test_a_spill_that_ptxas_alone_reports_is_rejected(monkeypatch, capsys):
+    import compile_report
+
+    launch = next(x for x in compile_report.launches(90) if x.name == "grads bf16 of_target of_entropy")
+    found, count = [], compile_report.spilled_bytes
+
+    def counted(ptx, capability):
+        found.append(count(ptx, capability))
+        return 16 if len(found) == 1 else found[-1]
+
+    monkeypatch.setattr(compile_report, "spilled_bytes", counted)
+    monkeypatch.setattr(compile_report, "launches", lambda capability: [launch] if capability == 90 else [])
+    monkeypatch.setattr(sys, "argv", ["compile_report.py", "--check"])
+    assert compile_report.main() == 1 and "ptxas -v: 16 bytes spilled" in capsys.readouterr().err
+    launch.arguments["COLUMNS"] = 256
+    assert compile_report.main() == 1
+    if found == [None, None]:
+        pytest.skip("the ptxas of this triton does not read its PTX")
+    assert found[0] == 0 < found[1] and f"ptxas -v: {found[1]} bytes spilled" in capsys.readouterr().err
 
 
 @pytest.mark.gpu
