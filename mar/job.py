@@ -223,14 +223,13 @@ def environment() -> dict[str, Any]:
     """What a reader of the results needs to know about where they come from."""
     here = Path(__file__).parent
     git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=here, capture_output=True, text=True, check=False)
-    return {
+    versions = {
         "mar": __version__,
         "commit": git.stdout.strip() or None,
         "python": platform.python_version(),
         "torch": str(torch.__version__),
-        "cpu": platform.machine(),
-        "cores": os.cpu_count(),
     }
+    return {**versions, "cpu": platform.machine(), "cores": os.cpu_count()}
 
 
 def announce(config: Config, display: Display) -> Config:

@@ -5,11 +5,13 @@ import math
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TimeRemainingColumn
 from rich.table import Table
 
 from mar.mirror import Mirror
@@ -87,11 +89,8 @@ def write_json(path: Path, document: Mapping[str, Any]) -> None:
 
 def runs_of(starts: Sequence[int], values: Sequence[float]) -> list[list[float]]:
     """[[first character, value], ...] of each run of tokens with one value, to three digits: an advantage is constant over a segment."""
-    out: list[list[float]] = []
-    for start, value in zip(starts, (float(f"{v:.3g}") for v in values), strict=False):
-        if not out or out[-1][1] != value:
-            out.append([int(start), value])
-    return out
+    tokens = zip(starts, (float(f"{v:.3g}") for v in values), strict=False)
+    return [[int(next(run)[0]), value] for value, run in groupby(tokens, key=itemgetter(1))]
 
 
 def completion_row(rollout: Rollout, stage: str, step: int, advantages: Sequence[float] | None = None) -> dict[str, Any]:
@@ -105,12 +104,7 @@ def completion_row(rollout: Rollout, stage: str, step: int, advantages: Sequence
         "sample": rollout.completion.sample_index,
         "question": example.question,
         "targets": [gold.name for gold in example.targets()],
-        "text": rollout.text,
-        "answers": rollout.answers,
-        "confidences": rollout.confidences,
-        "hits": rollout.hits,
-        "repeated": rollout.repeated,
-        "reason": rollout.reason,
+        **{name: getattr(rollout, name) for name in ("text", "answers", "confidences", "hits", "repeated", "reason")},
         "reward": rollout.total,
         "parts": rollout.parts,
         "components": rollout.components.tolist(),
@@ -145,12 +139,7 @@ class Display:
     def __enter__(self) -> "Display":
         self.began = time.perf_counter()  # loading and the evaluation before are no steps
         if self.live:
-            columns = (
-                TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
-                BarColumn(),
-                TextColumn("{task.fields[line]}"),
-                TimeRemainingColumn(),
-            )
+            columns = ("step {task.completed:.0f}/{task.total:.0f}", BarColumn(), "{task.fields[line]}", TimeRemainingColumn())
             self.progress = Progress(*columns, console=self.console)
             self.task = self.progress.add_task("train", total=self.num_steps, completed=self.first_step, line="")
             self.progress.start()

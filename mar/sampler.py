@@ -3,7 +3,6 @@
 Each prompt is computed once, for all rows of its group, whenever they run. No draw depends on the slot, the batch or the time: see draw.py.
 """
 
-import warnings
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from mar.cache import KVCache, capacity
 from mar.draw import SamplingParams, draw_tokens, uniforms
 from mar.grammar import decode_with_starts
 from mar.model import Decoder, project
+from mar_kernels.graphs import capture
 
 RETIRE_EVERY = 8  # steps between two looks for finished rows where a look waits for the device
 PREFILL_TOKENS = 4096  # prompts are computed this many tokens at a time: no larger activations, and on a CPU they stay near the caches
@@ -209,7 +209,7 @@ class _Slots:
             width = min(-(-width // GRAPH_WIDTH) * GRAPH_WIDTH, self.params.max_tokens)
             if width not in self.graphs:
                 fed, hidden = tokens.clone(), self.rows["hidden"]
-                self.graphs[width] = fed, _capture(lambda: hidden.copy_(decode_step(self.model, cache, fed, width)))
+                self.graphs[width] = fed, capture(lambda: hidden.copy_(decode_step(self.model, cache, fed, width)))
             self.graphs[width][0].copy_(tokens)
             self.graphs[width][1]()
         cache.own_lengths += 1
@@ -285,22 +285,6 @@ class _Slots:
         offered = self.num_rows * self.waited_until
         occupancy = float(np.maximum(left - self.entered, 0).sum() / offered) if offered else None
         return Generation(groups, self.num_steps, occupancy, self.kv_bytes)
-
-
-def _capture(work: Callable[[], object]) -> Callable[[], object]:
-    """Run `work` and record its CUDA kernels; returns their replay on the same addresses, or after a warning `work` itself where that fails."""
-    stream, graph, replay = torch.cuda.Stream(), torch.cuda.CUDAGraph(), work
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):  # comes back to the stream before, also from a capture that fails
-        work()  # libraries set themselves up, which no capture may hold
-        try:
-            with torch.cuda.graph(graph, stream=stream):
-                work()
-            replay = graph.replay
-        except RuntimeError as error:  # CUDA's or torch's
-            warnings.warn(f"decoding goes on without CUDA graphs: {error}", stacklevel=2)
-    torch.cuda.current_stream().wait_stream(stream)
-    return replay
 
 
 def _chunks(items: Sequence[int], sizes: Sequence[int], most: int) -> list[list[int]]:

@@ -108,7 +108,7 @@ def test_rollouts_carry_advantages_and_named_components(page: Path) -> None:
             starts = [start for start, _ in row["advantages"]]
             assert starts == sorted(set(starts)) and starts[0] == 0
             others = (sum(totals) - total) / 2  # leave one out: the first token is credited with all of it
-            assert row["advantages"][0][1] == pytest.approx(total - others, abs=2e-3)
+            assert row["advantages"][0][1] == pytest.approx(total - others, abs=2e-3, rel=5e-3)  # three digits are kept
 
 
 def test_pairs_and_sweeps(runs: list[Path], tmp_path: Path) -> None:

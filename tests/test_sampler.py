@@ -19,6 +19,7 @@ from mar.draw import SamplingParams, Truncation, draw_tokens, stream_key, trunca
 from mar.model import ARCHITECTURES
 from mar.records import UserError
 from mar.sampler import Request
+from mar_kernels import graphs
 
 PLENTY = 10**6
 
@@ -343,7 +344,7 @@ def recorded(monkeypatch):
         found.append(graph)
         return graph.replay
 
-    monkeypatch.setattr(sampler, "_capture", capture)
+    monkeypatch.setattr(sampler, "capture", capture)
     monkeypatch.setattr(sampler, "GRAPHED", ("cpu",))
     monkeypatch.setattr(sampler, "GRAPH_WIDTH", 8)
     return found
@@ -378,7 +379,7 @@ def test_a_capture_that_fails_warns_and_runs_eagerly(monkeypatch):
     for name, value in names.items():
         monkeypatch.setattr(torch.cuda, name, value)
     with pytest.warns(UserWarning, match="without CUDA graphs: operation not permitted"):
-        replay = sampler._capture(lambda: calls.append(1))
+        replay = graphs.capture(lambda: calls.append(1))
     calls.clear()
     replay()
     assert calls == [1]
