@@ -84,7 +84,6 @@ report: setup ## the tables of the READMEs again, from the committed logs (stale
 	$(BIN)/python experiments/report.py
 
 gpu: setup ## the tests that need a CUDA device, then what only such a device can measure
-	$(BIN)/python -m pytest -q -m gpu $(ARGS)
 	$(BIN)/python experiments/gpu/first_hour.py
 
 check: lint test test-slow smoke golden budget ## all of it; what CI runs

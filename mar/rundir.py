@@ -4,13 +4,14 @@ A single run lives in `runs/<name>/seed<seed>`, a job of a multirun in `runs/<na
 finished when its `eval.json` has an `after` section; until then the configuration written in the folder resumes it.
 """
 
+import fcntl
 import hashlib
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import yaml
 from hydra.core.hydra_config import HydraConfig
@@ -81,11 +82,6 @@ def _read(file: Path) -> dict[str, Any]:
         raise UserError(f"{file} is damaged: remove {file.parent}, or choose another name= or seed=") from None
 
 
-def is_finished(path: Path) -> bool:
-    """Whether the run in this folder has measured its last policy."""
-    return (path / "eval.json").is_file() and bool(_read(path / "eval.json").get("after"))
-
-
 def find(config: Mapping[str, Any]) -> RunDir:
     """What `prepare` would do; touches nothing. Raises UserError if the folder belongs to something else."""
     path = Path(config["run_dir"])
@@ -93,7 +89,7 @@ def find(config: Mapping[str, Any]) -> RunDir:
         return RunDir(path, resume=False)
     if not (path / "config.yaml").is_file():
         raise UserError(f"{path} exists but holds no config.yaml, so it is no run of mar: choose another name= or seed=")
-    if is_finished(path):
+    if (path / "eval.json").is_file() and _read(path / "eval.json").get("after"):
         places = (path.with_name(f"{path.name}~{number}") for number in count(1))
         return RunDir(path, resume=False, archive=next(place for place in places if not place.exists()))
     if keys := differing_keys(_read(path / "config.yaml"), config):
@@ -102,6 +98,17 @@ def find(config: Mapping[str, Any]) -> RunDir:
             f"give the same values to resume it, choose another name= or seed=, or remove the folder"
         )
     return RunDir(path, resume=True)
+
+
+def lock(path: Path) -> IO[str]:
+    """Keep a run's folder for this process while the file it returns is open; the kernel lets go when the process ends, however it ends."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = path.with_name(f".{path.name}.lock").open("w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"{path} is being written by another process: wait for it, or choose another name= or seed=") from None
+    return file
 
 
 def prepare(config: Mapping[str, Any]) -> RunDir:

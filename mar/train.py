@@ -209,6 +209,7 @@ def run(config: Config) -> int:
     folder = Path(config.run_dir)
     job = build_job(config, folder, model_folder, display, world)
     if world.leads:
+        held = rundir.lock(folder)  # until this run ends
         rundir.prepare({**config.to_dict(), "provenance": {"model": provenance, **environment()}})
     world.wait()
     document: dict[str, Any] = {"task": config.data.task, "num_items": len(job.protocol.prompts)}
@@ -226,6 +227,8 @@ def run(config: Config) -> int:
     outcome = train(job, first_step, display, document)
     if outcome == "finished" and world.leads:
         close(job, document, display, time.perf_counter() - began)
+    if world.leads:
+        held.close()
     return INTERRUPTED if outcome == "interrupted" else 0
 
 

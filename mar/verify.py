@@ -61,10 +61,6 @@ def normalise(text: str) -> str:
     return _normalise_short(text) if len(text) <= 200 else _normalise(text)
 
 
-def same_answer(a: str, b: str) -> bool:
-    return normalise(a) == normalise(b)
-
-
 @lru_cache(maxsize=1 << 16)
 def _names(gold: Gold) -> frozenset[str]:
     """What an answer may be, normalised, to be this gold; never "" (nothing visible)."""

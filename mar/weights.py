@@ -85,18 +85,13 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def read_config(folder: str | Path) -> ModelConfig:
-    """The ModelConfig of a checkpoint folder."""
-    return ModelConfig.from_hf(_read_json(Path(folder) / "config.json"))
-
-
 def load_model(folder: str | Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Decoder:
     """A checkpoint folder -> Decoder.
 
     Raises UserError naming the file that is missing or damaged, or the tensor that is missing, unexpected or mis-shaped.
     """
     folder = Path(folder)
-    config, found = read_config(folder), _read_tensors(folder)
+    config, found = ModelConfig.from_hf(_read_json(folder / "config.json")), _read_tensors(folder)
     state: dict[str, Tensor] = {}
     for ours, parts in layout(config).items():
         pieces = [_take(found, folder, name, shape).to(device, dtype) for name, shape in parts]

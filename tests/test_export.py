@@ -12,6 +12,8 @@ from mar import checkpoint
 from mar.compose import compose
 from mar.export import export
 from mar.fetch import resolve_model
+from mar.job import adapted
+from mar.lora import merged
 from mar.records import UserError
 from mar.train import run
 from mar.weights import load_model
@@ -29,12 +31,12 @@ def trained(tmp_path_factory) -> Path:
 def test_transformers_reads_the_policy(trained, tmp_path):
     folder = export(trained, tmp_path / "hf", "float32")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    policy = load_model(resolve_model("embedded", "embedded", None)[0])
+    policy = adapted(load_model(resolve_model("embedded", "embedded", None)[0]), compose(WORDS.split()).model)
     before = policy.norm.weight.detach().clone()
     checkpoint.restore_weights(checkpoint.newest(trained / "checkpoints"), policy)
     assert not torch.equal(before, policy.norm.weight)
     ours = dict(load_model(folder).named_parameters())
-    for name, parameter in policy.named_parameters():
+    for name, parameter in merged(policy):
         torch.testing.assert_close(ours[name], parameter, rtol=0, atol=0)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     assert theirs.generation_config.eos_token_id == tokenizer.eos_token_id and tokenizer.chat_template

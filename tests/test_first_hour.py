@@ -99,6 +99,15 @@ def test_steps_of_a_child_are_read_and_its_failure_is_a_reason():
         first_hour.train("a/b", child({"mar.fetch": (0, ""), "mar.train": (1, "error: too large")}))
 
 
+def test_a_failed_gpu_test_is_a_reason():
+    def run(code):
+        return lambda command, **_: subprocess.CompletedProcess(command, code, f"F..\n{code} failed\n", "")
+
+    assert first_hour.gpu_tests(run(0)) == {"pytest": "0 failed"}
+    with pytest.raises(RuntimeError, match="1 failed"):
+        first_hour.gpu_tests(run(1))
+
+
 def test_the_driver_is_unknown_where_no_program_tells_it(monkeypatch):
     def run(command, **_):
         if command[0] == "nvidia-smi":

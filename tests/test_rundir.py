@@ -16,7 +16,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from mar.compose import CONF_DIR, compose
 from mar.config import Config
 from mar.records import UserError
-from mar.rundir import RunDir, differing_keys, find, prepare, variant
+from mar.rundir import RunDir, differing_keys, find, lock, prepare, variant
 
 
 @cache
@@ -161,3 +161,21 @@ def test_damaged_files_are_named(tmp_path: Path, name: str, content: str) -> Non
 def test_the_resolver_is_silent_outside_hydra_main() -> None:
     assert not HydraConfig.initialized()
     assert compose().run_dir == "runs/run/seed0"
+
+
+def test_two_processes_never_share_a_folder(tmp_path: Path) -> None:
+    """The kernel keeps the lock: of a process that was killed nothing is left to clear away."""
+    folder = tmp_path / "runs" / "clinic" / "seed0"
+    script = f"import pathlib, time, mar.rundir as r; held = r.lock(pathlib.Path({str(folder)!r})); print(1, flush=True); time.sleep(60)"
+    other = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
+    try:
+        assert other.stdout is not None and other.stdout.readline() == "1\n"
+        with pytest.raises(UserError, match=r"seed0 is being written by another process: wait for it"):
+            lock(folder)
+        with lock(folder.with_name("seed1")):
+            pass
+    finally:
+        other.kill()
+        other.communicate()
+    with lock(folder):
+        assert not folder.exists(), "the lock lies beside it"

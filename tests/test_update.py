@@ -265,7 +265,7 @@ def test_variance_ratio_is_that_of_the_groups_gradients(tiny_model):
         gradients = []
         for i in range(3):
             part, _ = batch.take([i])
-            advantages = token_advantages(replace(part, group_ids=0 * part.group_ids), credit, "leave_one_out", "none")
+            advantages = token_advantages(replace(part, group_ids=0 * part.group_ids), credit, job.config.algo.baseline, "none")
             (micro,) = micro_batches(part, 10**6)
             model.zero_grad()
             a = micro.flat(advantages, part.completion_mask)

@@ -1,9 +1,10 @@
 """The first hour on a CUDA device: what no machine without one can measure.
 
-    python experiments/gpu/first_hour.py          # `make gpu` runs it after the tests that need a device
+    python experiments/gpu/first_hour.py          # make gpu
 
-Times linear_logprobs, compares sampler and trainer in bfloat16, graphs with eager decoding, trains twenty steps of two real models where their
-weights can be had, and measures the memory of a training step. Writes TESTED_ON.md beside this file; the last line of stdout is one JSON document.
+Runs the tests that need a device, times linear_logprobs, compares sampler and trainer in bfloat16, graphs with eager decoding, trains twenty steps of
+two real models where their weights can be had, and measures the memory of a training step. Writes TESTED_ON.md beside this file; the last line of
+stdout is one JSON document.
 A part that fails is recorded with its reason and the others still run. Without a CUDA device: one sentence, exit code 2, nothing written.
 """
 
@@ -212,7 +213,17 @@ def train(model: str, run: Callable[..., subprocess.CompletedProcess[str]] = sub
     }
 
 
+def gpu_tests(run: Callable[..., subprocess.CompletedProcess[str]] = subprocess.run) -> Found:
+    """The tests marked `gpu`: kernels compiled, not interpreted, and what must agree with the CPU."""
+    done = run([sys.executable, "-m", "pytest", "-q", "-m", "gpu"], cwd=ROOT, capture_output=True, text=True, check=False)
+    said = (done.stdout.strip() or last_line(done)).splitlines()[-1]
+    if done.returncode:
+        raise RuntimeError(said)
+    return {"pytest": said}
+
+
 PARTS: dict[str, Callable[[str], Found]] = {
+    "tests that need a device": lambda device: gpu_tests(),
     f"linear_logprobs forward and backward, bf16, N {N}, D {D}, V {V}": kernels,
     "sampler against trainer, bf16, Qwen3-0.6B shape, random weights": lambda device: mismatch(random_qwen3(device)),
     "CUDA graphs against eager decoding, the same model": graphs,
