@@ -204,7 +204,7 @@ def run(config: Config) -> int:
     config = announce(config, display)
     if config.model.threads:
         torch.set_num_threads(config.model.threads)
-    place = rundir.find(config.to_dict())  # refuse a folder that belongs to something else before anything is loaded
+    rundir.find(config.to_dict())  # refuse a folder that belongs to something else before anything is loaded
     model_folder, provenance = resolve_model(config.model.source, config.model.name, config.model.path)
     folder = Path(config.run_dir)
     job = build_job(config, folder, model_folder, display, world)
@@ -214,7 +214,7 @@ def run(config: Config) -> int:
     world.wait()
     document: dict[str, Any] = {"task": config.data.task, "num_items": len(job.protocol.prompts)}
     document |= bounds(job.protocol.prompts, config.reward.num_answers)
-    first_step = resume(job, document, display) if place.resume else 0
+    first_step = resume(job, document, display)
     total = sum(p.numel() for p in job.model.parameters())
     trained = sum(p.numel() for p in job.model.parameters() if p.requires_grad)
     display.say(
