@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from mar.attention import PackedGroups, pack_groups
-from mar.grammar import Element, Grammar
+from mar.grammar import FORMS, Element, Grammar
 from mar.prompts import STYLES, build_prompt
 from mar.records import Example, UserError
 
@@ -28,6 +28,7 @@ ANALYSES = (
     "No answer is certain here.",
 )
 PLAIN = Grammar("rlvr_single", 1, thinking=False)
+SHORT = tuple(Grammar(form, 3 if form.endswith("multi") else 1, thinking=False) for form in FORMS)
 CONFIDENCES = tuple(f"{percent / 100:.2f}" for percent in range(101))
 Encode = Callable[[str], list[int]]
 
@@ -90,6 +91,13 @@ def draw_grammar(rng: np.random.Generator) -> tuple[Grammar, str]:
     return Grammar(form, num_answers, layout, bool(rng.random() < 0.3), analysis, other), style
 
 
+MIXTURES: dict[str, Callable[[np.random.Generator], tuple[Grammar, str]]] = {
+    "all": draw_grammar,
+    "short": lambda rng: (SHORT[rng.integers(len(SHORT))], "ranked"),  # the four forms, three answers where there are several
+    "plain": lambda rng: (PLAIN, "ranked"),
+}
+
+
 def draw(candidates: Sequence[str], weights: Sequence[float], rng: np.random.Generator, count: float = 1.0) -> Field:
     """One of the candidates, in proportion to its weight."""
     probabilities = np.asarray(weights, dtype=np.float64) / np.sum(weights)
@@ -97,8 +105,8 @@ def draw(candidates: Sequence[str], weights: Sequence[float], rng: np.random.Gen
 
 
 def draw_answers(example: Example, num_answers: int, others: Sequence[str], rng: np.random.Generator) -> list[Field]:
-    """Distinct answers: draws from the golds' probabilities without those already said; where golds have none, one gold at a random place
-    among `others`."""
+    """Distinct answers: draws from the golds' probabilities without those already said; where golds have none, golds in a random order, with as
+    many `others` between them as are missing."""
     left = {gold.name: gold.probability for gold in example.golds if gold.probability}
     if left:
         fields: list[Field] = []
@@ -106,10 +114,11 @@ def draw_answers(example: Example, num_answers: int, others: Sequence[str], rng:
             fields.append(draw(list(left), list(left.values()), rng))
             del left[fields[-1].text]
         return fields
-    gold = example.golds[int(rng.integers(len(example.golds)))].name
-    pool = [name for name in dict.fromkeys(others) if name not in {g.name for g in example.golds}]
-    names = [pool[i] for i in rng.permutation(len(pool))[: num_answers - 1]]
-    names.insert(int(rng.integers(len(names) + 1)), gold)
+    golds = [gold.name for gold in example.golds]
+    pool = [name for name in dict.fromkeys(others) if name not in golds]
+    right = [golds[i] for i in rng.permutation(len(golds))[:num_answers]]
+    names = right + [pool[i] for i in rng.permutation(len(pool))[: num_answers - len(right)]]
+    names = [names[i] for i in rng.permutation(len(names))]
     return [Field([name], [1.0], 0) for name in names]
 
 
@@ -208,17 +217,17 @@ def make_lesson(
     tokenizer: Any,
     encode: Encode,
     rng: np.random.Generator,
-    plain: bool = False,
+    others: Sequence[str],
+    mixture: str = "all",
     hint: Hint = NO_HINT,
     rows: int = 1,
 ) -> Lesson:
-    """`rows` demonstrations for each example, in a form that it draws from the mixture, or in the `plain` one: a single answer."""
-    others = [example.golds[0].name for example in examples]
+    """`rows` demonstrations for each example, in a form that it draws from one of MIXTURES; `others`: answers to other questions."""
     prompts: list[list[int]] = []
     completions: list[list[list[int]]] = []
     bags: list[dict[int, float]] = []
     for example in examples:
-        grammar, style = (PLAIN, "ranked") if plain else draw_grammar(rng)
+        grammar, style = MIXTURES[mixture](rng)
         prompt = build_prompt(example, grammar, tokenizer, noun, style)
         prompts.append(list(prompt.ids))
         completions.append([])

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 
 import mar_kernels
 from mar.attention import group_attention
-from mar.lessons import Hint, Lesson, make_encode, make_lesson
+from mar.lessons import MIXTURES, Hint, Lesson, make_encode, make_lesson
 from mar.model import Decoder
 from mar.optim import set_learning_rate
 from mar.prompts import load_tokenizer
@@ -74,18 +74,18 @@ def make_optimizers(model: Decoder, lr: float, muon: bool) -> list[tuple[torch.o
 
 def train(model: Decoder, tokenizer: Any, load: Callable[[int], list[Example]], noun: str, args: argparse.Namespace) -> None:
     """Minimise the lessons' loss. The log shows `kl`: how many nats a completion lies above the least possible."""
-    optimizers = make_optimizers(model, args.lr, args.muon)
+    optimizers, hint = make_optimizers(model, args.lr, args.muon), Hint(args.hint, args.hint_counts, args.hint_spread)
     rng, began, encode = np.random.default_rng(args.seed), time.perf_counter(), make_encode(tokenizer)
     recent: list[float] = []
     examples: list[Example] = []
     for step in range(args.steps):
         if step % STEPS_PER_LOAD == 0:
             examples = load(step // STEPS_PER_LOAD)
+            others = list(dict.fromkeys(gold.name for example in examples for gold in example.golds))
         first = step % STEPS_PER_LOAD * args.prompts
         chosen = [examples[(first + i) % len(examples)] for i in range(args.prompts)]
-        lesson = make_lesson(
-            chosen, noun, tokenizer, encode, rng, step < args.plain_steps, Hint(args.hint, args.hint_counts, args.hint_spread), args.rows
-        )
+        mixture = "plain" if step < args.plain_steps else args.mixture
+        lesson = make_lesson(chosen, noun, tokenizer, encode, rng, others, mixture, hint, args.rows)
         loss = lesson_loss(model, lesson)
         model.zero_grad()
         loss.backward()
@@ -111,6 +111,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, required=True, help="folder of the model to start from")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--mixture", default="all", choices=MIXTURES, help="of forms: all that there are, or the short ones")
     parser.add_argument("--plain-steps", type=int, default=0, help="of these, how many of the first teach single answers only")
     parser.add_argument("--prompts", type=int, default=32, help="prompts per step")
     parser.add_argument("--rows", type=int, default=1, help="completions per prompt")

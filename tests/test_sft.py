@@ -94,12 +94,28 @@ def test_an_example_without_probabilities_teaches_its_gold_among_others():
         lessons.demonstration(example, Grammar("rlvr_multi", 3), ["p"], np.random.default_rng(0))
 
 
+def test_of_several_golds_as_many_are_taught_as_fit_in_any_order():
+    example = Example("x", "ddxplus", "?", tuple(Gold(n) for n in "abcd"), "uniform", True)
+    rng = np.random.default_rng(0)
+    drawn = [tuple(field.text for field in lessons.draw_answers(example, 3, ["a", "p", "q"], rng)) for _ in range(200)]
+    assert len(set(drawn)) == 24  # all ordered choices of three of the four
+    drawn = [tuple(field.text for field in lessons.draw_answers(example, 5, ["a", "p", "q"], rng)) for _ in range(200)]
+    assert all({*"abcd"} < set(names) and len(set(names)) == 5 for names in drawn) and len({names[0] for names in drawn}) == 6
+
+
+def test_the_short_mixture_has_every_form_once_and_no_thoughts():
+    rng = np.random.default_rng(0)
+    drawn = {lessons.MIXTURES["short"](rng)[0] for _ in range(100)}
+    assert {(g.form, g.num_answers) for g in drawn} == {("rlvr_single", 1), ("rlcr_single", 1), ("rlvr_multi", 3), ("rlcr_multi", 3)}
+    assert len(drawn) == 4 and not any(g.thinking or g.analysis for g in drawn)
+
+
 def test_loss_is_the_dense_cross_entropy(tokenizer):
     torch.manual_seed(0)
     model = Decoder(embedded_config(len(tokenizer))).double()
     rng = np.random.default_rng(0)
     encode = lessons.make_encode(tokenizer)
-    lesson = lessons.make_lesson(clinic.load("train", 8), "diagnosis", tokenizer, encode, rng, hint=lessons.Hint(0.3, 8.0), rows=2)
+    lesson = lessons.make_lesson(clinic.load("train", 8), "diagnosis", tokenizer, encode, rng, [], hint=lessons.Hint(0.3, 8.0), rows=2)
     assert len(lesson.packed.prompts) == 8 and len(lesson.packed.rows) == 16
     packed, ends = lesson.packed, [*lesson.starts.tolist()[1:], len(lesson.weights)]
     hidden = model.hidden(packed.ids, packed.positions, group_attention(packed))[packed.predict_from]

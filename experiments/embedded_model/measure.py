@@ -45,7 +45,7 @@ FORMS: list[tuple[str, Grammar, str]] = [
 def posterior_kl(model: Decoder, tokenizer: Any, examples: list[Example]) -> float:
     """Nats per patient, exact: no answer is drawn."""
     rng = np.random.default_rng(1)
-    lesson = make_lesson(examples, clinic.NOUN, tokenizer, make_encode(tokenizer), rng, plain=True)
+    lesson = make_lesson(examples, clinic.NOUN, tokenizer, make_encode(tokenizer), rng, [], "plain")
     with torch.no_grad():
         excess = lesson_loss(model, lesson).item() - lesson.entropy
     return excess * lesson.counts.sum().item() / len(examples)

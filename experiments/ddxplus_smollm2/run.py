@@ -1,0 +1,103 @@
+"""A real language model on real patients: SmolLM2-135M, a warm-up on the grammar, then Multi-RLCR against RLVR-Single on DDXPlus.
+
+    python -m mar.fetch smollm2-135m --source wheel                       # or hub; once
+    python -m experiments.ddxplus_smollm2.run DATA                        # DATA: the folder of patients_all49_en.jsonl and the release's tables
+    python -m experiments.ddxplus_smollm2.run DATA multi_rlcr 0 [--stop-at 10]
+
+The warm-up is the same for every method. What has a log already is passed over, and a run that was cut off goes on. Two threads at most: say
+OMP_NUM_THREADS=1 where two of them run side by side. Logs: experiments/ddxplus_smollm2/logs/.
+"""
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from experiments.claims.run import command, kept
+from mar.fetch import SMOLLM2, resolve_model
+from mar.job import environment
+
+HERE = Path(__file__).parent
+RUNS, LOGS = Path("runs/ddxplus_smollm2"), HERE / "logs"
+WARM = RUNS / "warmup"
+ANSWERS, PATIENTS = 30, "patients_all49_en.jsonl"
+WARMUP = ["--task", "ddxplus", "--mixture", "short", "--steps", "80", "--prompts", "3", "--rows", "4", "--lr", "4e-4", "--log-every", "5"]
+METHODS = ("multi_rlcr", "rlvr_single")
+SHARED = [
+    "+experiment=ddxplus",
+    "model=hf",
+    f"model.path={WARM}",
+    "model.thinking=false",
+    "model.max_prompt_tokens=448",  # of 440 patients 380 fit
+    "model.max_completion_tokens=128",
+    "model.trainable='^blocks[.]2'",  # the last ten of thirty: the backward pass ends there
+    "model.lr=5e-5",
+    "data.source=path",
+    "data.eval_split=validation",  # 121 patients where test has 56; nothing was tuned on them
+    "algo.prompts_per_step=4",
+    "train.steps=150",
+    "eval.num_items=121",
+    "checkpoint.every=10",
+]
+
+
+def warm_up(data: Path) -> None:
+    """The policy that every method starts from, unless it is there."""
+    if (WARM / "model.safetensors").exists():
+        return
+    unfinished = WARM.with_name("warmup.unfinished")
+    LOGS.mkdir(exist_ok=True)
+    with (LOGS / "warmup.jsonl").open("w") as log:
+        model, _ = resolve_model("wheel", SMOLLM2, None)
+        words = ["--model", str(model), "--path", str(data / PATIENTS), "--out", str(unfinished), *WARMUP]
+        done = subprocess.run([sys.executable, "-m", "mar.sft", *words], stdout=log, check=False)
+    if done.returncode:
+        sys.exit(f"mar.sft {' '.join(words)} ended with {done.returncode}")
+    shutil.move(unfinished, WARM)
+
+
+def one(data: Path, method: str, seed: int, stop_at: int | None) -> None:
+    """Train and measure one method (`base`: measure only) with one seed, unless its log is there."""
+    log = LOGS / f"{method}_seed{seed}.json"
+    if log.exists() and stop_at is None:
+        return
+    words = [*SHARED, f"data.path={data / PATIENTS}", f"seed={seed}", f"out={RUNS}"]
+    sizes = [f"k={ANSWERS}", "num_answers="]
+    if method == "base":
+        folder = RUNS / f"base_seed{seed}"
+        evaluate_s = command("mar.evaluate", "base", *words, *sizes, f"out={folder}", "arms=policy,single")
+        arms, train_s = {"base": "policy", "single": "single"}, 0.0
+    else:
+        folder = RUNS / method / f"seed{seed}"
+        stop = [f"train.stop_at={stop_at}"] if stop_at else []
+        train_s = command("mar.train", *words, f"name={method}", f"reward={method}", "logger.console=plain", *stop)
+        if stop:
+            return
+        evaluate_s = command("mar.evaluate", str(folder), *sizes, "arms=policy")
+        arms = {method: "policy"}
+        shutil.copy(folder / "metrics.jsonl", LOGS / f"{method}_seed{seed}.jsonl")
+    document = json.loads((folder / "evaluation.json").read_text())
+    for name, arm in arms.items():
+        told = {"method": name, "seed": seed, **environment(), "num_items": document["num_items"]}
+        told |= {"train_s": train_s, "evaluate_s": evaluate_s, **kept(document["arms"][arm])}
+        (LOGS / f"{name}_seed{seed}.json").write_text(json.dumps(told) + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", type=Path, help="folder of DDXPlus")
+    parser.add_argument("method", nargs="?", choices=[*METHODS, "base"])
+    parser.add_argument("seed", nargs="?", type=int, default=0)
+    parser.add_argument("--seeds", type=int, default=2, help="how many, without a method")
+    parser.add_argument("--stop-at", type=int, help="train so many steps only, as if interrupted")
+    args = parser.parse_args()
+    warm_up(args.data)
+    jobs = [(args.method, args.seed)] if args.method else [(m, s) for s in range(args.seeds) for m in (*METHODS, "base")]
+    for method, seed in jobs:
+        one(args.data, method, seed, args.stop_at)
+
+
+if __name__ == "__main__":
+    main()
