@@ -66,7 +66,7 @@ class DataOptions:
 class AlgoOptions:
     """`conf/algo/*.yaml`: from rewards to a gradient."""
 
-    name: str = one_of(*"reinforce rloo grpo dr_grpo dapo gspo cispo reinforce_pp ppo paper".split())
+    name: str = one_of(*"reinforce own rloo grpo dr_grpo dapo gspo cispo reinforce_pp ppo paper".split())
     group_size: int = number(8, low=1)  # completions per prompt
     prompts_per_step: int = number(32, low=1)
     temperature: float = number(1.0, low=0, above=True)

@@ -16,7 +16,7 @@ from mar.compose import CONF_DIR, compose, from_omegaconf, validate
 from mar.config import Config, RewardOptions
 from mar.records import UserError
 
-LR = {"embedded": 1e-1, "smollm2-135m": 1e-5, "qwen3-1.7b": 2e-6, "qwen3-8b": 1e-6, "hf": 1e-6}
+LR = {"embedded": 1.5e-1, "smollm2-135m": 1e-5, "qwen3-1.7b": 2e-6, "qwen3-8b": 1e-6, "hf": 1e-6}
 MODEL_SOURCE = {"embedded": "embedded", "hf": "hub"}
 SCALE_MODEL = {"laptop": "embedded", "h100x1": "qwen3-1.7b", "h100x8": "qwen3-8b"}
 SCALE_SOURCE = {"laptop": "embedded", "h100x1": "hub", "h100x8": "hub"}
@@ -57,6 +57,7 @@ def test_every_experiment_on_every_scale_with_every_model(experiment: str, scale
 # credit, baseline, scale_by, loss, aggregation, kl where there is one
 PRESETS = {
     "reinforce": ("to_go", "matched", "none", "reinforce", "token_mean", None),
+    "own": ("own", "leave_one_out", "none", "reinforce", "token_mean", None),
     "rloo": ("set", "leave_one_out", "none", "reinforce", "constant", None),
     "grpo": ("set", "mean", "group_std", "ppo", "sequence_mean", "k3"),
     "dr_grpo": ("set", "mean", "none", "ppo", "constant", None),

@@ -17,6 +17,7 @@ from mar.job import environment
 HERE = Path(__file__).parent
 RUNS, LOGS = Path("runs/claims"), HERE / "logs"
 ITEMS, ANSWERS = 500, 30
+SHARED = ["+experiment=clinic", "algo=reinforce", "model.lr=0.1"]  # what the first logs were made with; the experiment's own have changed since
 TRAINED = {
     "multi_rlcr": ["reward=multi_rlcr"],
     "multi_rlvr": ["reward=multi_rlvr"],
@@ -55,12 +56,12 @@ def one(method: str, seed: int) -> None:
     sizes, items = [f"k={ANSWERS}", "num_answers="], f"eval.num_items={ITEMS}"
     if method in UNTRAINED:
         out = RUNS / f"base_seed{seed}"
-        seconds = command("mar.evaluate", "base", "+experiment=clinic", f"seed={seed}", items, *sizes, f"out={out}")
+        seconds = command("mar.evaluate", "base", *SHARED, f"seed={seed}", items, *sizes, f"out={out}")
         document = json.loads((out / "evaluation.json").read_text())
         for name, arm in UNTRAINED.items():
             write(name, seed, document, arm, words=[], train_s=0.0, evaluate_s=seconds)
         return
-    words = ["+experiment=clinic", f"name={method}", f"seed={seed}", f"out={RUNS}", "eval.num_items=500", *TRAINED[method]]
+    words = [*SHARED, f"name={method}", f"seed={seed}", f"out={RUNS}", "eval.num_items=500", *TRAINED[method]]
     folder = RUNS / method / f"seed{seed}"
     finished = folder / "eval.json"
     trained = 0.0
