@@ -17,7 +17,11 @@ from mar.job import environment
 HERE = Path(__file__).parent
 RUNS, LOGS = Path("runs/claims"), HERE / "logs"
 ITEMS, ANSWERS = 500, 30
-SHARED = ["+experiment=clinic", "algo=reinforce", "model.lr=0.1"]  # what the first logs were made with; the experiment's own have changed since
+SHARED = [
+    "+experiment=clinic",
+    "algo=reinforce",
+    "model.lr=0.1",
+]  # what the first logs were made with; the experiment's own have changed since
 TRAINED = {
     "multi_rlcr": ["reward=multi_rlcr"],
     "multi_rlvr": ["reward=multi_rlvr"],

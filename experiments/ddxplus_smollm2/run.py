@@ -36,7 +36,7 @@ SHARED = [
     "model.lr=5e-5",
     "data.source=path",
     "data.eval_split=validation",  # 121 patients where test has 56; nothing was tuned on them
-    "algo.prompts_per_step=4",
+    "algo.prompts_per_step=2",
     "train.steps=150",
     "eval.num_items=121",
     "checkpoint.every=10",
@@ -49,13 +49,18 @@ def warm_up(data: Path) -> None:
         return
     unfinished = WARM.with_name("warmup.unfinished")
     LOGS.mkdir(exist_ok=True)
-    with (LOGS / "warmup.jsonl").open("w") as log:
+    printed = WARM.with_name("warmup.jsonl")
+    printed.parent.mkdir(parents=True, exist_ok=True)
+    with printed.open("w") as log:
         model, _ = resolve_model("wheel", SMOLLM2, None)
         words = ["--model", str(model), "--path", str(data / PATIENTS), "--out", str(unfinished), *WARMUP]
         done = subprocess.run([sys.executable, "-m", "mar.sft", *words], stdout=log, check=False)
     if done.returncode:
         sys.exit(f"mar.sft {' '.join(words)} ended with {done.returncode}")
-    shutil.move(unfinished, WARM)
+    rows = [json.loads(line) for line in printed.read_text().splitlines()]
+    kept_rows = [{k: v for k, v in row.items() if k not in ("path", "model", "out")} for row in rows]  # places of this machine
+    (LOGS / "warmup.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kept_rows))
+    unfinished.rename(WARM)
 
 
 def one(data: Path, method: str, seed: int, stop_at: int | None) -> None:
