@@ -20,7 +20,9 @@ Log = Mapping[str, Any]
 def read_logs() -> dict[str, list[Log]]:
     """Method -> its logs by seed."""
     logs = [json.loads(file.read_text(encoding="utf-8")) for file in sorted((HERE / "logs").glob("*.json"))]
-    return {method: own for method in ORDER if (own := sorted((log for log in logs if log["method"] == method), key=lambda log: log["seed"]))}
+    return {
+        method: own for method in ORDER if (own := sorted((log for log in logs if log["method"] == method), key=lambda log: log["seed"]))
+    }
 
 
 def read_steps() -> dict[str, list[list[Log]]]:
