@@ -173,22 +173,3 @@ def load(split: str, num: int, seed: int = 0) -> list[Example]:
         )
         for i, (vignette, row, condition) in enumerate(rows)
     ]
-
-
-def main() -> None:
-    """Print the exact bars on 4,000 test patients, and three of them."""
-    from mar.posterior import ceiling_coverage, ceiling_value, floor_coverage
-
-    p = posterior(draw_patients("test", 4000))
-    print(f"top1 {ceiling_coverage(p, 1).mean():.3f}  (floor {floor_coverage(p, 1).mean():.3f})")
-    for k in (2, 3, 5):
-        floor, ceiling, value = (f(p, k).mean() for f in (floor_coverage, ceiling_coverage, ceiling_value))
-        print(f"k={k}  coverage: floor {floor:.3f}, ceiling {ceiling:.3f}; best value {value:.3f}")
-    for example in load("test", 3):
-        best = sorted(example.golds, key=lambda gold: -(gold.probability or 0.0))[:3]
-        guesses = ", ".join(f"{gold.name} {gold.probability:.2f}" for gold in best)
-        print(f"\n{example.question}\n  {guesses}; drawn: {example.targets()[0].name}")
-
-
-if __name__ == "__main__":
-    main()
