@@ -8,7 +8,6 @@ import pytest
 from rouge_score.rouge_scorer import RougeScorer
 from sklearn.metrics import roc_auc_score
 
-from mar.arms import bars
 from mar.grammar import Grammar, render
 from mar.itemstats import (
     Item,
@@ -25,8 +24,7 @@ from mar.itemstats import (
     statistics,
     words,
 )
-from mar.metrics import set_value, tv_distance, union_curve
-from mar.posterior import ceiling_value, floor_coverage
+from mar.metrics import bars, ceiling_value, floor_coverage, set_value, tv_distance, union_curve
 from mar.records import Completion, Example, Gold, Prompt
 from mar.rewards import RewardSpec
 from mar.rollout import judge_completion
