@@ -35,15 +35,6 @@ class Clinic:
     age: np.ndarray  # [C, A]
     present: np.ndarray  # [C, F], strictly between 0 and 1
 
-    @property
-    def findings(self) -> list[str]:
-        return [finding for _, findings in self.systems for finding in findings]
-
-    @property
-    def system_of(self) -> np.ndarray:
-        """[F] index of each finding's system."""
-        return np.repeat(np.arange(len(self.systems)), [len(findings) for _, findings in self.systems])
-
 
 def _shares(numbers: list[Any]) -> np.ndarray:
     weights = np.asarray(numbers, dtype=np.float64)
@@ -110,7 +101,7 @@ def draw_patients(split: str, num: int, seed: int = 0) -> Patients:
     sex, band = _pick(data.sex[condition], u[:, 1]), _pick(data.age[condition], u[:, 2])
     first, last = data.bands[band].T
     order, size = np.argsort(u[:, 5 : 5 + num_systems], axis=1), np.array(SIZES)[(u[:, 4] * len(SIZES)).astype(int)]
-    examined = (np.argsort(order, axis=1) < size[:, None])[:, data.system_of]
+    examined = (np.argsort(order, axis=1) < size[:, None]).repeat(data.present.shape[1] // num_systems, axis=1)
     found = examined & (u[:, 5 + num_systems :] < data.present[condition])
     age = first + (u[:, 3] * (last - first + 1)).astype(int)
     return Patients(condition, sex, band, age, order, size, examined, found)
