@@ -26,7 +26,7 @@ from mar.compose import load_config
 from mar.grammar import Grammar
 from mar.log import plain, read_jsonl
 from mar.metrics import SHOWN_METRICS
-from mar.records import UserError
+from mar.records import UserError, exit_code
 from mar.rewards import RewardSpec, component_layout
 from mar.rundir import differing_keys, flatten
 from mar.runs import Run, over_seeds, read_run, settings_of, with_interval
@@ -45,13 +45,12 @@ def svg(figure: Figure) -> str:
 
 def headline(run: Run) -> Table:
     """Floor, before, after and ceiling of each metric."""
-    key = f"coverage@{run.num_answers}"
-    stages = {"floor": "floor", "before": "before", "after": "after", "ceiling": "ceiling"}
-    latest = run.document.get("history", [])
-    columns = {name: run.document.get(stage) or {} for name, stage in stages.items()}
-    if not run.finished and len(latest) > 1:
-        columns = {("latest" if n == "after" else n): (latest[-1] if n == "after" else c) for n, c in columns.items()}
-    rows = [[metric, *(with_interval(c, metric) for c in columns.values())] for metric in (key, *SHOWN_METRICS)]
+    history = run.document.get("history", [])
+    last = "after" if run.finished or len(history) < 2 else "latest"
+    stages = run.document if last == "after" else run.document | {last: history[-1]}
+    columns = {name: stages.get(name) or {} for name in ("floor", "before", last, "ceiling")}
+    metrics = (f"coverage@{run.num_answers}", *SHOWN_METRICS)
+    rows = [[metric, *(with_interval(c, metric) for c in columns.values())] for metric in metrics]
     closed = run.document.get("gap_closed")
     note = f"{run.document.get('num_items', '?')} held-out items of {run.document.get('task', '?')}; intervals: 95 % bootstrap over items."
     note += "" if closed is None else f" Gap closed: {closed:.3f} (0: K draws from the posterior, 1: its K most probable answers)."
@@ -103,12 +102,11 @@ def browser(run: Run) -> tuple[Table, list[str]]:
 def settings_table(groups: Mapping[str, Sequence[Run]]) -> Table:
     """One line a setting."""
     metrics = list(dict.fromkeys([f"coverage@{runs[0].num_answers}" for runs in groups.values()])) + list(SHOWN_METRICS[:-1])
-    rows = []
+    rows: list[list[Any]] = []
     for name, runs in groups.items():
         closed = [r.document["gap_closed"] for r in runs if r.document.get("gap_closed") is not None]
-        rows.append(
-            [name, sum(r.finished for r in runs), float(np.mean(closed)) if closed else None, *(over_seeds(runs, m) for m in metrics)]
-        )
+        rows.append([name, sum(r.finished for r in runs), float(np.mean(closed)) if closed else None])
+        rows[-1] += [over_seeds(runs, m) for m in metrics]
     note = "Mean over finished seeds (n) with Student's 95 % interval; with one seed, the bootstrap interval over its items."
     return {"title": "Settings", "note": note, "columns": ["setting", "n", "gap_closed", *metrics], "rows": rows}
 
@@ -123,23 +121,20 @@ def differences(a: Run, b: Run) -> Table:
 
 def figures_of(groups: Mapping[str, Sequence[Run]]) -> dict[str, Figure]:
     """Curves of all settings, and of a single run everything else that it has."""
-    first = next(iter(groups.values()))[0]
-    alone = len(groups) == 1 and len(next(iter(groups.values()))) == 1
-    runs = [run for group in groups.values() for run in group]
-    keys = list(dict.fromkeys(k for r in runs for k in plots.headline_keys(r.document, r.metrics)))
+    first, *others = (run for group in groups.values() for run in group)
+    keys = list(dict.fromkeys(k for r in (first, *others) for k in plots.headline_keys(r.document, r.metrics)))
     evals = {name: runs[0].document.get("history", []) if len(runs) == 1 else [] for name, runs in groups.items()}
-    out = {
-        "learning curves": plots.learning_curves({n: [r.metrics for r in runs] for n, runs in groups.items()}, evals, keys, first.document)
-    }
+    rows = {name: [run.metrics for run in runs] for name, runs in groups.items()}
+    out = {"learning curves": plots.learning_curves(rows, evals, keys, first.document)}
     arms = {n: runs[0].evaluation for n, runs in groups.items() if runs[0].evaluation}
-    if alone and arms:
+    if arms and not others:
         out |= plots.of_evaluation(first.evaluation)
     elif arms:
         policies = {n: e["arms"]["policy"] for n, e in arms.items()}
         out |= {"coverage": plots.coverage(policies, first.evaluation.get("bars")), "tokens": plots.tokens_per_answer(policies)}
         if any(p["reliability"] for p in policies.values()):
             out["reliability"] = plots.reliability(policies)
-    return out | ({"reward components": plots.components(first.metrics)} if alone else {})
+    return out if others else out | {"reward components": plots.components(first.metrics)}
 
 
 def page(runs: Sequence[Run], title: str) -> dict[str, Any]:
@@ -176,11 +171,10 @@ def write(data: Mapping[str, Any], path: Path) -> None:
 
 def report(paths: Sequence[Path], out: Path | None) -> Path:
     """Write the report of a run, a folder of runs, or two runs; returns the file."""
-    found = (
-        sorted(p.parent for p in paths[0].rglob("config.yaml"))
-        if len(paths) == 1 and not (paths[0] / "config.yaml").exists()
-        else list(paths)
-    )
+    if len(paths) > 2:
+        raise UserError("name one run, one folder of runs, or two runs")
+    of_many = len(paths) == 1 and not (paths[0] / "config.yaml").exists()
+    found = sorted(p.parent for p in paths[0].rglob("config.yaml")) if of_many else paths
     if not found:
         raise UserError(f"{paths[0]} holds no run (no config.yaml in it or below it)")
     target = out or (paths[0] if len(paths) == 1 else Path()) / "report.html"
@@ -193,14 +187,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("run", type=Path, nargs="+", help="one run, one folder of runs, or two runs")
     parser.add_argument("--out", type=Path, help="the file to write (default: report.html in the folder; of two runs, here)")
     options = parser.parse_args(arguments)
-    try:
-        if len(options.run) > 2:
-            raise UserError("name one run, one folder of runs, or two runs")
-        print(report(options.run, options.out))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_code(lambda: print(report(options.run, options.out)))
 
 
 if __name__ == "__main__":
