@@ -136,14 +136,14 @@ def known_bounds(examples: Sequence[Example], num_answers: int) -> dict[str, dic
 
     Floor: K distinct draws from the posterior. Ceiling: its K most probable answers with honest confidences, and their value E[sum y - mean Brier].
     """
-    p = posteriors(examples, num_answers)
+    p, K = posteriors(examples, num_answers), num_answers
     if p is None:
         return None
-    key, best = f"coverage@{num_answers}", best_masses(p, num_answers)
+    key, best = f"coverage@{K}", best_masses(p, K)
     both: dict[str, float | None] = dict.fromkeys((key, *SHOWN_METRICS)) | {"format_rate": 1.0, "repeats_per_set": 0.0}
-    floor = {key: float(floor_coverage(p, num_answers).mean()), "top1": float((p**2).sum(1).mean())}
-    ceiling = {key: float(best.sum(1).mean()), "top1": float(best[:, 0].mean()), "brier": float((best * (1 - best)).mean())}
-    honest = {"ece": 0.0, "q_mse": 0.0, "value": float(ceiling_value(p, num_answers).mean())}
+    floor = {key: float(floor_coverage(p, K).mean()), "top1": float((p**2).sum(1).mean())}
+    ceiling = {key: float(ceiling_coverage(p, K).mean()), "top1": float(best[:, 0].mean()), "brier": float((best * (1 - best)).mean())}
+    honest = {"ece": 0.0, "q_mse": 0.0, "value": float(ceiling_value(p, K).mean())}
     return {"floor": both | floor, "ceiling": both | ceiling | honest}
 
 
