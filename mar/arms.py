@@ -52,8 +52,7 @@ def arms_of(grammar: Grammar, k: int, sizes: Sequence[int], trained: bool) -> li
 
 def _curve(items: Sequence[Item], each: Mapping[str, np.ndarray], weights: np.ndarray) -> dict[str, Any]:
     """Coverage, unique answers and tokens against the number of answers k, each [value, low, high]."""
-    K = len(items[0].sets[0].answers)
-    steps = range(len(items[0].sets))
+    K, steps = len(items[0].sets[0].answers), range(len(items[0].sets))
     tokens = np.mean([[s.tokens for s in i.sets] for i in items])
     out: dict[str, Any] = {"k": [K * (m + 1) for m in steps], "tokens": [float(tokens * (m + 1)) for m in steps]}
     return out | {name: [estimate(mean_of(each[name][:, m]), weights) for m in steps] for name in ("coverage", "unique", "pass")}

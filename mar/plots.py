@@ -224,8 +224,7 @@ def of_run(folder: Path) -> dict[str, Figure]:
     """The figures of one run's folder: learning curves and reward components."""
     rows, _ = read_jsonl(folder / "metrics.jsonl")
     document = json.loads((folder / "eval.json").read_text(encoding="utf-8"))
-    history = {"run": document.get("history", [])}
-    learning = learning_curves({"run": [rows]}, history, headline_keys(document, rows), document)
+    learning = learning_curves({"run": [rows]}, {"run": document.get("history", [])}, headline_keys(document, rows), document)
     return {"learning": learning, "components": components(rows)}
 
 

@@ -155,12 +155,7 @@ def load(split: str, num: int, seed: int = 0) -> list[Example]:
     rows = zip(vignettes(patients), posterior(patients).tolist(), patients.condition.tolist(), strict=True)
     return [
         Example(
-            id=f"clinic-{split}-{i:06d}",
-            task="clinic",
-            question=f"{vignette} {ABSENT}",
-            golds=tuple(map(Gold, names, aliases, row)),
-            truth="exact",
-            drawn=condition,
+            f"clinic-{split}-{i:06d}", "clinic", f"{vignette} {ABSENT}", tuple(map(Gold, names, aliases, row)), "exact", drawn=condition
         )
         for i, (vignette, row, condition) in enumerate(rows)
     ]
