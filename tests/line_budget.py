@@ -17,7 +17,6 @@ AROUND = {
     "itemstats",
     "plots",
     "mirror",
-    "runs",
     "report",
     "show",
     "sft",

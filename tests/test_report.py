@@ -13,7 +13,6 @@ import pytest
 
 pytest.importorskip("matplotlib", reason="figures need matplotlib: pip install 'mar[eval]'")
 from mar import evaluate, plots, report, show
-from mar import runs as runs_of_folders
 from mar.compose import compose
 from mar.log import Display
 from mar.records import UserError
@@ -117,11 +116,11 @@ def test_pairs_and_sweeps(runs: list[Path], tmp_path: Path) -> None:
     assert set(pair["figures"]) >= {"learning curves", "coverage"} and pair["rollouts"] is None
     sweep = table(data_of(report.report([runs[1].parents[2]], tmp_path / "sweep.html")), "Settings")
     assert [row[1] for row in sweep["rows"]] == [1, 1, 1]  # eval.every differs too
-    same = [runs_of_folders.read_run(r) for r in (runs[1], runs[1])]
-    mean, low, high = runs_of_folders.over_seeds(same, "top1")
+    same = [report.read_run(r) for r in (runs[1], runs[1])]
+    mean, low, high = report.over_seeds(same, "top1")
     assert mean == low == high == same[0].document["after"]["top1"]
-    two = [runs_of_folders.Run(Path(), {}, [], {"after": {"x": v}}, {}, []) for v in (1.0, 3.0)]
-    assert runs_of_folders.over_seeds(two, "x") == pytest.approx([2, 2 - 12.71, 2 + 12.71])  # t = 12.71, standard error 1
+    two = [report.Run(Path(), {}, [], {"after": {"x": v}}, {}, []) for v in (1.0, 3.0)]
+    assert report.over_seeds(two, "x") == pytest.approx([2, 2 - 12.71, 2 + 12.71])  # t = 12.71, standard error 1
 
 
 @pytest.mark.parametrize("width", [1280, 500])
