@@ -8,6 +8,7 @@ import pytest
 from rouge_score.rouge_scorer import RougeScorer
 from sklearn.metrics import roc_auc_score
 
+from mar.arms import Arm, measured
 from mar.grammar import Grammar, render
 from mar.itemstats import (
     Item,
@@ -198,6 +199,20 @@ def test_rows_come_back():
 
     for item in items(num=3):
         assert Item.from_row(json.loads(json.dumps(item.to_row()))) == item
+
+
+def test_what_is_said_of_an_arm_by_hand():
+    found = items(num=60)
+    said = measured(Arm("policy", "", GRAMMAR, 4), found)
+    slots = [pair for i in found for s in i.sets if s.reason is None for pair in zip(s.confidences, s.mass, strict=True)]
+    q, mass = np.array(slots).T
+    at = np.minimum((q * 10).astype(int), 9)
+    for b, told in zip(np.unique(at), said["reliability"], strict=True):
+        assert told["count"] == (at == b).sum() and told["said"] == pytest.approx(q[at == b].mean())
+        assert told["right"][0] == pytest.approx(mass[at == b].mean()) and told["right"][1] <= told["right"][0] <= told["right"][2]
+    unique = [len({key for s in i.sets for key in s.keys if key is not None}) for i in found]
+    assert said["unique_histogram"] == {n: unique.count(n) for n in unique}
+    assert sum(said["format_failures"].values()) == sum(s.reason is not None for i in found for s in i.sets) > 0
 
 
 def test_bars_agree_with_the_exact_floor():

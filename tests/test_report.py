@@ -92,7 +92,8 @@ def test_a_run_is_one_file_that_needs_nothing_else(runs: list[Path], page: Path)
     assert cover["after"] == [stored["after"]["coverage@3"], *stored["after"]["interval"]["coverage@3"]]
     assert cover["floor"] == [stored["floor"]["coverage@3"], None, None] and cover["after"][1] < cover["after"][2]
     assert table(data, "Evaluation")["columns"][1:] == ["policy", "base", "single", "list", "verbalized"]
-    assert len(table(data, "Paired differences")["rows"]) > 10 and len(table(data, "Coverage at equal tokens")["rows"]) == 2
+    paired = [name for name, *_ in table(data, "Paired differences")["rows"]]
+    assert len(paired) > 10 and "num_items" not in paired and len(table(data, "Coverage at equal tokens")["rows"]) == 2
     assert "commit" in data["provenance"] and "num_answers: 3" in data["configs"][str(runs[0])]
 
 
@@ -184,6 +185,7 @@ def test_figures_are_files_that_open(runs: list[Path], tmp_path: Path) -> None:
     figures = {"tokens": plots.tokens_per_answer(document["arms"]), "components": plots.of_run(runs[0])["components"]}
     figures["reliability"] = plots.reliability({"policy": document["arms"]["policy"]})
     plots.save(figures, tmp_path)
+    assert not any(axes.spines["top"].get_visible() for figure in figures.values() for axes in figure.axes)  # all are drawn in one style
     for name in figures:
         ElementTree.parse(tmp_path / f"{name}.svg")
         with Image.open(tmp_path / f"{name}.png") as image:

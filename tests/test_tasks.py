@@ -47,6 +47,11 @@ def test_unknown_task_names_the_known():
         get_task("medq")
 
 
+def test_what_an_answer_is_called():
+    nouns = {name: get_task(name).noun for name in ("clinic", "ddxplus", "ddxplus_bayes", "medqa", "mbpp")}
+    assert nouns == {**dict.fromkeys(("clinic", "ddxplus", "ddxplus_bayes"), "diagnosis"), "medqa": "answer", "mbpp": "program"}
+
+
 def test_clinic_is_embedded_and_finite():
     loaded = get_task("clinic").load(Source("embedded", "train", 3, seed=1))
     assert len(loaded.examples) == 3 and not loaded.dropped
