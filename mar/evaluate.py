@@ -15,7 +15,7 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -147,7 +147,7 @@ def kept_rows(
         display.say(f"{path} belongs to another evaluation and is written anew")
     for name, items in done.items():
         del items[len(items) if len(items) == len(ids) else len(items) // chunk[name] * chunk[name] :]
-    write_jsonl(path, [{"protocol": protocol}, *({"arm": name, **i.to_row()} for name in done for i in done[name])])
+    write_jsonl(path, [{"protocol": protocol}, *({"arm": name, **asdict(i)} for name in done for i in done[name])])
     return done
 
 
@@ -179,7 +179,7 @@ def answer_all(target: Target, arms: Sequence[Arm], questions: Questions, displa
         began, items = time.perf_counter(), done.setdefault(arm.name, [])
         for start in range(len(items), len(ids), chunk[arm.name]):
             prompts = questions.prompts[arm.name][start : start + chunk[arm.name]]
-            rows = [plain(i.to_row()) for i in questions.sampled(arm, prompts, policy if arm.trained else base)]
+            rows = [plain(asdict(i)) for i in questions.sampled(arm, prompts, policy if arm.trained else base)]
             append_jsonl(path, [{"arm": arm.name, **row} for row in rows])
             items += map(Item.from_row, rows)  # what a resumed command reads
         display.say(f"{arm.name}: {len(ids)} items x {arm.num_sets} ({time.perf_counter() - began:.0f} s), {arm.says}")
@@ -213,7 +213,7 @@ def read_completions(file: Path, arm: Arm, questions: Questions, display: Displa
 
     read = ([counted(row) for row in texts[p.id][:num_sets]] for p in prompts)
     judged = (read_item(p, t, arm.grammar, questions.verifier) for p, t in zip(prompts, read, strict=True))
-    items = [Item.from_row(plain(item.to_row())) for item in judged]
+    items = [Item.from_row(plain(asdict(item))) for item in judged]
     return replace(arm, says=f"{num_sets} texts a question from {file.name}", num_sets=num_sets), items
 
 
@@ -248,7 +248,7 @@ def run(words: Sequence[str], display: Display) -> Path:
         arm, read = read_completions(Path(options["completions"]), arms[0], questions, display)
         arms, items = [arm], {"policy": read}
         target.out.mkdir(parents=True, exist_ok=True)
-        write_jsonl(target.out / "eval_items.jsonl", [{"arm": "policy", **i.to_row()} for i in read])
+        write_jsonl(target.out / "eval_items.jsonl", [{"arm": "policy", **asdict(i)} for i in read])
     else:
         items = answer_all(target, arms, questions, display)
     document: dict[str, Any] = {"task": target.config.data.task, "target": target.name, "step": target.run.step if target.run else None}

@@ -6,7 +6,7 @@ A metric that an answer form cannot have (a calibration without confidences) is 
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -47,11 +47,9 @@ class Item:
     prompt_tokens: int
     sets: tuple[AnswerSet, ...]
 
-    def to_row(self) -> dict[str, Any]:
-        return asdict(self)
-
     @staticmethod
     def from_row(row: Mapping[str, Any]) -> "Item":
+        """The item that `asdict` made a row of."""
         plain: list[dict[str, Any]] = [{k: tuple(v) if isinstance(v, list) else v for k, v in s.items()} for s in row["sets"]]
         sets = [AnswerSet(**one) for one in plain]
         return Item(**{**row, "sets": tuple(sets)})

@@ -53,10 +53,10 @@ def _points(axes: Axes, x: Any, points: Sequence[Sequence[float | None]], line: 
     axes.errorbar(x, table[:, 0], error, linestyle=line, capsize=2, **look)
 
 
-def _bars(axes: Axes, x: Any, bars: Row | None, **look: Any) -> None:
+def _bars(axes: Axes, x: Any, bars: Row | None) -> None:
     """Floor and ceiling against the number of answers x."""
     for name, dash in (("floor", ":"), ("ceiling", "--")) if bars else ():
-        axes.plot(x, [(bars or {})[name][n - 1] for n in x], color=GREY, linestyle=dash, linewidth=1, label=name, **look)
+        axes.plot(x, [(bars or {})[name][n - 1] for n in x], color=GREY, linestyle=dash, linewidth=1, label=name)
 
 
 def smoothed(values: np.ndarray) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -198,7 +199,7 @@ def test_rows_come_back():
     import json
 
     for item in items(num=3):
-        assert Item.from_row(json.loads(json.dumps(item.to_row()))) == item
+        assert Item.from_row(json.loads(json.dumps(asdict(item)))) == item
 
 
 def test_what_is_said_of_an_arm_by_hand():
