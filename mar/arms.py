@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 
 from mar.grammar import Grammar
-from mar.itemstats import Item, Statistic, binned, curves, difference, estimate, histogram, mean_of, ratio, resamples, statistics
+from mar.itemstats import Item, Statistic, curves, difference, estimate, mean_of, ratio, resamples, statistics
 from mar.log import Display
+from mar.metrics import NUM_BINS, bars
 from mar.records import Example
 
-NUM_ORDERS = 64
 SHOWN = "top1 brier ece auroc q_mse tv_distance regret format_rate repeats_per_set tokens_per_set".split()
 
 
@@ -52,23 +52,19 @@ def arms_of(grammar: Grammar, k: int, sizes: Sequence[int], trained: bool) -> li
 
 def _curve(items: Sequence[Item], each: Mapping[str, np.ndarray], weights: np.ndarray) -> dict[str, Any]:
     """Coverage, unique answers and tokens against the number of answers k, each [value, low, high]."""
-    K = len(items[0].sets[0].answers)
-    steps = range(len(items[0].sets))
+    K, steps = len(items[0].sets[0].answers), range(len(items[0].sets))
     tokens = np.mean([[s.tokens for s in i.sets] for i in items])
     out: dict[str, Any] = {"k": [K * (m + 1) for m in steps], "tokens": [float(tokens * (m + 1)) for m in steps]}
     return out | {name: [estimate(mean_of(each[name][:, m]), weights) for m in steps] for name in ("coverage", "unique", "pass")}
 
 
-def _reliability(items: Sequence[Item], weights: np.ndarray) -> list[dict[str, Any]]:
+def _reliability(ece: Statistic, weights: np.ndarray) -> list[dict[str, Any]]:
     """Of each confidence bin with answers in it: their number, mean confidence, and the share that is right [value, low, high]."""
-    said = np.array([[[np.nan if q is None or s.reason else q for q in s.confidences] for s in i.sets] for i in items], float)
-    bins = binned(np.array([[s.mass for s in i.sets] for i in items], float), said)  # [n, 3, bins]
     out = []
-    for count, q, y in np.moveaxis(bins, (0, 1, 2), (2, 1, 0)):
+    for count, q, y in ece.columns.reshape(len(ece.columns), 3, NUM_BINS).transpose(2, 1, 0):
         if total := count.sum():
-            out.append(
-                {"count": int(total), "said": q.sum() / total, "right": estimate(Statistic(np.stack([y, count], 1), ratio), weights)}
-            )
+            right = estimate(Statistic(np.stack([y, count], 1), ratio), weights)
+            out.append({"count": int(total), "said": q.sum() / total, "right": right})
     return out
 
 
@@ -82,8 +78,8 @@ def measured(arm: Arm, items: Sequence[Item]) -> dict[str, Any]:
         "num_sets": len(items[0].sets),
         "metrics": {name: estimate(statistic, weights) for name, statistic in all_statistics.items()},
         "curve": _curve(items, each, weights),
-        "reliability": _reliability(items, weights) if arm.grammar.confident else [],
-        "unique_histogram": histogram([len({key for s in i.sets for key in s.keys if key is not None}) for i in items]),
+        "reliability": _reliability(all_statistics["ece"], weights) if arm.grammar.confident else [],
+        "unique_histogram": dict(sorted(Counter(len({key for s in i.sets for key in s.keys} - {None}) for i in items).items())),
         "tokens": [s.tokens for s in sets][:5000],
         "format_failures": dict(Counter(s.reason for s in sets if s.reason)),
     }
@@ -93,24 +89,6 @@ def at_tokens(curve: Mapping[str, Any], budget: float) -> float | None:
     """Coverage that a policy reaches with `budget` tokens, between two of its points; None outside of them."""
     tokens, coverage = curve["tokens"], [value for value, *_ in curve["coverage"]]
     return float(np.interp(budget, tokens, coverage)) if tokens[0] <= budget <= tokens[-1] else None
-
-
-def bars(examples: Sequence[Example], k: int) -> dict[str, list[float]] | None:
-    """Floor and ceiling of coverage against 1..k answers where the posterior is known: k distinct draws from it (the mean of NUM_ORDERS orders of
-    drawing an item, so to about .001), and its k most probable answers."""
-    if any(e.truth != "exact" for e in examples):
-        return None
-    p = np.zeros((len(examples), max(k, *(len(e.golds) for e in examples))))
-    for row, example in zip(p, examples, strict=True):
-        row[: len(example.golds)] = [gold.probability for gold in example.golds]
-    rng, floor = np.random.default_rng(0), np.zeros(k)
-    with np.errstate(divide="ignore"):
-        logs = np.log(p)
-    for _ in range(NUM_ORDERS):  # draws without replacement come in the order of log p + Gumbel noise
-        order = np.argsort(-(logs + rng.gumbel(size=p.shape)), axis=1)[:, :k]
-        floor += np.take_along_axis(p, order, 1).cumsum(1).mean(0) / NUM_ORDERS
-    best = -np.sort(-p, axis=1)[:, :k]
-    return {"k": list(range(1, k + 1)), "floor": floor.tolist(), "ceiling": best.cumsum(1).mean(0).tolist()}
 
 
 def compared(a: Sequence[Item], b: Sequence[Item], confident: bool) -> dict[str, Any]:

@@ -15,7 +15,7 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +29,10 @@ from mar.fetch import resolve_model
 from mar.grammar import Grammar
 from mar.itemstats import Item, item_of, read_item
 from mar.job import adapted, announce, load_data, make_prompts, sampling_params, verifier_of
-from mar.log import Display, append_jsonl, plain, read_jsonl, write_json
+from mar.log import Display, append_jsonl, plain, read_jsonl, write_json, write_jsonl
 from mar.model import Decoder
 from mar.prompts import fit_grammar, load_tokenizer
-from mar.records import Prompt, UserError
+from mar.records import Prompt, UserError, exit_code
 from mar.rewards import RewardSpec
 from mar.rollout import judge_groups, make_decode, sample
 from mar.tasks.common import stable_hash
@@ -63,12 +63,6 @@ def split_words(words: Sequence[str]) -> tuple[str, dict[str, str], list[str]]:
     if len(targets) + bool(options.get("completions")) != 1:
         raise UserError(f"name one thing to measure: a run, a checkpoint folder, base or completions=<file>, not {targets or 'nothing'}")
     return (targets or [""])[0], {**OPTIONS, **options}, settings
-
-
-def number_of(key: str, text: str) -> int:
-    if not re.fullmatch(r"[1-9]\d{0,3}", text):
-        raise UserError(f"{key}={text} is no whole number from 1 to 9999")
-    return int(text)
 
 
 def sizes_of(text: str) -> list[int]:
@@ -115,16 +109,12 @@ class Questions:
         self.examples = load_data(config, config.data.eval_split, config.data.num_eval, 0, display)
         if not self.examples:
             raise UserError(f"the evaluation set is empty: data.eval_split={config.data.eval_split} of {config.data.task} has no rows")
-        asked = [
-            {
-                p.id: p
-                for p in make_prompts(config, self.examples, a.grammar, tokenizer, f"{a.name}: {config.data.eval_split}", display, a.style)
-            }
-            for a in arms
-        ]
-        common = [e.id for e in self.examples if all(e.id in prompts for prompts in asked)]
-        self.examples = [e for e in self.examples if e.id in set(common)]
-        self.prompts = {a.name: [prompts[id] for id in common] for a, prompts in zip(arms, asked, strict=True)}
+        asked: dict[str, dict[str, Prompt]] = {}
+        for a in arms:
+            split = f"{a.name}: {config.data.eval_split}"
+            asked[a.name] = {p.id: p for p in make_prompts(config, self.examples, a.grammar, tokenizer, split, display, a.style)}
+        self.examples = [e for e in self.examples if all(e.id in prompts for prompts in asked.values())]
+        self.prompts = {name: [prompts[e.id] for e in self.examples] for name, prompts in asked.items()}
 
     def sampled(self, arm: Arm, prompts: Sequence[Prompt], model: Decoder) -> list[Item]:
         """The arm's sets for some of its prompts. More answers than in training get room in proportion."""
@@ -157,8 +147,7 @@ def kept_rows(
         display.say(f"{path} belongs to another evaluation and is written anew")
     for name, items in done.items():
         del items[len(items) if len(items) == len(ids) else len(items) // chunk[name] * chunk[name] :]
-    path.unlink(missing_ok=True)
-    append_jsonl(path, [{"protocol": protocol}, *({"arm": name, **i.to_row()} for name in done for i in done[name])])
+    write_jsonl(path, [{"protocol": protocol}, *({"arm": name, **asdict(i)} for name in done for i in done[name])])
     return done
 
 
@@ -190,7 +179,7 @@ def answer_all(target: Target, arms: Sequence[Arm], questions: Questions, displa
         began, items = time.perf_counter(), done.setdefault(arm.name, [])
         for start in range(len(items), len(ids), chunk[arm.name]):
             prompts = questions.prompts[arm.name][start : start + chunk[arm.name]]
-            rows = [plain(i.to_row()) for i in questions.sampled(arm, prompts, policy if arm.trained else base)]
+            rows = [plain(asdict(i)) for i in questions.sampled(arm, prompts, policy if arm.trained else base)]
             append_jsonl(path, [{"arm": arm.name, **row} for row in rows])
             items += map(Item.from_row, rows)  # what a resumed command reads
         display.say(f"{arm.name}: {len(ids)} items x {arm.num_sets} ({time.perf_counter() - began:.0f} s), {arm.says}")
@@ -222,9 +211,9 @@ def read_completions(file: Path, arm: Arm, questions: Questions, display: Displa
         given = row.get("num_tokens")
         return row["text"], given if isinstance(given, int) else len(questions.tokenizer.tokenize(row["text"]))
 
-    read = [[counted(row) for row in texts[p.id][:num_sets]] for p in prompts]
-    rows = [plain(read_item(p, t, arm.grammar, questions.verifier).to_row()) for p, t in zip(prompts, read, strict=True)]
-    items = [Item.from_row(row) for row in rows]
+    read = ([counted(row) for row in texts[p.id][:num_sets]] for p in prompts)
+    judged = (read_item(p, t, arm.grammar, questions.verifier) for p, t in zip(prompts, read, strict=True))
+    items = [Item.from_row(plain(asdict(item))) for item in judged]
     return replace(arm, says=f"{num_sets} texts a question from {file.name}", num_sets=num_sets), items
 
 
@@ -244,7 +233,9 @@ def run(words: Sequence[str], display: Display) -> Path:
     """Measure what the words name; returns the folder with the results."""
     name, options, settings = split_words(words)
     target = find_target(name, settings, options["out"], options["completions"], display)
-    r, model, k = target.config.reward, target.config.model, number_of("k", options["k"])
+    if not re.fullmatch(r"[1-9]\d{0,3}", options["k"]):
+        raise UserError(f"k={options['k']} is no whole number from 1 to 9999")
+    r, model, k = target.config.reward, target.config.model, int(options["k"])
     tokenizer = load_tokenizer(target.model_folder)
     grammar = fit_grammar(Grammar(r.form, r.num_answers, r.layout, model.thinking, r.analysis, r.other), tokenizer)
     arms = arms_of(grammar, k, sizes_of(options["num_answers"]), target.run is not None)
@@ -257,8 +248,7 @@ def run(words: Sequence[str], display: Display) -> Path:
         arm, read = read_completions(Path(options["completions"]), arms[0], questions, display)
         arms, items = [arm], {"policy": read}
         target.out.mkdir(parents=True, exist_ok=True)
-        (target.out / "eval_items.jsonl").unlink(missing_ok=True)
-        append_jsonl(target.out / "eval_items.jsonl", [{"arm": "policy", **i.to_row()} for i in read])
+        write_jsonl(target.out / "eval_items.jsonl", [{"arm": "policy", **asdict(i)} for i in read])
     else:
         items = answer_all(target, arms, questions, display)
     document: dict[str, Any] = {"task": target.config.data.task, "target": target.name, "step": target.run.step if target.run else None}
@@ -275,12 +265,7 @@ def main(words: Sequence[str]) -> int:
     if {"-h", "--help"} & set(words):
         print(__doc__)
         return 0
-    try:
-        run(words, Display("plain", 0, 0))
-    except (UserError, KeyboardInterrupt) as error:
-        print(f"error: {error}" if isinstance(error, UserError) else "interrupted: the same command goes on", file=sys.stderr)
-        return 2 if isinstance(error, UserError) else 130
-    return 0
+    return exit_code(lambda: run(words, Display("plain", 0, 0)), "interrupted: the same command goes on")
 
 
 if __name__ == "__main__":

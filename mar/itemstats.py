@@ -5,17 +5,15 @@ A metric that an answer form cannot have (a calibration without confidences) is 
 """
 
 import re
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
 
 from mar.grammar import RESERVED_TAG, Grammar, Parsed, parse
-from mar.metrics import NUM_BINS, auroc_of_counts, set_value, tv_distance, union_curve
-from mar.posterior import ceiling_value
+from mar.metrics import NUM_BINS, brier_loss, ceiling_value, posteriors, set_value, tv_distance, union_curve
 from mar.records import Gold, Prompt, Rollout
 from mar.verify import VERIFIERS, matching_increments, normalise, repeats
 
@@ -49,11 +47,9 @@ class Item:
     prompt_tokens: int
     sets: tuple[AnswerSet, ...]
 
-    def to_row(self) -> dict[str, Any]:
-        return asdict(self)
-
     @staticmethod
     def from_row(row: Mapping[str, Any]) -> "Item":
+        """The item that `asdict` made a row of."""
         plain: list[dict[str, Any]] = [{k: tuple(v) if isinstance(v, list) else v for k, v in s.items()} for s in row["sets"]]
         sets = [AnswerSet(**one) for one in plain]
         return Item(**{**row, "sets": tuple(sets)})
@@ -75,17 +71,15 @@ def item_of(prompt: Prompt, written: Sequence[tuple[Parsed | Rollout, str, int]]
         if said.reason is None:
             hits = said.hits if isinstance(said, Rollout) else matching_increments(said.answers, targets, verify)[0]
             _, taken = matching_increments(said.answers, golds, verify)
-            mass = tuple(0.0 if g is None else golds[g].probability or 0.0 for g in taken) if exact else hits
+            mass = hits if p is None else tuple(0.0 if g is None else golds[g].probability or 0.0 for g in taken)
             meant = [(answer, verify(answer, golds)) for answer in map(str, said.answers)]
             keys = tuple(normalise(golds[among[0]].name if len(among) == 1 else a) for a, among in meant)
             keys = (isinstance(said, Rollout) and said.keys) or keys
         repeated = said.repeated if isinstance(said, Rollout) else repeats(said.answers, golds, verify)
         return AnswerSet(text, said.answers, said.confidences, hits, mass, keys, repeated, said.reason, tokens)
 
-    exact, best = example.truth == "exact", None
-    if exact:
-        p = [gold.probability or 0.0 for gold in golds]
-        best = ceiling_value(np.array([p + [0.0] * (K - len(p))]), K).item()
+    p = posteriors([example], K)
+    best = None if p is None else ceiling_value(p, K).item()
     num_golds = K if example.tests else 1 if example.truth in ("exact", "survey") else len(targets)
     return Item(example.id, num_golds, example.multi_label, best, len(prompt.ids), tuple(judged(*one) for one in written))
 
@@ -103,8 +97,13 @@ class Statistic:
     value: Callable[[np.ndarray], np.ndarray]
 
 
+def divided(total: np.ndarray, count: np.ndarray) -> np.ndarray:
+    """total / count, nan where the count is 0."""
+    return np.divide(total, count, out=np.full(count.shape, np.nan), where=count > 0)
+
+
 def ratio(sums: np.ndarray) -> np.ndarray:
-    return np.divide(sums[..., 0], sums[..., 1], out=np.full(sums.shape[:-1], np.nan), where=sums[..., 1] > 0)
+    return divided(sums[..., 0], sums[..., 1])
 
 
 def mean_of(values: np.ndarray) -> Statistic:
@@ -113,36 +112,37 @@ def mean_of(values: np.ndarray) -> Statistic:
     return Statistic(np.stack([np.nansum(flat, 1), (~np.isnan(flat)).sum(1)], 1), ratio)
 
 
-def binned(expected: np.ndarray, said: np.ndarray) -> np.ndarray:
-    """[n, 3, bins] of each item's slots with a confidence: their number, sum of confidences, sum of hits (or masses)."""
-    out = np.zeros((len(said), 3, NUM_BINS))
-    item, *rest = np.nonzero(~np.isnan(said))
-    q, y = said[item, *rest], expected[item, *rest]
+def ece_of(expected: np.ndarray, said: np.ndarray) -> Statistic:
+    """Expected calibration error over slots with a confidence: 10 equal bins, sum of |mean q - mean y| weighted by count (Naeini et al. 2015).
+    Its columns, as [n, 3, bins], are the number of slots in each bin, their sum of confidences, and that of hits (or masses)."""
+    columns, seen = np.zeros((len(said), 3, NUM_BINS)), ~np.isnan(said)
+    q, y = said[seen], expected[seen]
     at = np.minimum((q * NUM_BINS).astype(int), NUM_BINS - 1)
     for row, values in enumerate((np.ones_like(q), q, y)):
-        np.add.at(out[:, row], (item, at), values)
-    return out
-
-
-def ece_of(expected: np.ndarray, said: np.ndarray) -> Statistic:
-    """Expected calibration error over slots with a confidence: 10 equal bins, sum of |mean q - mean y| weighted by count (Naeini et al. 2015)."""
+        np.add.at(columns[:, row], (np.nonzero(seen)[0], at), values)
 
     def value(sums: np.ndarray) -> np.ndarray:
         count, q, y = np.moveaxis(sums.reshape(*sums.shape[:-1], 3, NUM_BINS), -2, 0)
-        total = count.sum(-1)
-        return np.divide(np.abs(q - y).sum(-1), total, out=np.full(total.shape, np.nan), where=total > 0)
+        return divided(np.abs(q - y).sum(-1), count.sum(-1))
 
-    return Statistic(binned(expected, said).reshape(len(said), -1), value)
+    return Statistic(columns.reshape(len(said), -1), value)
 
 
 def auroc_of(expected: np.ndarray, said: np.ndarray) -> Statistic:
-    """metrics.auroc_of_counts over slots with a confidence; an exact mass counts as that share of a right answer."""
+    """P(a right answer has the higher confidence than a wrong one), ties one half, over slots with a confidence; an exact mass counts as that share
+    of a right answer; nan where all are right or all wrong."""
     seen = ~np.isnan(said)
     levels, at = np.unique(said[seen], return_inverse=True)
     columns = np.zeros((len(said), 2, len(levels)))
     for side, weights in enumerate((expected[seen], 1 - expected[seen])):
         np.add.at(columns[:, side], (np.nonzero(seen)[0], at), weights)
-    return Statistic(columns.reshape(len(said), -1), lambda s: auroc_of_counts(*np.split(s, 2, axis=-1)))
+
+    def value(sums: np.ndarray) -> np.ndarray:
+        right, wrong = np.split(sums, 2, axis=-1)  # [..., L]: how many of each confidence, in rising order
+        below = wrong.cumsum(-1) - wrong / 2
+        return divided((right * below).sum(-1), right.sum(-1) * wrong.sum(-1))
+
+    return Statistic(columns.reshape(len(said), -1), value)
 
 
 def words(text: str) -> list[str]:
@@ -222,13 +222,12 @@ def statistics(items: Sequence[Item], confident: bool, curve: Mapping[str, np.nd
         pairs = [[(words(a.text), words(b.text)) for a, b in pairwise(i)] for i in sets]
         out |= {name: mean_of(np.array([[f(a, b) for a, b in p] for p in pairs])) for name, f in OVERLAPS.items()}
     if confident:
-        loss = mass * (said - 1) ** 2 + (1 - mass) * said**2
         chosen = np.nan_to_num(said, nan=-1.0).argmax(-1)[..., None]
         total, any_hit = said.sum(-1), np.minimum(mass.sum(-1), 1.0)
         of_set = (mass.sum(-1) / K, total / K) if multi_label else (any_hit, np.minimum(total, 1.0))
         out |= {
             "top1_conf": mean_of(np.take_along_axis(mass, chosen, -1)),
-            "brier": mean_of(np.where(np.isnan(said), 1.0, loss)),
+            "brier": mean_of(brier_loss(mass, said)),
             "ece": ece_of(mass, said),
             "auroc": auroc_of(mass, said),
             "ece_top1": ece_of(mass[..., 0], said[..., 0]),
@@ -282,7 +281,3 @@ def difference(a: Statistic, b: Statistic, weights: np.ndarray) -> list[float | 
     value = (a.value(a.columns.sum(0)) - b.value(b.columns.sum(0))).item()
     values = a.value(weights @ a.columns) - b.value(weights @ b.columns)
     return [None if np.isnan(value) else value, *_bounds(values)]
-
-
-def histogram(values: Sequence[int]) -> dict[str, int]:
-    return {str(value): count for value, count in sorted(Counter(values).items())}

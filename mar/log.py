@@ -61,30 +61,25 @@ def append_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
             file.write(json.dumps(plain(row), ensure_ascii=False) + "\n")
 
 
+def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Write a file of rows so that a reader never sees half of it."""
+    temporary = path.with_suffix(".tmp")
+    temporary.unlink(missing_ok=True)
+    append_jsonl(temporary, rows)
+    temporary.replace(path)
+
+
 def truncate_jsonl(path: Path, last_step: int) -> None:
     """Forget what a run wrote after the checkpoint it resumes from, and any half line."""
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):  # a text may hold other line ends
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        if row.get("step", 0) <= last_step:
-            kept.append(line + "\n")
-    _replace(path, "".join(kept))
-
-
-def _replace(path: Path, text: str) -> None:
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    if path.exists():
+        write_jsonl(path, [row for row in read_jsonl(path)[0] if row.get("step", 0) <= last_step])
 
 
 def write_json(path: Path, document: Mapping[str, Any]) -> None:
     """Write one JSON document so that a reader never sees half of it."""
-    _replace(path, json.dumps(plain(document), indent=2) + "\n")
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(plain(document), indent=2) + "\n", encoding="utf-8")
+    temporary.replace(path)
 
 
 def runs_of(starts: Sequence[int], values: Sequence[float]) -> list[list[float]]:

@@ -4,8 +4,8 @@ Colours are those of Okabe and Ito, which colour-blind readers can tell apart; e
 """
 
 import json
-from collections.abc import Callable, Mapping, Sequence
-from functools import wraps
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,24 +29,17 @@ BEST_IS_KNOWN = ("coverage", "top1", "brier", "ece", "q_mse")  # only for these 
 Row = Mapping[str, Any]
 
 
-def _styled(draw: Callable[..., Figure]) -> Callable[..., Figure]:
-    @wraps(draw)
-    def wrapped(*arguments: Any) -> Figure:
-        with matplotlib.rc_context(STYLE):
-            return draw(*arguments)
-
-    return wrapped
-
-
-def _figure(num: int, width: float, height: float, **options: Any) -> tuple[Figure, list[Axes]]:
-    """A figure of `num` panels, at most three in a row."""
+@contextmanager
+def _panels(num: int, width: float, height: float, **options: Any) -> Iterator[tuple[Figure, list[Axes]]]:
+    """A figure of `num` panels, at most three in a row, to be drawn inside in our style."""
     columns = options.pop("columns", min(num, 3))
     rows = -(-num // columns)
-    figure = Figure(figsize=(width * columns, height * rows), layout="constrained", dpi=150)
-    axes = figure.subplots(rows, columns, squeeze=False, **options).ravel().tolist()
-    for spare in axes[num:]:
-        spare.set_visible(False)
-    return figure, axes[:num]
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(width * columns, height * rows), layout="constrained", dpi=150)
+        axes = figure.subplots(rows, columns, squeeze=False, **options).ravel().tolist()
+        for spare in axes[num:]:
+            spare.set_visible(False)
+        yield figure, axes[:num]
 
 
 def _look(index: int) -> dict[str, Any]:
@@ -60,10 +53,10 @@ def _points(axes: Axes, x: Any, points: Sequence[Sequence[float | None]], line: 
     axes.errorbar(x, table[:, 0], error, linestyle=line, capsize=2, **look)
 
 
-def _bars(axes: Axes, x: Any, bars: Row | None, **look: Any) -> None:
+def _bars(axes: Axes, x: Any, bars: Row | None) -> None:
     """Floor and ceiling against the number of answers x."""
     for name, dash in (("floor", ":"), ("ceiling", "--")) if bars else ():
-        axes.plot(x, [(bars or {})[name][n - 1] for n in x], color=GREY, linestyle=dash, linewidth=1, label=name, **look)
+        axes.plot(x, [(bars or {})[name][n - 1] for n in x], color=GREY, linestyle=dash, linewidth=1, label=name)
 
 
 def smoothed(values: np.ndarray) -> np.ndarray:
@@ -78,137 +71,130 @@ def series(rows: Sequence[Row], key: str) -> np.ndarray:
     return np.array([np.nan if r.get(key) is None else r[key] for r in rows], float)
 
 
-@_styled
 def learning_curves(
     runs: Mapping[str, Sequence[Sequence[Row]]], evals: Mapping[str, Sequence[Row]], keys: Sequence[str], bars: Row
 ) -> Figure:
     """One panel a metric. runs: setting -> the rows of metrics.jsonl, one list per seed; the mean over seeds of the running mean, in a band from the
     lowest to the highest seed. evals: setting -> history of eval.json, as points with intervals. bars: an eval.json with floor and ceiling."""
-    figure, panels = _figure(len(keys), 3.4, 2.5)
-    figure.get_layout_engine().set(w_pad=0.12)  # type: ignore[union-attr, call-arg]
-    for axes, key in zip(panels, keys, strict=True):
-        axes.set(title=key, xlabel="step")
-        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-        name = key.partition("/")[2]
-        for index, (setting, seeds) in enumerate(runs.items()):
-            last, colour = min(len(rows) for rows in seeds), COLOURS[index % 7]
-            raw, steps = np.array([series(rows[:last], key) for rows in seeds]), [r["step"] for r in seeds[0][:last]]
-            curves = np.array([smoothed(row) for row in raw])
-            if len(runs) == len(seeds) == 1:
-                axes.plot(steps, raw[0], color=colour, alpha=0.25, linewidth=0.7)
-            axes.fill_between(steps, curves.min(0), curves.max(0), color=colour, alpha=0.18, linewidth=0)
-            label = setting + f" ({len(seeds)} seeds)" * (len(seeds) > 1)
-            axes.plot(steps, curves.mean(0), color=colour, linestyle=DASHES[index % 4], label=label)
-            told = [h for h in evals.get(setting, ()) if key.startswith("train/") and h.get(name) is not None]
-            points = [[h[name], *h.get("interval", {}).get(name, (None, None))] for h in told]
-            _points(axes, [h["step"] for h in told], points, mfc="white", linewidth=1, **_look(index))
-        for bar in ("floor", "ceiling") if key.startswith("train/") and name.startswith(BEST_IS_KNOWN) else ():
-            value = (bars.get(bar) or {}).get(name)
-            if value is not None:
-                axes.axhline(value, color=GREY, linestyle=":", linewidth=1)
-                place: Any = {"xycoords": ("axes fraction", "data"), "xytext": (3, 0), "textcoords": "offset points"}
-                axes.annotate(bar, (1, value), color=GREY, fontsize=7, va="center", annotation_clip=False, **place)
-    if len(runs) > 1:
-        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    with _panels(len(keys), 3.4, 2.5) as (figure, panels):
+        figure.get_layout_engine().set(w_pad=0.12)  # type: ignore[union-attr, call-arg]
+        for axes, key in zip(panels, keys, strict=True):
+            axes.set(title=key, xlabel="step")
+            axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+            name = key.partition("/")[2]
+            for index, (setting, seeds) in enumerate(runs.items()):
+                last, colour = min(len(rows) for rows in seeds), COLOURS[index % 7]
+                raw, steps = np.array([series(rows[:last], key) for rows in seeds]), [r["step"] for r in seeds[0][:last]]
+                curves = np.array([smoothed(row) for row in raw])
+                if len(runs) == len(seeds) == 1:
+                    axes.plot(steps, raw[0], color=colour, alpha=0.25, linewidth=0.7)
+                axes.fill_between(steps, curves.min(0), curves.max(0), color=colour, alpha=0.18, linewidth=0)
+                label = setting + f" ({len(seeds)} seeds)" * (len(seeds) > 1)
+                axes.plot(steps, curves.mean(0), color=colour, linestyle=DASHES[index % 4], label=label)
+                told = [h for h in evals.get(setting, ()) if key.startswith("train/") and h.get(name) is not None]
+                points = [[h[name], *h.get("interval", {}).get(name, (None, None))] for h in told]
+                _points(axes, [h["step"] for h in told], points, mfc="white", linewidth=1, **_look(index))
+            for bar in ("floor", "ceiling") if key.startswith("train/") and name.startswith(BEST_IS_KNOWN) else ():
+                value = (bars.get(bar) or {}).get(name)
+                if value is not None:
+                    axes.axhline(value, color=GREY, linestyle=":", linewidth=1)
+                    place: Any = {"xycoords": ("axes fraction", "data"), "xytext": (3, 0), "textcoords": "offset points"}
+                    axes.annotate(bar, (1, value), color=GREY, fontsize=7, va="center", annotation_clip=False, **place)
+        if len(runs) > 1:
+            figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
     return figure
 
 
-@_styled
 def components(rows: Sequence[Row]) -> Figure:
     """The weighted reward terms of one run over time; they add up to the total."""
-    figure, (axes,) = _figure(1, 5.2, 2.8)
-    axes.set(title="reward components", xlabel="step")
-    steps = [r["step"] for r in rows]
-    for name, colour, dash in zip(PARTS, COLOURS, DASHES, strict=False):
-        values = series(rows, name)
-        axes.plot(steps, values, color=colour, alpha=0.2, linewidth=0.7)
-        axes.plot(steps, smoothed(values), color=colour, linestyle=dash, label=name)
-    figure.legend(loc="outside right center")
+    with _panels(1, 5.2, 2.8) as (figure, (axes,)):
+        axes.set(title="reward components", xlabel="step")
+        steps = [r["step"] for r in rows]
+        for name, colour, dash in zip(PARTS, COLOURS, DASHES, strict=False):
+            values = series(rows, name)
+            axes.plot(steps, values, color=colour, alpha=0.2, linewidth=0.7)
+            axes.plot(steps, smoothed(values), color=colour, linestyle=dash, label=name)
+        figure.legend(loc="outside right center")
     return figure
 
 
-@_styled
 def reliability(arms: Mapping[str, Row]) -> Figure:
     """Per arm: how often answers of each confidence bin are right, with 95 % intervals, over how many answers there are."""
     shown = {name: arm for name, arm in arms.items() if arm["reliability"]}
-    figure, axes = _figure(2 * len(shown), 2.7, 1.7, columns=len(shown), sharex=True, height_ratios=(3, 1))
-    for index, (name, arm) in enumerate(shown.items()):
-        top, below, bins = axes[index], axes[len(shown) + index], arm["reliability"]
-        top.plot([0, 1], [0, 1], color=GREY, linestyle=":", linewidth=1)
-        _points(top, [b["said"] for b in bins], [b["right"] for b in bins], "-", **_look(index))
-        ece = arm["metrics"]["ece"][0]
-        top.set(title=f"{name}   ECE {'–' if ece is None else f'{ece:.3f}'}", ylim=(-0.03, 1.03), xlim=(-0.03, 1.03))
-        centres = [int(min(b["said"], 0.999) * 10) / 10 + 0.05 for b in bins]
-        below.bar(centres, [b["count"] for b in bins], width=0.08, color=COLOURS[index % 7])
-        below.set(xlabel="confidence")
-    axes[0].set(ylabel="share right")
-    axes[len(shown)].set(ylabel="answers")
+    with _panels(2 * len(shown), 2.7, 1.7, columns=len(shown), sharex=True, height_ratios=(3, 1)) as (figure, axes):
+        for index, (name, arm) in enumerate(shown.items()):
+            top, below, bins = axes[index], axes[len(shown) + index], arm["reliability"]
+            top.plot([0, 1], [0, 1], color=GREY, linestyle=":", linewidth=1)
+            _points(top, [b["said"] for b in bins], [b["right"] for b in bins], "-", **_look(index))
+            ece = arm["metrics"]["ece"][0]
+            top.set(title=f"{name}   ECE {'–' if ece is None else f'{ece:.3f}'}", ylim=(-0.03, 1.03), xlim=(-0.03, 1.03))
+            centres = [int(min(b["said"], 0.999) * 10) / 10 + 0.05 for b in bins]
+            below.bar(centres, [b["count"] for b in bins], width=0.08, color=COLOURS[index % 7])
+            below.set(xlabel="confidence")
+        axes[0].set(ylabel="share right")
+        axes[len(shown)].set(ylabel="answers")
     return figure
 
 
-@_styled
 def coverage(arms: Mapping[str, Row], bars: Row | None) -> Figure:
     """Distinct correct answers against the number of answers k, and against tokens, each with 95 % intervals."""
-    figure, (by_answers, by_tokens) = _figure(2, 4.6, 3.2)
-    _bars(by_answers, (bars or {}).get("k"), bars)
-    for index, (name, arm) in enumerate(arms.items()):
-        curve = arm["curve"]
-        middle, low, high = np.array(curve["coverage"], float).T
-        for axes, x in ((by_answers, curve["k"]), (by_tokens, curve["tokens"])):
-            axes.fill_between(x, low, high, color=COLOURS[index % 7], alpha=0.15, linewidth=0)
-            axes.plot(x, middle, label=name, markevery=max(1, len(x) // 10), **_look(index))
-    by_answers.set(title="coverage at equal answers", xlabel="answers k (floor, ceiling: k different ones)", ylabel="coverage")
-    by_tokens.set(title="coverage at equal tokens", xlabel="completion tokens")
-    figure.legend(*by_answers.get_legend_handles_labels(), loc="outside right center")
+    with _panels(2, 4.6, 3.2) as (figure, (by_answers, by_tokens)):
+        _bars(by_answers, (bars or {}).get("k"), bars)
+        for index, (name, arm) in enumerate(arms.items()):
+            curve = arm["curve"]
+            middle, low, high = np.array(curve["coverage"], float).T
+            for axes, x in ((by_answers, curve["k"]), (by_tokens, curve["tokens"])):
+                axes.fill_between(x, low, high, color=COLOURS[index % 7], alpha=0.15, linewidth=0)
+                axes.plot(x, middle, label=name, markevery=max(1, len(x) // 10), **_look(index))
+        by_answers.set(title="coverage at equal answers", xlabel="answers k (floor, ceiling: k different ones)", ylabel="coverage")
+        by_tokens.set(title="coverage at equal tokens", xlabel="completion tokens")
+        figure.legend(*by_answers.get_legend_handles_labels(), loc="outside right center")
     return figure
 
 
-@_styled
 def unique_answers(arms: Mapping[str, Row]) -> Figure:
     """How many different answers each item got, as shares of the items; only arms with the most answers, as others cannot be compared."""
     most = max(a["num_answers"] * a["num_sets"] for a in arms.values())
-    figure, (axes,) = _figure(1, 5.2, 2.8)
-    shown = {n: a for n, a in arms.items() if a["num_answers"] * a["num_sets"] == most}
-    for (name, arm), colour, dash in zip(shown.items(), COLOURS, DASHES, strict=False):
-        counts = {int(value): count for value, count in arm["unique_histogram"].items()}
-        x = range(min(counts) - 1, max(counts) + 2)
-        share = [counts.get(value, 0) / sum(counts.values()) for value in x]
-        axes.plot(x, share, drawstyle="steps-mid", label=name, color=colour, linestyle=dash)
-        axes.fill_between(x, share, step="mid", color=colour, alpha=0.12)
-    axes.set(title=f"different answers among {most}", xlabel="different answers", ylabel="share of items")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    figure.legend(loc="outside right center")
+    with _panels(1, 5.2, 2.8) as (figure, (axes,)):
+        shown = {n: a for n, a in arms.items() if a["num_answers"] * a["num_sets"] == most}
+        for (name, arm), colour, dash in zip(shown.items(), COLOURS, DASHES, strict=False):
+            counts = {int(value): count for value, count in arm["unique_histogram"].items()}
+            x = range(min(counts) - 1, max(counts) + 2)
+            share = [counts.get(value, 0) / sum(counts.values()) for value in x]
+            axes.plot(x, share, drawstyle="steps-mid", label=name, color=colour, linestyle=dash)
+            axes.fill_between(x, share, step="mid", color=colour, alpha=0.12)
+        axes.set(title=f"different answers among {most}", xlabel="different answers", ylabel="share of items")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        figure.legend(loc="outside right center")
     return figure
 
 
-@_styled
 def tokens_per_answer(arms: Mapping[str, Row]) -> Figure:
     """Completion tokens that each arm spends on one answer: mean (dot), middle half (bar) and range (line) over completions."""
-    figure, (axes,) = _figure(1, 5.2, 0.9 + 0.21 * len(arms))
-    for index, arm in enumerate(arms.values()):
-        each = np.array(arm["tokens"]) / arm["num_answers"]
-        low, first, third, high = np.quantile(each, [0, 0.25, 0.75, 1])
-        axes.plot([low, high], [index, index], color=GREY, linewidth=1)
-        axes.plot([first, third], [index, index], color=COLOURS[4], linewidth=6, solid_capstyle="butt")
-        axes.plot(each.mean(), index, "o", color=COLOURS[0])
-    axes.set_yticks(range(len(arms)), list(arms))
-    axes.set(title="tokens per answer", xlabel="completion tokens / K", xlim=(0, None))
-    axes.invert_yaxis()
+    with _panels(1, 5.2, 0.9 + 0.21 * len(arms)) as (figure, (axes,)):
+        for index, arm in enumerate(arms.values()):
+            each = np.array(arm["tokens"]) / arm["num_answers"]
+            low, first, third, high = np.quantile(each, [0, 0.25, 0.75, 1])
+            axes.plot([low, high], [index, index], color=GREY, linewidth=1)
+            axes.plot([first, third], [index, index], color=COLOURS[4], linewidth=6, solid_capstyle="butt")
+            axes.plot(each.mean(), index, "o", color=COLOURS[0])
+        axes.set_yticks(range(len(arms)), list(arms))
+        axes.set(title="tokens per answer", xlabel="completion tokens / K", xlim=(0, None))
+        axes.invert_yaxis()
     return figure
 
 
-@_styled
 def size_sweep(arms: Mapping[str, Row], bars: Row | None) -> Figure:
     """Coverage of one set and its tokens against how many answers were asked for."""
     sizes = sorted((a for n, a in arms.items() if n == "policy" or n.startswith("K=")), key=lambda a: a["num_answers"])
-    figure, (left, right) = _figure(2, 2.9, 2.8)
-    x = [a["num_answers"] for a in sizes]
-    _bars(left, x, bars)
-    _points(left, x, [a["metrics"][f"coverage@{a['num_answers']}"] for a in sizes], "-", label="policy", **_look(0))
-    _points(right, x, [a["metrics"]["tokens_per_set"] for a in sizes], "-", **_look(1))
-    left.set(title="coverage of one set", xlabel="answers asked for", xticks=x)
-    right.set(title="tokens of one set", xlabel="answers asked for", xticks=x, ylim=(0, None))
-    left.legend()
+    with _panels(2, 2.9, 2.8) as (figure, (left, right)):
+        x = [a["num_answers"] for a in sizes]
+        _bars(left, x, bars)
+        _points(left, x, [a["metrics"][f"coverage@{a['num_answers']}"] for a in sizes], "-", label="policy", **_look(0))
+        _points(right, x, [a["metrics"]["tokens_per_set"] for a in sizes], "-", **_look(1))
+        left.set(title="coverage of one set", xlabel="answers asked for", xticks=x)
+        right.set(title="tokens of one set", xlabel="answers asked for", xticks=x, ylim=(0, None))
+        left.legend()
     return figure
 
 
@@ -224,8 +210,7 @@ def of_run(folder: Path) -> dict[str, Figure]:
     """The figures of one run's folder: learning curves and reward components."""
     rows, _ = read_jsonl(folder / "metrics.jsonl")
     document = json.loads((folder / "eval.json").read_text(encoding="utf-8"))
-    history = {"run": document.get("history", [])}
-    learning = learning_curves({"run": [rows]}, history, headline_keys(document, rows), document)
+    learning = learning_curves({"run": [rows]}, {"run": document.get("history", [])}, headline_keys(document, rows), document)
     return {"learning": learning, "components": components(rows)}
 
 

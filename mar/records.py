@@ -1,5 +1,7 @@
 """The records that travel from the task files to the loss. A field means one thing for ever; nothing here imports torch."""
 
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -9,6 +11,16 @@ TRUTHS = ("exact", "survey", "uniform", "single", "rule")
 
 class UserError(Exception):
     """A mistake of the person at the keyboard: shown as one sentence, without a traceback."""
+
+
+def exit_code(command: Callable[[], object], interrupted: str = "interrupted") -> int:
+    """Run a command: 0, or 2 for a mistake of the person at the keyboard and 130 for Ctrl-C, each said in one sentence."""
+    try:
+        command()
+    except (UserError, KeyboardInterrupt) as error:
+        print(f"error: {error}" if isinstance(error, UserError) else interrupted, file=sys.stderr)
+        return 2 if isinstance(error, UserError) else 130
+    return 0
 
 
 @dataclass(frozen=True)

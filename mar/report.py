@@ -8,9 +8,11 @@ import argparse
 import base64
 import io
 import json
+import math
 import sys
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -25,14 +27,81 @@ from mar.arms import at_tokens
 from mar.compose import load_config
 from mar.grammar import Grammar
 from mar.log import plain, read_jsonl
-from mar.metrics import SHOWN_METRICS
-from mar.records import UserError
+from mar.metrics import SHOWN_METRICS, STUDENT
+from mar.records import UserError, exit_code
 from mar.rewards import RewardSpec, component_layout
 from mar.rundir import differing_keys, flatten
-from mar.runs import Run, over_seeds, read_run, settings_of, with_interval
 
 NUM_PROMPTS = 200  # in the rollout browser
 Table = dict[str, Any]  # {"title", "note", "columns": [...], "rows": [[...]]}
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run's folder holds. `evaluation`: what `mar.evaluate` found, {} where it was not run. `faults`: lines that had to be skipped."""
+
+    path: Path
+    config: dict[str, Any]
+    metrics: list[dict[str, Any]]
+    document: dict[str, Any]
+    evaluation: dict[str, Any]
+    faults: list[str]
+
+    @property
+    def num_answers(self) -> int:
+        return int(self.config["reward"]["num_answers"])
+
+    @property
+    def finished(self) -> bool:
+        return bool(self.document.get("after"))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
+    except (ValueError, TypeError):
+        raise UserError(f"{path} is damaged: remove it, or the run") from None
+
+
+def read_run(path: Path) -> Run:
+    """UserError for what is no run, or is one that has not made a step."""
+    try:
+        config = dict(yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8")))
+        config["reward"]["num_answers"]
+    except FileNotFoundError:
+        raise UserError(f"{path} holds no config.yaml: name a folder that mar.train wrote, or one above such folders") from None
+    except (yaml.YAMLError, TypeError, KeyError, ValueError):
+        raise UserError(f"{path}/config.yaml is damaged or of another version of mar: make the report with that version") from None
+    metrics, faults = read_jsonl(path / "metrics.jsonl") if (path / "metrics.jsonl").exists() else ([], [])
+    if not metrics:
+        raise UserError(f"{path} has not finished a step yet: there is nothing to report")
+    return Run(path, config, metrics, read_json(path / "eval.json"), read_json(path / "evaluation.json"), faults)
+
+
+def settings_of(runs: Sequence[Run]) -> dict[str, list[Run]]:
+    """Runs that differ by their seed alone under one name, which says how they differ from the others."""
+    flat = [{k: v for k, v in flatten(run.config).items() if not k.startswith(("provenance", "logger", "out", "run_dir"))} for run in runs]
+    keys = sorted({k for one in flat for k in one if k not in ("seed", "name") and any(one.get(k) != other.get(k) for other in flat)})
+    keys = [k for k in keys if k != "optim.lr" or "model.lr" not in keys]  # it follows the other
+    groups: dict[str, list[Run]] = defaultdict(list)
+    for run, one in zip(runs, flat, strict=True):
+        groups[", ".join(f"{k.rpartition('.')[2]}={one.get(k)}" for k in keys) or str(run.config["name"])].append(run)
+    return groups
+
+
+def over_seeds(runs: Sequence[Run], metric: str) -> list[float | None]:
+    """[mean, low, high] over finished runs: Student's 95 % interval of the seeds' means; with one seed, that of its items."""
+    columns = [run.document["after"] for run in runs if run.finished and run.document["after"].get(metric) is not None]
+    values = [column[metric] for column in columns]
+    if len(values) < 2:
+        return with_interval(columns[0], metric) if columns else [None, None, None]
+    mean, freedom = float(np.mean(values)), len(values) - 1
+    half = (STUDENT[freedom - 1] if freedom <= len(STUDENT) else 2.0) * float(np.std(values, ddof=1)) / math.sqrt(len(values))
+    return [mean, mean - half, mean + half]
+
+
+def with_interval(column: Mapping[str, Any], metric: str) -> list[float | None]:
+    return [column.get(metric), *column.get("interval", {}).get(metric, (None, None))]
 
 
 def svg(figure: Figure) -> str:
@@ -43,37 +112,38 @@ def svg(figure: Figure) -> str:
     return "data:image/svg+xml;base64," + base64.b64encode(out.getvalue()).decode()
 
 
+def by_metric(title: str, note: str, columns: Mapping[str, Mapping[str, Any]]) -> Table:
+    """One row for each metric that any column has."""
+    metrics = dict.fromkeys(name for column in columns.values() for name in column)
+    return {"title": title, "note": note, "columns": ["", *columns], "rows": [[m, *(c.get(m) for c in columns.values())] for m in metrics]}
+
+
 def headline(run: Run) -> Table:
     """Floor, before, after and ceiling of each metric."""
-    key = f"coverage@{run.num_answers}"
-    stages = {"floor": "floor", "before": "before", "after": "after", "ceiling": "ceiling"}
-    latest = run.document.get("history", [])
-    columns = {name: run.document.get(stage) or {} for name, stage in stages.items()}
-    if not run.finished and len(latest) > 1:
-        columns = {("latest" if n == "after" else n): (latest[-1] if n == "after" else c) for n, c in columns.items()}
-    rows = [[metric, *(with_interval(c, metric) for c in columns.values())] for metric in (key, *SHOWN_METRICS)]
+    history = run.document.get("history", [])
+    last = "after" if run.finished or len(history) < 2 else "latest"
+    stages = run.document if last == "after" else run.document | {last: history[-1]}
+    metrics = (f"coverage@{run.num_answers}", *SHOWN_METRICS)
+    columns = {name: {m: with_interval(stages.get(name) or {}, m) for m in metrics} for name in ("floor", "before", last, "ceiling")}
     closed = run.document.get("gap_closed")
     note = f"{run.document.get('num_items', '?')} held-out items of {run.document.get('task', '?')}; intervals: 95 % bootstrap over items."
     note += "" if closed is None else f" Gap closed: {closed:.3f} (0: K draws from the posterior, 1: its K most probable answers)."
-    return {"title": "Headline", "note": note, "columns": ["", *columns], "rows": rows}
+    return by_metric("Headline", note, columns)
 
 
 def arms_table(evaluation: Mapping[str, Any]) -> list[Table]:
     """Every metric of every arm, coverage at equal tokens, and paired differences."""
     arms = {n: a for n, a in evaluation["arms"].items() if not n.startswith("K=")}
-    names = list(dict.fromkeys(name for a in arms.values() for name in a["metrics"]))
-    rows: list[list[Any]] = [[name, *(a["metrics"].get(name) for a in arms.values())] for name in names]
     says = " · ".join(f"{name}: {a['says']}" for name, a in arms.items())
-    out = [{"title": "Evaluation", "note": f"{evaluation['num_items']} items. {says}.", "columns": ["", *arms], "rows": rows}]
-    equal = [
-        [f"{b['tokens']:.0f} tokens", *(at_tokens(a["curve"], b["tokens"]) for a in arms.values())] for b in evaluation["equal_tokens"]
+    budgets = [budget["tokens"] for budget in evaluation["equal_tokens"]]
+    equal = {name: {f"{budget:.0f} tokens": at_tokens(a["curve"], budget) for budget in budgets} for name, a in arms.items()}
+    pairs = {pair: {m: v for m, v in values.items() if m != "num_items"} for pair, values in evaluation["paired"].items()}
+    out = [
+        by_metric("Evaluation", f"{evaluation['num_items']} items. {says}.", {name: a["metrics"] for name, a in arms.items()}),
+        by_metric("Coverage at equal tokens", "– : outside of what was sampled.", equal),
+        by_metric("Paired differences", "On the same items, resampled alike.", pairs),
     ]
-    out.append({"title": "Coverage at equal tokens", "note": "– : outside of what was sampled.", "columns": ["", *arms], "rows": equal})
-    if pairs := evaluation["paired"]:
-        metrics = list(dict.fromkeys(n for values in pairs.values() for n in values if n != "num_items"))
-        table = [[m, *(values.get(m) for values in pairs.values())] for m in metrics]
-        out.append({"title": "Paired differences", "note": "On the same items, resampled alike.", "columns": ["", *pairs], "rows": table})
-    return out
+    return out if pairs else out[:-1]
 
 
 def browser(run: Run) -> tuple[Table, list[str]]:
@@ -93,22 +163,20 @@ def browser(run: Run) -> tuple[Table, list[str]]:
          "rows": [{k: row[k] for k in kept if k in row} for row in group]}
         for (step, id), group in sorted(groups.items()) if step in wanted
     ]  # fmt: skip
-    r = run.config["reward"]
-    config = load_config(run.path / "config.yaml").reward
-    grammar = Grammar(config.form, r["num_answers"], r["layout"], False, config.analysis, config.other)
-    names = [name for name, _ in component_layout(grammar, RewardSpec(brier=config.brier if config.confident else "none"))]
+    r = load_config(run.path / "config.yaml").reward
+    grammar = Grammar(r.form, r.num_answers, r.layout, False, r.analysis, r.other)
+    names = [name for name, _ in component_layout(grammar, RewardSpec(brier=r.brier if r.confident else "none"))]
     return {"groups": shown[:NUM_PROMPTS], "components": names}, faults
 
 
 def settings_table(groups: Mapping[str, Sequence[Run]]) -> Table:
     """One line a setting."""
     metrics = list(dict.fromkeys([f"coverage@{runs[0].num_answers}" for runs in groups.values()])) + list(SHOWN_METRICS[:-1])
-    rows = []
+    rows: list[list[Any]] = []
     for name, runs in groups.items():
         closed = [r.document["gap_closed"] for r in runs if r.document.get("gap_closed") is not None]
-        rows.append(
-            [name, sum(r.finished for r in runs), float(np.mean(closed)) if closed else None, *(over_seeds(runs, m) for m in metrics)]
-        )
+        rows.append([name, sum(r.finished for r in runs), float(np.mean(closed)) if closed else None])
+        rows[-1] += [over_seeds(runs, m) for m in metrics]
     note = "Mean over finished seeds (n) with Student's 95 % interval; with one seed, the bootstrap interval over its items."
     return {"title": "Settings", "note": note, "columns": ["setting", "n", "gap_closed", *metrics], "rows": rows}
 
@@ -123,23 +191,20 @@ def differences(a: Run, b: Run) -> Table:
 
 def figures_of(groups: Mapping[str, Sequence[Run]]) -> dict[str, Figure]:
     """Curves of all settings, and of a single run everything else that it has."""
-    first = next(iter(groups.values()))[0]
-    alone = len(groups) == 1 and len(next(iter(groups.values()))) == 1
-    runs = [run for group in groups.values() for run in group]
-    keys = list(dict.fromkeys(k for r in runs for k in plots.headline_keys(r.document, r.metrics)))
+    first, *others = (run for group in groups.values() for run in group)
+    keys = list(dict.fromkeys(k for r in (first, *others) for k in plots.headline_keys(r.document, r.metrics)))
     evals = {name: runs[0].document.get("history", []) if len(runs) == 1 else [] for name, runs in groups.items()}
-    out = {
-        "learning curves": plots.learning_curves({n: [r.metrics for r in runs] for n, runs in groups.items()}, evals, keys, first.document)
-    }
+    rows = {name: [run.metrics for run in runs] for name, runs in groups.items()}
+    out = {"learning curves": plots.learning_curves(rows, evals, keys, first.document)}
     arms = {n: runs[0].evaluation for n, runs in groups.items() if runs[0].evaluation}
-    if alone and arms:
+    if arms and not others:
         out |= plots.of_evaluation(first.evaluation)
     elif arms:
         policies = {n: e["arms"]["policy"] for n, e in arms.items()}
         out |= {"coverage": plots.coverage(policies, first.evaluation.get("bars")), "tokens": plots.tokens_per_answer(policies)}
         if any(p["reliability"] for p in policies.values()):
             out["reliability"] = plots.reliability(policies)
-    return out | ({"reward components": plots.components(first.metrics)} if alone else {})
+    return out if others else out | {"reward components": plots.components(first.metrics)}
 
 
 def page(runs: Sequence[Run], title: str) -> dict[str, Any]:
@@ -176,11 +241,10 @@ def write(data: Mapping[str, Any], path: Path) -> None:
 
 def report(paths: Sequence[Path], out: Path | None) -> Path:
     """Write the report of a run, a folder of runs, or two runs; returns the file."""
-    found = (
-        sorted(p.parent for p in paths[0].rglob("config.yaml"))
-        if len(paths) == 1 and not (paths[0] / "config.yaml").exists()
-        else list(paths)
-    )
+    if len(paths) > 2:
+        raise UserError("name one run, one folder of runs, or two runs")
+    of_many = len(paths) == 1 and not (paths[0] / "config.yaml").exists()
+    found = sorted(p.parent for p in paths[0].rglob("config.yaml")) if of_many else paths
     if not found:
         raise UserError(f"{paths[0]} holds no run (no config.yaml in it or below it)")
     target = out or (paths[0] if len(paths) == 1 else Path()) / "report.html"
@@ -193,14 +257,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("run", type=Path, nargs="+", help="one run, one folder of runs, or two runs")
     parser.add_argument("--out", type=Path, help="the file to write (default: report.html in the folder; of two runs, here)")
     options = parser.parse_args(arguments)
-    try:
-        if len(options.run) > 2:
-            raise UserError("name one run, one folder of runs, or two runs")
-        print(report(options.run, options.out))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_code(lambda: print(report(options.run, options.out)))
 
 
 if __name__ == "__main__":

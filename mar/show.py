@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.text import Text
 
 from mar.log import read_jsonl
-from mar.records import UserError
+from mar.records import UserError, exit_code
 
 KEYS = set("step stage id sample question targets text answers confidences hits reason reward parts".split())
 COLOURS = {"right": "bold green", "wrong": "red", "repeated": "magenta"}
@@ -84,12 +84,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("step", type=int, nargs="?", help="default: the last one of training; 0: the evaluation before")
     parser.add_argument("prompt", nargs="?", default="", help="a prompt's id, or a part of it")
     options = parser.parse_args(arguments)
-    try:
-        show(options.run, options.step, options.prompt, Console(highlight=False))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_code(lambda: show(options.run, options.step, options.prompt, Console(highlight=False)))
 
 
 if __name__ == "__main__":

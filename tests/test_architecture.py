@@ -12,11 +12,11 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # The one order of the code, upstream first. A new module takes the place at which the data reaches it.
 ORDER = """
-    records rundir config compose grammar posterior verify tasks prompts rewards mar_kernels
+    records rundir config compose grammar metrics verify tasks prompts rewards mar_kernels
     attention model weights lora distributed draw cache sampler rollout batch advantages losses critic optim checkpoint
-    metrics itemstats mirror log plots protocol fetch lessons sft job update __main__ train arms evaluate export plan runs report show
+    itemstats mirror log plots protocol fetch lessons sft job update __main__ train arms evaluate export plan report show
 """.split()
-TEXT_SIDE = {"records", "rundir", "config", "compose", "grammar", "posterior", "tasks", "prompts", "verify", "rewards"}
+TEXT_SIDE = {"records", "rundir", "config", "compose", "grammar", "metrics", "tasks", "prompts", "verify", "rewards"}
 MAY_SEE_HYDRA = {"rundir", "config", "compose", "train"}
 
 

@@ -9,7 +9,7 @@ from importlib.resources import files
 import numpy as np
 import pytest
 
-from mar import posterior as bars
+from mar import metrics as bars
 from mar.records import UserError
 from mar.tasks import clinic
 

@@ -103,6 +103,17 @@ def test_an_interrupted_evaluation_goes_on(cut: str, base: Path, tmp_path: Path,
     ]
 
 
+def test_an_item_that_is_too_long_for_one_arm_is_asked_of_none(base: Path, tmp_path: Path) -> None:
+    rows = [json.loads(line) for line in (base / "eval_items.jsonl").read_text().splitlines()[1:]]
+    lengths = {arm: {r["id"]: r["prompt_tokens"] for r in rows if r["arm"] == arm} for arm in ("policy", "single")}
+    limit = sorted(lengths["policy"].values())[2]
+    kept = [id for id, length in lengths["policy"].items() if length <= limit]
+    assert len(kept) < 5 and max(lengths["single"].values()) <= limit  # asked for one answer, all would fit
+    evaluate.run(["base", *FEW, f"model.max_prompt_tokens={limit}", f"out={tmp_path}"], DISPLAY)
+    again = [json.loads(line) for line in (tmp_path / "eval_items.jsonl").read_text().splitlines()[1:]]
+    assert [(r["arm"], r["id"]) for r in again] == [(arm, id) for arm in ("policy", "single", "K=2") for id in kept]
+
+
 def test_another_evaluation_is_not_mixed_in(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["base", *FEW[:-1], "arms=policy", f"out={tmp_path}"]
     evaluate.run(words, DISPLAY)

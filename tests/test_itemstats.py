@@ -2,13 +2,14 @@
 
 import itertools
 import math
+from dataclasses import asdict
 
 import numpy as np
 import pytest
 from rouge_score.rouge_scorer import RougeScorer
 from sklearn.metrics import roc_auc_score
 
-from mar.arms import bars
+from mar.arms import Arm, measured
 from mar.grammar import Grammar, render
 from mar.itemstats import (
     Item,
@@ -25,8 +26,7 @@ from mar.itemstats import (
     statistics,
     words,
 )
-from mar.metrics import set_value, tv_distance, union_curve
-from mar.posterior import ceiling_value, floor_coverage
+from mar.metrics import bars, ceiling_value, floor_coverage, set_value, tv_distance, union_curve
 from mar.records import Completion, Example, Gold, Prompt
 from mar.rewards import RewardSpec
 from mar.rollout import judge_completion
@@ -199,7 +199,21 @@ def test_rows_come_back():
     import json
 
     for item in items(num=3):
-        assert Item.from_row(json.loads(json.dumps(item.to_row()))) == item
+        assert Item.from_row(json.loads(json.dumps(asdict(item)))) == item
+
+
+def test_what_is_said_of_an_arm_by_hand():
+    found = items(num=60)
+    said = measured(Arm("policy", "", GRAMMAR, 4), found)
+    slots = [pair for i in found for s in i.sets if s.reason is None for pair in zip(s.confidences, s.mass, strict=True)]
+    q, mass = np.array(slots).T
+    at = np.minimum((q * 10).astype(int), 9)
+    for b, told in zip(np.unique(at), said["reliability"], strict=True):
+        assert told["count"] == (at == b).sum() and told["said"] == pytest.approx(q[at == b].mean())
+        assert told["right"][0] == pytest.approx(mass[at == b].mean()) and told["right"][1] <= told["right"][0] <= told["right"][2]
+    unique = [len({key for s in i.sets for key in s.keys if key is not None}) for i in found]
+    assert said["unique_histogram"] == {n: unique.count(n) for n in unique}
+    assert sum(said["format_failures"].values()) == sum(s.reason is not None for i in found for s in i.sets) > 0
 
 
 def test_bars_agree_with_the_exact_floor():

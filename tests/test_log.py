@@ -73,6 +73,8 @@ def test_documents_are_replaced_whole(tmp_path, monkeypatch):
         with pytest.raises(OSError, match="no space left"):
             truncate_jsonl(path, 1)
     assert read(path) == [{"step": 1}, {"step": 2}]
+    truncate_jsonl(path, 1)  # what the crash left beside it does not count
+    assert read(path) == [{"step": 1}]
 
 
 def test_a_completion_row_is_json_and_complete():

@@ -13,7 +13,6 @@ import pytest
 
 pytest.importorskip("matplotlib", reason="figures need matplotlib: pip install 'mar[eval]'")
 from mar import evaluate, plots, report, show
-from mar import runs as runs_of_folders
 from mar.compose import compose
 from mar.log import Display
 from mar.records import UserError
@@ -93,7 +92,8 @@ def test_a_run_is_one_file_that_needs_nothing_else(runs: list[Path], page: Path)
     assert cover["after"] == [stored["after"]["coverage@3"], *stored["after"]["interval"]["coverage@3"]]
     assert cover["floor"] == [stored["floor"]["coverage@3"], None, None] and cover["after"][1] < cover["after"][2]
     assert table(data, "Evaluation")["columns"][1:] == ["policy", "base", "single", "list", "verbalized"]
-    assert len(table(data, "Paired differences")["rows"]) > 10 and len(table(data, "Coverage at equal tokens")["rows"]) == 2
+    paired = [name for name, *_ in table(data, "Paired differences")["rows"]]
+    assert len(paired) > 10 and "num_items" not in paired and len(table(data, "Coverage at equal tokens")["rows"]) == 2
     assert "commit" in data["provenance"] and "num_answers: 3" in data["configs"][str(runs[0])]
 
 
@@ -117,11 +117,11 @@ def test_pairs_and_sweeps(runs: list[Path], tmp_path: Path) -> None:
     assert set(pair["figures"]) >= {"learning curves", "coverage"} and pair["rollouts"] is None
     sweep = table(data_of(report.report([runs[1].parents[2]], tmp_path / "sweep.html")), "Settings")
     assert [row[1] for row in sweep["rows"]] == [1, 1, 1]  # eval.every differs too
-    same = [runs_of_folders.read_run(r) for r in (runs[1], runs[1])]
-    mean, low, high = runs_of_folders.over_seeds(same, "top1")
+    same = [report.read_run(r) for r in (runs[1], runs[1])]
+    mean, low, high = report.over_seeds(same, "top1")
     assert mean == low == high == same[0].document["after"]["top1"]
-    two = [runs_of_folders.Run(Path(), {}, [], {"after": {"x": v}}, {}, []) for v in (1.0, 3.0)]
-    assert runs_of_folders.over_seeds(two, "x") == pytest.approx([2, 2 - 12.71, 2 + 12.71])  # t = 12.71, standard error 1
+    two = [report.Run(Path(), {}, [], {"after": {"x": v}}, {}, []) for v in (1.0, 3.0)]
+    assert report.over_seeds(two, "x") == pytest.approx([2, 2 - 12.71, 2 + 12.71])  # t = 12.71, standard error 1
 
 
 @pytest.mark.parametrize("width", [1280, 500])
@@ -185,6 +185,7 @@ def test_figures_are_files_that_open(runs: list[Path], tmp_path: Path) -> None:
     figures = {"tokens": plots.tokens_per_answer(document["arms"]), "components": plots.of_run(runs[0])["components"]}
     figures["reliability"] = plots.reliability({"policy": document["arms"]["policy"]})
     plots.save(figures, tmp_path)
+    assert not any(axes.spines["top"].get_visible() for figure in figures.values() for axes in figure.axes)  # all are drawn in one style
     for name in figures:
         ElementTree.parse(tmp_path / f"{name}.svg")
         with Image.open(tmp_path / f"{name}.png") as image:

@@ -8,7 +8,7 @@ import datasets
 import pytest
 
 from mar.records import Gold, UserError
-from mar.tasks import TASKS, get_task, medqa
+from mar.tasks import get_task, jsonl, medqa
 from mar.tasks.common import Source, split_of
 from mar.verify import matching_increments
 
@@ -45,6 +45,11 @@ def test_unknown_task_names_the_known():
         match="unknown task 'medq': data.task is one of ambigqa, clinic, ddxplus, ddxplus_bayes, hotpotqa, jsonl, mbpp, medqa, protoqa",
     ):
         get_task("medq")
+
+
+def test_what_an_answer_is_called():
+    nouns = {name: get_task(name).noun for name in ("clinic", "ddxplus", "ddxplus_bayes", "medqa", "mbpp")}
+    assert nouns == {**dict.fromkeys(("clinic", "ddxplus", "ddxplus_bayes"), "diagnosis"), "medqa": "answer", "mbpp": "program"}
 
 
 def test_clinic_is_embedded_and_finite():
@@ -354,6 +359,6 @@ def test_malformed_jsonl_row(row, words, tmp_path):
 
 def test_documented_rows_load(tmp_path):
     """The rows in the module's own text are what a user copies."""
-    text = TASKS["jsonl"].load.__globals__["__doc__"]
+    text = jsonl.__doc__
     rows = [line.strip() + "\n" for line in text.splitlines() if line.strip().startswith("{")]
     assert len(rows) == 3 and len(jsonl_examples(tmp_path, rows)) == 3

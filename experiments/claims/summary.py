@@ -10,8 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from mar.metrics import gap_closed
-from mar.runs import STUDENT
+from mar.metrics import STUDENT, gap_closed
 
 HERE = Path(__file__).parent
 ORDER = ("multi_rlcr", "multi_rlvr", "rlcr_single", "rlvr_single", "pass_at_k", "base", "single", "prompted_k", "verbalized")

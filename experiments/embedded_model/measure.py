@@ -15,8 +15,8 @@ from mar.draw import SamplingParams
 from mar.fetch import resolve_model
 from mar.grammar import Grammar
 from mar.lessons import make_encode, make_lesson
+from mar.metrics import floor_coverage
 from mar.model import Decoder
-from mar.posterior import floor_coverage
 from mar.prompts import build_prompt, load_tokenizer
 from mar.protocol import Protocol, measure
 from mar.records import Example, Rollout

@@ -1,12 +1,14 @@
-"""One file per task, and the dictionary of them. To add a task: write `load(source) -> Loaded` and one entry here."""
+"""One file per task, and the dictionary of them. To add a task: write `load(source) -> Loaded`, for which `load_rows` needs no more than
+`read(row, place) -> Candidate`, and one entry here."""
 
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from mar.records import UserError
 from mar.tasks import ambigqa, clinic, ddxplus, hotpotqa, jsonl, mbpp, medqa, protoqa
-from mar.tasks.common import Loaded, Source
+from mar.tasks.common import Loaded, Source, load_rows
 
 
 @dataclass(frozen=True)
@@ -32,14 +34,14 @@ DISTRIBUTION = ("auto", "drawn", "probabilities")
 
 TASKS: dict[str, Task] = {
     "clinic": Task(load=_clinic, noun=clinic.NOUN, targets=DISTRIBUTION),
-    "medqa": Task(load=medqa.load, noun=medqa.NOUN),
-    "ddxplus": Task(load=ddxplus.load, noun=ddxplus.NOUN, targets=("auto", "set", "drawn")),
-    "ddxplus_bayes": Task(load=ddxplus.load_bayes, noun=ddxplus.NOUN, targets=DISTRIBUTION),
-    "hotpotqa": Task(load=hotpotqa.load, noun=hotpotqa.NOUN),
-    "ambigqa": Task(load=ambigqa.load, noun=ambigqa.NOUN),
-    "protoqa": Task(load=protoqa.load, noun=protoqa.NOUN, targets=DISTRIBUTION),
-    "mbpp": Task(load=mbpp.load, noun=mbpp.NOUN, verifier="program"),
-    "jsonl": Task(load=jsonl.load, noun=jsonl.NOUN, targets=DISTRIBUTION),
+    "medqa": Task(load=medqa.load, noun="answer"),
+    "ddxplus": Task(load=ddxplus.load, noun="diagnosis", targets=("auto", "set", "drawn")),
+    "ddxplus_bayes": Task(load=ddxplus.load_bayes, noun="diagnosis", targets=DISTRIBUTION),
+    "hotpotqa": Task(load=hotpotqa.load, noun="answer"),
+    "ambigqa": Task(load=partial(load_rows, read=ambigqa.read), noun="answer"),
+    "protoqa": Task(load=partial(load_rows, read=protoqa.read), noun="answer", targets=DISTRIBUTION),
+    "mbpp": Task(load=partial(load_rows, read=mbpp.read), noun="program", verifier="program"),
+    "jsonl": Task(load=partial(load_rows, read=jsonl.read), noun="answer", targets=DISTRIBUTION),
 }
 
 

@@ -15,7 +15,7 @@ from mar.grammar import Grammar
 from mar.job import load_data
 from mar.log import Display
 from mar.prompts import build_prompt, fit_grammar, load_tokenizer
-from mar.records import Prompt, UserError
+from mar.records import Prompt, UserError, exit_code
 from mar.tasks import get_task
 
 
@@ -43,7 +43,4 @@ def main(words: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    sys.exit(exit_code(lambda: main(sys.argv[1:])))

@@ -7,10 +7,8 @@ Golds are the readings of all annotators; what shares a spelling is one gold, so
 from typing import Any
 
 from mar.records import Example, Gold, UserError
-from mar.tasks.common import Candidate, Loaded, Row, Source, id_of, load_rows, text_of
+from mar.tasks.common import Candidate, Row, id_of, text_of
 from mar.verify import normalise
-
-NOUN = "answer"
 
 
 def _readings(row: Row, place: str) -> list[list[str]]:
@@ -43,15 +41,11 @@ def merge(readings: list[list[str]]) -> list[list[str]]:
     return [texts for _, texts in clusters]
 
 
-def _read(row: Row, place: str) -> Candidate:
+def read(row: Row, place: str) -> Candidate:
+    """One row. Raises UserError naming place and key where it is malformed."""
     question, clusters = text_of(row, "question", place), merge(_readings(row, place))
     golds = tuple(Gold(texts[0], tuple(texts[1:])) for texts in clusters)
     several = len(golds) > 1
     id = id_of(row, "id", "ambigqa", question)
     example = Example(id, "ambigqa", question, golds, "uniform" if several else "single", several)
     return Candidate(example, question, None if golds else "no readable answer")
-
-
-def load(source: Source) -> Loaded:
-    """The questions of a split. Raises UserError naming file, line and key of a malformed row."""
-    return load_rows(source, _read)

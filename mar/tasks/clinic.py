@@ -35,15 +35,6 @@ class Clinic:
     age: np.ndarray  # [C, A]
     present: np.ndarray  # [C, F], strictly between 0 and 1
 
-    @property
-    def findings(self) -> list[str]:
-        return [finding for _, findings in self.systems for finding in findings]
-
-    @property
-    def system_of(self) -> np.ndarray:
-        """[F] index of each finding's system."""
-        return np.repeat(np.arange(len(self.systems)), [len(findings) for _, findings in self.systems])
-
 
 def _shares(numbers: list[Any]) -> np.ndarray:
     weights = np.asarray(numbers, dtype=np.float64)
@@ -110,7 +101,7 @@ def draw_patients(split: str, num: int, seed: int = 0) -> Patients:
     sex, band = _pick(data.sex[condition], u[:, 1]), _pick(data.age[condition], u[:, 2])
     first, last = data.bands[band].T
     order, size = np.argsort(u[:, 5 : 5 + num_systems], axis=1), np.array(SIZES)[(u[:, 4] * len(SIZES)).astype(int)]
-    examined = (np.argsort(order, axis=1) < size[:, None])[:, data.system_of]
+    examined = (np.argsort(order, axis=1) < size[:, None]).repeat(data.present.shape[1] // num_systems, axis=1)
     found = examined & (u[:, 5 + num_systems :] < data.present[condition])
     age = first + (u[:, 3] * (last - first + 1)).astype(int)
     return Patients(condition, sex, band, age, order, size, examined, found)
@@ -164,31 +155,7 @@ def load(split: str, num: int, seed: int = 0) -> list[Example]:
     rows = zip(vignettes(patients), posterior(patients).tolist(), patients.condition.tolist(), strict=True)
     return [
         Example(
-            id=f"clinic-{split}-{i:06d}",
-            task="clinic",
-            question=f"{vignette} {ABSENT}",
-            golds=tuple(map(Gold, names, aliases, row)),
-            truth="exact",
-            drawn=condition,
+            f"clinic-{split}-{i:06d}", "clinic", f"{vignette} {ABSENT}", tuple(map(Gold, names, aliases, row)), "exact", drawn=condition
         )
         for i, (vignette, row, condition) in enumerate(rows)
     ]
-
-
-def main() -> None:
-    """Print the exact bars on 4,000 test patients, and three of them."""
-    from mar.posterior import ceiling_coverage, ceiling_value, floor_coverage
-
-    p = posterior(draw_patients("test", 4000))
-    print(f"top1 {ceiling_coverage(p, 1).mean():.3f}  (floor {floor_coverage(p, 1).mean():.3f})")
-    for k in (2, 3, 5):
-        floor, ceiling, value = (f(p, k).mean() for f in (floor_coverage, ceiling_coverage, ceiling_value))
-        print(f"k={k}  coverage: floor {floor:.3f}, ceiling {ceiling:.3f}; best value {value:.3f}")
-    for example in load("test", 3):
-        best = sorted(example.golds, key=lambda gold: -(gold.probability or 0.0))[:3]
-        guesses = ", ".join(f"{gold.name} {gold.probability:.2f}" for gold in best)
-        print(f"\n{example.question}\n  {guesses}; drawn: {example.targets()[0].name}")
-
-
-if __name__ == "__main__":
-    main()

@@ -19,10 +19,15 @@ import numpy as np
 from mar.records import Example, Gold, UserError
 from mar.tasks.common import Candidate, Loaded, Row, Source, load_rows, read_json, split_of, stable_hash
 
-NOUN = "diagnosis"
 EVIDENCES, STATISTICS = ("release_evidences_en.json", "release_evidences.json"), "evidence_given_condition_probs.json"
 NUM_ASKED = (8, 12, 20)  # findings asked for, each number equally often
 FEW, WORDS = "differential has no condition above data.min_prob", {"N": "no", "Y": "yes", "NA": "none of them"}
+
+
+def _folder(source: Source) -> Path:
+    """The folder that the path is, or is in."""
+    path = Path(str(source.path)).expanduser()
+    return path if path.is_dir() else path.parent
 
 
 def _table(source: Source) -> dict[str, Any]:
@@ -31,8 +36,7 @@ def _table(source: Source) -> dict[str, Any]:
         from huggingface_hub import hf_hub_download
 
         return read_json(Path(hf_hub_download(str(source.hub_id), EVIDENCES[1], repo_type="dataset")))
-    folder = Path(str(source.path)).expanduser()
-    folder = folder if folder.is_dir() else folder.parent
+    folder = _folder(source)
     return read_json(next((folder / name for name in EVIDENCES if (folder / name).is_file()), folder / EVIDENCES[0]))
 
 
@@ -89,15 +93,6 @@ def load(source: Source) -> Loaded:
     return load_rows(source, read)
 
 
-def _statistics(folder: Path) -> tuple[list[str], list[str], np.ndarray, np.ndarray]:
-    """(conditions [C], findings [F], prior [C], present [C, F])."""
-    raw = read_json(folder / STATISTICS)
-    conditions, findings = raw["conditions"], raw["symptoms"]
-    prior = np.array([raw["condition_counts"][c] for c in conditions], dtype=np.float64)
-    present = np.array([[raw["probabilities"][c].get(f, 0.0) for f in findings] for c in conditions])
-    return conditions, findings, prior / prior.sum(), present
-
-
 def posterior(prior: np.ndarray, present: np.ndarray, answers: np.ndarray) -> np.ndarray:
     """P(condition | answers) [C] of answers [F] in {1: present, 0: absent, -1: not asked}: Bayes' rule."""
     likelihood = np.where(answers == 1, present, np.where(answers == 0, 1.0 - present, 1.0)).prod(axis=1)
@@ -108,8 +103,11 @@ def load_bayes(source: Source) -> Loaded:
     """`num` drawn patients of a split, to which they belong by their text: no question is in two splits, whatever the seed."""
     if source.kind != "path" or source.num is None:
         raise UserError(f"ddxplus_bayes draws patients from {STATISTICS}: use data.source=path data.path=<its folder> and data.num_train")
-    table, folder = _table(source), Path(str(source.path)).expanduser()
-    conditions, findings, prior, present = _statistics(folder if folder.is_dir() else folder.parent)
+    table, raw = _table(source), read_json(_folder(source) / STATISTICS)
+    conditions, findings = raw["conditions"], raw["symptoms"]
+    counts = np.array([raw["condition_counts"][c] for c in conditions], dtype=np.float64)
+    prior = counts / counts.sum()  # [C]
+    present = np.array([[raw["probabilities"][c].get(f, 0.0) for f in findings] for c in conditions])  # [C, F]
     spread = prior @ (present - prior @ present) ** 2  # findings that tell conditions apart are asked for more often
     rng = np.random.default_rng(source.seed)
     examples: list[Example] = []

@@ -11,7 +11,6 @@ import numpy as np
 from mar.records import Example, Gold, UserError
 from mar.tasks.common import Candidate, Loaded, Row, Source, id_of, load_rows, stable_hash, text_of
 
-NOUN = "answer"
 NUM_PARAGRAPHS, NUM_REMOVED, MAX_CHARACTERS = 10, 2, 6000
 
 

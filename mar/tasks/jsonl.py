@@ -12,9 +12,8 @@ people). Without "id" the question's words make one. The id decides the split: o
 from typing import Any
 
 from mar.records import TRUTHS, Example, Gold, UserError
-from mar.tasks.common import Candidate, Loaded, Row, Source, draw_label, id_of, load_rows, text_of
+from mar.tasks.common import Candidate, Row, draw_label, id_of, text_of
 
-NOUN = "answer"
 GOLD_KEYS = {"name", "aliases", "probability"}
 
 
@@ -48,7 +47,8 @@ def _truth(row: Row, golds: tuple[Gold, ...], place: str) -> str:
     return truth
 
 
-def _read(row: Row, place: str) -> Candidate:
+def read(row: Row, place: str) -> Candidate:
+    """One row. Raises UserError naming place and key where it is malformed."""
     question, raw = text_of(row, "question", place), row.get("golds")
     if not isinstance(raw, list) or not raw:
         raise UserError(f"{place}: 'golds' must be a list of at least one gold")
@@ -57,8 +57,3 @@ def _read(row: Row, place: str) -> Candidate:
     if golds[0].probability is not None:
         drawn = draw_label(id, golds)
     return Candidate(Example(id, "jsonl", question, golds, truth, drawn is None and len(golds) > 1, drawn), question)
-
-
-def load(source: Source) -> Loaded:
-    """The questions of a split. Raises UserError naming file, line and key of a malformed row."""
-    return load_rows(source, _read)

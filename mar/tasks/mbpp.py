@@ -5,13 +5,12 @@ unseen. Each distinct program that passes is a hit, so coverage is the number of
 """
 
 from mar.records import Example, Gold, UserError
-from mar.tasks.common import Candidate, Loaded, Row, Source, id_of, load_rows, text_of
+from mar.tasks.common import Candidate, Row, id_of, text_of
 from mar.tasks.programs import take_apart
 
-NOUN = "program"
 
-
-def _read(row: Row, place: str) -> Candidate:
+def read(row: Row, place: str) -> Candidate:
+    """One row. Raises UserError naming place and key where it is malformed."""
     text, tests = text_of(row, "text" if "text" in row else "prompt", place), row.get("test_list")
     if not isinstance(tests, list) or not tests or not all(isinstance(test, str) for test in tests):
         raise UserError(f"{place}: 'test_list' must be a list of asserts that is not empty")
@@ -28,8 +27,3 @@ def _read(row: Row, place: str) -> Candidate:
     golds = (Gold("a program that passes its tests"),)
     example = Example(id_of(row, "task_id", "mbpp", f"{text} {tests[0]}"), "mbpp", shown, golds, "rule", multi_label=True, tests=statements)
     return Candidate(example, f"{text}\n{tests[0]}", reason)
-
-
-def load(source: Source) -> Loaded:
-    """The tasks of a split. Raises UserError naming file, line and key of a malformed row."""
-    return load_rows(source, _read)

@@ -13,7 +13,6 @@ from string import ascii_uppercase
 from mar.records import Example, Gold, UserError
 from mar.tasks.common import Candidate, Loaded, Row, Source, id_of, load_rows, text_of
 
-NOUN = "answer"
 NEEDS_OPTIONS, LONG_GOLD = "question needs its options", "answer too long for an open question"
 
 # "Which of the following" is rewritten by what comes next: a verb or the end ("What is ...", "... shows what?"), a

@@ -17,7 +17,7 @@ from functools import lru_cache
 from typing import Any
 
 from mar.records import UserError
-from mar.tasks.sandbox import Reply, evaluate
+from mar.tasks.sandbox import evaluate
 
 Check = Callable[[Sequence[Any]], Any]  # from the values of the probes
 INFRASTRUCTURE = "infrastructure_error"
@@ -117,10 +117,9 @@ def unfenced(answer: str) -> str:
 def verify_program(program: str, tests: Tests, unsafe: bool = False) -> Verdict:
     """Run one program against its tests. A sandbox that did not start is tried once more."""
     suite, program = take_apart(tests), unfenced(program)
-    reply = Reply(INFRASTRUCTURE)
-    for _ in range(2):
-        if reply.outcome == INFRASTRUCTURE:
-            reply = evaluate(program, suite.probes, suite.setup, unsafe)
+    reply = evaluate(program, suite.probes, suite.setup, unsafe)
+    if reply.outcome == INFRASTRUCTURE:
+        reply = evaluate(program, suite.probes, suite.setup, unsafe)
     key = reply.key or program
     if reply.outcome != "returned":
         return Verdict(reply.outcome, key)

@@ -7,22 +7,19 @@ on the hub columns in `answer-clusters`. The shares are the truth, `survey`; one
 from typing import Any
 
 from mar.records import Example, Gold, UserError
-from mar.tasks.common import Candidate, Loaded, Row, Source, draw_label, id_of, load_rows, text_of
-
-NOUN = "answer"
+from mar.tasks.common import Candidate, Row, draw_label, id_of, text_of
 
 
 def _clusters(row: Row, place: str) -> list[tuple[int, list[str]]]:
     """(people, spellings) of each cluster, the most frequent first."""
-    raw: Any = row.get("answers") or row.get("answer-clusters")
-    if isinstance(raw, dict) and "clusters" in raw:
+    given = row.get("answers") or row.get("answer-clusters")
+    raw: dict[str, Any] = given if isinstance(given, dict) else {}
+    if "clusters" in raw:
         found = [(c.get("count"), c.get("answers")) for c in raw["clusters"].values()]
-    elif isinstance(raw, dict) and isinstance(raw.get("count"), list):
+    elif isinstance(raw.get("count"), list):
         found = list(zip(raw["count"], raw["answers"], strict=True))
-    elif isinstance(raw, dict):
-        found = [(count, [text]) for text, count in raw.items()]
     else:
-        found = []
+        found = [(count, [text]) for text, count in raw.items()]
     found = [(n, [text for text in texts if text.strip()]) for n, texts in found if isinstance(texts, list) and type(n) is int and n > 0]
     found = [cluster for cluster in found if cluster[1]]  # a few rows have an answer of no text or of nobody
     if not found:
@@ -30,7 +27,8 @@ def _clusters(row: Row, place: str) -> list[tuple[int, list[str]]]:
     return sorted(found, key=lambda cluster: -cluster[0])
 
 
-def _read(row: Row, place: str) -> Candidate:
+def read(row: Row, place: str) -> Candidate:
+    """One row. Raises UserError naming place and key where it is malformed."""
     clusters, raw = _clusters(row, place), row.get("question")
     question = text_of(raw, "normalized", place) if isinstance(raw, dict) else text_of(row, "question", place)
     people = sum(count for count, _ in clusters)
@@ -38,8 +36,3 @@ def _read(row: Row, place: str) -> Candidate:
     id = id_of(row.get("metadata") or row, "id", "protoqa", question)
     shown = f"{question[0].upper()}{question[1:]}\n(What would most people answer?)"
     return Candidate(Example(id, "protoqa", shown, golds, "survey", drawn=draw_label(id, golds)), question)
-
-
-def load(source: Source) -> Loaded:
-    """The questions of a split. Raises UserError naming file, line and key of a malformed row."""
-    return load_rows(source, _read)

@@ -22,7 +22,6 @@ from typing import Any
 
 from mar.records import UserError
 
-OUTCOMES = ("returned", "failed", "timeout", "infrastructure_error")
 WALL_S, CPU_S = 10.0, 6
 MAX_BYTES = 1 << 20  # of the reply, of each file
 MAX_HEAD = 1 << 16  # what the pipe holds
@@ -38,8 +37,8 @@ KINDS: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Reply:
-    """`outcome` is one of OUTCOMES; `values` only of `returned`; `key` is the digest of the program's structure, "" where
-    it has none; `detail` says what went wrong with an infrastructure error."""
+    """`outcome` is returned, failed, timeout or infrastructure_error; `values` only of `returned`; `key` is the digest of the program's structure,
+    "" where it has none; `detail` says what went wrong with an infrastructure error."""
 
     outcome: str
     values: tuple[Any, ...] = ()
