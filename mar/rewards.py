@@ -12,7 +12,7 @@ With hits y_k, confidences q_k and K slots (what the Brier term misses is charge
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -21,7 +21,13 @@ import numpy as np
 from mar.grammar import Grammar, Parsed
 from mar.records import UserError
 
-COVERAGES = ("sum", "any", "fraction_golds", "fraction_answers")
+# name -> what each answer adds [K], of its hits [K] and the number of golds; an answer's value may look at hits up to its own only
+COVERAGES: dict[str, Callable[[Sequence[float], int], Sequence[float]]] = {
+    "sum": lambda hits, _: hits,
+    "any": lambda hits, _: np.diff(np.minimum(np.cumsum(hits), 1.0), prepend=0.0).tolist(),
+    "fraction_golds": lambda hits, num_golds: [hit / max(num_golds, 1) for hit in hits],
+    "fraction_answers": lambda hits, _: [hit / len(hits) for hit in hits],
+}
 BRIERS = ("none", "paper", "released")
 DUPLICATES = ("per_slot", "gate")
 SUM_TOLERANCE = 1e-6  # 0.33 + 0.33 + 0.34 passes
@@ -71,14 +77,6 @@ class Reward:
     parts: dict[str, float]
 
 
-OBJECTIVES: dict[str, tuple[str, RewardSpec]] = {  # METHOD: name -> (form of the grammar, reward)
-    "rlvr_single": ("rlvr_single", RewardSpec(brier="none")),
-    "rlcr_single": ("rlcr_single", RewardSpec(brier="paper")),
-    "multi_rlvr": ("rlvr_multi", RewardSpec(brier="none")),
-    "multi_rlcr": ("rlcr_multi", RewardSpec(brier="paper")),
-}
-
-
 @lru_cache(maxsize=256)
 def component_layout(grammar: Grammar, spec: RewardSpec) -> tuple[tuple[str, int], ...]:
     """(name, index of the grammar element that decides it) per component in order, then ("end", number of elements).
@@ -108,10 +106,8 @@ def first_open(grammar: Grammar, spec: RewardSpec) -> np.ndarray:
 
 def _coverage_terms(hits: Sequence[float], num_golds: int, spec: RewardSpec) -> list[float]:
     """[K] marginal coverage of each slot, weighted."""
-    marginals = np.diff(np.minimum(np.cumsum(hits), 1.0), prepend=0.0).tolist() if spec.coverage == "any" else hits
-    share = {"fraction_golds": max(num_golds, 1), "fraction_answers": len(hits)}.get(spec.coverage, 1)
     ranks = spec.rank_weights or (1.0,) * len(hits)
-    return [spec.coverage_weight * w * m / share for w, m in zip(ranks, marginals, strict=True)]
+    return [spec.coverage_weight * w * m for w, m in zip(ranks, COVERAGES[spec.coverage](hits, num_golds), strict=True)]
 
 
 def _brier_terms(parsed: Parsed, hits: Sequence[float], grammar: Grammar) -> list[float | None]:

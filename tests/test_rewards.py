@@ -9,9 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mar.compose import compose
 from mar.grammar import Grammar, parse, render
+from mar.job import reward_of
 from mar.records import Gold, UserError
-from mar.rewards import BRIERS, COVERAGES, DUPLICATES, OBJECTIVES, RewardSpec, component_layout, first_open, reward
+from mar.rewards import BRIERS, COVERAGES, DUPLICATES, RewardSpec, component_layout, first_open, reward
 from mar.verify import matching_increments, repeats
 
 GOLDS = (Gold("flu", ("influenza",)), Gold("cold"), Gold("gout"), Gold("mumps"))
@@ -24,8 +26,8 @@ def earn(text, grammar, spec, golds=GOLDS):
 
 
 def objective(name, num_answers=1, **changes):
-    form, spec = OBJECTIVES[name]
-    return Grammar(form, num_answers), dataclasses.replace(spec, **changes)
+    r = compose([f"reward={name}", f"reward.num_answers={num_answers}"]).reward
+    return Grammar(r.form, num_answers), dataclasses.replace(reward_of(r), **changes)
 
 
 def of(grammar, answers, confidences=(), other=0.0):
@@ -166,7 +168,7 @@ def test_components_by_hand():
 
 SPECS = st.builds(
     RewardSpec,
-    coverage=st.sampled_from(COVERAGES),
+    coverage=st.sampled_from(sorted(COVERAGES)),
     brier=st.sampled_from(BRIERS),
     sum_rule=st.booleans(),
     duplicates=st.sampled_from(DUPLICATES),
@@ -293,6 +295,13 @@ def test_a_reward_that_the_grammar_cannot_feed_is_refused(form, spec):
         component_layout(Grammar(form, 3), spec)
 
 
+def test_a_coverage_of_ones_own_is_one_function_and_one_entry(monkeypatch):
+    monkeypatch.setitem(COVERAGES, "second", lambda hits, num_golds: [hit * (k == 1) / num_golds for k, hit in enumerate(hits)])
+    grammar = Grammar("rlvr_multi", 2)
+    earned = earn(of(grammar, ["flu", "cold"]), grammar, RewardSpec(coverage="second", brier="none", format_weight=0.0))
+    assert earned.total == earned.parts["coverage"] == 1 / len(GOLDS)
+
+
 def test_every_objective_fits_its_form():
-    for name, (form, spec) in OBJECTIVES.items():
-        assert component_layout(Grammar(form, 1), spec)[-1][0] == "end", name
+    for name in ("rlvr_single", "rlcr_single", "multi_rlvr", "multi_rlcr"):
+        assert component_layout(*objective(name))[-1][0] == "end", name
