@@ -162,7 +162,7 @@ def show(document: dict[str, Any], console: Console) -> None:
     for name, value in {**d["bytes"], **{f"peak of {name}": value for name, value in d["peak_bytes"].items()}}.items():
         table.add_row(name, f"{value / GiB:.2f}")
     console.print(table)
-    advice = "try train.checkpoint_activations=true, fewer train.micro_batch_tokens, or model.lora_rank=16"
+    advice = "for sampling a lower scale.kv_budget_tokens, for the update checkpoint_activations=true, fewer micro_batch_tokens or model.lora_rank=16"
     console.print("fits" if d["fits"] else f"DOES NOT FIT: {advice}", f"in {USABLE:.0%} of {GPU_BYTES >> 30} GiB")
     without, limit = d["activations_without_checkpointing"] / GiB, "the KV budget" if d["kv_budget_binds"] else "memory"
     console.print(f"activations without checkpointing {without:.2f} GiB; largest group {d['largest_group']}, by {limit}")

@@ -66,15 +66,16 @@ def main() -> None:
     sizes = sys.argv[1:] or SIZES
     old = json.loads(RESULTS.read_text(encoding="utf-8"))["rows"] if RESULTS.exists() else []
     found = {(row["model"], row["gpus"], row["lora_rank"]): row for row in old}
+    order = [(f"Qwen3-{size}", gpus, rank) for size in SIZES for gpus in (1, 8) for rank in RANKS]
     for size in sizes:
         for gpus in (1, 8):
             for rank in RANKS:
                 row = found[f"Qwen3-{size}", gpus, rank] = measure(size, gpus, rank)
+                rows = [found[key] for key in order if key in found]
+                RESULTS.write_text(json.dumps({"rows": rows}, indent=1) + "\n", encoding="utf-8")
                 print(
                     f"Qwen3-{size} on {gpus}, rank {rank}: {row['tracked']['total'] / GIB:.2f} GiB tracked in {row['wall_s']} s", flush=True
                 )
-    order = [(f"Qwen3-{size}", gpus, rank) for size in SIZES for gpus in (1, 8) for rank in RANKS]
-    RESULTS.write_text(json.dumps({"rows": [found[key] for key in order if key in found]}, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
