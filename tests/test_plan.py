@@ -13,6 +13,7 @@ from torch import nn
 
 from experiments import report
 from experiments.plan.run import RESULTS, words_of
+from experiments.plan.run import planned as planned_parts
 from mar.compose import compose
 from mar.config import ModelOptions
 from mar.model import Decoder, ModelConfig
@@ -22,7 +23,6 @@ from mar.records import UserError
 ROOT = Path(__file__).resolve().parents[1]
 PUBLISHED = {"Qwen3-0.6B": 596_049_920, "Qwen3-1.7B": 1_720_574_976, "Qwen3-4B": 4_022_468_096, "Qwen3-8B": 8_190_735_360}
 RESIDENT = ("weights", "gradients", "optimizer")
-UPDATE = (*RESIDENT, "gathered", "activations", "backward", "reduce")
 TINY = ModelConfig("LlamaForCausalLM", 96, 8, 12, 2, 2, 1, 4)  # untied, no biases
 
 
@@ -178,12 +178,12 @@ def test_the_committed_tables_are_of_this_planner(monkeypatch, tmp_path):
     for row in rows[::5]:
         now = plan(compose(words_of(row["model"].removeprefix("Qwen3-"), row["gpus"], row["lora_rank"])))
         assert row["computed"] == json.loads(json.dumps(now)), "run experiments/plan/run.py again"
-        assert row["planned"]["total"] == sum(now["bytes"][part] for part in UPDATE)
-        assert all(row["planned"][part] == pytest.approx(row["tracked"][part], rel=0.01) for part in RESIDENT)
-        assert row["planned"]["total"] == pytest.approx(row["tracked"]["total"], rel=0.1)
+    for row in (row for row in rows if row["tracked"]):
+        for part, size in planned_parts(row).items():
+            assert size == pytest.approx(row["tracked"][part], rel=0.01 if part in RESIDENT else 0.1)
     text = (RESULTS.parent / "README.md").read_text()
     assert report.fill(text) == text, "run `make report`"
-    rows[0]["tracked"]["total"] += 2**30
+    rows[-1]["tracked"]["total"] += 2**30
     (tmp_path / "results.json").write_text(json.dumps({"rows": rows}))
     monkeypatch.setattr("experiments.plan.run.RESULTS", tmp_path / "results.json")
     assert report.fill(text) != text

@@ -1,12 +1,13 @@
-"""Plan and track Qwen3 on 1 and 8 GPUs, full and with adapters of rank 16:  python experiments/plan/run.py [0.6B 1.7B 4B 8B]
+"""Plan Qwen3 on 1 and 8 GPUs, full and with adapters of rank 16, and track steps:  python experiments/plan/run.py [0.6B 1.7B 4B 8B] [--planned]
 
-For each, `mar.plan` of the paper's recipe at that scale, and `fake_step` of a micro-batch as large as the scale's. Puts them into results.json in
-place of what it says of these models; `make report` makes the tables of README.md from it.
+For each size named (all, if none is), `mar.plan` of the paper's recipe at that scale and, without `--planned`, `fake_step` of a micro-batch as large
+as the scale's. Puts them into results.json in place of what it says of that; `make report` makes the tables of README.md from it.
 """
 
 import json
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -25,15 +26,21 @@ def words_of(size: str, gpus: int, rank: int) -> list[str]:
     return ["+experiment=paper", f"scale=h100x{gpus}", "model=qwen3-8b", f"model.path=Qwen/Qwen3-{size}", f"model.lora_rank={rank}"]
 
 
-def measure(size: str, gpus: int, rank: int) -> dict[str, Any]:
-    """The row of one run, its tracked step made by a process of its own."""
+def track(size: str, gpus: int, rank: int) -> dict[str, Any]:
+    """What FSDP's tracker counts in a step of that run, in a process of its own."""
     config = compose(words_of(size, gpus, rank))
     step = ["--model", f"Qwen/Qwen3-{size}", "--ranks", gpus, "--tokens", config.train.micro_batch_tokens, "--lora-rank", rank]
     keep = [] if config.train.checkpoint_activations else ["--no-checkpointing"]
     done = subprocess.run([sys.executable, HERE / "fake_step.py", *map(str, step), *keep], stdout=subprocess.PIPE, text=True, check=True)
     said = json.loads(done.stdout.splitlines()[-1])
-    row = {"model": f"Qwen3-{size}", "gpus": gpus, "lora_rank": rank, "tokens": said["tokens"], "wall_s": said["wall_s"]}
-    return {**row, "tracked": said["tracked"], "planned": said["planned"], "computed": plan(config)}
+    return {**said["tracked"], "tokens": said["tokens"], "wall_s": said["wall_s"]}
+
+
+def planned(row: dict[str, Any]) -> dict[str, int]:
+    """The planner's bytes of a training step, in the parts that are tracked."""
+    held = row["computed"]["bytes"]
+    parts = {part: held[part] for part in PARTS[:4]} | {"pass": held["activations"] + held["backward"] + held["reduce"]}
+    return parts | {"total": sum(parts.values())}
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:
@@ -41,12 +48,14 @@ def table(header: list[str], rows: list[list[str]]) -> str:
 
 
 def markdown(which: str) -> str:
-    """The `tracked` table, a cell being GiB tracked / planned, or the `computed` one."""
+    """The `tracked` table of the steps that are tracked, a cell being GiB tracked / planned, or the `computed` one of all runs."""
     rows = json.loads(RESULTS.read_text(encoding="utf-8"))["rows"]
+    rows = [row for row in rows if which == "computed" or row["tracked"]]
     named = [[row["model"], str(row["gpus"]), "rank 16" if row["lora_rank"] else "all"] for row in rows]
     if which == "tracked":
-        cells = [[f"{row['tracked'][part] / GIB:.2f} / {row['planned'][part] / GIB:.2f}" for part in PARTS] for row in rows]
-        off = [f"{row['planned']['total'] / row['tracked']['total'] - 1:+.1%}" for row in rows]
+        pairs = [(row["tracked"], planned(row)) for row in rows]
+        cells = [[f"{seen[part] / GIB:.2f} / {said[part] / GIB:.2f}" for part in PARTS] for seen, said in pairs]
+        off = [f"{said['total'] / seen['total'] - 1:+.1%}" for seen, said in pairs]
         lines = [[*name, *line, error] for name, line, error in zip(named, cells, off, strict=True)]
         return table(["model", "GPUs", "trained", *PARTS, "planned is off by"], lines)
     lines = []
@@ -63,19 +72,19 @@ def markdown(which: str) -> str:
 
 
 def main() -> None:
-    sizes = sys.argv[1:] or SIZES
-    old = json.loads(RESULTS.read_text(encoding="utf-8"))["rows"] if RESULTS.exists() else []
-    found = {(row["model"], row["gpus"], row["lora_rank"]): row for row in old}
-    order = [(f"Qwen3-{size}", gpus, rank) for size in SIZES for gpus in (1, 8) for rank in RANKS]
-    for size in sizes:
-        for gpus in (1, 8):
-            for rank in RANKS:
-                row = found[f"Qwen3-{size}", gpus, rank] = measure(size, gpus, rank)
-                rows = [found[key] for key in order if key in found]
-                RESULTS.write_text(json.dumps({"rows": rows}, indent=1) + "\n", encoding="utf-8")
-                print(
-                    f"Qwen3-{size} on {gpus}, rank {rank}: {row['tracked']['total'] / GIB:.2f} GiB tracked in {row['wall_s']} s", flush=True
-                )
+    sizes = [word for word in sys.argv[1:] if word in SIZES] or SIZES
+    rows = json.loads(RESULTS.read_text(encoding="utf-8"))["rows"] if RESULTS.exists() else []
+    found = {(row["model"], row["gpus"], row["lora_rank"]): row for row in rows}
+    for size, gpus, rank in product(sizes, (1, 8), RANKS):
+        key = f"Qwen3-{size}", gpus, rank
+        seen = found[key]["tracked"] if key in found else None
+        if "--planned" not in sys.argv:
+            seen = track(size, gpus, rank)
+            print(f"{key[0]} on {gpus}, rank {rank}: {seen['total'] / GIB:.2f} GiB tracked in {seen['wall_s']} s", flush=True)
+        computed = plan(compose(words_of(size, gpus, rank)))
+        found[key] = {"model": key[0], "gpus": gpus, "lora_rank": rank, "tracked": seen, "computed": computed}
+        rows = [found[key] for key in product([f"Qwen3-{size}" for size in SIZES], (1, 8), RANKS) if key in found]
+        RESULTS.write_text(json.dumps({"rows": rows}, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
