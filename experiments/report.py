@@ -2,8 +2,9 @@
 
 A table stands between `<!-- log PATH -->` or `<!-- logs PATH PATH ... -->` and `<!-- end -->`, the paths relative to the repository; a log's
 last line is the JSON document that `mar.train` ends with. One log gives floor, before, after and ceiling; several give a line for each; the table
-after `<!-- claims -->`, and results.json and the figures beside it, are made by experiments/claims/summary.py. `--check` writes nothing and
-exits with 1, naming the files, where something is not what its logs say.
+after `<!-- claims -->`, and results.json and the figures beside it, are made by experiments/claims/summary.py; those after `<!-- plan tracked -->`
+and `<!-- plan computed -->` by experiments/plan/run.py from its results.json. `--check` writes nothing and exits with 1, naming the files, where
+something is not what its logs say.
 """
 
 import json
@@ -15,11 +16,14 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from experiments.claims import summary
+from experiments.plan import run as plans
 from mar.log import shown
 from mar.metrics import SHOWN_METRICS
 
 ROOT = Path(__file__).resolve().parents[1]
-BLOCK = re.compile(r"(?P<open><!-- (?:logs? (?P<paths>[^>]+?)|claims) -->\n).*?(?P<close><!-- end -->)", re.DOTALL)
+BLOCK = re.compile(
+    r"(?P<open><!-- (?:logs? (?P<paths>[^>]+?)|claims|plan (?P<plan>tracked|computed)) -->\n).*?(?P<close><!-- end -->)", re.DOTALL
+)
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:
@@ -55,7 +59,9 @@ def fill(text: str) -> str:
     """The text with all of its tables made again."""
 
     def block(match: re.Match[str]) -> str:
-        if match["paths"] is None:
+        if match["plan"]:
+            made = plans.markdown(match["plan"])
+        elif match["paths"] is None:
             made = summary.markdown()
         else:
             ends = {path.stem: read_end(path) for path in (ROOT / path for path in match["paths"].split())}

@@ -1,0 +1,189 @@
+"""The plan of a run: memory by hand for tiny shapes, what must grow or shrink with what, FSDP2's own count of it, and the committed tables."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from experiments import report
+from experiments.plan.run import RESULTS, words_of
+from experiments.plan.run import planned as planned_parts
+from mar.compose import compose
+from mar.config import ModelOptions
+from mar.model import Decoder, ModelConfig
+from mar.plan import SHAPES, count, main, plan, policy_of, saved_per_token, shape_of, update_memory
+from mar.records import UserError
+
+ROOT = Path(__file__).resolve().parents[1]
+PUBLISHED = {"Qwen3-0.6B": 596_049_920, "Qwen3-1.7B": 1_720_574_976, "Qwen3-4B": 4_022_468_096, "Qwen3-8B": 8_190_735_360}
+RESIDENT = ("weights", "gradients", "optimizer")
+TINY = ModelConfig("LlamaForCausalLM", 96, 8, 12, 2, 2, 1, 4)  # untied, no biases
+
+
+def planned(*words: str) -> dict:
+    return plan(compose(["+experiment=paper", "scale=h100x8", *words]))
+
+
+@pytest.mark.parametrize("name, parameters", PUBLISHED.items())
+def test_parameters_are_those_that_are_published(name, parameters):
+    with torch.device("meta"):
+        assert count(Decoder(SHAPES[f"Qwen/{name}"])) == parameters
+
+
+def test_a_llama_has_the_published_parameters_too():
+    with torch.device("meta"):
+        assert count(Decoder(SHAPES["HuggingFaceTB/SmolLM2-135M-Instruct"])) == 134_515_008
+
+
+def test_memory_of_a_tiny_shape_by_hand():
+    """A block: qkv 16x8, o 8x8, gate_up 24x8, down 8x12, two norms of 8 = 496; the root: embedding and head 96x8, a norm of 8 = 1544. Worst is the
+    head's backward: root and last block whole; 2 blocks' activations and twice x; 10x96 logits, the head's gradient, and in float32 the hidden
+    states' and a product as large as the head. With checkpointing it is a block's backward."""
+    model = Decoder(TINY)
+    assert count(model) == 2 * 496 + 1544 == 2536
+    assert saved_per_token(TINY) == 4 * 8 + (8 + 2 * 4) + (8 + 4) + 8 + 4 * 12 == 116
+    parts = update_memory(model, tokens=10, shards=2, checkpointed=False, compute=2)
+    assert parts == {
+        "weights": 4 * 1268,
+        "gradients": 4 * 1268,
+        "optimizer": 8 * 1268,
+        "gathered": 2 * (1544 + 496),
+        "activations": 2 * 10 * (2 * 116 + 2 * 8),
+        "backward": 2 * 10 * 96 + 2 * 96 * 8 + 4 * 8 * (10 + 96),
+        "reduce": 0,
+    }
+    again = update_memory(model, tokens=10, shards=2, checkpointed=True, compute=2)
+    of_a_block = {
+        "gathered": 2 * (1544 + 2 * 496),
+        "activations": 2 * 10 * (8 + 116),
+        "reduce": 4 * 496,
+    }  # its own x is one of the two kept
+    assert again == parts | of_a_block | {"backward": 2 * 10 * (8 + 2 * 12) + 2 * 96 * 8 + 2 * 496}
+    assert count(nn.Linear(3, 7, bias=False), shards=5) == 2 * 3  # 7 rows on 5 ranks: the first has 2
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_where_the_blocks_are_wide_their_backward_is_the_worst(checkpointed):
+    """A block: qkv 16x8, o 8x8, gate_up 128x8, down 8x64, norms 8+8+4+4 = 1752; the root, tied: 16x8 + 8 = 136. Of each token a block keeps
+    4x8 + 16 + 2x12 + 8 + 4x64 = 336."""
+    model = Decoder(ModelConfig("Qwen3ForCausalLM", 16, 8, 64, 3, 2, 1, 4, qk_norm=True, tied_embeddings=True))
+    parts = update_memory(model, tokens=1000, shards=8, checkpointed=checkpointed, compute=2)
+    assert parts["gathered"] == 2 * (136 + 2 * 1752)
+    assert parts["activations"] == 2000 * (2 * 8 + 336 if checkpointed else 3 * 336)
+    assert parts["backward"] == 2000 * (8 + 2 * 64) + 2 * 16 * 8 + 2 * 1752
+    assert parts["reduce"] == 4 * 1752
+    alone = update_memory(model, tokens=1000, shards=1, checkpointed=checkpointed, compute=2)
+    assert alone["gathered"] == 2 * (136 + 1752)  # nothing is fetched ahead
+
+
+@pytest.mark.parametrize("shards, reduced", [(1, 8), (4, 6)])
+def test_where_the_vocabulary_is_large_and_tokens_few_reducing_its_gradients_is_the_worst(shards, reduced):
+    model = Decoder(replace(TINY, vocab_size=1000))
+    parts = update_memory(model, tokens=1, shards=shards, checkpointed=True, compute=2)
+    assert parts["backward"] + parts["reduce"] == reduced * (2 * 1000 * 8 + 8) and parts["gathered"] == parts["activations"] == 0
+
+
+def test_the_kv_cache_and_the_sampling_copy_by_hand():
+    document = planned("algo.prompts_per_step=8", "model.path=Qwen/Qwen3-1.7B")
+    held = document["bytes"]
+    assert held["kv_cache"] == 2 * 28 * 8 * 128 * 2 * (3072 + 32 * 1536)  # one prompt a GPU, all its rows at once
+    assert held["sampling_copy"] == 2 * PUBLISHED["Qwen3-1.7B"]
+    assert document["kv_budget_binds"] and document["largest_group"] == (131_072 - 3072) // 1536
+    room = int(79 * 2**30 * 0.9) - sum(held[name] for name in ("weights", "gradients", "optimizer", "sampling_copy"))
+    bound = planned("algo.prompts_per_step=8", "model.path=Qwen/Qwen3-1.7B", "scale.kv_budget_tokens=9000000")
+    assert not bound["kv_budget_binds"] and bound["largest_group"] == (room // (2 * 28 * 8 * 128 * 2) - 3072) // 1536
+
+
+def test_what_grows_and_what_shrinks():
+    full, lora = planned("train.checkpoint_activations=false"), planned("train.checkpoint_activations=false", "model.lora_rank=16")
+    assert lora["trained"] < full["trained"] / 100 and lora["bytes"]["optimizer"] < full["bytes"]["optimizer"] / 100
+    assert lora["parameters"] == full["parameters"] and lora["bytes"]["backward"] < full["bytes"]["backward"]
+    assert max(lora["peak_bytes"].values()) < max(full["peak_bytes"].values()) and lora["step_s"] < full["step_s"]
+    assert lora["largest_group"] >= full["largest_group"]
+    checkpointed = planned()  # by the scale's preset
+    assert checkpointed["bytes"]["activations"] < full["bytes"]["activations"] == full["activations_without_checkpointing"]
+    assert checkpointed["fits"] and not full["fits"] and checkpointed["seconds"]["update"] > full["seconds"]["update"]
+    fewer = planned("scale.num_gpus=4", "train.checkpoint_activations=false")
+    assert fewer["bytes"]["weights"] > full["bytes"]["weights"] and fewer["seconds"]["update"] == 2 * full["seconds"]["update"]
+    assert (
+        planned("train.micro_batch_tokens=32768", "train.checkpoint_activations=false")["bytes"]["activations"]
+        == 2 * full["bytes"]["activations"]
+    )
+    assert planned("algo.group_size=16")["step_s"] < checkpointed["step_s"]
+    assert planned("train.steps=1040")["gpu_hours"] == pytest.approx(2 * checkpointed["gpu_hours"])
+    assert planned("scale.replicas=2")["bytes"]["optimizer"] == 2 * full["bytes"]["optimizer"]
+
+
+def test_a_regular_expression_of_trainable_parameters():
+    model = policy_of(compose(["+experiment=paper", "scale=h100x8", "model.trainable='^norm'"]))
+    assert count(model, trained=True) == 4096
+
+
+def test_bad_input_is_one_sentence(capsys, tmp_path):
+    with pytest.raises(UserError, match="take scale=h100x1"):
+        plan(compose(["+experiment=clinic"]))
+    with pytest.raises(UserError, match="Qwen/Qwen9-1B: shape unknown here"):
+        planned("model.path=Qwen/Qwen9-1B")
+    with pytest.raises(UserError, match="config.json does not exist"):
+        shape_of(ModelOptions(name="x", source="folder", path=str(tmp_path)))
+    with pytest.raises(UserError, match="raise scale.kv_budget_tokens"):
+        planned("scale.kv_budget_tokens=4096")
+    assert main(["scale=h100x9"]) == 2 and capsys.readouterr().err.startswith("error: ")
+
+
+def test_a_folder_and_the_last_line(tmp_path, capsys):
+    shape = SHAPES["Qwen/Qwen3-0.6B"]
+    (tmp_path / "config.json").write_text(json.dumps(shape.to_hf()))
+    assert main(["+experiment=paper", "scale=h100x1", "model=hf", f"model.path={tmp_path}"]) == 0
+    document = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert document["parameters"] == PUBLISHED["Qwen3-0.6B"] and document["source"] == "computed, not measured"
+
+
+@pytest.mark.slow
+def test_fsdp_holds_what_is_planned():
+    """Four layers of Qwen3-1.7B on two fake ranks, in a process of its own: a fake process group would stay."""
+    pytest.importorskip("triton", reason="the log-probabilities' memory is that of the Triton module")
+    code = """if 1:
+        import json
+        from dataclasses import replace
+        from experiments.plan.fake_step import fake_step
+        from mar.plan import SHAPES
+        shape = replace(SHAPES["Qwen/Qwen3-1.7B"], num_layers=4)
+        for rank, checkpointed in ((0, True), (0, False), (16, True)):
+            print(json.dumps(fake_step(shape, 2, 8192, rank, checkpointed)))"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    for line in done.stdout.splitlines():
+        document = json.loads(line)
+        for part, bytes_planned in document["planned"].items():
+            assert bytes_planned == pytest.approx(document["tracked"][part], rel=0.01 if part in RESIDENT else 0.1), part
+        assert document["phases"]["optimizer"]["Total"] < document["tracked"]["total"]  # that AdamW's temporaries may be left out
+
+
+def test_the_presets_fit():
+    assert planned()["fits"] and planned("scale=h100x1")["fits"]
+    eight = ("scale=h100x1", "model=qwen3-8b", "scale.kv_budget_tokens=131072")
+    assert planned(*eight, "model.lora_rank=16")["fits"] and not planned(*eight)["fits"]
+
+
+def test_the_committed_tables_are_of_this_planner(monkeypatch, tmp_path):
+    rows = json.loads(RESULTS.read_text())["rows"]
+    assert [(row["model"], row["gpus"], row["lora_rank"]) for row in rows] == list(product(PUBLISHED, (1, 8), (0, 16)))
+    for row in rows[::5]:
+        now = plan(compose(words_of(row["model"].removeprefix("Qwen3-"), row["gpus"], row["lora_rank"])))
+        assert row["computed"] == json.loads(json.dumps(now)), "run experiments/plan/run.py again"
+    for row in (row for row in rows if row["tracked"]):
+        for part, size in planned_parts(row).items():
+            assert size == pytest.approx(row["tracked"][part], rel=0.01 if part in RESIDENT else 0.1)
+    text = (RESULTS.parent / "README.md").read_text()
+    assert report.fill(text) == text, "run `make report`"
+    rows[-1]["tracked"]["total"] += 2**30
+    (tmp_path / "results.json").write_text(json.dumps({"rows": rows}))
+    monkeypatch.setattr("experiments.plan.run.RESULTS", tmp_path / "results.json")
+    assert report.fill(text) != text
