@@ -23,10 +23,10 @@ STAMP := $(ENV)/.mar-$(shell echo '$(CURDIR)' | cksum | cut -d' ' -f1)
 CPU := OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES=''
 PYTEST := $(CPU) $(BIN)/python -m pytest -q
 
-.PHONY: help setup train test test-slow lint format check smoke golden golden-update budget bench report gpu
+.PHONY: help setup train test test-slow lint format check smoke golden golden-update budget bench report faults faults-quick gpu
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(STAMP) ## create .venv (or use the active environment, if it has torch) and install everything
 
@@ -82,6 +82,12 @@ bench: setup ## our sampler against transformers.generate (BENCH=--bars: every c
 
 report: setup ## the tables of the READMEs again, from the committed logs (stale ones fail `make lint`)
 	$(BIN)/python experiments/report.py
+
+faults: setup ## faults done for real to small runs; with root also full and read-only disks; writes experiments/faults
+	$(CPU) $(BIN)/python -m experiments.faults.run $(ARGS)
+
+faults-quick: setup ## those that need no mount, in at most 5 minutes; writes nothing
+	$(CPU) $(BIN)/python -m experiments.faults.run --quick $(ARGS)
 
 gpu: setup ## the tests that need a CUDA device, then what only such a device can measure
 	$(BIN)/python experiments/gpu/first_hour.py

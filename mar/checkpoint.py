@@ -8,38 +8,32 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_state_dict, set_model_state_dict, set_state_dict
 from torch.optim import Optimizer
 
 from mar.distributed import ALONE, World
+from mar.records import UserError
 
 MANIFEST = "manifest.json"
+STEP = "step" + "[0-9]" * 6
 Trained = tuple[nn.Module, Optimizer]
+warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)  # one process is one process
 
 
 @dataclass(frozen=True)
 class Found:
-    """A valid checkpoint: where, after how many updates, and the newer ones that had to be passed over (with the reason)."""
+    """A valid checkpoint: where, and after how many updates."""
 
     path: Path
     step: int
-    broken: tuple[str, ...] = ()
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the warning that one process is one process."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
-        yield
 
 
 def _sha256(path: Path) -> str:
@@ -57,7 +51,10 @@ def _sync(path: Path) -> None:
 
 def _state(model: nn.Module, optimizer: Optimizer, critic: Trained | None) -> dict[str, Any]:
     parts = {"": (model, optimizer)} | ({"critic_": critic} if critic else {})
+    unused = [o for _, o in parts.values() if not o.state]
     states = {prefix: get_state_dict(*part) for prefix, part in parts.items()}
+    for entry in (entry for optimizer in unused for entry in optimizer.state.values()):
+        entry["step"].zero_()  # get_state_dict makes a step of an optimizer that has made none, which would count in AdamW's correction
     return {f"{p}{name}": s for p, pair in states.items() for name, s in zip(("model", "optimizer"), pair, strict=True)}
 
 
@@ -65,14 +62,19 @@ def save(
     folder: Path, step: int, model: nn.Module, optimizer: Optimizer, keep: int, critic: Trained | None = None, world: World = ALONE
 ) -> Path:
     """Write the state after `step` updates as `folder/step<step>` and keep the newest `keep`; a crash at any point leaves the older ones usable.
-    Every rank writes its shards, rank 0 publishes them."""
+    Every rank writes its shards, rank 0 publishes them. Raises OSError where the disk is full, read-only or broken."""
     target, temporary = folder / f"step{step:06d}", folder / f"step{step:06d}.tmp"
     if world.leads:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
     world.wait()
-    with _quiet():
+    try:
         dcp.save(_state(model, optimizer, critic), checkpoint_id=temporary, no_dist=world.size == 1)
+    except CheckpointException as error:  # no Exception, a page long, and of a full disk torch says that a position is unexpected
+        fault = next(iter(error.failures.values()))[0]
+        while fault.__context__:
+            fault = fault.__context__
+        raise OSError(f"cannot write {temporary}: {fault}") from None
     if world.leads:
         _publish(temporary, target, step, keep)
     world.wait()
@@ -80,19 +82,21 @@ def save(
 
 
 def _publish(temporary: Path, target: Path, step: int, keep: int) -> None:
-    """Manifest, fsyncs, rename; then the oldest go."""
+    """Manifest, fsyncs, rename; then the oldest go, and whatever else is no valid checkpoint up to this step."""
     folder = target.parent
     files = sorted(p for p in temporary.iterdir() if p.is_file())
-    manifest: dict[str, Any] = {"step": step, "files": {p.name: _sha256(p) for p in files}}
-    (temporary / MANIFEST).write_text(json.dumps(manifest, indent=2))
+    (temporary / MANIFEST).write_text(json.dumps({"step": step, "files": {p.name: _sha256(p) for p in files}}, indent=2))
     for path in (*files, temporary / MANIFEST, temporary):
         _sync(path)
     if target.exists():
-        shutil.rmtree(target)
+        aside = folder / f"old.{target.name}"  # `newest` finds it until the new one has its name
+        shutil.rmtree(aside, ignore_errors=True)
+        target.rename(aside)
     temporary.rename(target)
     _sync(folder)
-    for old in sorted(folder.glob("step" + "[0-9]" * 6))[:-keep]:
-        shutil.rmtree(old)
+    kept = [path for path in sorted(folder.glob(STEP)) if path <= target][-keep:]
+    for path in sorted({*folder.glob("*step*")} - {*kept}):
+        shutil.rmtree(path)
 
 
 def _fault(path: Path) -> str | None:
@@ -111,22 +115,26 @@ def _fault(path: Path) -> str | None:
     return None
 
 
-def newest(folder: Path) -> Found | None:
-    """The newest valid checkpoint of a run, if there is one."""
-    broken: list[str] = []
-    for path in sorted(folder.glob("step" + "[0-9]" * 6), reverse=True):
-        fault = _fault(path)
-        if fault is None:
-            return Found(path, int(path.name.removeprefix("step")), tuple(broken))
-        broken.append(fault)
+def newest(folder: Path, say: Callable[[str], object] = warnings.warn) -> Found | None:
+    """The newest valid checkpoint of a run, if there is one; `say` hears which newer ones are passed over, and why."""
+    for path in sorted(folder.glob(f"*{STEP}"), reverse=True):
+        if (fault := _fault(path)) is None:
+            return Found(path, int(path.name[-6:]))
+        say(f"passed over a checkpoint: {fault}")
     return None
+
+
+def require_room(folder: Path, parts: Iterable[nn.Module]) -> None:
+    """UserError where the disk that `folder` is on cannot take one checkpoint: weights, and two moments of those that are trained."""
+    needed = sum(p.numel() * p.element_size() * (3 if p.requires_grad else 1) for part in parts for p in part.parameters())
+    if (free := shutil.disk_usage(folder).free) < needed:
+        raise UserError(f"{folder} has room for {free / 1e6:.0f} of a checkpoint's {needed / 1e6:.0f} MB: make room, or take another out=")
 
 
 def restore(found: Found, model: nn.Module, optimizer: Optimizer, critic: Trained | None = None, world: World = ALONE) -> None:
     """Load weights and optimizer state in place, of a run with a critic also the critic's, whatever the number of ranks that wrote them."""
     state = _state(model, optimizer, critic)
-    with _quiet():
-        dcp.load(state, checkpoint_id=found.path, no_dist=world.size == 1)
+    dcp.load(state, checkpoint_id=found.path, no_dist=world.size == 1)
     set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
     if critic:
         set_state_dict(*critic, model_state_dict=state["critic_model"], optim_state_dict=state["critic_optimizer"])
@@ -135,6 +143,5 @@ def restore(found: Found, model: nn.Module, optimizer: Optimizer, critic: Traine
 def restore_weights(found: Found, model: nn.Module) -> None:
     """Load the weights alone, in place."""
     state: dict[str, Any] = {"model": get_model_state_dict(model)}
-    with _quiet():
-        dcp.load(state, checkpoint_id=found.path, no_dist=True)
+    dcp.load(state, checkpoint_id=found.path, no_dist=True)
     set_model_state_dict(model, state["model"])

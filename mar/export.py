@@ -21,7 +21,7 @@ from mar.grammar import Grammar
 from mar.job import STOP_TOKENS, adapted
 from mar.lora import merge, save_adapters
 from mar.prompts import fit_grammar, instructions, load_tokenizer
-from mar.records import UserError
+from mar.records import UserError, exit_code
 from mar.tasks import get_task
 from mar.weights import load_model, save_model
 
@@ -95,19 +95,15 @@ def export(run: Path, folder: Path, dtype: str, adapters: bool = False) -> Path:
     return folder
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="a run directory")
     parser.add_argument("folder", type=Path, nargs="?", help="where to write (default: RUN/export)")
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
     parser.add_argument("--adapters", action="store_true", help="the adapters alone, in peft's format")
     args = parser.parse_args()
-    try:
-        print(export(args.run, args.folder or args.run / "export", args.dtype, args.adapters))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    return exit_code(lambda: print(export(args.run, args.folder or args.run / "export", args.dtype, args.adapters)))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

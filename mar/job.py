@@ -223,13 +223,8 @@ def environment() -> dict[str, Any]:
     """What a reader of the results needs to know about where they come from."""
     here = Path(__file__).parent
     git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=here, capture_output=True, text=True, check=False)
-    versions = {
-        "mar": __version__,
-        "commit": git.stdout.strip() or None,
-        "python": platform.python_version(),
-        "torch": str(torch.__version__),
-    }
-    return {**versions, "cpu": platform.machine(), "cores": os.cpu_count()}
+    versions = {"mar": __version__, "python": platform.python_version(), "torch": str(torch.__version__)}
+    return {**versions, "commit": git.stdout.strip() or None, "cpu": platform.machine(), "cores": os.cpu_count()}
 
 
 def announce(config: Config, display: Display) -> Config:

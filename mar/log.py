@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -55,10 +56,12 @@ def read_jsonl(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
 
 
 def append_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Append rows, one JSON document a line."""
+    """Append rows, one JSON document a line, and wait until they are on the disk."""
     with path.open("a", encoding="utf-8") as file:
         for row in rows:
             file.write(json.dumps(plain(row), ensure_ascii=False) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
@@ -78,7 +81,10 @@ def truncate_jsonl(path: Path, last_step: int) -> None:
 def write_json(path: Path, document: Mapping[str, Any]) -> None:
     """Write one JSON document so that a reader never sees half of it."""
     temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(plain(document), indent=2) + "\n", encoding="utf-8")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(json.dumps(plain(document), indent=2) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
     temporary.replace(path)
 
 

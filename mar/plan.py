@@ -24,7 +24,7 @@ from mar.fetch import EMBEDDED
 from mar.job import adapted
 from mar.model import Decoder, ModelConfig
 from mar.optim import make_optimizer
-from mar.records import UserError
+from mar.records import UserError, exit_code
 from mar.weights import read_json
 
 GPU_BYTES, USABLE = 79 * 2**30, 0.9  # an H100 of 80 GB; the rest goes to CUDA's context, NCCL and fragments
@@ -171,17 +171,11 @@ def show(document: dict[str, Any], console: Console) -> None:
         f"{d['parameters']:,} parameters, {d['trained']:,} trained; a step {d['step_s']:.1f} s ({times}); {d['gpu_hours']:.0f} GPU-hours"
     )
     console.print(f"assumed: {'; '.join(ASSUMED)}")
+    print(json.dumps(document))
 
 
 def main(words: Sequence[str]) -> int:
-    try:
-        document = plan(compose(words))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    show(document, Console(highlight=False))
-    print(json.dumps(document))
-    return 0
+    return exit_code(lambda: show(plan(compose(words)), Console(highlight=False)))
 
 
 if __name__ == "__main__":

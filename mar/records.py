@@ -14,13 +14,13 @@ class UserError(Exception):
 
 
 def exit_code(command: Callable[[], object], interrupted: str = "interrupted") -> int:
-    """Run a command: 0, or 2 for a mistake of the person at the keyboard and 130 for Ctrl-C, each said in one sentence."""
+    """Run a command: its own code if it returns one, else 0; 2 for a user's mistake, 130 for Ctrl-C, each said in one sentence."""
     try:
-        command()
+        code = command()
+        return code if isinstance(code, int) else 0
     except (UserError, KeyboardInterrupt) as error:
         print(f"error: {error}" if isinstance(error, UserError) else interrupted, file=sys.stderr)
         return 2 if isinstance(error, UserError) else 130
-    return 0
 
 
 @dataclass(frozen=True)

@@ -127,11 +127,6 @@ def judge_groups(
     return [[pay(reading, grammar, spec, verifier, verdicts) for reading in group] for group in readings]
 
 
-def judge_completion(prompt: Prompt, completion: Completion, grammar: Grammar, spec: RewardSpec, verifier: str, decode: Decode) -> Rollout:
-    """`judge_groups` of one completion."""
-    return judge_groups([prompt], [[completion]], grammar, spec, verifier, decode)[0][0]
-
-
 def judged_only(groups: Sequence[list[Rollout]], fewest: int = 2) -> list[list[Rollout]]:
     """The groups without completions that could not be judged: neither paid, nor in the baseline of the others.
 

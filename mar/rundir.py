@@ -6,6 +6,7 @@ finished when its `eval.json` has an `after` section; until then the configurati
 
 import fcntl
 import hashlib
+import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -102,12 +103,14 @@ def find(config: Mapping[str, Any]) -> RunDir:
 
 def lock(path: Path) -> IO[str]:
     """Keep a run's folder for this process while the file it returns is open; the kernel lets go when the process ends, however it ends."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    file = path.with_name(f".{path.name}.lock").open("w")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.with_name(f".{path.name}.lock").open("w")
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise UserError(f"{path} is being written by another process: wait for it, or choose another name= or seed=") from None
+    except OSError as error:
+        raise UserError(f"cannot write beside {path} ({error}): set the permissions, or choose another out=") from None
     return file
 
 
@@ -122,6 +125,9 @@ def prepare(config: Mapping[str, Any]) -> RunDir:
         run.path.rename(run.archive)
     run.path.mkdir(parents=True, exist_ok=True)
     half = run.path.with_name(f".{run.path.name}.config.yaml")  # beside the folder: an interrupted start leaves it empty
-    half.write_text(yaml.safe_dump(dict(config), sort_keys=False))
+    with half.open("w") as file:
+        yaml.safe_dump(dict(config), file, sort_keys=False)
+        file.flush()
+        os.fsync(file.fileno())
     half.replace(run.path / "config.yaml")
     return run

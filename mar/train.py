@@ -31,7 +31,7 @@ from mar.log import Display, completion_row, plain, truncate_jsonl, write_json
 from mar.metrics import SHOWN_METRICS
 from mar.mirror import Mirror
 from mar.protocol import bounds, measure, summary
-from mar.records import Rollout, UserError
+from mar.records import Rollout, UserError, exit_code
 from mar.rollout import judge_groups, judged_only, sample
 from mar.update import prepare, update
 
@@ -174,6 +174,8 @@ def train(job: Job, first_step: int, display: Display, document: dict[str, Any])
     except KeyboardInterrupt:
         display.say(f"interrupted after step {step}; checkpoint of step {saved} in {checkpoints}; the same command goes on from there")
         return "interrupted"
+    except OSError as error:
+        raise UserError(f"{error}: mend that, and the same command goes on after step {saved} of {job.folder}") from None
     return "finished" if last_step == config.train.steps else "stopped"
 
 
@@ -209,7 +211,8 @@ def run(config: Config) -> int:
     folder = Path(config.run_dir)
     job = build_job(config, folder, model_folder, display, world)
     if world.leads:
-        held = rundir.lock(folder)  # until this run ends
+        _held = rundir.lock(folder)  # until this function ends
+        checkpoint.require_room(folder.parent, [job.model, *(job.critic or ())[:1]])
         rundir.prepare({**config.to_dict(), "provenance": {"model": provenance, **environment()}})
     world.wait()
     document: dict[str, Any] = {"task": config.data.task, "num_items": len(job.protocol.prompts)}
@@ -227,23 +230,18 @@ def run(config: Config) -> int:
     outcome = train(job, first_step, display, document)
     if outcome == "finished" and world.leads:
         close(job, document, display, time.perf_counter() - began)
-    if world.leads:
-        held.close()
     return INTERRUPTED if outcome == "interrupted" else 0
 
 
 def resume(job: Job, document: dict[str, Any], display: Display) -> int:
     """Restore the newest valid checkpoint; returns the number of updates it holds (0: there is none)."""
-    found = checkpoint.newest(job.folder / "checkpoints")
-    for fault in found.broken if found else ():
-        display.say(f"passed over a checkpoint: {fault}")
+    found = checkpoint.newest(job.folder / "checkpoints", display.say)
     step = found.step if found else 0
     if found:
         checkpoint.restore(found, job.model, job.optimizer, job.critic, job.world)
         display.say(f"resuming after step {step} from {found.path}")
-    for name in ("metrics.jsonl", "completions.jsonl"):
-        if job.world.leads:
-            truncate_jsonl(job.folder / name, step)
+    for name in ("metrics.jsonl", "completions.jsonl") if job.world.leads else ():
+        truncate_jsonl(job.folder / name, step)
     if (job.folder / "eval.json").exists():
         old: Mapping[str, Any] = json.loads((job.folder / "eval.json").read_text())
         if old.get("before"):
@@ -277,26 +275,14 @@ def pictures(folder: Path) -> Mapping[str, Path]:
 
 @hydra.main(config_path="../conf", config_name="config", version_base="1.3")
 def main(tree: Any) -> None:
-    try:
-        code = run(validate(from_omegaconf(tree)))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        code = 2
-    except KeyboardInterrupt:
-        code = INTERRUPTED
-    if code:
+    if code := exit_code(lambda: run(validate(from_omegaconf(tree)))):
         sys.exit(code)
 
 
 def refuse_unknown_words(words: Sequence[str]) -> None:
     """Exit with one sentence where Hydra would print a page: a misspelt key or option. Sweeps and flags are left to Hydra."""
-    if any(word.startswith("-") for word in words):
-        return
-    try:
-        compose(words, check=False)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    if not any(word.startswith("-") for word in words) and (code := exit_code(lambda: compose(words, check=False))):
+        sys.exit(code)
 
 
 if __name__ == "__main__":

@@ -67,12 +67,8 @@ def _names(gold: Gold) -> frozenset[str]:
     return frozenset(map(normalise, (gold.name, *gold.aliases))) - {""}
 
 
-def hits_gold(answer: str, gold: Gold) -> bool:
-    """Whether the answer is the gold's name or one of its aliases."""
-    return normalise(answer) in _names(gold)
-
-
 def text_verifier(answer: str, golds: Sequence[Gold]) -> tuple[int, ...]:
+    """The golds whose name or one of whose aliases the answer is."""
     wanted = normalise(answer)
     return tuple(i for i, gold in enumerate(golds) if wanted in _names(gold))
 

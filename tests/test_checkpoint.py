@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 
 from mar import checkpoint
 from mar.optim import make_optimizer
+from mar.records import UserError
 
 
 def trained(tiny_model, updates, seed=0):
@@ -52,7 +54,7 @@ def test_model_and_optimizer_come_back_bit_for_bit(tiny_model, tmp_path):
     path = save(tmp_path, 3, pair)
     assert identical(state(pair), before)  # saving changes nothing
     found = checkpoint.newest(tmp_path)
-    assert (found.path, found.step, found.broken) == (path, 3, ())
+    assert (found.path, found.step) == (path, 3)
     fresh, used = trained(tiny_model, 0, seed=1), trained(tiny_model, 2, seed=2)
     for other in (fresh, used):
         assert not identical(state(other), before)
@@ -61,6 +63,16 @@ def test_model_and_optimizer_come_back_bit_for_bit(tiny_model, tmp_path):
     for other in (pair, fresh, used):
         update(*other, step=9)
     assert identical(state(fresh), state(pair)) and identical(state(used), state(pair))
+
+
+def test_saving_before_the_first_update_changes_no_later_one(tiny_model, tmp_path):
+    saved, other = trained(tiny_model, 0), trained(tiny_model, 0)
+    save(tmp_path, 0, saved)
+    resumed = trained(tiny_model, 0, seed=1)
+    checkpoint.restore(checkpoint.newest(tmp_path), *resumed)
+    for pair in (saved, other, resumed):
+        update(*pair, step=0)
+    assert identical(state(saved), state(other)) and identical(state(resumed), state(other))
 
 
 def test_the_newest_n_are_kept(tiny_model, tmp_path):
@@ -104,18 +116,78 @@ def test_a_damaged_checkpoint_is_named_and_the_older_one_used(how, tiny_model, t
     update(*pair, step=1)
     path = save(tmp_path, 2, pair)
     name = damage(path, how)
-    found = checkpoint.newest(tmp_path)
-    assert found.step == 1 and len(found.broken) == 1
-    assert str(path / name) in found.broken[0]
+    said = []
+    found = checkpoint.newest(tmp_path, said.append)
+    assert found.step == 1 and len(said) == 1
+    assert str(path / name) in said[0]
     checkpoint.restore(found, *pair)
     assert identical(state(pair), before)
     save(tmp_path, 2, pair)  # the run goes on from there and writes the damaged one anew
     assert checkpoint.newest(tmp_path) == checkpoint.Found(path, 2)
 
 
-def test_with_none_left_there_is_nothing_to_resume(tiny_model, tmp_path):
+def test_with_none_left_there_is_nothing_to_resume_and_it_says_why(tiny_model, tmp_path):
     (save(tmp_path, 1, trained(tiny_model, 1)) / checkpoint.MANIFEST).unlink()
-    assert checkpoint.newest(tmp_path) is None
+    with pytest.warns(UserWarning, match=r"step000001/manifest\.json is missing"):
+        assert checkpoint.newest(tmp_path) is None
+
+
+@pytest.mark.parametrize("keep", [1, 2])
+def test_what_was_passed_over_or_left_half_written_goes_after_the_next_save(keep, tiny_model, tmp_path):
+    pair = trained(tiny_model, 1)
+    save(tmp_path, 1, pair)
+    (save(tmp_path, 9, pair) / checkpoint.MANIFEST).unlink()
+    (tmp_path / "step000003.tmp").mkdir()
+    path = save(tmp_path, 4, pair, keep=keep)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step000001", "step000004"][-keep:]
+    assert checkpoint.newest(tmp_path) == checkpoint.Found(path, 4)
+
+
+def test_a_checkpoint_is_there_while_it_is_replaced(tiny_model, tmp_path, monkeypatch):
+    """Of one that is saved again the old one stays until the new one has its name."""
+    pair = trained(tiny_model, 1)
+    save(tmp_path, 1, pair)
+    original, seen = Path.rename, []
+
+    def watched(path, target):
+        original(path, target)
+        if Path(target).parent == tmp_path:  # not the writer's own inside
+            seen.append(checkpoint.newest(tmp_path))
+
+    monkeypatch.setattr(Path, "rename", watched)
+    path = save(tmp_path, 1, pair)
+    assert [found.step for found in seen] == [1, 1] and seen[-1].path == path
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_full_disk_is_an_os_error(tiny_model, tmp_path, monkeypatch):
+    """What the writer of shards raises is no Exception, its text a page, and it hides the disk's own words."""
+    pair = trained(tiny_model, 1)
+    save(tmp_path, 1, pair)
+
+    def full(*_):
+        try:
+            raise OSError(28, "No space left on device")
+        finally:
+            raise RuntimeError("unexpected pos")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", full)
+        with pytest.raises(OSError, match=r"^cannot write .*step000002\.tmp: .Errno 28. No space left on device$"):
+            save(tmp_path, 2, pair)
+    assert checkpoint.newest(tmp_path).step == 1
+
+
+def test_room_is_asked_for_before_training(tiny_model, tmp_path, monkeypatch):
+    model, _ = trained(tiny_model, 0)
+    size = sum(p.numel() * 4 for p in model.parameters())
+    for free, trainable in ((3 * size, True), (size, False)):
+        model.requires_grad_(trainable)
+        monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda _, free=free: shutil._ntuple_diskusage(free, 0, free))
+        checkpoint.require_room(tmp_path, [model])
+        monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda _, free=free: shutil._ntuple_diskusage(free, 0, free - 1))
+        with pytest.raises(UserError, match="make room"):
+            checkpoint.require_room(tmp_path, [model])
 
 
 @pytest.mark.parametrize("moment", ["data", "manifest", "rename"])

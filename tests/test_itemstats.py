@@ -29,7 +29,7 @@ from mar.itemstats import (
 from mar.metrics import bars, ceiling_value, floor_coverage, set_value, tv_distance, union_curve
 from mar.records import Completion, Example, Gold, Prompt
 from mar.rewards import RewardSpec
-from mar.rollout import judge_completion
+from mar.rollout import judge_groups
 
 GRAMMAR = Grammar("rlcr_multi", 2, thinking=False)
 NAMES = ("asthma", "flu", "gout", "migraine", "anaemia")
@@ -129,7 +129,7 @@ def test_one_set_an_item_measures_what_training_measures(truth):
         text, _ = next(texts(rng, 1))
         ids = np.array([ord(c) for c in text], np.int64)  # one character a token
         done = Completion(0, ids, ids * 0.0, ids * 0.0, "length")
-        rollouts.append(judge_completion(p, done, GRAMMAR, RewardSpec(), "text", lambda i: "".join(map(chr, i))))
+        rollouts.append(judge_groups([p], [[done]], GRAMMAR, RewardSpec(), "text", lambda i: "".join(map(chr, i)))[0][0])
         found.append(read_item(p, [(text, len(text))], GRAMMAR, "text"))
     new = {name: value(s) for name, s in statistics(found, True).items()}
     assert set_metrics(rollouts, "text", True)[0] == pytest.approx(new, abs=1e-12)

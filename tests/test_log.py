@@ -1,6 +1,7 @@
 """What is written can be read back, half lines and later steps are forgotten, and no reader sees half a document."""
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -114,3 +115,14 @@ def test_display_survives_missing_metrics(mode, capsys):
     if mode == "plain":
         assert "step 3/5  reward 0.250  tok/s 12,346" in out and "ece" not in out and "[/" not in out
     assert "0.500" in out
+
+
+def test_what_is_written_is_synced_before_it_has_its_name(tmp_path, monkeypatch):
+    calls = []
+    sync, replace = os.fsync, Path.replace
+    monkeypatch.setattr(os, "fsync", lambda handle: (calls.append(("fsync", os.fstat(handle).st_size > 0)), sync(handle)))
+    monkeypatch.setattr(Path, "replace", lambda *names: (calls.append("replace"), replace(*names)))
+    append_jsonl(tmp_path / "rows.jsonl", [{"step": 1}])
+    truncate_jsonl(tmp_path / "rows.jsonl", 1)
+    write_json(tmp_path / "eval.json", {"before": 1})
+    assert calls == [("fsync", True), ("fsync", True), "replace", ("fsync", True), "replace"]

@@ -117,7 +117,7 @@ def test_what_is_measured_and_exported_is_the_adapted_policy(trained, tmp_path):
     folder = export(trained, tmp_path / "hf", "float32")
     for ours in (measured, load_model(folder)):
         for got, expected in zip(columns(ours), columns(policy_of(trained)), strict=True):
-            torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
+            torch.testing.assert_close(got, expected, rtol=2e-6, atol=1e-5)  # float32: merged or apart round differently
     assert not torch.equal(columns(measured)[0], columns(load_model(EMBEDDED))[0])
     files = {file.name for file in export(trained, tmp_path / "adapters", "float32", adapters=True).iterdir()}
     assert files == {"adapter_config.json", "adapter_model.safetensors"}

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from mar.grammar import Grammar, parse, render
 from mar.records import Gold
 from mar.rewards import RewardSpec, reward
-from mar.verify import VERIFIERS, hits_gold, matching_increments, normalise, repeats
+from mar.verify import VERIFIERS, matching_increments, normalise, repeats, text_verifier
 from mar_kernels import answer_advantages
 
 GRAMMAR, SPEC = Grammar("rlcr_multi", 3), RewardSpec()
@@ -120,10 +120,10 @@ def test_one_per_cent_is_not_certainty():
 def test_repeats_and_hits_have_one_normaliser(a, b):
     if normalise(a) == normalise(b):
         assert repeats([a, b]) == (False, True)
-        assert hits_gold(a, Gold(b)) == hits_gold(b, Gold(a)) == hits_gold(a, Gold(a))
+        assert text_verifier(a, [Gold(b)]) == text_verifier(b, [Gold(a)]) == text_verifier(a, [Gold(a)])
     else:
         assert repeats([a, b]) == (False, False)
-        assert not hits_gold(a, Gold(b))
+        assert text_verifier(a, [Gold(b)]) == ()
 
 
 def advantages(totals, groups, **options):

@@ -26,6 +26,7 @@ def train(out: Path, *more: str) -> Path:
     words = [
         "+experiment=clinic",
         "train.steps=3",
+        "algo=rloo",
         "algo.group_size=3",
         "algo.prompts_per_step=2",
         "eval.num_items=6",

@@ -9,7 +9,7 @@ from mar.grammar import Grammar, render
 from mar.prompts import build_prompt, load_tokenizer
 from mar.records import Completion, Example, Gold, Prompt
 from mar.rewards import RewardSpec, first_open
-from mar.rollout import judge_completion, judge_groups, make_decode, sample
+from mar.rollout import judge_groups, make_decode, sample
 
 GRAMMAR, SPEC = Grammar("rlcr_multi", 2, thinking=False), RewardSpec()
 
@@ -36,7 +36,7 @@ def completion(ids, finish_reason="stop"):
 def judge(pieces, asked, finish_reason="stop", grammar=GRAMMAR, spec=SPEC):
     """The rollout of a completion with these tokens, the last of them the stop token if it stopped."""
     decode = make_decode(Pieces(*pieces))
-    return judge_completion(asked, completion(range(len(pieces)), finish_reason), grammar, spec, "text", decode)
+    return judge_groups([asked], [[completion(range(len(pieces)), finish_reason)]], grammar, spec, "text", decode)[0][0]
 
 
 def test_tokens_across_borders_belong_to_the_earlier_segment():
@@ -120,7 +120,7 @@ def test_segments_of_a_trained_tokenizer(tmp_path):
     asked = build_prompt(examples[0], grammar, tokenizer, "diagnosis")
     text = render(grammar, ["flu", "ménière", "common cold"], [0.8, 0.15, 0.05], thinking="fever")
     ids = [*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
-    got = judge_completion(asked, completion(ids), grammar, SPEC, "text", make_decode(tokenizer))
+    got = judge_groups([asked], [[completion(ids)]], grammar, SPEC, "text", make_decode(tokenizer))[0][0]
     assert got.text == text and got.reason is None and got.answers == ("flu", "ménière", "common cold")
     ends = [text.index(f"</{e.tag}>") + len(e.tag) + 3 for e in grammar.elements]
     crossing = 0
@@ -129,9 +129,8 @@ def test_segments_of_a_trained_tokenizer(tmp_path):
         assert segment == sum(e <= start for e in ends)
         crossing += any(start < e < end for e in ends)
     assert crossing > 3 and got.segment_ids[-1] == len(ends)
-    other = judge_completion(
-        asked, completion([*ids[:-1], *tokenizer.encode("<|user|>"), ids[-1]]), grammar, SPEC, "text", make_decode(tokenizer)
-    )
+    longer = completion([*ids[:-1], *tokenizer.encode("<|user|>"), ids[-1]])
+    other = judge_groups([asked], [[longer]], grammar, SPEC, "text", make_decode(tokenizer))[0][0]
     assert other.text == text + "<|user|>" and other.reason == "trailing_text"  # special tokens are not overlooked
 
 

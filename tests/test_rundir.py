@@ -1,6 +1,7 @@
 """Folders of runs: one per job, resumed, put aside or refused."""
 
 import json
+import os
 import subprocess
 import sys
 from functools import cache
@@ -179,3 +180,17 @@ def test_two_processes_never_share_a_folder(tmp_path: Path) -> None:
         other.communicate()
     with lock(folder):
         assert not folder.exists(), "the lock lies beside it"
+
+
+def test_the_configuration_is_synced_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A power cut right after a start would else leave an empty file, and such a folder is refused."""
+    synced: list[int] = []
+    monkeypatch.setattr(os, "fsync", lambda handle: synced.append(os.fstat(handle).st_size))
+    path = prepare(config(tmp_path)).path
+    assert synced == [(path / "config.yaml").stat().st_size]
+
+
+def test_where_nothing_can_be_written_is_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(UserError, match=r"cannot write beside .*seed0 .*(Not a directory|File exists).*another out="):
+        lock(tmp_path / "file" / "seed0")

@@ -1,6 +1,8 @@
 """The whole job on a tiny random model: what it writes, that a resumed run is the uninterrupted one, and every mistake a user can make."""
 
+import gc
 import json
+import resource
 import signal
 import subprocess
 import sys
@@ -91,7 +93,7 @@ def test_resumed_runs_of_other_algorithms_are_the_uninterrupted_ones(tmp_path: P
         assert whole[0]["optim/grad_norm"] == 0 < whole[1]["optim/grad_norm"] and whole[0]["value/loss"] > 0
     if name == "dapo":
         kept = [row["policy/sampler_kl"] for row in whole]  # top_p cuts what is drawn from, less as the policy sharpens
-        assert kept[0] > 1e-2 and min(kept) > 1e-4
+        assert kept[0] > 1e-2 and min(kept) > 1e-5  # of rounding alone it would be 1e-7 at most
     if name == "grpo":
         assert whole[0]["policy/ref_kl"] == pytest.approx(0, abs=1e-6) and whole[-1]["policy/ref_kl"] > 1e-5
 
@@ -106,6 +108,26 @@ def test_steps_that_are_not_finite_are_kept_aside_and_end_the_run(
     assert (folder / "skipped.jsonl").read_text().count("\n") == 2 * 6
     assert "step 1: a loss or gradient is not finite" in capsys.readouterr().out
     assert all(row["optim/skipped"] == 1 and row["policy/loss"] is None for row in records(folder))
+
+
+def test_a_full_disk_is_one_sentence_and_nothing_is_lost(model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A real limit on the size of a file: lines can be written, shards cannot. Then the only checkpoint is damaged, which is said."""
+    small = [*words(model_folder, tmp_path, "model.max_completion_tokens=4", "checkpoint.every=1", "train.steps=3")]
+    assert run(compose([*small, "train.stop_at=1"])) == 0
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, before[1]))
+    try:
+        with pytest.raises(UserError, match=r"^[^\n]*File too large[^\n]*: mend that, [^\n]* goes on after step 1 of [^\n]*seed0$"):
+            run(compose(small))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    gc.collect()  # the run that failed lets go of its folder
+    folder = tmp_path / "clinic/seed0/checkpoints"
+    (folder / "step000001" / checkpoint.MANIFEST).unlink()
+    assert run(compose(small)) == 0
+    said = capsys.readouterr().out
+    assert "passed over a checkpoint" in said and "resuming after step 1" in said
+    assert sorted(p.name for p in folder.iterdir()) == ["step000002", "step000003"]
 
 
 def test_groups_without_spread_are_replaced(model_folder: Path, tmp_path: Path) -> None:

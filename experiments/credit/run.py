@@ -24,7 +24,7 @@ from mar.grammar import Grammar
 from mar.losses import LOSSES, kl_k1, token_weights
 from mar.records import Completion, Example, Gold, Prompt, Rollout
 from mar.rewards import RewardSpec, first_open
-from mar.rollout import judge_completion
+from mar.rollout import judge_groups
 
 MAX_TOKENS = 5
 GATED = RewardSpec(sum_rule=True, duplicates="gate")
@@ -125,15 +125,13 @@ class Toy:
         prompt = Prompt(Example("toy", "toy", "?", golds, multi_label=True), "?", (0,))
         with torch.no_grad():
             columns = self.logprobs().numpy()
-        out = []
+        done = []
         for i, actions in enumerate(self.sequences):
             ids = np.array([self.offsets[t] + a for t, a in enumerate(actions)])
             reason = {"": "stop", "<confidence2>0.": "length"}.get(self.texts[ids[-1]], "stop_string")
             drawn = columns[i, : len(ids)].copy()
-            completion = Completion(i, ids, drawn, drawn, reason)
-            read = judge_completion(prompt, completion, self.grammar, self.spec, "text", self._decode)
-            out.append(read)
-        return out
+            done.append(Completion(i, ids, drawn, drawn, reason))
+        return judge_groups([prompt], [done], self.grammar, self.spec, "text", self._decode)[0]
 
     def _decode(self, ids: tuple[int, ...]) -> str:
         return "".join(self.texts[i] for i in ids)

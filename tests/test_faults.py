@@ -1,0 +1,77 @@
+"""The tools of experiments/faults see what they say they see; the faults themselves are `make faults-quick`."""
+
+import os
+import platform
+import sys
+from pathlib import Path
+
+import pytest
+
+if sys.platform != "linux" or platform.machine() not in ("x86_64", "aarch64"):
+    pytest.skip("ptrace as used here is Linux on x86_64 or aarch64", allow_module_level=True)
+
+from experiments.faults import kill_points
+from experiments.faults.run import page, selected, summary
+from experiments.faults.runs import Row
+
+
+def publish(folder: Path, sync: bool = True, early: bool = False) -> None:
+    """A save in small: one file, its folder, the rename, the folder above; then an old one goes."""
+    (folder / "new.tmp").mkdir()
+    with (folder / "new.tmp" / "data").open("w") as file:
+        file.write("x")
+        file.flush()
+        if sync:
+            os.fsync(file.fileno())
+    if early:
+        (folder / "old").unlink()
+    for name in ("new.tmp", "."):
+        handle = os.open(folder / name, os.O_RDONLY)
+        os.fsync(handle)
+        os.close(handle)
+        if name == "new.tmp":
+            (folder / "new.tmp").rename(folder / "new")
+    if not early:
+        (folder / "old").unlink()
+
+
+def traced(folder: Path, kill_at: int | None = None, **options: bool) -> tuple[list[kill_points.Call], int]:
+    folder.mkdir()
+    (folder / "old").write_text("old")
+    try:
+        return kill_points.run(lambda: publish(folder, **options), folder, kill_at)
+    except OSError as error:
+        pytest.skip(str(error))
+
+
+def test_every_call_is_seen_and_can_be_the_last(tmp_path: Path) -> None:
+    calls, code = traced(tmp_path / "whole")
+    assert code == 0
+    names = [call.name.removesuffix("at") for call in calls]
+    assert names == ["mkdir", "open", "write", "fsync", "fsync", "rename", "fsync", "unlink"]
+    for n in range(len(calls)):
+        folder = tmp_path / f"killed{n}"
+        made, code = traced(folder, kill_at=n)
+        assert code == -9 and len(made) == n + 1
+        assert (folder / "new").exists() == (n > 5) and (folder / "old").exists()
+
+
+def test_what_a_power_cut_could_spoil_is_named(tmp_path: Path) -> None:
+    for options, expected in (({}, []), ({"sync": False}, ["is not synced"]), ({"early": True}, ["is removed before"])):
+        folder = tmp_path / f"run{len(list(tmp_path.iterdir()))}"
+        calls, _ = traced(folder, **options)
+        found = kill_points.disorder(calls, folder / "new.tmp", folder / "new")
+        assert len(found) == len(expected) and all(e in f for e, f in zip(expected, found, strict=True)), found
+        assert kill_points.unsynced(calls) == ({str(folder / "new" / "data")} if options == {"sync": False} else set())
+
+
+def test_the_page_is_the_results() -> None:
+    good, bad = Row("a", "what", 0, "it | said", 2, True), Row("b", "what", problems=["wrong"], equal=False)
+    results = summary([good, bad, Row("c", "what", skipped="no root")])
+    assert (results["faults_tried"], results["survived"], results["steps_lost_max"], results["mismatched"]) == (2, 1, 2, ["b"])
+    text = page(results)
+    assert "1 of 2 faults survived, at most 2 steps lost, 1 mismatched" in text
+    assert "it \\| said" in text and "**no**: wrong" in text and "skipped: no root" in text
+    assert {case.__name__ for case in selected(False, [])} - {case.__name__ for case in selected(True, [])} == {
+        "disk_full_at_a_save", "disk_full_at_a_line", "disk_full_at_start", "read_only_mount"
+    }  # fmt: skip
