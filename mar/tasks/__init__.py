@@ -14,12 +14,14 @@ from mar.tasks.common import Loaded, Source, load_rows
 @dataclass(frozen=True)
 class Task:
     """How a task is loaded and spoken of. `noun` is one answer in the prompt, `verifier` a key of verify.VERIFIERS or of programs.RUNNERS,
-    `targets` what data.target may be. All golds at once (`set`) is another objective: never for a distribution, of which one gold is right."""
+    `targets` what data.target may be. All golds at once (`set`) is another objective: never for a distribution, of which one gold is right.
+    `embedded`: `load` makes its examples itself, from no file (data.source=embedded)."""
 
     load: Callable[[Source], Loaded]
     noun: str
     verifier: str = "text"
     targets: tuple[str, ...] = ("auto",)
+    embedded: bool = False
 
 
 def _clinic(source: Source) -> Loaded:
@@ -33,7 +35,7 @@ def _clinic(source: Source) -> Loaded:
 DISTRIBUTION = ("auto", "drawn", "probabilities")
 
 TASKS: dict[str, Task] = {
-    "clinic": Task(load=_clinic, noun=clinic.NOUN, targets=DISTRIBUTION),
+    "clinic": Task(load=_clinic, noun=clinic.NOUN, targets=DISTRIBUTION, embedded=True),
     "medqa": Task(load=medqa.load, noun="answer"),
     "ddxplus": Task(load=ddxplus.load, noun="diagnosis", targets=("auto", "set", "drawn")),
     "ddxplus_bayes": Task(load=ddxplus.load_bayes, noun="diagnosis", targets=DISTRIBUTION),

@@ -9,7 +9,7 @@ from collections import Counter
 
 import numpy as np
 
-from mar.compose import compose
+from mar.compose import CONF_DIR, compose
 from mar.fetch import resolve_model
 from mar.grammar import Grammar
 from mar.job import load_data
@@ -22,8 +22,10 @@ from mar.tasks import get_task
 def main(words: list[str]) -> None:
     if not words:
         raise UserError("name a task: python -m mar.tasks medqa data.source=path data.path=<file>")
-    config, display = compose([f"+experiment={words[0]}", "model=smollm2-135m", *words[1:]]), Display("plain", 0, 0)
-    r, noun = config.reward, get_task(config.data.task).noun
+    name, noun, display = words[0], get_task(words[0]).noun, Display("plain", 0, 0)
+    known = (CONF_DIR / "experiment" / f"{name}.yaml").exists()
+    config = compose([f"+experiment={name if known else 'jsonl'}", f"data.task={name}", "model=smollm2-135m", *words[1:]])
+    r = config.reward
     folder, _ = resolve_model(config.model.source, config.model.name, config.model.path)
     tokenizer = load_tokenizer(folder)
     plain = Grammar(r.form, r.num_answers, r.layout, config.model.thinking, r.analysis, r.other)
