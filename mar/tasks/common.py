@@ -127,15 +127,30 @@ def read_jsonl(path: str) -> Iterator[tuple[str, Row]]:
             yield f"{path}:{number}", row
 
 
+def hub_fault(kind: str, hub_id: str) -> str:
+    """Why the hub does not show a `model` or `dataset`, "" where it does. Without it this process reads the hub's caches alone from here on: its
+    libraries would try again for half a minute, or wait for ever."""
+    from huggingface_hub import HfApi, constants
+
+    try:
+        HfApi().repo_info(hub_id, repo_type=kind, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+    except Exception as error:  # many kinds: connection, missing repository, no permission
+        constants.HF_HUB_OFFLINE = True
+        return f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+    return ""
+
+
 def read_hub(hub_id: str, split: str) -> tuple[Iterator[tuple[str, Row]], Callable[[str], bool]]:
     """The rows (`id[split][row]`, row) of a data set on the Hugging Face hub, and which ids of them are in the split."""
     import datasets
 
+    name, *configuration = hub_id.split(":")  # "owner/name:configuration"
+    fault = hub_fault("dataset", name)
     try:
-        splits = datasets.load_dataset(*hub_id.split(":"))  # "owner/name:configuration"
-    except Exception as error:  # many kinds: connection, missing repository, bad cache
+        splits = datasets.load_dataset(name, *configuration)
+    except Exception as error:  # many kinds: not in the cache, bad files
         raise UserError(
-            f"cannot load data set {hub_id} from the hub ({type(error).__name__}: {' '.join(str(error).split())[:160]}): "
+            f"cannot load data set {hub_id} from the hub ({fault or f'{type(error).__name__}: {error}'[:160]}): "
             "check data.hub_id and the network; offline, use data.source=path data.path=<file.jsonl>, or scale=laptop "
             "data.source=embedded for the rehearsal"
         ) from None
