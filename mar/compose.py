@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import fields, is_dataclass
+from difflib import get_close_matches
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -178,6 +179,13 @@ def compose(overrides: Sequence[str] = (), check: bool = True) -> Config:
         with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
             tree = from_omegaconf(hydra_compose("config", list(overrides)))
     except (HydraException, OmegaConfBaseException) as error:
-        text = f"{error} {error.__cause__ or ''}".partition("Config search path")[0]
-        raise UserError(" ".join(text.split())) from None
+        text = " ".join(f"{error} {error.__cause__ or ''}".split())
+        if unknown := re.match("Could not override '([^']+)'", text):
+            near = ", ".join(get_close_matches(unknown[1], rundir.flatten(Config().to_dict()), cutoff=0.8))
+            raise UserError(f"{unknown[1]} is no setting{near and f'; did you mean {near}?'} (--cfg job shows all there are)") from None
+        if "Lexer" in text:
+            raise UserError(
+                f"{text.partition(': ')[2]}: Hydra cannot read that; letters and signs beyond a-z want quotes, \"key='value'\""
+            ) from None
+        raise UserError(re.sub(" (Config search path|full_key:|See https).*|^Error merging override ", "", text)) from None
     return validate(tree) if check else tree

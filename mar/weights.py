@@ -130,5 +130,5 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
             with safe_open(path, framework="pt") as handle:
                 tensors |= {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
         except (SafetensorError, OSError) as error:
-            raise UserError(f"{path} is truncated or not a safetensors file ({error})") from None
+            raise UserError(f"{path} is truncated or not a safetensors file ({error}): fetch or copy it again") from None
     return tensors

@@ -113,7 +113,7 @@ def read_jsonl(path: str) -> Iterator[tuple[str, Row]]:
         yield from ((f"{path}[{number}]", row) for number, row in enumerate(array))
         return
     if not file.is_file():
-        raise UserError(f"data.path={path}: there is no such file")
+        raise UserError(f"data.path={path} is {'a folder: name a file in it' if file.is_dir() else 'not there'}")
     with file.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
@@ -127,6 +127,10 @@ def read_jsonl(path: str) -> Iterator[tuple[str, Row]]:
             yield f"{path}:{number}", row
 
 
+def in_a_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+
+
 def hub_fault(kind: str, hub_id: str) -> str:
     """Why the hub does not show a `model` or `dataset`, "" where it does. Without it this process reads the hub's caches alone from here on: its
     libraries would try again for half a minute, or wait for ever."""
@@ -136,7 +140,7 @@ def hub_fault(kind: str, hub_id: str) -> str:
         HfApi().repo_info(hub_id, repo_type=kind, timeout=constants.HF_HUB_ETAG_TIMEOUT)
     except Exception as error:  # many kinds: connection, missing repository, no permission
         constants.HF_HUB_OFFLINE = True
-        return f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+        return in_a_line(error)
     return ""
 
 
@@ -150,7 +154,7 @@ def read_hub(hub_id: str, split: str) -> tuple[Iterator[tuple[str, Row]], Callab
         splits = datasets.load_dataset(name, *configuration)
     except Exception as error:  # many kinds: not in the cache, bad files
         raise UserError(
-            f"cannot load data set {hub_id} from the hub ({fault or f'{type(error).__name__}: {error}'[:160]}): "
+            f"cannot load data set {hub_id} from the hub ({fault or in_a_line(error)}): "
             "check data.hub_id and the network; offline, use data.source=path data.path=<file.jsonl>, or scale=laptop "
             "data.source=embedded for the rehearsal"
         ) from None

@@ -27,7 +27,7 @@ def _gold(raw: Any, place: str) -> Gold:
         raise UserError(f"{place}: 'aliases' must be a list of texts, not {aliases!r}")
     if probability is not None and (type(probability) not in (int, float) or not 0 <= probability <= 1):
         raise UserError(f"{place}: 'probability' must be a number from 0 to 1, not {probability!r}")
-    return Gold(text_of(raw, "name", place), tuple(aliases), probability)
+    return Gold(text_of(raw, "name", f"{place}: 'golds'"), tuple(aliases), probability)
 
 
 def _truth(row: Row, golds: tuple[Gold, ...], place: str) -> str:
