@@ -185,7 +185,7 @@ def compose(overrides: Sequence[str] = (), check: bool = True) -> Config:
             raise UserError(f"{unknown[1]} is no setting{near and f'; did you mean {near}?'} (--cfg job shows all there are)") from None
         if "Lexer" in text:
             raise UserError(
-                f"{text.partition(': ')[2]}: Hydra cannot read that; letters and signs beyond a-z want quotes, \"key='value'\""
+                f"{text.partition(': ')[2].partition(' ^')[0]}: Hydra cannot read that; letters and signs beyond a-z want quotes, \"key='value'\""
             ) from None
         raise UserError(re.sub(" (Config search path|full_key:|See https).*|^Error merging override ", "", text)) from None
     return validate(tree) if check else tree
