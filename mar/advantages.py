@@ -15,8 +15,8 @@ def token_advantages(batch: Batch, credit: str, baseline: str, scale: str) -> Te
     scale `whiten`: the mean and the standard deviation of all trained tokens are taken out (REINFORCE++, arXiv 2501.03262, eq. 9).
     """
     weights = batch.components.new_ones(batch.components.shape[1])  # components arrive weighted
-    if (credit, baseline) == ("to_go", "matched"):
-        advantages = matched_advantages(batch)
+    if baseline == "matched" and credit != "set":
+        advantages = matched_advantages(batch, credit)
     else:
         compared = "leave_one_out" if baseline == "matched" else baseline  # before its start no completion has earned anything: all match
         columns = (batch.components, weights, batch.first_open, batch.segment_ids, batch.group_ids)
@@ -24,25 +24,31 @@ def token_advantages(batch: Batch, credit: str, baseline: str, scale: str) -> Te
     return (whiten(advantages, batch.loss_mask) if scale == "whiten" else advantages) * batch.completion_mask
 
 
-def matched_advantages(batch: Batch) -> Tensor:
-    """To-go credit [B, T]; baseline: the mean of those other completions of the group that had earned as much when the same component was next.
+def matched_advantages(batch: Batch, credit: str) -> Tensor:
+    """`to_go` or `own` credit [B, T]; baseline: the mean of those other completions of the group that had earned as much when the same component
+    was next.
 
     What a completion has earned (its positive components that are decided: hits) is its own past, and what the others go on to earn does not depend
     on its next token, so the estimator stays unbiased. It loses the noise that the past explains: after a hit on the only label nothing more can
     be hit, and a confidence is compared with confidences in answers as right as its own. Without such a completion: the mean of all others.
     """
+    C, start = batch.components.shape[1], batch.first_open.gather(1, batch.segment_ids)  # [B, T]
     togo = torch.nn.functional.pad(batch.components.flip(1).cumsum(1).flip(1), (0, 1))  # [B, C + 1]
+    own = torch.cat([batch.components[:, :-1] + batch.components[:, -1:], togo[:, C - 1 :]], 1)  # of a segment that decides component c
+    following = torch.nn.functional.pad(batch.first_open[:, 1:], (0, 1), value=C).gather(1, batch.segment_ids)
+    paid = torch.stack([togo, own] if credit == "own" else [togo], 1)  # [B, 1 or 2, C + 1]
     earned = torch.nn.functional.pad(batch.components.clamp(min=0).cumsum(1), (1, 0))
     order, sizes = batch.group_ids.argsort(stable=True), batch.group_ids.bincount()
     there = torch.arange(int(sizes.max()), device=order.device) < sizes[sizes > 0, None]  # [P, G]
     members = torch.zeros_like(there, dtype=torch.int64).masked_scatter(there, order)
-    values, past = togo[members], earned[members]  # [P, G, C + 1]
+    values, past = paid[members], earned[members]  # [P, G, 1 or 2, C + 1], [P, G, C + 1]
     others = (there[:, None] & ~torch.eye(there.shape[1], dtype=torch.bool, device=order.device))[..., None]
     alike = (past[:, :, None] == past[:, None]) & others  # [P, G, G, C + 1]
     chosen = torch.where(alike.any(2, keepdim=True), alike, others).to(values)
-    centred = values - torch.einsum("pijc,pjc->pic", chosen, values) / chosen.sum(2).clamp(min=1)
-    out = torch.empty_like(togo).index_copy_(0, members[there], centred[there])
-    return out.gather(1, batch.first_open.gather(1, batch.segment_ids)) * batch.completion_mask
+    centred = values - torch.einsum("pijc,pjkc->pikc", chosen, values) / chosen.sum(2).clamp(min=1)[:, :, None]
+    out = torch.empty_like(paid).index_copy_(0, members[there], centred[there])
+    decides = (following > start) & (start < C - 1)  # else it is credited with all that is open
+    return torch.where(decides, out[:, -1].gather(1, start), out[:, 0].gather(1, start)) * batch.completion_mask
 
 
 def whiten(advantages: Tensor, mask: Tensor) -> Tensor:

@@ -106,11 +106,10 @@ def _algo_faults(algo: AlgoOptions, max_completion_tokens: int, steps: int) -> I
         yield f"algo.overlong_tokens={algo.overlong_tokens} is above model.max_completion_tokens={max_completion_tokens}: lower it"
     if algo.name == "ppo" and algo.baseline != "value":
         yield f"algo=ppo is PPO with a critic and algo.baseline={algo.baseline} has none: set it to value, or take algo=grpo"
-    if algo.baseline in ("value", "matched") and (algo.credit == "own" or algo.scale_by in ("group_std", "batch_std")):
-        yield (
-            f"algo.baseline={algo.baseline} goes with algo.credit=to_go or set and algo.scale_by=none or whiten, not {algo.credit} "
-            f"and {algo.scale_by}: take algo.baseline=leave_one_out"
-        )
+    if algo.baseline == "value" and algo.credit == "own":
+        yield "algo.baseline=value goes with algo.credit=to_go or set, not own: take algo.baseline=matched"
+    if algo.baseline in ("value", "matched") and algo.scale_by in ("group_std", "batch_std"):
+        yield f"algo.baseline={algo.baseline} goes with algo.scale_by=none or whiten, not {algo.scale_by}: take algo.baseline=leave_one_out"
     if algo.critic_warmup and algo.baseline != "value":
         yield f"algo.critic_warmup={algo.critic_warmup} needs a critic: set algo.baseline=value"
     if algo.critic_warmup >= steps:

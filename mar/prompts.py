@@ -11,11 +11,11 @@ from typing import Any
 from mar.grammar import Element, Grammar
 from mar.records import Example, Prompt, UserError
 
-# How a set of answers is asked for. `ranked` is the method; `list` (prompted-for-K) and `verbalized` (verbalised sampling) are baselines
+# How a set of answers is asked for. `ranked` is the method; `prompted_k` and `verbalized` (verbalised sampling) are baselines
 # that change nothing but these words.
 STYLES = {
     "ranked": "Give exactly {count}, most likely first.",
-    "list": "Give {count}.",
+    "prompted_k": "Give {count}.",
     "verbalized": "Draw {count} at random from all that you think possible, each with its probability.",
 }
 

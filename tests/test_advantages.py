@@ -50,8 +50,9 @@ def batch_of(seed, groups):
     return rng.normal(size=(B, 4)), rng.uniform(0.1, 2, 4), opens, segments, np.array(groups)
 
 
+@pytest.mark.parametrize("credit", ["to_go", "own"])
 @pytest.mark.parametrize("groups", [[0, 0, 0, 1, 1, 1], [2, 0, 2, 2, 0, 5]])
-def test_the_matched_baseline_is_that_of_the_loop(groups):
+def test_the_matched_baseline_is_that_of_the_loop(groups, credit):
     """Hits of 0 or 1 with costs in between, as coverage and Brier terms: those who had as many hits so far are compared."""
     rng = np.random.default_rng(1)
     components = np.stack([rng.integers(0, 2, 6), -rng.uniform(0, 1, 6), rng.integers(0, 2, 6), rng.normal(size=6)], 1)
@@ -60,13 +61,15 @@ def test_the_matched_baseline_is_that_of_the_loop(groups):
     expected, alone = np.zeros(segments.shape), 0
     for b, t in itertools.product(range(6), range(7)):
         c = opens[b, segments[b, t]]
+        decides = segments[b, t] < 5 and opens[b, segments[b, t] + 1] > c
+        paid = [c, 3] if credit == "own" and decides else range(c, 4)
         past = [components[i, :c].clip(min=0).sum() for i in range(6)]
         mates = [i for i in range(6) if groups[i] == groups[b] and i != b]
         alike = [i for i in mates if past[i] == past[b]]
         alone += not alike
         pool = alike or mates
-        baseline = np.mean([components[i, c:].sum() for i in pool]) if pool else 0.0
-        expected[b, t] = (components[b, c:].sum() - baseline) * (t < lengths[b])
+        baseline = np.mean([components[i, paid].sum() for i in pool]) if pool else 0.0
+        expected[b, t] = (components[b, paid].sum() - baseline) * (t < lengths[b])
     batch = SimpleNamespace(
         components=torch.from_numpy(components),
         first_open=torch.from_numpy(opens),
@@ -74,7 +77,7 @@ def test_the_matched_baseline_is_that_of_the_loop(groups):
         group_ids=torch.from_numpy(ids),
         completion_mask=torch.from_numpy(np.arange(7) < lengths[:, None]),
     )
-    np.testing.assert_allclose(token_advantages(batch, "to_go", "matched", "none"), expected, atol=1e-12)
+    np.testing.assert_allclose(token_advantages(batch, credit, "matched", "none"), expected, atol=1e-12)
     assert 0 < alone < 42
 
 

@@ -189,13 +189,13 @@ def test_the_same_coverage_through_transformers_generate(tmp_path: Path) -> None
 
 def test_arms() -> None:
     multi = {a.name: a for a in arms_of(Grammar("rlcr_multi", 3), 30, [1, 3, 5], trained=True)}
-    assert list(multi) == ["policy", "base", "single", "list", "verbalized", "K=1", "K=5"]
+    assert list(multi) == ["policy", "base", "single", "prompted_k", "verbalized", "K=1", "K=5"]
     assert [a.num_sets for a in multi.values()] == [10, 1, 30, 1, 1, 1, 1]
-    assert [n for n, a in multi.items() if a.trained] == ["policy", "K=1", "K=5"] and multi["list"].style == "list"
+    assert [n for n, a in multi.items() if a.trained] == ["policy", "K=1", "K=5"] and multi["prompted_k"].style == "prompted_k"
     assert multi["K=1"].grammar == Grammar("rlcr_multi", 1)
     single = {a.name: a for a in arms_of(Grammar("rlvr_single", 1), 30, [1, 3, 5], trained=False)}
-    assert list(single) == ["policy", "list", "verbalized"] and single["policy"].num_sets == 30
-    assert single["list"].grammar == Grammar("rlvr_multi", 3)
+    assert list(single) == ["policy", "prompted_k", "verbalized"] and single["policy"].num_sets == 30
+    assert single["prompted_k"].grammar == Grammar("rlvr_multi", 3)
 
 
 def test_words(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

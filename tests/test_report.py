@@ -92,7 +92,7 @@ def test_a_run_is_one_file_that_needs_nothing_else(runs: list[Path], page: Path)
     cover = dict(zip(head["columns"], head["rows"][0], strict=True))
     assert cover["after"] == [stored["after"]["coverage@3"], *stored["after"]["interval"]["coverage@3"]]
     assert cover["floor"] == [stored["floor"]["coverage@3"], None, None] and cover["after"][1] < cover["after"][2]
-    assert table(data, "Evaluation")["columns"][1:] == ["policy", "base", "single", "list", "verbalized"]
+    assert table(data, "Evaluation")["columns"][1:] == ["policy", "base", "single", "prompted_k", "verbalized"]
     paired = [name for name, *_ in table(data, "Paired differences")["rows"]]
     assert len(paired) > 10 and "num_items" not in paired and len(table(data, "Coverage at equal tokens")["rows"]) == 2
     assert "commit" in data["provenance"] and "num_answers: 3" in data["configs"][str(runs[0])]

@@ -29,7 +29,7 @@ TRAINED = {
     "rlvr_single": ["reward=rlvr_single"],
     "pass_at_k": ["reward=rlvr_single", "algo.credit=set", "algo.pass_k=3"],
 }
-UNTRAINED = {"base": "policy", "single": "single", "prompted_k": "list", "verbalized": "verbalized"}  # arm of the same evaluation
+UNTRAINED = {"base": "policy", "single": "single", "prompted_k": "prompted_k", "verbalized": "verbalized"}  # arm of the same evaluation
 
 
 def command(module: str, *words: str) -> float:

@@ -37,7 +37,7 @@ FORMS: list[tuple[str, Grammar, str]] = [
     ("rlcr_multi, K=3, split", Grammar("rlcr_multi", 3, "split", thinking=False), "ranked"),
     ("rlcr_multi, K=3, split, thinking, analysis", Grammar("rlcr_multi", 3, "split", analysis=True), "ranked"),
     ("rlcr_multi, K=3, `<other>`", Grammar("rlcr_multi", 3, thinking=False, other=True), "ranked"),
-    ("prompted-for-K, K=3", Grammar("rlvr_multi", 3, thinking=False), "list"),
+    ("prompted-for-K, K=3", Grammar("rlvr_multi", 3, thinking=False), "prompted_k"),
     ("verbalised sampling, K=3", Grammar("rlcr_multi", 3, thinking=False), "verbalized"),
 ]
 
