@@ -185,8 +185,8 @@ def differences(a: Run, b: Run) -> Table:
     """The keys in which two runs' configs differ."""
     one, two = flatten(a.config), flatten(b.config)
     rows = [[key, str(one.get(key, "–")), str(two.get(key, "–"))] for key in differing_keys(a.config, b.config)]
-    note = "Everything else is the same." if rows else "No setting differs."
-    return {"title": "What differs", "note": note, "columns": ["", str(a.path), str(b.path)], "rows": rows}
+    columns = ["", str(a.path), str(b.path)] if rows else []
+    return {"title": "What differs", "note": "Everything else is the same." if rows else "No setting.", "columns": columns, "rows": rows}
 
 
 def figures_of(groups: Mapping[str, Sequence[Run]]) -> dict[str, Figure]:
@@ -225,7 +225,7 @@ def page(runs: Sequence[Run], title: str) -> dict[str, Any]:
     if faults:
         notes.append(f"Skipped {len(faults)} broken line(s): {', '.join(faults[:5])}")
     data |= {"notes": notes, "tables": tables, "figures": {name: svg(f) for name, f in figures_of(groups).items()}}
-    data["configs"] = {str(r.path): yaml.safe_dump(r.config, sort_keys=False) for r in runs[:2]}
+    data["configs"] = {str(r.path): yaml.safe_dump(r.config, sort_keys=False) for r in runs}
     data["provenance"] = runs[0].config.get("provenance", {})
     return plain(data)
 
