@@ -42,7 +42,10 @@ def arms_of(grammar: Grammar, k: int, sizes: Sequence[int], trained: bool) -> li
         arms.append(Arm("base", f"{untrained}, asked as the policy is, once", grammar, 1, trained=False))
     if grammar.multi:
         arms.append(Arm("single", f"{untrained}, asked for one answer, {k} times", single, k, trained=False))
-    for style, says in (("prompted_k", "prompted for K: asked only to list"), ("verbalized", "verbalised sampling: asked to draw at random")):
+    for style, says in (
+        ("prompted_k", "prompted for K: asked only to list"),
+        ("verbalized", "verbalised sampling: asked to draw at random"),
+    ):
         arms.append(Arm(style, f"{untrained}, {says} {asked.num_answers} answers", asked, 1, style, False))
     for size in sizes if grammar.multi else ():
         if size != K:

@@ -21,9 +21,17 @@ Tokens = Sequence[int]
 # the query heads of one key head go to the token axis, so that a prompt's keys are not repeated
 FOLD, UNFOLD = "n (h r) ... -> 1 h (n r) ...", "1 h (n r) ... -> n (h r) ..."
 
-cpu_attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # public SDPA returns no log-sum-exp
 _attention_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 _compile: Callable = cache(torch.compile)  # one compiled function per process
+
+
+def cpu_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """PyTorch's own CPU attention with its log-sum-exp, which the public function does not return. q [B, H, M, D], k and v [B, Hkv, N, D].
+
+    The operator takes it for granted that channels lie side by side, and returns rubbish where they do not (`model.project` transposes): copies then.
+    """
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, attn_mask=bias)
 
 
 @dataclass(frozen=True)
@@ -125,11 +133,11 @@ class _GroupAttention(torch.autograd.Function):
         out = torch.empty_like(q)
         lse = q.new_empty(q.shape[:2], dtype=torch.promote_types(q.dtype, torch.float32))
         for block in blocks:
-            own = cpu_attention(block.pad(q), block.pad(k, repeat), block.pad(v, repeat), 0.0, True)
+            own = cpu_attention(block.pad(q), block.pad(k, repeat), block.pad(v, repeat), True)
             out[block.tokens], lse[block.tokens] = block.unpad(own[0]), block.unpad(own[1])
         for prompt, rows in shared:
             keys, values = (x[prompt].transpose(0, 1)[None] for x in (k, v))
-            parts = cpu_attention(rearrange(q[rows], FOLD, h=kv_heads), keys, values, 0.0, False)
+            parts = cpu_attention(rearrange(q[rows], FOLD, h=kv_heads), keys, values, False)
             shared_out, shared_lse = (rearrange(part, UNFOLD, r=repeat) for part in parts)
             own_lse, lse[rows] = lse[rows].clone(), torch.logaddexp(lse[rows], shared_lse)
             own_share, shared_share = (own_lse - lse[rows]).exp_(), (shared_lse - lse[rows]).exp_()

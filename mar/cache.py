@@ -153,7 +153,7 @@ class KVCache:
 
 def _mix_cpu(q: Tensor, keys: Tensor, values: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
     """`_mix` in one operator."""
-    mixed, lse = cpu_attention(q, keys, values, 0.0, False, attn_mask=bias)
+    mixed, lse = cpu_attention(q, keys, values, False, bias)
     return mixed, lse[..., None]
 
 

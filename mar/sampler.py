@@ -16,6 +16,7 @@ from mar.cache import KVCache, capacity
 from mar.draw import SamplingParams, draw_tokens, uniforms
 from mar.grammar import decode_with_starts
 from mar.model import Decoder, project
+from mar.records import UserError
 from mar_kernels.graphs import capture
 
 RETIRE_EVERY = 8  # steps between two looks for finished rows where a look waits for the device
@@ -280,6 +281,10 @@ class _Slots:
         ends = np.cumsum([0, *(len(r.keys) for r in self.requests)])
         whole = [sampled for sampled in self.results if sampled is not None]
         assert len(whole) == len(self.results)
+        if not all(np.isfinite(s.full_logprobs).all() for s in whole):
+            raise UserError(
+                "the model's probabilities are no finite numbers: its weights are damaged, or training diverged (lower optim.lr)"
+            )
         groups = [whole[a:b] for a, b in zip(ends[:-1], ends[1:], strict=True)]
         left = np.minimum(self.entered + [len(s.ids) for s in whole], self.waited_until)
         offered = self.num_rows * self.waited_until

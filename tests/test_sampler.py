@@ -12,6 +12,7 @@ from scipy.stats import chisquare
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mar import cache as kv_cache
+from mar import model as decoder
 from mar import sampler
 from mar.attention import group_attention, pack_groups
 from mar.cache import KVCache, capacity
@@ -66,8 +67,14 @@ def same(ours, theirs):
     assert ours.finish_reason == theirs.finish_reason
 
 
+@pytest.fixture(params=[False, True], ids=["", "transposed"])
+def projected(request, monkeypatch):
+    """With the tiny model's own products, and with those that a CPU takes for large weights and few rows."""
+    monkeypatch.setattr(decoder, "LARGE_WEIGHT", 0 if request.param else decoder.LARGE_WEIGHT)
+
+
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_greedy_equals_full_recomputation(architecture, tiny_model):
+def test_greedy_equals_full_recomputation(architecture, tiny_model, projected):
     model = tiny_model(architecture)
     asked = requests((1, 33, 6), (2, 1, 3))
     for request, group in zip(asked, generate(model, asked, SamplingParams(19, 0.0), PLENTY), strict=True):
@@ -83,7 +90,7 @@ def test_greedy_equals_full_recomputation(architecture, tiny_model):
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-4), (torch.float64, 1e-10)])
-def test_logprobs_are_the_trainers(dtype, tolerance, tiny_model):
+def test_logprobs_are_the_trainers(dtype, tolerance, tiny_model, projected):
     model, asked, temperature = tiny_model(dtype=dtype), requests((3, 40, 1, 11), 3), 0.7
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.03)
     before = None
@@ -133,6 +140,14 @@ def test_each_row_draws_its_own_first_token(tiny_model):
         expected, _, _ = draw_tokens(logits, uniforms(keys, torch.zeros_like(keys)), 1.0)
         assert [s.ids.tolist() for s in group] == expected[:, None].tolist()
         assert len(set(expected.tolist())) > 3
+
+
+def test_probabilities_that_are_no_numbers_are_refused(tiny_model):
+    model = tiny_model()
+    with torch.no_grad():
+        model.blocks[0].down.weight[0, 0] = torch.nan
+    with pytest.raises(UserError, match="no finite numbers"):
+        generate(model, requests((3,), 2), SamplingParams(2), PLENTY)
 
 
 def test_a_row_does_not_depend_on_its_neighbours(tiny_model):
