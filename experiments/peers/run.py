@@ -1,0 +1,133 @@
+"""One learning curve of ours or of TRL's GRPOTrainer on the same job:  python -m experiments.peers.run ours|trl SEED
+
+The job is the clinic's, with the embedded model: the same weights, prompts in the same order, rewards (judged by the same code), group size, learning
+rate, AdamW, clipping of gradients, temperature and length limit; Dr. GRPO in both (credit `set`, the group's mean as baseline, no division by its
+spread, every token 1 / the longest allowed length), one update a batch, all parameters, one thread. What differs is the random draws and the code.
+TRL needs `pip install -e '.[bench]'`. Writes logs/<side>_seed<SEED>.json.
+"""
+
+import argparse
+import json
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from experiments.bench.common import reset_peak, resident_bytes
+from mar.compose import compose
+from mar.fetch import EMBEDDED
+from mar.job import Job, build_job, environment
+from mar.log import Display, plain
+from mar.prompts import load_tokenizer
+from mar.protocol import measure
+from mar.records import Completion
+from mar.rollout import judge_groups
+from mar.train import train_step
+from mar.weights import load_model
+
+HERE = Path(__file__).parent
+STEPS, LR = 60, 4e-4
+WORDS = (
+    "+experiment=clinic",
+    "algo=dr_grpo",
+    "model.trainable=",
+    "model.lora_rank=0",
+    f"model.lr={LR}",
+    "optim.schedule=constant",
+    "optim.warmup_frac=0",
+    f"train.steps={STEPS}",
+    "eval.num_items=500",
+)
+Curve = tuple[list[float], list[float]]  # mean reward and seconds of each step
+
+
+def ours(job: Job) -> Curve:
+    rewards, seconds = [], []
+    for step in range(STEPS):
+        began = time.perf_counter()
+        rewards.append(train_step(job, step)[0]["reward/total"])
+        seconds.append(time.perf_counter() - began)
+    return rewards, seconds
+
+
+def trl(job: Job, out: Path) -> Curve:
+    """TRL with the same numbers; its policy is left in `job.model`, to be measured as ours is."""
+    import datasets
+    import transformers
+    from trl import GRPOConfig, GRPOTrainer
+
+    algo, p, tokenizer = job.config.algo, job.protocol, load_tokenizer(EMBEDDED)
+    asked = [prompt for step in range(STEPS) for prompt in job.prompts_of(step)]
+    rewards, seconds, clock = list[float](), list[float](), list[float]()
+
+    def reward(completion_ids: list[list[int]], place: list[int], **_: Any) -> list[float]:
+        groups = []
+        for ids, i in zip(completion_ids, place, strict=True):
+            zeros, stopped = np.zeros(len(ids), np.float32), bool(ids) and ids[-1] in p.params.stop_ids
+            done = Completion(0, np.array(ids), zeros, zeros, "stop" if stopped else "length")
+            groups.append(judge_groups([asked[i]], [[done]], p.grammar, p.spec, p.verifier, p.decode)[0][0].total)
+        rewards.append(float(np.mean(groups)))
+        return groups
+
+    class Clock(transformers.TrainerCallback):
+        def on_step_begin(self, *_: Any, **__: Any) -> None:
+            clock.append(time.perf_counter())
+
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            seconds.append(time.perf_counter() - clock[-1])
+
+    rows = algo.prompts_per_step * algo.group_size
+    options = GRPOConfig(
+        output_dir=str(out), use_cpu=True, bf16=False, gradient_checkpointing=False, beta=0.0, num_iterations=1, loss_type="dr_grpo",
+        num_generations=algo.group_size, per_device_train_batch_size=rows, gradient_accumulation_steps=1, max_steps=STEPS,
+        max_completion_length=p.params.max_tokens, temperature=algo.temperature, top_k=0, top_p=1.0, scale_rewards="none", shuffle_dataset=False,
+        learning_rate=LR, adam_beta1=0.9, adam_beta2=0.999, weight_decay=0.0, max_grad_norm=1.0, lr_scheduler_type="constant",
+        seed=job.config.seed, save_strategy="no", report_to="none", logging_strategy="no", disable_tqdm=True,
+    )  # fmt: skip
+    model = transformers.AutoModelForCausalLM.from_pretrained(EMBEDDED, dtype=torch.float32)
+    data = datasets.Dataset.from_dict({"prompt": [prompt.text for prompt in asked], "place": list(range(len(asked)))})
+    trainer = GRPOTrainer(
+        model=model, reward_funcs=reward, args=options, train_dataset=data, processing_class=tokenizer, callbacks=[Clock()]
+    )
+    trainer.train()
+    model.save_pretrained(out / "trained")
+    job.model.load_state_dict(load_model(out / "trained").state_dict())
+    return rewards, seconds
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("side", choices=("ours", "trl"))
+    parser.add_argument("seed", type=int)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        job = build_job(compose([*WORDS, f"seed={args.seed}"]), Path(folder), EMBEDDED, Display("plain", 0, STEPS))
+        before = resident_bytes("VmRSS")
+        reset_peak()
+        rewards, seconds = ours(job) if args.side == "ours" else trl(job, Path(folder))
+        peak = resident_bytes("VmHWM") - before
+        after, _ = measure(job.sampler(), job.protocol)
+    document = {
+        "side": args.side,
+        "seed": args.seed,
+        **environment(),
+        "rewards": rewards,
+        "seconds": seconds,
+        "peak_bytes": peak,
+        "after": after,
+    }
+    if args.side == "trl":
+        from importlib.metadata import version
+
+        document["trl"] = version("trl")
+    (HERE / "logs").mkdir(exist_ok=True)
+    (HERE / "logs" / f"{args.side}_seed{args.seed}.json").write_text(json.dumps(plain(document)) + "\n")
+    print(f"{args.side} {args.seed}: {np.mean(rewards[-10:]):.3f} after {np.mean(rewards[:10]):.3f}, {np.median(seconds):.2f} s a step")
+
+
+if __name__ == "__main__":
+    main()
