@@ -1,29 +1,43 @@
 """Write the tables of the Markdown files again from the committed logs they name:  python experiments/report.py [--check]
 
 A table stands between `<!-- log PATH -->` or `<!-- logs PATH PATH ... -->` and `<!-- end -->`, the paths relative to the repository; a log's
-last line is the JSON document that `mar.train` ends with. One log gives floor, before, after and ceiling; several give a line for each; the table
-after `<!-- claims -->`, and results.json and the figures beside it, are made by experiments/claims/summary.py; those after `<!-- plan tracked -->`
-and `<!-- plan computed -->` by experiments/plan/run.py from its results.json. `--check` writes nothing and exits with 1, naming the files, where
+last line is the JSON document that `mar.train` ends with. One log gives floor, before, after and ceiling; several give a line for each; the tables
+after `<!-- claims -->` and the like are made by the functions in MADE. `--check` writes nothing and exits with 1, naming the files, where
 something is not what its logs say.
 """
 
 import json
 import re
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from experiments.claims import summary
+from experiments.ddxplus_smollm2 import summary as ddxplus
+from experiments.peers import summary as peers
 from experiments.plan import run as plans
 from mar.log import shown
 from mar.metrics import SHOWN_METRICS
 
 ROOT = Path(__file__).resolve().parents[1]
 BLOCK = re.compile(
-    r"(?P<open><!-- (?:logs? (?P<paths>[^>]+?)|claims|plan (?P<plan>tracked|computed)) -->\n).*?(?P<close><!-- end -->)", re.DOTALL
+    r"(?P<open><!-- (?:logs? (?P<paths>[^>]+?)|(?P<made>claims|peers|plan tracked|plan computed|ddxplus|ddxplus learning)) -->\n)"
+    r".*?(?P<close><!-- end -->)",
+    re.DOTALL,
 )
+
+
+MADE = {  # what stands after `<!-- name -->`
+    "claims": summary.markdown,
+    "peers": peers.markdown,
+    "plan tracked": partial(plans.markdown, "tracked"),
+    "plan computed": partial(plans.markdown, "computed"),
+    "ddxplus": ddxplus.markdown,
+    "ddxplus learning": ddxplus.learning,
+}
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:
@@ -59,10 +73,8 @@ def fill(text: str) -> str:
     """The text with all of its tables made again."""
 
     def block(match: re.Match[str]) -> str:
-        if match["plan"]:
-            made = plans.markdown(match["plan"])
-        elif match["paths"] is None:
-            made = summary.markdown()
+        if match["made"]:
+            made = MADE[match["made"]]()
         else:
             ends = {path.stem: read_end(path) for path in (ROOT / path for path in match["paths"].split())}
             made = of_one(next(iter(ends.values()))) if len(ends) == 1 else of_several(ends)
@@ -83,6 +95,8 @@ def main() -> None:
     if summary.stale():
         summary.write()
         print("wrote experiments/claims/results.json and figures")
+    if ROOT / "experiments/peers/README.md" in stale:
+        peers.write()
     for file, text in stale.items():
         file.write_text(text, encoding="utf-8")
         print(f"wrote {file.relative_to(ROOT)}")

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from experiments.claims.summary import interval, on_curve
+from experiments.ddxplus_smollm2.run import ANSWERS
 
 HERE = Path(__file__).parent
 ORDER = ("multi_rlcr", "rlvr_single", "base", "single")
@@ -45,10 +46,10 @@ def cell(values: Sequence[float | None]) -> str:
 
 def markdown() -> str:
     """What held-out patients get: the policies, and the warm-up alone asked for three answers (base) or for one (single)."""
-    columns = ["coverage@3", "coverage@30", "unique@30", *OF_SETS]
+    columns = ["coverage@3", f"coverage@{ANSWERS}", f"unique@{ANSWERS}", *OF_SETS]
     lines = [["method", "seeds", *columns], ["---"] * (len(columns) + 2)]
     for method, logs in read_logs().items():
-        rows = [[on_curve(log, "coverage", 3), on_curve(log, "coverage", 30), on_curve(log, "unique", 30)] for log in logs]
+        rows = [[on_curve(log, "coverage", 3), on_curve(log, "coverage", ANSWERS), on_curve(log, "unique", ANSWERS)] for log in logs]
         rows = [[*row, *((log["metrics"].get(name) or [None])[0] for name in OF_SETS)] for row, log in zip(rows, logs, strict=True)]
         lines.append([method, str(len(logs)), *(cell(column) for column in zip(*rows, strict=True))])
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
