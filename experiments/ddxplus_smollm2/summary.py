@@ -14,7 +14,7 @@ from experiments.ddxplus_smollm2.run import ANSWERS
 HERE = Path(__file__).parent
 ORDER = ("multi_rlcr", "rlvr_single", "base", "single")
 OF_SETS = ("top1", "ece", "brier", "format_rate", "tokens_per_set")
-WINDOW = 20  # steps whose mean the learning table shows
+WINDOW = 10  # steps whose mean the learning table shows
 Log = Mapping[str, Any]
 
 
@@ -57,7 +57,7 @@ def markdown() -> str:
 
 def learning() -> str:
     """Training patients, at temperature 1: means over the first and the last steps of each run."""
-    names = ("reward/total", "coverage", "ece", "format_rate", "perf/step_s")
+    names = ("reward/total", "train/top1", "train/ece", "train/format_rate", "perf/sample_s", "perf/update_s")
     lines = [["method, seed", "steps", *(f"{name}, first {WINDOW} → last {WINDOW}" for name in names)]]
     lines.append(["---"] * len(lines[0]))
     for method, seeds in read_steps().items():
