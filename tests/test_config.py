@@ -57,7 +57,7 @@ def test_every_experiment_on_every_scale_with_every_model(experiment: str, scale
 # credit, baseline, scale_by, loss, aggregation, kl where there is one
 PRESETS = {
     "reinforce": ("to_go", "matched", "none", "reinforce", "token_mean", None),
-    "own": ("own", "leave_one_out", "none", "reinforce", "token_mean", None),
+    "own": ("own", "matched", "none", "reinforce", "token_mean", None),
     "rloo": ("set", "leave_one_out", "none", "reinforce", "constant", None),
     "grpo": ("set", "mean", "group_std", "ppo", "sequence_mean", "k3"),
     "dr_grpo": ("set", "mean", "none", "ppo", "constant", None),
