@@ -63,6 +63,7 @@ ESTIMATORS = {
     "to_go, KL k1 in the reward": Estimator(target="kl"),
     "set, best of 2": Estimator("set", target="best"),
     "own": Estimator("own", biased=True),
+    "own, matched baseline": Estimator("own", "matched", biased=True),
     "to_go, token_mean": Estimator(aggregation="token_mean", biased=True),
     "to_go, sequence_mean": Estimator(aggregation="sequence_mean", biased=True),
     "set, token_mean": Estimator("set", aggregation="token_mean", biased=True),
