@@ -210,6 +210,17 @@ def roofline(model: Any, rows: int, context: int, step_s: float) -> dict[str, fl
     return {"roofline_frac": attainable / step_s, "large_gemm_frac": flops / peak / step_s, "decode_step_s": step_s}
 
 
+def require_the_same_policy(case: Case, ours: Any, theirs: Any) -> None:
+    """Exit where their model finds other probabilities for tokens that ours drew: what is fast must also be right."""
+    groups = sample_case(ours, replace(case, max_tokens=12, limits=None, stop_id=None), 0).groups
+    for prompt, sampled in ((case.prompts[i], group[-1]) for i, group in enumerate(groups[:2])):
+        with torch.inference_mode():
+            logits = theirs(torch.tensor([[*prompt, *sampled.ids.tolist()]])).logits[0, len(prompt) - 1 : -1]
+        expected = logits.log_softmax(-1).gather(1, torch.from_numpy(sampled.ids)[:, None])[:, 0]
+        if not torch.allclose(torch.from_numpy(sampled.full_logprobs), expected, rtol=0, atol=1e-3):
+            sys.exit(f"{case.name}: log-probabilities of sampled tokens differ from transformers'")
+
+
 def compare(case: Case, ours: Any, theirs: Any, runs: int) -> dict[str, float]:
     """Medians in tokens a second. One token each warms both up; where all completions are equally long it is also measured, as the prefill."""
     torch.set_num_threads(case.threads)
@@ -246,6 +257,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if case.model not in models:
             theirs = transformers.AutoModelForCausalLM.from_pretrained(folders[case.model], dtype=torch.float32).eval()
             models[case.model] = (load_model(folders[case.model]), theirs)
+        require_the_same_policy(case, *models[case.model])
         row = document["cases"][case.name] = compare(case, *models[case.model], args.runs)
         print(
             f"{case.name:16s} ours {row['ours_tok_s']:7.0f} tok/s  transformers {row['hf_tok_s']:7.0f} tok/s  "
