@@ -117,7 +117,7 @@ def _fault(path: Path) -> str | None:
 
 def newest(folder: Path, say: Callable[[str], object] = warnings.warn) -> Found | None:
     """The newest valid checkpoint of a run, if there is one; `say` hears which newer ones are passed over, and why."""
-    for path in sorted(folder.glob(f"*{STEP}"), reverse=True):
+    for path in sorted(folder.glob(f"*{STEP}"), key=lambda path: (path.name[-6:], path.name), reverse=True):
         if (fault := _fault(path)) is None:
             return Found(path, int(path.name[-6:]))
         say(f"passed over a checkpoint: {fault}")

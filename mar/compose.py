@@ -110,6 +110,8 @@ def _algo_faults(algo: AlgoOptions, max_completion_tokens: int, steps: int) -> I
         yield "algo.baseline=value goes with algo.credit=to_go or set, not own: take algo.baseline=matched"
     if algo.baseline in ("value", "matched") and algo.scale_by in ("group_std", "batch_std"):
         yield f"algo.baseline={algo.baseline} goes with algo.scale_by=none or whiten, not {algo.scale_by}: take algo.baseline=leave_one_out"
+    if algo.baseline == "matched" and algo.kl == "k1" and algo.kl_coef:
+        yield "algo.baseline=matched compares equal rewards and algo.kl=k1 makes all of them differ: take algo.kl=k3 or baseline=leave_one_out"
     if algo.critic_warmup and algo.baseline != "value":
         yield f"algo.critic_warmup={algo.critic_warmup} needs a critic: set algo.baseline=value"
     if algo.critic_warmup >= steps:
@@ -180,6 +182,8 @@ def compose(overrides: Sequence[str] = (), check: bool = True) -> Config:
     except (HydraException, OmegaConfBaseException) as error:
         text = " ".join(f"{error} {error.__cause__ or ''}".split())
         if unknown := re.match("Could not override '([^']+)'", text):
+            if (CONF_DIR / unknown[1]).is_dir():
+                raise UserError(f"{unknown[1]} is not chosen by default: put a + before it, +{unknown[1]}=...") from None
             near = ", ".join(get_close_matches(unknown[1], rundir.flatten(Config().to_dict()), cutoff=0.8))
             raise UserError(f"{unknown[1]} is no setting{near and f'; did you mean {near}?'} (--cfg job shows all there are)") from None
         if "Lexer" in text:

@@ -8,6 +8,7 @@ not rank them, and rates them only as far as --hint says: the rest is left to th
 
 import argparse
 import json
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -23,7 +24,7 @@ from mar.lessons import MIXTURES, Hint, Lesson, make_encode, make_lesson
 from mar.model import Decoder
 from mar.optim import set_learning_rate
 from mar.prompts import load_tokenizer
-from mar.records import Example
+from mar.records import Example, exit_code
 from mar.tasks import get_task
 from mar.tasks.common import Source
 from mar.weights import load_model, save_model
@@ -141,4 +142,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_code(main))

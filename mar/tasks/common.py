@@ -191,7 +191,10 @@ def load_rows(source: Source, read: Callable[[Row, str], Candidate]) -> Loaded:
     places: dict[str, str] = {}
     questions: set[str] = set()
     for place, row in rows:
-        example, question, reason = read(row, place)
+        try:
+            example, question, reason = read(row, place)
+        except (AttributeError, TypeError, ValueError, LookupError) as error:
+            raise UserError(f"{place} has another form than this task's rows ({in_a_line(error)}): mend or remove the row") from None
         key = " ".join(question.casefold().split())
         if key in questions:
             reason = "duplicate question"
