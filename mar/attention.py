@@ -130,6 +130,7 @@ class _GroupAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q: Tensor, k: Tensor, v: Tensor, plan):  # type: ignore[no-untyped-def]
         (blocks, shared), kv_heads, repeat = plan, k.shape[1], q.shape[1] // k.shape[1]
+        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()  # the backward operator wants that too
         out = torch.empty_like(q)
         lse = q.new_empty(q.shape[:2], dtype=torch.promote_types(q.dtype, torch.float32))
         for block in blocks:

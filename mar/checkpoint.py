@@ -82,7 +82,7 @@ def save(
 
 
 def _publish(temporary: Path, target: Path, step: int, keep: int) -> None:
-    """Manifest, fsyncs, rename; then the oldest go, and whatever else is no valid checkpoint up to this step."""
+    """Manifest, fsyncs, rename; then the oldest go, and what is left of saves that were cut off."""
     folder = target.parent
     files = sorted(p for p in temporary.iterdir() if p.is_file())
     (temporary / MANIFEST).write_text(json.dumps({"step": step, "files": {p.name: _sha256(p) for p in files}}, indent=2))
@@ -95,7 +95,7 @@ def _publish(temporary: Path, target: Path, step: int, keep: int) -> None:
     temporary.rename(target)
     _sync(folder)
     kept = [path for path in sorted(folder.glob(STEP)) if path <= target][-keep:]
-    for path in sorted({*folder.glob("*step*")} - {*kept}):
+    for path in sorted({path for kind in (STEP, f"{STEP}.tmp", f"old.{STEP}") for path in folder.glob(kind)} - {*kept}):
         shutil.rmtree(path)
 
 

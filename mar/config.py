@@ -172,7 +172,7 @@ class OptimOptions:
 
 @dataclass
 class TrainOptions:
-    steps: int = number(300, low=1)
+    steps: int = number(300, low=1, high=999_999)
     stop_at: int | None = number(None, low=1)  # stop after this step as if interrupted; the schedule keeps its length
     micro_batch_tokens: int = number("${scale.micro_batch_tokens}", low=1)
     checkpoint_activations: bool = False  # compute each block again in the backward pass: same gradients, less memory

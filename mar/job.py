@@ -3,6 +3,7 @@
 import copy
 import os
 import platform
+import shutil
 import subprocess
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -112,17 +113,8 @@ def make_prompts(
 
 def reward_of(r: RewardOptions) -> RewardSpec:
     """The reward that the config names, as a value."""
-    return RewardSpec(
-        coverage=r.coverage,
-        brier=r.brier if r.confident else "none",
-        sum_rule=r.sum_rule,
-        duplicates=r.duplicates,
-        gate=r.gate,
-        rank_weights=tuple(r.rank_weights or ()),
-        format_weight=r.format_weight,
-        coverage_weight=r.coverage_weight,
-        brier_weight=r.brier_weight,
-    )
+    named = {item.name: getattr(r, item.name) for item in fields(RewardSpec)}
+    return RewardSpec(**named | {"brier": r.brier if r.confident else "none", "rank_weights": tuple(r.rank_weights or ())})
 
 
 def verifier_of(config: Config) -> str:
@@ -222,9 +214,11 @@ def build_job(config: Config, folder: Path, model_folder: Path, display: Display
 def environment() -> dict[str, Any]:
     """What a reader of the results needs to know about where they come from."""
     here = Path(__file__).parent
-    git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=here, capture_output=True, text=True, check=False)
+    describe, commit = ["git", "describe", "--always", "--dirty"], None
+    if shutil.which("git"):
+        commit = subprocess.run(describe, cwd=here, capture_output=True, text=True, check=False).stdout.strip() or None
     versions = {"mar": __version__, "python": platform.python_version(), "torch": str(torch.__version__)}
-    return {**versions, "commit": git.stdout.strip() or None, "cpu": platform.machine(), "cores": os.cpu_count()}
+    return {**versions, "commit": commit, "cpu": platform.machine(), "cores": os.cpu_count()}
 
 
 def announce(config: Config, display: Display) -> Config:

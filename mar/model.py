@@ -21,20 +21,12 @@ from .attention import Attend, PackedGroups, group_attention
 from .records import UserError
 
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
-HF_NAMES = {
-    "vocab_size": "vocab_size",
-    "hidden_size": "hidden_size",
-    "intermediate_size": "intermediate_size",
+SAME_NAMES = "vocab_size hidden_size intermediate_size head_dim rms_norm_eps rope_theta rope_scaling attention_bias mlp_bias".split()
+HF_NAMES = {name: name for name in SAME_NAMES} | {
     "num_layers": "num_hidden_layers",
     "num_heads": "num_attention_heads",
     "num_kv_heads": "num_key_value_heads",
-    "head_dim": "head_dim",
-    "rms_norm_eps": "rms_norm_eps",
-    "rope_theta": "rope_theta",
-    "rope_scaling": "rope_scaling",
     "max_positions": "max_position_embeddings",
-    "attention_bias": "attention_bias",
-    "mlp_bias": "mlp_bias",
     "tied_embeddings": "tie_word_embeddings",
 }
 FEW_ROWS, LARGE_WEIGHT = 128, 1 << 18  # rows of x, elements of the weight

@@ -80,8 +80,8 @@ def read_run(path: Path) -> Run:
 
 def settings_of(runs: Sequence[Run]) -> dict[str, list[Run]]:
     """Runs that differ by their seed alone under one name, which says how they differ from the others."""
-    flat = [{k: v for k, v in flatten(run.config).items() if not k.startswith(("provenance", "logger", "out", "run_dir"))} for run in runs]
-    keys = sorted({k for one in flat for k in one if k not in ("seed", "name") and any(one.get(k) != other.get(k) for other in flat)})
+    flat = [flatten(run.config) for run in runs]
+    keys = sorted({k for run in runs for k in differing_keys(runs[0].config, run.config)} - {"seed", "name"})
     keys = [k for k in keys if k != "optim.lr" or "model.lr" not in keys]  # it follows the other
     groups: dict[str, dict[int, Run]] = defaultdict(dict)
     for run, one in zip(runs, flat, strict=True):  # seed0 comes before seed0~1, an older run of the same: one seed counts once
@@ -244,7 +244,9 @@ def report(paths: Sequence[Path], out: Path | None) -> Path:
     if len(paths) > 2:
         raise UserError("name one run, one folder of runs, or two runs")
     of_many = len(paths) == 1 and not (paths[0] / "config.yaml").exists()
-    found = sorted(p.parent for p in paths[0].rglob("config.yaml")) if of_many else paths
+    found = sorted(p.parent for p in paths[0].rglob("config.yaml") if "wandb" not in p.parts) if of_many else paths
+    if of_many:
+        found = [p for p in found if (p / "metrics.jsonl").exists()] or found  # those that have made a step
     if not found:
         raise UserError(f"{paths[0]} holds no run (no config.yaml in it or below it)")
     target = out or (paths[0] if len(paths) == 1 else Path()) / "report.html"

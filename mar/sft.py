@@ -80,10 +80,10 @@ def train(model: Decoder, tokenizer: Any, load: Callable[[int], list[Example]], 
     recent: list[float] = []
     examples: list[Example] = []
     for step in range(args.steps):
-        if step % STEPS_PER_LOAD == 0:
+        if not examples or (step % STEPS_PER_LOAD == 0 and not args.path):  # a file is read once, as a whole
             examples = load(step // STEPS_PER_LOAD)
             others = list(dict.fromkeys(gold.name for example in examples for gold in example.golds))
-        first = step % STEPS_PER_LOAD * args.prompts
+        first = step * args.prompts
         chosen = [examples[(first + i) % len(examples)] for i in range(args.prompts)]
         mixture = "plain" if step < args.plain_steps else args.mixture
         lesson = make_lesson(chosen, noun, tokenizer, encode, rng, others, mixture, hint, args.rows)

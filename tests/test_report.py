@@ -121,6 +121,10 @@ def test_pairs_and_sweeps(runs: list[Path], tmp_path: Path) -> None:
     shutil.copytree(runs[1], tmp_path / "again/seed1")
     shutil.copytree(runs[1], tmp_path / "again/seed1~1")
     assert table(data_of(report.report([tmp_path / "again"], tmp_path / "again.html")), "Settings")["rows"][0][1] == 1  # one seed
+    for other in ("again/seed2", "again/seed1/wandb/files"):  # one that has just begun, and what wandb keeps below a run
+        (tmp_path / other).mkdir(parents=True)
+        (tmp_path / other / "config.yaml").write_text("wandb: 1\n")
+    assert table(data_of(report.report([tmp_path / "again"], tmp_path / "again.html")), "Settings")["rows"][0][1] == 1
     same = [report.read_run(r) for r in (runs[1], runs[1])]
     mean, low, high = report.over_seeds(same, "top1")
     assert mean == low == high == same[0].document["after"]["top1"]

@@ -100,7 +100,9 @@ def save_killed(lab: Lab, row: Row) -> None:
 def _stopped_after(lab: Lab, step: int) -> Path:
     """A run that was killed in the step after this one."""
     out = lab.folder / "run"
-    train(out, fault=at_call(batch, "make_batch", step + 1, signal_itself(signal.SIGKILL)))
+    ended = train(out, fault=at_call(batch, "make_batch", step + 1, signal_itself(signal.SIGKILL)))
+    if ended.code != -signal.SIGKILL:
+        raise RuntimeError(f"the run was to be killed and ended with {ended.code}")
     return out
 
 
@@ -247,7 +249,7 @@ def _remount(folder: Path, options: str) -> None:
 
 
 def disk_full_at_a_save(lab: Lab, row: Row) -> None:
-    """A tmpfs of 30 MB: the third checkpoint has no room beside the two that are kept. Then it grows."""
+    """A tmpfs of 60 MB: the third checkpoint has no room beside the two that are kept. Then it grows."""
     disk = lab.folder / "disk"
     with _mounted(disk, "size=30m"):
         row.struck(train(disk / "run"), 2, "^error: .*No space left")
@@ -256,7 +258,7 @@ def disk_full_at_a_save(lab: Lab, row: Row) -> None:
 
 
 def disk_full_at_a_line(lab: Lab, row: Row) -> None:
-    """A tmpfs of 30 MB that something else fills up in step 3: metrics.jsonl cannot grow. Then that is removed."""
+    """A tmpfs of 60 MB that something else fills up in step 3: metrics.jsonl cannot grow. Then that is removed."""
     disk = lab.folder / "disk"
 
     def fill() -> None:
@@ -273,26 +275,25 @@ def disk_full_at_a_line(lab: Lab, row: Row) -> None:
         row.goes_on(lab.whole(), disk / "run")
 
 
+def _refused_at_start(lab: Lab, row: Row, mount: str, says: str, mended: str) -> None:
+    """What the disk cannot take is said before the first evaluation, and with another mount the same command runs."""
+    disk = lab.folder / "disk"
+    with _mounted(disk, mount):
+        ended = train(disk / "run")
+        row.struck(ended, 2, f"^error: .*{says}")
+        row.check("eval before" not in ended.out, "it begins before it says so")
+        _remount(disk, mended)
+        row.goes_on(lab.whole(), disk / "run")
+
+
 def disk_full_at_start(lab: Lab, row: Row) -> None:
     """A tmpfs of 8 MB: no checkpoint has room in it, which is said before training."""
-    disk = lab.folder / "disk"
-    with _mounted(disk, "size=8m"):
-        ended = train(disk / "run")
-        row.struck(ended, 2, "^error: .*room")
-        row.check("eval before" not in ended.out, "it begins before it says so")
-        _remount(disk, "size=100m")
-        row.goes_on(lab.whole(), disk / "run")
+    _refused_at_start(lab, row, "size=8m", "room", "size=100m")
 
 
 def read_only_mount(lab: Lab, row: Row) -> None:
     """A tmpfs mounted read-only."""
-    disk = lab.folder / "disk"
-    with _mounted(disk, "ro"):
-        ended = train(disk / "run")
-        row.struck(ended, 2, "^error: .*Read-only file system")
-        row.check("eval before" not in ended.out, "it begins before it says so")
-        _remount(disk, "rw,size=100m")
-        row.goes_on(lab.whole(), disk / "run")
+    _refused_at_start(lab, row, "ro", "Read-only file system", "rw,size=100m")
 
 
 CASES = (corrupted_shard, missing_manifest, no_valid_checkpoint, truncated_line, half_written_folder, two_runs, two_starts)

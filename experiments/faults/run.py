@@ -9,7 +9,6 @@ import os
 import platform
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -22,6 +21,7 @@ import torch
 
 from experiments.faults import in_process, on_disk
 from experiments.faults.runs import EVERY, STEPS, Lab, Row
+from mar.job import environment
 
 HERE = Path(__file__).parent
 Case = Callable[[Lab, Row], None]
@@ -70,11 +70,9 @@ def attempt(case: Case, lab: Lab) -> Row:
 
 
 def summary(rows: Sequence[Row]) -> dict[str, Any]:
-    git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=HERE, capture_output=True, text=True, check=False)
     tried = [row for row in rows if not row.skipped]
     return {
-        "commit": git.stdout.strip() or None,
-        "torch": str(torch.__version__),
+        **{key: environment()[key] for key in ("commit", "torch")},
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, one thread",
         "faults_tried": len(tried),
         "survived": sum(not row.problems for row in tried),

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from mar.records import Example, Gold, UserError
-from mar.tasks.common import Candidate, Loaded, Row, Source, load_rows, read_json, split_of, stable_hash
+from mar.tasks.common import Candidate, Loaded, Row, Source, hub_fault, in_a_line, load_rows, read_json, split_of, stable_hash
 
 EVIDENCES, STATISTICS = ("release_evidences_en.json", "release_evidences.json"), "evidence_given_condition_probs.json"
 NUM_ASKED = (8, 12, 20)  # findings asked for, each number equally often
@@ -35,7 +35,13 @@ def _table(source: Source) -> dict[str, Any]:
     if source.kind == "hub":
         from huggingface_hub import hf_hub_download
 
-        return read_json(Path(hf_hub_download(str(source.hub_id), EVIDENCES[1], repo_type="dataset")))
+        fault = hub_fault("dataset", str(source.hub_id))
+        try:
+            return read_json(Path(hf_hub_download(str(source.hub_id), EVIDENCES[1], repo_type="dataset")))
+        except OSError as error:  # what the hub's client raises too
+            raise UserError(
+                f"cannot load {EVIDENCES[1]} of {source.hub_id} from the hub ({fault or in_a_line(error)}): check the network"
+            ) from None
     folder = _folder(source)
     return read_json(next((folder / name for name in EVIDENCES if (folder / name).is_file()), folder / EVIDENCES[0]))
 
