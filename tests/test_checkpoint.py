@@ -160,6 +160,20 @@ def test_a_checkpoint_is_there_while_it_is_replaced(tiny_model, tmp_path, monkey
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_the_newest_is_found_whatever_its_name_and_other_folders_stay(tiny_model, tmp_path):
+    """A crash between the two renames leaves the newest one under its other name; what somebody put there is not ours."""
+    pair = trained(tiny_model, 1)
+    for step in (4, 6):
+        save(tmp_path, step, pair)
+    (tmp_path / "step000006").rename(tmp_path / "old.step000006")
+    found = checkpoint.newest(tmp_path)
+    assert found is not None and (found.step, found.path.name) == (6, "old.step000006")
+    (tmp_path / "step000004_best").mkdir()
+    (tmp_path / "step000005.tmp").mkdir()
+    save(tmp_path, 7, pair)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step000004", "step000004_best", "step000007"]
+
+
 def test_a_full_disk_is_an_os_error(tiny_model, tmp_path, monkeypatch):
     """What the writer of shards raises is no Exception, its text a page, and it hides the disk's own words."""
     pair = trained(tiny_model, 1)

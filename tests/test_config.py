@@ -169,6 +169,7 @@ REFUSED = [
     ("algo.truncated=penalise algo.overlong_tokens=97", "model.max_completion_tokens=96"),
     ("algo=ppo algo.baseline=mean", "take algo=grpo"),
     ("algo.baseline=value algo.credit=own", "not own"),
+    ("algo.baseline=matched algo.kl=k1 algo.kl_coef=0.1", "take algo.kl=k3"),
     ("algo.baseline=value algo.scale_by=group_std", "not group_std"),
     ("algo.baseline=matched algo.scale_by=batch_std", "take algo.baseline=leave_one_out"),
     ("algo.critic_warmup=1", "algo.baseline=value"),
@@ -205,6 +206,9 @@ REFUSED = [
 
 
 REFUSED_BY_HYDRA = [
+    ("experiment=paper", "put a + before it, +experiment="),
+    ("name=ünï", "name=ünï: Hydra cannot read that"),
+    ("model.lr=fast", "model.lr=fast Value 'fast' of type"),
     ("model=gpt5", "Could not find 'model/gpt5'"),
     ("data=medqaa", "Could not find 'data/medqaa'"),
     ("+experiment=medqaa", "Could not find 'experiment/medqaa'"),

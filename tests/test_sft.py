@@ -2,6 +2,8 @@
 
 import itertools
 import math
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -132,6 +134,41 @@ def test_loss_is_the_dense_cross_entropy(tokenizer):
     assert lesson.entropy == pytest.approx(entropy.item(), rel=1e-12)
     ours, theirs = (torch.autograd.grad(x, model.embed.weight, retain_graph=True)[0] for x in (loss, expected))
     torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
+
+
+def test_a_file_is_taught_as_a_whole(monkeypatch):
+    """Beyond the first STEPS_PER_LOAD steps too, and it is read once; embedded patients are fresh ones."""
+    monkeypatch.setattr(sft, "STEPS_PER_LOAD", 2)
+    asked = []
+
+    def lesson(chosen, *_):
+        asked.extend(example.id for example in chosen)
+        if len(asked) >= 10:
+            raise InterruptedError
+        return SimpleNamespace(entropy=0.0, counts=torch.ones(1))
+
+    monkeypatch.setattr(sft, "make_lesson", lesson)
+    monkeypatch.setattr(sft, "lesson_loss", lambda model, lesson: sum(p.sum() for p in model.parameters()))
+    monkeypatch.setattr(sft, "make_encode", lambda tokenizer: None)
+    words = {
+        "lr": 1e-3,
+        "muon": False,
+        "hint": 0.0,
+        "hint_counts": 1.0,
+        "hint_spread": 0.02,
+        "seed": 0,
+        "steps": 50,
+        "prompts": 2,
+        "plain_steps": 0,
+    }
+    words |= {"mixture": "all", "rows": 1, "log_every": 100, "save_every": 100}
+    for path, expected in ((Path("x"), [f"0.{i}" for i in range(10)]), (None, [f"{c}.{i}" for c in range(3) for i in range(4)][:10])):
+        asked.clear()
+        rows = 20 if path else 4
+        with pytest.raises(InterruptedError):
+            load = lambda chunk, rows=rows: [Example(f"{chunk}.{i}", "t", "?", ()) for i in range(rows)]  # noqa: E731
+            sft.train(torch.nn.Linear(1, 1), None, load, "answer", SimpleNamespace(**words, path=path))
+        assert asked == expected
 
 
 def test_a_tokenizer_whose_pieces_do_not_join_is_refused():

@@ -362,6 +362,15 @@ def test_malformed_jsonl_row(row, words, tmp_path):
             load("jsonl", path, split)
 
 
+@pytest.mark.parametrize("task", ["protoqa", "ambigqa", "mbpp", "hotpotqa"])
+@pytest.mark.parametrize("value", [3, [3], [[3]], {"a": 3}, [{"a": 3}]])
+def test_rows_of_another_form_are_one_sentence(task, value, tmp_path):
+    keys = ("question", "answers", "clusters", "annotations", "text", "code", "test_list", "context", "supporting_facts", "answer", "raw")
+    path = write(tmp_path / "a.jsonl", [dict.fromkeys(keys, value), {**dict.fromkeys(keys, value), "question": "Q?", "text": "Q?"}])
+    with pytest.raises(UserError, match="a.jsonl"):
+        load(task, path, "train")
+
+
 def test_documented_rows_load(tmp_path):
     """The rows in the module's own text are what a user copies."""
     text = jsonl.__doc__
