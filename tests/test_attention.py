@@ -64,6 +64,24 @@ def test_groups_equal_plain_rows():
         torch.testing.assert_close(ours, theirs, atol=1e-10, rtol=1e-10)
 
 
+@pytest.mark.parametrize("order", ["channels first", "heads first"])
+def test_inputs_of_any_memory_order(order):
+    """PyTorch's CPU operators take contiguous channels for granted, forward and backward."""
+    torch.manual_seed(0)
+    packed = pack_groups(*random_groups())
+    attend = group_attention(packed)
+    inputs = [torch.randn(len(packed.ids), heads, 6, dtype=torch.float64) for heads in (6, 2, 2)]
+    axes = (2, 1, 0) if order == "channels first" else (1, 0, 2)
+    strided = [x.permute(axes).contiguous().permute(*torch.tensor(axes).argsort().tolist()) for x in inputs]
+    found = []
+    for given in (inputs, strided):
+        leaves = [x.detach().requires_grad_() for x in given]
+        out = attend(0, *leaves)
+        found.append([out, *torch.autograd.grad((out * torch.linspace(-1, 1, out.numel()).view(out.shape)).sum(), leaves)])
+    for plain, other in zip(*found, strict=True):
+        torch.testing.assert_close(other, plain, rtol=0, atol=1e-12)
+
+
 def test_each_row_without_its_neighbours():
     """A row's log-probabilities do not depend on which other rows and prompts share the line."""
     torch.manual_seed(0)

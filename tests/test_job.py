@@ -1,14 +1,21 @@
 """How a run's settings become the sampler's."""
 
+import shutil
+
 import pytest
 
 from mar.compose import compose
 from mar.fetch import resolve_model
 from mar.grammar import Grammar
-from mar.job import sampling_params
+from mar.job import environment, sampling_params
 from mar.prompts import load_tokenizer
 from mar.records import UserError
 from mar.rollout import make_decode
+
+
+def test_a_machine_without_git_has_no_commit(monkeypatch):
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    assert environment()["commit"] is None
 
 
 @pytest.fixture(scope="module")

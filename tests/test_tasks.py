@@ -8,7 +8,7 @@ import datasets
 import pytest
 
 from mar.records import Gold, UserError
-from mar.tasks import common, get_task, jsonl, medqa
+from mar.tasks import common, ddxplus, get_task, jsonl, medqa
 from mar.tasks.common import Source, split_of
 from mar.verify import matching_increments
 
@@ -163,6 +163,20 @@ def test_a_hub_that_breaks_off_says_which_flags_work(monkeypatch):
     with pytest.raises(UserError, match=r"owner/name .*ConnectionError: no network.*data.source=path.*data.source=embedded") as caught:
         load_hub("train")
     assert "\n" not in str(caught.value)
+
+
+def test_ddxplus_needs_its_table_from_the_hub(monkeypatch):
+    import huggingface_hub
+
+    monkeypatch.setattr(ddxplus, "hub_fault", lambda kind, hub_id: "ConnectError: away")
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *_, **__: (_ for _ in ()).throw(OSError("not in the cache")))
+    with pytest.raises(UserError, match=r"cannot load release_evidences.json of owner/name from the hub \(ConnectError: away\)"):
+        get_task("ddxplus").load(Source("hub", "train", hub_id="owner/name"))
+
+
+def test_a_folder_is_no_file(tmp_path):
+    with pytest.raises(UserError, match="is a folder: name a file in it"):
+        load("jsonl", tmp_path, "train")
 
 
 # --- medqa ----------------------------------------------------------------------------------------------------------
