@@ -244,9 +244,9 @@ def report(paths: Sequence[Path], out: Path | None) -> Path:
     if len(paths) > 2:
         raise UserError("name one run, one folder of runs, or two runs")
     of_many = len(paths) == 1 and not (paths[0] / "config.yaml").exists()
-    found = sorted(p.parent for p in paths[0].rglob("config.yaml") if "wandb" not in p.parts) if of_many else paths
+    found = sorted(p.parent for p in paths[0].rglob("config.yaml")) if of_many else paths
     if of_many:
-        found = [p for p in found if (p / "metrics.jsonl").exists()] or found  # those that have made a step
+        found = [p for p in found if (p / "metrics.jsonl").exists()] or found  # runs that have made a step; wandb keeps a config.yaml too
     if not found:
         raise UserError(f"{paths[0]} holds no run (no config.yaml in it or below it)")
     target = out or (paths[0] if len(paths) == 1 else Path()) / "report.html"

@@ -37,7 +37,7 @@ QUICK = ("medqa", "clinic", "paper")
 @pytest.mark.parametrize("experiment", [e if e in QUICK else pytest.param(e, marks=pytest.mark.slow) for e in options("experiment")])
 @pytest.mark.parametrize("scale", options("scale"))
 def test_every_experiment_on_every_scale_with_every_model(experiment: str, scale: str) -> None:
-    task_source = {"clinic": "embedded", "ddxplus_bayes": "path"}.get(experiment, SCALE_SOURCE[scale])
+    task_source = {"clinic": "embedded", "ddxplus_bayes": "path", "jsonl": "path"}.get(experiment, SCALE_SOURCE[scale])
     task = {"paper": "ddxplus"}.get(experiment, experiment)
     words = [f"+experiment={experiment}", f"scale={scale}"]
     default = compose(words, check=False)
