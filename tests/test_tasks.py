@@ -376,12 +376,21 @@ def test_malformed_jsonl_row(row, words, tmp_path):
             load("jsonl", path, split)
 
 
-@pytest.mark.parametrize("task", ["protoqa", "ambigqa", "mbpp", "hotpotqa"])
-@pytest.mark.parametrize("value", [3, [3], [[3]], {"a": 3}, [{"a": 3}]])
-def test_rows_of_another_form_are_one_sentence(task, value, tmp_path):
-    keys = ("question", "answers", "clusters", "annotations", "text", "code", "test_list", "context", "supporting_facts", "answer", "raw")
-    path = write(tmp_path / "a.jsonl", [dict.fromkeys(keys, value), {**dict.fromkeys(keys, value), "question": "Q?", "text": "Q?"}])
-    with pytest.raises(UserError, match="a.jsonl"):
+@pytest.mark.parametrize(
+    "task, row",
+    [
+        ("protoqa", {"question": "q", "answers": {"clusters": {"1": {"count": 5, "answers": [3]}}}}),
+        ("protoqa", {"question": "q", "answers": {"clusters": [{"count": 5, "answers": ["a"]}]}}),
+        ("ambigqa", {"question": "q", "annotations": ["x"]}),
+        ("ambigqa", {"question": "q", "annotations": {"type": ["singleAnswer"], "answer": []}}),
+        ("mbpp", {"text": "q", "test_list": ["assert f()==1"], "test_imports": [1]}),
+        ("hotpotqa", {"question": "q", "answer": "a", "context": [["t", [1]]] * 10, "supporting_facts": [["t", 0], ["t", 0]]}),
+        ("jsonl", {"question": "q", "golds": ["a"], "truth": ["x"]}),
+    ],
+)
+def test_rows_of_another_form_are_one_sentence(task, row, tmp_path):
+    path = write(tmp_path / "a.jsonl", [row])
+    with pytest.raises(UserError, match="a.jsonl:1"):
         load(task, path, "train")
 
 
