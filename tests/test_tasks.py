@@ -384,8 +384,10 @@ def test_malformed_jsonl_row(row, words, tmp_path):
         ("ambigqa", {"question": "q", "annotations": ["x"]}),
         ("ambigqa", {"question": "q", "annotations": {"type": ["singleAnswer"], "answer": []}}),
         ("mbpp", {"text": "q", "test_list": ["assert f()==1"], "test_imports": [1]}),
-        ("hotpotqa", {"question": "q", "answer": "a", "context": [["t", [1]]] * 10, "supporting_facts": [["t", 0], ["t", 0]]}),
-        ("jsonl", {"question": "q", "golds": ["a"], "truth": ["x"]}),
+        (
+            "hotpotqa",
+            {"question": "q", "answer": "a", "context": [[n, [1]] for n in "abcdefghij"], "supporting_facts": [["a", 0], ["b", 0]]},
+        ),
     ],
 )
 def test_rows_of_another_form_are_one_sentence(task, row, tmp_path):
