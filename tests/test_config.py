@@ -70,6 +70,13 @@ PRESETS = {
 }
 
 
+@pytest.mark.parametrize("K", [1, 3, 5])
+def test_own_pays_each_confidence_its_whole_error_for_any_number_of_answers(K: int) -> None:
+    words = ["reward=rlcr_single"] if K == 1 else [f"reward.num_answers={K}"]
+    assert compose(["+experiment=clinic", *words]).reward.brier_weight == K
+    assert compose(["+experiment=clinic", "algo=reinforce", *words]).reward.brier_weight == 1
+
+
 @pytest.mark.parametrize("preset", options("algo"))
 def test_a_preset_is_what_its_name_says_in_an_experiment(preset: str) -> None:
     for experiment in ([], *[[f"+experiment={e}"] for e in QUICK]):
