@@ -64,8 +64,8 @@ def peak_bytes() -> Iterator[list[int]]:
     peak[0] = resident_bytes("VmHWM") - before
 
 
-def record(file: Path, columns: Sequence[str], rows: Mapping[str, Sequence[float]]) -> None:
-    """Append one line per case."""
+def record(file: Path, columns: Sequence[str], rows: Mapping[str, Sequence[float]], threads: Mapping[str, int] | None = None) -> None:
+    """Append one line per case. `threads` of each case, where it is not this moment's."""
     command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
     commit = subprocess.run(command, capture_output=True, text=True, check=False, cwd=file.parents[1]).stdout.strip()
     file.parent.mkdir(exist_ok=True)
@@ -74,6 +74,7 @@ def record(file: Path, columns: Sequence[str], rows: Mapping[str, Sequence[float
         writer = csv.writer(out)
         if fresh:
             writer.writerow([*HEAD, *columns])
-        where = [date.today(), commit, platform.machine(), os.cpu_count(), torch.get_num_threads()]
+        where = [date.today(), commit, platform.machine(), os.cpu_count()]
         for case, values in rows.items():
-            writer.writerow([*where, torch.__version__, transformers.__version__, case, *(f"{v:.4g}" for v in values)])
+            of_case = (threads or {}).get(case, torch.get_num_threads())
+            writer.writerow([*where, of_case, torch.__version__, transformers.__version__, case, *(f"{v:.4g}" for v in values)])

@@ -253,7 +253,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     document: dict[str, Any] = {"cases": {}}
     models: dict[str, tuple[Any, Any]] = {}
-    for case in cases(args.quick, folders):
+    chosen = cases(args.quick, folders)
+    for case in chosen:
         if case.model not in models:
             theirs = transformers.AutoModelForCausalLM.from_pretrained(folders[case.model], dtype=torch.float32).eval()
             models[case.model] = (load_model(folders[case.model]), theirs)
@@ -276,7 +277,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             document |= (found := roofline(models[case.model][0], rows, context, rows / row["ours_decode_tok_s"]))
             print(f"{'':16s} " + "  ".join(f"{name} {value:.3g}" for name, value in found.items()))
     columns = ("ours_tok_s", "hf_tok_s", "ratio")
-    record(RESULTS, columns, {name: [row[c] for c in columns] for name, row in document["cases"].items()})
+    record(
+        RESULTS, columns, {name: [row[c] for c in columns] for name, row in document["cases"].items()}, {c.name: c.threads for c in chosen}
+    )
     print(json.dumps(document))
 
 
