@@ -35,28 +35,15 @@ def told(values: Sequence[float], digits: int) -> str:
 
 def markdown() -> str:
     """One line a side. Lines: what a user writes beside the reward, `trl()` of run.py, and the words of our command."""
-    lines = [
-        [
-            "side",
-            "seeds",
-            f"reward, first {ENDS} steps",
-            f"last {ENDS} steps",
-            "coverage@3 after",
-            "ece after",
-            "s a step",
-            "peak MiB",
-            "written",
-        ]
-    ]
+    lines = [["side", "seeds", f"reward, first {ENDS} steps", f"last {ENDS} steps", "coverage@3 after", "ece after", "s a step", "written"]]
     lines.append(["---"] * len(lines[0]))
     written = {"ours": f"1 command of {len(run.WORDS)} words", "trl": f"{len(inspect.getsource(run.trl).splitlines())} lines"}
     for side, logs in read_logs().items():
         ends = [[float(np.mean(log["rewards"][part])) for log in logs] for part in (slice(ENDS), slice(-ENDS, None))]
         after = [[log["after"][name] for log in logs] for name in ("coverage@3", "ece")]
         seconds = float(np.median([s for log in logs for s in log["seconds"]]))
-        peak = np.median([log["peak_bytes"] for log in logs]) / 2**20
         name = f"TRL {logs[0]['trl']}" if side == "trl" else "mar"
-        cells = [*(told(v, 3) for v in (*ends, *after)), f"{seconds:.2f}", f"{peak:.0f}", written[side]]
+        cells = [*(told(v, 3) for v in (*ends, *after)), f"{seconds:.2f}", written[side]]
         lines.append([name, str(len(logs)), *cells])
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
