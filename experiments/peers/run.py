@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from experiments.bench.common import reset_peak, resident_bytes
 from mar.compose import compose
 from mar.fetch import EMBEDDED
 from mar.job import Job, build_job, environment
@@ -106,20 +105,9 @@ def main() -> None:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         job = build_job(compose([*WORDS, f"seed={args.seed}"]), Path(folder), EMBEDDED, Display("plain", 0, STEPS))
-        before = resident_bytes("VmRSS")
-        reset_peak()
         rewards, seconds = ours(job) if args.side == "ours" else trl(job, Path(folder))
-        peak = resident_bytes("VmHWM") - before
         after, _ = measure(job.sampler(), job.protocol)
-    document = {
-        "side": args.side,
-        "seed": args.seed,
-        **environment(),
-        "rewards": rewards,
-        "seconds": seconds,
-        "peak_bytes": peak,
-        "after": after,
-    }
+    document = {"side": args.side, "seed": args.seed, **environment(), "rewards": rewards, "seconds": seconds, "after": after}
     if args.side == "trl":
         from importlib.metadata import version
 
