@@ -64,5 +64,5 @@ def learning() -> str:
         for seed, rows in enumerate(seeds):
             ends = (rows[:WINDOW], rows[-WINDOW:])
             means = [[np.mean([row[name] for row in part if row.get(name) is not None] or [np.nan]) for part in ends] for name in names]
-            lines.append([f"{method}, {seed}", str(len(rows)), *(f"{a:.3f} → {b:.3f}" for a, b in means)])
+            lines.append([f"{method}, {seed}", str(len(rows)), *("–" if np.isnan(a) else f"{a:.3f} → {b:.3f}" for a, b in means)])
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
