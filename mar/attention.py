@@ -25,12 +25,16 @@ _attention_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _compile: Callable = cache(torch.compile)  # one compiled function per process
 
 
+def _side_by_side(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
 def cpu_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """PyTorch's own CPU attention with its log-sum-exp, which the public function does not return. q [B, H, M, D], k and v [B, Hkv, N, D].
 
     The operator takes it for granted that channels lie side by side, and returns rubbish where they do not (`model.project` transposes): copies then.
     """
-    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    q, k, v = map(_side_by_side, (q, k, v))
     return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, attn_mask=bias)
 
 
@@ -130,7 +134,7 @@ class _GroupAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q: Tensor, k: Tensor, v: Tensor, plan):  # type: ignore[no-untyped-def]
         (blocks, shared), kv_heads, repeat = plan, k.shape[1], q.shape[1] // k.shape[1]
-        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()  # the backward operator wants that too
+        q, k, v = map(_side_by_side, (q, k, v))  # the backward operator wants that too
         out = torch.empty_like(q)
         lse = q.new_empty(q.shape[:2], dtype=torch.promote_types(q.dtype, torch.float32))
         for block in blocks:
