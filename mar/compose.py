@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverrideParseException
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -186,9 +187,9 @@ def compose(overrides: Sequence[str] = (), check: bool = True) -> Config:
                 raise UserError(f"{unknown[1]} is not chosen by default: put a + before it, +{unknown[1]}=...") from None
             near = ", ".join(get_close_matches(unknown[1], rundir.flatten(Config().to_dict()), cutoff=0.8))
             raise UserError(f"{unknown[1]} is no setting{near and f'; did you mean {near}?'} (--cfg job shows all there are)") from None
-        if "Lexer" in text:
+        if isinstance(error, OverrideParseException):
             raise UserError(
-                f"{text.partition(': ')[2].partition(' ^')[0]}: Hydra cannot read that; letters and signs beyond a-z want quotes, \"key='value'\""
+                f"{error.override}: Hydra cannot read that; signs, and letters beyond a-z, want quotes: \"key='value'\""
             ) from None
         raise UserError(re.sub(" (Config search path|full_key:|See https).*|^Error merging override ", "", text)) from None
     return validate(tree) if check else tree

@@ -70,8 +70,8 @@ def export(run: Path, folder: Path, dtype: str, adapters: bool = False) -> Path:
     found = checkpoint.newest(run / "checkpoints")
     if found is None:
         raise UserError(f"{run} has no readable checkpoint: let the run reach checkpoint.every={config.checkpoint.every}")
-    if folder.exists() and any(folder.iterdir()):
-        raise UserError(f"{folder} is not empty: name another folder or remove it")
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder} exists and is no empty folder: name another or remove it")
     source, _ = resolve_model(config.model.source, config.model.name, config.model.path)
     model, tokenizer, r = adapted(load_model(source), config.model), load_tokenizer(source), config.reward
     trainable = config.model.trainable or "lora_"

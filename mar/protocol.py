@@ -1,6 +1,6 @@
 """How a run measures its policy: one set of answers per held-out prompt, at the training temperature, always the same items and draws."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,7 +8,7 @@ from mar.distributed import ALONE, World
 from mar.draw import SamplingParams
 from mar.grammar import Grammar
 from mar.itemstats import estimate, resamples, set_metrics
-from mar.metrics import SHOWN_METRICS, gap_closed, known_bounds
+from mar.metrics import SHOWN_METRICS, gap_closed
 from mar.model import Decoder
 from mar.records import Prompt, Rollout
 from mar.rewards import RewardSpec
@@ -39,11 +39,6 @@ def measure(model: Decoder, protocol: Protocol, world: World = ALONE) -> tuple[d
     values, found = set_metrics(rollouts, p.verifier, p.grammar.confident)
     weights = resamples(len(rollouts))
     return {**values, "interval": {name: estimate(statistic, weights)[1:] for name, statistic in found.items()}}, rollouts
-
-
-def bounds(prompts: Sequence[Prompt], num_answers: int) -> dict[str, dict[str, float | None]]:
-    """`floor` and `ceiling` where the posterior is known, else nothing."""
-    return known_bounds([p.example for p in prompts], num_answers) or {}
 
 
 def summary(document: Mapping[str, Any], num_answers: int) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from mar.arms import at_tokens
 from mar.compose import load_config
 from mar.grammar import Grammar
 from mar.log import plain, read_jsonl
-from mar.metrics import SHOWN_METRICS, STUDENT
+from mar.metrics import SHOWN_METRICS, student
 from mar.records import UserError, exit_code
 from mar.rewards import RewardSpec, component_layout
 from mar.rundir import differing_keys, flatten
@@ -85,7 +85,9 @@ def settings_of(runs: Sequence[Run]) -> dict[str, list[Run]]:
     keys = [k for k in keys if k != "optim.lr" or "model.lr" not in keys]  # it follows the other
     groups: dict[str, dict[int, Run]] = defaultdict(dict)
     for run, one in zip(runs, flat, strict=True):  # seed0 comes before seed0~1, an older run of the same: one seed counts once
-        groups[", ".join(f"{k.rpartition('.')[2]}={one.get(k)}" for k in keys) or str(run.config["name"])].setdefault(one["seed"], run)
+        name = ", ".join(f"{k.rpartition('.')[2]}={one.get(k)}" for k in keys) or str(run.config["name"])
+        if one["seed"] not in groups[name] or (run.finished and not groups[name][one["seed"]].finished):
+            groups[name][one["seed"]] = run
     return {name: list(seeds.values()) for name, seeds in groups.items()}
 
 
@@ -95,8 +97,8 @@ def over_seeds(runs: Sequence[Run], metric: str) -> list[float | None]:
     values = [column[metric] for column in columns]
     if len(values) < 2:
         return with_interval(columns[0], metric) if columns else [None, None, None]
-    mean, freedom = float(np.mean(values)), len(values) - 1
-    half = (STUDENT[freedom - 1] if freedom <= len(STUDENT) else 2.0) * float(np.std(values, ddof=1)) / math.sqrt(len(values))
+    mean = float(np.mean(values))
+    half = student(len(values) - 1) * float(np.std(values, ddof=1)) / math.sqrt(len(values))
     return [mean, mean - half, mean + half]
 
 

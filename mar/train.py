@@ -28,9 +28,9 @@ from mar.fetch import resolve_model
 from mar.itemstats import set_metrics
 from mar.job import Job, announce, build_job, environment
 from mar.log import Display, completion_row, plain, truncate_jsonl, write_json
-from mar.metrics import SHOWN_METRICS
+from mar.metrics import SHOWN_METRICS, known_bounds
 from mar.mirror import Mirror
-from mar.protocol import bounds, measure, summary
+from mar.protocol import measure, summary
 from mar.records import Rollout, UserError, exit_code
 from mar.rollout import judge_groups, judged_only, sample
 from mar.update import prepare, update
@@ -122,9 +122,9 @@ class Interrupts:
         self.pending = True
         print("\nstopping after this step (once more: stop at once, back to the last checkpoint)", file=sys.stderr, flush=True)
 
-    def agree(self, world: World) -> None:
-        """Stop together: a signal to one rank is one to all."""
-        self.pending = world.reduce((float(self.pending),), largest=True) != [0.0]
+    def agreed(self, world: World) -> bool:
+        """Whether to stop, on all ranks the same: a signal to one is one to all, and one that comes later waits for the next step."""
+        return world.reduce((float(self.pending),), largest=True) != [0.0]
 
     @contextmanager
     def held(self) -> Iterator[None]:
@@ -157,22 +157,22 @@ def train(job: Job, first_step: int, display: Display, document: dict[str, Any])
                     shown = zip(rollouts, advantages.tolist(), strict=True)
                     job.write("completions.jsonl", [completion_row(r, "train", step, a) for r, a in shown])
                     display.step(step, metrics)
-                    interrupts.agree(job.world)
+                    stop = interrupts.agreed(job.world)
                     in_a_row = in_a_row + 1 if skipped(job, step, metrics, rollouts, display) else 0
                     if in_a_row == config.algo.max_skips:
                         raise UserError(f"{in_a_row} steps in a row were not finite: lower optim.lr; {checkpoints} has the last good step")
-                    if step % config.checkpoint.every == 0 or step == last_step or interrupts.pending:
+                    if step % config.checkpoint.every == 0 or step == last_step or stop:
                         trained = (job.model, job.optimizer)
                         checkpoint.save(checkpoints, step, *trained, config.checkpoint.keep, job.critic, job.world)
                         saved = step
-                if interrupts.pending:
+                if stop:
                     raise KeyboardInterrupt
                 if due(step):
                     evaluate(job, f"step {step}", step, document, display)
         if last_step == config.train.steps:
             evaluate(job, "after", last_step, document, display)
     except KeyboardInterrupt:
-        display.say(f"interrupted after step {step}; checkpoint of step {saved} in {checkpoints}; the same command goes on from there")
+        display.say(f"interrupted at step {step}; checkpoint of step {saved} in {checkpoints}; the same command goes on from there")
         return "interrupted"
     except OSError as error:
         raise UserError(f"{error}: mend that, and the same command goes on after step {saved} of {job.folder}") from None
@@ -222,7 +222,7 @@ def run(config: Config) -> int:
             display.say(f"{folder} was finished: it is {place.archive} now")
     world.wait()
     document: dict[str, Any] = {"task": config.data.task, "num_items": len(job.protocol.prompts)}
-    document |= bounds(job.protocol.prompts, config.reward.num_answers)
+    document |= known_bounds([p.example for p in job.protocol.prompts], config.reward.num_answers) or {}
     first_step = resume(job, document, display)
     total = sum(p.numel() for p in job.model.parameters())
     trained = sum(p.numel() for p in job.model.parameters() if p.requires_grad)
@@ -246,7 +246,7 @@ def resume(job: Job, document: dict[str, Any], display: Display) -> int:
     if found:
         checkpoint.restore(found, job.model, job.optimizer, job.critic, job.world)
         display.say(f"resuming after step {step} from {found.path}")
-    for name in ("metrics.jsonl", "completions.jsonl") if job.world.leads else ():
+    for name in ("metrics.jsonl", "completions.jsonl", "skipped.jsonl") if job.world.leads else ():
         truncate_jsonl(job.folder / name, step)
     if (job.folder / "eval.json").exists():
         old: Mapping[str, Any] = json.loads((job.folder / "eval.json").read_text())

@@ -215,6 +215,7 @@ REFUSED = [
 REFUSED_BY_HYDRA = [
     ("experiment=paper", "put a + before it, +experiment="),
     ("name=ünï", "name=ünï: Hydra cannot read that"),
+    ("data.path=[rows.jsonl", "data.path=[rows.jsonl: Hydra cannot read that"),
     ("model.lr=fast", "model.lr=fast Value 'fast' of type"),
     ("model=gpt5", "Could not find 'model/gpt5'"),
     ("data=medqaa", "Could not find 'data/medqaa'"),

@@ -47,8 +47,9 @@ def test_transformers_reads_the_policy(trained, tmp_path):
 def test_mistakes_are_one_sentence(trained, tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "x").touch()
-    with pytest.raises(UserError, match="is not empty"):
-        export(trained, tmp_path / "full", "bfloat16")
+    for place in ("full", "full/x"):
+        with pytest.raises(UserError, match="is no empty folder"):
+            export(trained, tmp_path / place, "bfloat16")
     with pytest.raises(UserError, match="cannot be read"):
         export(tmp_path / "nothing", tmp_path / "out", "bfloat16")
     command = [sys.executable, "-m", "mar.export", str(tmp_path / "nothing")]

@@ -80,6 +80,22 @@ def test_hub_is_fetched_once_and_recorded(cache, hub):
     assert [path.name for path in cache.iterdir()] == ["owner--name"]
 
 
+def test_of_two_processes_the_faster_ones_copy_stays(cache, hub, monkeypatch):
+    (cache / "owner--name").mkdir(parents=True)
+    (cache / "owner--name" / fetch.RECORD).write_text("[]")  # damaged
+    from_hub, theirs = fetch.from_hub, []
+
+    def slow(*arguments):
+        if not theirs:
+            theirs.append(None)
+            theirs[0] = fetch.fetch("hub", "hf", "owner/name")[0].stat().st_ino
+        return from_hub(*arguments)
+
+    monkeypatch.setattr(fetch, "from_hub", slow)
+    folder, record = fetch.fetch("hub", "hf", "owner/name")
+    assert folder.stat().st_ino == theirs[0] and fetch.recorded(folder) == record and len(hub) == 2
+
+
 def test_links_that_broke_are_fetched_again(cache, hub):
     folder, _ = fetch.resolve_model("hub", "hf", "owner/name")
     (folder / "model.safetensors").unlink()

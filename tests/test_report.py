@@ -125,11 +125,15 @@ def test_pairs_and_sweeps(runs: list[Path], tmp_path: Path) -> None:
         (tmp_path / other).mkdir(parents=True)
         (tmp_path / other / "config.yaml").write_text("wandb: 1\n")
     assert table(data_of(report.report([tmp_path / "again"], tmp_path / "again.html")), "Settings")["rows"][0][1] == 1
+    (tmp_path / "again/seed1/eval.json").unlink()  # unfinished: the finished one of the same seed stands for both
+    assert table(data_of(report.report([tmp_path / "again"], tmp_path / "again.html")), "Settings")["rows"][0][1] == 1
     same = [report.read_run(r) for r in (runs[1], runs[1])]
     mean, low, high = report.over_seeds(same, "top1")
     assert mean == low == high == same[0].document["after"]["top1"]
     two = [report.Run(Path(), {}, [], {"after": {"x": v}}, {}, []) for v in (1.0, 3.0)]
     assert report.over_seeds(two, "x") == pytest.approx([2, 2 - 12.71, 2 + 12.71])  # t = 12.71, standard error 1
+    many = [report.Run(Path(), {}, [], {"after": {"x": float(v)}}, {}, []) for v in range(21)]
+    assert report.over_seeds(many, "x") == pytest.approx([10, 10 - 2.086 * 1.354, 10 + 2.086 * 1.354], abs=0.01)
 
 
 @pytest.mark.parametrize("width", [1280, 500])

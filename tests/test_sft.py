@@ -87,6 +87,12 @@ def test_later_slots_exclude_what_was_said():
     assert second.probabilities == pytest.approx([chances[name] / left for name in second.candidates])
 
 
+def test_where_the_posterior_has_too_few_names_others_follow():
+    example = Example("x", "clinic", "?", (Gold("a", (), 0.6), Gold("b", (), 0.4), Gold("never", (), 0.0)), "exact")
+    names = [field.text for field in lessons.draw_answers(example, 4, ["a", "p", "never", "q", "r"], np.random.default_rng(0))]
+    assert set(names[:2]) == {"a", "b"} and len({*names[2:]} & {"p", "q", "r"}) == 2
+
+
 def test_an_example_without_probabilities_teaches_its_gold_among_others():
     example = Example("x", "medqa", "Why? Because.", (Gold("gold", (), None),), "single")
     fields = lessons.draw_answers(example, 3, ["gold", "p", "q", "r"], np.random.default_rng(0))

@@ -2,12 +2,14 @@
 
 import gc
 import json
+import os
 import resource
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -102,8 +104,10 @@ def test_steps_that_are_not_finite_are_kept_aside_and_end_the_run(
     model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(losses.LOSSES, "reinforce", lambda logprobs, *_: (logprobs * float("nan")).sum())
-    with pytest.raises(UserError, match="2 steps in a row were not finite"):
-        run(compose(words(model_folder, tmp_path, "algo.max_skips=2", "model.max_completion_tokens=4")))
+    for _ in range(2):  # the second run begins anew, and so does what it keeps
+        with pytest.raises(UserError, match="2 steps in a row were not finite"):
+            run(compose(words(model_folder, tmp_path, "algo.max_skips=2", "model.max_completion_tokens=4")))
+        gc.collect()  # the run that failed lets go of its folder
     folder = tmp_path / "clinic/seed0"
     assert (folder / "skipped.jsonl").read_text().count("\n") == 2 * 6
     assert "step 1: a loss or gradient is not finite" in capsys.readouterr().out
@@ -246,6 +250,22 @@ def test_a_signal_saves_and_the_same_command_goes_on(model_folder: Path, tmp_pat
     assert found is not None and found.step == metrics.read_text().count("\n")
     again = run(compose([*command[3:], f"train.stop_at={found.step + 1}"]))
     assert again == 0 and metrics.read_text().count("\n") == found.step + 1
+
+
+def test_a_signal_while_a_checkpoint_is_saved_waits_for_the_next_step(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It may have reached this rank alone, and all ranks decide before the save whether they stop after it."""
+    save = checkpoint.save
+
+    def interrupted(folder: Path, step: int, *rest: Any) -> None:
+        if step == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        save(folder, step, *rest)
+
+    monkeypatch.setattr(checkpoint, "save", interrupted)
+    assert run(compose(words(model_folder, tmp_path, "checkpoint.every=1", "model.max_completion_tokens=4"))) == 130
+    assert "interrupted at step 2; checkpoint of step 2" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("word", ["+experiment=clinc", "algo.groupsize=4", "modle=hf", "garbage"])

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from mar.metrics import STUDENT, gap_closed
+from mar.metrics import gap_closed, student
 
 HERE = Path(__file__).parent
 ORDER = ("multi_rlcr", "multi_rlvr", "rlcr_single", "rlvr_single", "pass_at_k", "base", "single", "prompted_k", "verbalized")
@@ -34,7 +34,7 @@ def interval(values: Sequence[float | None]) -> dict[str, Any]:
     if len(known) < len(values) or not known:
         return {"mean": None, "lo": None, "hi": None, "n": len(values)}
     mean, n = float(np.mean(known)), len(known)
-    half = STUDENT[n - 2] * float(np.std(known, ddof=1)) / math.sqrt(n) if n > 1 else None
+    half = student(n - 1) * float(np.std(known, ddof=1)) / math.sqrt(n) if n > 1 else None
     return {"mean": mean, "lo": None if half is None else mean - half, "hi": None if half is None else mean + half, "n": n}
 
 
