@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from itertools import chain
+from typing import TypeVar
 
 import torch
 from einops import rearrange
@@ -18,6 +19,7 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 # (layer, q [N, H, D], k [N, Hkv, D], v [N, Hkv, D]) -> [N, H, D]; q and k are rotated, the scale is 1 / sqrt(D)
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 Tokens = Sequence[int]
+Item = TypeVar("Item")
 # the query heads of one key head go to the token axis, so that a prompt's keys are not repeated
 FOLD, UNFOLD = "n (h r) ... -> 1 h (n r) ...", "1 h (n r) ... -> n (h r) ..."
 
@@ -32,7 +34,7 @@ def _side_by_side(x: Tensor) -> Tensor:
 def cpu_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """PyTorch's own CPU attention with its log-sum-exp, which the public function does not return. q [B, H, M, D], k and v [B, Hkv, N, D].
 
-    The operator takes it for granted that channels lie side by side, and returns rubbish where they do not (`model.project` transposes): copies then.
+    The operator takes it for granted that channels lie side by side, and returns rubbish where they do not (in a transposed product): copies then.
     """
     q, k, v = map(_side_by_side, (q, k, v))
     return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, attn_mask=bias)
@@ -76,6 +78,19 @@ def pack_groups(prompts: Sequence[Tokens], completions: Sequence[Sequence[Tokens
             targets.extend(completion)
     tensors = [torch.tensor(line, dtype=torch.int64, device=device) for line in lines]
     return PackedGroups(tensors[0], tensors[1], tuple(spans), tuple(rows), tensors[2], tensors[3])
+
+
+def chunks(items: Sequence[Item], sizes: Sequence[int], most: int) -> list[list[Item]]:
+    """Consecutive items whose sizes add up to at most `most` (or one larger item)."""
+    out: list[list[Item]] = []
+    total = 0
+    for item, size in zip(items, sizes, strict=True):
+        if not out or total + size > most:
+            out.append([])
+            total = 0
+        out[-1].append(item)
+        total += size
+    return out
 
 
 def group_attention(packed: PackedGroups) -> Attend:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mar.attention import PackedGroups, pack_groups
+from mar.attention import PackedGroups, chunks, pack_groups
 from mar.records import Rollout
 
 
@@ -85,34 +85,13 @@ class MicroBatch:
 
 def micro_batches(batch: Batch, max_tokens: int) -> Iterator[MicroBatch]:
     """Groups in order, as many at a time as fit `max_tokens` computed positions (at least one), or slices of a group that does not fit."""
-    pieces: list[tuple[Rollout, ...]] = []
+    pieces: list[Sequence[Rollout]] = []
     for group in batch.groups:
-        pieces += _slices(group, max_tokens)
-    start, row = 0, 0
-    while start < len(pieces):
-        end, used = start, 0
-        while end < len(pieces) and (end == start or used + _positions(pieces[end]) <= max_tokens):
-            used += _positions(pieces[end])
-            end += 1
-        chosen = pieces[start:end]
+        pieces += chunks(group, [len(r.completion.ids) for r in group], max_tokens - len(group[0].prompt.ids))
+    row = 0
+    for chosen in chunks(pieces, [len(p[0].prompt.ids) + sum(len(r.completion.ids) for r in p) for p in pieces], max_tokens):
         completions = [[r.completion.ids.tolist() for r in p] for p in chosen]
         packed = pack_groups([p[0].prompt.ids for p in chosen], completions, batch.group_ids.device)
         count = sum(len(p) for p in chosen)
         yield MicroBatch(packed, slice(row, row + count))
-        start, row = end, row + count
-
-
-def _positions(group: Sequence[Rollout]) -> int:
-    return len(group[0].prompt.ids) + sum(len(r.completion.ids) for r in group)
-
-
-def _slices(group: Sequence[Rollout], max_tokens: int) -> list[tuple[Rollout, ...]]:
-    """The group, or parts of it that each fit `max_tokens` (a part has at least one row; its prompt is computed once per part)."""
-    out: list[tuple[Rollout, ...]] = []
-    current: tuple[Rollout, ...] = ()
-    for rollout in group:
-        if current and _positions((*current, rollout)) > max_tokens:
-            out.append(current)
-            current = ()
-        current = (*current, rollout)
-    return [*out, current]
+        row += count

@@ -9,9 +9,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 _GOLDEN, _MIX1, _MIX2 = (-0x61C8864680B583EB, -0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15)  # splitmix64's constants as signed integers
+BLOCK = 256  # tokens whose probabilities are summed first
 
 
 def stream_key(*identity: int | str) -> int:
@@ -84,6 +86,24 @@ def truncated_logprobs(logprobs: Tensor, truncation: Truncation) -> Tensor:
     return torch.log_softmax(kept, -1)
 
 
+def invert(probabilities: Tensor, uniform: Tensor) -> Tensor:
+    """The first token at which the cumulative distribution passes `uniform` of its whole: first the block of tokens, then the token in it, so that
+    sums over the vocabulary are taken once and stay near the caches. probabilities [B, V], uniform [B] float64 -> [B] int64."""
+    rows, size = probabilities.shape
+    blocks = F.pad(probabilities, (0, -size % BLOCK)).view(rows, -1, BLOCK)
+
+    def find(masses: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:  # the index, and how far into it, in [0, 1)
+        ends = F.pad(masses.double().cumsum(-1), (1, 0))
+        target = (uniform * ends[:, -1])[:, None]
+        index = torch.searchsorted(ends[:, 1:].contiguous(), target, right=True).clamp_(max=masses.shape[1] - 1)  # beyond the end: nan
+        start, end = ends.gather(1, index), ends.gather(1, index + 1)
+        return index[:, 0], ((target - start) / (end - start))[:, 0].clamp_(max=1 - 2**-53)
+
+    block, inside = find(blocks.sum(-1), uniform)
+    token, _ = find(blocks[torch.arange(rows, device=block.device), block], inside)
+    return (block * BLOCK + token).clamp_(max=size - 1)
+
+
 def draw_tokens(
     logits: Tensor, uniform: Tensor, temperature: float, truncation: Truncation = Truncation()
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -93,13 +113,11 @@ def draw_tokens(
     logits [B, V], uniform [B] float64 -> tokens [B] int64, their log-probabilities in the distribution drawn from [B] (0 when temperature
     is 0) and in that of temperature alone [B] (1 when temperature is 0).
     """
-    logprobs = torch.log_softmax(logits / (temperature or 1.0), dim=-1)
+    logprobs = torch.log_softmax(logits / temperature if temperature not in (0, 1) else logits, dim=-1)
     if temperature == 0:
         tokens = logits.argmax(-1)
         return tokens, torch.zeros_like(logits[:, 0]), logprobs.gather(1, tokens[:, None]).squeeze(1)
     kept = truncated_logprobs(logprobs, truncation)
-    cumulative = kept.double().exp().cumsum(-1)  # [B, V]; not exp_: a float64 tensor is its own double()
-    tokens = torch.searchsorted(cumulative, (uniform * cumulative[:, -1])[:, None], right=True).squeeze(1)
-    tokens = tokens.clamp_(max=logits.shape[1] - 1)
+    tokens = invert(kept.exp(), uniform)
     drawn, full = (x.gather(1, tokens[:, None]).squeeze(1) for x in (kept, logprobs))
     return tokens, drawn, full

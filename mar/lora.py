@@ -13,8 +13,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.nn.functional import linear
 
-from .model import Decoder, Linear, project
+from .model import Decoder, Linear
 from .records import UserError
 from .weights import layout
 
@@ -31,7 +32,7 @@ class AdaptedLinear(Linear):
         self.lora_b = nn.Parameter(base.weight.new_zeros(base.out_features, rank))
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) + self.scale * project(project(x, self.lora_a), self.lora_b)
+        return super().forward(x) + self.scale * linear(linear(x, self.lora_a), self.lora_b)
 
 
 def adapt(model: Decoder, rank: int, scale: float, where: str) -> None:

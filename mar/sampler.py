@@ -12,10 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mar.attention import chunks
 from mar.cache import KVCache, capacity
 from mar.draw import SamplingParams, draw_tokens, uniforms
 from mar.grammar import decode_with_starts
-from mar.model import Decoder, project
+from mar.model import Decoder, pack, project
 from mar.records import UserError
 from mar_kernels.graphs import capture
 
@@ -76,15 +77,15 @@ def generate(model: Decoder, requests: Sequence[Request], params: SamplingParams
     if not requests:
         return Generation([], 0, None, 0)
     slots = _Slots(model, requests, params, kv_budget_tokens)
-    while True:
-        slots.admit()
-        tokens = slots.draw()
-        if slots.num_steps % slots.retire_every == 0:
-            slots.retire()
-            if not slots.waiting and not (slots.held >= 0).any():
-                return slots.result()
-        if (slots.held >= 0).any():
-            slots.feed(tokens)
+    with model.packed():
+        while slots.waiting or (slots.held >= 0).any():
+            slots.admit()
+            tokens = slots.draw()
+            if slots.num_steps % slots.retire_every == 0:
+                slots.retire()
+            if (slots.held >= 0).any():
+                slots.feed(tokens)
+    return slots.result()
 
 
 class _Slots:
@@ -117,6 +118,7 @@ class _Slots:
         size, precise = weight.shape[1], torch.promote_types(weight.dtype, torch.float32)
         self.stops = torch.tensor(params.stop_ids, dtype=torch.int64, device=self.device)
         self.close = torch.tensor(params.think_close, dtype=torch.int64, device=self.device)
+        self.head = (weight, None, pack(weight))
         self.prompt_hidden = weight.new_zeros(num_prompts, size)
         self.rows = {  # one entry per row slot; column R of the [S, R + 1] ones takes what a finished row still writes
             "key": torch.zeros(num_rows, dtype=torch.int64, device=self.device),
@@ -148,7 +150,7 @@ class _Slots:
         self.entered[self.held[placed]] = self.num_steps
         if not placed:
             return
-        for chunk in _chunks(prompts, [len(self.requests[i].prompt_ids) for i in prompts], PREFILL_TOKENS):
+        for chunk in chunks(prompts, [len(self.requests[i].prompt_ids) for i in prompts], PREFILL_TOKENS):
             self.prefill(chunk)
         self.ages[placed] = 0
         self.reassign()
@@ -177,7 +179,7 @@ class _Slots:
         rows, params, at = self.rows, self.params, self.cache.own_lengths
         if params.think_budget is not None:
             self.close_thoughts(np.flatnonzero((self.held >= 0) & (self.ages == params.think_budget)).tolist())
-        logits = project(rows["hidden"], self.model.head_weight).to(rows["full"].dtype)
+        logits = project(rows["hidden"], *self.head).to(rows["full"].dtype)
         token, drawn, full = draw_tokens(logits, uniforms(rows["key"], at), params.temperature, params.truncation)
         if len(self.close):
             into = at - rows["insert_at"]
@@ -290,16 +292,3 @@ class _Slots:
         offered = self.num_rows * self.waited_until
         occupancy = float(np.maximum(left - self.entered, 0).sum() / offered) if offered else None
         return Generation(groups, self.num_steps, occupancy, self.kv_bytes)
-
-
-def _chunks(items: Sequence[int], sizes: Sequence[int], most: int) -> list[list[int]]:
-    """Consecutive items whose sizes add up to at most `most` (or one larger item)."""
-    out: list[list[int]] = []
-    total = 0
-    for item, size in zip(items, sizes, strict=True):
-        if not out or total + size > most:
-            out.append([])
-            total = 0
-        out[-1].append(item)
-        total += size
-    return out

@@ -5,7 +5,7 @@ import pytest
 import torch
 from scipy.stats import chisquare
 
-from mar.draw import Truncation, draw_tokens, stream_key, truncated_logprobs, uniforms
+from mar.draw import BLOCK, Truncation, draw_tokens, invert, stream_key, truncated_logprobs, uniforms
 
 MASK = 2**64 - 1
 
@@ -59,6 +59,24 @@ def test_draw_inverts_the_cumulative_distribution():
         counts = torch.bincount(tokens, minlength=9)
         assert (counts - n * exact.exp()).abs().max() <= 1  # an even grid leaves no room for chance
         torch.testing.assert_close(logprobs, exact[tokens], atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("size", [1, BLOCK - 1, BLOCK, BLOCK + 1, 5 * BLOCK + 7])
+def test_blocks_change_no_draw(size):
+    """Against the cumulative sum itself, with masses that leave whole blocks, the first and the last tokens without any."""
+    rng = np.random.default_rng(size)
+    masses = rng.random((300, size)) ** 20 * (rng.random((300, size)) < rng.random((300, 1)))
+    masses[:, rng.integers(size)] += 0.01
+    masses[:100, : size // 2], masses[100:200, size // 2 + 1 :] = 0, 0
+    masses = masses[masses.sum(1) > 0]
+    uniform = rng.random(len(masses))
+    uniform[::7], uniform[::11] = 0, 1 - 2.0**-53
+    drawn = invert(torch.from_numpy(masses), torch.from_numpy(uniform)).numpy()
+    below = masses.cumsum(1)
+    target, at = uniform * below[:, -1], np.arange(len(masses))
+    tolerance = 1e-12 * below[:, -1]
+    assert (masses[at, drawn] > 0).all()
+    assert (below[at, drawn] > target - tolerance).all() and (below[at, drawn] - masses[at, drawn] <= target + tolerance).all()
 
 
 def test_draws_pass_chi_squared():

@@ -6,8 +6,9 @@ import pytest
 import torch
 import transformers
 
+from mar import model as decoder
 from mar.attention import group_attention, pack_groups
-from mar.model import FEW_ROWS, LARGE_WEIGHT, Decoder, ModelConfig, project
+from mar.model import LARGE_WEIGHT, Decoder, ModelConfig, pack, project
 from mar.records import UserError
 from mar.weights import load_model, save_model
 
@@ -119,15 +120,29 @@ def test_mistral_without_the_key_has_its_default_window():
         ModelConfig.from_hf(config | {"architectures": ["MistralForCausalLM"]})
 
 
-@pytest.mark.parametrize("rows", [1, FEW_ROWS, FEW_ROWS + 1])
+@pytest.mark.parametrize("rows", [1, 16, 300])
 @pytest.mark.parametrize("biased", [False, True])
-def test_few_rows_are_projected_alike(rows, biased):
+def test_a_packed_weight_gives_the_same_product(rows, biased):
     torch.manual_seed(0)
-    x, weight = torch.randn(rows, 512, dtype=torch.float64), torch.randn(LARGE_WEIGHT // 512, 512, dtype=torch.float64)
-    bias = torch.randn(len(weight), dtype=torch.float64) if biased else None
-    expected = x @ weight.T + (bias if biased else 0)
-    with torch.no_grad():
-        out = project(x, weight, bias)
-    torch.testing.assert_close(out, expected, rtol=0, atol=1e-12)
-    transposed = 1 < rows <= FEW_ROWS  # one row shows nothing
-    assert out.is_contiguous() != transposed
+    x, weight = torch.randn(rows, 512), torch.randn(LARGE_WEIGHT // 512, 512)
+    bias = torch.randn(len(weight)) if biased else None
+    expected = x.double() @ weight.double().T + (bias if biased else 0)
+    packed = pack(weight)
+    assert packed is not None and packed.layout == torch._mkldnn
+    with torch.inference_mode():
+        out = project(x, weight, bias, packed)
+    torch.testing.assert_close(out.double(), expected, rtol=0, atol=2e-4)  # as far off as x @ weight.T in float32
+    assert out.is_contiguous()
+
+
+def test_only_large_float32_weights_are_packed_and_only_for_a_while(tiny_model, monkeypatch):
+    assert pack(torch.zeros(LARGE_WEIGHT - 1, 1)) is None and pack(torch.zeros(LARGE_WEIGHT, 1, dtype=torch.float64)) is None
+    monkeypatch.setattr(decoder, "LARGE_WEIGHT", 0)
+    model = tiny_model(dtype=torch.float32)
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    layers = [module for module in model.modules() if isinstance(module, decoder.Linear)]
+    with pytest.raises(KeyboardInterrupt), model.packed():
+        assert all(layer.packed is not None for layer in layers)
+        raise KeyboardInterrupt
+    assert all(layer.packed is None for layer in layers) and len(layers) == 4 * model.config.num_layers
+    torch.testing.assert_close(model.state_dict(), state, rtol=0, atol=0)
