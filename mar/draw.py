@@ -97,7 +97,7 @@ def invert(probabilities: Tensor, uniform: Tensor) -> Tensor:
         target = (uniform * ends[:, -1])[:, None]
         index = torch.searchsorted(ends[:, 1:].contiguous(), target, right=True).clamp_(max=masses.shape[1] - 1)  # beyond the end: nan
         start, end = ends.gather(1, index), ends.gather(1, index + 1)
-        return index[:, 0], ((target - start) / (end - start))[:, 0].clamp_(max=1 - 2**-53)
+        return index[:, 0], ((target - start) / (end - start))[:, 0]
 
     block, inside = find(blocks.sum(-1), uniform)
     token, _ = find(blocks[torch.arange(rows, device=block.device), block], inside)

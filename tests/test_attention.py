@@ -4,10 +4,12 @@ import random
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from mar.attention import _block_mask, _flex_attend, group_attention, pack_groups
+from mar.attention import _block_mask, _flex_attend, chunks, group_attention, pack_groups
 from mar.model import Decoder, ModelConfig
 
 CONFIG = ModelConfig("Qwen3ForCausalLM", 37, 24, 40, 2, 6, 2, 6, qk_norm=True)
@@ -163,3 +165,13 @@ def test_block_mask_against_the_dense_mask():
         assert whole.any() or tokens < 100
         q, k, v = torch.randn(tokens, 6, 8), torch.randn(tokens, 2, 8), torch.randn(tokens, 2, 8)
         torch.testing.assert_close(_flex_attend(packed)(0, q, k, v), group_attention(packed)(0, q, k, v), atol=1e-5, rtol=0)
+
+
+@given(sizes=st.lists(st.integers(0, 9)), most=st.integers(0, 20))
+def test_chunks_are_as_large_as_fits_and_no_larger(sizes, most):
+    found = chunks(range(len(sizes)), sizes, most)
+    assert [i for chunk in found for i in chunk] == [*range(len(sizes))]
+    for chunk, following in zip(found, [*found[1:], []], strict=True):
+        total = sum(sizes[i] for i in chunk)
+        assert total <= most or len(chunk) == 1
+        assert not following or total + sizes[following[0]] > most
