@@ -76,8 +76,8 @@ def test_inputs_of_any_memory_order(order):
     axes = (2, 1, 0) if order == "channels first" else (1, 0, 2)
     strided = [x.permute(axes).contiguous().permute(*torch.tensor(axes).argsort().tolist()) for x in inputs]
     found = []
-    for given in (inputs, strided):
-        leaves = [x.detach().requires_grad_() for x in given]
+    for chosen in (inputs, strided):
+        leaves = [x.detach().requires_grad_() for x in chosen]
         out = attend(0, *leaves)
         found.append([out, *torch.autograd.grad((out * torch.linspace(-1, 1, out.numel()).view(out.shape)).sum(), leaves)])
     for plain, other in zip(*found, strict=True):
@@ -171,7 +171,7 @@ def test_block_mask_against_the_dense_mask():
 def test_chunks_are_as_large_as_fits_and_no_larger(sizes, most):
     found = chunks(range(len(sizes)), sizes, most)
     assert [i for chunk in found for i in chunk] == [*range(len(sizes))]
-    for chunk, following in zip(found, [*found[1:], []], strict=True):
+    for chunk, following in zip(found, [*found, []][1:], strict=True):
         total = sum(sizes[i] for i in chunk)
         assert total <= most or len(chunk) == 1
         assert not following or total + sizes[following[0]] > most
