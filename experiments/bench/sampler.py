@@ -1,9 +1,10 @@
 """Our sampler against transformers.generate: same weights, threads, sampling parameters and stop rule; tokens up to the stop are counted.
 
-    python experiments/bench/sampler.py [--quick | --bars] [--runs 3]
+    python experiments/bench/sampler.py [--quick | --bars | --continuous] [--runs 3]
 
---quick: counts and the embedded model, on one thread. --bars: SmolLM2-135M too, on all cores. The two run alternately in one process, medians
-are shown. Appends to results/sampler.csv; the last line of stdout is one JSON document.
+--quick: counts and the embedded model, on one thread. --bars: SmolLM2-135M too, on all cores. The two run alternately in one process, medians are
+shown. Appends to results/sampler.csv; the last line of stdout is one JSON document. --continuous: transformers' continuous batching against its
+generate, and nothing else (psutil is needed: the extra `bench`).
 """
 
 import argparse
@@ -238,10 +239,29 @@ def compare(case: Case, ours: Any, theirs: Any, runs: int) -> dict[str, float]:
     return row
 
 
+def continuous(theirs: Any, case: Case) -> dict[str, float]:
+    """transformers against itself, tokens a second: `generate_batch` (a paged cache, new prompts in freed rows) and `generate`."""
+    torch.set_num_threads(case.threads)
+    settings = transformers.GenerationConfig(
+        max_new_tokens=case.max_tokens, do_sample=True, temperature=1.0, top_k=0, top_p=1.0, eos_token_id=-1, pad_token_id=0
+    )
+
+    def batch(seed: int) -> int:
+        torch.manual_seed(seed)
+        inputs = [list(prompt) for prompt in case.prompts for _ in range(case.group_size)]
+        return sum(len(o.generated_tokens) for o in theirs.generate_batch(inputs, generation_config=settings).values())
+
+    speeds = alternate(2, {"generate": lambda seed: run_theirs(theirs, case, seed), "continuous": batch})
+    return {name: statistics.median(values) for name, values in speeds.items()}
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="counts and the embedded cases only")
     parser.add_argument("--bars", action="store_true", help="every case (the default)")
+    parser.add_argument(
+        "--continuous", action="store_true", help="transformers' continuous batching against its generate, and nothing else"
+    )
     parser.add_argument("--runs", type=int, default=3)
     args = parser.parse_args(arguments)
     quiet_machine()
@@ -250,6 +270,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     folders = {"embedded": resolve_model("embedded", "embedded", None)[0]}
     if not args.quick:
         folders["smollm2-135m"] = resolve_model("wheel", "smollm2-135m", None)[0]
+
+    if args.continuous:
+        case = next(case for case in cases(False, folders) if case.name == "smollm2_16x1")
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(folders[case.model], dtype=torch.float32).eval()
+        return print(json.dumps(continuous(theirs, replace(case, max_tokens=32))))
 
     document: dict[str, Any] = {"cases": {}}
     models: dict[str, tuple[Any, Any]] = {}

@@ -1,6 +1,6 @@
 """Two real steps of SmolLM2-135M on each task's real file:  python -m experiments.tasks.two_steps --data FOLDER [--only TASK ...]
 
-FOLDER holds the files of FILES. Batches are small (2 prompts x 4 completions of up to 256 tokens) so that a CPU does a task in minutes; everything else is
+FOLDER holds the files of FILES. Batches are small (2 prompts x 4 completions of up to 256 tokens) so that a CPU does a task in minutes; the rest is
 the user's own command. Writes two_steps.json beside this file, task by task; `make report` makes the README's table of it.
 """
 
@@ -40,7 +40,9 @@ def measured(task: str, data: Path) -> dict[str, Any]:
     """One run, and what its first step earned and cost."""
     with tempfile.TemporaryDirectory() as out:
         began = time.monotonic()
-        done = subprocess.run([sys.executable, "-m", "mar.train", *words(task, str(data.resolve()), out)], stdout=subprocess.PIPE, text=True, check=False)
+        done = subprocess.run(
+            [sys.executable, "-m", "mar.train", *words(task, str(data.resolve()), out)], stdout=subprocess.PIPE, text=True, check=False
+        )
         if done.returncode:
             sys.exit(f"{task} ended with code {done.returncode}: {done.stdout[-300:]}")
         steps, _ = read_jsonl(Path(out) / task / "seed0" / "metrics.jsonl")
@@ -65,10 +67,16 @@ def measured(task: str, data: Path) -> dict[str, Any]:
 def markdown() -> str:
     """The README's table."""
     found = json.loads(RESULTS.read_text(encoding="utf-8"))
-    lines = ["| task | prompts | reward at step 0 | right form | tokens | sampling, s | verification, ms a completion | update, s | whole job, s |"]
+    lines = [
+        "| task | prompts | reward at step 0 | right form | tokens | sampling, s | verification, ms a completion | update, s | whole job, s |"
+    ]
     lines += ["|" + "---|" * 9]
     for task, row in found.items():
-        cells = [f"`{task}`", row["prompts"], *(shown(row[key]) for key in ("reward", "format", "tokens", "sample_s", "verify_ms", "update_s"))]
+        cells = [
+            f"`{task}`",
+            row["prompts"],
+            *(shown(row[key]) for key in ("reward", "format", "tokens", "sample_s", "verify_ms", "update_s")),
+        ]
         lines.append("| " + " | ".join([*cells, f"{row['seconds']}"]) + " |")
     return "\n".join(lines)
 
