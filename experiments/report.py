@@ -19,12 +19,13 @@ from experiments.claims import summary
 from experiments.ddxplus_smollm2 import summary as ddxplus
 from experiments.peers import summary as peers
 from experiments.plan import run as plans
+from experiments.tasks import two_steps
 from mar.log import shown
 from mar.metrics import SHOWN_METRICS
 
 ROOT = Path(__file__).resolve().parents[1]
 BLOCK = re.compile(
-    r"(?P<open><!-- (?:logs? (?P<paths>[^>]+?)|(?P<made>claims|peers|plan tracked|plan computed|ddxplus|ddxplus learning)) -->\n)"
+    r"(?P<open><!-- (?:logs? (?P<paths>[^>]+?)|(?P<made>claims|peers|plan tracked|plan computed|ddxplus|ddxplus learning|two steps)) -->\n)"
     r".*?(?P<close><!-- end -->)",
     re.DOTALL,
 )
@@ -37,6 +38,7 @@ MADE = {  # what stands after `<!-- name -->`
     "plan computed": partial(plans.markdown, "computed"),
     "ddxplus": ddxplus.markdown,
     "ddxplus learning": ddxplus.learning,
+    "two steps": two_steps.markdown,
 }
 
 
