@@ -45,6 +45,20 @@ def test_the_sandbox_shows_nothing_of_the_host(name):
     assert reply.values == (False,), reply
 
 
+@needs_bubblewrap
+@pytest.mark.skipif(not os.path.exists("/usr/bin/python3"), reason="no Python of the distribution here")
+def test_a_distributions_own_python_serves_too(monkeypatch):
+    """Its prefix is /usr, of which the sandbox shows the libraries and the interpreter alone."""
+    monkeypatch.setattr(sys, "base_prefix", "/usr")
+    monkeypatch.setattr(sys, "_base_executable", "/usr/bin/python3", raising=False)
+    sandbox._command.cache_clear()
+    try:
+        reply = evaluate("import os, json, sys\nx = [sys.base_prefix, os.listdir('/usr/bin'), os.path.exists('/usr/share')]", ["x"])
+    finally:
+        sandbox._command.cache_clear()
+    assert reply.values == (["/usr", [os.path.basename(os.path.realpath("/usr/bin/python3"))], False],), reply
+
+
 def sandbox_users() -> set[int]:
     """Of processes that run now; every program has a user of its own."""
     found = set()

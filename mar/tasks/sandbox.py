@@ -54,14 +54,15 @@ def _command(unsafe: bool) -> tuple[str, ...]:
     if unsafe:
         return run
     prefix = os.path.realpath(sys.base_prefix)
+    shown = prefix if prefix != "/usr" else python
     words = ["bwrap", "--unshare-ipc", "--unshare-pid", "--unshare-net", "--unshare-uts", "--unshare-cgroup-try"]
     words += ["--die-with-parent", "--new-session", "--clearenv", "--setenv", "PYTHONHASHSEED", "0"]
     # root needs no user namespace, and a user id mapped from root's would not be counted by RLIMIT_NPROC
     keep = ["--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"]
     words += ["--cap-drop", "ALL", *keep] if os.geteuid() == 0 else ["--unshare-user", "--uid", "65534"]
-    for folder in ("/dev", *map(str, reversed(Path(prefix).parents[:-1]))):
+    for folder in ("/dev", "/usr", *map(str, reversed(Path(shown).parents[:-1]))):
         words += ["--dir", folder]  # a parent made by the way would be closed to all but root
-    for folder in ("/lib", "/lib64", "/usr/lib", "/usr/lib64", prefix if prefix != "/usr" else python):
+    for folder in ("/lib", "/lib64", "/usr/lib", "/usr/lib64", shown):
         words += ["--ro-bind-try", folder, folder]
     words += ["--dev-bind", "/dev/null", "/dev/null", "--size", str(16 * MAX_BYTES), "--perms", "1777", "--tmpfs", "/tmp"]
     return (*words, "--chdir", "/tmp", "--remount-ro", "/", *run)
