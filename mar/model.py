@@ -31,8 +31,7 @@ HF_NAMES = {name: name for name in SAME_NAMES} | {
     "max_positions": "max_position_embeddings",
     "tied_embeddings": "tie_word_embeddings",
 }
-LARGE_WEIGHT = 1 << 18  # elements: a product with a smaller weight is not worth packing it
-PACKED_FOR = 16  # rows that a packed weight is laid out for; it serves any number
+LARGE_WEIGHT, PACKED_FOR = 1 << 18, 16  # elements from which a weight is packed, rows that it is laid out for (it serves any number)
 LLAMA3_KEYS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
 

@@ -61,7 +61,7 @@ def test_draw_inverts_the_cumulative_distribution():
         torch.testing.assert_close(logprobs, exact[tokens], atol=1e-12, rtol=0)
 
 
-@pytest.mark.parametrize("size", [1, BLOCK - 1, BLOCK, BLOCK + 1, 5 * BLOCK + 7])
+@pytest.mark.parametrize("size", [1, 16 * BLOCK, 16 * BLOCK + 1, 17 * BLOCK, 20 * BLOCK - 1])
 def test_blocks_change_no_draw(size):
     """Against the cumulative sum itself, with masses that leave whole blocks, the first and the last tokens without any."""
     rng = np.random.default_rng(size)
