@@ -4,6 +4,7 @@ A rank samples and verifies the groups of its own prompts. Rollouts are then gat
 advantages, denominators and metrics from it: no statistic is ever reduced. Micro-batches are dealt out in turn, and FSDP adds up their gradients.
 """
 
+import atexit
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -93,6 +94,7 @@ def join(device: str, scale: ScaleOptions) -> World:
         torch.cuda.set_device(where)
     if size > 1:
         dist.init_process_group("nccl" if gpu else "gloo", timeout=TIMEOUT)
+        atexit.register(dist.destroy_process_group)  # else its threads may abort a process that has done its work
     elif gpu:  # one process is sharded over itself: that keeps float32 parameters beside computation in bfloat16
         dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1)
     return World(rank, size, where)

@@ -35,8 +35,6 @@ from mar.records import Rollout, UserError, exit_code
 from mar.rollout import judge_groups, judged_only, sample
 from mar.update import prepare, update
 
-INTERRUPTED = 130
-
 
 def refill(job: Job, step: int, groups: list[list[Rollout]]) -> int:
     """Dynamic sampling (DAPO): put groups of other prompts in place of those whose completions all earned the same, at most algo.resample times.
@@ -236,7 +234,7 @@ def run(config: Config) -> int:
     outcome = train(job, first_step, display, document)
     if outcome == "finished" and world.leads:
         close(job, document, display, time.perf_counter() - began)
-    return INTERRUPTED if outcome == "interrupted" else 0
+    return 130 if outcome == "interrupted" else 0
 
 
 def resume(job: Job, document: dict[str, Any], display: Display) -> int:
