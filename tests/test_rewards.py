@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from mar.compose import compose
@@ -253,6 +253,7 @@ def test_malformed_text_never_beats_the_same_values_written_properly(case, gate)
     grammar, text = case
     spec = RewardSpec(gate=gate, format_weight=0.0)
     parsed = parse(text, grammar)
+    assume(all(q is None or q == round(q, 2) for q in (*parsed.confidences, parsed.other)))  # `render` writes two digits
     proper = render(
         grammar,
         [answer or f"unknown {k}" for k, answer in enumerate(parsed.answers)],
