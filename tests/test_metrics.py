@@ -5,11 +5,12 @@ import math
 
 import numpy as np
 import pytest
+from scipy import stats
 from sklearn.calibration import calibration_curve
 from sklearn.metrics import brier_score_loss
 
 from mar.itemstats import ece_of, set_metrics
-from mar.metrics import gap_closed, known_bounds
+from mar.metrics import gap_closed, known_bounds, student
 from mar.records import Completion, Example, Gold, Prompt, Rollout
 from mar.verify import VERIFIERS, matching_increments, repeats
 
@@ -169,3 +170,7 @@ def test_gap_closed():
 def test_slots_are_judged_against_their_own_item():
     found = measured([rollout(example((0.9, 0.1)), ("a", "b"), (0, 0)), rollout(example((0.2, 0.8)), ("b", "a"), (0, 0))])
     assert found["top1"] == pytest.approx((0.9 + 0.8) / 2)
+
+
+def test_students_point_is_right_to_two_hundredths():
+    assert max(abs(student(n) - stats.t.ppf(0.975, n)) for n in range(1, 200)) < 0.02
