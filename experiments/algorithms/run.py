@@ -1,0 +1,66 @@
+"""One setting and seed of the comparison of algorithms on clinic, to a committed log:  python experiments/algorithms/run.py grpo 0
+
+Without words: every setting, seed after seed; what has a log already is passed over, and a run that was cut off goes on. `--part 1/2` and `2/2` share
+the work between two processes.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from mar.job import environment
+from mar.log import read_jsonl
+
+HERE = Path(__file__).parent
+RUNS, LOGS = Path("runs/algorithms"), HERE / "logs"
+# one reward and one learning rate for all, so that the estimator alone differs
+SHARED = ["+experiment=clinic", "model.lr=0.1", "eval.every=20", "eval.num_items=1000", "logger.console=plain"]
+SETTINGS = {
+    "rloo, to_go": (["algo=rloo", "algo.credit=to_go"], 5),
+    "rloo, set": (["algo=rloo"], 5),
+    "grpo": (["algo=grpo"], 5),
+    "reinforce": (["algo=reinforce"], 3),
+    "own": (["algo=own", "reward.brier_weight=1"], 3),
+    **{name: ([f"algo={name}"], 1) for name in ("dr_grpo", "dapo", "gspo", "cispo", "reinforce_pp", "ppo")},
+    "paper": (["algo=paper", "algo.group_size=8", "algo.prompts_per_step=16", "algo.temperature=1"], 1),
+}
+CURVES = ("train/coverage", "train/ece", "reward/total", "policy/entropy", "adv/zero_group_frac", "optim/grad_norm")
+
+
+def log_of(setting: str, seed: int) -> Path:
+    return LOGS / f"{setting.replace(', ', '_')}_seed{seed}.json"
+
+
+def one(setting: str, seed: int) -> None:
+    """Train with one setting and seed, unless its log is there."""
+    if log_of(setting, seed).exists():
+        return
+    words = [*SHARED, f"name={log_of(setting, 0).stem}", f"seed={seed}", f"out={RUNS}", *SETTINGS[setting][0]]
+    done = subprocess.run([sys.executable, "-m", "mar.train", *words], check=False, stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        sys.exit(f"mar.train {' '.join(words)} ended with {done.returncode}")
+    end = json.loads(done.stdout.splitlines()[-1])
+    history = json.loads((Path(end["run_dir"]) / "eval.json").read_text())["history"]
+    rows, _ = read_jsonl(Path(end["run_dir"]) / "metrics.jsonl")
+    told = {"setting": setting, "seed": seed, "words": words, **environment(), **end, "history": history}
+    LOGS.mkdir(exist_ok=True)
+    log_of(setting, seed).write_text(json.dumps({**told, "curves": {name: [row.get(name) for row in rows] for name in CURVES}}) + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("setting", nargs="?", choices=[*SETTINGS])
+    parser.add_argument("seed", nargs="?", type=int)
+    parser.add_argument("--part", default="1/1")
+    args = parser.parse_args()
+    mine, parts = (int(number) for number in args.part.split("/"))
+    chosen = [args.setting] if args.setting else [*SETTINGS]
+    jobs = [(name, seed) for seed in range(5) for name in chosen if (seed < SETTINGS[name][1] if args.seed is None else seed == args.seed)]
+    for job in jobs[mine - 1 :: parts]:
+        one(*job)
+
+
+if __name__ == "__main__":
+    main()
