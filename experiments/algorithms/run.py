@@ -16,7 +16,7 @@ from mar.log import read_jsonl
 HERE = Path(__file__).parent
 RUNS, LOGS = Path("runs/algorithms"), HERE / "logs"
 # one reward and one learning rate for all, so that the estimator alone differs
-SHARED = ["+experiment=clinic", "model.lr=0.1", "eval.every=20", "eval.num_items=1000", "logger.console=plain"]
+SHARED = ["+experiment=clinic", "model.lr=0.1", "eval.every=35", "eval.num_items=1000", "logger.console=plain"]
 SETTINGS = {
     "rloo, to_go": (["algo=rloo", "algo.credit=to_go"], 5),
     "rloo, set": (["algo=rloo"], 5),
@@ -26,7 +26,7 @@ SETTINGS = {
     **{name: ([f"algo={name}"], 1) for name in ("dr_grpo", "dapo", "gspo", "cispo", "reinforce_pp", "ppo")},
     "paper": (["algo=paper", "algo.group_size=8", "algo.prompts_per_step=16", "algo.temperature=1"], 1),
 }
-CURVES = ("train/coverage", "train/ece", "reward/total", "policy/entropy", "adv/zero_group_frac", "optim/grad_norm")
+CURVES = ("train/coverage@3", "train/ece", "policy/entropy", "reward/total", "adv/zero_group_frac", "optim/grad_norm")
 
 
 def log_of(setting: str, seed: int) -> Path:

@@ -1,0 +1,62 @@
+"""The table and the figure of the algorithms on clinic, from logs/ alone:  `make report` writes them."""
+
+import json
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from experiments.algorithms.run import CURVES, SETTINGS
+from experiments.claims.summary import interval
+from experiments.peers.summary import told
+from mar import plots
+
+HERE = Path(__file__).parent
+METRICS = ("gap_closed", "coverage@3", "top1", "ece", "q_mse", "repeats_per_set")
+DRAWN = ("rloo, to_go", "rloo, set", "grpo", "reinforce", "own")
+Log = Mapping[str, Any]
+
+
+def read_logs() -> dict[str, list[Log]]:
+    """Setting -> its logs by seed, in the order of SETTINGS."""
+    found: dict[str, list[Log]] = defaultdict(list)
+    for file in sorted((HERE / "logs").glob("*.json")):
+        log = json.loads(file.read_text(encoding="utf-8"))
+        found[log["setting"]].append(log)
+    return {setting: found[setting] for setting in SETTINGS if setting in found}
+
+
+def markdown() -> str:
+    """One line a setting: mean ± half of Student's 95 % interval over seeds, after training."""
+    lines = [["setting", "seeds", *METRICS, "updates with a group of no spread"], ["---"] * (len(METRICS) + 3)]
+    for setting, logs in read_logs().items():
+        ends = [{"gap_closed": log["gap_closed"], **log["after"]} for log in logs]
+        flat = [sum(log["curves"]["adv/zero_group_frac"]) / len(log["curves"]["adv/zero_group_frac"]) for log in logs]
+        lines.append([setting, str(len(logs)), *(told([end[name] for end in ends], 3) for name in METRICS), told(flat, 3)])
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def over_seeds(logs: Sequence[Log]) -> list[dict[str, Any]]:
+    """The evaluations of a setting: means over its seeds with their intervals."""
+    rows = []
+    for at_step in zip(*(log["history"] for log in logs), strict=True):
+        found = {name: interval([row[name] for row in at_step]) for name in ("coverage@3", "ece")}
+        means = {name: value["mean"] for name, value in found.items()} | {"step": at_step[0]["step"]}
+        rows.append(means | {"interval": {name: (value["lo"], value["hi"]) for name, value in found.items()}})
+    return rows
+
+
+def write() -> None:
+    """curves.png: what training sees (lines) and 1,000 held-out patients (points), for the settings with several seeds."""
+    logs = {setting: own for setting, own in read_logs().items() if setting in DRAWN}
+    runs = {
+        setting: [
+            [{"step": i + 1, **{name: log["curves"][name][i] for name in CURVES}} for i in range(len(log["curves"]["train/ece"]))]
+            for log in own
+        ]
+        for setting, own in logs.items()
+    }
+    evals = {setting: over_seeds(own) for setting, own in logs.items()}
+    first = next(iter(logs.values()))[0]
+    plots.save({"curves": plots.learning_curves(runs, evals, CURVES[:3], first)}, HERE)
+    (HERE / "curves.svg").unlink()
