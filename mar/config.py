@@ -56,6 +56,7 @@ class DataOptions:
     eval_split: str = "test"  # tune on data.eval_split=validation
     num_train: int | None = number(None, low=1)  # null = all
     num_eval: int = "${eval.num_items}"  # type: ignore[assignment]
+    verifier: str = "auto"  # of answers in words: text, math (mar/tasks VERIFIERS); auto: the task's
     max_gold_words: int = number(3, low=1)  # a question whose golds are all longer is dropped and counted
     show_options: bool = False
     max_sentences: int | None = number(None, low=1)  # of a patient's sentences (mediQ) the first so many are shown
@@ -120,6 +121,9 @@ class RewardOptions:
     sum_rule: bool = False  # confidences that sum to more than 1 fail the format: for single-label tasks only
     duplicates: str = one_of(*DUPLICATES)  # a repeat earns nothing, or zeroes the whole answer reward
     sandbox: str = one_of("bubblewrap", "unsafe")  # where model-written programs run; unsafe: as you, on this machine
+    judge: str | None = None  # a URL up to /v1, OpenAI-compatible: asked about answers that are no gold by their words
+    judge_model: str = ""
+    judge_timeout_s: float = number(30.0, low=0, above=True)
     rank_weights: list[float] | None = None  # w_1 >= ... >= w_K on the hits
 
     @property

@@ -36,7 +36,7 @@ from mar.records import Prompt, UserError, exit_code
 from mar.rewards import RewardSpec
 from mar.rollout import judge_groups, make_decode, sample
 from mar.tasks.common import stable_hash
-from mar.verify import VERIFIERS
+from mar.tasks.programs import RUNNERS
 from mar.weights import load_model
 
 OPTIONS = {"k": "30", "num_answers": "1..6", "arms": "", "completions": "", "against": "", "out": ""}
@@ -126,7 +126,9 @@ class Questions:
         spec = RewardSpec(brier="paper" if arm.grammar.confident else "none")  # what an answer earns is not looked at
         rollouts = judge_groups(prompts, groups, arm.grammar, spec, self.verifier, self.decode)
         if broken := sum(r.unjudged > 0 for group in rollouts for r in group):
-            raise UserError(f"{broken} completions could not be judged, the sandbox has stopped working here: the same command goes on")
+            raise UserError(
+                f"{broken} completions could not be judged, the sandbox or the judge has stopped working: the same command goes on"
+            )
         return [item_of(p, [(r, r.text, len(r.completion.ids)) for r in g], self.verifier) for p, g in zip(prompts, rollouts, strict=True)]
 
 
@@ -190,7 +192,7 @@ def read_completions(file: Path, arm: Arm, questions: Questions, display: Displa
     """Texts written elsewhere, judged like our own. Every item keeps as many samples as the one with the fewest."""
     if not file.is_file():
         raise UserError(f"completions={file}: there is no such file")
-    if questions.verifier not in VERIFIERS:
+    if questions.verifier in RUNNERS:
         raise UserError(f"completions=<file> takes answers in words, and those of {questions.config.data.task} are programs")
     rows, broken = read_jsonl(file)
     if broken:

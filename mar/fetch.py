@@ -32,10 +32,13 @@ _NAMES = """token_embd embed_tokens  output_norm norm  blk layers  attn_norm inp
 RENAMED = dict(zip(_NAMES[::2], _NAMES[1::2], strict=True))  # a part of a GGUF tensor's name -> Hugging Face's
 
 
+def cache() -> Path:
+    return Path(os.environ.get("MAR_CACHE") or "~/.cache/mar").expanduser()
+
+
 def place(name: str, hub_id: str) -> Path:
     """Where in the cache a model belongs. Both sources of smollm2-135m have the same place."""
-    models = Path(os.environ.get("MAR_CACHE") or "~/.cache/mar").expanduser() / "models"
-    return models / (SMOLLM2 if name == SMOLLM2 and hub_id in (name, SMOLLM2_HUB) else hub_id.replace("/", "--"))
+    return cache() / "models" / (SMOLLM2 if name == SMOLLM2 and hub_id in (name, SMOLLM2_HUB) else hub_id.replace("/", "--"))
 
 
 def hashes(folder: Path) -> dict[str, str]:

@@ -14,8 +14,10 @@ import numpy as np
 
 from mar.grammar import RESERVED_TAG, Grammar, Parsed, parse
 from mar.metrics import NUM_BINS, brier_loss, ceiling_value, posteriors, set_value, tv_distance, union_curve
-from mar.records import Gold, Prompt, Rollout
-from mar.verify import VERIFIERS, matching_increments, normalise, repeats
+from mar.records import Gold, Prompt, Rollout, UserError
+from mar.tasks import How, matcher
+from mar.tasks.judge import Judge
+from mar.verify import matching_increments, normalise, repeats
 
 NUM_RESAMPLES, LEVEL = 1000, 0.95
 
@@ -55,11 +57,11 @@ class Item:
         return Item(**{**row, "sets": tuple(sets)})
 
 
-def item_of(prompt: Prompt, written: Sequence[tuple[Parsed | Rollout, str, int]], verifier: str) -> Item:
+def item_of(prompt: Prompt, written: Sequence[tuple[Parsed | Rollout, str, int]], verifier: How) -> Item:
     """Completions of one prompt, (as read, its text, number of tokens) each, judged against this item's own golds."""
     example, K = prompt.example, len(written[0][0].answers)
     golds, targets, known = example.golds, example.targets(), dict[tuple[str, int], tuple[int, ...]]()
-    match = VERIFIERS.get(verifier, lambda *_: ())  # programs have been run: a rollout knows its hits
+    match = matcher(verifier, example)
 
     def verify(answer: str, among: Sequence[Gold]) -> tuple[int, ...]:  # the same few answers come again and again
         if (answer, len(among)) not in known:
@@ -84,9 +86,15 @@ def item_of(prompt: Prompt, written: Sequence[tuple[Parsed | Rollout, str, int]]
     return Item(example.id, num_golds, example.multi_label, best, len(prompt.ids), tuple(judged(*one) for one in written))
 
 
-def read_item(prompt: Prompt, texts: Sequence[tuple[str, int]], grammar: Grammar, verifier: str) -> Item:
+def read_item(prompt: Prompt, texts: Sequence[tuple[str, int]], grammar: Grammar, verifier: How) -> Item:
     """The same of texts that nobody has read yet, (text, number of tokens) each."""
-    return item_of(prompt, [(parse(text, grammar, prompt.think_open), text, n) for text, n in texts], verifier)
+    written = [(parse(text, grammar, prompt.think_open), text, n) for text, n in texts]
+    if isinstance(verifier, Judge):
+        said = [(prompt.example, a) for parsed, *_ in written for a in parsed.answers if a is not None]
+        verifier.ask(said)
+        if not all(verifier.judged(*pair) for pair in said):
+            raise UserError(f"{prompt.id}: the judge gives no verdict on all of its answers; the same command goes on")
+    return item_of(prompt, written, verifier)
 
 
 @dataclass(frozen=True)
@@ -250,7 +258,7 @@ def statistics(items: Sequence[Item], confident: bool, curve: Mapping[str, np.nd
     }
 
 
-def set_metrics(rollouts: Sequence[Rollout], verifier: str, confident: bool) -> tuple[dict[str, float | None], dict[str, Statistic]]:
+def set_metrics(rollouts: Sequence[Rollout], verifier: How, confident: bool) -> tuple[dict[str, float | None], dict[str, Statistic]]:
     """Every metric of one set each, None where it is undefined, and the statistics behind them."""
     found = statistics([item_of(r.prompt, [(r, r.text, len(r.completion.ids))], verifier) for r in rollouts], confident)
     return {name: _value(statistic) for name, statistic in found.items()}, found

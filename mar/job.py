@@ -19,6 +19,7 @@ from mar.config import Config, ModelOptions, RewardOptions
 from mar.critic import Critic
 from mar.distributed import ALONE, World, gather_weights, shard
 from mar.draw import SamplingParams, Truncation
+from mar.fetch import cache as cache_folder
 from mar.grammar import Grammar, render
 from mar.log import Display, append_jsonl
 from mar.lora import adapt
@@ -29,11 +30,9 @@ from mar.protocol import Protocol
 from mar.records import Example, Prompt, UserError
 from mar.rewards import RewardSpec, first_open
 from mar.rollout import Decode, make_decode
-from mar.tasks import get_task
+from mar.tasks import How, find_verifier, get_task
 from mar.tasks.common import Source, aim
 from mar.tasks.medqa import chance_line
-from mar.tasks.programs import RUNNERS
-from mar.tasks.sandbox import require
 from mar.weights import load_model
 
 STOP_TOKENS = ("<|im_end|>", "<|eot_id|>")  # that chat templates end a turn with, beside the tokenizer's own end
@@ -117,13 +116,11 @@ def reward_of(r: RewardOptions) -> RewardSpec:
     return RewardSpec(**named | {"brier": r.brier if r.confident else "none", "rank_weights": tuple(r.rank_weights or ())})
 
 
-def verifier_of(config: Config) -> str:
-    """The task's verifier; where it runs programs, that of the sandbox asked for, which must work here."""
-    verifier, unsafe = get_task(config.data.task).verifier, config.reward.sandbox == "unsafe"
-    if verifier in RUNNERS:
-        require(unsafe)
-        verifier += "_unsafe" * unsafe
-    return verifier
+def verifier_of(config: Config) -> How:
+    """How answers are compared with golds, checked to work here."""
+    r, judge_folder = config.reward, cache_folder() / "judge"
+    judge = (r.judge, r.judge_model, r.judge_timeout_s)
+    return find_verifier(config.data.task, config.data.verifier, r.sandbox == "unsafe", judge, judge_folder)
 
 
 def sampling_params(config: Config, grammar: Grammar, tokenizer: Any, decode: Decode) -> SamplingParams:

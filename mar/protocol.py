@@ -13,6 +13,7 @@ from mar.model import Decoder
 from mar.records import Prompt, Rollout
 from mar.rewards import RewardSpec
 from mar.rollout import Decode, judge_groups, judged_only, sample
+from mar.tasks import How
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,7 @@ class Protocol:
     prompts: tuple[Prompt, ...]
     grammar: Grammar
     spec: RewardSpec
-    verifier: str
+    verifier: How
     decode: Decode
     params: SamplingParams
     kv_budget_tokens: int

@@ -14,8 +14,10 @@ from mar.model import Decoder
 from mar.records import Completion, Gold, Prompt, Rollout, UserError
 from mar.rewards import RewardSpec, reward
 from mar.sampler import Generation, Request, generate
+from mar.tasks import How, matcher
+from mar.tasks.judge import Judge
 from mar.tasks.programs import INFRASTRUCTURE, RUNNERS, Tests, Verdict, verify_programs
-from mar.verify import VERIFIERS, matching_increments, probabilities, repeats
+from mar.verify import matching_increments, probabilities, repeats
 
 Decode = Callable[[tuple[int, ...]], str]
 Verdicts = Mapping[tuple[str, Tests], Verdict]
@@ -75,7 +77,7 @@ def read(prompt: Prompt, completion: Completion, grammar: Grammar, decode: Decod
     return Reading(prompt, completion, text, starts, parse(text, grammar, prompt.think_open))
 
 
-def pay(reading: Reading, grammar: Grammar, spec: RewardSpec, verifier: str, verdicts: Verdicts) -> Rollout:
+def pay(reading: Reading, grammar: Grammar, spec: RewardSpec, verifier: How, verdicts: Verdicts) -> Rollout:
     """Match the answers to this prompt's own golds, or to its tests, and split the reward into components."""
     example, answers = reading.prompt.example, reading.parsed.answers
     if verifier in RUNNERS:  # as many golds as answers: each distinct program that passes takes one
@@ -88,7 +90,9 @@ def pay(reading: Reading, grammar: Grammar, spec: RewardSpec, verifier: str, ver
         keys = tuple(None if a is None else found[a].key for a in answers)
         unjudged = sum(verdict.outcome == INFRASTRUCTURE for verdict in found.values())
     else:
-        targets, keys, unjudged, verify = example.targets(), (), 0, VERIFIERS[verifier]
+        targets, keys, verify = example.targets(), (), matcher(verifier, example)
+        judge = verifier if isinstance(verifier, Judge) else None
+        unjudged = sum(judge is not None and not judge.judged(example, answer) for answer in answers if answer is not None)
         if example.drawn is None and example.truth in ("exact", "survey"):  # data.target=probabilities
             hits, targets = probabilities(answers, targets, verify), targets[:1]
         else:
@@ -115,15 +119,16 @@ def pay(reading: Reading, grammar: Grammar, spec: RewardSpec, verifier: str, ver
 
 
 def judge_groups(
-    prompts: Sequence[Prompt], groups: Sequence[Sequence[Completion]], grammar: Grammar, spec: RewardSpec, verifier: str, decode: Decode
+    prompts: Sequence[Prompt], groups: Sequence[Sequence[Completion]], grammar: Grammar, spec: RewardSpec, verifier: How, decode: Decode
 ) -> list[list[Rollout]]:
-    """Rollouts of every completion, each against its own prompt. Programs of all completions run side by side."""
+    """Rollouts of every completion, each against its own prompt. Programs of all completions run, and a judge is asked, side by side."""
     readings = [[read(prompt, completion, grammar, decode) for completion in group] for prompt, group in zip(prompts, groups, strict=True)]
     verdicts: Verdicts = {}
-    if verifier in RUNNERS:
-        written = [(a, r.prompt.example.tests) for group in readings for r in group for a in r.parsed.answers]
-        jobs = [(answer, tests) for answer, tests in written if answer is not None]
-        verdicts = verify_programs(jobs, unsafe=RUNNERS[verifier])
+    written = [(r.prompt.example, a) for group in readings for r in group for a in r.parsed.answers if a is not None]
+    if isinstance(verifier, Judge):
+        verifier.ask(written)
+    elif verifier in RUNNERS:
+        verdicts = verify_programs([(answer, example.tests) for example, answer in written], unsafe=RUNNERS[verifier])
     return [[pay(reading, grammar, spec, verifier, verdicts) for reading in group] for group in readings]
 
 
@@ -135,5 +140,5 @@ def judged_only(groups: Sequence[list[Rollout]], fewest: int = 2) -> list[list[R
     kept = [[r for r in group if not r.unjudged] for group in groups]
     kept = [group for group, whole in zip(kept, groups, strict=True) if len(group) >= min(fewest, len(whole))]
     if not kept:
-        raise UserError("no program of this step could be run: the sandbox has stopped working on this machine")
+        raise UserError("no completion of this step could be judged: the sandbox, or the judge, has stopped working")
     return kept

@@ -22,6 +22,23 @@ LEADING_POINT = re.compile(r"(?<![\w.])\.(?=[0-9])")
 SIGNS = r"(?<![+#%^])(?!(?<=\w)(?:\+\+?|[#%]|\^(?=\w))(?![+#%^]))[+#%^]+"
 STRAY = re.compile(r"(?<![0-9])\.|\.(?![0-9])|[,']|(?<=\S)-|-(?![0-9])|" + SIGNS)
 
+MONTHS = "january|february|march|april|may|june|july|august|september|october|november|december".split("|")
+DATE = re.compile(r"(?:(\d{1,2})(?:st|nd|rd|th)? (?:of )?([a-z]{3,9})|([a-z]{3,9}) (\d{1,2})(?:st|nd|rd|th)?) (\d{4})")
+UNITS = "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen".split()
+TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
+NUMBERS = {word: str(n) for n, word in enumerate(UNITS)} | {ten: f"{n}0" for n, ten in enumerate(TENS, 2)}
+NUMBERS |= {f"{ten} {one}": f"{n}{m}" for n, ten in enumerate(TENS, 2) for m, one in enumerate(UNITS[1:10], 1)}
+LONGEST_FORM = 40  # characters of what may be a number, a date or an abbreviation
+ABBREVIATIONS = {  # of medicine, as whole answers; none that commonly means two diseases
+    "af": "atrial fibrillation", "afib": "atrial fibrillation", "aki": "acute kidney injury", "ards": "acute respiratory distress syndrome",
+    "bph": "benign prostatic hyperplasia", "cad": "coronary artery disease", "chf": "congestive heart failure", "ckd": "chronic kidney disease",
+    "copd": "chronic obstructive pulmonary disease", "dka": "diabetic ketoacidosis", "dvt": "deep vein thrombosis",
+    "gerd": "gastroesophageal reflux disease", "htn": "hypertension", "ibd": "inflammatory bowel disease", "ibs": "irritable bowel syndrome",
+    "itp": "immune thrombocytopenic purpura", "mi": "myocardial infarction", "osa": "obstructive sleep apnea", "pe": "pulmonary embolism",
+    "pcos": "polycystic ovary syndrome", "pid": "pelvic inflammatory disease", "sle": "systemic lupus erythematosus", "tb": "tuberculosis",
+    "tia": "transient ischemic attack", "uti": "urinary tract infection", "urti": "upper respiratory tract infection",
+}  # fmt: skip
+
 
 class _Folding(dict[int, str]):
     """For `str.translate`, filled on demand: by character, as NFKD of a whole text is quadratic in runs of accents."""
@@ -43,21 +60,32 @@ class _Folding(dict[int, str]):
 FOLDING = _Folding()
 
 
+def _plain_form(words: str) -> str:
+    """One way of writing what is a number (a spelt one below 100; 3.50), a day (3rd of May 1999) or a medical abbreviation, as a whole."""
+    if date := DATE.fullmatch(words):
+        month = next((n for n, name in enumerate(MONTHS, 1) if name.startswith(date[2] or date[3])), 0)
+        return f"{date[5]} {month:02} {int(date[1] or date[4]):02}" if month else words  # what 1999-05-03 is by now
+    if re.fullmatch(r"-?\d+\.\d+%?", words):
+        return re.sub(r"\.?0+(?=%|$)", "", words)
+    return NUMBERS.get(words) or ABBREVIATIONS.get(words, words)
+
+
 def _normalise(text: str) -> str:
     words = STRAY.sub(" ", LEADING_POINT.sub("0.", JOINED.sub("", text.translate(FOLDING)))).split()
     kept: list[str] = []
     for word in words[:-1]:
         kept += [word] * (word not in ("the", "an") and bool(kept or word != "a"))  # "vitamin a deficiency" keeps its a
     signs = (c for c in text if unicodedata.category(c)[0] in "PS" and c not in BLANKS)  # an answer such as "+"
-    return " ".join(kept + words[-1:]) or "".join(signs)
+    found = " ".join(kept + words[-1:]) or "".join(signs)
+    return _plain_form(found) if len(found) <= LONGEST_FORM else found
 
 
 _normalise_short = lru_cache(maxsize=1 << 16)(_normalise)
 
 
 def normalise(text: str) -> str:
-    """The one form for matching, repeats and metrics: no case, accents, width, articles, punctuation, invisible signs.
-    Numbers keep point, sign, power and per cent. Linear in the length; "" only when nothing visible was written."""
+    """The one form for matching, repeats and metrics: no case, accents, width, articles, punctuation, invisible signs; numbers, days and medical
+    abbreviations in one form. Numbers keep point, sign, power and per cent. Linear in the length; "" only when nothing visible was written."""
     return _normalise_short(text) if len(text) <= 200 else _normalise(text)
 
 
@@ -71,9 +99,6 @@ def text_verifier(answer: str, golds: Sequence[Gold]) -> tuple[int, ...]:
     """The golds whose name or one of whose aliases the answer is."""
     wanted = normalise(answer)
     return tuple(i for i, gold in enumerate(golds) if wanted in _names(gold))
-
-
-VERIFIERS: dict[str, Verifier] = {"text": text_verifier}
 
 
 def probabilities(answers: Answers, golds: Sequence[Gold], verifier: Verifier = text_verifier) -> tuple[float, ...]:

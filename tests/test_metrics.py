@@ -12,7 +12,8 @@ from sklearn.metrics import brier_score_loss
 from mar.itemstats import ece_of, set_metrics
 from mar.metrics import gap_closed, known_bounds, student
 from mar.records import Completion, Example, Gold, Prompt, Rollout
-from mar.verify import VERIFIERS, matching_increments, repeats
+from mar.tasks import VERIFIERS
+from mar.verify import matching_increments, repeats
 
 NAN = float("nan")
 

@@ -86,5 +86,5 @@ def test_groups_that_shrink_too_far_are_left_out():
     groups = [[whole] * 4, [whole] * 3 + [broken], [whole, broken]]
     assert [len(g) for g in judged_only(groups)] == [4, 3] and [len(g) for g in judged_only(groups, 4)] == [4]
     assert judged_only([[whole]]) == [[whole]]
-    with pytest.raises(UserError, match="sandbox has stopped"):
+    with pytest.raises(UserError, match="has stopped working"):
         judged_only([[broken, broken]])

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from mar.grammar import Grammar, parse, render
 from mar.records import Gold
 from mar.rewards import RewardSpec, reward
-from mar.verify import VERIFIERS, matching_increments, normalise, repeats, text_verifier
+from mar.tasks import VERIFIERS
+from mar.verify import matching_increments, normalise, repeats, text_verifier
 from mar_kernels import answer_advantages
 
 GRAMMAR, SPEC = Grammar("rlcr_multi", 3), RewardSpec()

@@ -8,7 +8,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from mar.records import Gold
-from mar.verify import VERIFIERS, matching_increments, normalise, repeats, text_verifier
+from mar.tasks import VERIFIERS
+from mar.verify import matching_increments, normalise, repeats, text_verifier
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]) | st.sampled_from(".,-+#%^'5aA é½⁵the "), max_size=12)
 
@@ -49,6 +50,22 @@ TEXT = st.text(st.characters(exclude_categories=["Cs"]) | st.sampled_from(".,-+#
         ("C++", "c++"),
         ("C#", "c#"),
         ("+", "+"),
+        ("3.50", "3.5"),
+        ("-2.00 %", "-2%"),
+        ("100", "100"),
+        ("3.10.0", "3.10.0"),
+        ("Twenty-one", "21"),
+        ("the seven", "7"),
+        ("seven dwarfs", "seven dwarfs"),
+        ("3rd of May, 1999", "1999 05 03"),
+        ("May 3, 1999", "1999 05 03"),
+        ("1999-05-03", "1999 05 03"),
+        ("12 Sept 2001", "2001 09 12"),
+        ("ma 3 1999", "ma 3 1999"),
+        ("mayor 3 1999", "mayor 3 1999"),
+        ("May 1999", "may 1999"),
+        ("M.I.", "myocardial infarction"),
+        ("acute MI", "acute mi"),
         ("", ""),
         (" \u200b\u3164\u2800", ""),
     ],

@@ -5,15 +5,24 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
-from mar.records import UserError
+from mar.records import Example, UserError
 from mar.tasks import ambigqa, clinic, ddxplus, hotpotqa, jsonl, mbpp, medqa, protoqa
 from mar.tasks.common import Loaded, Source, load_rows
+from mar.tasks.judge import Judge, make_judge
+from mar.tasks.mathematics import math_verifier, require_math
+from mar.tasks.programs import RUNNERS
+from mar.tasks.sandbox import require
+from mar.verify import Verifier, text_verifier
+
+How = str | Judge  # a key of VERIFIERS or of programs.RUNNERS, or a judge
+VERIFIERS: dict[str, Verifier] = {"text": text_verifier, "math": math_verifier}
 
 
 @dataclass(frozen=True)
 class Task:
-    """How a task is loaded and spoken of. `noun` is one answer in the prompt, `verifier` a key of verify.VERIFIERS or of programs.RUNNERS,
+    """How a task is loaded and spoken of. `noun` is one answer in the prompt, `verifier` a key of VERIFIERS or of programs.RUNNERS,
     `targets` what data.target may be. All golds at once (`set`) is another objective: never for a distribution, of which one gold is right.
     `embedded`: `load` makes its examples itself, from no file (data.source=embedded)."""
 
@@ -52,3 +61,27 @@ def get_task(name: str) -> Task:
     if name not in TASKS:
         raise UserError(f"unknown task {name!r}: data.task is one of {', '.join(sorted(TASKS))}")
     return TASKS[name]
+
+
+def matcher(verifier: How, example: Example) -> Verifier:
+    """How answers to an example are compared with golds. Programs have been run: they are compared with nothing."""
+    return partial(verifier.verify, example) if isinstance(verifier, Judge) else VERIFIERS.get(verifier, lambda *_: ())
+
+
+def find_verifier(task: str, asked: str, unsafe: bool, judge: tuple[str | None, str, float], judge_folder: Path) -> How:
+    """How the answers of a task are compared with golds; `asked` is auto or a key of VERIFIERS, `judge` its URL, model and seconds. Raises UserError
+    where the sandbox, the judge or math-verify does not work here."""
+    verifier, (url, model, timeout_s) = get_task(task).verifier, judge
+    if verifier in RUNNERS:
+        if url or asked != "auto":
+            raise UserError(f"reward.judge and data.verifier are for answers in words, and those of {task} are programs: leave them out")
+        require(unsafe)
+        return verifier + "_unsafe" * unsafe
+    verifier = verifier if asked == "auto" else asked
+    if verifier not in VERIFIERS:
+        raise UserError(f"data.verifier={verifier} is unknown: choose auto, {', '.join(VERIFIERS)}")
+    if url and verifier != "text":
+        raise UserError(f"reward.judge reads words and data.verifier={verifier} does not: leave one of them out")
+    if verifier == "math":
+        require_math()
+    return make_judge(url, model, timeout_s, judge_folder) if url else verifier
