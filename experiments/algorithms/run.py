@@ -16,7 +16,7 @@ from mar.log import read_jsonl
 HERE = Path(__file__).parent
 RUNS, LOGS = Path("runs/algorithms"), HERE / "logs"
 # one reward and one learning rate for all, so that the estimator alone differs
-SHARED = ["+experiment=clinic", "model.lr=0.1", "eval.every=35", "eval.num_items=1000", "logger.console=plain"]
+SHARED = ["+experiment=clinic", "model.lr=0.1", "train.steps=140", "eval.every=35", "eval.num_items=1000", "logger.console=plain"]
 SETTINGS = {
     "rloo, to_go": (["algo=rloo", "algo.credit=to_go"], 5),
     "rloo, set": (["algo=rloo"], 5),

@@ -21,6 +21,7 @@ SHARED = [
     "+experiment=clinic",
     "algo=reinforce",
     "model.lr=0.1",
+    "train.steps=140",
 ]  # what the first logs were made with; the experiment's own have changed since
 TRAINED = {
     "multi_rlcr": ["reward=multi_rlcr"],
