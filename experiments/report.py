@@ -15,6 +15,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from experiments.algorithms import summary as algorithms
 from experiments.claims import summary
 from experiments.ddxplus_smollm2 import summary as ddxplus
 from experiments.peers import summary as peers
@@ -24,11 +25,7 @@ from mar.log import shown
 from mar.metrics import SHOWN_METRICS
 
 ROOT = Path(__file__).resolve().parents[1]
-BLOCK = re.compile(
-    r"(?P<open><!-- (?:logs? (?P<paths>[^>]+?)|(?P<made>claims|peers|plan tracked|plan computed|ddxplus|ddxplus learning|two steps)) -->\n)"
-    r".*?(?P<close><!-- end -->)",
-    re.DOTALL,
-)
+BLOCK = re.compile(r"(?P<open><!-- (?:logs? (?P<paths>[^>]+?)|(?P<made>[a-z ]+)) -->\n).*?(?P<close><!-- end -->)", re.DOTALL)
 
 
 MADE = {  # what stands after `<!-- name -->`
@@ -39,6 +36,7 @@ MADE = {  # what stands after `<!-- name -->`
     "ddxplus": ddxplus.markdown,
     "ddxplus learning": ddxplus.learning,
     "two steps": two_steps.markdown,
+    "algorithms": algorithms.markdown,
 }
 
 
@@ -97,8 +95,9 @@ def main() -> None:
     if summary.stale():
         summary.write()
         print("wrote experiments/claims/results.json and figures")
-    if ROOT / "experiments/peers/README.md" in stale:
-        peers.write()
+    for drawn in (peers, algorithms):
+        if drawn.HERE / "README.md" in stale:
+            drawn.write()
     for file, text in stale.items():
         file.write_text(text, encoding="utf-8")
         print(f"wrote {file.relative_to(ROOT)}")

@@ -3,6 +3,7 @@
 Tokens are shifted once, in `pack_groups`; denominators are counted once, here, over the whole step.
 """
 
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 
@@ -83,13 +84,17 @@ class MicroBatch:
         return column[self.rows][mask[self.rows]]
 
 
-def micro_batches(batch: Batch, max_tokens: int) -> Iterator[MicroBatch]:
-    """Groups in order, as many at a time as fit `max_tokens` computed positions (at least one), or slices of a group that does not fit."""
+def micro_batches(batch: Batch, max_tokens: int, ranks: int = 1) -> Iterator[MicroBatch]:
+    """Groups in order, as many at a time as fit `max_tokens` computed positions (at least one), or slices of a group that does not fit. For several
+    ranks as many for each, and the largest as small as that allows."""
     pieces: list[Sequence[Rollout]] = []
     for group in batch.groups:
         pieces += chunks(group, [len(r.completion.ids) for r in group], max_tokens - len(group[0].prompt.ids))
-    row = 0
-    for chosen in chunks(pieces, [len(p[0].prompt.ids) + sum(len(r.completion.ids) for r in p) for p in pieces], max_tokens):
+    row, sizes = 0, [len(p[0].prompt.ids) + sum(len(r.completion.ids) for r in p) for p in pieces]
+    if ranks > 1:
+        most = -(-len(chunks(pieces, sizes, max_tokens)) // ranks) * ranks
+        max_tokens = bisect_left(range(max_tokens), True, key=lambda limit: len(chunks(pieces, sizes, limit)) <= most)
+    for chosen in chunks(pieces, sizes, max_tokens):
         completions = [[r.completion.ids.tolist() for r in p] for p in chosen]
         packed = pack_groups([p[0].prompt.ids for p in chosen], completions, batch.group_ids.device)
         count = sum(len(p) for p in chosen)

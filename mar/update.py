@@ -30,7 +30,7 @@ MAXIMA = ("ratio_max", "sampler_mismatch_max")  # of what is logged; the rest ar
 @torch.no_grad()
 def one_pass(run: Callable[[PackedGroups], Tensor], batch: Batch, max_tokens: int, world: World) -> Tensor:
     """What `run` says of each completion token, [B, T], zero elsewhere."""
-    said = [(run(micro.packed).cpu(), factor) for micro, factor in world.deal(list(micro_batches(batch, max_tokens)))]
+    said = [(run(micro.packed).cpu(), factor) for micro, factor in world.deal(list(micro_batches(batch, max_tokens, world.size)))]
     flat = torch.cat(world.gather([part for part, factor in said if factor])).to(batch.completion_mask.device)
     return flat.new_zeros(batch.completion_mask.shape).masked_scatter(batch.completion_mask, flat)
 
@@ -114,7 +114,7 @@ def _joined(world: World, logs: list[dict[str, float]]) -> Logs:
 def _policy_pass(job: Job, batch: Batch, columns: Columns, bonus: float) -> Logs:
     """Gradients of one minibatch, in micro-batches that add up to the same whatever the cut; what is logged."""
     algo, world, logs = job.config.algo, job.world, list[dict[str, float]]()
-    for micro, factor in world.deal(list(micro_batches(batch, job.config.train.micro_batch_tokens))):
+    for micro, factor in world.deal(list(micro_batches(batch, job.config.train.micro_batch_tokens, world.size))):
         logprobs, entropy, _ = job.model(micro.packed, algo.temperature)
         c = flat_columns(micro, batch, columns, logprobs.dtype)
         c = {"old_logprobs": logprobs.detach(), **c}
@@ -133,7 +133,7 @@ def _policy_pass(job: Job, batch: Batch, columns: Columns, bonus: float) -> Logs
 
 def _critic_pass(job: Job, critic: nn.Module, batch: Batch, columns: Columns) -> Logs:
     world, logs = job.world, list[dict[str, float]]()
-    for micro, factor in world.deal(list(micro_batches(batch, job.config.train.micro_batch_tokens))):
+    for micro, factor in world.deal(list(micro_batches(batch, job.config.train.micro_batch_tokens, world.size))):
         values = critic(micro.packed)
         c = flat_columns(micro, batch, columns, values.dtype)
         loss = value_loss(values, c["values"], c["returns"], c["weights"], job.config.algo.value_clip)

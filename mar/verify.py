@@ -28,7 +28,6 @@ UNITS = "zero one two three four five six seven eight nine ten eleven twelve thi
 TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
 NUMBERS = {word: str(n) for n, word in enumerate(UNITS)} | {ten: f"{n}0" for n, ten in enumerate(TENS, 2)}
 NUMBERS |= {f"{ten} {one}": f"{n}{m}" for n, ten in enumerate(TENS, 2) for m, one in enumerate(UNITS[1:10], 1)}
-LONGEST_FORM = 40  # characters of what may be a number, a date or an abbreviation
 ABBREVIATIONS = {  # of medicine, as whole answers; none that commonly means two diseases
     "af": "atrial fibrillation", "afib": "atrial fibrillation", "aki": "acute kidney injury", "ards": "acute respiratory distress syndrome",
     "bph": "benign prostatic hyperplasia", "cad": "coronary artery disease", "chf": "congestive heart failure", "ckd": "chronic kidney disease",
@@ -76,8 +75,7 @@ def _normalise(text: str) -> str:
     for word in words[:-1]:
         kept += [word] * (word not in ("the", "an") and bool(kept or word != "a"))  # "vitamin a deficiency" keeps its a
     signs = (c for c in text if unicodedata.category(c)[0] in "PS" and c not in BLANKS)  # an answer such as "+"
-    found = " ".join(kept + words[-1:]) or "".join(signs)
-    return _plain_form(found) if len(found) <= LONGEST_FORM else found
+    return _plain_form(" ".join(kept + words[-1:]) or "".join(signs))
 
 
 _normalise_short = lru_cache(maxsize=1 << 16)(_normalise)

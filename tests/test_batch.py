@@ -142,3 +142,21 @@ def test_one_token_completions_learn_and_empty_ones_are_refused(tiny_model):
     assert np.isfinite(loss) and gradients.norm() > 0
     with pytest.raises(ValueError, match="group 1 has an empty"):
         list(micro_batches(make_batch(fake_groups((3, 2), ((1, 1), (1, 0))), FIRST_OPEN), 10**6))
+
+
+@pytest.mark.parametrize(
+    ("max_tokens", "ranks", "expected"),
+    [
+        (10**6, 1, [61]),
+        (10**6, 2, [34, 27]),
+        (10**6, 3, [20, 14, 27]),
+        (10**6, 4, [20, 14, 27]),
+        (58, 2, [34, 27]),
+        (26, 2, [20, 14, 22, 16]),
+    ],
+)
+def test_every_rank_gets_as_many_micro_batches_of_the_smallest_size(max_tokens, ranks, expected):
+    """Positions computed in each; no finer than a group, or the part of one that fits the limit."""
+    cut = list(micro_batches(make_batch(fake_groups(), FIRST_OPEN), max_tokens, ranks))
+    assert [len(m.packed.ids) for m in cut] == expected
+    assert [row for m in cut for row in range(m.rows.start, m.rows.stop)] == list(range(12))

@@ -28,7 +28,7 @@ def read_logs() -> dict[str, list[Log]]:
 
 def markdown() -> str:
     """One line a setting: mean ± half of Student's 95 % interval over seeds, after training."""
-    lines = [["setting", "seeds", *METRICS, "updates with a group of no spread"], ["---"] * (len(METRICS) + 3)]
+    lines = [["setting", "seeds", *METRICS, "groups without spread"], ["---"] * (len(METRICS) + 3)]
     for setting, logs in read_logs().items():
         ends = [{"gap_closed": log["gap_closed"], **log["after"]} for log in logs]
         flat = [sum(log["curves"]["adv/zero_group_frac"]) / len(log["curves"]["adv/zero_group_frac"]) for log in logs]
