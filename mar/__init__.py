@@ -1,3 +1,9 @@
 """mar: multi-answer reinforcement learning of language models, from scratch in PyTorch."""
 
+import signal
+import sys
+
 __version__ = "0.1.0"
+
+if sys.argv[:1] == ["-m"]:  # a command of ours is being loaded, for seconds: Ctrl-C leaves no traceback; then `exit_code` takes over
+    signal.signal(signal.SIGINT, signal.SIG_DFL)

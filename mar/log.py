@@ -55,21 +55,18 @@ def read_jsonl(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
     return rows, broken
 
 
-def append_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+def append_jsonl(path: Path, rows: Iterable[Mapping[str, Any]], mode: str = "a", indent: int | None = None) -> None:
     """Append rows, one JSON document a line, and wait until they are on the disk."""
-    with path.open("a", encoding="utf-8") as file:
-        for row in rows:
-            file.write(json.dumps(plain(row), ensure_ascii=False) + "\n")
+    with path.open(mode, encoding="utf-8") as file:
+        file.writelines(json.dumps(plain(row), ensure_ascii=False, indent=indent) + "\n" for row in rows)
         file.flush()
         os.fsync(file.fileno())
 
 
-def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]], indent: int | None = None) -> None:
     """Write a file of rows so that a reader never sees half of it."""
-    temporary = path.with_suffix(".tmp")
-    temporary.unlink(missing_ok=True)
-    append_jsonl(temporary, rows)
-    temporary.replace(path)
+    append_jsonl(path.with_suffix(".tmp"), rows, "w", indent)
+    path.with_suffix(".tmp").replace(path)
 
 
 def truncate_jsonl(path: Path, last_step: int) -> None:
@@ -80,12 +77,7 @@ def truncate_jsonl(path: Path, last_step: int) -> None:
 
 def write_json(path: Path, document: Mapping[str, Any]) -> None:
     """Write one JSON document so that a reader never sees half of it."""
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(json.dumps(plain(document), indent=2) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    write_jsonl(path, [document], indent=2)
 
 
 def runs_of(starts: Sequence[int], values: Sequence[float]) -> list[list[float]]:
@@ -119,13 +111,8 @@ def completion_row(rollout: Rollout, stage: str, step: int, advantages: Sequence
 class Display:
     """Progress of a run: a live bar on a terminal, plain lines elsewhere. Goes to stderr-free stdout; the last line is the caller's JSON."""
 
-    SHOWN = {
-        "reward/total": "reward",
-        "reward/coverage": "coverage",
-        "train/ece": "ece",
-        "train/format_rate": "format",
-        "perf/tokens_per_s": "tok/s",
-    }
+    SHOWN = {"reward": "reward/total", "coverage": "reward/coverage", "ece": "train/ece", "format": "train/format_rate"}
+    SHOWN |= {"tok/s": "perf/tokens_per_s"}
 
     def __init__(self, mode: str, first_step: int, num_steps: int):
         self.console = Console()
@@ -154,7 +141,7 @@ class Display:
         """Show the metrics of a finished step (counted from 1)."""
         if self.mirror:
             self.mirror.step(step, plain(metrics))
-        values = {label: metrics[key] for key, label in self.SHOWN.items() if metrics.get(key) is not None}
+        values = {label: metrics[key] for label, key in self.SHOWN.items() if metrics.get(key) is not None}
         line = "  ".join(f"{label} {value:,.0f}" if label == "tok/s" else f"{label} {value:.3f}" for label, value in values.items())
         if self.progress:
             self.progress.update(self.task, completed=step, line=line)

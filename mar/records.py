@@ -1,5 +1,6 @@
 """The records that travel from the task files to the loss. A field means one thing for ever; nothing here imports torch."""
 
+import signal
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -15,6 +16,8 @@ class UserError(Exception):
 
 def exit_code(command: Callable[[], object], interrupted: str = "interrupted") -> int:
     """Run a command: its own code if it returns one, else 0; 2 for a user's mistake, 130 for Ctrl-C, each said in one sentence."""
+    if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         code = command()
         return code if isinstance(code, int) else 0

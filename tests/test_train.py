@@ -277,3 +277,10 @@ def test_a_misspelt_word_is_one_sentence(word: str, capsys: pytest.CaptureFixtur
     assert word.partition("=")[2 if word.startswith("+") else 0] in said.err
     refuse_unknown_words(["-m", word])  # a sweep's words are read by Hydra
     refuse_unknown_words(["+experiment=clinic", "algo.group_size=4"])
+
+
+def test_ctrl_c_while_the_code_is_loaded_leaves_no_traceback():
+    run = subprocess.Popen([sys.executable, "-m", "mar.train", "+experiment=medqa"], stderr=subprocess.PIPE, text=True)
+    time.sleep(1)
+    run.send_signal(signal.SIGINT)
+    assert "Traceback" not in run.communicate()[1] and run.returncode in (-signal.SIGINT, 130)
