@@ -34,7 +34,7 @@ for line in sys.stdin:
 def require_math() -> None:
     """UserError where math-verify is not installed."""
     if importlib.util.find_spec("math_verify") is None:
-        raise UserError("data.verifier=math needs the package math-verify: pip install 'mar[eval]'")
+        raise UserError("data.verifier=math needs the package math-verify: pip install -e '.[eval]'")
 
 
 @lru_cache(maxsize=1)
