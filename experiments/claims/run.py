@@ -29,6 +29,8 @@ TRAINED = {
     "rlcr_single": ["reward=rlcr_single"],
     "rlvr_single": ["reward=rlvr_single"],
     "pass_at_k": ["reward=rlvr_single", "algo.credit=set", "algo.pass_k=3"],
+    # the least noisy credit, and five times as long: what of the aims is a matter of time
+    "multi_rlcr_700": ["reward=multi_rlcr", "algo.credit=own", "reward.brier_weight=3", "model.lr=0.15", "train.steps=700"],
 }
 UNTRAINED = {"base": "policy", "single": "single", "prompted_k": "prompted_k", "verbalized": "verbalized"}  # arm of the same evaluation
 

@@ -13,7 +13,18 @@ import numpy as np
 from mar.metrics import gap_closed, student
 
 HERE = Path(__file__).parent
-ORDER = ("multi_rlcr", "multi_rlvr", "rlcr_single", "rlvr_single", "pass_at_k", "base", "single", "prompted_k", "verbalized")
+ORDER = (
+    "multi_rlcr",
+    "multi_rlvr",
+    "rlcr_single",
+    "rlvr_single",
+    "pass_at_k",
+    "multi_rlcr_700",
+    "base",
+    "single",
+    "prompted_k",
+    "verbalized",
+)
 KS = range(3, 31, 3)
 OF_SETS = ("top1", "top1_conf", "ece", "set_ece", "brier", "q_mse", "tokens_per_set", "tv_distance", "format_rate")
 Log = Mapping[str, Any]
@@ -106,7 +117,7 @@ def figures(logs: Mapping[str, Sequence[Log]]) -> dict[str, Any]:
     """coverage, reliability (first seed), unique answers and tokens per answer."""
     from mar import plots
 
-    arms = {method: averaged(own) for method, own in logs.items()}
+    arms = {method: averaged(own) for method, own in logs.items() if method != "multi_rlcr_700"}  # of another length
     whole = {method: arm for method, arm in arms.items() if arm["num_answers"] * arm["num_sets"] == max(KS)}
     confident = {method: arm for method, arm in arms.items() if arm["reliability"] and method in ("multi_rlcr", "rlcr_single", "base")}
     bars = next(iter(logs.values()))[0]["bars"]
