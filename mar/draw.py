@@ -7,6 +7,7 @@ be re-made alone, in any batch, on any number of ranks.
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -61,6 +62,7 @@ class SamplingParams:
     think_budget: int | None = None
     think_close: tuple[int, ...] = ()
     decode: Callable[[tuple[int, ...]], str] | None = None  # needed by stop_strings and think_budget
+    on_done: Callable[[int, Any], None] | None = None  # called with the number of a completion, and the completion, as soon as it is there
 
     def __post_init__(self) -> None:
         if (self.stop_strings or self.think_budget is not None) and self.decode is None:

@@ -36,7 +36,7 @@ from mar.records import Prompt, UserError, exit_code
 from mar.rewards import RewardSpec
 from mar.rollout import judge_groups, make_decode, sample
 from mar.tasks.common import stable_hash
-from mar.tasks.programs import RUNNERS
+from mar.tasks.programs import Runner
 from mar.weights import load_model
 
 OPTIONS = {"k": "30", "num_answers": "1..6", "arms": "", "completions": "", "against": "", "out": ""}
@@ -192,7 +192,7 @@ def read_completions(file: Path, arm: Arm, questions: Questions, display: Displa
     """Texts written elsewhere, judged like our own. Every item keeps as many samples as the one with the fewest."""
     if not file.is_file():
         raise UserError(f"completions={file}: there is no such file")
-    if questions.verifier in RUNNERS:
+    if isinstance(questions.verifier, Runner):
         raise UserError(f"completions=<file> takes answers in words, and those of {questions.config.data.task} are programs")
     rows, broken = read_jsonl(file)
     if broken:

@@ -1,8 +1,8 @@
 """Prompts to rollouts: sample, read, verify, pay. Ends at rewards; nothing here is differentiated."""
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -13,14 +13,13 @@ from mar.grammar import Grammar, Parsed, decode_with_starts, parse
 from mar.model import Decoder
 from mar.records import Completion, Gold, Prompt, Rollout, UserError
 from mar.rewards import RewardSpec, reward
-from mar.sampler import Generation, Request, generate
+from mar.sampler import Generation, Request, Sampled, generate
 from mar.tasks import How, matcher
-from mar.tasks.judge import Judge
-from mar.tasks.programs import INFRASTRUCTURE, RUNNERS, Tests, Verdict, verify_programs
+from mar.tasks.programs import Runner
 from mar.verify import matching_increments, probabilities, repeats
 
 Decode = Callable[[tuple[int, ...]], str]
-Verdicts = Mapping[tuple[str, Tests], Verdict]
+Begin = Callable[[Prompt, Completion], None]
 REMEMBERED_TOKENS = 32  # longer texts do not come again
 
 
@@ -34,6 +33,10 @@ def make_decode(tokenizer: Any) -> Decode:
     return lambda ids: remembered(ids) if len(ids) <= REMEMBERED_TOKENS else read(ids)
 
 
+def completed(g: int, s: Sampled) -> Completion:
+    return Completion(g, s.ids, s.sampler_logprobs, s.full_logprobs, s.finish_reason, s.inserted)
+
+
 def sample(
     model: Decoder,
     prompts: Sequence[Prompt],
@@ -42,20 +45,20 @@ def sample(
     kv_budget_tokens: int,
     identity: tuple[int | str, ...],
     share: slice = slice(None),
+    begin: Begin | None = None,
 ) -> tuple[list[list[Completion]], Generation]:
     """`group_size` completions of every prompt of `share`, and how the sampler did. `identity` (run seed, stage, step), prompt id, its occurrence
-    among all prompts and sample index fix every draw."""
+    among all prompts and sample index fix every draw. `begin` gets each completion as soon as it is done."""
     seen: Counter[str] = Counter()  # a prompt asked twice in one step gets two different groups
     requests = []
     for p in prompts:
         requests.append(Request(p.ids, tuple(stream_key(*identity, p.id, seen[p.id], g) for g in range(group_size))))
         seen[p.id] += 1
+    mine = prompts[share]
+    if begin:
+        params = replace(params, on_done=lambda i, s: begin(mine[i // group_size], completed(i % group_size, s)))
     generation = generate(model, requests[share], params, kv_budget_tokens)
-    completions = [
-        [Completion(g, s.ids, s.sampler_logprobs, s.full_logprobs, s.finish_reason, s.inserted) for g, s in enumerate(group)]
-        for group in generation.groups
-    ]
-    return completions, generation
+    return [[completed(g, s) for g, s in enumerate(group)] for group in generation.groups], generation
 
 
 @dataclass(frozen=True)
@@ -77,27 +80,25 @@ def read(prompt: Prompt, completion: Completion, grammar: Grammar, decode: Decod
     return Reading(prompt, completion, text, starts, parse(text, grammar, prompt.think_open))
 
 
-def pay(reading: Reading, grammar: Grammar, spec: RewardSpec, verifier: How, verdicts: Verdicts) -> Rollout:
+def pay(reading: Reading, grammar: Grammar, spec: RewardSpec, verifier: How) -> Rollout:
     """Match the answers to this prompt's own golds, or to its tests, and split the reward into components."""
     example, answers = reading.prompt.example, reading.parsed.answers
-    if verifier in RUNNERS:  # as many golds as answers: each distinct program that passes takes one
-        found = {answer: verdicts[answer, example.tests] for answer in answers if answer is not None}
+    if isinstance(verifier, Runner):  # as many golds as answers: each distinct program that passes takes one
+        found = {answer: verifier.verdict(example, answer) for answer in answers if answer is not None}
         targets: tuple[Gold, ...] = (Gold("a program that passes"),) * len(answers)
         hits, _ = matching_increments(
             answers, targets, lambda a, _: tuple(range(len(answers))) * (found[a].outcome == "passed"), lambda a: found[a].key
         )
         repeated = repeats(answers, key=lambda a: found[a].key)
         keys = tuple(None if a is None else found[a].key for a in answers)
-        unjudged = sum(verdict.outcome == INFRASTRUCTURE for verdict in found.values())
     else:
         targets, keys, verify = example.targets(), (), matcher(verifier, example)
-        judge = verifier if isinstance(verifier, Judge) else None
-        unjudged = sum(judge is not None and not judge.judged(example, answer) for answer in answers if answer is not None)
         if example.drawn is None and example.truth in ("exact", "survey"):  # data.target=probabilities
             hits, targets = probabilities(answers, targets, verify), targets[:1]
         else:
             hits, _ = matching_increments(answers, targets, verify)
         repeated = repeats(answers, example.golds, verify)
+    unjudged = 0 if isinstance(verifier, str) else sum(not verifier.judged(example, a) for a in {*answers} if a is not None)
     earned = reward(reading.parsed, hits, repeated, len(targets), grammar, spec)
     return Rollout(
         prompt=reading.prompt,
@@ -123,13 +124,19 @@ def judge_groups(
 ) -> list[list[Rollout]]:
     """Rollouts of every completion, each against its own prompt. Programs of all completions run, and a judge is asked, side by side."""
     readings = [[read(prompt, completion, grammar, decode) for completion in group] for prompt, group in zip(prompts, groups, strict=True)]
-    verdicts: Verdicts = {}
-    written = [(r.prompt.example, a) for group in readings for r in group for a in r.parsed.answers if a is not None]
-    if isinstance(verifier, Judge):
-        verifier.ask(written)
-    elif verifier in RUNNERS:
-        verdicts = verify_programs([(answer, example.tests) for example, answer in written], unsafe=RUNNERS[verifier])
-    return [[pay(reading, grammar, spec, verifier, verdicts) for reading in group] for group in readings]
+    if not isinstance(verifier, str):
+        verifier.ask((r.prompt.example, a) for group in readings for r in group for a in r.parsed.answers if a is not None)
+    rollouts = [[pay(reading, grammar, spec, verifier) for reading in group] for group in readings]
+    if isinstance(verifier, Runner):
+        verifier.running.clear()  # a breakdown may be tried again
+    return rollouts
+
+
+def beginner(grammar: Grammar, verifier: How, decode: Decode) -> Begin | None:
+    """What `sample` calls with each completion as it is done: its programs start to run while others are still being sampled."""
+    if not isinstance(verifier, Runner):
+        return None
+    return lambda p, c: verifier.ask((p.example, a) for a in read(p, c, grammar, decode).parsed.answers if a is not None)
 
 
 def judged_only(groups: Sequence[list[Rollout]], fewest: int = 2) -> list[list[Rollout]]:

@@ -241,6 +241,8 @@ class _Slots:
             inserted = (start, min(start + len(self.close), n)) if start < n else (0, 0)
             columns_of_row = (tokens[i, :n].copy(), drawn[i, :n].copy(), full[i, :n].copy())
             self.results[completion] = Sampled(*columns_of_row, reason, inserted)
+            if self.params.on_done:
+                self.params.on_done(completion, self.results[completion])
             self.unfinished[self.owner[completion]] -= 1
             if self.unfinished[self.owner[completion]] == 0:
                 self.free_prompts.append(self.slot_of.pop(self.owner[completion]))

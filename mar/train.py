@@ -32,7 +32,7 @@ from mar.metrics import SHOWN_METRICS, known_bounds
 from mar.mirror import Mirror
 from mar.protocol import measure, summary
 from mar.records import Rollout, UserError, exit_code
-from mar.rollout import judge_groups, judged_only, sample
+from mar.rollout import beginner, judge_groups, judged_only, sample
 from mar.update import prepare, update
 
 
@@ -60,7 +60,7 @@ def train_step(job: Job, step: int) -> tuple[dict[str, Any], list[Rollout], Tens
     config, p, world = job.config, job.protocol, job.world
     clock = [time.perf_counter()]
     prompts = job.prompts_of(step)
-    drawn = (p.params, p.kv_budget_tokens, (config.seed, "train", step), world.share)
+    drawn = (p.params, p.kv_budget_tokens, (config.seed, "train", step), world.share, beginner(p.grammar, p.verifier, p.decode))
     completions, generation = sample(job.sampler(), prompts, config.algo.group_size, *drawn)
     clock.append(time.perf_counter())
     judged = world.gather(judge_groups(prompts[world.share], completions, p.grammar, p.spec, p.verifier, p.decode))

@@ -1,9 +1,11 @@
 """Is this answer that gold, and how many golds does a list of answers hit: one normaliser, and a maximum matching."""
 
+import json
 import re
 import unicodedata
 from collections.abc import Callable, Hashable, Sequence
 from functools import lru_cache
+from pathlib import Path
 
 from mar.records import Gold
 
@@ -24,19 +26,8 @@ STRAY = re.compile(r"(?<![0-9])\.|\.(?![0-9])|[,']|(?<=\S)-|-(?![0-9])|" + SIGNS
 
 MONTHS = "january|february|march|april|may|june|july|august|september|october|november|december".split("|")
 DATE = re.compile(r"(?:(\d{1,2})(?:st|nd|rd|th)? (?:of )?([a-z]{3,9})|([a-z]{3,9}) (\d{1,2})(?:st|nd|rd|th)?) (\d{4})")
-UNITS = "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen".split()
-TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
-NUMBERS = {word: str(n) for n, word in enumerate(UNITS)} | {ten: f"{n}0" for n, ten in enumerate(TENS, 2)}
-NUMBERS |= {f"{ten} {one}": f"{n}{m}" for n, ten in enumerate(TENS, 2) for m, one in enumerate(UNITS[1:10], 1)}
-ABBREVIATIONS = {  # of medicine, as whole answers; none that commonly means two diseases
-    "af": "atrial fibrillation", "afib": "atrial fibrillation", "aki": "acute kidney injury", "ards": "acute respiratory distress syndrome",
-    "bph": "benign prostatic hyperplasia", "cad": "coronary artery disease", "chf": "congestive heart failure", "ckd": "chronic kidney disease",
-    "copd": "chronic obstructive pulmonary disease", "dka": "diabetic ketoacidosis", "dvt": "deep vein thrombosis",
-    "gerd": "gastroesophageal reflux disease", "htn": "hypertension", "ibd": "inflammatory bowel disease", "ibs": "irritable bowel syndrome",
-    "itp": "immune thrombocytopenic purpura", "mi": "myocardial infarction", "osa": "obstructive sleep apnea", "pe": "pulmonary embolism",
-    "pcos": "polycystic ovary syndrome", "pid": "pelvic inflammatory disease", "sle": "systemic lupus erythematosus", "tb": "tuberculosis",
-    "tia": "transient ischemic attack", "uti": "urinary tract infection", "urti": "upper respiratory tract infection",
-}  # fmt: skip
+# whole answers -> their plain form: numbers below 100, and abbreviations of medicine, none that commonly means two diseases
+FORMS: dict[str, str] = json.loads((Path(__file__).parent / "tasks/forms.json").read_text())
 
 
 class _Folding(dict[int, str]):
@@ -66,7 +57,7 @@ def _plain_form(words: str) -> str:
         return f"{date[5]} {month:02} {int(date[1] or date[4]):02}" if month else words  # what 1999-05-03 is by now
     if re.fullmatch(r"-?\d+\.\d+%?", words):
         return re.sub(r"\.?0+(?=%|$)", "", words)
-    return NUMBERS.get(words) or ABBREVIATIONS.get(words, words)
+    return FORMS.get(words, words)
 
 
 def _normalise(text: str) -> str:

@@ -6,19 +6,19 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from mar import rollout as rollout_module
 from mar.grammar import Grammar, render
 from mar.records import Completion, Example, Prompt, UserError
 from mar.rewards import RewardSpec
 from mar.rollout import judge_groups, judged_only
-from mar.tasks.programs import Verdict, take_apart
+from mar.tasks import programs
+from mar.tasks.programs import Runner, Verdict, take_apart
 from tests.hostile import HONEST, TESTS
 
 GRAMMAR = Grammar("rlvr_multi", 3, thinking=False)
 TWICE, RENAMED, WRONG = "def double(x):\n    return 2 * x", HONEST.replace("x", "y"), "def double(x): return x"
 
 
-def judge(groups, verifier="program", spec=None):
+def judge(groups, verifier=None, spec=None):
     """Rollouts of completions given as lists of three programs; decoded character by character."""
     prompt = Prompt(Example("q", "test", "?", (), truth="rule", tests=TESTS), "?", (1,))
     zeros = np.zeros(1, np.float32)
@@ -29,7 +29,7 @@ def judge(groups, verifier="program", spec=None):
 
     spec = spec or RewardSpec(brier="none")
     groups = [[completion(answers) for answers in group] for group in groups]
-    return judge_groups([prompt] * len(groups), groups, GRAMMAR, spec, verifier, lambda ids: "".join(map(chr, ids)))
+    return judge_groups([prompt] * len(groups), groups, GRAMMAR, spec, verifier or Runner(), lambda ids: "".join(map(chr, ids)))
 
 
 @pytest.mark.skipif(not shutil.which("bwrap"), reason="no bubblewrap here (apt-get install bubblewrap)")
@@ -46,12 +46,12 @@ def test_distinct_correct_programs_are_counted():
     assert not any(r.unjudged for r in group)
 
 
-def breaks_down(jobs, unsafe):
-    return {job: Verdict("infrastructure_error" if "2 *" in job[0] else "passed", job[0]) for job in jobs}
+def breaks_down(program, tests, unsafe):
+    return Verdict("infrastructure_error" if "2 *" in program else "passed", program)
 
 
 def test_a_breakdown_leaves_the_completion_out(monkeypatch):
-    monkeypatch.setattr(rollout_module, "verify_programs", breaks_down)
+    monkeypatch.setattr(programs, "verify_program", breaks_down)
     a, b, c = [HONEST, RENAMED, WRONG], [HONEST, TWICE, WRONG], [TWICE, TWICE, TWICE]
     groups = judge([[a, b, a], [a, b], [c, c], [a]])
     assert [[r.unjudged for r in group] for group in groups] == [[0, 1, 0], [0, 1], [1, 1], [0]]
@@ -63,15 +63,24 @@ def test_a_breakdown_leaves_the_completion_out(monkeypatch):
 
 def test_one_run_per_distinct_program(monkeypatch):
     asked = []
-    monkeypatch.setattr(rollout_module, "verify_programs", lambda jobs, unsafe: asked.append(unsafe) or breaks_down(jobs, unsafe))
+    monkeypatch.setattr(programs, "verify_program", lambda *job: asked.append(job) or breaks_down(*job))
     judge([[[HONEST, RENAMED, WRONG]] * 2] * 3)
-    judge([[[HONEST, RENAMED, WRONG]]], verifier="program_unsafe")
-    assert asked == [False, True]
+    judge([[[HONEST, RENAMED, WRONG]]], Runner(unsafe=True))
+    assert sorted(asked) == sorted((p, TESTS, unsafe) for p in (HONEST, RENAMED, WRONG) for unsafe in (False, True))
+
+
+def test_what_began_early_runs_once_and_a_breakdown_is_tried_again(monkeypatch):
+    outcomes = iter(["infrastructure_error", "passed", "passed"])
+    monkeypatch.setattr(programs, "verify_program", lambda program, *_: Verdict(next(outcomes), program))
+    runner, example = Runner(), Example("q", "test", "?", (), truth="rule", tests=TESTS)
+    runner.ask([(example, HONEST)])
+    assert [judge([[[HONEST] * 3]], runner)[0][0].unjudged for _ in range(2)] == [1, 0]
+    assert next(outcomes) == "passed", "two runs"
 
 
 @pytest.mark.parametrize("coverage", ["fraction_golds", "fraction_answers"])
 def test_full_marks_are_k_distinct_programs(monkeypatch, coverage):
-    monkeypatch.setattr(rollout_module, "verify_programs", lambda jobs, unsafe: {j: Verdict("passed", j[0]) for j in jobs})
+    monkeypatch.setattr(programs, "verify_program", lambda program, *_: Verdict("passed", program))
     ((whole, part),) = judge([[[HONEST, TWICE, WRONG], [HONEST, HONEST, TWICE]]], spec=RewardSpec(coverage, "none"))
     assert (whole.parts["coverage"], part.parts["coverage"]) == (1, pytest.approx(2 / 3))
 

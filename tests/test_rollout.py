@@ -134,6 +134,16 @@ def test_segments_of_a_trained_tokenizer(tmp_path):
     assert other.text == text + "<|user|>" and other.reason == "trailing_text"  # special tokens are not overlooked
 
 
+def test_each_completion_is_handed_over_once_as_soon_as_it_is_done(tiny_model):
+    prompts, seen = [Prompt(Example(id, "test", "?", ()), "?", ids) for id, ids in (("a", (1, 2, 3)), ("b", (4, 5)), ("c", (6,)))], []
+    params = SamplingParams(8, stop_ids=(3, 5, 7))
+    groups, generation = sample(tiny_model(), prompts, 4, params, 40, (0, "train", 1), slice(1, None), lambda p, c: seen.append((p.id, c)))
+    assert generation.num_steps > 8, "two groups, one after the other"
+    assert sorted((id, c.sample_index) for id, c in seen) == [(id, g) for id in "bc" for g in range(4)]
+    for id, c in seen:
+        assert groups["bc".index(id)][c.sample_index].ids.tolist() == c.ids.tolist()
+
+
 def test_draws_depend_on_identity_not_on_company(tiny_model):
     model, params = tiny_model(), SamplingParams(8)
     a, b = (Prompt(Example(id, "test", "?", ()), "?", ids) for id, ids in (("a", (1, 2, 3)), ("b", (4, 5))))

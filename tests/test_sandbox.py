@@ -9,9 +9,9 @@ import time
 
 import pytest
 
-from mar.records import UserError
+from mar.records import Example, UserError
 from mar.tasks import programs, sandbox
-from mar.tasks.programs import Verdict, take_apart, verify_program, verify_programs
+from mar.tasks.programs import Runner, Verdict, take_apart, verify_program
 from mar.tasks.sandbox import evaluate, require
 from tests.hostile import HONEST, PROBES, PROGRAMS, TESTS
 
@@ -101,9 +101,11 @@ def test_plain_values_come_out_as_they_were(value):
 @needs_bubblewrap
 def test_honest_programs_pass_side_by_side():
     variants = [HONEST, "def double(x):\n    return 2 * x", "double = lambda x: x * 2", "def double(x): return x"]
-    found = verify_programs([(program, TESTS) for program in variants * 2])
-    assert [found[program, TESTS].outcome for program in variants] == ["passed", "passed", "passed", "failed"]
-    assert len({found[program, TESTS].key for program in variants}) == 4
+    runner, example = Runner(), Example("q", "test", "?", (), truth="rule", tests=TESTS)
+    runner.ask([(example, program) for program in variants * 2])
+    found = [runner.verdict(example, program) for program in variants]
+    assert [verdict.outcome for verdict in found] == ["passed", "passed", "passed", "failed"]
+    assert len({verdict.key for verdict in found}) == 4 == len(runner.running)
 
 
 @needs_bubblewrap

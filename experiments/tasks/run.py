@@ -16,10 +16,10 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from mar.grammar import Grammar, parse, render
-from mar.records import UserError
+from mar.records import Example, UserError
 from mar.rewards import RewardSpec, reward
 from mar.tasks import clinic
-from mar.tasks.programs import take_apart, verify_programs
+from mar.tasks.programs import Runner, Tests, take_apart
 from mar.tasks.sandbox import require
 from mar.verify import matching_increments, repeats
 from tests import hostile, hostile_answers
@@ -41,6 +41,13 @@ def texts_per_s() -> float:
     return NUM_TEXTS / (time.perf_counter() - began)
 
 
+def outcomes(jobs: Sequence[tuple[str, Tests]]) -> list[str]:
+    """What became of programs that ran side by side."""
+    runner, asked = Runner(), [(Example("", "mbpp", "?", (), "rule", tests=tests), program) for program, tests in jobs]
+    runner.ask(asked)
+    return [runner.verdict(*pair).outcome for pair in asked]
+
+
 def references(file: Path, most: int | None) -> tuple[int, int, int, float]:
     """(tried, passed, left out, programs a second) of MBPP's own solutions."""
     jobs, left_out = [], 0
@@ -53,15 +60,14 @@ def references(file: Path, most: int | None) -> tuple[int, int, int, float]:
         except UserError:
             left_out += 1
     began = time.perf_counter()
-    verdicts = verify_programs(jobs)
-    passed = sum(verdicts[job].outcome == "passed" for job in jobs)
+    passed = outcomes(jobs).count("passed")
     return len(jobs), passed, left_out, len(jobs) / (time.perf_counter() - began)
 
 
 def attacks() -> dict[str, list[str]]:
     """The names of the hostile programs and answers, and of those that were paid."""
-    programs = verify_programs([(program, hostile.TESTS) for program in hostile.PROGRAMS.values()])
-    won = [name for name, program in hostile.PROGRAMS.items() if programs[program, hostile.TESTS].outcome == "passed"]
+    ended = outcomes([(program, hostile.TESTS) for program in hostile.PROGRAMS.values()])
+    won = [name for name, outcome in zip(hostile.PROGRAMS, ended, strict=True) if outcome == "passed"]
     for name, (text, most) in hostile_answers.ANSWERS.items():
         parsed = parse(text, hostile_answers.GRAMMAR)
         hits, _ = matching_increments(parsed.answers, hostile_answers.GOLDS)

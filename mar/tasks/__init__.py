@@ -12,17 +12,17 @@ from mar.tasks import ambigqa, clinic, ddxplus, hotpotqa, jsonl, mbpp, medqa, pr
 from mar.tasks.common import Loaded, Source, load_rows
 from mar.tasks.judge import Judge, make_judge
 from mar.tasks.mathematics import math_verifier, require_math
-from mar.tasks.programs import RUNNERS
+from mar.tasks.programs import Runner
 from mar.tasks.sandbox import require
 from mar.verify import Verifier, text_verifier
 
-How = str | Judge  # a key of VERIFIERS or of programs.RUNNERS, or a judge
+How = str | Judge | Runner  # a key of VERIFIERS, or what has to be asked for all answers before they are compared
 VERIFIERS: dict[str, Verifier] = {"text": text_verifier, "math": math_verifier}
 
 
 @dataclass(frozen=True)
 class Task:
-    """How a task is loaded and spoken of. `noun` is one answer in the prompt, `verifier` a key of VERIFIERS or of programs.RUNNERS,
+    """How a task is loaded and spoken of. `noun` is one answer in the prompt, `verifier` a key of VERIFIERS, or program,
     `targets` what data.target may be. All golds at once (`set`) is another objective: never for a distribution, of which one gold is right.
     `embedded`: `load` makes its examples itself, from no file (data.source=embedded)."""
 
@@ -65,18 +65,20 @@ def get_task(name: str) -> Task:
 
 def matcher(verifier: How, example: Example) -> Verifier:
     """How answers to an example are compared with golds. Programs have been run: they are compared with nothing."""
-    return partial(verifier.verify, example) if isinstance(verifier, Judge) else VERIFIERS.get(verifier, lambda *_: ())
+    if isinstance(verifier, Judge):
+        return partial(verifier.verify, example)
+    return VERIFIERS[verifier] if isinstance(verifier, str) else lambda *_: ()
 
 
 def find_verifier(task: str, asked: str, unsafe: bool, judge: tuple[str | None, str, float], judge_folder: Path) -> How:
     """How the answers of a task are compared with golds; `asked` is auto or a key of VERIFIERS, `judge` its URL, model and seconds. Raises UserError
     where the sandbox, the judge or math-verify does not work here."""
     verifier, (url, model, timeout_s) = get_task(task).verifier, judge
-    if verifier in RUNNERS:
+    if verifier == "program":
         if url or asked != "auto":
             raise UserError(f"reward.judge and data.verifier are for answers in words, and those of {task} are programs: leave them out")
         require(unsafe)
-        return verifier + "_unsafe" * unsafe
+        return Runner(unsafe)
     verifier = verifier if asked == "auto" else asked
     if verifier not in VERIFIERS:
         raise UserError(f"data.verifier={verifier} is unknown: choose auto, {', '.join(VERIFIERS)}")

@@ -10,19 +10,18 @@ import math
 import operator
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
-from mar.records import UserError
+from mar.records import Example, UserError
 from mar.tasks.sandbox import evaluate
 
 Check = Callable[[Sequence[Any]], Any]  # from the values of the probes
 INFRASTRUCTURE = "infrastructure_error"
 Tests = tuple[str, ...]
-RUNNERS = {"program": False, "program_unsafe": True}  # verifier -> without a sandbox
 OPERATORS: dict[type[ast.cmpop], Callable[[Any, Any], Any]] = {
     ast.Eq: operator.eq, ast.NotEq: operator.ne, ast.Lt: operator.lt, ast.LtE: operator.le, ast.Gt: operator.gt,
     ast.GtE: operator.ge, ast.Is: operator.is_, ast.IsNot: operator.is_not,
@@ -127,8 +126,22 @@ def verify_program(program: str, tests: Tests, unsafe: bool = False) -> Verdict:
     return Verdict("passed" if passed else "failed", key)
 
 
-def verify_programs(jobs: Sequence[tuple[str, Tests]], unsafe: bool = False) -> Mapping[tuple[str, Tests], Verdict]:
-    """The verdict of every distinct (program, tests), side by side on all cores."""
-    distinct = list(dict.fromkeys(jobs))
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return dict(zip(distinct, pool.map(lambda job: verify_program(job[0], job[1], unsafe), distinct), strict=True))
+@dataclass(frozen=True, eq=False)
+class Runner:
+    """Runs programs side by side on all cores, each distinct (program, tests) once. `ask` does not wait, so that programs run while other completions
+    are still being sampled; `verdict` does. `unsafe`: without a sandbox."""
+
+    unsafe: bool = False
+    running: dict[tuple[str, Tests], Future[Verdict]] = field(default_factory=dict)
+    pool: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(os.cpu_count()))
+
+    def ask(self, answers: Iterable[tuple[Example, str]]) -> None:
+        for example, program in answers:
+            if (program, example.tests) not in self.running:
+                self.running[program, example.tests] = self.pool.submit(verify_program, program, example.tests, self.unsafe)
+
+    def verdict(self, example: Example, program: str) -> Verdict:
+        return self.running[program, example.tests].result()
+
+    def judged(self, example: Example, program: str) -> bool:
+        return self.verdict(example, program).outcome != INFRASTRUCTURE
