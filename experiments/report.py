@@ -37,6 +37,7 @@ MADE = {  # what stands after `<!-- name -->`
     "ddxplus learning": ddxplus.learning,
     "two steps": two_steps.markdown,
     "algorithms": algorithms.markdown,
+    "algorithms paired": algorithms.paired,
 }
 
 

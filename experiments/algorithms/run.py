@@ -24,13 +24,14 @@ SETTINGS = {
     "reinforce": (["algo=reinforce"], 3),
     "own": (["algo=own", "reward.brier_weight=1"], 3),
     **{name: ([f"algo={name}"], 1) for name in ("dr_grpo", "dapo", "gspo", "cispo", "reinforce_pp", "ppo")},
+    "ppo, rate .01": (["algo=ppo", "model.lr=0.01"], 1),  # eight updates a batch, where all others but gspo have one
     "paper": (["algo=paper", "algo.group_size=8", "algo.prompts_per_step=16", "algo.temperature=1"], 1),
 }
 CURVES = ("train/coverage@3", "train/ece", "policy/entropy", "reward/total", "adv/zero_group_frac", "optim/grad_norm")
 
 
 def log_of(setting: str, seed: int) -> Path:
-    return LOGS / f"{setting.replace(', ', '_')}_seed{seed}.json"
+    return LOGS / f"{setting.replace(', ', '_').replace(' ', '_')}_seed{seed}.json"
 
 
 def one(setting: str, seed: int) -> None:

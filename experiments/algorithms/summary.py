@@ -13,6 +13,7 @@ from mar import plots
 
 HERE = Path(__file__).parent
 METRICS = ("gap_closed", "coverage@3", "top1", "ece", "q_mse", "repeats_per_set")
+PAIRS = (("rloo, to_go", "rloo, set"), ("rloo, set", "grpo"), ("rloo, to_go", "grpo"), ("reinforce", "rloo, to_go"), ("own", "reinforce"))
 DRAWN = ("rloo, to_go", "rloo, set", "grpo", "reinforce", "own")
 Log = Mapping[str, Any]
 
@@ -33,6 +34,17 @@ def markdown() -> str:
         ends = [{"gap_closed": log["gap_closed"], **log["after"]} for log in logs]
         flat = [sum(log["curves"]["adv/zero_group_frac"]) / len(log["curves"]["adv/zero_group_frac"]) for log in logs]
         lines.append([setting, str(len(logs)), *(told([end[name] for end in ends], 3) for name in METRICS), told(flat, 3)])
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def paired() -> str:
+    """Differences of gap_closed seed by seed: the same patients and draws on both sides."""
+    closed = {setting: {log["seed"]: log["gap_closed"] for log in logs} for setting, logs in read_logs().items()}
+    lines = [["gap_closed", "seeds", "difference, its 95 % interval"], ["---"] * 3]
+    for a, b in PAIRS:
+        seeds = sorted(closed[a].keys() & closed[b].keys())
+        found = interval([closed[a][seed] - closed[b][seed] for seed in seeds])
+        lines.append([f"{a} − {b}", str(len(seeds)), f"{found['mean']:+.3f} ({found['lo']:+.3f} to {found['hi']:+.3f})"])
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
