@@ -30,6 +30,7 @@ BLOCK = re.compile(r"(?P<open><!-- (?:logs? (?P<paths>[^>]+?)|(?P<made>[a-z ]+))
 
 MADE = {  # what stands after `<!-- name -->`
     "claims": summary.markdown,
+    "claims predicted": summary.predicted,
     "peers": peers.markdown,
     "plan tracked": partial(plans.markdown, "tracked"),
     "plan computed": partial(plans.markdown, "computed"),

@@ -96,6 +96,21 @@ def table(found: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
+def predicted(first: int = 3) -> str:
+    """How many metrics of the later seeds lie in the 95 % prediction interval m ± t s sqrt(1 + 1/n) of the first ones, and which do not."""
+    inside, outside = 0, []
+    for method, logs in read_logs().items():
+        for name in ("coverage@3", "coverage@30", "unique@30", "top1", "ece", "q_mse", "tokens_per_set"):
+            values = [numbers(log)[name] for log in logs]
+            if len(values) <= first or None in values:
+                continue
+            mean, half = np.mean(values[:first]), student(first - 1) * np.std(values[:first], ddof=1) * math.sqrt(1 + 1 / first)
+            missed = [logs[i]["seed"] for i in range(first, len(values)) if abs(values[i] - mean) > half]
+            inside += len(values) - first - len(missed)
+            outside += [f"{name} of {method}, seed {seed}" for seed in missed]
+    return f"{inside} of {inside + len(outside)} lie inside; outside: {', '.join(outside) or 'none'}."
+
+
 def averaged(logs: Sequence[Log]) -> dict[str, Any]:
     """One arm as `mar.plots` draws it: curves as means with the seeds' intervals, answers of all seeds together."""
     first, curve = logs[0], {"k": logs[0]["curve"]["k"], "tokens": np.mean([log["curve"]["tokens"] for log in logs], 0).tolist()}
