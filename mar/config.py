@@ -100,6 +100,7 @@ class AlgoOptions:
     value_clip: float = number(0.2, low=0, above=True)
     critic_lr: float = number(1e-5, low=0, above=True)
     critic_warmup: int = number(0, low=0)  # first steps that train the critic alone
+    variance_every: int = number(0, low=0)  # steps between two measurements of adv/variance_ratio, each two more backward passes; 0: none
     max_skips: int = number(3, low=1)  # steps in a row with a loss or gradient that is not finite
 
 

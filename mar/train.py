@@ -34,6 +34,7 @@ from mar.protocol import measure, summary
 from mar.records import Rollout, UserError, exit_code
 from mar.rollout import beginner, judge_groups, judged_only, sample
 from mar.update import prepare, update
+from mar.variance import variance_ratio
 
 
 def refill(job: Job, step: int, groups: list[list[Rollout]]) -> int:
@@ -68,7 +69,9 @@ def train_step(job: Job, step: int) -> tuple[dict[str, Any], list[Rollout], Tens
     replaced = refill(job, step, groups)
     clock.append(time.perf_counter())
     batch, columns = prepare(job, make_batch(groups, job.first_open, job.model.head_weight.device))
-    metrics: dict[str, Any] = update(job, batch, columns, step)
+    every = config.algo.variance_every  # before the update: of the policy that sampled
+    metrics: dict[str, Any] = {"adv/variance_ratio": variance_ratio(job, batch)} if every and step % every == 0 else {}
+    metrics |= update(job, batch, columns, step)
     clock.append(time.perf_counter())
 
     rollouts = [rollout for group in groups for rollout in group]
@@ -160,8 +163,7 @@ def train(job: Job, first_step: int, display: Display, document: dict[str, Any])
                     if in_a_row == config.algo.max_skips:
                         raise UserError(f"{in_a_row} steps in a row were not finite: lower optim.lr; {checkpoints} has the last good step")
                     if step % config.checkpoint.every == 0 or step == last_step or stop:
-                        trained = (job.model, job.optimizer)
-                        checkpoint.save(checkpoints, step, *trained, config.checkpoint.keep, job.critic, job.world)
+                        checkpoint.save(checkpoints, step, job.model, job.optimizer, config.checkpoint.keep, job.critic, job.world)
                         saved = step
                 if stop:
                     raise KeyboardInterrupt
@@ -222,8 +224,7 @@ def run(config: Config) -> int:
     document: dict[str, Any] = {"task": config.data.task, "num_items": len(job.protocol.prompts)}
     document |= known_bounds([p.example for p in job.protocol.prompts], config.reward.num_answers) or {}
     first_step = resume(job, document, display)
-    total = sum(p.numel() for p in job.model.parameters())
-    trained = sum(p.numel() for p in job.model.parameters() if p.requires_grad)
+    total, trained = (sum(p.numel() for p in job.model.parameters() if p.requires_grad or every) for every in (True, False))
     display.say(
         f"{config.data.task}: {len(job.prompts)} training and {len(job.protocol.prompts)} held-out prompts; "
         f"training {trained:,} of the {total:,} parameters of {config.model.name}; writing to {folder}"

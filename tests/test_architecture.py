@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 ORDER = """
     records rundir grammar rewards losses config compose metrics verify tasks prompts mar_kernels
     attention model weights lora distributed draw cache sampler rollout batch advantages critic optim checkpoint
-    itemstats mirror log plots protocol fetch lessons sft job update __main__ train arms evaluate export plan report show
+    itemstats mirror log plots protocol fetch lessons sft job update variance __main__ train arms evaluate export plan report show
 """.split()
 TEXT_SIDE = {"records", "rundir", "config", "compose", "grammar", "metrics", "tasks", "prompts", "verify", "rewards"}
 MAY_SEE_HYDRA = {"rundir", "config", "compose", "train"}

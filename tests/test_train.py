@@ -67,6 +67,14 @@ def test_checkpointed_activations_train_the_same_policy(tmp_path: Path, monkeypa
     assert kept == recomputed and kept[-1]["optim/grad_norm"] > 0
 
 
+def test_measuring_the_variance_changes_nothing_else(tmp_path: Path) -> None:
+    for name, every in (("with", 2), ("without", 0)):
+        assert run(compose(words(EMBEDDED, tmp_path / name, f"algo.variance_every={every}", "train.steps=3"))) == 0
+    measured, plain = (records(tmp_path / name / "clinic" / "seed0") for name in ("with", "without"))
+    told = [row.pop("adv/variance_ratio", "absent") for row in measured]  # null where no group has spread
+    assert told[0] > 0 and told[1:] == ["absent", None] and measured == plain
+
+
 def weights_after(folder: Path, model: Path, trainable: str = "") -> dict[str, torch.Tensor]:
     found, policy = checkpoint.newest(folder / "checkpoints"), load_model(model)
     assert found is not None and found.step == 4

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 
-from experiments.credit.variance import variance_ratio
 from mar import checkpoint
 from mar.advantages import best_of_k_advantages, token_advantages, whiten, with_kl_cost, with_truncation_rule
 from mar.batch import make_batch, micro_batches
@@ -22,6 +21,7 @@ from mar.job import Job
 from mar.losses import reinforce
 from mar.optim import make_optimizer
 from mar.update import _minibatches, entropy_coef, one_pass, prepare, update
+from mar.variance import variance_ratio
 from tests.test_batch import FIRST_OPEN, fake_groups
 
 F64 = torch.float64

@@ -1,20 +1,24 @@
-"""Which credit has the lower variance, measured on rollouts of a real policy."""
+"""Which credit has the lower variance, measured on the rollouts of a step (algo.variance_every)."""
 
 import torch
+from torch.distributed.tensor import DTensor
 
 from mar.advantages import token_advantages
 from mar.batch import Batch, micro_batches
 from mar.job import Job
 from mar.losses import reinforce, token_weights
+from mar.records import UserError
 from mar.update import Logs, flat_columns
 
 
 def variance_ratio(job: Job, batch: Batch) -> float | None:
     """Variance of a group's policy gradient with to-go credit over that with one scalar a completion, on the same completions (constant
-    aggregation, no scaling; prompts differ, and their spread is in both). Costs two backward passes."""
+    aggregation, no scaling; prompts differ, and their spread is in both). Costs two backward passes. UserError for a sharded policy."""
     algo, longest = job.config.algo, job.config.model.max_completion_tokens
     baseline = "leave_one_out" if algo.baseline == "value" else algo.baseline
     parameters = [p for p in job.model.parameters() if p.requires_grad]
+    if any(isinstance(p, DTensor) for p in parameters):
+        raise UserError("algo.variance_every is for one process on a CPU, whose parameters are in one piece: set it to 0")
     credits = ("to_go", "set")
     columns = {credit: token_advantages(batch, credit, baseline, "none") for credit in credits}
     total, square = {credit: [torch.zeros_like(p) for p in parameters] for credit in credits}, Logs(float)
