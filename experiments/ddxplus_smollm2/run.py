@@ -37,9 +37,9 @@ SHARED = [
     "data.source=path",
     "data.eval_split=validation",  # more patients than test has; nothing was tuned on them
     "algo.prompts_per_step=2",
-    "train.steps=50",
+    "train.steps=150",
     "eval.num_items=64",
-    "checkpoint.every=10",
+    "checkpoint.every=5",
 ]
 
 
