@@ -6,7 +6,6 @@ passed over, and a run that was cut off goes on. `--part 1/2` and `2/2` share th
 
 import argparse
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
