@@ -1,4 +1,5 @@
-"""Save and resume: torch.distributed.checkpoint into a temporary directory, a manifest with checksums last, then one rename.
+"""Save and resume: torch.distributed.checkpoint into a temporary directory, a manifest with checksums last, then one rename. A run copies its state
+and writes the copy behind its back, while the next step runs.
 
 A run directory's newest valid checkpoint is what counts; a folder without a manifest, or whose files differ from it, is named and passed over.
 """
@@ -9,6 +10,7 @@ import os
 import shutil
 import warnings
 from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from typing import Any
 import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_state_dict, set_model_state_dict, set_state_dict
 from torch.optim import Optimizer
 
@@ -60,16 +63,25 @@ def _state(model: nn.Module, optimizer: Optimizer, critic: Trained | None) -> di
 
 def save(
     folder: Path, step: int, model: nn.Module, optimizer: Optimizer, keep: int, critic: Trained | None = None, world: World = ALONE
-) -> Path:
-    """Write the state after `step` updates as `folder/step<step>` and keep the newest `keep`; a crash at any point leaves the older ones usable.
-    Every rank writes its shards, rank 0 publishes them. Raises OSError where the disk is full, read-only or broken."""
+) -> "Future[Path]":
+    """Copy the state after `step` updates; a thread writes it as `folder/step<step>` and keeps the newest `keep`. One at a time. A crash at any point
+    leaves the older ones usable. Every rank writes its shards, rank 0 publishes them. Its result is the path, or an OSError where the disk is full,
+    read-only or broken."""
+    copied = DefaultStager(StagingOptions(False, False, False, False)).stage(_state(model, optimizer, critic))  # in CPU memory
+    thread = ThreadPoolExecutor(1, "checkpoint")
+    future = thread.submit(_write, copied, folder, step, keep, world)
+    thread.shutdown(wait=False)
+    return future
+
+
+def _write(state: Any, folder: Path, step: int, keep: int, world: World) -> Path:
     target, temporary = folder / f"step{step:06d}", folder / f"step{step:06d}.tmp"
     if world.leads:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
-    world.wait()
+    world.wait(world.files)
     try:
-        dcp.save(_state(model, optimizer, critic), checkpoint_id=temporary, no_dist=world.size == 1)
+        dcp.save(state, checkpoint_id=temporary, no_dist=world.size == 1, process_group=world.files)
     except CheckpointException as error:  # no Exception, a page long, and of a full disk torch says that a position is unexpected
         fault = next(iter(error.failures.values()))[0]
         while fault.__context__:
@@ -77,7 +89,7 @@ def save(
         raise OSError(f"cannot write {temporary}: {fault}") from None
     if world.leads:
         _publish(temporary, target, step, keep)
-    world.wait()
+    world.wait(world.files)
     return target
 
 

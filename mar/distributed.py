@@ -34,6 +34,7 @@ class World:
     rank: int = 0
     size: int = 1
     device: torch.device = torch.device("cpu")
+    files: Any = None  # the group in which checkpoints are written, while the ranks train in their own
 
     @property
     def leads(self) -> bool:
@@ -69,10 +70,10 @@ class World:
         dist.all_reduce(total, dist.ReduceOp.MAX if largest else dist.ReduceOp.SUM)
         return total.tolist()
 
-    def wait(self) -> None:
+    def wait(self, group: Any = None) -> None:
         """Until every rank is here."""
         if self.size > 1:
-            dist.barrier()
+            dist.barrier(group=group)
 
 
 ALONE = World()
@@ -97,7 +98,7 @@ def join(device: str, scale: ScaleOptions) -> World:
         atexit.register(dist.destroy_process_group)  # else its threads may abort a process that has done its work
     elif gpu:  # one process is sharded over itself: that keeps float32 parameters beside computation in bfloat16
         dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1)
-    return World(rank, size, where)
+    return World(rank, size, where, dist.new_group(timeout=TIMEOUT, backend="gloo") if size > 1 else None)
 
 
 def shard(model: nn.Module, world: World, scale: ScaleOptions) -> None:

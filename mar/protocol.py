@@ -1,13 +1,17 @@
-"""How a run measures its policy: one set of answers per held-out prompt, at the training temperature, always the same items and draws."""
+"""How a run measures its policy: one set of answers per held-out prompt, at the training temperature, always the same items and draws; and what it
+says of that in the end."""
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from mar.distributed import ALONE, World
 from mar.draw import SamplingParams
 from mar.grammar import Grammar
 from mar.itemstats import estimate, resamples, set_metrics
+from mar.log import Display, plain
 from mar.metrics import SHOWN_METRICS, gap_closed
 from mar.model import Decoder
 from mar.records import Prompt, Rollout
@@ -50,3 +54,26 @@ def summary(document: Mapping[str, Any], num_answers: int) -> dict[str, Any]:
     known = columns["floor"] and columns["ceiling"] and columns["after"]
     out["gap_closed"] = gap_closed(document["after"][key], document["floor"][key], document["ceiling"][key]) if known else None
     return out
+
+
+def close(document: Mapping[str, Any], num_answers: int, folder: Path, display: Display, seconds: float) -> None:
+    """The table that a run ends with, the paths of what it wrote, and one JSON line for programs."""
+    end = summary(document, num_answers)
+    rows = (f"coverage@{num_answers}", *SHOWN_METRICS)
+    display.table(
+        f"{document['task']}, {document['num_items']} held-out items", {n: end[n] for n in ("floor", "before", "after", "ceiling")}, rows
+    )
+    if end["gap_closed"] is not None:
+        display.say(f"gap closed: {end['gap_closed']:.3f}  (0: K draws from the posterior, 1: its K most probable answers)")
+    if display.mirror:
+        display.mirror.close(plain(end), lambda: pictures(folder))
+    for name in ("config.yaml", "metrics.jsonl", "completions.jsonl", "eval.json", "checkpoints"):
+        display.say(f"  {folder / name}")
+    print(json.dumps(plain({"run_dir": str(folder), "job_s": round(seconds, 1), **end})), flush=True)
+
+
+def pictures(folder: Path) -> Mapping[str, Path]:
+    """The run's figures, as files in its folder."""
+    from mar import plots  # matplotlib is an extra
+
+    return plots.save(plots.of_run(folder), folder / "plots")

@@ -9,6 +9,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -28,9 +29,9 @@ from mar.fetch import resolve_model
 from mar.itemstats import set_metrics
 from mar.job import Job, announce, build_job, environment
 from mar.log import Display, completion_row, plain, truncate_jsonl, write_json
-from mar.metrics import SHOWN_METRICS, known_bounds
+from mar.metrics import known_bounds
 from mar.mirror import Mirror
-from mar.protocol import measure, summary
+from mar.protocol import close, measure, summary
 from mar.records import Rollout, UserError, exit_code
 from mar.rollout import beginner, judge_groups, judged_only, sample
 from mar.update import prepare, update
@@ -140,7 +141,12 @@ def train(job: Job, first_step: int, display: Display, document: dict[str, Any])
     """The loop, from update `first_step`. Returns `finished`, `stopped` (by train.stop_at) or `interrupted`."""
     config, interrupts, checkpoints = job.config, Interrupts(), job.folder / "checkpoints"
     last_step = min(config.train.steps, config.train.stop_at or config.train.steps)
-    step, saved, in_a_row = first_step, first_step, 0
+    step, in_a_row = first_step, 0
+    behind: Future[Path] | None = None  # the checkpoint that is written while the next step runs
+
+    def saved() -> int:
+        wait([behind] if behind else [])
+        return found.step if (found := checkpoint.newest(checkpoints, display.say)) else 0
 
     def due(step: int) -> bool:
         return config.eval.every > 0 and step % config.eval.every == 0 and 0 < step < config.train.steps
@@ -154,6 +160,8 @@ def train(job: Job, first_step: int, display: Display, document: dict[str, Any])
             for step in range(first_step + 1, last_step + 1):
                 with interrupts.held():
                     metrics, rollouts, advantages = train_step(job, step - 1)
+                    if behind:
+                        behind.result()  # before this step counts, so that no more than checkpoint.every can be lost
                     job.write("metrics.jsonl", [{"step": step, **metrics}])
                     shown = zip(rollouts, advantages.tolist(), strict=True)
                     job.write("completions.jsonl", [completion_row(r, "train", step, a) for r, a in shown])
@@ -163,8 +171,9 @@ def train(job: Job, first_step: int, display: Display, document: dict[str, Any])
                     if in_a_row == config.algo.max_skips:
                         raise UserError(f"{in_a_row} steps in a row were not finite: lower optim.lr; {checkpoints} has the last good step")
                     if step % config.checkpoint.every == 0 or step == last_step or stop:
-                        checkpoint.save(checkpoints, step, job.model, job.optimizer, config.checkpoint.keep, job.critic, job.world)
-                        saved = step
+                        behind = checkpoint.save(checkpoints, step, job.model, job.optimizer, config.checkpoint.keep, job.critic, job.world)
+                        if step == last_step or stop:
+                            behind.result()
                 if stop:
                     raise KeyboardInterrupt
                 if due(step):
@@ -172,10 +181,10 @@ def train(job: Job, first_step: int, display: Display, document: dict[str, Any])
         if last_step == config.train.steps:
             evaluate(job, "after", last_step, document, display)
     except KeyboardInterrupt:
-        display.say(f"interrupted at step {step}; checkpoint of step {saved} in {checkpoints}; the same command goes on from there")
+        display.say(f"interrupted at step {step}; checkpoint of step {saved()} in {checkpoints}; the same command goes on from there")
         return "interrupted"
     except OSError as error:
-        raise UserError(f"{error}: mend that, and the same command goes on after step {saved} of {job.folder}") from None
+        raise UserError(f"{error}: mend that, and the same command goes on after step {saved()} of {job.folder}") from None
     return "finished" if last_step == config.train.steps else "stopped"
 
 
@@ -234,7 +243,7 @@ def run(config: Config) -> int:
         display.mirror = Mirror(config.logger.wandb, folder, plain(config.to_dict()), display.say)
     outcome = train(job, first_step, display, document)
     if outcome == "finished" and world.leads:
-        close(job, document, display, time.perf_counter() - began)
+        close(document, config.reward.num_answers, folder, display, time.perf_counter() - began)
     return 130 if outcome == "interrupted" else 0
 
 
@@ -252,30 +261,6 @@ def resume(job: Job, document: dict[str, Any], display: Display) -> int:
         if old.get("before"):
             document |= {"before": old["before"], "history": [h for h in old.get("history", []) if h["step"] <= step]}
     return step
-
-
-def close(job: Job, document: Mapping[str, Any], display: Display, seconds: float) -> None:
-    """The table that a run ends with, the paths of what it wrote, and one JSON line for programs."""
-    K = job.config.reward.num_answers
-    end = summary(document, K)
-    rows = (f"coverage@{K}", *SHOWN_METRICS)
-    display.table(
-        f"{document['task']}, {document['num_items']} held-out items", {n: end[n] for n in ("floor", "before", "after", "ceiling")}, rows
-    )
-    if end["gap_closed"] is not None:
-        display.say(f"gap closed: {end['gap_closed']:.3f}  (0: K draws from the posterior, 1: its K most probable answers)")
-    if display.mirror:
-        display.mirror.close(plain(end), lambda: pictures(job.folder))
-    for name in ("config.yaml", "metrics.jsonl", "completions.jsonl", "eval.json", "checkpoints"):
-        display.say(f"  {job.folder / name}")
-    print(json.dumps(plain({"run_dir": str(job.folder), "job_s": round(seconds, 1), **end})), flush=True)
-
-
-def pictures(folder: Path) -> Mapping[str, Path]:
-    """The run's figures, as files in its folder."""
-    from mar import plots  # matplotlib is an extra
-
-    return plots.save(plots.of_run(folder), folder / "plots")
 
 
 @hydra.main(config_path="../conf", config_name="config", version_base="1.3")

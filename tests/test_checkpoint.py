@@ -3,6 +3,7 @@
 import copy
 import json
 import shutil
+import threading
 from pathlib import Path
 
 import pytest
@@ -45,7 +46,7 @@ def state(pair):
 
 
 def save(folder, step, pair, keep=2):
-    return checkpoint.save(folder, step, *pair, keep)
+    return checkpoint.save(folder, step, *pair, keep).result()
 
 
 def test_model_and_optimizer_come_back_bit_for_bit(tiny_model, tmp_path):
@@ -63,6 +64,29 @@ def test_model_and_optimizer_come_back_bit_for_bit(tiny_model, tmp_path):
     for other in (pair, fresh, used):
         update(*other, step=9)
     assert identical(state(fresh), state(pair)) and identical(state(used), state(pair))
+
+
+def test_training_goes_on_while_a_copy_is_written(tiny_model, tmp_path, monkeypatch):
+    pair, go_on, publish = trained(tiny_model, 3), threading.Event(), checkpoint._publish
+    before = state(pair)
+    monkeypatch.setattr(checkpoint, "_publish", lambda *args: go_on.wait(30) and publish(*args))
+    write, moved = checkpoint._write, threading.Event()
+    monkeypatch.setattr(checkpoint, "_write", lambda *args: moved.wait(30) and write(*args))
+    behind = checkpoint.save(tmp_path, 3, *pair, 2)
+    update(*pair, step=4)  # in place, before anything is written
+    moved.set()
+    assert not behind.done() and checkpoint.newest(tmp_path) is None
+    go_on.set()
+    assert behind.result() == checkpoint.newest(tmp_path).path
+    resumed = trained(tiny_model, 0, seed=1)
+    checkpoint.restore(checkpoint.newest(tmp_path), *resumed)
+    assert identical(state(resumed), before) and not identical(state(pair), before)
+
+
+def test_what_cannot_be_written_is_said_when_the_run_asks_for_it(tiny_model, tmp_path):
+    (tmp_path / "checkpoints").write_text("a file where the folder should be")
+    with pytest.raises(OSError, match="checkpoints"):
+        checkpoint.save(tmp_path / "checkpoints", 3, *trained(tiny_model, 1), 2).result()
 
 
 def test_saving_before_the_first_update_changes_no_later_one(tiny_model, tmp_path):

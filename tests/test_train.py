@@ -266,10 +266,10 @@ def test_a_signal_while_a_checkpoint_is_saved_waits_for_the_next_step(
     """It may have reached this rank alone, and all ranks decide before the save whether they stop after it."""
     save = checkpoint.save
 
-    def interrupted(folder: Path, step: int, *rest: Any) -> None:
+    def interrupted(folder: Path, step: int, *rest: Any) -> Any:
         if step == 1:
             os.kill(os.getpid(), signal.SIGTERM)
-        save(folder, step, *rest)
+        return save(folder, step, *rest)
 
     monkeypatch.setattr(checkpoint, "save", interrupted)
     assert run(compose(words(model_folder, tmp_path, "checkpoint.every=1", "model.max_completion_tokens=4"))) == 130

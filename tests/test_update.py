@@ -280,7 +280,7 @@ def test_the_critic_and_its_moments_come_back_bit_for_bit(tiny_model, tmp_path):
     batch = batch_of(tiny_model())
     for step in range(3):
         update(jobs[0], *prepare(jobs[0], batch), step)
-    checkpoint.save(tmp_path, 3, jobs[0].model, jobs[0].optimizer, 2, jobs[0].critic)
+    checkpoint.save(tmp_path, 3, jobs[0].model, jobs[0].optimizer, 2, jobs[0].critic).result()
     checkpoint.restore(checkpoint.newest(tmp_path), jobs[1].model, jobs[1].optimizer, jobs[1].critic)
     after = []
     for job in jobs:

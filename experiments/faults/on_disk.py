@@ -8,7 +8,6 @@ import signal
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -61,17 +60,20 @@ def _power_cut(calls: list[kill_points.Call], folder: Path) -> None:
 def save_killed(lab: Lab, row: Row) -> None:
     """For every n, a save killed when it is about to make its n-th call that changes files; then also as after a power cut."""
     old, new = _trained(0), _trained(1)
-    known = [state(checkpoint.save(lab.folder / "known", step, *pair, 9)) for step, pair in ((2, old), (4, new))]
+    known = [state(checkpoint.save(lab.folder / "known", step, *pair, 9).result()) for step, pair in ((2, old), (4, new))]
     counts: list[str] = []
     whole: dict[str, bool] = {}
     for variant, step in ((NEW, 4), (AGAIN, 2), (MEND, 4)):
         template, folder = lab.folder / variant.replace(" ", "_"), lab.folder / "killed"
-        checkpoint.save(template, 2, *old, 1)
+        checkpoint.save(template, 2, *old, 1).result()
         if variant == MEND:
-            (checkpoint.save(template, 4, *new, 2) / checkpoint.MANIFEST).unlink()
+            (checkpoint.save(template, 4, *new, 2).result() / checkpoint.MANIFEST).unlink()
         shutil.copytree(template, folder)
         target = folder / f"step{step:06d}"
-        work = partial(checkpoint.save, folder, step, *new, 1)
+
+        def work(folder: Path = folder, step: int = step) -> object:
+            return checkpoint.save(folder, step, *new, 1).result()
+
         calls, code = kill_points.run(work, folder)
         row.check(code == 0, f"{variant}: the traced save ends with {code}")
         for fault in kill_points.disorder(calls, target.with_suffix(".tmp"), target):

@@ -205,7 +205,7 @@ class Lab:
         model.weight.grad = torch.zeros(2, 2)
         optimizer = torch.optim.AdamW(model.parameters())
         optimizer.step()
-        checkpoint.save(base / "imports", 1, model, optimizer, 1)
+        checkpoint.save(base / "imports", 1, model, optimizer, 1).result()
         self.base, self.folder = base, base
         self._whole: dict[tuple[str, ...], Path] = {}
 
