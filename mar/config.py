@@ -158,6 +158,8 @@ class ScaleOptions:
     data_source: str = one_of("embedded", "hub", "path", default=MISSING)
     dtype: str = one_of("float32", "bfloat16", "float64")  # of computation; parameters are float32 at least
     replicas: int = number(1, low=1)  # copies of the sharded model (HSDP); the processes of each share it
+    offload: bool = False  # a sharded model, its gradients and its optimizer live in CPU memory: slower, for GPUs too small for them
+    keep_copy: bool = True  # the unsharded copy that a sharded policy is sampled from; false: it is freed while the policy is trained
     kv_budget_tokens: int = number(MISSING, low=1)
     micro_batch_tokens: int = number(MISSING, low=1)
 

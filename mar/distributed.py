@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
 from mar.config import ScaleOptions
 from mar.lora import merged
@@ -94,10 +94,10 @@ def join(device: str, scale: ScaleOptions) -> World:
     if gpu:
         torch.cuda.set_device(where)
     if size > 1:
-        dist.init_process_group("nccl" if gpu else "gloo", timeout=TIMEOUT)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", timeout=TIMEOUT)
         atexit.register(dist.destroy_process_group)  # else its threads may abort a process that has done its work
     elif gpu:  # one process is sharded over itself: that keeps float32 parameters beside computation in bfloat16
-        dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1)
+        dist.init_process_group("cpu:gloo,cuda:nccl", store=dist.HashStore(), rank=0, world_size=1)
     return World(rank, size, where, dist.new_group(timeout=TIMEOUT, backend="gloo") if size > 1 else None)
 
 
@@ -108,14 +108,16 @@ def shard(model: nn.Module, world: World, scale: ScaleOptions) -> None:
     mesh = mesh["shard"] if scale.replicas == 1 else mesh
     own = next(model.parameters()).dtype
     policy = MixedPrecisionPolicy(param_dtype=getattr(torch, scale.dtype), reduce_dtype=own)
-    for block in [module for module in model.modules() if isinstance(module, Block)]:
-        fully_shard(block, mesh=mesh, mp_policy=policy)
-    fully_shard(model, mesh=mesh, mp_policy=policy)
+    place = CPUOffloadPolicy(pin_memory=world.device.type == "cuda") if scale.offload else OffloadPolicy()
+    for part in (*(module for module in model.modules() if isinstance(module, Block)), model):
+        fully_shard(part, mesh=mesh, mp_policy=policy, offload_policy=place)
 
 
 @torch.no_grad()
 def gather_weights(model: Decoder, whole: Decoder) -> None:
     """Copy a sharded model's parameters into an unsharded one without adapters, tensor by tensor, in the dtype of the latter."""
     target = dict(whole.named_parameters())
+    for p in target.values():
+        p.untyped_storage().resize_(p.numel() * p.element_size())  # it may have been freed
     for name, value in merged(model):
         target[name].copy_(value)

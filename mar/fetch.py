@@ -10,14 +10,17 @@ import hashlib
 import importlib.util
 import json
 import os
+import platform
 import shutil
 import subprocess
 import sys
 import tempfile
 import zipfile
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from mar import __version__
 from mar.records import UserError, exit_code
 from mar.tasks.common import hub_fault, in_a_line
 
@@ -154,6 +157,16 @@ def resolve_model(source: str, name: str, path: str | None) -> tuple[Path, dict[
     folder = place(name, path or name)
     record = recorded(folder)
     return (folder, record) if record else fetch(source, name, path)
+
+
+def environment() -> dict[str, Any]:
+    """What a reader of the results needs to know about where they come from."""
+    here = Path(__file__).parent
+    describe, commit = ["git", "describe", "--always", "--dirty"], None
+    if shutil.which("git"):
+        commit = subprocess.run(describe, cwd=here, capture_output=True, text=True, check=False).stdout.strip() or None
+    versions = {"mar": __version__, "python": platform.python_version(), "torch": version("torch")}
+    return {**versions, "commit": commit, "cpu": platform.machine(), "cores": os.cpu_count()}
 
 
 def main(arguments: list[str] | None = None) -> int:

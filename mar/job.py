@@ -1,11 +1,8 @@
 """What the training loop needs, built once from the config: data, prompts, model, optimizer. All that can fail on a user's input fails here."""
 
 import copy
-import os
-import platform
-import shutil
-import subprocess
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +10,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from mar import __version__
 from mar.cache import capacity
 from mar.config import Config, ModelOptions, RewardOptions
 from mar.critic import Critic
@@ -54,12 +50,16 @@ class Job:
     reference: Decoder | None  # the first policy, where there is a KL term
     critic: tuple[Critic, torch.optim.Optimizer] | None
 
-    def sampler(self) -> Decoder:
+    @contextmanager
+    def sampler(self) -> Iterator[Decoder]:
         """The policy of this moment, in one piece."""
         if self.whole is None:
-            return self.model
+            yield self.model
+            return
         gather_weights(self.model, self.whole)
-        return self.whole
+        yield self.whole
+        for p in self.whole.parameters() if not self.config.scale.keep_copy else ():
+            p.untyped_storage().resize_(0)
 
     def write(self, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
         """Append rows to a jsonl file of the run."""
@@ -206,16 +206,6 @@ def build_job(config: Config, folder: Path, model_folder: Path, display: Display
     valued = (critic, make_optimizer(critic, config.algo.critic_lr, *adamw)) if critic else None
     opens = first_open(grammar, spec)
     return Job(config, folder, policy, optimizer, prompts, protocol, opens, world, whole, reference, valued)
-
-
-def environment() -> dict[str, Any]:
-    """What a reader of the results needs to know about where they come from."""
-    here = Path(__file__).parent
-    describe, commit = ["git", "describe", "--always", "--dirty"], None
-    if shutil.which("git"):
-        commit = subprocess.run(describe, cwd=here, capture_output=True, text=True, check=False).stdout.strip() or None
-    versions = {"mar": __version__, "python": platform.python_version(), "torch": str(torch.__version__)}
-    return {**versions, "commit": commit, "cpu": platform.machine(), "cores": os.cpu_count()}
 
 
 def announce(config: Config, display: Display) -> Config:

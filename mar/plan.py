@@ -34,7 +34,7 @@ LOGIT_BLOCK = 1 << 28  # bytes of the log-probability kernel's largest block (ma
 ASSUMED = (
     f"H100 SXM: {PEAK_FLOPS / 1e12:.0f} TFLOP/s at {MFU:.0%}, {BANDWIDTH / 1e12} TB/s at {BANDWIDTH_USED:.0%}",
     "every prompt and completion has its largest length",
-    "not counted: verification, evaluation, communication that does not overlap, a critic, a reference model, temporaries of sampling",
+    "not counted: verification, evaluation, communication that does not overlap, a critic, a reference, what sampling and offloading move",
 )
 QWEN3 = {"0.6B": (1024, 3072, 28, 16), "1.7B": (2048, 6144, 28, 16), "4B": (2560, 9728, 36, 32), "8B": (4096, 12288, 36, 32)}
 SHAPES = {  # of config.json at the hub
@@ -106,9 +106,14 @@ def memory(config: Config, model: Decoder) -> dict[str, Any]:
     compute, stored = dtype.itemsize, torch.promote_types(dtype, torch.float32).itemsize
     shards, prompts = config.scale.num_gpus // config.scale.replicas, ceil(config.algo.prompts_per_step / config.scale.num_gpus)
     parts = update_memory(model, tokens, shards, config.train.checkpoint_activations, compute, stored)
+    if config.scale.offload:  # in CPU memory
+        parts |= dict.fromkeys(("weights", "gradients", "optimizer"), 0)
     with torch.device("meta"):
         copy = compute * count(Decoder(c))
-    resident, update = copy + parts["weights"] + parts["gradients"] + parts["optimizer"], copy + sum(parts.values())
+    resident, update = (
+        copy + parts["weights"] + parts["gradients"] + parts["optimizer"],
+        copy * config.scale.keep_copy + sum(parts.values()),
+    )
     num_prompts, rows = capacity([P] * prompts, [G] * prompts, R, budget)
     per_token = 2 * compute * c.num_layers * c.num_kv_heads * c.head_dim
     room = max(0, int(GPU_BYTES * USABLE) - resident) // per_token
@@ -162,7 +167,8 @@ def show(document: dict[str, Any], console: Console) -> None:
     for name, value in {**d["bytes"], **{f"peak of {name}": value for name, value in d["peak_bytes"].items()}}.items():
         table.add_row(name, f"{value / GiB:.2f}")
     console.print(table)
-    advice = "for sampling a lower scale.kv_budget_tokens, for the update checkpoint_activations=true, fewer micro_batch_tokens or model.lora_rank=16"
+    advice = "a lower scale.kv_budget_tokens for sampling; for the update train.checkpoint_activations=true, fewer micro_batch_tokens, "
+    advice += "scale.keep_copy=false; for both model.lora_rank=16 or scale.offload=true"
     console.print("fits" if d["fits"] else f"DOES NOT FIT: {advice}", f"in {USABLE:.0%} of {GPU_BYTES >> 30} GiB")
     without, limit = d["activations_without_checkpointing"] / GiB, "the KV budget" if d["kv_budget_binds"] else "memory"
     console.print(f"activations without checkpointing {without:.2f} GiB; largest group {d['largest_group']}, by {limit}")

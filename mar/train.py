@@ -25,12 +25,13 @@ from mar.batch import make_batch
 from mar.compose import compose, from_omegaconf, validate
 from mar.config import Config
 from mar.distributed import World, join
-from mar.fetch import resolve_model
+from mar.fetch import environment, resolve_model
 from mar.itemstats import set_metrics
-from mar.job import Job, announce, build_job, environment
+from mar.job import Job, announce, build_job
 from mar.log import Display, completion_row, plain, truncate_jsonl, write_json
 from mar.metrics import known_bounds
 from mar.mirror import Mirror
+from mar.model import Decoder
 from mar.protocol import close, measure, summary
 from mar.records import Rollout, UserError, exit_code
 from mar.rollout import beginner, judge_groups, judged_only, sample
@@ -38,7 +39,7 @@ from mar.update import prepare, update
 from mar.variance import variance_ratio
 
 
-def refill(job: Job, step: int, groups: list[list[Rollout]]) -> int:
+def refill(job: Job, policy: Decoder, step: int, groups: list[list[Rollout]]) -> int:
     """Dynamic sampling (DAPO): put groups of other prompts in place of those whose completions all earned the same, at most algo.resample times.
     Returns how many were replaced."""
     p, world, replaced = job.protocol, job.world, 0
@@ -48,7 +49,7 @@ def refill(job: Job, step: int, groups: list[list[Rollout]]) -> int:
             break
         prompts, identity = job.prompts_of(step, attempt)[: len(flat)], (job.config.seed, "train", step, attempt)
         size = job.config.algo.group_size
-        fresh, _ = sample(job.sampler(), prompts, size, p.params, p.kv_budget_tokens, identity, world.share)
+        fresh, _ = sample(policy, prompts, size, p.params, p.kv_budget_tokens, identity, world.share)
         judged = world.gather(judge_groups(prompts[world.share], fresh, p.grammar, p.spec, p.verifier, p.decode))
         for i, group in zip(flat, judged, strict=True):
             if not any(r.unjudged for r in group):
@@ -63,11 +64,12 @@ def train_step(job: Job, step: int) -> tuple[dict[str, Any], list[Rollout], Tens
     clock = [time.perf_counter()]
     prompts = job.prompts_of(step)
     drawn = (p.params, p.kv_budget_tokens, (config.seed, "train", step), world.share, beginner(p.grammar, p.verifier, p.decode))
-    completions, generation = sample(job.sampler(), prompts, config.algo.group_size, *drawn)
-    clock.append(time.perf_counter())
-    judged = world.gather(judge_groups(prompts[world.share], completions, p.grammar, p.spec, p.verifier, p.decode))
-    groups = judged_only(judged, max(2, config.algo.pass_k))
-    replaced = refill(job, step, groups)
+    with job.sampler() as policy:
+        completions, generation = sample(policy, prompts, config.algo.group_size, *drawn)
+        clock.append(time.perf_counter())
+        judged = world.gather(judge_groups(prompts[world.share], completions, p.grammar, p.spec, p.verifier, p.decode))
+        groups = judged_only(judged, max(2, config.algo.pass_k))
+        replaced = refill(job, policy, step, groups)
     clock.append(time.perf_counter())
     batch, columns = prepare(job, make_batch(groups, job.first_open, job.model.head_weight.device))
     every = config.algo.variance_every  # before the update: of the policy that sampled
@@ -191,7 +193,8 @@ def train(job: Job, first_step: int, display: Display, document: dict[str, Any])
 def evaluate(job: Job, stage: str, step: int, document: dict[str, Any], display: Display) -> None:
     """Measure the policy, add it to `eval.json`, and say so."""
     began = time.perf_counter()
-    metrics, rollouts = measure(job.sampler(), job.protocol, job.world)
+    with job.sampler() as policy:
+        metrics, rollouts = measure(policy, job.protocol, job.world)
     texts = [completion_row(r, "eval", step) for r in rollouts[:200]]
     job.write("completions.jsonl", texts)
     if display.mirror:
@@ -238,6 +241,11 @@ def run(config: Config) -> int:
         f"{config.data.task}: {len(job.prompts)} training and {len(job.protocol.prompts)} held-out prompts; "
         f"training {trained:,} of the {total:,} parameters of {config.model.name}; writing to {folder}"
     )
+    if job.whole:
+        size = sum(p.numel() * p.element_size() for p in job.whole.parameters()) / 1e9
+        display.say(
+            f"sampling from an unsharded copy: {size:.2f} GB on every rank, {'kept' if config.scale.keep_copy else 'freed'} while training"
+        )
     display.first_step = first_step
     if config.logger.wandb != "off" and world.leads:
         display.mirror = Mirror(config.logger.wandb, folder, plain(config.to_dict()), display.say)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 CORE_BUDGET = 4400
-TOTAL_BUDGET = 9270  # 7,500 was the plan; the tasks with their sandbox, judge and mathematics, and the Triton kernels, go beyond it
+TOTAL_BUDGET = 9290  # 7,500 was the plan; the tasks with their sandbox, judge and mathematics, and the Triton kernels, go beyond it
 AROUND = {
     "metrics",
     "evaluate",

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from mar.compose import load_config
 from mar.config import ScaleOptions
 from mar.distributed import World, join
 from mar.fetch import resolve_model
-from mar.job import adapted
+from mar.job import Job, adapted
 from mar.records import UserError
 from mar.weights import load_model
 
@@ -53,9 +54,9 @@ def alone(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ranks, words", [(2, ()), (4, ("scale.replicas=2",))])
+@pytest.mark.parametrize("ranks, words", [(2, ("scale.keep_copy=false", "scale.offload=true")), (4, ("scale.replicas=2",))])
 def test_ranks_agree_with_one_process(alone, tmp_path, ranks, words):
-    """Three prompts on two ranks are uneven; on four ranks one has none; 2 x 2 is HSDP."""
+    """Three prompts on two ranks are uneven; on four ranks one has none; 2 x 2 is HSDP. Offloading moves nothing on a CPU."""
     run = train(tmp_path, ranks, *words)
     assert (run / "completions.jsonl").read_text() == alone[0]
     torch.testing.assert_close(parameters(run), alone[1], rtol=0, atol=1e-8)
@@ -83,6 +84,20 @@ def test_a_run_goes_on_with_another_number_of_ranks(alone, tmp_path):
     run = train(tmp_path, 1)
     assert (run / "completions.jsonl").read_text() == alone[0]
     torch.testing.assert_close(parameters(run), alone[1], rtol=0, atol=1e-8)
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_the_copy_to_sample_from_is_filled_each_time_and_freed_if_asked(tiny_model, kept):
+    model, whole = tiny_model(seed=0), tiny_model(seed=1)
+    job = SimpleNamespace(model=model, whole=whole, config=SimpleNamespace(scale=ScaleOptions(keep_copy=kept)))
+    for _ in range(2):
+        with Job.sampler(job) as policy:
+            assert policy is whole
+            assert all(torch.equal(a, b) for a, b in zip(policy.parameters(), model.parameters(), strict=True))
+        assert all((p.untyped_storage().size() > 0) == kept for p in whole.parameters())
+        with torch.no_grad():
+            for p in model.parameters():
+                p.add_(1)
 
 
 def test_micro_batches_are_dealt_in_equal_numbers():

@@ -5,9 +5,9 @@ import shutil
 import pytest
 
 from mar.compose import compose
-from mar.fetch import resolve_model
+from mar.fetch import environment, resolve_model
 from mar.grammar import Grammar
-from mar.job import environment, sampling_params
+from mar.job import sampling_params
 from mar.prompts import load_tokenizer
 from mar.records import UserError
 from mar.rollout import make_decode

@@ -94,6 +94,12 @@ def test_the_kv_cache_and_the_sampling_copy_by_hand():
     held = document["bytes"]
     assert held["kv_cache"] == 2 * 28 * 8 * 128 * 2 * (3072 + 32 * 1536)  # one prompt a GPU, all its rows at once
     assert held["sampling_copy"] == 2 * PUBLISHED["Qwen3-1.7B"]
+    freed = planned("algo.prompts_per_step=8", "model.path=Qwen/Qwen3-1.7B", "scale.keep_copy=false")["peak_bytes"]
+    assert document["peak_bytes"]["update"] - freed["update"] == held["sampling_copy"]
+    assert document["peak_bytes"]["sampling"] == freed["sampling"]
+    offloaded = planned("algo.prompts_per_step=8", "model.path=Qwen/Qwen3-1.7B", "scale.offload=true")
+    for peak, bytes in offloaded["peak_bytes"].items():
+        assert document["peak_bytes"][peak] - bytes == held["weights"] + held["gradients"] + held["optimizer"]
     assert document["kv_budget_binds"] and document["largest_group"] == (131_072 - 3072) // 1536
     room = int(79 * 2**30 * 0.9) - sum(held[name] for name in ("weights", "gradients", "optimizer", "sampling_copy"))
     bound = planned("algo.prompts_per_step=8", "model.path=Qwen/Qwen3-1.7B", "scale.kv_budget_tokens=9000000")

@@ -10,7 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from mar.job import environment
+from mar.fetch import environment
 from mar.log import read_jsonl
 
 HERE = Path(__file__).parent

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from mar.job import environment
+from mar.fetch import environment
 
 HERE = Path(__file__).parent
 RUNS, LOGS = Path("runs/claims"), HERE / "logs"

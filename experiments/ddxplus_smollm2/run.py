@@ -16,8 +16,7 @@ import sys
 from pathlib import Path
 
 from experiments.claims.run import command, kept
-from mar.fetch import SMOLLM2, resolve_model
-from mar.job import environment
+from mar.fetch import SMOLLM2, environment, resolve_model
 
 HERE = Path(__file__).parent
 RUNS, LOGS = Path("runs/ddxplus_smollm2"), HERE / "logs"

@@ -17,8 +17,8 @@ import numpy as np
 import torch
 
 from mar.compose import compose
-from mar.fetch import EMBEDDED
-from mar.job import Job, build_job, environment
+from mar.fetch import EMBEDDED, environment
+from mar.job import Job, build_job
 from mar.log import Display, plain
 from mar.prompts import load_tokenizer
 from mar.protocol import measure
@@ -106,7 +106,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         job = build_job(compose([*WORDS, f"seed={args.seed}"]), Path(folder), EMBEDDED, Display("plain", 0, STEPS))
         rewards, seconds = ours(job) if args.side == "ours" else trl(job, Path(folder))
-        after, _ = measure(job.sampler(), job.protocol)
+        with job.sampler() as policy:
+            after, _ = measure(policy, job.protocol)
     document = {"side": args.side, "seed": args.seed, **environment(), "rewards": rewards, "seconds": seconds, "after": after}
     if args.side == "trl":
         from importlib.metadata import version

@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from mar.job import environment
+from mar.fetch import environment
 from mar.log import read_jsonl, shown
 
 HERE = Path(__file__).parent
