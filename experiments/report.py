@@ -20,6 +20,7 @@ from experiments.claims import summary
 from experiments.ddxplus_smollm2 import summary as ddxplus
 from experiments.peers import summary as peers
 from experiments.plan import run as plans
+from experiments.sweeps import summary as sweeps
 from experiments.tasks import two_steps
 from mar.log import shown
 from mar.metrics import SHOWN_METRICS
@@ -39,6 +40,12 @@ MADE = {  # what stands after `<!-- name -->`
     "two steps": two_steps.markdown,
     "algorithms": algorithms.markdown,
     "algorithms paired": algorithms.paired,
+    "k sweep": sweeps.k_sweep,
+    "k sweep asked": sweeps.asked,
+    "brier weight": sweeps.brier_weight,
+    "sum rule": sweeps.sum_rule,
+    "thinking": sweeps.thinking,
+    "credit": sweeps.credit,
 }
 
 

@@ -1,13 +1,11 @@
 """The table and the figure of the algorithms on clinic, from logs/ alone:  `make report` writes them."""
 
-import json
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from experiments.algorithms.run import CURVES, SETTINGS
-from experiments.claims.summary import interval
+from experiments.claims.summary import grouped, interval
 from experiments.peers.summary import told
 from mar import plots
 
@@ -19,12 +17,8 @@ Log = Mapping[str, Any]
 
 
 def read_logs() -> dict[str, list[Log]]:
-    """Setting -> its logs by seed, in the order of SETTINGS."""
-    found: dict[str, list[Log]] = defaultdict(list)
-    for file in sorted((HERE / "logs").glob("*.json")):
-        log = json.loads(file.read_text(encoding="utf-8"))
-        found[log["setting"]].append(log)
-    return {setting: found[setting] for setting in SETTINGS if setting in found}
+    """Setting -> its logs."""
+    return grouped(HERE / "logs", "setting", SETTINGS)
 
 
 def markdown() -> str:

@@ -4,7 +4,7 @@ import hashlib
 import json
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +30,18 @@ OF_SETS = ("top1", "top1_conf", "ece", "set_ece", "brier", "q_mse", "tokens_per_
 Log = Mapping[str, Any]
 
 
-def read_logs() -> dict[str, list[Log]]:
-    """Method -> its logs by seed, methods in the order of the tables."""
+def grouped(folder: Path, key: str, order: Iterable[str]) -> dict[str, list[Log]]:
+    """The logs of a folder by what they say under `key`, in the order of the tables, and by seed."""
     found: dict[str, list[Log]] = defaultdict(list)
-    for file in sorted((HERE / "logs").glob("*.json")):
+    for file in folder.glob("*.json"):
         log = json.loads(file.read_text(encoding="utf-8"))
-        found[log["method"]].append(log)
-    return {method: sorted(found[method], key=lambda log: log["seed"]) for method in ORDER if method in found}
+        found[log[key]].append(log)
+    return {name: sorted(found[name], key=lambda log: log["seed"]) for name in order if name in found}
+
+
+def read_logs() -> dict[str, list[Log]]:
+    """Method -> its logs."""
+    return grouped(HERE / "logs", "method", ORDER)
 
 
 def interval(values: Sequence[float | None]) -> dict[str, Any]:

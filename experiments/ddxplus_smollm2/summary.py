@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments.claims.summary import interval, on_curve
+from experiments.claims.summary import grouped, interval, on_curve
 from experiments.ddxplus_smollm2.run import ANSWERS
 
 HERE = Path(__file__).parent
@@ -19,11 +19,8 @@ Log = Mapping[str, Any]
 
 
 def read_logs() -> dict[str, list[Log]]:
-    """Method -> its logs by seed."""
-    logs = [json.loads(file.read_text(encoding="utf-8")) for file in sorted((HERE / "logs").glob("*.json"))]
-    return {
-        method: own for method in ORDER if (own := sorted((log for log in logs if log["method"] == method), key=lambda log: log["seed"]))
-    }
+    """Method -> its logs."""
+    return grouped(HERE / "logs", "method", ORDER)
 
 
 def read_steps() -> dict[str, list[list[Log]]]:

@@ -1,7 +1,6 @@
 """The table and the figure of ours against TRL's, from logs/ alone:  `make report` writes them."""
 
 import inspect
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ import numpy as np
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
-from experiments.claims.summary import interval
+from experiments.claims.summary import grouped, interval
 from experiments.peers import run
 from mar.plots import STYLE
 
@@ -21,10 +20,8 @@ Logs = Mapping[str, Sequence[Mapping[str, Any]]]
 
 
 def read_logs() -> Logs:
-    """Side -> its logs by seed."""
-    found = [json.loads(file.read_text(encoding="utf-8")) for file in sorted((HERE / "logs").glob("*.json"))]
-    sides = {"ours": [log for log in found if log["side"] == "ours"], "trl": [log for log in found if log["side"] == "trl"]}
-    return {side: logs for side, logs in sides.items() if logs}
+    """Side -> its logs."""
+    return grouped(HERE / "logs", "side", ("ours", "trl"))
 
 
 def told(values: Sequence[float], digits: int) -> str:

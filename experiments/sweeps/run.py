@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from experiments.claims.run import command, kept
-from mar.job import environment
+from mar.fetch import environment
 from mar.log import read_jsonl
 from mar.tasks import clinic
 from mar.tasks.common import stable_hash

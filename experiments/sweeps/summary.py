@@ -1,0 +1,120 @@
+"""The tables of the sweeps on clinic, from their logs alone; `make report` writes them."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from experiments.algorithms import summary as algorithms
+from experiments.claims import summary as claims
+from experiments.peers.summary import told
+from experiments.sweeps.run import EXPERIMENTS, SIZES, SWEEPS
+from mar.metrics import gap_closed
+
+Log = Mapping[str, Any]
+Columns = Mapping[str, Callable[[Log], float | None]]
+SECONDS = (60, 120, 180)
+
+
+def read_logs(sweep: str) -> dict[str, list[Log]]:
+    """Setting -> its logs."""
+    return claims.grouped(EXPERIMENTS / sweep / "logs", "setting", SWEEPS[sweep])
+
+
+def lines_of(rows: Mapping[str, Sequence[Log]], columns: Columns, first: str) -> str:
+    """Markdown: mean ± half of Student's 95 % interval over seeds."""
+    lines = [[first, "seeds", *columns], ["---"] * (len(columns) + 2)]
+    for name, logs in rows.items():
+        values = [[column(log) for log in logs] for column in columns.values()]
+        lines.append([name, str(len(logs)), *("–" if None in each else told(each, 3) for each in values)])
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def metric(name: str) -> Callable[[Log], float | None]:
+    return lambda log: (log["metrics"].get(name) or [None])[0]
+
+
+def of_set(log: Log) -> float:
+    """Exact mass that one set covers."""
+    return float(log["curve"]["coverage"][0][0])
+
+
+def gap(log: Log) -> float:
+    """Of one set, between as many draws from the posterior (0) and its most probable answers (1)."""
+    k = log["num_answers"]
+    return gap_closed(of_set(log), log["bars"]["floor"][k - 1], log["bars"]["ceiling"][k - 1])
+
+
+MEASURES = {name: metric(name) for name in ("top1", "ece", "q_mse", "brier")}
+
+
+def k_sweep() -> str:
+    """Trained for K answers, measured with K."""
+    columns: Columns = {
+        "right per set": of_set,
+        "floor": lambda log: log["bars"]["floor"][log["num_answers"] - 1],
+        "ceiling": lambda log: log["bars"]["ceiling"][log["num_answers"] - 1],
+        "gap_closed": gap,
+        "12 answers cover": lambda log: claims.on_curve(log, "coverage", 12),
+        **MEASURES,
+        "tokens per set": metric("tokens_per_set"),
+    }
+    return lines_of(read_logs("k_sweep"), columns, "trained")
+
+
+def asked() -> str:
+    """Trained for three answers, asked for others: one set a patient."""
+    trained = read_logs("k_sweep")["K = 3"]
+    rows = {name: [{**log["sizes"][name], "bars": log["bars"]} for log in trained] for name in SIZES}
+    rows = dict(sorted({**rows, "K=3": trained}.items()))
+    columns: Columns = {"right per set": of_set, "gap_closed": gap, **MEASURES, "format_rate": metric("format_rate")}
+    return lines_of(rows, columns | {"repeats per set": metric("repeats_per_set")}, "asked")
+
+
+def brier_weight() -> str:
+    """K times the paper's weight is the default of `algo=own`, and a row of the K sweep."""
+    rows = read_logs("brier_weight") | {"weight 3": read_logs("k_sweep")["K = 3"]}
+    ordered = dict(sorted(rows.items(), key=lambda row: int(row[0].split()[1])))
+    columns: Columns = {"gap_closed": gap, **MEASURES, "auroc": metric("auroc"), "tv_distance": metric("tv_distance")}
+    return lines_of(ordered, columns, "setting")
+
+
+def sum_rule() -> str:
+    """Several answers are right at once. Of each slot: how often it is right, and the mean confidence."""
+    slots: dict[str, Callable[[Log], float | None]] = {}
+    for k in range(3):
+        slots[f"right {k + 1}"] = lambda log, k=k: log["slots"]["right"][k]  # type: ignore[misc]
+        slots[f"said {k + 1}"] = lambda log, k=k: log["slots"]["confidence"][k]  # type: ignore[misc]
+    columns: Columns = {"right per set": of_set, **slots, "sum above 1": lambda log: log["slots"]["above_1"], **MEASURES}
+    columns = {name: column for name, column in columns.items() if name not in ("top1", "q_mse")}
+    return lines_of(read_logs("sum_rule"), columns | {"format_rate": metric("format_rate")}, "setting")
+
+
+def thinking() -> str:
+    """With thoughts: what as many answers, and as many tokens, cover. Answers are of several completions, whose thoughts all count."""
+
+    def at_tokens(tokens: int) -> Callable[[Log], float | None]:
+        def covered(log: Log) -> float | None:
+            within = [c[0] for t, c in zip(log["curve"]["tokens"], log["curve"]["coverage"], strict=True) if t <= tokens]
+            return within[-1] if within else None
+
+        return covered
+
+    columns: Columns = {f"{k} answers": lambda log, k=k: claims.on_curve(log, "coverage", k) for k in (3, 6, 12)}  # type: ignore[misc]
+    columns = columns | {f"{n} tokens": at_tokens(n) for n in (60, 120, 180, 240)} | MEASURES
+    return lines_of(read_logs("thinking"), columns | {"tokens per completion": metric("tokens_per_set")}, "trained")
+
+
+def credit() -> str:
+    """The logs of experiments/algorithms at equal seconds of their own clock: held-out gap_closed between their evaluations, interpolated."""
+    lines = [["credit", "seeds", "s a step", *(f"after {s} s" for s in SECONDS), "after 140 steps"], ["---"] * (4 + len(SECONDS))]
+    for setting in ("rloo, to_go", "rloo, set", "own"):
+        logs = algorithms.read_logs()[setting]
+        rows = []
+        for log in logs:
+            floor, ceiling = (log[name]["coverage@3"] for name in ("floor", "ceiling"))
+            closed = [gap_closed(h["coverage@3"], floor, ceiling) for h in log["history"]]
+            per_step = log["job_s"] / log["history"][-1]["step"]
+            rows.append([per_step, *np.interp(SECONDS, [h["step"] * per_step for h in log["history"]], closed).tolist(), closed[-1]])
+        lines.append([setting, str(len(logs)), *(told(list(column), 3) for column in zip(*rows, strict=True))])
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
