@@ -12,7 +12,7 @@ from experiments.claims.summary import grouped, interval, on_curve
 from experiments.ddxplus_smollm2.run import ANSWERS
 
 HERE = Path(__file__).parent
-ORDER = ("multi_rlcr", "rlvr_single", "base", "single")
+ORDER = ("multi_rlcr", "multi_rlcr_50", "rlvr_single", "rlvr_single_50", "base", "single")
 OF_SETS = ("top1", "ece", "brier", "format_rate", "tokens_per_set")
 WINDOW = 10  # steps whose mean the learning table shows
 Log = Mapping[str, Any]

@@ -1,0 +1,152 @@
+"""Where a training step of SmolLM2 on DDXPlus goes, and how far that is from what this machine could do:
+
+    OMP_NUM_THREADS=1 python -m experiments.ddxplus_smollm2.profile DATA [--steps 3]
+
+Times the parts of a step (`train_step` with its functions wrapped), divides each part's arithmetic by the speed of one large product and its reads of
+weights by the measured bandwidth, and predicts a GPU's times from the planner's assumptions. Writes profile.json; `make report` makes the table.
+"""
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import mar.model
+import mar.sampler
+import mar.train
+import mar.update
+from experiments.bench.common import peak_bytes, quiet_machine, seconds
+from experiments.ddxplus_smollm2.run import PATIENTS, SHARED, warm_up
+from mar.compose import compose
+from mar.fetch import environment, resolve_model
+from mar.job import Job, build_job
+from mar.log import Display
+from mar.plan import BANDWIDTH, BANDWIDTH_USED, MFU, PEAK_FLOPS
+
+RESULT = Path(__file__).parent / "profile.json"
+PARTS: dict[str, list[tuple[Any, str]]] = {  # part -> the functions whose time it is, none inside another of them
+    "packing weights": [(mar.model, "pack"), (mar.sampler, "pack")],
+    "prefill": [(mar.sampler._Slots, "prefill")],
+    "decoding": [(mar.sampler._Slots, "feed")],
+    "drawing": [(mar.sampler._Slots, "draw")],
+    "verification": [(mar.train, "judge_groups")],
+    "forward": [(mar.model.Decoder, "forward")],
+    "backward": [(torch.Tensor, "backward")],
+    "optimizer": [(mar.update, "_apply")],
+}
+
+
+def timed(spent: dict[str, float]) -> None:
+    """Wrap the functions of PARTS, so that `spent` adds up their seconds."""
+
+    def wrapped(function: Callable[..., Any], part: str) -> Callable[..., Any]:
+        @wraps(function)
+        def call(*args: Any, **more: Any) -> Any:
+            began = time.perf_counter()
+            try:
+                return function(*args, **more)
+            finally:
+                spent[part] += time.perf_counter() - began
+
+        return call
+
+    for part, functions in PARTS.items():
+        for owner, name in functions:
+            setattr(owner, name, wrapped(getattr(owner, name), part))
+
+
+def work_of(job: Job, prompt_tokens: int, tokens: int, decode_steps: int) -> dict[str, dict[str, float]]:
+    """Part -> its floating-point operations in matrix products (attention is not counted) and the bytes of weights that it has to read."""
+    model, head = job.model, job.model.head_weight.numel()
+    blocks = sum(p.numel() for p in model.blocks.parameters() if p.ndim == 2)
+    trained = sum(p.numel() for p in model.blocks.parameters() if p.ndim == 2 and p.requires_grad)
+    width = job.model.head_weight.element_size()
+    return {
+        "prefill": {"flops": 2.0 * blocks * prompt_tokens, "bytes": width * blocks},
+        "decoding": {"flops": 2.0 * blocks * tokens, "bytes": width * blocks * decode_steps},
+        "drawing": {"flops": 2.0 * head * tokens, "bytes": width * head * decode_steps},
+        "forward": {"flops": 2.0 * (blocks * (prompt_tokens + tokens) + head * tokens), "bytes": width * (blocks + head)},
+        "backward": {"flops": 2.0 * (2 * trained * (prompt_tokens + tokens) + head * tokens), "bytes": width * (trained + head)},
+    }
+
+
+def measure(data: Path, steps: int) -> dict[str, Any]:
+    """Median seconds of each part over `steps` steps after one to warm up, its least seconds here, and what is held in memory."""
+    warm_up(data)
+    display = Display("plain", 0, 0)
+    display.console.quiet = True
+    config = compose([*SHARED, f"data.path={data / PATIENTS}", "reward=multi_rlcr"])
+    spent: dict[str, float] = defaultdict(float)
+    rows, sizes = [], []
+    with tempfile.TemporaryDirectory() as folder:
+        job = build_job(config, Path(folder), resolve_model("folder", "hf", config.model.path)[0], display)
+        mar.train.train_step(job, 0)
+        timed(spent)
+        with peak_bytes() as peak:
+            for step in range(1, steps + 1):
+                spent.clear()
+                began = time.perf_counter()
+                metrics, rollouts, _ = mar.train.train_step(job, step)
+                row = dict(spent) | {"step": time.perf_counter() - began}
+                rows.append(row | {"rest": row["step"] - sum(spent.values())})
+                prompts = {r.prompt.id: len(r.prompt.ids) for r in rollouts}
+                sizes.append((sum(prompts.values()), sum(len(r.completion.ids) for r in rollouts), metrics["sampler/decode_steps"]))
+    square, big = torch.randn(2048, 2048), torch.randn(1 << 26)
+    peak_flops = 2 * 2048**3 / seconds(lambda: square @ square, 5)
+    bandwidth = big.numel() * 4 / seconds(big.sum, 5)
+    prompt_tokens, tokens, decode_steps = (int(statistics.median(column)) for column in zip(*sizes, strict=True))
+    work = work_of(job, prompt_tokens, tokens, decode_steps)
+    parts = {}
+    for part in (*PARTS, "rest", "step"):
+        found = {"seconds": statistics.median(row[part] for row in rows)}
+        if part in work:
+            w = work[part]
+            found |= {"least_here": max(w["flops"] / peak_flops, w["bytes"] / bandwidth)}
+            # two bytes a weight there
+            found |= {"on_a_gpu": max(w["flops"] / (PEAK_FLOPS * MFU), w["bytes"] / 2 / (BANDWIDTH * BANDWIDTH_USED))}
+        parts[part] = found
+    all_of = sum(p.numel() for p in job.model.parameters())
+    trained = sum(p.numel() for p in job.model.parameters() if p.requires_grad)
+    c = job.model.config
+    kv = 2 * 4 * c.num_layers * c.num_kv_heads * c.head_dim * (prompt_tokens + tokens)
+    memory = {"weights": 4 * all_of, "packed weights": 4 * all_of, "gradients": 4 * trained, "optimizer": 8 * trained, "KV cache": kv}
+    told = {"threads": torch.get_num_threads(), "peak_flops": peak_flops, "bandwidth": bandwidth, **environment()}
+    shape = {"prompt_tokens": prompt_tokens, "tokens": tokens, "decode_steps": decode_steps, "steps": steps}
+    return {**told, **shape, "parts": parts, "memory": memory | {"rise of the peak in a step": peak[0]}}
+
+
+def markdown() -> str:
+    """Seconds of each part of a step, the least that they could take, and a GPU's by the planner's assumptions."""
+    document = json.loads(RESULT.read_text(encoding="utf-8"))
+    lines = [["part", "seconds", "share", "least here", "of the roofline", "an H100, predicted"], ["---"] * 6]
+    whole = document["parts"]["step"]["seconds"]
+    for name, part in document["parts"].items():
+        least, gpu = part.get("least_here"), part.get("on_a_gpu")
+        bounds = [f"{least:.2f}", f"{least / part['seconds']:.0%}", f"{1000 * gpu:.1f} ms"] if least else ["–"] * 3
+        lines.append([name, f"{part['seconds']:.2f}", f"{part['seconds'] / whole:.0%}", *bounds])
+    held = ", ".join(f"{name} {size / 2**20:,.0f}" for name, size in document["memory"].items())
+    table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return f"{table}\n\nMiB: {held}."
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", type=Path, help="folder of DDXPlus")
+    parser.add_argument("--steps", type=int, default=3)
+    args = parser.parse_args()
+    quiet_machine()
+    document = measure(args.data, args.steps)
+    RESULT.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    print(markdown())
+
+
+if __name__ == "__main__":
+    main()
