@@ -104,7 +104,7 @@ def main() -> None:
     if summary.stale():
         summary.write()
         print("wrote experiments/claims/results.json and figures")
-    for drawn in (peers, algorithms):
+    for drawn in (peers, algorithms, sweeps):
         if drawn.HERE / "README.md" in stale:
             drawn.write()
     for file, text in stale.items():

@@ -4,13 +4,17 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from matplotlib import rc_context
+from matplotlib.figure import Figure
 
 from experiments.algorithms import summary as algorithms
 from experiments.claims import summary as claims
 from experiments.peers.summary import told
 from experiments.sweeps.run import EXPERIMENTS, SIZES, SWEEPS
 from mar.metrics import gap_closed
+from mar.plots import STYLE
 
+HERE = EXPERIMENTS / "k_sweep"  # where the figure is
 Log = Mapping[str, Any]
 Columns = Mapping[str, Callable[[Log], float | None]]
 SECONDS = (60, 120, 180)
@@ -26,7 +30,9 @@ def lines_of(rows: Mapping[str, Sequence[Log]], columns: Columns, first: str) ->
     lines = [[first, "seeds", *columns], ["---"] * (len(columns) + 2)]
     for name, logs in rows.items():
         values = [[column(log) for log in logs] for column in columns.values()]
-        lines.append([name, str(len(logs)), *("–" if None in each else told(each, 3) for each in values)])
+        lines.append(
+            [name, str(len(logs)), *("–" if None in each else told(each[:1] if len({*each}) == 1 else each, 3) for each in values)]
+        )
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
@@ -118,3 +124,30 @@ def credit() -> str:
             rows.append([per_step, *np.interp(SECONDS, [h["step"] * per_step for h in log["history"]], closed).tolist(), closed[-1]])
         lines.append([setting, str(len(logs)), *(told(list(column), 3) for column in zip(*rows, strict=True))])
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def write() -> None:
+    """answers.png: what one set covers against the number of its answers, for policies trained for that number and for one trained for three."""
+    trained = read_logs("k_sweep")
+    three = trained["K = 3"]
+    bars = three[0]["bars"]
+    lines = {
+        "trained for K, asked for K": {logs[0]["num_answers"]: [of_set(log) for log in logs] for logs in trained.values()},
+        "trained for 3, asked for K": {int(size[2:]): [of_set(log["sizes"][size]) for log in three] for size in SIZES}
+        | {3: [of_set(log) for log in three]},
+    }
+    with rc_context(STYLE):
+        figure = Figure(figsize=(6, 3.6), layout="constrained")
+        axes = figure.subplots()
+        for (label, points), (colour, marker, shift) in zip(lines.items(), (("#0072b2", "o", -0.05), ("#d55e00", "s", 0.05)), strict=True):
+            sizes = sorted(points)
+            means = [np.mean(points[k]) for k in sizes]
+            reach = [np.abs(np.array(points[k]) - np.mean(points[k])).max() for k in sizes]
+            axes.errorbar([k + shift for k in sizes], means, reach, color=colour, marker=marker, ms=4, lw=1, capsize=2, label=label)
+        for name, dash in (("ceiling", "--"), ("floor", ":")):
+            axes.plot(
+                range(1, 7), bars[name][:6], color="0.4", ls=dash, lw=1, label=f"{name}: {'the best' if name == 'ceiling' else 'drawn'} K"
+            )
+        axes.set(xlabel="answers K in one set", ylabel="right answers per set", xticks=range(1, 7))
+        axes.legend(frameon=False)
+        figure.savefig(HERE / "answers.png", dpi=150)
