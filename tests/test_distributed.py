@@ -1,6 +1,7 @@
 """Several ranks are one run: the same completions, and parameters that agree in float64."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -19,7 +20,7 @@ from mar.records import UserError
 from mar.weights import load_model
 
 ROOT = Path(__file__).resolve().parents[1]
-WORDS = """+experiment=clinic train.steps=3 eval.num_items=3 algo.prompts_per_step=3 algo.group_size=3 model.lora_rank=0
+WORDS = """+experiment=clinic train.steps=5 eval.num_items=3 algo.prompts_per_step=3 algo.group_size=3 model.lora_rank=0
 model.trainable= model.lr=1e-3 scale.dtype=float64 logger.console=plain train.micro_batch_tokens=256
 checkpoint.every=1 optim.grad_clip=0.01""".split()
 
@@ -40,7 +41,7 @@ def parameters(run: Path) -> torch.Tensor:
     model = adapted(model, load_config(run / "config.yaml").model)
     before = torch.cat([p.detach().flatten() for p in model.parameters()])
     found = checkpoint.newest(run / "checkpoints")
-    assert found is not None and found.step == 3
+    assert found is not None and found.step == 5
     checkpoint.restore_weights(found, model)
     after = torch.cat([p.detach().flatten() for p in model.parameters()])
     assert (after - before).abs().max() > 1e-4
@@ -63,6 +64,12 @@ def test_ranks_agree_with_one_process(alone, tmp_path, ranks, words):
 
 
 @pytest.mark.slow
+def test_float32_agrees_too_as_far_as_it_reaches(tmp_path):
+    one, two = (parameters(train(tmp_path / str(ranks), ranks, "scale.dtype=float32")) for ranks in (1, 2))
+    torch.testing.assert_close(one, two, rtol=0, atol=1e-4)
+
+
+@pytest.mark.slow
 def test_a_critic_a_reference_and_several_updates_agree_too(tmp_path):
     words = ("algo=ppo", "algo.kl_coef=0.01", "algo.epochs=2", "algo.minibatches=2")
     one, two = (train(tmp_path / str(ranks), ranks, *words) for ranks in (1, 2))
@@ -79,11 +86,15 @@ def test_adapters_agree_too(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_with_another_number_of_ranks(alone, tmp_path):
-    train(tmp_path, 2, "train.stop_at=2")
-    run = train(tmp_path, 1)
-    assert (run / "completions.jsonl").read_text() == alone[0]
-    torch.testing.assert_close(parameters(run), alone[1], rtol=0, atol=1e-8)
+def test_a_run_goes_on_with_any_number_of_ranks_and_with_its_own_bit_for_bit(alone, tmp_path):
+    train(tmp_path / "1", 2, "train.stop_at=2")
+    for ranks in (2, 4):
+        shutil.copytree(tmp_path / "1", tmp_path / str(ranks))
+    runs = {ranks: train(tmp_path / str(ranks), ranks) for ranks in (1, 2, 4)}
+    for run in runs.values():
+        assert (run / "completions.jsonl").read_text() == alone[0]
+        torch.testing.assert_close(parameters(run), alone[1], rtol=0, atol=1e-8)
+    assert torch.equal(parameters(runs[2]), parameters(train(tmp_path / "uninterrupted", 2)))
 
 
 @pytest.mark.parametrize("kept", [True, False])
