@@ -269,7 +269,7 @@ def rank_killed(lab: Lab, row: Row) -> None:
                 os.kill(int(pid), signal.SIGKILL)
         row.exit = pair.wait(120)
         said.seek(0)
-        row.said = next((line for line in said if "Signal 9" in line or "exitcode: -9" in line), "").strip()[:160]
+        row.said = next((line for line in said if "Signal 9" in line or "exitcode: -9" in line), "").rpartition("] ")[2].partition(" of binary")[0].strip()
     row.check(row.exit != 0 and bool(row.said), f"it ends with {row.exit}: {row.said}")
     row.steps_lost = steps_written(out) - steps_saved(out)
     ended = _apart(launcher, out, words)

@@ -69,10 +69,10 @@ def attempt(case: Case, lab: Lab) -> Row:
     return row
 
 
-def summary(rows: Sequence[Row]) -> dict[str, Any]:
+def summary(rows: Sequence[Row], made_with: dict[str, Any]) -> dict[str, Any]:
     tried = [row for row in rows if not row.skipped]
     return {
-        **{key: environment()[key] for key in ("commit", "torch")},
+        **made_with,
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, one thread",
         "faults_tried": len(tried),
         "survived": sum(not row.problems for row in tried),
@@ -102,7 +102,7 @@ def main() -> int:
     parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="these faults; writes nothing here")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    rows = []
+    rows, made_with = [], {key: environment()[key] for key in ("commit", "torch")}  # before anything is written
     with tempfile.TemporaryDirectory(prefix="faults-") as base:
         tempfile.tempdir = base
         lab = Lab(Path(base).resolve())
@@ -112,7 +112,7 @@ def main() -> int:
             print(f"{row.seconds:6.1f} s  {row.fault:28} {row.skipped or ('survived' if not row.problems else 'NOT SURVIVED')}", flush=True)
             for problem in row.problems:
                 print(f"          {problem}", flush=True)
-            results = summary(rows)
+            results = summary(rows, made_with)
             if not options.quick and not options.only:  # after each, so that what was found is kept however this ends
                 (HERE / "results.json").write_text(json.dumps(results, indent=2) + "\n")
                 (HERE / "README.md").write_text(page(results))
