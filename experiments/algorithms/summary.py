@@ -4,9 +4,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from experiments.algorithms.run import CURVES, SETTINGS
-from experiments.claims.summary import grouped, interval
-from experiments.peers.summary import told
+from experiments.claims.summary import grid, grouped, interval, lines_of
 from mar import plots
 
 HERE = Path(__file__).parent
@@ -22,24 +23,21 @@ def read_logs() -> dict[str, list[Log]]:
 
 
 def markdown() -> str:
-    """One line a setting: mean ± half of Student's 95 % interval over seeds, after training."""
-    lines = [["setting", "seeds", *METRICS, "groups without spread"], ["---"] * (len(METRICS) + 3)]
-    for setting, logs in read_logs().items():
-        ends = [{"gap_closed": log["gap_closed"], **log["after"]} for log in logs]
-        flat = [sum(log["curves"]["adv/zero_group_frac"]) / len(log["curves"]["adv/zero_group_frac"]) for log in logs]
-        lines.append([setting, str(len(logs)), *(told([end[name] for end in ends], 3) for name in METRICS), told(flat, 3)])
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    """One line a setting, after training."""
+    columns = {name: lambda log, name=name: {"gap_closed": log["gap_closed"], **log["after"]}[name] for name in METRICS}
+    flat = {"groups without spread": lambda log: float(np.mean(log["curves"]["adv/zero_group_frac"]))}
+    return lines_of(read_logs(), columns | flat, "setting")
 
 
 def paired() -> str:
     """Differences of gap_closed seed by seed: the same patients and draws on both sides."""
     closed = {setting: {log["seed"]: log["gap_closed"] for log in logs} for setting, logs in read_logs().items()}
-    lines = [["gap_closed", "seeds", "difference, its 95 % interval"], ["---"] * 3]
+    lines = []
     for a, b in PAIRS:
         seeds = sorted(closed[a].keys() & closed[b].keys())
         found = interval([closed[a][seed] - closed[b][seed] for seed in seeds])
         lines.append([f"{a} − {b}", str(len(seeds)), f"{found['mean']:+.3f} ({found['lo']:+.3f} to {found['hi']:+.3f})"])
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return grid(["gap_closed", "seeds", "difference, its 95 % interval"], lines)
 
 
 def over_seeds(logs: Sequence[Log]) -> list[dict[str, Any]]:

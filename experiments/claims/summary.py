@@ -4,7 +4,7 @@ import hashlib
 import json
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ ORDER = (
 KS = range(3, 31, 3)
 OF_SETS = ("top1", "top1_conf", "ece", "set_ece", "brier", "q_mse", "tokens_per_set", "tv_distance", "format_rate")
 Log = Mapping[str, Any]
+Columns = Mapping[str, Callable[[Log], float | None]]
 
 
 def grouped(folder: Path, key: str, order: Iterable[str]) -> dict[str, list[Log]]:
@@ -65,7 +66,7 @@ def numbers(log: Log) -> dict[str, float | None]:
     floor, ceiling = (log["bars"][name][2] for name in ("floor", "ceiling"))
     out["gap_closed"] = None if out["coverage@3"] is None else gap_closed(out["coverage@3"], floor, ceiling)
     out["unique@30"] = on_curve(log, "unique", 30)
-    return out | {name: (log["metrics"].get(name) or [None])[0] for name in OF_SETS}
+    return out | {name: metric(name)(log) for name in OF_SETS}
 
 
 def results(logs: Mapping[str, Sequence[Log]]) -> dict[str, dict[str, dict[str, Any]]]:
@@ -85,20 +86,41 @@ def results(logs: Mapping[str, Sequence[Log]]) -> dict[str, dict[str, dict[str, 
     return found
 
 
+def cell(found: Mapping[str, Any]) -> str:
+    """Mean ± half of the interval; without one where there is none, or where all seeds agree."""
+    if found["mean"] is None:
+        return "–"
+    digits = 1 if abs(found["mean"]) >= 2 else 3
+    half = "" if found["lo"] in (None, found["mean"]) else f" ± {found['mean'] - found['lo']:.{digits}f}"
+    return f"{found['mean']:.{digits}f}{half}"
+
+
+def told(values: Sequence[float | None]) -> str:
+    """Mean ± half of Student's 95 % interval over seeds."""
+    return cell(interval(values))
+
+
+def grid(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table in Markdown."""
+    return "\n".join("| " + " | ".join(line) + " |" for line in (header, ["---"] * len(header), *rows))
+
+
+def lines_of(rows: Mapping[str, Sequence[Log]], columns: Columns, first: str) -> str:
+    """A table with a line for each setting: what the columns read off its logs, over seeds."""
+    lines = [[name, str(len(logs)), *(told([column(log) for log in logs]) for column in columns.values())] for name, logs in rows.items()]
+    return grid([first, "seeds", *columns], lines)
+
+
+def metric(name: str) -> Callable[[Log], float | None]:
+    """The column of a metric of `mar.evaluate`."""
+    return lambda log: (log["metrics"].get(name) or [None])[0]
+
+
 def table(found: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
-    """Markdown: mean ± half of the interval."""
+    """The comparison's table."""
     metrics = ("gap_closed", "coverage@3", "coverage@30", "unique@30", "tokens_per_set", "top1", "ece", "q_mse", "tv_distance")
-
-    def cell(value: Mapping[str, Any]) -> str:
-        if value["mean"] is None:
-            return "–"
-        digits = 1 if value["mean"] >= 2 else 3
-        half = "" if value["lo"] in (None, value["mean"]) else f" ± {value['mean'] - value['lo']:.{digits}f}"
-        return f"{value['mean']:.{digits}f}{half}"
-
-    rows = [["method", "seeds", *metrics], ["---"] * (len(metrics) + 2)]
-    rows += [[method, str(row["top1"]["n"] or "–"), *(cell(row[metric]) for metric in metrics)] for method, row in found.items()]
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+    rows = ([method, str(row["top1"]["n"] or "–"), *(cell(row[metric]) for metric in metrics)] for method, row in found.items())
+    return grid(["method", "seeds", *metrics], rows)
 
 
 def predicted(first: int = 3) -> str:

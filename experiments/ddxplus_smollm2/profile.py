@@ -80,7 +80,7 @@ def work_of(job: Job, prompt_tokens: int, tokens: int, decode_steps: int) -> dic
 
 def measure(data: Path, steps: int) -> dict[str, Any]:
     """Median seconds of each part over `steps` steps after one to warm up, its least seconds here, and what is held in memory."""
-    warm_up(data)
+    warm_up(data / PATIENTS)
     display = Display("plain", 0, 0)
     display.console.quiet = True
     config = compose([*SHARED, f"data.path={data / PATIENTS}", "reward=multi_rlcr"])

@@ -20,14 +20,13 @@ from mar.fetch import SMOLLM2, environment, resolve_model
 
 HERE = Path(__file__).parent
 RUNS, LOGS = Path("runs/ddxplus_smollm2"), HERE / "logs"
-WARM = RUNS / "warmup"
 ANSWERS, PATIENTS = 9, "patients_all49_en.jsonl"
-WARMUP = ["--task", "ddxplus", "--mixture", "short", "--steps", "80", "--prompts", "3", "--rows", "4", "--lr", "4e-4", "--log-every", "5"]
+WARMUP = ["--mixture", "short", "--prompts", "3", "--rows", "4", "--lr", "4e-4", "--log-every", "5"]
 METHODS = ("multi_rlcr", "rlvr_single")
 SHARED = [
     "+experiment=ddxplus",
     "model=hf",
-    f"model.path={WARM}",
+    f"model.path={RUNS}/warmup",
     "model.thinking=false",
     "model.max_prompt_tokens=448",  # of 440 patients 380 fit
     "model.max_completion_tokens=128",
@@ -42,24 +41,25 @@ SHARED = [
 ]
 
 
-def warm_up(data: Path) -> None:
-    """The policy that every method starts from, unless it is there."""
-    if (WARM / "model.safetensors").exists():
-        return
-    unfinished = WARM.with_name("warmup.unfinished")
-    LOGS.mkdir(exist_ok=True)
-    printed = WARM.with_name("warmup.jsonl")
-    printed.parent.mkdir(parents=True, exist_ok=True)
+def warm_up(rows: Path, task: str = "ddxplus", steps: int = 80, runs: Path = RUNS, logs: Path = LOGS) -> Path:
+    """The folder of the policy that every method starts from, made of the task's training rows unless it is there; its log beside the others."""
+    warm = runs / "warmup"
+    if (warm / "model.safetensors").exists():
+        return warm
+    unfinished, printed = warm.with_name("warmup.unfinished"), warm.with_name("warmup.jsonl")
+    logs.mkdir(exist_ok=True)
+    runs.mkdir(parents=True, exist_ok=True)
+    model, _ = resolve_model("wheel", SMOLLM2, None)
+    words = ["--task", task, "--model", str(model), "--path", str(rows), "--out", str(unfinished), "--steps", str(steps), *WARMUP]
     with printed.open("w") as log:
-        model, _ = resolve_model("wheel", SMOLLM2, None)
-        words = ["--model", str(model), "--path", str(data / PATIENTS), "--out", str(unfinished), *WARMUP]
         done = subprocess.run([sys.executable, "-m", "mar.sft", *words], stdout=log, check=False)
     if done.returncode:
         sys.exit(f"mar.sft {' '.join(words)} ended with {done.returncode}")
-    rows = [json.loads(line) for line in printed.read_text().splitlines()]
-    kept_rows = [{k: v for k, v in row.items() if k not in ("path", "model", "out")} for row in rows]  # places of this machine
-    (LOGS / "warmup.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kept_rows))
-    unfinished.rename(WARM)
+    told = [json.loads(line) for line in printed.read_text().splitlines()]
+    kept_rows = [{k: v for k, v in row.items() if k not in ("path", "model", "out")} for row in told]  # places of this machine
+    (logs / "warmup.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kept_rows))
+    unfinished.rename(warm)
+    return warm
 
 
 def one(data: Path, method: str, seed: int, stop_at: int | None) -> None:
@@ -97,7 +97,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=2, help="how many, without a method")
     parser.add_argument("--stop-at", type=int, help="train so many steps only, as if interrupted")
     args = parser.parse_args()
-    warm_up(args.data)
+    warm_up(args.data / PATIENTS)
     jobs = [(args.method, args.seed)] if args.method else [(m, s) for s in range(args.seeds) for m in (*METHODS, "base")]
     for method, seed in jobs:
         one(args.data, method, seed, args.stop_at)

@@ -269,7 +269,8 @@ def rank_killed(lab: Lab, row: Row) -> None:
                 os.kill(int(pid), signal.SIGKILL)
         row.exit = pair.wait(120)
         said.seek(0)
-        row.said = next((line for line in said if "Signal 9" in line or "exitcode: -9" in line), "").rpartition("] ")[2].partition(" of binary")[0].strip()
+        line = next((line for line in said if "Signal 9" in line or "exitcode: -9" in line), "")
+    row.said = line.rpartition("] ")[2].partition(" of binary")[0].strip()  # without torchrun's prefix
     row.check(row.exit != 0 and bool(row.said), f"it ends with {row.exit}: {row.said}")
     row.steps_lost = steps_written(out) - steps_saved(out)
     ended = _apart(launcher, out, words)

@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
-from experiments.claims.summary import grouped, interval
+from experiments.claims.summary import grid, grouped, told
 from experiments.peers import run
 from mar.plots import STYLE
 
@@ -24,25 +24,19 @@ def read_logs() -> Logs:
     return grouped(HERE / "logs", "side", ("ours", "trl"))
 
 
-def told(values: Sequence[float], digits: int) -> str:
-    """Mean ± half of Student's 95 % interval over seeds."""
-    found = interval(values)
-    return f"{found['mean']:.{digits}f}" + ("" if found["lo"] is None else f" ± {found['mean'] - found['lo']:.{digits}f}")
-
-
 def markdown() -> str:
     """One line a side. Lines: what a user writes beside the reward, `trl()` of run.py, and the words of our command."""
-    lines = [["side", "seeds", f"reward, first {ENDS} steps", f"last {ENDS} steps", "coverage@3 after", "ece after", "s a step", "written"]]
-    lines.append(["---"] * len(lines[0]))
+    header = ["side", "seeds", f"reward, first {ENDS} steps", f"last {ENDS} steps", "coverage@3 after", "ece after", "s a step", "written"]
+    lines = []
     written = {"ours": f"1 command of {len(run.WORDS)} words", "trl": f"{len(inspect.getsource(run.trl).splitlines())} lines"}
     for side, logs in read_logs().items():
         ends = [[float(np.mean(log["rewards"][part])) for log in logs] for part in (slice(ENDS), slice(-ENDS, None))]
         after = [[log["after"][name] for log in logs] for name in ("coverage@3", "ece")]
         seconds = float(np.median([s for log in logs for s in log["seconds"]]))
         name = f"TRL {logs[0]['trl']}" if side == "trl" else "mar"
-        cells = [*(told(v, 3) for v in (*ends, *after)), f"{seconds:.2f}", written[side]]
+        cells = [*(told(v) for v in (*ends, *after)), f"{seconds:.2f}", written[side]]
         lines.append([name, str(len(logs)), *cells])
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return grid(header, lines)
 
 
 def write() -> None:

@@ -1,7 +1,6 @@
 """The tables of the sweeps on clinic, from their logs alone; `make report` writes them."""
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable
 
 import numpy as np
 from matplotlib import rc_context
@@ -9,35 +8,18 @@ from matplotlib.figure import Figure
 
 from experiments.algorithms import summary as algorithms
 from experiments.claims import summary as claims
-from experiments.peers.summary import told
+from experiments.claims.summary import Columns, Log, grid, lines_of, metric, told
 from experiments.sweeps.run import EXPERIMENTS, SIZES, SWEEPS
 from mar.metrics import gap_closed
 from mar.plots import STYLE
 
 HERE = EXPERIMENTS / "k_sweep"  # where the figure is
-Log = Mapping[str, Any]
-Columns = Mapping[str, Callable[[Log], float | None]]
 SECONDS = (60, 120, 180)
 
 
 def read_logs(sweep: str) -> dict[str, list[Log]]:
     """Setting -> its logs."""
     return claims.grouped(EXPERIMENTS / sweep / "logs", "setting", SWEEPS[sweep])
-
-
-def lines_of(rows: Mapping[str, Sequence[Log]], columns: Columns, first: str) -> str:
-    """Markdown: mean ± half of Student's 95 % interval over seeds."""
-    lines = [[first, "seeds", *columns], ["---"] * (len(columns) + 2)]
-    for name, logs in rows.items():
-        values = [[column(log) for log in logs] for column in columns.values()]
-        lines.append(
-            [name, str(len(logs)), *("–" if None in each else told(each[:1] if len({*each}) == 1 else each, 3) for each in values)]
-        )
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def metric(name: str) -> Callable[[Log], float | None]:
-    return lambda log: (log["metrics"].get(name) or [None])[0]
 
 
 def of_set(log: Log) -> float:
@@ -113,7 +95,7 @@ def thinking() -> str:
 
 def credit() -> str:
     """The logs of experiments/algorithms at equal seconds of their own clock: held-out gap_closed between their evaluations, interpolated."""
-    lines = [["credit", "seeds", "s a step", *(f"after {s} s" for s in SECONDS), "after 140 steps"], ["---"] * (4 + len(SECONDS))]
+    lines = []
     for setting in ("rloo, to_go", "rloo, set", "own"):
         logs = algorithms.read_logs()[setting]
         rows = []
@@ -122,8 +104,8 @@ def credit() -> str:
             closed = [gap_closed(h["coverage@3"], floor, ceiling) for h in log["history"]]
             per_step = log["job_s"] / log["history"][-1]["step"]
             rows.append([per_step, *np.interp(SECONDS, [h["step"] * per_step for h in log["history"]], closed).tolist(), closed[-1]])
-        lines.append([setting, str(len(logs)), *(told(list(column), 3) for column in zip(*rows, strict=True))])
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+        lines.append([setting, str(len(logs)), *(told(column) for column in zip(*rows, strict=True))])
+    return grid(["credit", "seeds", "s a step", *(f"after {s} s" for s in SECONDS), "after 140 steps"], lines)
 
 
 def write() -> None:

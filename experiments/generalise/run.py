@@ -1,0 +1,52 @@
+"""Do confidences that were learnt on DDXPlus survive another distribution?  python -m experiments.generalise.run DATA [seed]
+
+DATA: the folder with ddxplus/ and medqa/. Measures the policy of experiments/ddxplus_smollm2 (its checkpoint has to be there) and its warm-up on
+its own held-out patients, on patients of 19 conditions in another selection, and on MedQA. Logs: experiments/generalise/logs/.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+from experiments.claims.run import command, kept
+from experiments.ddxplus_smollm2.run import PATIENTS, RUNS
+from mar.fetch import environment
+
+LOGS = Path(__file__).parent / "logs"
+SHIFTS = {  # name -> the words that ask for it
+    "ddxplus": ["data.path=ddxplus/" + PATIENTS, "eval.num_items=64"],
+    "ddxplus_19": ["data.path=ddxplus/patients_19path_dro_validate_en.jsonl", "eval.num_items=150"],
+    "medqa": ["data.path=medqa/medqa_usmle_4opt_dev.jsonl", "data.task=medqa", "eval.num_items=150"],
+}
+ARMS = {"policy": "multi_rlcr", "base": "base"}
+
+
+def one(data: Path, shift: str, seed: int) -> None:
+    """Measure policy and warm-up on one distribution, unless both logs are there."""
+    logs = {arm: LOGS / f"{shift}_{method}_seed{seed}.json" for arm, method in ARMS.items()}
+    if all(log.exists() for log in logs.values()):
+        return
+    out = Path("runs/generalise") / f"{shift}_seed{seed}"
+    path, *words = SHIFTS[shift]
+    where = path.replace("=", f"={data}/", 1)
+    seconds = command(
+        "mar.evaluate", str(RUNS / f"multi_rlcr/seed{seed}"), where, *words, "k=3", "num_answers=", "arms=policy,base", f"out={out}"
+    )
+    document = json.loads((out / "evaluation.json").read_text())
+    LOGS.mkdir(exist_ok=True)
+    for arm, log in logs.items():
+        told = {"shift": shift, "method": ARMS[arm], "seed": seed, **environment(), "num_items": document["num_items"]}
+        log.write_text(json.dumps(told | {"evaluate_s": seconds, **kept(document["arms"][arm])}) + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", type=Path)
+    parser.add_argument("seed", nargs="?", type=int, default=0)
+    args = parser.parse_args()
+    for shift in SHIFTS:
+        one(args.data, shift, args.seed)
+
+
+if __name__ == "__main__":
+    main()
