@@ -17,7 +17,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from experiments.algorithms import summary as algorithms
 from experiments.claims import summary
+from experiments.ddxplus_smollm2 import profile
 from experiments.ddxplus_smollm2 import summary as ddxplus
+from experiments.generalise import run as generalise
+from experiments.medqa_smollm2 import run as medqa
 from experiments.peers import summary as peers
 from experiments.plan import run as plans
 from experiments.sweeps import summary as sweeps
@@ -27,7 +30,7 @@ from mar.metrics import SHOWN_METRICS
 
 ROOT = Path(__file__).resolve().parents[1]
 BLOCK = re.compile(r"(?P<open><!-- (?:logs? (?P<paths>[^>]+?)|(?P<made>[a-z ]+)) -->\n).*?(?P<close><!-- end -->)", re.DOTALL)
-
+DDXPLUS = ddxplus.HERE
 
 MADE = {  # what stands after `<!-- name -->`
     "claims": summary.markdown,
@@ -35,8 +38,12 @@ MADE = {  # what stands after `<!-- name -->`
     "peers": peers.markdown,
     "plan tracked": partial(plans.markdown, "tracked"),
     "plan computed": partial(plans.markdown, "computed"),
-    "ddxplus": ddxplus.markdown,
-    "ddxplus learning": ddxplus.learning,
+    "ddxplus": partial(ddxplus.held_out, DDXPLUS / "logs", 9),
+    "ddxplus learning": partial(ddxplus.learning, DDXPLUS / "logs"),
+    "ddxplus profile": profile.markdown,
+    "medqa": partial(ddxplus.held_out, medqa.LOGS, 3, (*ddxplus.OF_SETS, "auroc", "repeats_per_set")),
+    "medqa learning": partial(ddxplus.learning, medqa.LOGS),
+    "generalise": generalise.markdown,
     "two steps": two_steps.markdown,
     "algorithms": algorithms.markdown,
     "algorithms paired": algorithms.paired,
@@ -104,7 +111,7 @@ def main() -> None:
     if summary.stale():
         summary.write()
         print("wrote experiments/claims/results.json and figures")
-    for drawn in (peers, algorithms, sweeps):
+    for drawn in (peers, algorithms, sweeps, ddxplus):
         if drawn.HERE / "README.md" in stale:
             drawn.write()
     for file, text in stale.items():

@@ -69,8 +69,6 @@ def _reward_faults(reward: RewardOptions) -> Iterator[str]:
     for key in ("analysis", "other", "sum_rule"):
         if getattr(reward, key) and not reward.confident:
             yield f"reward.{key}=true needs confidences, {objective} has none: set it to false or take rlcr"
-    if reward.sum_rule and not reward.gate:
-        yield "reward.sum_rule=true needs reward.gate=true: without the gate a breach would cost nothing"
     if weights is not None and len(weights) != K:
         yield f"reward.rank_weights has {len(weights)} values for {K} answers: give {K}"
     if weights and (min(weights) < 0 or weights != sorted(weights, reverse=True)):

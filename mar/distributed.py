@@ -117,7 +117,7 @@ def shard(model: nn.Module, world: World, scale: ScaleOptions) -> None:
 def gather_weights(model: Decoder, whole: Decoder) -> None:
     """Copy a sharded model's parameters into an unsharded one without adapters, tensor by tensor, in the dtype of the latter."""
     target = dict(whole.named_parameters())
-    for p in target.values():
-        p.untyped_storage().resize_(p.numel() * p.element_size())  # it may have been freed
+    for p in (p for p in target.values() if not p.untyped_storage().size()):  # freed
+        p.untyped_storage().resize_(p.numel() * p.element_size())
     for name, value in merged(model):
         target[name].copy_(value)

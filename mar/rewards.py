@@ -1,8 +1,7 @@
 """What one completion earns, split into components in the order in which the text decides them. Pure functions.
 
-Component k of the coverage is decided when answer k is closed, component k of the Brier term when confidence k is;
-its value never changes with what follows. Whatever looks at the whole text (format, gates, sum rule, what is missing)
-enters once, in the last component: total(final text) - sum of the others. That makes credit per answer unbiased.
+Component k of the coverage is decided when answer k is closed, component k of the Brier term when confidence k is; its value never changes with
+what follows. Whatever looks at the whole text (format, gates, sum rule) enters once, in the last component: total - sum of the others.
 
 With hits y_k, confidences q_k and K slots (what the Brier term misses is charged 1: unreadable text never gains):
 
@@ -37,11 +36,10 @@ SUM_TOLERANCE = 1e-6  # 0.33 + 0.33 + 0.34 passes
 class RewardSpec:
     """Which reward, all of it as values.
 
-    coverage: `sum` of hits, `any` hit, hits as a `fraction_golds` or `fraction_answers`. sum_rule: confidences (with
-    `<other>`) that add up to more than 1 count as a format failure at the gate; for tasks with one gold. duplicates: a
-    repeat earns nothing (`per_slot`), or any repeat zeroes the coverage (`gate`; the Brier term stays, so repeating is
-    no way out of it). gate: a format failure cancels the coverage and is charged the whole Brier term. rank_weights:
-    w_1 >= w_2 >= ... on the coverage of each slot, never on the Brier term; empty means all 1.
+    coverage: `sum` of hits, `any` hit, hits as a `fraction_golds` or `fraction_answers`. sum_rule: confidences (with `<other>`) that add up to more
+    than 1 are a format failure; for tasks with one gold. duplicates: a repeat earns nothing (`per_slot`), or any repeat zeroes the coverage (`gate`;
+    the Brier term stays, so repeating is no way out of it). gate: a format failure cancels the coverage and is charged the whole Brier term.
+    rank_weights: w_1 >= w_2 >= ... on the coverage of each slot, never on the Brier term; empty means all 1.
     """
 
     coverage: str = "sum"
@@ -61,8 +59,7 @@ class RewardSpec:
 
 @dataclass(frozen=True)
 class Reward:
-    """components [C] float64 sum to total. parts: the weighted terms `format`, `coverage` and `brier` (these sum to
-    total), then `sum_rule_breach` (0 or 1) and `repeats` (a count)."""
+    """components [C] float64 sum to total. parts: the weighted terms `format`, `coverage` and `brier`, which do too, `sum_rule_breach`, `repeats`."""
 
     components: np.ndarray
     total: float
@@ -116,8 +113,7 @@ def _brier_terms(parsed: Parsed, hits: Sequence[float], grammar: Grammar) -> lis
 
 
 def reward(parsed: Parsed, hits: Sequence[float], repeats: Sequence[bool], num_golds: int, grammar: Grammar, spec: RewardSpec) -> Reward:
-    """Grade one completion. hits [K] are the matching increments of its answers and repeats [K] its repeated ones
-    (verify.py), both 0 where nothing was written."""
+    """Grade one completion: matching increments [K] of its answers and its repeated ones [K] (verify.py), both 0 where nothing was written."""
     layout = component_layout(grammar, spec)
     coverage = _coverage_terms(hits, num_golds, spec)
     errors = _brier_terms(parsed, hits, grammar) if spec.brier != "none" else []
@@ -127,7 +123,7 @@ def reward(parsed: Parsed, hits: Sequence[float], repeats: Sequence[bool], num_g
     breach = spec.sum_rule and math.fsum(written) > 1.0 + SUM_TOLERANCE
     failed = parsed.reason is not None or breach
     cancelled = spec.gate and failed
-    parts = {"format": spec.format_weight * (parsed.reason is None), "coverage": math.fsum(coverage), "brier": 0.0}
+    parts = {"format": spec.format_weight * (not failed), "coverage": math.fsum(coverage), "brier": 0.0}
     if cancelled or (spec.duplicates == "gate" and any(repeats)):
         parts["coverage"] = 0.0
     if spec.brier == "paper":

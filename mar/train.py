@@ -71,7 +71,7 @@ def train_step(job: Job, step: int) -> tuple[dict[str, Any], list[Rollout], Tens
         groups = judged_only(judged, max(2, config.algo.pass_k))
         replaced = refill(job, policy, step, groups)
     clock.append(time.perf_counter())
-    batch, columns = prepare(job, make_batch(groups, job.first_open, job.model.head_weight.device))
+    batch, columns = prepare(job, make_batch(groups, job.first_open, world.device))
     every = config.algo.variance_every  # before the update: of the policy that sampled
     metrics: dict[str, Any] = {"adv/variance_ratio": variance_ratio(job, batch)} if every and step % every == 0 else {}
     metrics |= update(job, batch, columns, step)
@@ -146,8 +146,12 @@ def train(job: Job, first_step: int, display: Display, document: dict[str, Any])
     step, in_a_row = first_step, 0
     behind: Future[Path] | None = None  # the checkpoint that is written while the next step runs
 
-    def saved() -> int:
-        wait([behind] if behind else [])
+    def saved(said: OSError | None = None) -> int:
+        """The step that the same command goes on from; of what is being written, how it ends."""
+        if behind and not (error := behind.exception()):
+            return int(behind.result().name[-6:])
+        if behind and error is not said:
+            display.say(f"a checkpoint could not be written: {error}")
         return found.step if (found := checkpoint.newest(checkpoints, display.say)) else 0
 
     def due(step: int) -> bool:
@@ -186,7 +190,9 @@ def train(job: Job, first_step: int, display: Display, document: dict[str, Any])
         display.say(f"interrupted at step {step}; checkpoint of step {saved()} in {checkpoints}; the same command goes on from there")
         return "interrupted"
     except OSError as error:
-        raise UserError(f"{error}: mend that, and the same command goes on after step {saved()} of {job.folder}") from None
+        raise UserError(f"{error}: mend that, and the same command goes on after step {saved(error)} of {job.folder}") from None
+    finally:
+        wait([behind] if behind else [])  # the folder stays locked for so long
     return "finished" if last_step == config.train.steps else "stopped"
 
 

@@ -153,7 +153,6 @@ REFUSED = [
     ("reward=multi_rlvr reward.other=true", "reward.other=true needs confidences"),
     ("reward=multi_rlvr reward.sum_rule=true", "reward.sum_rule=true needs confidences"),
     ("reward=rlvr_single reward.analysis=true", "reward.analysis=true needs confidences"),
-    ("reward.sum_rule=true reward.gate=false", "reward.gate=true"),
     ("reward.rank_weights=[1,1]", "2 values for 3 answers"),
     ("reward.rank_weights=[]", "0 values for 3 answers"),
     ("reward.rank_weights=[1,2,1]", "must not rise"),

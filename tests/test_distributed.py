@@ -101,14 +101,17 @@ def test_a_run_goes_on_with_any_number_of_ranks_and_with_its_own_bit_for_bit(alo
 def test_the_copy_to_sample_from_is_filled_each_time_and_freed_if_asked(tiny_model, kept):
     model, whole = tiny_model(seed=0), tiny_model(seed=1)
     job = SimpleNamespace(model=model, whole=whole, config=SimpleNamespace(scale=ScaleOptions(keep_copy=kept)))
+    places = set()
     for _ in range(2):
         with Job.sampler(job) as policy:
             assert policy is whole
+            places.add(tuple(p.data_ptr() for p in policy.parameters()))
             assert all(torch.equal(a, b) for a, b in zip(policy.parameters(), model.parameters(), strict=True))
         assert all((p.untyped_storage().size() > 0) == kept for p in whole.parameters())
         with torch.no_grad():
             for p in model.parameters():
                 p.add_(1)
+    assert len(places) == 1 or not kept  # what is kept is not allocated again
 
 
 def test_micro_batches_are_dealt_in_equal_numbers():

@@ -1,6 +1,7 @@
 """What a CUDA device must agree on with the CPU; run by `make gpu`."""
 
 import itertools
+import json
 
 import numpy as np
 import pytest
@@ -8,8 +9,10 @@ import torch
 
 from mar import sampler
 from mar.attention import pack_groups
+from mar.compose import compose
 from mar.draw import SamplingParams, stream_key
 from mar.sampler import Request, generate
+from mar.train import run
 
 pytestmark = pytest.mark.gpu
 
@@ -64,3 +67,13 @@ def test_replayed_graphs_equal_eager_decoding(tiny_model, budget, monkeypatch):
     for ours, theirs in zip(itertools.chain(*replayed), itertools.chain(*eager), strict=True):
         np.testing.assert_array_equal(ours.ids, theirs.ids)
         np.testing.assert_allclose(ours.full_logprobs, theirs.full_logprobs, atol=1e-4)
+
+
+def test_a_step_with_the_policy_in_cpu_memory_is_the_one_without(tmp_path):
+    found = []
+    for offload in ("false", "true"):
+        words = ["+experiment=clinic", "train.steps=1", "eval.num_items=2", f"scale.offload={offload}", f"out={tmp_path / offload}"]
+        assert run(compose([*words, "logger.console=plain", "algo.prompts_per_step=2"])) == 0
+        rows = (tmp_path / offload / "clinic/seed0/metrics.jsonl").read_text()
+        found.append(json.loads(rows)["policy/loss"])
+    assert found[0] == pytest.approx(found[1], rel=1e-3)

@@ -60,7 +60,7 @@ def oracle(text, golds, K, confident, coverage, brier, sum_rule):
     ok = whole and not (sum_rule and sum(c for c in q if c is not None) > 1 + 1e-6)
     paid = {"sum": sum(y), "any": float(any(y)), "fraction_golds": sum(y) / len(golds), "fraction_answers": sum(y) / K}[coverage]
     error = sum((c - h) ** 2 for c, h in zip(q, y, strict=True)) / K if ok and confident else 1.0
-    total = 0.5 * whole + paid * ok
+    total = 0.5 * ok + paid * ok
     return total + {"none": 0.0, "paper": -error, "released": (1 - error) * ok}[brier]
 
 

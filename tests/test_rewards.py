@@ -78,7 +78,8 @@ BRIER = 0.49 / 3
         ({"rank_weights": (1.0, 0.5, 0.25)}, 0.5 + 1.25 - BRIER),
         ({"rank_weights": (1.0, 0.5, 0.25), "coverage": "any"}, 0.5 + 1 - BRIER),
         ({"format_weight": 2.0, "coverage_weight": 3.0, "brier_weight": 0.1}, 2 + 6 - 0.1 * BRIER),
-        ({"sum_rule": True}, 0.5 - 1),  # .8 + .3 + .4 > 1
+        ({"sum_rule": True}, -1),  # .8 + .3 + .4 > 1
+        ({"sum_rule": True, "gate": False}, 2 - BRIER),
         ({"duplicates": "gate"}, 0.5 + 2 - BRIER),
         ({"gate": False}, 0.5 + 2 - BRIER),
     ],
@@ -198,7 +199,7 @@ def texts(draw):
 @given(texts(), SPECS, st.booleans())
 def test_a_component_is_settled_when_its_element_closes(case, spec, gate):
     grammar, text = case
-    spec = dataclasses.replace(spec, gate=gate, sum_rule=spec.sum_rule and gate)
+    spec = dataclasses.replace(spec, gate=gate)
     full, ends = earn(text, grammar, spec), parse(text, grammar).ends
     assert full.components.sum() == pytest.approx(full.total, abs=1e-12)
     assert sum(full.parts[name] for name in ("format", "coverage", "brier")) == pytest.approx(full.total, abs=1e-12)

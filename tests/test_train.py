@@ -7,6 +7,7 @@ import resource
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from mar.model import Decoder, ModelConfig
 from mar.optim import make_optimizer
 from mar.records import UserError
 from mar.tasks import clinic
-from mar.train import refuse_unknown_words, run
+from mar.train import evaluate, refuse_unknown_words, run, train_step
 from mar.weights import load_model, save_model
 
 SHAPE = {"architectures": ["Qwen3ForCausalLM"], "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
@@ -274,6 +275,54 @@ def test_a_signal_while_a_checkpoint_is_saved_waits_for_the_next_step(
     monkeypatch.setattr(checkpoint, "save", interrupted)
     assert run(compose(words(model_folder, tmp_path, "checkpoint.every=1", "model.max_completion_tokens=4"))) == 130
     assert "interrupted at step 2; checkpoint of step 2" in capsys.readouterr().out
+
+
+def test_a_run_that_ends_by_an_error_lets_its_checkpoint_be_written_first(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publish, failed = checkpoint._publish, threading.Event()
+
+    def slow(*of: Any) -> None:
+        assert failed.wait(60)
+        time.sleep(0.3)
+        publish(*of)
+
+    def step(job: Any, number: int) -> Any:
+        if number == 1:
+            failed.set()
+            raise UserError("no second step")
+        return train_step(job, number)
+
+    monkeypatch.setattr(checkpoint, "_publish", slow)
+    monkeypatch.setattr("mar.train.train_step", step)
+    with pytest.raises(UserError, match="no second step"):
+        run(compose(words(model_folder, tmp_path, "checkpoint.every=1", "model.max_completion_tokens=4")))
+    assert [path.name for path in (tmp_path / "clinic/seed0/checkpoints").iterdir()] == ["step000001"]
+
+
+def test_an_interrupted_run_says_that_its_last_checkpoint_was_not_written(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The save of step 2 fails, and a signal comes in the evaluation after it, before the next step would have noticed."""
+    publish = checkpoint._publish
+
+    def full(temporary: Path, target: Path, step: int, keep: int) -> None:
+        if step == 2:
+            raise OSError(28, "No space left on device")
+        publish(temporary, target, step, keep)
+
+    def interrupted(job: Any, stage: str, step: int, *rest: Any) -> None:
+        if step == 2:
+            raise KeyboardInterrupt
+        evaluate(job, stage, step, *rest)
+
+    monkeypatch.setattr(checkpoint, "_publish", full)
+    monkeypatch.setattr("mar.train.evaluate", interrupted)
+    chosen = ["checkpoint.every=1", "eval.every=2", "model.max_completion_tokens=4"]
+    assert run(compose(words(model_folder, tmp_path, *chosen))) == 130
+    said = capsys.readouterr().out
+    assert "a checkpoint could not be written: [Errno 28] No space left on device" in said
+    assert "interrupted at step 2; checkpoint of step 1" in said
 
 
 @pytest.mark.parametrize("word", ["+experiment=clinc", "algo.groupsize=4", "modle=hf", "garbage"])

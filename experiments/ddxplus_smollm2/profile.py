@@ -67,14 +67,18 @@ def work_of(job: Job, prompt_tokens: int, tokens: int, decode_steps: int) -> dic
     """Part -> its floating-point operations in matrix products (attention is not counted) and the bytes of weights that it has to read."""
     model, head = job.model, job.model.head_weight.numel()
     blocks = sum(p.numel() for p in model.blocks.parameters() if p.ndim == 2)
-    trained = sum(p.numel() for p in model.blocks.parameters() if p.ndim == 2 and p.requires_grad)
+    matrices = [[p for p in block.parameters() if p.ndim == 2] for block in model.blocks]
+    trained = sum(p.numel() for block in matrices for p in block if p.requires_grad)
+    first = next(i for i, block in enumerate(matrices) if any(p.requires_grad for p in block))
+    passed = sum(p.numel() for block in matrices[first:] for p in block)  # gradients of what goes in, trained or not
     width = job.model.head_weight.element_size()
     return {
         "prefill": {"flops": 2.0 * blocks * prompt_tokens, "bytes": width * blocks},
         "decoding": {"flops": 2.0 * blocks * tokens, "bytes": width * blocks * decode_steps},
         "drawing": {"flops": 2.0 * head * tokens, "bytes": width * head * decode_steps},
         "forward": {"flops": 2.0 * (blocks * (prompt_tokens + tokens) + head * tokens), "bytes": width * (blocks + head)},
-        "backward": {"flops": 2.0 * (2 * trained * (prompt_tokens + tokens) + head * tokens), "bytes": width * (trained + head)},
+        # logits are computed again for the gradient of what goes into the head
+        "backward": {"flops": 2.0 * ((trained + passed) * (prompt_tokens + tokens) + 2 * head * tokens), "bytes": width * (passed + head)},
     }
 
 
@@ -117,7 +121,13 @@ def measure(data: Path, steps: int) -> dict[str, Any]:
     trained = sum(p.numel() for p in job.model.parameters() if p.requires_grad)
     c = job.model.config
     kv = 2 * 4 * c.num_layers * c.num_kv_heads * c.head_dim * (prompt_tokens + tokens)
-    memory = {"weights": 4 * all_of, "packed weights": 4 * all_of, "gradients": 4 * trained, "optimizer": 8 * trained, "KV cache": kv}
+    memory = {
+        "weights": 4 * all_of,
+        "packed weights": 4 * all_of,
+        "gradients": 4 * trained,
+        "optimizer": 8 * trained,
+        "KV cache in use": kv,
+    }
     told = {"threads": torch.get_num_threads(), "peak_flops": peak_flops, "bandwidth": bandwidth, **environment()}
     shape = {"prompt_tokens": prompt_tokens, "tokens": tokens, "decode_steps": decode_steps, "steps": steps}
     return {**told, **shape, "parts": parts, "memory": memory | {"rise of the peak in a step": peak[0]}}

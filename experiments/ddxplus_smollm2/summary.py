@@ -1,14 +1,14 @@
-"""The tables and the figure of the comparison on DDXPlus, from its logs alone; `make report` writes them."""
+"""The tables and the figure of SmolLM2 on real data, from logs alone; `make report` writes them."""
 
 import json
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
-from experiments.claims.summary import Log, grid, grouped, lines_of, metric, on_curve
-from experiments.ddxplus_smollm2.run import ANSWERS
+from experiments.claims.summary import Log, averaged, grid, grouped, lines_of, metric, on_curve
+from mar import plots
 
 HERE = Path(__file__).parent
 ORDER = ("multi_rlcr", "multi_rlcr_50", "rlvr_single", "rlvr_single_50", "base", "single")
@@ -25,19 +25,21 @@ def read_steps(folder: Path) -> dict[str, list[list[Log]]]:
     return {method: found[method] for method in ORDER if method in found}
 
 
-def held_out(logs: Mapping[str, Sequence[Log]], answers: int, more: Sequence[str] = OF_SETS) -> str:
-    """A line for each method: what one set, or three single answers, and what `answers` answers cover, and metrics of one completion."""
+def held_out(folder: Path, answers: int, more: Sequence[str] = OF_SETS) -> str:
+    """A line for each method with a log in the folder: what 3 and what `answers` answers cover, and metrics of one completion."""
     columns = {f"coverage@{k}": lambda log, k=k: on_curve(log, "coverage", k) for k in dict.fromkeys((3, answers))}
     columns[f"unique@{answers}"] = lambda log: on_curve(log, "unique", answers)
-    return lines_of(logs, columns | {name: metric(name) for name in more}, "method")
+    return lines_of(grouped(folder, "method", ORDER), columns | {name: metric(name) for name in more}, "method")
 
 
-def markdown() -> str:
-    """What held-out patients get: the policies, and the warm-up alone asked for three answers (base) or for one (single)."""
-    return held_out(grouped(HERE / "logs", "method", ORDER), ANSWERS)
+def write() -> None:
+    """coverage.png: what held-out patients get, at equal answers and at equal tokens."""
+    arms = {method: averaged(logs) for method, logs in grouped(HERE / "logs", "method", ORDER).items() if "_50" not in method}
+    plots.save({"coverage": plots.coverage(arms, None)}, HERE)
+    (HERE / "coverage.svg").unlink()
 
 
-def learning(folder: Path = HERE / "logs") -> str:
+def learning(folder: Path) -> str:
     """Training patients, at temperature 1: means over the first and the last steps of each run."""
     names = ("reward/total", "train/top1", "train/ece", "train/format_rate", "perf/sample_s", "perf/update_s")
     lines = []

@@ -9,6 +9,7 @@ import json
 from pathlib import Path
 
 from experiments.claims.run import command, kept
+from experiments.claims.summary import grouped, lines_of, metric, on_curve
 from experiments.ddxplus_smollm2.run import PATIENTS, RUNS
 from mar.fetch import environment
 
@@ -18,6 +19,7 @@ SHIFTS = {  # name -> the words that ask for it
     "ddxplus_19": ["data.path=ddxplus/patients_19path_dro_validate_en.jsonl", "eval.num_items=150"],
     "medqa": ["data.path=medqa/medqa_usmle_4opt_dev.jsonl", "data.task=medqa", "eval.num_items=150"],
 }
+METRICS = ("top1", "brier", "ece", "auroc", "set_ece", "format_rate", "repeats_per_set")
 ARMS = {"policy": "multi_rlcr", "base": "base"}
 
 
@@ -37,6 +39,18 @@ def one(data: Path, shift: str, seed: int) -> None:
     for arm, log in logs.items():
         told = {"shift": shift, "method": ARMS[arm], "seed": seed, **environment(), "num_items": document["num_items"]}
         log.write_text(json.dumps(told | {"evaluate_s": seconds, **kept(document["arms"][arm])}) + "\n")
+
+
+def markdown() -> str:
+    """A line for each distribution and model: one set of three a question."""
+    found = {
+        f"{shift}, {method}": logs
+        for shift in SHIFTS
+        for method in ARMS.values()
+        if (logs := [log for log in grouped(LOGS, "method", (method,)).get(method, ()) if log["shift"] == shift])
+    }
+    columns = {"questions": lambda log: log["num_items"], "coverage@3": lambda log: on_curve(log, "coverage", 3)}
+    return lines_of(found, columns | {name: metric(name) for name in METRICS}, "asked, model")
 
 
 def main() -> None:

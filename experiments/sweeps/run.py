@@ -6,6 +6,7 @@ passed over, and a run that was cut off goes on. `--part 1/2` and `2/2` share th
 
 import argparse
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,9 @@ def write_visits(file: Path, num: int = 6000, problems: int = 3) -> None:
         golds = [{"name": example.golds[i].name, "aliases": list(example.golds[i].aliases)} for i in drawn]
         rows.append({"question": example.question, "golds": golds, "id": example.id, "truth": "uniform"})
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    beside = file.with_suffix(f".{os.getpid()}")  # two processes may write it at once
+    beside.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    beside.rename(file)
 
 
 def by_slot(folder: Path) -> dict[str, Any]:

@@ -83,13 +83,14 @@ def thinking() -> str:
 
     def at_tokens(tokens: int) -> Callable[[Log], float | None]:
         def covered(log: Log) -> float | None:
-            within = [c[0] for t, c in zip(log["curve"]["tokens"], log["curve"]["coverage"], strict=True) if t <= tokens]
-            return within[-1] if within else None
+            spent = log["curve"]["tokens"]
+            within = [c[0] for t, c in zip(spent, log["curve"]["coverage"], strict=True) if t <= tokens]
+            return within[-1] if within and tokens < spent[-1] + spent[0] else None  # else one more would have fitted
 
         return covered
 
     columns: Columns = {f"{k} answers": lambda log, k=k: claims.on_curve(log, "coverage", k) for k in (3, 6, 12)}  # type: ignore[misc]
-    columns = columns | {f"{n} tokens": at_tokens(n) for n in (60, 120, 180, 240)} | MEASURES
+    columns = columns | {f"{n} tokens": at_tokens(n) for n in (60, 120, 180)} | MEASURES
     return lines_of(read_logs("thinking"), columns | {"tokens per completion": metric("tokens_per_set")}, "trained")
 
 
@@ -124,7 +125,7 @@ def write() -> None:
         for (label, points), (colour, marker, shift) in zip(lines.items(), (("#0072b2", "o", -0.05), ("#d55e00", "s", 0.05)), strict=True):
             sizes = sorted(points)
             means = [np.mean(points[k]) for k in sizes]
-            reach = [np.abs(np.array(points[k]) - np.mean(points[k])).max() for k in sizes]
+            reach = np.array([[np.mean(points[k]) - min(points[k]), max(points[k]) - np.mean(points[k])] for k in sizes]).T
             axes.errorbar([k + shift for k in sizes], means, reach, color=colour, marker=marker, ms=4, lw=1, capsize=2, label=label)
         for name, dash in (("ceiling", "--"), ("floor", ":")):
             axes.plot(
