@@ -28,8 +28,8 @@ def test_a_condition_of_several_problems_is_right_with_its_own_probability(tmp_p
     examples = clinic.load("train", 2000, seed=1_000)
     p = np.array([[gold.probability for gold in example.golds] for example in examples])
     right = np.array([[gold.name in {g["name"] for g in row["golds"]} for gold in e.golds] for row, e in zip(rows, examples, strict=True)])
-    expected = 1 - (1 - p) ** 3
-    assert expected.sum(1).mean() > 1.5
+    expected = 1 - (1 - p) ** 6
+    assert expected.sum(1).mean() > 2.5
     spread = np.sqrt((expected * (1 - expected)).sum(0))
     assert (np.abs((right - expected).sum(0)) < 4 * spread).all()
     likely = p > 0.5  # the patients' own probabilities, not the same for all
@@ -48,6 +48,11 @@ def test_slots_are_means_over_sets_of_the_right_form(tmp_path):
     ]
     (tmp_path / "eval_items.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert run.by_slot(tmp_path) == {"confidence": [0.7, 0.4], "right": [0.5, 0.5], "above_1": 0.5}
+
+
+def test_the_best_confidences_that_add_up_to_one():
+    assert summary.obedient([0.8, 0.7, 0.6]) == pytest.approx([0.43333, 0.33333, 0.23333], abs=1e-4)
+    assert summary.obedient([0.9, 0.8, 0.1]) == pytest.approx([0.55, 0.45, 0.0]) and summary.obedient([0.5, 0.3, 0.1]) == [0.5, 0.3, 0.1]
 
 
 def test_tables_by_hand(monkeypatch):

@@ -19,16 +19,22 @@ from mar.tasks import clinic
 from mar.tasks.common import stable_hash
 
 EXPERIMENTS, RUNS = Path(__file__).parents[1], Path("runs/sweeps")
-VISITS = RUNS / "visits.jsonl"  # the multi-label variant
+VISITS = RUNS / "visits6.jsonl"  # the multi-label variant
 SEEDS, ITEMS, ANSWERS = 3, 500, 12
 CLINIC = ["+experiment=clinic", "train.steps=140", "reward.brier_weight=3", f"eval.num_items={ITEMS}"]
 MANY = ["+experiment=jsonl", f"data.path={VISITS}", "algo=own", "train.steps=140", "reward.brier_weight=3", f"eval.num_items={ITEMS}"]
+MANY += ["model.lr=0.05", "reward.gate=false", "reward.format_weight=1"]  # a breach costs 1: more than obeying does
 SIZES = [f"K={k}" for k in (1, 2, 4, 5, 6)]  # what the policy of three answers is asked for, too
 SWEEPS: dict[str, dict[str, list[str]]] = {  # sweep -> setting -> words
     # 3 is K = 3 of the first sweep; with `own` a slot is paid y - weight/K (q - y)^2, so the weight grows with K
     "k_sweep": {f"K = {k}": [*CLINIC, f"reward.num_answers={k}", f"reward.brier_weight={k}"] for k in (2, 3, 4, 5)},
     "brier_weight": {f"weight {w}": [*CLINIC, f"reward.brier_weight={w}"] for w in (0, 1, 9)},
-    "sum_rule": {"sum rule": [*MANY, "reward.sum_rule=true"], "none": MANY, "<other>": [*MANY, "reward.other=true"]},
+    "sum_rule": {
+        "sum rule": [*MANY, "reward.sum_rule=true"],
+        "none": MANY,
+        "<other>": [*MANY, "reward.other=true"],
+        "sum rule, gated": [*MANY, "reward.sum_rule=true", "reward.gate=true"],
+    },
     "thinking": {
         "multi_rlcr": [*CLINIC, "model.thinking=true", "model.max_completion_tokens=96"],
         "rlcr_single": [*CLINIC, "reward=rlcr_single", "reward.brier_weight=1", "model.thinking=true", "model.max_completion_tokens=96"],
@@ -36,7 +42,7 @@ SWEEPS: dict[str, dict[str, list[str]]] = {  # sweep -> setting -> words
 }
 
 
-def write_visits(file: Path, num: int = 6000, problems: int = 3) -> None:
+def write_visits(file: Path, num: int = 6000, problems: int = 6) -> None:
     """Clinic's patients with several right answers at once: the different conditions of `problems` independent draws from the posterior, so that
     condition c is right with probability 1 - (1 - p_c)^problems and those of a patient's conditions add up to more than 1."""
     rows = []

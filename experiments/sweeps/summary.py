@@ -1,6 +1,6 @@
 """The tables of the sweeps on clinic, from their logs alone; `make report` writes them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from matplotlib import rc_context
@@ -67,14 +67,23 @@ def brier_weight() -> str:
     return lines_of(ordered, columns, "setting")
 
 
+def obedient(right: Sequence[float]) -> list[float]:
+    """The confidences with the least Brier loss among those that add up to at most 1: all lowered by as much, none below 0."""
+    q = np.array(right, dtype=float)
+    while q.sum() > 1 + 1e-9:
+        q[q > 0] -= (q.sum() - 1) / (q > 0).sum()
+        q = q.clip(0)
+    return q.tolist()
+
+
 def sum_rule() -> str:
-    """Several answers are right at once. Of each slot: how often it is right, and the mean confidence."""
-    slots: dict[str, Callable[[Log], float | None]] = {}
+    """Several answers are right at once. Of each slot: how often it is right, the mean confidence, and the best one that obeys the rule."""
+    columns: dict[str, Callable[[Log], float | None]] = {"right per set": of_set}
     for k in range(3):
-        slots[f"right {k + 1}"] = lambda log, k=k: log["slots"]["right"][k]  # type: ignore[misc]
-        slots[f"said {k + 1}"] = lambda log, k=k: log["slots"]["confidence"][k]  # type: ignore[misc]
-    columns: Columns = {"right per set": of_set, **slots, "sum above 1": lambda log: log["slots"]["above_1"], **MEASURES}
-    columns = {name: column for name, column in columns.items() if name not in ("top1", "q_mse")}
+        columns[f"right {k + 1}"] = lambda log, k=k: log["slots"]["right"][k]  # type: ignore[misc]
+        columns[f"said {k + 1}"] = lambda log, k=k: log["slots"]["confidence"][k]  # type: ignore[misc]
+        columns[f"obeying {k + 1}"] = lambda log, k=k: obedient(log["slots"]["right"])[k]  # type: ignore[misc]
+    columns |= {"sum above 1": lambda log: log["slots"]["above_1"], "ece": metric("ece"), "brier": metric("brier")}
     return lines_of(read_logs("sum_rule"), columns | {"format_rate": metric("format_rate")}, "setting")
 
 
