@@ -112,23 +112,23 @@ def skipped(job: Job, step: int, metrics: Mapping[str, Any], rollouts: Sequence[
 
 
 class Interrupts:
-    """SIGINT, SIGTERM and SIGUSR1 (a cluster's warning) wait for the end of a training step, so that a checkpoint is never of half an update;
-    elsewhere they stop at once."""
+    """SIGINT, SIGTERM and SIGUSR1 wait for the end of a training step, so that no checkpoint is of half an update; elsewhere they stop at once."""
 
     def __init__(self) -> None:
-        self.inside, self.pending = False, False
+        self.inside, self.since = False, 0.0
         for kind in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
             signal.signal(kind, self._receive)
 
     def _receive(self, *_: object) -> None:
-        if self.pending or not self.inside:
+        if not self.inside or (self.since and time.monotonic() > self.since + 1):  # at once: a cluster's, passed on by torchrun
             raise KeyboardInterrupt
-        self.pending = True
-        print("\nstopping after this step (once more: stop at once, back to the last checkpoint)", file=sys.stderr, flush=True)
+        if not self.since:
+            print("\nstopping after this step (once more: stop at once, back to the last checkpoint)", file=sys.stderr, flush=True)
+        self.since = self.since or time.monotonic()
 
     def agreed(self, world: World) -> bool:
         """Whether to stop, on all ranks the same: a signal to one is one to all, and one that comes later waits for the next step."""
-        return world.reduce((float(self.pending),), largest=True) != [0.0]
+        return world.reduce((self.since,), largest=True) != [0.0]
 
     @contextmanager
     def held(self) -> Iterator[None]:

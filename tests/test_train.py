@@ -17,7 +17,7 @@ import torch
 from torch.utils.checkpoint import checkpoint as recompute
 
 from experiments.embedded_model.begin import train_tokenizer
-from mar import checkpoint, losses
+from mar import batch, checkpoint, losses
 from mar.compose import compose
 from mar.model import Decoder, ModelConfig
 from mar.optim import make_optimizer
@@ -323,6 +323,24 @@ def test_an_interrupted_run_says_that_its_last_checkpoint_was_not_written(
     said = capsys.readouterr().out
     assert "a checkpoint could not be written: [Errno 28] No space left on device" in said
     assert "interrupted at step 2; checkpoint of step 1" in said
+
+
+def test_a_signal_that_arrives_twice_at_once_is_one(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A cluster signals every process of a job, and torchrun passes the signal on; a person's second Ctrl-C comes later and means at once."""
+    make_batch = batch.make_batch
+    for pause, stopped_after in ((0.0, 1), (1.1, 0)):
+
+        def signalled(*of: Any, pause: float = pause) -> Any:
+            for _ in range(2):
+                os.kill(os.getpid(), signal.SIGTERM)
+                time.sleep(pause)
+            return make_batch(*of)
+
+        monkeypatch.setattr("mar.train.make_batch", signalled)
+        assert run(compose(words(model_folder, tmp_path / str(pause), "model.max_completion_tokens=4"))) == 130
+        assert f"interrupted at step 1; checkpoint of step {stopped_after}" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("word", ["+experiment=clinc", "algo.groupsize=4", "modle=hf", "garbage"])

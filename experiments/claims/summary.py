@@ -91,8 +91,8 @@ def cell(found: Mapping[str, Any]) -> str:
     if found["mean"] is None:
         return "–"
     digits = 1 if abs(found["mean"]) >= 2 else 3
-    half = "" if found["lo"] in (None, found["mean"]) else f" ± {found['mean'] - found['lo']:.{digits}f}"
-    return f"{found['mean']:.{digits}f}{half}"
+    half = 0.0 if found["lo"] is None else found["mean"] - found["lo"]
+    return f"{found['mean']:.{digits}f}" + (f" ± {half:.{digits}f}" if half > 1e-9 else "")
 
 
 def told(values: Sequence[float | None]) -> str:
