@@ -91,7 +91,7 @@ def main() -> None:
     chosen = [args.method] if args.method else [*TRAINED, "base"]
     for seed in range(args.seeds) if args.seed is None else [args.seed]:
         for method in chosen:
-            if seed < LONG_SEEDS or "700" not in method:
+            if args.seed is not None or seed < LONG_SEEDS or "700" not in method:
                 one(method, seed)
 
 
