@@ -94,9 +94,30 @@ def test_a_model_that_cannot_be_fetched_is_not_reachable():
 
 def test_steps_of_a_child_are_read_and_its_failure_is_a_reason():
     good = first_hour.train("a/b", child({"mar.fetch": (0, ""), "mar.train": (0, "")}))
-    assert good == {"steps": 2, "seconds a step, median": 3.0, "tokens/s, median": 150.0, "largest sampler mismatch": 0.02}
+    assert good == {
+        "steps": 2,
+        "seconds a step, median": 3.0,
+        "tokens/s, median": 150.0,
+        "largest sampler mismatch": 0.02,
+        "vLLM reads the export": "vllm is not installed",
+    }
     with pytest.raises(RuntimeError, match="mar.train ended with 1: error: too large"):
         first_hour.train("a/b", child({"mar.fetch": (0, ""), "mar.train": (1, "error: too large")}))
+
+
+def test_vllm_reads_the_export_in_a_process_of_its_own(monkeypatch, tmp_path):
+    monkeypatch.setattr(first_hour.importlib.util, "find_spec", lambda name: name)
+    calls = []
+
+    def run(command, **_):
+        calls.append(command)
+        return subprocess.CompletedProcess(command, 0, "loading\n8\n", "")
+
+    assert first_hour.read_by_vllm(tmp_path / "seed0", run) == "8 tokens"
+    assert calls[0][1:] == ["-m", "mar.export", str(tmp_path / "seed0"), str(tmp_path / "exported")]
+    assert calls[1][-1] == str(tmp_path / "exported") and "vllm" in calls[1][2]
+    failing = lambda command, **_: subprocess.CompletedProcess(command, 1, "", "Traceback\nValueError: no such shape\n")  # noqa: E731
+    assert first_hour.read_by_vllm(tmp_path / "seed0", failing) == "ValueError: no such shape"
 
 
 def test_a_failed_gpu_test_is_a_reason():

@@ -40,6 +40,9 @@ ROOT = Path(__file__).resolve().parents[2]
 REPORT = Path(__file__).with_name("TESTED_ON.md")
 NO_DEVICE = "first_hour measures a CUDA device and torch sees none here: nothing was measured or written."
 N, D, V = 4096, 2048, 151_936  # tokens; Qwen3-1.7B
+VLLM = """import sys
+from vllm import LLM, SamplingParams
+print(len(LLM(sys.argv[1], max_model_len=512).generate("A patient", SamplingParams(temperature=0, max_tokens=8))[0].outputs[0].token_ids))"""
 TRAINED = ("Qwen/Qwen3-0.6B", "Qwen/Qwen3-1.7B")
 STEPS = 20
 QWEN3 = ModelConfig(
@@ -189,6 +192,19 @@ def last_line(done: subprocess.CompletedProcess[str]) -> str:
     return lines[-1] if lines else f"exit code {done.returncode}"
 
 
+def read_by_vllm(run_dir: Path, run: Callable[..., subprocess.CompletedProcess[str]] = subprocess.run) -> str:
+    """How many tokens vLLM, in a process of its own, writes with the exported policy of a run; or why it does not."""
+    if importlib.util.find_spec("vllm") is None:
+        return "vllm is not installed"
+    options: dict[str, Any] = {"cwd": ROOT, "capture_output": True, "text": True, "check": False}
+    exported = str(run_dir.with_name("exported"))
+    for command in ([sys.executable, "-m", "mar.export", str(run_dir), exported], [sys.executable, "-c", VLLM, exported]):
+        done = run(command, **options)
+        if done.returncode:
+            return last_line(done)
+    return f"{done.stdout.splitlines()[-1]} tokens"
+
+
 def train(model: str, run: Callable[..., subprocess.CompletedProcess[str]] = subprocess.run) -> Found:
     """Some steps of the clinic with a model of the hub, by mar.train in a process of its own."""
     options: dict[str, Any] = {"cwd": ROOT, "capture_output": True, "text": True, "check": False}
@@ -204,12 +220,14 @@ def train(model: str, run: Callable[..., subprocess.CompletedProcess[str]] = sub
             raise RuntimeError(f"mar.train ended with {done.returncode}: {last_line(done)}")
         (file,) = Path(scratch).rglob("metrics.jsonl")
         steps = [json.loads(line) for line in file.read_text().splitlines()]
+        read = read_by_vllm(file.parent, run)
     parts = [sum(step[f"perf/{part}_s"] for part in ("sample", "verify", "update")) for step in steps]
     return {
         "steps": len(steps),
         "seconds a step, median": statistics.median(parts),
         "tokens/s, median": statistics.median(step["perf/tokens_per_s"] for step in steps),
         "largest sampler mismatch": max(step["policy/sampler_mismatch_max"] for step in steps),
+        "vLLM reads the export": read,
     }
 
 
