@@ -146,7 +146,7 @@ def coverage(arms: Mapping[str, Row], bars: Row | None) -> Figure:
             for axes, x in ((by_answers, curve["k"]), (by_tokens, curve["tokens"])):
                 axes.fill_between(x, low, high, color=COLOURS[index % 7], alpha=0.15, linewidth=0)
                 axes.plot(x, middle, label=name, markevery=max(1, len(x) // 10), **_look(index))
-        by_answers.set(title="coverage at equal answers", xlabel="answers k (floor, ceiling: k different ones)", ylabel="coverage")
+        by_answers.set(title="coverage at equal answers", xlabel="answers k", ylabel="coverage")
         by_tokens.set(title="coverage at equal tokens", xlabel="completion tokens")
         figure.legend(*by_answers.get_legend_handles_labels(), loc="outside right center")
     return figure

@@ -120,11 +120,11 @@ class Interrupts:
             signal.signal(kind, self._receive)
 
     def _receive(self, *_: object) -> None:
-        if not self.inside or (self.since and time.monotonic() > self.since + 1):  # at once: a cluster's, passed on by torchrun
+        before, self.since = self.since, time.monotonic()
+        if self.since > before + 1 if before else not self.inside:
             raise KeyboardInterrupt
-        if not self.since:
-            print("\nstopping after this step (once more: stop at once, back to the last checkpoint)", file=sys.stderr, flush=True)
-        self.since = self.since or time.monotonic()
+        if not before:  # else the same one: a cluster signals every process, and torchrun passes it on
+            print("\nstopping after this step (again, later: stop at once, back to the last checkpoint)", file=sys.stderr, flush=True)
 
     def agreed(self, world: World) -> bool:
         """Whether to stop, on all ranks the same: a signal to one is one to all, and one that comes later waits for the next step."""

@@ -10,25 +10,27 @@ import pytest
 
 SCRIPT = Path(__file__).resolve().parents[1] / "experiments/launch/train.sbatch"
 STUBS = {
-    "srun": 'shift\nexec "$@"',
+    # as srun: a TERM kills the step, nothing is passed on
+    "srun": 'shift\n"$@" &\nchild=$!\ntrap "kill -KILL $child" TERM\nwait $child',
+    "scancel": '[ "$*" = "--signal=TERM 7" ] && kill -TERM $(cat running)',
     "scontrol": 'echo "scontrol $*" >> said\n[ "$1" = requeue ] || echo node1',
-    # as torchrun: it passes TERM on, waits for its workers and fails
+    # as torchrun: it passes TERM on, waits for its workers and fails, or they had just finished
     "torchrun": """echo "torchrun $*" >> said
-trap 'sleep 0.3; echo saved >> said; exit 1' TERM
+trap 'sleep 0.3; echo saved >> said; [ "${@: -1}" = ending ]; exit $?' TERM
 [ "${@: -1}" = broken ] && exit 1
-touch running
-while [ "${@: -1}" = long ]; do sleep 0.05; done""",
+echo $$ > running.new && mv running.new running
+for _ in $(seq 200); do case "${@: -1}" in long|ending) sleep 0.05;; esac; done""",
 }
 
 
-@pytest.mark.parametrize("word, code, requeued", [("long", 143, True), ("broken", 1, False), ("short", 0, False)])
+@pytest.mark.parametrize("word, code, requeued", [("long", 1, True), ("ending", 0, False), ("broken", 1, False), ("short", 0, False)])
 def test_a_job_is_queued_again_when_its_time_is_up_and_not_when_it_fails(tmp_path, word, code, requeued):
     for name, body in STUBS.items():
         (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{body}\n")
         (tmp_path / name).chmod(0o755)
     environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_NODELIST": "x", "SLURM_NNODES": "2", "SLURM_JOB_ID": "7"}
     process = subprocess.Popen(["bash", SCRIPT, "scale=h100x8", word], cwd=tmp_path, env=environment)
-    if word == "long":
+    if word in ("long", "ending"):
         for _ in range(200):
             if (tmp_path / "running").exists():
                 break

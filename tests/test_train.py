@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -329,18 +330,28 @@ def test_a_signal_that_arrives_twice_at_once_is_one(
     model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A cluster signals every process of a job, and torchrun passes the signal on; a person's second Ctrl-C comes later and means at once."""
-    make_batch = batch.make_batch
-    for pause, stopped_after in ((0.0, 1), (1.1, 0)):
 
-        def signalled(*of: Any, pause: float = pause) -> Any:
-            for _ in range(2):
-                os.kill(os.getpid(), signal.SIGTERM)
-                time.sleep(pause)
-            return make_batch(*of)
+    def twice(pause: float) -> None:
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(pause)
 
-        monkeypatch.setattr("mar.train.make_batch", signalled)
-        assert run(compose(words(model_folder, tmp_path / str(pause), "model.max_completion_tokens=4"))) == 130
-        assert f"interrupted at step 1; checkpoint of step {stopped_after}" in capsys.readouterr().out
+    def in_step(pause: float, *of: Any) -> Any:
+        twice(pause)
+        return batch.make_batch(*of)
+
+    def in_evaluation(*_: Any) -> None:
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        finally:  # the second one finds the first being dealt with
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    cases = [("make_batch", partial(in_step, 0.0), 1, 1), ("measure", in_evaluation, 0, 0), ("make_batch", partial(in_step, 1.1), 1, 0)]
+    for number, (place, signalled, step, saved) in enumerate(cases):
+        with monkeypatch.context() as patched:
+            patched.setattr(f"mar.train.{place}", signalled)
+            assert run(compose(words(model_folder, tmp_path / str(number), "model.max_completion_tokens=4"))) == 130
+        assert f"interrupted at step {step}; checkpoint of step {saved}" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("word", ["+experiment=clinc", "algo.groupsize=4", "modle=hf", "garbage"])

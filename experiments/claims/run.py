@@ -47,6 +47,14 @@ def command(module: str, *words: str) -> float:
     return time.perf_counter() - began
 
 
+def trained(folder: Path, *words: str) -> float:
+    """Seconds that training took until the run in `folder` was finished; 0 where it is: the same words once more would begin it anew."""
+    end = folder / "eval.json"
+    if end.exists() and "after" in json.loads(end.read_text()):
+        return 0.0
+    return command("mar.train", *words, "logger.console=plain")
+
+
 def kept(arm: dict[str, Any]) -> dict[str, Any]:
     """What the tables and figures need of one arm."""
     names = ("num_answers", "num_sets", "metrics", "curve", "reliability", "unique_histogram", "format_failures")
@@ -73,13 +81,10 @@ def one(method: str, seed: int) -> None:
         return
     words = [*SHARED, f"name={method}", f"seed={seed}", f"out={RUNS}", "eval.num_items=500", *TRAINED[method]]
     folder = RUNS / method / f"seed{seed}"
-    finished = folder / "eval.json"
-    trained = 0.0
-    if not (finished.exists() and "after" in json.loads(finished.read_text())):
-        trained = command("mar.train", *words, "logger.console=plain")
+    train_s = trained(folder, *words)
     seconds = command("mar.evaluate", str(folder), items, *sizes, "arms=policy")
     document = json.loads((folder / "evaluation.json").read_text())
-    write(method, seed, document, "policy", words=words, train_s=trained, evaluate_s=seconds)
+    write(method, seed, document, "policy", words=words, train_s=train_s, evaluate_s=seconds)
 
 
 def main() -> None:

@@ -140,12 +140,12 @@ def predicted(first: int = 3) -> str:
     return f"{inside} of {inside + len(outside)} lie inside; outside: {', '.join(outside) or 'none'}."
 
 
-def averaged(logs: Sequence[Log]) -> dict[str, Any]:
-    """One arm as `mar.plots` draws it: curves as means with the seeds' intervals, answers of all seeds together."""
+def averaged(logs: Sequence[Log], spread: Callable[[Sequence[float]], Mapping[str, Any]] = interval) -> dict[str, Any]:
+    """One arm as `mar.plots` draws it: curves as means with the seeds' spread, answers of all seeds together."""
     first, curve = logs[0], {"k": logs[0]["curve"]["k"], "tokens": np.mean([log["curve"]["tokens"] for log in logs], 0).tolist()}
     for name in ("coverage", "unique"):
         each = np.array([[point[0] for point in log["curve"][name]] for log in logs])
-        told = [interval(column.tolist()) for column in each.T]
+        told = [spread(column.tolist()) for column in each.T]
         curve[name] = [[t["mean"], t["mean"] if t["lo"] is None else t["lo"], t["mean"] if t["hi"] is None else t["hi"]] for t in told]
     histogram: dict[str, int] = defaultdict(int)
     for log in logs:

@@ -15,7 +15,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from experiments.claims.run import command, kept
+from experiments.claims.run import command, kept, trained
 from mar.fetch import SMOLLM2, environment, resolve_model
 
 HERE = Path(__file__).parent
@@ -76,7 +76,7 @@ def one(data: Path, method: str, seed: int, stop_at: int | None) -> None:
     else:
         folder = RUNS / method / f"seed{seed}"
         stop = [f"train.stop_at={stop_at}"] if stop_at else []
-        train_s = command("mar.train", *words, f"name={method}", f"reward={method}", "logger.console=plain", *stop)
+        train_s = trained(folder, *words, f"name={method}", f"reward={method}", *stop)
         if stop:
             return
         evaluate_s = command("mar.evaluate", str(folder), *sizes, "arms=policy")

@@ -43,12 +43,8 @@ def one(data: Path, shift: str, seed: int) -> None:
 
 def markdown() -> str:
     """A line for each distribution and model: one set of three a question."""
-    found = {
-        f"{shift}, {method}": logs
-        for shift in SHIFTS
-        for method in ARMS.values()
-        if (logs := [log for log in grouped(LOGS, "method", (method,)).get(method, ()) if log["shift"] == shift])
-    }
+    by_shift = grouped(LOGS, "shift", SHIFTS)
+    found = {f"{s}, {m}": [log for log in logs if log["method"] == m] for s, logs in by_shift.items() for m in ARMS.values()}
     columns = {"questions": lambda log: log["num_items"], "coverage@3": lambda log: on_curve(log, "coverage", 3)}
     return lines_of(found, columns | {name: metric(name) for name in METRICS}, "asked, model")
 

@@ -42,7 +42,8 @@ NO_DEVICE = "first_hour measures a CUDA device and torch sees none here: nothing
 N, D, V = 4096, 2048, 151_936  # tokens; Qwen3-1.7B
 VLLM = """import sys
 from vllm import LLM, SamplingParams
-print(len(LLM(sys.argv[1], max_model_len=512).generate("A patient", SamplingParams(temperature=0, max_tokens=8))[0].outputs[0].token_ids))"""
+model = LLM(sys.argv[1], max_model_len=512, enforce_eager=True, gpu_memory_utilization=0.4)
+print("TOKENS", len(model.generate("A patient", SamplingParams(temperature=0, max_tokens=8))[0].outputs[0].token_ids))"""
 TRAINED = ("Qwen/Qwen3-0.6B", "Qwen/Qwen3-1.7B")
 STEPS = 20
 QWEN3 = ModelConfig(
@@ -202,7 +203,7 @@ def read_by_vllm(run_dir: Path, run: Callable[..., subprocess.CompletedProcess[s
         done = run(command, **options)
         if done.returncode:
             return last_line(done)
-    return f"{done.stdout.splitlines()[-1]} tokens"
+    return next((line for line in done.stdout.splitlines() if line.startswith("TOKENS ")), "it wrote nothing")
 
 
 def train(model: str, run: Callable[..., subprocess.CompletedProcess[str]] = subprocess.run) -> Found:

@@ -12,7 +12,7 @@ import json
 import shutil
 from pathlib import Path
 
-from experiments.claims.run import command, kept
+from experiments.claims.run import command, kept, trained
 from experiments.ddxplus_smollm2.run import warm_up
 from mar.fetch import environment
 
@@ -43,11 +43,11 @@ def main() -> None:
     parser.add_argument("--stop-at", type=int, help="train so many steps only, as if interrupted")
     args = parser.parse_args()
     warm_up(args.rows, "medqa", WARM_STEPS, RUNS, LOGS)
-    words = [*WORDS, f"data.path={args.rows}", f"seed={args.seed}", f"out={RUNS}", "name=multi_rlcr", "logger.console=plain"]
-    train_s = command("mar.train", *words, *([f"train.stop_at={args.stop_at}"] if args.stop_at else []))
+    words = [*WORDS, f"data.path={args.rows}", f"seed={args.seed}", f"out={RUNS}", "name=multi_rlcr"]
+    folder = RUNS / "multi_rlcr" / f"seed{args.seed}"
+    train_s = trained(folder, *words, *([f"train.stop_at={args.stop_at}"] if args.stop_at else []))
     if args.stop_at:
         return
-    folder = RUNS / "multi_rlcr" / f"seed{args.seed}"
     evaluate_s = command("mar.evaluate", str(folder), "k=3", "num_answers=", "arms=" + ",".join(ARMS))
     document = json.loads((folder / "evaluation.json").read_text())
     shutil.copy(folder / "metrics.jsonl", LOGS / f"multi_rlcr_seed{args.seed}.jsonl")

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments.claims.run import command, kept
+from experiments.claims.run import command, kept, trained
 from mar.fetch import environment
 from mar.log import read_jsonl
 from mar.tasks import clinic
@@ -79,8 +79,8 @@ def one(sweep: str, setting: str, seed: int) -> None:
     if sweep == "sum_rule" and not VISITS.exists():
         write_visits(VISITS)
     words = [*SWEEPS[sweep][setting], f"name={log_of(sweep, setting, 0).stem[:-6]}", f"seed={seed}", f"out={RUNS / sweep}"]
-    train_s = command("mar.train", *words, "logger.console=plain")
     folder = RUNS / sweep / log.stem.rpartition("_")[0] / f"seed{seed}"
+    train_s = trained(folder, *words)
     other_sizes = (sweep, setting) == ("k_sweep", "K = 3")
     measured = [f"k={ANSWERS}", "num_answers=1..6" if other_sizes else "num_answers="]
     evaluate_s = command("mar.evaluate", str(folder), *measured, "arms=" + ",".join(["policy", *(SIZES if other_sizes else [])]))
