@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from experiments.algorithms import summary as algorithms
 from experiments.claims import summary
+from experiments.credit import run as credit
 from experiments.ddxplus_smollm2 import profile
 from experiments.ddxplus_smollm2 import summary as ddxplus
 from experiments.generalise import run as generalise
@@ -53,6 +54,8 @@ MADE = {  # what stands after `<!-- name -->`
     "sum rule": sweeps.sum_rule,
     "thinking": sweeps.thinking,
     "credit": sweeps.credit,
+    "credit expectation": credit.expectation,
+    "credit variance": credit.variances,
 }
 
 

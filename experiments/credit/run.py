@@ -9,17 +9,23 @@ import argparse
 import itertools
 import json
 import math
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from experiments.claims.summary import grid
 from mar.advantages import best_of_k_advantages, token_advantages, with_kl_cost, with_truncation_rule
 from mar.batch import Batch, make_batch
+from mar.fetch import environment
 from mar.grammar import Grammar
 from mar.losses import LOSSES, kl_k1, token_weights
 from mar.records import Completion, Example, Gold, Prompt, Rollout
@@ -27,6 +33,7 @@ from mar.rewards import RewardSpec, first_open
 from mar.rollout import judge_groups
 
 MAX_TOKENS = 5
+RESULTS = Path(__file__).with_name("results.json")
 GATED = RewardSpec(sum_rule=True, duplicates="gate")
 UNGATED = RewardSpec(gate=False)
 KL_COEF = 0.1
@@ -308,6 +315,26 @@ def cases(quick: bool, answers: int) -> list[tuple[str, Toy, int]]:
     return out
 
 
+def expectation() -> str:
+    """README's first table: cosine / relative error / variance of each estimator, those that are biased in italics."""
+    cases = json.loads(RESULTS.read_text())["cases"]
+    names = [f"{layout}, {gates}" for layout in ("interleaved", "split") for gates in ("all gates", "no gate")]
+    rows = []
+    for estimator, row in cases[names[0]]["estimators"].items():
+        found = [cases[name]["estimators"][estimator] for name in names]
+        cells = [f"{f['cosine']:.4f} / {f['relative_error']:.0e} / {f['variance']:.2f}" for f in found]
+        rows.append([f"*{estimator}*" if row["biased"] else estimator, *cells])
+    return grid(["estimator", *names], rows)
+
+
+def variances() -> str:
+    """README's second table."""
+    facts = ("well_formed", "truncated", "repeating")
+    cases = json.loads(RESULTS.read_text())["cases"].items()
+    rows = [[n, *(f"{c[f]:.3f}" for f in facts), str(c["num_completions"]), f"{c['variance_ratio']:.3f}"] for n, c in cases]
+    return grid(["case", "well-formed", "truncated", "repeating", "completions", "variance to_go / set"], rows)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="the two interleaved cases only, at most 60 s")
@@ -325,7 +352,10 @@ def main() -> None:
         for estimator, row in rows.items():
             kind = "biased" if row["biased"] else "exact"
             print(f"| {estimator} | {kind} | {row['cosine']:.6f} | {row['relative_error']:.1e} | {row['variance']:.4f} |")
-    print(json.dumps({"seconds": round(time.perf_counter() - began, 1), "cases": document}))
+    whole = {"commit": environment()["commit"], "seconds": round(time.perf_counter() - began, 1), "cases": document}
+    if not args.quick and args.answers == 4:
+        RESULTS.write_text(json.dumps(whole, indent=1) + "\n")
+    print(json.dumps(whole))
 
 
 if __name__ == "__main__":
