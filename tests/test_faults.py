@@ -67,7 +67,7 @@ def test_what_a_power_cut_could_spoil_is_named(tmp_path: Path) -> None:
 
 def test_the_page_is_the_results() -> None:
     good, bad = Row("a", "what", 0, "it | said", 2, True), Row("b", "what", problems=["wrong"], equal=False)
-    results = summary([good, bad, Row("c", "what", skipped="no root")])
+    results = summary([good, bad, Row("c", "what", skipped="no root")], {"commit": "abc", "torch": "2"})
     assert (results["faults_tried"], results["survived"], results["steps_lost_max"], results["mismatched"]) == (2, 1, 2, ["b"])
     text = page(results)
     assert "1 of 2 faults survived, at most 2 steps lost, 1 mismatched" in text
