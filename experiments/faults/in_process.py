@@ -64,7 +64,12 @@ def kill_between_minibatches(lab: Lab, row: Row) -> None:
 def _killed_in_every_step(lab: Lab, row: Row, words: Sequence[str]) -> None:
     out, every = lab.folder / "run", (*words, "checkpoint.every=1")
     for step in range(1, STEPS):
-        ended = train(out, every, at_call(batch, "make_batch", 2, signal_itself(signal.SIGKILL)))
+
+        def once_saved(step: int = step) -> None:  # a thread writes it beside the next step
+            until(lambda: steps_saved(out) == step, f"checkpoint of step {step}")
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        ended = train(out, every, at_call(batch, "make_batch", 2, once_saved))
         row.check(ended.code == -signal.SIGKILL, f"step {step}: not killed but {ended.code}: {ended.last}")
         row.check((steps_written(out), steps_saved(out)) == (step, step), f"step {step}: not written or saved")
         row.exit = ended.code
@@ -72,7 +77,7 @@ def _killed_in_every_step(lab: Lab, row: Row, words: Sequence[str]) -> None:
 
 
 def resumed_from_every_step(lab: Lab, row: Row) -> None:
-    """checkpoint.every=1, and kill -9 in the second step of every process: resumed from each step in turn."""
+    """checkpoint.every=1, and kill -9 in the second step of every process, once the first is saved: resumed from each step in turn."""
     _killed_in_every_step(lab, row, ())
 
 
