@@ -26,7 +26,7 @@ PYTEST := $(CPU) $(BIN)/python -m pytest -q
 .PHONY: help setup train test test-slow lint format check smoke golden golden-update budget bench report faults faults-quick gpu
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(STAMP) ## create .venv (or use the active environment, if it has torch) and install everything
 

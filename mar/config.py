@@ -119,7 +119,7 @@ class RewardOptions:
     brier_weight: float = number(1.0, low=0)
     format_weight: float = number(0.5, low=0)
     gate: bool = True  # a format failure cancels the answer reward
-    sum_rule: bool = False  # confidences that sum to more than 1 fail the format: for single-label tasks only
+    sum_rule: bool = False  # confidences that sum to more than 1 are paid as a format failure: for single-label tasks only
     duplicates: str = one_of(*DUPLICATES)  # a repeat earns nothing, or zeroes the whole answer reward
     sandbox: str = one_of("bubblewrap", "unsafe")  # where model-written programs run; unsafe: as you, on this machine
     judge: str | None = None  # a URL up to /v1, OpenAI-compatible: asked about answers that are no gold by their words

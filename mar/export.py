@@ -29,7 +29,7 @@ CARD = """---
 library_name: transformers
 tags: [multi-answer, reinforcement-learning]
 ---
-# {name}
+# {model}, {task}
 
 {model} after {step} of {steps} steps of `mar` on {task} ({objective}, K={K}, credit {credit}); parameters in {dtype}.
 
@@ -46,7 +46,6 @@ def card(config: Config, grammar: Grammar, step: int, dtype: str, measured: dict
     task, after = config.data.task, measured.get("after") or {}
     rows = "".join(f"| {name} | {value:.3f} |\n" for name, value in after.items() if isinstance(value, float))
     return CARD.format(
-        name=config.name,
         model=config.model.path or config.model.name,
         step=step,
         steps=config.train.steps,

@@ -147,15 +147,15 @@ class Display:
             self.progress.update(self.task, completed=step, line=line)
             return
         rate = (time.perf_counter() - self.began) / (step - self.first_step)
-        left = rate * (self.num_steps - step)
-        self.say(f"step {step}/{self.num_steps}  {line}  {left // 60:.0f}:{left % 60:02.0f} left")
+        left = round(rate * (self.num_steps - step))
+        self.say(f"step {step}/{self.num_steps}  {line}  {left // 60}:{left % 60:02} left")
 
     def table(self, title: str, columns: Mapping[str, Mapping[str, Any] | None], rows: Sequence[str]) -> None:
         """Metrics (rows) of several policies (columns)."""
         table = Table(title=title, title_justify="left")
         table.add_column("", no_wrap=True)
         for name in columns:
-            table.add_column(name, justify="right")
+            table.add_column(name, justify="right", overflow="fold")
         for row in rows:
             values = [(column or {}).get(row) for column in columns.values()]
             table.add_row(row, *map(shown, values))

@@ -24,16 +24,17 @@ from mar.records import UserError
 LONGEST_VARIANT = 80
 # They name, place or show a run; they do not change it.
 NOT_A_VARIANT = {"seed", "name", "experiment", "sweep", "out", "run_dir", "data.path", "train.stop_at"}
-NOT_A_DIFFERENCE = {"train.stop_at", "out", "run_dir", "logger", "provenance"}
+NOT_A_DIFFERENCE = {"train.stop_at", "out", "run_dir", "logger", "provenance", "model.threads"}
 
 
 @dataclass(frozen=True)
 class RunDir:
-    """`resume`: the folder holds an unfinished run of this configuration. `archive`: where a finished run moves to."""
+    """`resume`: the folder holds an unfinished run of this configuration. `archive`: where a finished one, with other `differs`, moves to."""
 
     path: Path
     resume: bool
     archive: Path | None = None
+    differs: tuple[str, ...] = ()
 
 
 def variant(overrides: Iterable[str]) -> str:
@@ -90,10 +91,11 @@ def find(config: Mapping[str, Any]) -> RunDir:
         return RunDir(path, resume=False)
     if not (path / "config.yaml").is_file():
         raise UserError(f"{path} exists but holds no config.yaml, so it is no run of mar: choose another name= or seed=")
+    keys = differing_keys(_read(path / "config.yaml"), config)
     if (path / "eval.json").is_file() and _read(path / "eval.json").get("after"):
         places = (path.with_name(f"{path.name}~{number}") for number in count(1))
-        return RunDir(path, resume=False, archive=next(place for place in places if not place.exists()))
-    if keys := differing_keys(_read(path / "config.yaml"), config):
+        return RunDir(path, resume=False, archive=next(place for place in places if not place.exists()), differs=tuple(keys))
+    if keys:
         raise UserError(
             f"{path} holds an unfinished run with another configuration (it differs in {', '.join(keys)}): "
             f"give the same values to resume it, choose another name= or seed=, or remove the folder"

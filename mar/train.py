@@ -101,21 +101,19 @@ def train_step(job: Job, step: int) -> tuple[dict[str, Any], list[Rollout], Tens
 
 def skipped(job: Job, step: int, metrics: Mapping[str, Any], rollouts: Sequence[Rollout], display: Display) -> bool:
     """Whether updates of this step were left out because they were not finite; says so and keeps the completions."""
-    if not metrics["optim/skipped"]:
+    number, file = metrics["optim/skipped"], job.folder / "skipped.jsonl"
+    if not number:
         return False
-    job.write("skipped.jsonl", [completion_row(r, "train", step) for r in rollouts])
-    display.say(
-        f"step {step}: a loss or gradient is not finite, {metrics['optim/skipped']} updates were left out; "
-        f"completions in {job.folder / 'skipped.jsonl'}"
-    )
+    job.write(file.name, [completion_row(r, "train", step) for r in rollouts])
+    display.say(f"step {step}: a loss or gradient is not finite, {number} updates were left out; completions in {file}")
     return True
 
 
 class Interrupts:
     """SIGINT, SIGTERM and SIGUSR1 wait for the end of a training step, so that no checkpoint is of half an update; elsewhere they stop at once."""
 
-    def __init__(self) -> None:
-        self.inside, self.since = False, 0.0
+    def __init__(self, leads: bool) -> None:
+        self.inside, self.since, self.leads = False, 0.0, leads
         for kind in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
             signal.signal(kind, self._receive)
 
@@ -123,7 +121,7 @@ class Interrupts:
         before, self.since = self.since, time.monotonic()
         if self.since > before + 1 if before else not self.inside:
             raise KeyboardInterrupt
-        if not before:  # else the same one: a cluster signals every process, and torchrun passes it on
+        if not before and self.leads:  # else the same one: a cluster signals every process, and torchrun passes it on
             print("\nstopping after this step (again, later: stop at once, back to the last checkpoint)", file=sys.stderr, flush=True)
 
     def agreed(self, world: World) -> bool:
@@ -141,7 +139,7 @@ class Interrupts:
 
 def train(job: Job, first_step: int, display: Display, document: dict[str, Any]) -> str:
     """The loop, from update `first_step`. Returns `finished`, `stopped` (by train.stop_at) or `interrupted`."""
-    config, interrupts, checkpoints = job.config, Interrupts(), job.folder / "checkpoints"
+    config, interrupts, checkpoints = job.config, Interrupts(job.world.leads), job.folder / "checkpoints"
     last_step = min(config.train.steps, config.train.stop_at or config.train.steps)
     step, in_a_row = first_step, 0
     behind: Future[Path] | None = None  # the checkpoint that is written while the next step runs
@@ -237,7 +235,7 @@ def run(config: Config) -> int:
         checkpoint.require_room(folder.parent, [job.model, *(job.critic or ())[:1]])
         place = rundir.prepare({**config.to_dict(), "provenance": {"model": provenance, **environment()}})
         if place.archive:
-            display.say(f"{folder} was finished: it is {place.archive} now")
+            display.say(f"{folder} was finished: it is {place.archive} now, and differed in {', '.join(place.differs) or 'nothing'}")
     world.wait()
     document: dict[str, Any] = {"task": config.data.task, "num_items": len(job.protocol.prompts)}
     document |= known_bounds([p.example for p in job.protocol.prompts], config.reward.num_answers) or {}
@@ -249,9 +247,8 @@ def run(config: Config) -> int:
     )
     if job.whole:
         size = sum(p.numel() * p.element_size() for p in job.whole.parameters()) / 1e9
-        display.say(
-            f"sampling from an unsharded copy: {size:.2f} GB on every rank, {'kept' if config.scale.keep_copy else 'freed'} while training"
-        )
+        kept = "kept" if config.scale.keep_copy else "freed"
+        display.say(f"sampling from an unsharded copy: {size:.2g} GB on every rank, {kept} while training")
     display.first_step = first_step
     if config.logger.wandb != "off" and world.leads:
         display.mirror = Mirror(config.logger.wandb, folder, plain(config.to_dict()), display.say)

@@ -41,7 +41,7 @@ def test_transformers_reads_the_policy(trained, tmp_path):
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     assert theirs.generation_config.eos_token_id == tokenizer.eos_token_id and tokenizer.chat_template
     card = (folder / "README.md").read_text()
-    assert "after 1 of 1 steps" in card and "<answer1>" in card and "| coverage@3 |" in card
+    assert "\n# embedded, clinic\n" in card and "after 1 of 1 steps" in card and "<answer1>" in card and "| coverage@3 |" in card
 
 
 def test_mistakes_are_one_sentence(trained, tmp_path):

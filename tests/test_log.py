@@ -117,6 +117,14 @@ def test_display_survives_missing_metrics(mode, capsys):
     assert "0.500" in out
 
 
+def test_time_left_never_says_sixty_seconds(monkeypatch, capsys):
+    clock = iter([0.0, 0.0, 59.9])
+    monkeypatch.setattr("mar.log.time.perf_counter", lambda: next(clock))
+    with Display("plain", 0, 2) as display:
+        display.step(1, {})
+    assert "1:00 left" in capsys.readouterr().out
+
+
 def test_what_is_written_is_synced_before_it_has_its_name(tmp_path, monkeypatch):
     calls = []
     sync, replace = os.fsync, Path.replace

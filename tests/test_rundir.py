@@ -122,7 +122,8 @@ def test_new_then_resume_then_aside(tmp_path: Path) -> None:
 
 def test_a_finished_run_steps_aside_for_another_configuration(tmp_path: Path) -> None:
     finish(prepare(config(tmp_path)).path)
-    assert prepare(config(tmp_path, "train.steps=5")).archive is not None
+    run = prepare(config(tmp_path, "train.steps=5"))
+    assert run.archive is not None and run.differs == ("train.steps",)
 
 
 def test_another_configuration_is_refused_by_its_keys(tmp_path: Path) -> None:
@@ -136,7 +137,7 @@ def test_another_configuration_is_refused_by_its_keys(tmp_path: Path) -> None:
 
 def test_what_is_no_difference(tmp_path: Path) -> None:
     prepare(config(tmp_path, "train.stop_at=3") | {"provenance": {"sha256": "0"}})
-    assert prepare(config(tmp_path, "logger.console=plain")).resume
+    assert prepare(config(tmp_path, "logger.console=plain", "model.threads=1")).resume
     assert differing_keys({"a": 1, "b": {"c": 1}}, {"a": 1, "b": {"c": 2}, "d": None}) == ["b.c", "d"]
 
 
