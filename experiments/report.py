@@ -41,6 +41,7 @@ MADE = {  # what stands after `<!-- name -->`
     "plan computed": partial(plans.markdown, "computed"),
     "ddxplus": partial(ddxplus.held_out, DDXPLUS / "logs", 9),
     "ddxplus learning": partial(ddxplus.learning, DDXPLUS / "logs"),
+    "ddxplus calibration": partial(ddxplus.calibration, DDXPLUS / "logs"),
     "ddxplus profile": profile.markdown,
     "medqa": partial(ddxplus.held_out, medqa.LOGS, 3, (*ddxplus.OF_SETS, "auroc", "repeats_per_set")),
     "medqa learning": partial(ddxplus.learning, medqa.LOGS),

@@ -22,7 +22,11 @@ HERE = Path(__file__).parent
 RUNS, LOGS = Path("runs/ddxplus_smollm2"), HERE / "logs"
 ANSWERS, PATIENTS = 9, "patients_all49_en.jsonl"
 WARMUP = ["--mixture", "short", "--prompts", "3", "--rows", "4", "--lr", "4e-4", "--log-every", "5"]
-METHODS = ("multi_rlcr", "rlvr_single")
+METHODS = {"multi_rlcr": ["reward=multi_rlcr"], "rlvr_single": ["reward=rlvr_single"]}
+VARIANTS = {  # what keeps confidences from sinking to 0? Seed 1, where they sink the most
+    "multi_rlcr_low_rate": ["reward=multi_rlcr", "model.lr=2e-5"],
+    "multi_rlcr_own": ["reward=multi_rlcr", "algo.credit=own", "reward.brier_weight=3"],
+}
 SHARED = [
     "+experiment=ddxplus",
     "model=hf",
@@ -76,7 +80,7 @@ def one(data: Path, method: str, seed: int, stop_at: int | None) -> None:
     else:
         folder = RUNS / method / f"seed{seed}"
         stop = [f"train.stop_at={stop_at}"] if stop_at else []
-        train_s = trained(folder, *words, f"name={method}", f"reward={method}", *stop)
+        train_s = trained(folder, *words, f"name={method}", *{**METHODS, **VARIANTS}[method], *stop)
         if stop:
             return
         evaluate_s = command("mar.evaluate", str(folder), *sizes, "arms=policy")
@@ -92,13 +96,17 @@ def one(data: Path, method: str, seed: int, stop_at: int | None) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path, help="folder of DDXPlus")
-    parser.add_argument("method", nargs="?", choices=[*METHODS, "base"])
+    parser.add_argument("method", nargs="?", choices=[*METHODS, *VARIANTS, "base"])
     parser.add_argument("seed", nargs="?", type=int, default=0)
     parser.add_argument("--seeds", type=int, default=2, help="how many, without a method")
     parser.add_argument("--stop-at", type=int, help="train so many steps only, as if interrupted")
     args = parser.parse_args()
     warm_up(args.data / PATIENTS)
-    jobs = [(args.method, args.seed)] if args.method else [(m, s) for s in range(args.seeds) for m in (*METHODS, "base")]
+    jobs = (
+        [(args.method, args.seed)]
+        if args.method
+        else [(m, s) for s in range(args.seeds) for m in (*METHODS, "base")] + [(m, 1) for m in VARIANTS]
+    )
     for method, seed in jobs:
         one(args.data, method, seed, args.stop_at)
 

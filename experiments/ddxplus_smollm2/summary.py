@@ -2,16 +2,17 @@
 
 import json
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from experiments.claims.summary import Log, averaged, grid, grouped, lines_of, metric, on_curve
+from experiments.claims.summary import Columns, Log, averaged, grid, grouped, lines_of, metric, on_curve
 from mar import plots
 
 HERE = Path(__file__).parent
 ORDER = ("multi_rlcr", "rlvr_single", "base", "single")
+CALIBRATED = ("multi_rlcr", "multi_rlcr_low_rate", "multi_rlcr_own")
 OF_SETS = ("top1", "ece", "brier", "format_rate", "tokens_per_set")
 WINDOW = 10  # steps whose mean the learning table shows
 
@@ -30,6 +31,19 @@ def held_out(folder: Path, answers: int, more: Sequence[str] = OF_SETS) -> str:
     columns = {f"coverage@{k}": lambda log, k=k: on_curve(log, "coverage", k) for k in dict.fromkeys((3, answers))}
     columns[f"unique@{answers}"] = lambda log: on_curve(log, "unique", answers)
     return lines_of(grouped(folder, "method", ORDER), columns | {name: metric(name) for name in more}, "method")
+
+
+def calibration(folder: Path) -> str:
+    """Mean confidence beside the share of answers that are right, of every run of Multi-RLCR, seed by seed."""
+    of_all = grouped(folder, "method", ("base", *CALIBRATED))
+    rows = {f"{method}, {log['seed']}": [log] for method, logs in of_all.items() for log in logs}
+
+    def mean_of(value: Callable[[Log], float]) -> Callable[[Log], float]:
+        return lambda log: sum(b["count"] * value(b) for b in log["reliability"]) / sum(b["count"] for b in log["reliability"])
+
+    columns: Columns = {"mean confidence": mean_of(lambda b: b["said"]), "right": mean_of(lambda b: b["right"][0])}
+    columns |= {name: metric(name) for name in ("ece", "auroc", "brier")} | {"coverage@3": lambda log: on_curve(log, "coverage", 3)}
+    return lines_of(rows, columns, "method, seed")
 
 
 def extremes(values: Sequence[float]) -> dict[str, float]:
