@@ -1,6 +1,7 @@
 """One setting and seed of the comparison of algorithms on clinic, to a committed log:  python experiments/algorithms/run.py grpo 0
 
-Without words: every setting, seed after seed; what has a log already is passed over, and a run that was cut off goes on. `--part 1/2` and `2/2` share
+Its log is written over: `git diff` shows what came out otherwise. Without words: every setting, seed after seed; what has a log already is passed
+over. A run that was cut off goes on. `--part 1/2` and `2/2` share
 the work between two processes.
 """
 
@@ -34,9 +35,9 @@ def log_of(setting: str, seed: int) -> Path:
     return LOGS / f"{setting.replace(', ', '_').replace(' ', '_')}_seed{seed}.json"
 
 
-def one(setting: str, seed: int) -> None:
-    """Train with one setting and seed, unless its log is there."""
-    if log_of(setting, seed).exists():
+def one(setting: str, seed: int, again: bool) -> None:
+    """Train with one setting and seed; where its log is there, only if it is to be made again."""
+    if not again and log_of(setting, seed).exists():
         return
     words = [*SHARED, f"name={log_of(setting, 0).stem}", f"seed={seed}", f"out={RUNS}", *SETTINGS[setting][0]]
     done = subprocess.run([sys.executable, "-m", "mar.train", *words], check=False, stdout=subprocess.PIPE, text=True)
@@ -60,7 +61,7 @@ def main() -> None:
     chosen = [args.setting] if args.setting else [*SETTINGS]
     jobs = [(name, seed) for seed in range(5) for name in chosen if (seed < SETTINGS[name][1] if args.seed is None else seed == args.seed)]
     for job in jobs[mine - 1 :: parts]:
-        one(*job)
+        one(*job, again=bool(args.setting) and args.seed is not None)
 
 
 if __name__ == "__main__":

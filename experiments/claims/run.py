@@ -1,6 +1,7 @@
 """One method and seed of the comparison on clinic, from training to a committed log:  python experiments/claims/run.py multi_rlcr 0
 
-Without words: every method, seed after seed; what has a log already is passed over, and a run that was cut off goes on. A trained method is
+Its log is written over: `git diff` shows what came out otherwise. Without words: every method, seed after seed; what has a log already is passed
+over. A run that was cut off goes on, and one that is finished in runs/ is only measured again. A trained method is
 `mar.train` with the words below and then `mar.evaluate`; the untrained ones are arms of one evaluation. Logs: experiments/claims/logs/.
 """
 
@@ -67,9 +68,9 @@ def write(method: str, seed: int, document: dict[str, Any], arm: str, **more: An
     (LOGS / f"{method}_seed{seed}.json").write_text(json.dumps({**told, **kept(document["arms"][arm]), "bars": document["bars"]}) + "\n")
 
 
-def one(method: str, seed: int) -> None:
-    """Measure one method with one seed, unless its log is there."""
-    if (LOGS / f"{method}_seed{seed}.json").exists():
+def one(method: str, seed: int, again: bool) -> None:
+    """Measure one method with one seed; where its log is there, only if it is to be made again."""
+    if not again and (LOGS / f"{method}_seed{seed}.json").exists():
         return
     sizes, items = [f"k={ANSWERS}", "num_answers="], f"eval.num_items={ITEMS}"
     if method in UNTRAINED:
@@ -97,7 +98,7 @@ def main() -> None:
     for seed in range(args.seeds) if args.seed is None else [args.seed]:
         for method in chosen:
             if args.seed is not None or seed < LONG_SEEDS or "700" not in method:
-                one(method, seed)
+                one(method, seed, again=bool(args.method) and args.seed is not None)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,8 @@
     python -m experiments.ddxplus_smollm2.run DATA                        # DATA: the folder of patients_all49_en.jsonl and the release's tables
     python -m experiments.ddxplus_smollm2.run DATA multi_rlcr 0 [--stop-at 10]
 
-The warm-up is the same for every method. What has a log already is passed over, and a run that was cut off goes on. Two threads at most: say
+The warm-up is the same for every method. One that is named is measured again and its log written over: `git diff` shows what came out otherwise;
+without a name what has a log already is passed over. A run that was cut off goes on. Two threads at most: say
 OMP_NUM_THREADS=1 where two of them run side by side. Logs: experiments/ddxplus_smollm2/logs/.
 """
 
@@ -66,10 +67,10 @@ def warm_up(rows: Path, task: str = "ddxplus", steps: int = 80, runs: Path = RUN
     return warm
 
 
-def one(data: Path, method: str, seed: int, stop_at: int | None) -> None:
-    """Train and measure one method (`base`: measure only) with one seed, unless its log is there."""
+def one(data: Path, method: str, seed: int, stop_at: int | None, again: bool) -> None:
+    """Train and measure one method (`base`: measure only) with one seed; where its log is there, only if it is to be made again."""
     log = LOGS / f"{method}_seed{seed}.json"
-    if log.exists() and stop_at is None:
+    if log.exists() and not again:
         return
     words = [*SHARED, f"data.path={data / PATIENTS}", f"seed={seed}", f"out={RUNS}"]
     sizes = [f"k={ANSWERS}", "num_answers="]
@@ -108,7 +109,7 @@ def main() -> None:
         else [(m, s) for s in range(args.seeds) for m in (*METHODS, "base")] + [(m, 1) for m in VARIANTS]
     )
     for method, seed in jobs:
-        one(args.data, method, seed, args.stop_at)
+        one(args.data, method, seed, args.stop_at, again=bool(args.method))
 
 
 if __name__ == "__main__":

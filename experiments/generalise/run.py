@@ -24,10 +24,8 @@ ARMS = {"policy": "multi_rlcr", "base": "base"}
 
 
 def one(data: Path, shift: str, seed: int) -> None:
-    """Measure policy and warm-up on one distribution, unless both logs are there."""
+    """Measure policy and warm-up on one distribution."""
     logs = {arm: LOGS / f"{shift}_{method}_seed{seed}.json" for arm, method in ARMS.items()}
-    if all(log.exists() for log in logs.values()):
-        return
     out = Path("runs/generalise") / f"{shift}_seed{seed}"
     path, *words = SHIFTS[shift]
     where = path.replace("=", f"={data}/", 1)

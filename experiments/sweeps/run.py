@@ -1,7 +1,7 @@
 """One setting and seed of a sweep on clinic, to a committed log:  python -m experiments.sweeps.run k_sweep "K = 4" 0
 
-SWEEPS says which settings each sweep has. Without a setting: all of them, seed after seed; without a sweep: every sweep. What has a log already is
-passed over, and a run that was cut off goes on. `--part 1/2` and `2/2` share the work between two processes. Logs: experiments/<sweep>/logs/.
+SWEEPS says which settings each sweep has. The log is written over: `git diff` shows what came out otherwise.
+Without a setting: all of them, seed after seed; without a sweep: every sweep; what has a log already is passed over. A run that was cut off goes on. `--part 1/2` and `2/2` share the work between two processes. Logs: experiments/<sweep>/logs/.
 """
 
 import argparse
@@ -71,10 +71,10 @@ def log_of(sweep: str, setting: str, seed: int) -> Path:
     return EXPERIMENTS / sweep / "logs" / f"{name}_seed{seed}.json"
 
 
-def one(sweep: str, setting: str, seed: int) -> None:
-    """Train with one setting and seed and measure it on held-out patients, unless its log is there."""
+def one(sweep: str, setting: str, seed: int, again: bool) -> None:
+    """Train with one setting and seed and measure it on held-out patients; where its log is there, only if it is to be made again."""
     log = log_of(sweep, setting, seed)
-    if log.exists():
+    if log.exists() and not again:
         return
     if sweep == "sum_rule" and not VISITS.exists():
         write_visits(VISITS)
@@ -108,7 +108,7 @@ def main() -> None:
     if not jobs:
         parser.error(f"{args.sweep} has no setting {args.setting!r}, only {', '.join(SWEEPS[args.sweep])}")
     for job in jobs[mine - 1 :: parts]:
-        one(*job)
+        one(*job, again=bool(args.setting) and args.seed is not None)
 
 
 if __name__ == "__main__":
