@@ -27,10 +27,11 @@ HERE = Path(__file__).parent
 Case = Callable[[Lab, Row], None]
 INTRODUCTION = """# Faults survived
 
-Written by `make faults`, with results.json. Each row is a small real run of `+experiment=clinic` with the embedded model ({steps} steps, a
-checkpoint every {every}, one thread) to which one fault was done. It is *survived* if the run ended as it should (one sentence, no traceback), a
-checkpoint was left from which the same command goes on, and what it then wrote is bit for bit that of a run that nothing happened to: parameters,
-moments, metrics.jsonl without perf/*, completions.jsonl and eval.json. *equal* is a dash where the fault itself changes the run, or there is none.
+Written by `make faults`, with results.json. A row is a small real run of `+experiment=clinic` with the embedded model ({steps} steps, a
+checkpoint every {every}, one thread), or the part of one that its name says, to which one fault was done. It is *survived* if the run ended as it
+should (one sentence, no traceback), a checkpoint was left from which the same command goes on, and what it then wrote is bit for bit that of a run
+that nothing happened to: parameters, moments, metrics.jsonl without perf/*, completions.jsonl and eval.json. *equal* is a dash where there is no such
+comparison: the fault itself changes the run, or there is no run. *exit* is of the process that is quoted; where none is, of the one that was killed.
 
 `save_killed` traces a save by ptrace: every system call that changes files is seen (open for writing, write, fsync, rename, unlink, mkdir, rmdir and
 their kin, of all threads), and the save is killed before each of them in turn; then again as after a power cut, where files that were not synced are

@@ -1,6 +1,6 @@
-"""Do confidences that were learnt on DDXPlus survive another distribution?  python -m experiments.generalise.run DATA [seed]
+"""Do confidences that were learnt on DDXPlus survive another distribution?  python -m experiments.generalise.run DATASETS [seed]
 
-DATA: the folder with ddxplus/ and medqa/. Measures the policy of experiments/ddxplus_smollm2 (its checkpoint has to be there) and its warm-up on
+DATASETS: the folder with ddxplus/ and medqa/. Measures the policy of experiments/ddxplus_smollm2 (its checkpoint has to be there) and its warm-up on
 its own held-out patients, on patients of 19 conditions in another selection, and on MedQA. Logs: experiments/generalise/logs/.
 """
 

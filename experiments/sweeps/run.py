@@ -1,7 +1,8 @@
 """One setting and seed of a sweep on clinic, to a committed log:  python -m experiments.sweeps.run k_sweep "K = 4" 0
 
-SWEEPS says which settings each sweep has. The log is written over: `git diff` shows what came out otherwise.
-Without a setting: all of them, seed after seed; without a sweep: every sweep; what has a log already is passed over. A run that was cut off goes on. `--part 1/2` and `2/2` share the work between two processes. Logs: experiments/<sweep>/logs/.
+SWEEPS says which settings each sweep has. The log is written over: `git diff` shows what came out otherwise. Without a setting: all of them, seed
+after seed; without a sweep: every sweep; what has a log already is passed over. A run that was cut off goes on. `--part 1/2` and `2/2` share the work
+between two processes. Logs: experiments/<sweep>/logs/.
 """
 
 import argparse
