@@ -135,11 +135,12 @@ def run_theirs(model: Any, case: Case, seed: int) -> int:
 
 
 class CountOps(TorchDispatchMode):
-    """How often each aten operator runs, views included."""
+    """How often each aten operator runs, views included; `computing`: how many of them are no views."""
 
     def __init__(self) -> None:
         super().__init__()
         self.count: Counter[str] = Counter()
+        self.computing = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         with self:  # composite operators arrive whole in inference mode: count what they do
@@ -147,6 +148,7 @@ class CountOps(TorchDispatchMode):
         if result is not NotImplemented:
             return result
         self.count[str(func)] += 1
+        self.computing += not func.is_view
         return func(*args, **(kwargs or {}))
 
 

@@ -2,8 +2,9 @@
 
     OMP_NUM_THREADS=1 python -m experiments.ddxplus_smollm2.profile DATA [--steps 3]
 
-Times the parts of a step (`train_step` with its functions wrapped), divides each part's arithmetic by the speed of one large product and its reads of
-weights by the measured bandwidth, and predicts a GPU's times from the planner's assumptions. Writes profile.json; `make report` makes the table.
+Times the parts of a step (`train_step` with its functions wrapped), divides each part's arithmetic by the speed of the fastest large product and its
+reads of weights by the measured bandwidth, counts the operators that are no views, and predicts a GPU's times from the planner's assumptions and from
+LAUNCH seconds an operator. Writes profile.json; `make report` makes the table.
 """
 
 import argparse
@@ -12,7 +13,8 @@ import statistics
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,7 @@ import mar.sampler
 import mar.train
 import mar.update
 from experiments.bench.common import peak_bytes, quiet_machine, seconds
+from experiments.bench.sampler import CountOps
 from experiments.ddxplus_smollm2.run import PATIENTS, SHARED, warm_up
 from mar.compose import compose
 from mar.fetch import environment, resolve_model
@@ -32,6 +35,8 @@ from mar.log import Display
 from mar.plan import BANDWIDTH, BANDWIDTH_USED, MFU, PEAK_FLOPS
 
 RESULT = Path(__file__).parent / "profile.json"
+LAUNCH = 5e-6  # assumed: what a host needs to issue one operator to a GPU
+Meter = Callable[[], AbstractContextManager[Callable[[], float]]]
 PARTS: dict[str, list[tuple[Any, str]]] = {  # part -> the functions whose time it is, none inside another of them
     "packing weights": [(mar.model, "pack"), (mar.sampler, "pack")],
     "prefill": [(mar.sampler._Slots, "prefill")],
@@ -44,17 +49,28 @@ PARTS: dict[str, list[tuple[Any, str]]] = {  # part -> the functions whose time 
 }
 
 
-def timed(spent: dict[str, float]) -> None:
-    """Wrap the functions of PARTS, so that `spent` adds up their seconds."""
+@contextmanager
+def clock() -> Iterator[Callable[[], float]]:
+    began = time.perf_counter()
+    yield lambda: time.perf_counter() - began
+
+
+@contextmanager
+def computing() -> Iterator[Callable[[], float]]:
+    with CountOps() as operators:
+        yield lambda: operators.computing
+
+
+def watch(found: dict[str, float], meter: Meter) -> None:
+    """Wrap the functions of PARTS, so that `found` adds up what the meter reads in each."""
 
     def wrapped(function: Callable[..., Any], part: str) -> Callable[..., Any]:
         @wraps(function)
         def call(*args: Any, **more: Any) -> Any:
-            began = time.perf_counter()
-            try:
-                return function(*args, **more)
-            finally:
-                spent[part] += time.perf_counter() - began
+            with meter() as read:
+                result = function(*args, **more)
+                found[part] += read()
+            return result
 
         return call
 
@@ -88,12 +104,16 @@ def measure(data: Path, steps: int) -> dict[str, Any]:
     display = Display("plain", 0, 0)
     display.console.quiet = True
     config = compose([*SHARED, f"data.path={data / PATIENTS}", "reward=multi_rlcr"])
+    square, big = torch.randn(2048, 2048), torch.randn(1 << 26)
+    packed = mar.model.pack(square)
+    peak_flops = 2 * 2048**3 / min(seconds(lambda w=w: mar.model.project(square, square, None, w), 5) for w in (None, packed))
+    bandwidth = big.numel() * 4 / seconds(big.sum, 5)
     spent: dict[str, float] = defaultdict(float)
     rows, sizes = [], []
     with tempfile.TemporaryDirectory() as folder:
         job = build_job(config, Path(folder), resolve_model("folder", "hf", config.model.path)[0], display)
         mar.train.train_step(job, 0)
-        timed(spent)
+        watch(spent, clock)
         with peak_bytes() as peak:
             for step in range(1, steps + 1):
                 spent.clear()
@@ -103,14 +123,14 @@ def measure(data: Path, steps: int) -> dict[str, Any]:
                 rows.append(row | {"rest": row["step"] - sum(spent.values())})
                 prompts = {r.prompt.id: len(r.prompt.ids) for r in rollouts}
                 sizes.append((sum(prompts.values()), sum(len(r.completion.ids) for r in rollouts), metrics["sampler/decode_steps"]))
-    square, big = torch.randn(2048, 2048), torch.randn(1 << 26)
-    peak_flops = 2 * 2048**3 / seconds(lambda: square @ square, 5)
-    bandwidth = big.numel() * 4 / seconds(big.sum, 5)
+        operators: dict[str, float] = defaultdict(float)
+        watch(operators, computing)
+        mar.train.train_step(job, steps + 1)
     prompt_tokens, tokens, decode_steps = (int(statistics.median(column)) for column in zip(*sizes, strict=True))
     work = work_of(job, prompt_tokens, tokens, decode_steps)
     parts = {}
     for part in (*PARTS, "rest", "step"):
-        found = {"seconds": statistics.median(row[part] for row in rows)}
+        found = {"seconds": statistics.median(row[part] for row in rows), "operators": int(operators[part])}
         if part in work:
             w = work[part]
             found |= {"least_here": max(w["flops"] / peak_flops, w["bytes"] / bandwidth)}
@@ -136,12 +156,17 @@ def measure(data: Path, steps: int) -> dict[str, Any]:
 def markdown() -> str:
     """Seconds of each part of a step, the least that they could take, and a GPU's by the planner's assumptions."""
     document = json.loads(RESULT.read_text(encoding="utf-8"))
-    lines = [["part", "seconds", "share", "least here", "of the roofline", "an H100, predicted"], ["---"] * 6]
+    lines = [["part", "seconds", "share", "least here", "of the roofline", "operators", "an H100: roofline", "issued one by one"]]
+    lines.append(["---"] * len(lines[0]))
     whole = document["parts"]["step"]["seconds"]
     for name, part in document["parts"].items():
         least, gpu = part.get("least_here"), part.get("on_a_gpu")
-        bounds = [f"{least:.2f}", f"{least / part['seconds']:.0%}", f"{1000 * gpu:.1f} ms"] if least else ["–"] * 3
-        lines.append([name, f"{part['seconds']:.2f}", f"{part['seconds'] / whole:.0%}", *bounds])
+        here = [f"{least:.2f}", f"{least / part['seconds']:.0%}"] if least else ["–"] * 2
+        operators = part["operators"]
+        there = [f"{1000 * gpu:.1f} ms", f"{1000 * LAUNCH * operators:.1f} ms"] if gpu else ["–"] * 2
+        lines.append(
+            [name, f"{part['seconds']:.2f}", f"{part['seconds'] / whole:.0%}", *here, str(operators) if operators else "–", *there]
+        )
     held = ", ".join(f"{name} {size / 2**20:,.0f}" for name, size in document["memory"].items())
     table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
     return f"{table}\n\nMiB: {held}."
