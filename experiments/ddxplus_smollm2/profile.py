@@ -98,6 +98,17 @@ def work_of(job: Job, prompt_tokens: int, tokens: int, decode_steps: int) -> dic
     }
 
 
+def products(job: Job, rows: int) -> dict[str, list[float]]:
+    """Layer of a block -> FLOP/s of its product with `rows` rows, as training computes it and with packed weights, as sampling does."""
+    found = {}
+    for name, layer in job.model.blocks[0].named_modules():
+        if isinstance(layer, mar.model.Linear):
+            x, weight = torch.randn(rows, layer.in_features), layer.weight.detach()
+            times = [seconds(lambda w=w: mar.model.project(x, weight, None, w), 7) for w in (None, mar.model.pack(weight))]  # noqa: B023
+            found[name] = [2 * rows * weight.numel() / s for s in times]
+    return found
+
+
 def measure(data: Path, steps: int) -> dict[str, Any]:
     """Median seconds of each part over `steps` steps after one to warm up, its least seconds here, and what is held in memory."""
     warm_up(data / PATIENTS)
@@ -150,6 +161,7 @@ def measure(data: Path, steps: int) -> dict[str, Any]:
     }
     told = {"threads": torch.get_num_threads(), "peak_flops": peak_flops, "bandwidth": bandwidth, **environment()}
     shape = {"prompt_tokens": prompt_tokens, "tokens": tokens, "decode_steps": decode_steps, "steps": steps}
+    told |= {"products": products(job, prompt_tokens + tokens)}
     return {**told, **shape, "parts": parts, "memory": memory | {"rise of the peak in a step": peak[0]}}
 
 
@@ -169,7 +181,10 @@ def markdown() -> str:
         )
     held = ", ".join(f"{name} {size / 2**20:,.0f}" for name, size in document["memory"].items())
     table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
-    return f"{table}\n\nMiB: {held}."
+    speeds = ", ".join(f"{name} {plain / 1e9:.0f} / {packed / 1e9:.0f}" for name, (plain, packed) in document["products"].items())
+    rows = document["prompt_tokens"] + document["tokens"]
+    fastest = f"fastest product {document['peak_flops'] / 1e9:.0f} GFLOP/s, memory {document['bandwidth'] / 1e9:.0f} GB/s"
+    return f"{table}\n\nMiB: {held}.\n\nHere: {fastest}; a block's products with {rows} rows, GFLOP/s, as training / as sampling: {speeds}."
 
 
 def main() -> None:
