@@ -53,6 +53,7 @@ MADE = {  # what stands after `<!-- name -->`
     "k sweep asked": sweeps.asked,
     "brier weight": sweeps.brier_weight,
     "sum rule": sweeps.sum_rule,
+    "sum rule steps": sweeps.sum_rule_steps,
     "thinking": sweeps.thinking,
     "credit": sweeps.credit,
     "credit expectation": credit.expectation,

@@ -8,6 +8,7 @@ between two processes. Logs: experiments/<sweep>/logs/.
 import argparse
 import json
 import os
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from mar.tasks.common import stable_hash
 
 EXPERIMENTS, RUNS = Path(__file__).parents[1], Path("runs/sweeps")
 VISITS = RUNS / "visits6.jsonl"  # the multi-label variant
-SEEDS, ITEMS, ANSWERS = 3, 500, 12
+SEEDS, ITEMS, ANSWERS, WINDOW = 3, 500, 12, 20
 CLINIC = ["+experiment=clinic", "train.steps=140", "reward.brier_weight=3", f"eval.num_items={ITEMS}"]
 MANY = ["+experiment=jsonl", f"data.path={VISITS}", "algo=own", "train.steps=140", "reward.brier_weight=3", f"eval.num_items={ITEMS}"]
 MANY += ["model.lr=0.05", "reward.gate=false", "reward.format_weight=1"]  # a breach costs 1: more than obeying does
@@ -67,6 +68,15 @@ def by_slot(folder: Path) -> dict[str, Any]:
     return {"confidence": q.mean(0).tolist(), "right": y.mean(0).tolist(), "above_1": float(np.mean(q.sum(1) > 1 + 1e-6))}
 
 
+def by_steps(folder: Path) -> list[float]:
+    """Of the training completions of every WINDOW steps: the mean of what their confidences add up to."""
+    sums: dict[int, list[float]] = defaultdict(list)
+    for row in read_jsonl(folder / "completions.jsonl")[0]:
+        if row["stage"] == "train" and row["reason"] is None:
+            sums[(row["step"] - 1) // WINDOW].append(sum(row["confidences"][: len(row["answers"])]))
+    return [float(np.mean(sums[window])) for window in sorted(sums)]
+
+
 def log_of(sweep: str, setting: str, seed: int) -> Path:
     name = "".join(c for c in setting if c.isalnum() or c == "_")
     return EXPERIMENTS / sweep / "logs" / f"{name}_seed{seed}.json"
@@ -88,7 +98,7 @@ def one(sweep: str, setting: str, seed: int, again: bool) -> None:
     document = json.loads((folder / "evaluation.json").read_text())
     told = {"setting": setting, "seed": seed, "words": words, **environment(), "num_items": document["num_items"]}
     told |= {"train_s": train_s, "evaluate_s": evaluate_s, "bars": document.get("bars"), **kept(document["arms"]["policy"])}
-    told["slots"] = by_slot(folder) if "rlvr" not in setting else None
+    told |= {"slots": by_slot(folder), "sums": by_steps(folder)}
     if other_sizes:
         told["sizes"] = {name: kept(document["arms"][name]) for name in SIZES}
     log.parent.mkdir(parents=True, exist_ok=True)

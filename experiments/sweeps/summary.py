@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from experiments.algorithms import summary as algorithms
 from experiments.claims import summary as claims
 from experiments.claims.summary import Columns, Log, grid, lines_of, metric, told
-from experiments.sweeps.run import EXPERIMENTS, SIZES, SWEEPS
+from experiments.sweeps.run import EXPERIMENTS, SIZES, SWEEPS, WINDOW
 from mar.metrics import gap_closed
 from mar.plots import STYLE
 
@@ -85,6 +85,13 @@ def sum_rule() -> str:
         columns[f"obeying {k + 1}"] = lambda log, k=k: obedient(log["slots"]["right"])[k]  # type: ignore[misc]
     columns |= {"sum above 1": lambda log: log["slots"]["above_1"], "ece": metric("ece"), "brier": metric("brier")}
     return lines_of(read_logs("sum_rule"), columns | {"format_rate": metric("format_rate")}, "setting")
+
+
+def sum_rule_steps() -> str:
+    """What the confidences of a set add up to while it is trained, seed by seed, where the log has kept that."""
+    logs = {name: [log["sums"] for log in logs if "sums" in log] for name, logs in read_logs("sum_rule").items()}
+    lines = [[name, *(", ".join(f"{mean:.2f}" for mean in seeds) for seeds in zip(*sums, strict=True))] for name, sums in logs.items()]
+    return grid(["setting, steps", *(f"{WINDOW * n + 1} to {WINDOW * (n + 1)}" for n in range(len(lines[0]) - 1))], lines)
 
 
 def thinking() -> str:
