@@ -19,6 +19,7 @@ from mar.log import read_jsonl
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 MARKERS, DASHES, GREY = "os^Dv<P", ("-", "--", "-.", ":"), "#6b7280"
+METHODS = ("multi_rlcr", "rlvr_single", "base", "single", "rlcr_single", "multi_rlvr", "pass_at_k")  # each looks the same in every figure
 STYLE: Any = {
     "font.size": 9, "font.family": "sans-serif", "axes.titlesize": 10, "axes.titlelocation": "left", "axes.spines.top": False,
     "axes.spines.right": False, "axes.grid": True, "grid.color": "#e5e7eb", "grid.linewidth": 0.6, "axes.axisbelow": True,
@@ -42,8 +43,11 @@ def _panels(num: int, width: float, height: float, **options: Any) -> Iterator[t
         yield figure, axes[:num]
 
 
-def _look(index: int) -> dict[str, Any]:
-    return {"color": COLOURS[index % 7], "marker": MARKERS[index % 7]}
+def _look(index: int, name: str = "", dashed: bool = False) -> dict[str, Any]:
+    """`dashed`: every other one is, with open markers, as curves may lie on each other."""
+    index = METHODS.index(name) if name in METHODS else index
+    look = {"color": COLOURS[index % 7], "marker": MARKERS[index % 7]}
+    return look | {"linestyle": "--", "mfc": "none"} if dashed and index % 2 else look
 
 
 def _points(axes: Axes, x: Any, points: Sequence[Sequence[float | None]], line: str = "", **look: Any) -> None:
@@ -125,11 +129,11 @@ def reliability(arms: Mapping[str, Row]) -> Figure:
         for index, (name, arm) in enumerate(shown.items()):
             top, below, bins = axes[index], axes[len(shown) + index], arm["reliability"]
             top.plot([0, 1], [0, 1], color=GREY, linestyle=":", linewidth=1)
-            _points(top, [b["said"] for b in bins], [b["right"] for b in bins], "-", **_look(index))
+            _points(top, [b["said"] for b in bins], [b["right"] for b in bins], "-", **_look(index, name))
             ece = arm["metrics"]["ece"][0]
             top.set(title=f"{name}   ECE {'–' if ece is None else f'{ece:.3f}'}", ylim=(-0.03, 1.03), xlim=(-0.03, 1.03))
             centres = [int(min(b["said"], 0.999) * 10) / 10 + 0.05 for b in bins]
-            below.bar(centres, [b["count"] for b in bins], width=0.08, color=COLOURS[index % 7])
+            below.bar(centres, [b["count"] for b in bins], width=0.08, color=_look(index, name)["color"])
             below.set(xlabel="confidence")
         axes[0].set(ylabel="share right")
         axes[len(shown)].set(ylabel="answers")
@@ -138,14 +142,14 @@ def reliability(arms: Mapping[str, Row]) -> Figure:
 
 def coverage(arms: Mapping[str, Row], bars: Row | None) -> Figure:
     """Distinct correct answers against the number of answers k, and against tokens, each with 95 % intervals."""
-    with _panels(2, 4.6, 3.2) as (figure, (by_answers, by_tokens)):
+    with _panels(2, 4.6, 3.2, sharey=True) as (figure, (by_answers, by_tokens)):
         _bars(by_answers, (bars or {}).get("k"), bars)
         for index, (name, arm) in enumerate(arms.items()):
-            curve = arm["curve"]
+            curve, look = arm["curve"], _look(index, name, dashed=True)
             middle, low, high = np.array(curve["coverage"], float).T
             for axes, x in ((by_answers, curve["k"]), (by_tokens, curve["tokens"])):
-                axes.fill_between(x, low, high, color=COLOURS[index % 7], alpha=0.15, linewidth=0)
-                axes.plot(x, middle, label=name, markevery=max(1, len(x) // 10), **_look(index))
+                axes.fill_between(x, low, high, color=look["color"], alpha=0.15, linewidth=0)
+                axes.plot(x, middle, label=name, markevery=max(1, len(x) // 10), **look)
         by_answers.set(title="coverage at equal answers", xlabel="answers k", ylabel="coverage")
         by_tokens.set(title="coverage at equal tokens", xlabel="completion tokens")
         figure.legend(*by_answers.get_legend_handles_labels(), loc="outside right center")
@@ -157,12 +161,11 @@ def unique_answers(arms: Mapping[str, Row]) -> Figure:
     most = max(a["num_answers"] * a["num_sets"] for a in arms.values())
     with _panels(1, 5.2, 2.8) as (figure, (axes,)):
         shown = {n: a for n, a in arms.items() if a["num_answers"] * a["num_sets"] == most}
-        for (name, arm), colour, dash in zip(shown.items(), COLOURS, DASHES, strict=False):
+        for index, (name, arm) in enumerate(shown.items()):
             counts = {int(value): count for value, count in arm["unique_histogram"].items()}
             x = range(min(counts) - 1, max(counts) + 2)
             share = [counts.get(value, 0) / sum(counts.values()) for value in x]
-            axes.plot(x, share, drawstyle="steps-mid", label=name, color=colour, linestyle=dash)
-            axes.fill_between(x, share, step="mid", color=colour, alpha=0.12)
+            axes.plot(x, share, label=name, linestyle=DASHES[index % 4], **_look(index, name))
         axes.set(title=f"different answers among {most}", xlabel="different answers", ylabel="share of items")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         figure.legend(loc="outside right center")
@@ -179,8 +182,7 @@ def tokens_per_answer(arms: Mapping[str, Row]) -> Figure:
             axes.plot([first, third], [index, index], color=COLOURS[4], linewidth=6, solid_capstyle="butt")
             axes.plot(each.mean(), index, "o", color=COLOURS[0])
         axes.set_yticks(range(len(arms)), list(arms))
-        axes.set(title="tokens per answer", xlabel="completion tokens / K", xlim=(0, None))
-        axes.invert_yaxis()
+        axes.set(title="tokens per answer", xlabel="completion tokens / K", xlim=(0, None), ylim=(len(arms) - 0.5, -0.5))
     return figure
 
 
@@ -201,9 +203,8 @@ def size_sweep(arms: Mapping[str, Row], bars: Row | None) -> Figure:
 def headline_keys(document: Row, rows: Sequence[Row]) -> list[str]:
     """The logged metrics that the learning curves show, in order; `document` is an `eval.json`."""
     stage: Row = next((document[s] for s in ("after", "before", "ceiling") if document.get(s)), {})
-    cover = [f"train/{n}" for n in stage if n.startswith("coverage@")]
-    keys = ["reward/total", *cover, "train/top1", "train/brier", "train/ece", "train/format_rate"]
-    return [k for k in keys if any(r.get(k) is not None for r in rows)]
+    names = [*(n for n in stage if n.startswith("coverage@")), "top1", "brier", "ece", "format_rate"]
+    return [k for k in ["reward/total", *(f"train/{n}" for n in names)] if any(r.get(k) is not None for r in rows)]
 
 
 def of_run(folder: Path) -> dict[str, Figure]:

@@ -76,8 +76,7 @@ def show(run: Path, step: int | None, prompt: str, console: Console) -> None:
         console.print(Text(visible(f"{first['question']}  -> {', '.join(first['targets'])}")))
         for row in group:
             console.print(shown(row))
-    ends = [f(row["step"] for row in rows) for f in (min, max)]
-    console.print(Text(f"others: python -m mar.show {run} STEP [PROMPT], steps {ends[0]} to {ends[1]}", "dim"), soft_wrap=True)
+    console.print(Text(f"others: python -m mar.show {run} STEP [PROMPT], up to step {rows[-1]['step']}", "dim"), soft_wrap=True)
 
 
 def main(arguments: list[str] | None = None) -> int:

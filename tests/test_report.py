@@ -256,7 +256,7 @@ def test_show(runs: list[Path], capsys: pytest.CaptureFixture[str]) -> None:
     assert show.main([str(runs[1])]) == 0
     said = capsys.readouterr().out
     assert all(row["id"] in said for row in last) and said.count("reward ") == len(last) and "coverage +" in said
-    assert said.endswith(f"others: python -m mar.show {runs[1]} STEP [PROMPT], steps 0 to 3\n")
+    assert said.endswith(f"others: python -m mar.show {runs[1]} STEP [PROMPT], up to step 3\n")
     assert show.main([str(runs[1]), "0", "000004"]) == 0
     said = capsys.readouterr().out
     assert "clinic-test-000004" in said and "clinic-test-000003" not in said

@@ -141,7 +141,7 @@ def predicted(first: int = 3) -> str:
 
 
 def averaged(logs: Sequence[Log], spread: Callable[[Sequence[float]], Mapping[str, Any]] = interval) -> dict[str, Any]:
-    """One arm as `mar.plots` draws it: curves as means with the seeds' spread, answers of all seeds together."""
+    """One arm as `mar.plots` draws it: curves as means with the seeds' spread, answers of all seeds together, confidences of the first."""
     first, curve = logs[0], {"k": logs[0]["curve"]["k"], "tokens": np.mean([log["curve"]["tokens"] for log in logs], 0).tolist()}
     for name in ("coverage", "unique"):
         each = np.array([[point[0] for point in log["curve"][name]] for log in logs])
@@ -152,8 +152,7 @@ def averaged(logs: Sequence[Log], spread: Callable[[Sequence[float]], Mapping[st
         for value, count in log["unique_histogram"].items():
             histogram[value] += count
     tokens = [n for log in logs for n in log["tokens"]]
-    mean_ece = interval([(log["metrics"].get("ece") or [None])[0] for log in logs])["mean"]
-    said = {"metrics": {"ece": [mean_ece]}, "reliability": first["reliability"], "tokens": tokens}
+    said = {"metrics": {"ece": first["metrics"].get("ece") or [None]}, "reliability": first["reliability"], "tokens": tokens}
     return {"num_answers": first["num_answers"], "num_sets": first["num_sets"], "curve": curve, "unique_histogram": histogram, **said}
 
 
@@ -165,7 +164,8 @@ def figures(logs: Mapping[str, Sequence[Log]]) -> dict[str, Any]:
     whole = {method: arm for method, arm in arms.items() if arm["num_answers"] * arm["num_sets"] == max(KS)}
     confident = {method: arm for method, arm in arms.items() if arm["reliability"] and method in ("multi_rlcr", "rlcr_single", "base")}
     bars = next(iter(logs.values()))[0]["bars"]
-    made = {"coverage": plots.coverage(whole, bars), "unique_answers": plots.unique_answers(whole)}
+    few = {method: whole[method] for method in ("multi_rlcr", "rlvr_single", "base", "single")}  # the others lie on these
+    made = {"coverage": plots.coverage(whole, bars), "unique_answers": plots.unique_answers(few)}
     return made | {"reliability": plots.reliability(confident), "tokens": plots.tokens_per_answer(arms)}
 
 

@@ -140,9 +140,10 @@ def write() -> None:
         axes = figure.subplots()
         for (label, points), (colour, marker, shift) in zip(lines.items(), (("#0072b2", "o", -0.05), ("#d55e00", "s", 0.05)), strict=True):
             sizes = sorted(points)
-            means = [np.mean(points[k]) for k in sizes]
-            reach = np.array([[np.mean(points[k]) - min(points[k]), max(points[k]) - np.mean(points[k])] for k in sizes]).T
-            axes.errorbar([k + shift for k in sizes], means, reach, color=colour, marker=marker, ms=4, lw=1, capsize=2, label=label)
+            medians = [float(np.median(points[k])) for k in sizes]
+            axes.plot([k + shift for k in sizes], medians, color=colour, lw=1, label=label)
+            for k in sizes:
+                axes.plot([k + shift] * len(points[k]), points[k], color=colour, marker=marker, ms=4, mfc="none", ls="")
         for name, dash in (("ceiling", "--"), ("floor", ":")):
             axes.plot(
                 range(1, 7), bars[name][:6], color="0.4", ls=dash, lw=1, label=f"{name}: {'the best' if name == 'ceiling' else 'drawn'} K"
