@@ -3,13 +3,12 @@
     OMP_NUM_THREADS=1 python -m experiments.ddxplus_smollm2.profile DATA [--steps 3]
 
 Times the parts of a step (`train_step` with its functions wrapped), divides each part's arithmetic by the speed of the fastest large product and its
-reads of weights by the measured bandwidth, counts the operators that are no views, and predicts a GPU's times from the planner's assumptions and from
-LAUNCH seconds an operator. Writes profile.json; `make report` makes the table.
+reads of weights by the measured bandwidth, counts the operators that CUDA's way through the code would have, and predicts a GPU's times from the
+planner's assumptions and from LAUNCH seconds an operator. Writes profile.json; `make report` makes the table.
 """
 
 import argparse
 import json
-import statistics
 import tempfile
 import time
 from collections import defaultdict
@@ -20,7 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
+import mar.attention
+import mar.cache
 import mar.model
 import mar.sampler
 import mar.train
@@ -33,6 +35,7 @@ from mar.fetch import environment, resolve_model
 from mar.job import Job, build_job
 from mar.log import Display
 from mar.plan import BANDWIDTH, BANDWIDTH_USED, MFU, PEAK_FLOPS
+from mar_kernels import reference
 
 RESULT = Path(__file__).parent / "profile.json"
 LAUNCH = 5e-6  # assumed: what a host needs to issue one operator to a GPU
@@ -47,6 +50,8 @@ PARTS: dict[str, list[tuple[Any, str]]] = {  # part -> the functions whose time 
     "backward": [(torch.Tensor, "backward")],
     "optimizer": [(mar.update, "_apply")],
 }
+# one kernel each on CUDA (FlexAttention, Triton), where a CPU has many operators
+KERNELS = [(owner, way) for owner in (mar.attention._GroupAttention, reference._LinearLogprobs) for way in ("forward", "backward")]
 
 
 @contextmanager
@@ -77,6 +82,24 @@ def watch(found: dict[str, float], meter: Meter) -> None:
     for part, functions in PARTS.items():
         for owner, name in functions:
             setattr(owner, name, wrapped(getattr(owner, name), part))
+
+
+def take_cuda_paths() -> None:
+    """Decode with CUDA's attention from here on, and count each of KERNELS as one operator. (Casts to bfloat16 are not there.)"""
+
+    def one(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any) -> Any:
+            counter = _get_current_dispatch_mode()
+            before = counter.computing
+            result = function(*args)
+            counter.computing = before + 1
+            return result
+
+        return call
+
+    mar.cache._mix_cpu = mar.cache._mix
+    for owner, way in KERNELS:
+        setattr(owner, way, staticmethod(one(getattr(owner, way))))
 
 
 def work_of(job: Job, prompt_tokens: int, tokens: int, decode_steps: int) -> dict[str, dict[str, float]]:
@@ -110,14 +133,15 @@ def products(job: Job, rows: int) -> dict[str, list[float]]:
 
 
 def measure(data: Path, steps: int) -> dict[str, Any]:
-    """Median seconds of each part over `steps` steps after one to warm up, its least seconds here, and what is held in memory."""
+    """Seconds of each part of the step that took the median time of `steps`, after one to warm up, its least seconds here, and what is held in
+    memory."""
     warm_up(data / PATIENTS)
     display = Display("plain", 0, 0)
     display.console.quiet = True
     config = compose([*SHARED, f"data.path={data / PATIENTS}", "reward=multi_rlcr"])
     square, big = torch.randn(2048, 2048), torch.randn(1 << 26)
     packed = mar.model.pack(square)
-    peak_flops = 2 * 2048**3 / min(seconds(lambda w=w: mar.model.project(square, square, None, w), 5) for w in (None, packed))
+    fastest = 2 * 2048**3 / min(seconds(lambda w=w: mar.model.project(square, square, None, w), 5) for w in (None, packed))
     bandwidth = big.numel() * 4 / seconds(big.sum, 5)
     spent: dict[str, float] = defaultdict(float)
     rows, sizes = [], []
@@ -136,12 +160,16 @@ def measure(data: Path, steps: int) -> dict[str, Any]:
                 sizes.append((sum(prompts.values()), sum(len(r.completion.ids) for r in rollouts), metrics["sampler/decode_steps"]))
         operators: dict[str, float] = defaultdict(float)
         watch(operators, computing)
-        mar.train.train_step(job, steps + 1)
-    prompt_tokens, tokens, decode_steps = (int(statistics.median(column)) for column in zip(*sizes, strict=True))
+        take_cuda_paths()
+        counted = mar.train.train_step(job, steps + 1)[0]["sampler/decode_steps"]
+    middle = sorted(range(steps), key=lambda i: rows[i]["step"])[steps // 2]
+    prompt_tokens, tokens, decode_steps = sizes[middle]
+    speeds = products(job, prompt_tokens + tokens)
+    peak_flops = max(fastest, *(flops for layer in speeds.values() for flops in layer))
     work = work_of(job, prompt_tokens, tokens, decode_steps)
     parts = {}
     for part in (*PARTS, "rest", "step"):
-        found = {"seconds": statistics.median(row[part] for row in rows), "operators": int(operators[part])}
+        found = {"seconds": rows[middle][part]} | ({"operators": int(operators[part])} if part in operators else {})
         if part in work:
             w = work[part]
             found |= {"least_here": max(w["flops"] / peak_flops, w["bytes"] / bandwidth)}
@@ -161,24 +189,22 @@ def measure(data: Path, steps: int) -> dict[str, Any]:
     }
     told = {"threads": torch.get_num_threads(), "peak_flops": peak_flops, "bandwidth": bandwidth, **environment()}
     shape = {"prompt_tokens": prompt_tokens, "tokens": tokens, "decode_steps": decode_steps, "steps": steps}
-    told |= {"products": products(job, prompt_tokens + tokens)}
+    told |= {"products": speeds, "counted_decode_steps": counted}
     return {**told, **shape, "parts": parts, "memory": memory | {"rise of the peak in a step": peak[0]}}
 
 
 def markdown() -> str:
     """Seconds of each part of a step, the least that they could take, and a GPU's by the planner's assumptions."""
     document = json.loads(RESULT.read_text(encoding="utf-8"))
-    lines = [["part", "seconds", "share", "least here", "of the roofline", "operators", "an H100: roofline", "issued one by one"]]
+    lines = [["part", "seconds", "share", "least here", "of the roofline", "operators on CUDA", "an H100: roofline", "issued one by one"]]
     lines.append(["---"] * len(lines[0]))
     whole = document["parts"]["step"]["seconds"]
     for name, part in document["parts"].items():
         least, gpu = part.get("least_here"), part.get("on_a_gpu")
         here = [f"{least:.2f}", f"{least / part['seconds']:.0%}"] if least else ["–"] * 2
-        operators = part["operators"]
-        there = [f"{1000 * gpu:.1f} ms", f"{1000 * LAUNCH * operators:.1f} ms"] if gpu else ["–"] * 2
-        lines.append(
-            [name, f"{part['seconds']:.2f}", f"{part['seconds'] / whole:.0%}", *here, str(operators) if operators else "–", *there]
-        )
+        issued = [f"{part['operators']:,}", f"{1000 * LAUNCH * part['operators']:.1f} ms"] if part.get("operators") else ["–"] * 2
+        there = [issued[0], f"{1000 * gpu:.1f} ms" if gpu else "–", issued[1]]
+        lines.append([name, f"{part['seconds']:.2f}", f"{part['seconds'] / whole:.0%}", *here, *there])
     held = ", ".join(f"{name} {size / 2**20:,.0f}" for name, size in document["memory"].items())
     table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
     speeds = ", ".join(f"{name} {plain / 1e9:.0f} / {packed / 1e9:.0f}" for name, (plain, packed) in document["products"].items())
