@@ -126,9 +126,7 @@ class Questions:
         spec = RewardSpec(brier="paper" if arm.grammar.confident else "none")  # what an answer earns is not looked at
         rollouts = judge_groups(prompts, groups, arm.grammar, spec, self.verifier, self.decode)
         if broken := sum(r.unjudged > 0 for group in rollouts for r in group):
-            raise UserError(
-                f"{broken} completions could not be judged, the sandbox or the judge has stopped working: the same command goes on"
-            )
+            raise UserError(f"{broken} completions could not be judged, the sandbox or judge has stopped working: the same command goes on")
         return [item_of(p, [(r, r.text, len(r.completion.ids)) for r in g], self.verifier) for p, g in zip(prompts, rollouts, strict=True)]
 
 

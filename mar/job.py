@@ -102,9 +102,7 @@ def make_prompts(
     kept = tuple(p for p in prompts if len(p.ids) <= limit)
     if len(kept) < len(prompts):
         dropped, longest = len(prompts) - len(kept), max(len(p.ids) for p in prompts)
-        display.say(
-            f"{split}: dropped {dropped} of {len(prompts)} prompts, longer than model.max_prompt_tokens={limit} (longest: {longest})"
-        )
+        display.say(f"{split}: dropped {dropped} of {len(prompts)} prompts longer than model.max_prompt_tokens={limit} (longest {longest})")
     if not kept:
         raise UserError(f"no {split} prompt is left: all {len(prompts)} are longer than model.max_prompt_tokens={limit}; raise it")
     return kept
@@ -214,7 +212,7 @@ def announce(config: Config, display: Display) -> Config:
     if config.data.source == "embedded" and not get_task(asked).embedded:
         if asked != "medqa":
             raise UserError(
-                f"{asked} has no embedded data: add data.source=path data.path=<file.jsonl>, or data.source=hub with a data.hub_id"
+                f"{asked} has no embedded data: add data.source=path data.path=<file.jsonl>, or data.source=hub and data.hub_id"
             )
         display.say(
             f"{asked} on embedded data is a SYNTHETIC REHEARSAL on the clinic (invented patients, known posterior): results say task: clinic.\n"

@@ -6,6 +6,7 @@ Colours are those of Okabe and Ito, which colour-blind readers can tell apart; e
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from mar.log import read_jsonl
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 MARKERS, DASHES, GREY = "os^Dv<P", ("-", "--", "-.", ":"), "#6b7280"
-METHODS = ("multi_rlcr", "rlvr_single", "base", "single", "rlcr_single", "multi_rlvr", "pass_at_k")  # each looks the same in every figure
+METHODS = ("multi_rlcr", "rlvr_single", "base", "single", "rlcr_single", "multi_rlvr", "pass_at_k")  # in this order of looks
 STYLE: Any = {
     "font.size": 9, "font.family": "sans-serif", "axes.titlesize": 10, "axes.titlelocation": "left", "axes.spines.top": False,
     "axes.spines.right": False, "axes.grid": True, "grid.color": "#e5e7eb", "grid.linewidth": 0.6, "axes.axisbelow": True,
@@ -43,18 +44,24 @@ def _panels(num: int, width: float, height: float, **options: Any) -> Iterator[t
         yield figure, axes[:num]
 
 
-def _look(index: int, name: str = "", dashed: bool = False) -> dict[str, Any]:
-    """`dashed`: every other one is, with open markers, as curves may lie on each other."""
-    index = METHODS.index(name) if name in METHODS else index
-    look = {"color": COLOURS[index % 7], "marker": MARKERS[index % 7]}
-    return look | {"linestyle": "--", "mfc": "none"} if dashed and index % 2 else look
+def _look(index: int) -> dict[str, Any]:
+    return {"color": COLOURS[index % 7], "marker": MARKERS[index % 7]}
 
 
-def _points(axes: Axes, x: Any, points: Sequence[Sequence[float | None]], line: str = "", **look: Any) -> None:
+def _arms(arms: Mapping[str, Row]) -> Iterator[tuple[dict[str, Any], str, Row]]:
+    """(look, name, arm): a method has the same look in every figure, others those that are left; every other one is dashed, as curves may meet."""
+    taken = {METHODS.index(name) for name in arms if name in METHODS}
+    free = (i for i in count() if i not in taken)
+    for name, arm in arms.items():
+        index = METHODS.index(name) if name in METHODS else next(free)
+        yield _look(index) | ({"linestyle": "--", "mfc": "none"} if index % 2 else {"linestyle": "-"}), name, arm
+
+
+def _points(axes: Axes, x: Any, points: Sequence[Sequence[float | None]], linestyle: str = "", **look: Any) -> None:
     """[value, low, high] rows as markers with their intervals."""
     table = np.array([[np.nan if v is None else v for v in p] for p in points], float).reshape(-1, 3)
     error = np.nan_to_num(np.abs(table[:, 1:] - table[:, :1])).T
-    axes.errorbar(x, table[:, 0], error, linestyle=line, capsize=2, **look)
+    axes.errorbar(x, table[:, 0], error, linestyle=linestyle, capsize=2, **look)
 
 
 def _bars(axes: Axes, x: Any, bars: Row | None) -> None:
@@ -126,14 +133,14 @@ def reliability(arms: Mapping[str, Row]) -> Figure:
     """Per arm: how often answers of each confidence bin are right, with 95 % intervals, over how many answers there are."""
     shown = {name: arm for name, arm in arms.items() if arm["reliability"]}
     with _panels(2 * len(shown), 2.7, 1.7, columns=len(shown), sharex=True, height_ratios=(3, 1)) as (figure, axes):
-        for index, (name, arm) in enumerate(shown.items()):
-            top, below, bins = axes[index], axes[len(shown) + index], arm["reliability"]
+        for top, below, (look, name, arm) in zip(axes, axes[len(shown) :], _arms(shown), strict=False):
+            bins = arm["reliability"]
             top.plot([0, 1], [0, 1], color=GREY, linestyle=":", linewidth=1)
-            _points(top, [b["said"] for b in bins], [b["right"] for b in bins], "-", **_look(index, name))
+            _points(top, [b["said"] for b in bins], [b["right"] for b in bins], **look)
             ece = arm["metrics"]["ece"][0]
             top.set(title=f"{name}   ECE {'–' if ece is None else f'{ece:.3f}'}", ylim=(-0.03, 1.03), xlim=(-0.03, 1.03))
             centres = [int(min(b["said"], 0.999) * 10) / 10 + 0.05 for b in bins]
-            below.bar(centres, [b["count"] for b in bins], width=0.08, color=_look(index, name)["color"])
+            below.bar(centres, [b["count"] for b in bins], width=0.08, color=look["color"])
             below.set(xlabel="confidence")
         axes[0].set(ylabel="share right")
         axes[len(shown)].set(ylabel="answers")
@@ -144,8 +151,8 @@ def coverage(arms: Mapping[str, Row], bars: Row | None) -> Figure:
     """Distinct correct answers against the number of answers k, and against tokens, each with 95 % intervals."""
     with _panels(2, 4.6, 3.2, sharey=True) as (figure, (by_answers, by_tokens)):
         _bars(by_answers, (bars or {}).get("k"), bars)
-        for index, (name, arm) in enumerate(arms.items()):
-            curve, look = arm["curve"], _look(index, name, dashed=True)
+        for look, name, arm in _arms(arms):
+            curve = arm["curve"]
             middle, low, high = np.array(curve["coverage"], float).T
             for axes, x in ((by_answers, curve["k"]), (by_tokens, curve["tokens"])):
                 axes.fill_between(x, low, high, color=look["color"], alpha=0.15, linewidth=0)
@@ -161,11 +168,11 @@ def unique_answers(arms: Mapping[str, Row]) -> Figure:
     most = max(a["num_answers"] * a["num_sets"] for a in arms.values())
     with _panels(1, 5.2, 2.8) as (figure, (axes,)):
         shown = {n: a for n, a in arms.items() if a["num_answers"] * a["num_sets"] == most}
-        for index, (name, arm) in enumerate(shown.items()):
+        for look, name, arm in _arms(shown):
             counts = {int(value): count for value, count in arm["unique_histogram"].items()}
             x = range(min(counts) - 1, max(counts) + 2)
             share = [counts.get(value, 0) / sum(counts.values()) for value in x]
-            axes.plot(x, share, label=name, linestyle=DASHES[index % 4], **_look(index, name))
+            axes.plot(x, share, label=name, **look)
         axes.set(title=f"different answers among {most}", xlabel="different answers", ylabel="share of items")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         figure.legend(loc="outside right center")

@@ -22,14 +22,14 @@ from omegaconf import OmegaConf
 from mar.records import UserError
 
 LONGEST_VARIANT = 80
-# They name, place or show a run; they do not change it.
+# They name, place or show a run; they do not change it, but for the last bits that threads can.
 NOT_A_VARIANT = {"seed", "name", "experiment", "sweep", "out", "run_dir", "data.path", "train.stop_at"}
 NOT_A_DIFFERENCE = {"train.stop_at", "out", "run_dir", "logger", "provenance", "model.threads"}
 
 
 @dataclass(frozen=True)
 class RunDir:
-    """`resume`: the folder holds an unfinished run of this configuration. `archive`: where a finished one, with other `differs`, moves to."""
+    """`resume`: it holds an unfinished run of this configuration. `archive`: where a finished one, other in the settings `differs`, moves to."""
 
     path: Path
     resume: bool
@@ -77,11 +77,13 @@ def differing_keys(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     return sorted(key for key in different if not {key, key.partition(".")[0]} & NOT_A_DIFFERENCE)
 
 
-def _read(file: Path) -> dict[str, Any]:
+def _read(file: Path, strict: bool = True) -> dict[str, Any]:
     try:
         return dict(yaml.safe_load(file.read_text()))  # JSON is YAML too
     except (yaml.YAMLError, TypeError, ValueError):
-        raise UserError(f"{file} is damaged: remove {file.parent}, or choose another name= or seed=") from None
+        if strict:
+            raise UserError(f"{file} is damaged: remove {file.parent}, or choose another name= or seed=") from None
+        return {}
 
 
 def find(config: Mapping[str, Any]) -> RunDir:
@@ -91,11 +93,12 @@ def find(config: Mapping[str, Any]) -> RunDir:
         return RunDir(path, resume=False)
     if not (path / "config.yaml").is_file():
         raise UserError(f"{path} exists but holds no config.yaml, so it is no run of mar: choose another name= or seed=")
-    keys = differing_keys(_read(path / "config.yaml"), config)
     if (path / "eval.json").is_file() and _read(path / "eval.json").get("after"):
         places = (path.with_name(f"{path.name}~{number}") for number in count(1))
-        return RunDir(path, resume=False, archive=next(place for place in places if not place.exists()), differs=tuple(keys))
-    if keys:
+        keys = differing_keys(_read(path / "config.yaml", strict=False), config)
+        differs = (*keys[:8], *["..."] * (len(keys) > 8))
+        return RunDir(path, resume=False, archive=next(place for place in places if not place.exists()), differs=differs)
+    if keys := differing_keys(_read(path / "config.yaml"), config):
         raise UserError(
             f"{path} holds an unfinished run with another configuration (it differs in {', '.join(keys)}): "
             f"give the same values to resume it, choose another name= or seed=, or remove the folder"

@@ -286,9 +286,7 @@ class _Slots:
         whole = [sampled for sampled in self.results if sampled is not None]
         assert len(whole) == len(self.results)
         if not all(np.isfinite(s.full_logprobs).all() for s in whole):
-            raise UserError(
-                "the model's probabilities are no finite numbers: its weights are damaged, or training diverged (lower optim.lr)"
-            )
+            raise UserError("the model's probabilities are no finite numbers: weights are damaged, or training diverged (lower optim.lr)")
         groups = [whole[a:b] for a, b in zip(ends[:-1], ends[1:], strict=True)]
         left = np.minimum(self.entered + [len(s.ids) for s in whole], self.waited_until)
         offered = self.num_rows * self.waited_until

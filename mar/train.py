@@ -212,9 +212,7 @@ def evaluate(job: Job, stage: str, step: int, document: dict[str, Any], display:
     key = f"coverage@{job.config.reward.num_answers}"
     shown = "  ".join(f"{k} {metrics[k]:.3f}" for k in (key, "top1", "ece", "format_rate") if metrics.get(k) is not None)
     if metrics["format_rate"] == 0:
-        display.say(
-            "no completion has the right form, so nothing can be learnt from answers: warm the model up (python -m mar.sft), or take another"
-        )
+        display.say("no completion has the right form, so nothing can be learnt: warm the model up (python -m mar.sft), or take another")
     display.say(f"eval {stage} ({len(rollouts)} items, {time.perf_counter() - began:.0f} s)  {shown}")
 
 
@@ -248,7 +246,7 @@ def run(config: Config) -> int:
     if job.whole:
         size = sum(p.numel() * p.element_size() for p in job.whole.parameters()) / 1e9
         kept = "kept" if config.scale.keep_copy else "freed"
-        display.say(f"sampling from an unsharded copy: {size:.2g} GB on every rank, {kept} while training")
+        display.say(f"sampling from an unsharded copy: {size:.3g} GB on every rank, {kept} while training")
     display.first_step = first_step
     if config.logger.wandb != "off" and world.leads:
         display.mirror = Mirror(config.logger.wandb, folder, plain(config.to_dict()), display.say)

@@ -37,7 +37,5 @@ def variance_ratio(job: Job, batch: Batch) -> float | None:
             square[credit] += sum(g.double().square().sum().item() for g in own[credit])
             for held, g in zip(total[credit], own[credit], strict=True):
                 held += g
-    spread = {
-        credit: square[credit] - sum(g.double().square().sum().item() for g in total[credit]) / len(batch.groups) for credit in credits
-    }
+    spread = {c: square[c] - sum(g.double().square().sum().item() for g in total[c]) / len(batch.groups) for c in credits}
     return spread["to_go"] / spread["set"] if spread["set"] > 0 else None

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from experiments.claims import summary
+from experiments.claims import run, summary
 
 
 def log(method: str, seed: int, coverage: list[float], K: int) -> dict:
@@ -50,3 +50,39 @@ def test_other_logs_make_results_stale(tmp_path, monkeypatch):
     assert not summary.stale() and "| multi_rlcr | 2 |" in summary.markdown()
     (tmp_path / "logs/multi_rlcr_seed1.json").write_text(json.dumps(log("multi_rlcr", 1, [0.8, 0.85], 3)))
     assert summary.stale()
+
+
+def test_what_is_named_is_trained_anew(tmp_path, monkeypatch):
+    called = []
+
+    def command(module, *words):
+        folder = tmp_path / "runs/multi_rlvr/seed0"
+        folder.mkdir(parents=True, exist_ok=True)
+        called.append(module)
+        (folder / "eval.json").write_text('{"after": {}}')
+        arm = {
+            "num_answers": 3,
+            "num_sets": 1,
+            "metrics": {},
+            "curve": {},
+            "reliability": [],
+            "unique_histogram": {},
+            "format_failures": {},
+        }
+        (folder / "evaluation.json").write_text(
+            json.dumps({"num_items": 1, "bars": {}, "arms": {"policy": arm | {"tokens": [len(called)]}}})
+        )
+        return 1.0
+
+    monkeypatch.setattr(run, "command", command)
+    monkeypatch.setattr(run, "RUNS", tmp_path / "runs")
+    monkeypatch.setattr(run, "LOGS", tmp_path / "logs")
+    both = ["mar.train", "mar.evaluate"]
+    for again, expected in ((False, both), (False, []), (True, both)):
+        called.clear()
+        run.one("multi_rlvr", 0, again)
+        assert called == expected
+    (tmp_path / "logs/multi_rlvr_seed0.json").unlink()  # trained, and cut off before it was measured
+    called.clear()
+    run.one("multi_rlvr", 0, True)
+    assert called == both[1:]

@@ -250,6 +250,14 @@ def test_an_unfinished_run_says_so(tmp_path: Path) -> None:
     assert table(data, "Headline")["columns"] == ["", "floor", "before", "latest", "ceiling"]
 
 
+def test_every_arm_has_a_look_of_its_own() -> None:
+    names = ("policy", "base", "single", "prompted_k", "verbalized", "sampled_k", "K=2", "multi_rlcr")
+    looks = {name: look for look, name, _ in plots._arms(dict.fromkeys(names, {}))}
+    assert len({tuple(sorted(look.items())) for look in looks.values()}) == len(names)
+    alone = {name: look for look, name, _ in plots._arms({"single": {}, "multi_rlcr": {}})}
+    assert all(looks[name] == alone[name] for name in alone), "a method looks the same in every figure"
+
+
 def test_show(runs: list[Path], capsys: pytest.CaptureFixture[str]) -> None:
     rows = [json.loads(line) for line in (runs[1] / "completions.jsonl").read_text().splitlines()]
     last = [row for row in rows if row["step"] == 3 and row["stage"] == "train"]

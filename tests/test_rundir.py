@@ -124,6 +124,10 @@ def test_a_finished_run_steps_aside_for_another_configuration(tmp_path: Path) ->
     finish(prepare(config(tmp_path)).path)
     run = prepare(config(tmp_path, "train.steps=5"))
     assert run.archive is not None and run.differs == ("train.steps",)
+    finish(run.path)
+    (run.path / "config.yaml").write_text("no: [mapping")
+    run = prepare(config(tmp_path))
+    assert run.archive is not None and len(run.differs) == 9 and run.differs[-1] == "...", "a damaged one steps aside, too"
 
 
 def test_another_configuration_is_refused_by_its_keys(tmp_path: Path) -> None:

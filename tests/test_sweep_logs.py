@@ -50,6 +50,16 @@ def test_slots_are_means_over_sets_of_the_right_form(tmp_path):
     assert run.by_slot(tmp_path) == {"confidence": [0.7, 0.4], "right": [0.5, 0.5], "above_1": 0.5}
 
 
+def test_sums_of_confidences_by_window(tmp_path):
+    def row(step, confidences, reason=None, stage="train"):
+        return {"step": step, "stage": stage, "answers": ["a", "b"], "confidences": confidences, "reason": reason}
+
+    rows = [row(0, [1.0, 1.0], stage="eval"), row(1, [0.5, 0.2, 0.9]), row(20, [0.1, 0.4]), row(21, [None, 0.5], "missing")]
+    rows += [row(60, [1.0, 0.5]), row(60, [0.0, 0.5])]
+    (tmp_path / "completions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert run.by_steps(tmp_path) == [pytest.approx(0.6), None, 1.0]
+
+
 def test_the_best_confidences_that_add_up_to_one():
     assert summary.obedient([0.8, 0.7, 0.6]) == pytest.approx([0.43333, 0.33333, 0.23333], abs=1e-4)
     assert summary.obedient([0.9, 0.8, 0.1]) == pytest.approx([0.55, 0.45, 0.0]) and summary.obedient([0.5, 0.3, 0.1]) == [0.5, 0.3, 0.1]

@@ -1,7 +1,7 @@
 """One setting and seed of the comparison of algorithms on clinic, to a committed log:  python experiments/algorithms/run.py grpo 0
 
-Its log is written over: `git diff` shows what came out otherwise. Without words: every setting, seed after seed; what has a log already is passed
-over. A run that was cut off goes on. `--part 1/2` and `2/2` share
+Where its log is there, it is written over: `git diff` shows what came out otherwise. Without a seed: every seed, without a setting: every setting;
+what has a log already is passed over. A run that was cut off goes on. `--part 1/2` and `2/2` share
 the work between two processes.
 """
 

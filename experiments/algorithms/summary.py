@@ -53,7 +53,7 @@ def over_seeds(logs: Sequence[Log]) -> list[dict[str, Any]]:
 def write() -> None:
     """curves.png: what training sees (lines) and 1,000 held-out patients (points), for three of the settings with several seeds."""
     found = read_logs()
-    logs = {setting: found[setting] for setting in DRAWN}
+    logs = {setting: found[setting] for setting in DRAWN if setting in found}
     runs = {
         setting: [
             [{"step": i + 1, **{name: log["curves"][name][i] for name in CURVES}} for i in range(len(log["curves"]["train/ece"]))]

@@ -1,12 +1,13 @@
 """One method and seed of the comparison on clinic, from training to a committed log:  python experiments/claims/run.py multi_rlcr 0
 
-Its log is written over: `git diff` shows what came out otherwise. Without words: every method, seed after seed; what has a log already is passed
-over. A run that was cut off goes on, and one that is finished in runs/ is only measured again. A trained method is
+Where its log is there, it is trained and measured anew and the log written over: `git diff` shows what came out otherwise. Without a seed: every
+seed, without a method: every method; what has a log already is passed over. A run that was cut off goes on. A trained method is
 `mar.train` with the words below and then `mar.evaluate`; the untrained ones are arms of one evaluation. Logs: experiments/claims/logs/.
 """
 
 import argparse
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -48,10 +49,10 @@ def command(module: str, *words: str) -> float:
     return time.perf_counter() - began
 
 
-def trained(folder: Path, *words: str) -> float:
-    """Seconds that training took until the run in `folder` was finished; 0 where it is: the same words once more would begin it anew."""
+def trained(folder: Path, *words: str, again: bool = False) -> float:
+    """Seconds that training took until the run in `folder` was finished; 0 where it is, unless it is to be done again (mar.train moves it aside)."""
     end = folder / "eval.json"
-    if end.exists() and "after" in json.loads(end.read_text()):
+    if not again and end.exists() and "after" in json.loads(end.read_text()):
         return 0.0
     return command("mar.train", *words, "logger.console=plain")
 
@@ -70,11 +71,14 @@ def write(method: str, seed: int, document: dict[str, Any], arm: str, **more: An
 
 def one(method: str, seed: int, again: bool) -> None:
     """Measure one method with one seed; where its log is there, only if it is to be made again."""
-    if not again and (LOGS / f"{method}_seed{seed}.json").exists():
+    done = (LOGS / f"{method}_seed{seed}.json").exists()
+    if done and not again:
         return
     sizes, items = [f"k={ANSWERS}", "num_answers="], f"eval.num_items={ITEMS}"
     if method in UNTRAINED:
         out = RUNS / f"base_seed{seed}"
+        if done:
+            shutil.rmtree(out, ignore_errors=True)  # mar.evaluate would keep what is there
         seconds = command("mar.evaluate", "base", *SHARED, f"seed={seed}", items, *sizes, f"out={out}")
         document = json.loads((out / "evaluation.json").read_text())
         for name, arm in UNTRAINED.items():
@@ -82,7 +86,7 @@ def one(method: str, seed: int, again: bool) -> None:
         return
     words = [*SHARED, f"name={method}", f"seed={seed}", f"out={RUNS}", "eval.num_items=500", *TRAINED[method]]
     folder = RUNS / method / f"seed{seed}"
-    train_s = trained(folder, *words)
+    train_s = trained(folder, *words, again=done)
     seconds = command("mar.evaluate", str(folder), items, *sizes, "arms=policy")
     document = json.loads((folder / "evaluation.json").read_text())
     write(method, seed, document, "policy", words=words, train_s=train_s, evaluate_s=seconds)

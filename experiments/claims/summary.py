@@ -164,7 +164,9 @@ def figures(logs: Mapping[str, Sequence[Log]]) -> dict[str, Any]:
     whole = {method: arm for method, arm in arms.items() if arm["num_answers"] * arm["num_sets"] == max(KS)}
     confident = {method: arm for method, arm in arms.items() if arm["reliability"] and method in ("multi_rlcr", "rlcr_single", "base")}
     bars = next(iter(logs.values()))[0]["bars"]
-    few = {method: whole[method] for method in ("multi_rlcr", "rlvr_single", "base", "single")}  # the others lie on these
+    few = {
+        method: whole[method] for method in ("multi_rlcr", "rlvr_single", "base", "single") if method in whole
+    }  # the others lie on these
     made = {"coverage": plots.coverage(whole, bars), "unique_answers": plots.unique_answers(few)}
     return made | {"reliability": plots.reliability(confident), "tokens": plots.tokens_per_answer(arms)}
 

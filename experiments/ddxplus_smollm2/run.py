@@ -4,8 +4,9 @@
     python -m experiments.ddxplus_smollm2.run DATA                        # DATA: the folder of patients_all49_en.jsonl and the release's tables
     python -m experiments.ddxplus_smollm2.run DATA multi_rlcr 0 [--stop-at 10]
 
-The warm-up is the same for every method. One that is named is measured again and its log written over: `git diff` shows what came out otherwise;
-without a name what has a log already is passed over. A run that was cut off goes on. Two threads at most: say
+The warm-up is the same for every method. Where the log of a method and seed that are named is there, it is trained and measured anew and the log
+written over: `git diff` shows what came out otherwise. Without a seed: every seed, without a method: every method; what has a log already is passed
+over. A run that was cut off goes on. Two threads at most: say
 OMP_NUM_THREADS=1 where two of them run side by side. Logs: experiments/ddxplus_smollm2/logs/.
 """
 
@@ -70,18 +71,20 @@ def warm_up(rows: Path, task: str = "ddxplus", steps: int = 80, runs: Path = RUN
 def one(data: Path, method: str, seed: int, stop_at: int | None, again: bool) -> None:
     """Train and measure one method (`base`: measure only) with one seed; where its log is there, only if it is to be made again."""
     log = LOGS / f"{method}_seed{seed}.json"
-    if log.exists() and not again:
+    if log.exists() and not again and stop_at is None:
         return
     words = [*SHARED, f"data.path={data / PATIENTS}", f"seed={seed}", f"out={RUNS}"]
     sizes = [f"k={ANSWERS}", "num_answers="]
     if method == "base":
         folder = RUNS / f"base_seed{seed}"
+        if log.exists():
+            shutil.rmtree(folder, ignore_errors=True)  # mar.evaluate would keep what is there
         evaluate_s = command("mar.evaluate", "base", *words, *sizes, f"out={folder}", "arms=policy,single")
         arms, train_s = {"base": "policy", "single": "single"}, 0.0
     else:
         folder = RUNS / method / f"seed{seed}"
         stop = [f"train.stop_at={stop_at}"] if stop_at else []
-        train_s = trained(folder, *words, f"name={method}", *{**METHODS, **VARIANTS}[method], *stop)
+        train_s = trained(folder, *words, f"name={method}", *{**METHODS, **VARIANTS}[method], *stop, again=log.exists() and stop_at is None)
         if stop:
             return
         evaluate_s = command("mar.evaluate", str(folder), *sizes, "arms=policy")
@@ -98,18 +101,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path, help="folder of DDXPlus")
     parser.add_argument("method", nargs="?", choices=[*METHODS, *VARIANTS, "base"])
-    parser.add_argument("seed", nargs="?", type=int, default=0)
-    parser.add_argument("--seeds", type=int, default=2, help="how many, without a method")
+    parser.add_argument("seed", nargs="?", type=int)
+    parser.add_argument("--seeds", type=int, default=2, help="how many, where none is named")
     parser.add_argument("--stop-at", type=int, help="train so many steps only, as if interrupted")
     args = parser.parse_args()
     warm_up(args.data / PATIENTS)
-    jobs = (
-        [(args.method, args.seed)]
-        if args.method
-        else [(m, s) for s in range(args.seeds) for m in (*METHODS, "base")] + [(m, 1) for m in VARIANTS]
-    )
+    seeds = range(args.seeds) if args.seed is None else [args.seed]
+    jobs = [(method, seed) for seed in seeds for method in ([args.method] if args.method else [*METHODS, "base"])]
+    if not args.method and args.seed is None:
+        jobs += [(method, 1) for method in VARIANTS]
     for method, seed in jobs:
-        one(args.data, method, seed, args.stop_at, again=bool(args.method))
+        one(args.data, method, seed, args.stop_at, again=bool(args.method) and args.seed is not None)
 
 
 if __name__ == "__main__":

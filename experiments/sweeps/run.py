@@ -1,6 +1,7 @@
 """One setting and seed of a sweep on clinic, to a committed log:  python -m experiments.sweeps.run k_sweep "K = 4" 0
 
-SWEEPS says which settings each sweep has. The log is written over: `git diff` shows what came out otherwise. Without a setting: all of them, seed
+SWEEPS says which settings each sweep has. Where its log is there, it is trained and measured anew
+and the log written over: `git diff` shows what came out otherwise. Without a seed: every seed, without a setting: all of them, seed
 after seed; without a sweep: every sweep; what has a log already is passed over. A run that was cut off goes on. `--part 1/2` and `2/2` share the work
 between two processes. Logs: experiments/<sweep>/logs/.
 """
@@ -68,13 +69,13 @@ def by_slot(folder: Path) -> dict[str, Any]:
     return {"confidence": q.mean(0).tolist(), "right": y.mean(0).tolist(), "above_1": float(np.mean(q.sum(1) > 1 + 1e-6))}
 
 
-def by_steps(folder: Path) -> list[float]:
-    """Of the training completions of every WINDOW steps: the mean of what their confidences add up to."""
+def by_steps(folder: Path) -> list[float | None]:
+    """Of the training completions of every WINDOW steps: the mean of what their confidences add up to, None where not one has the form."""
     sums: dict[int, list[float]] = defaultdict(list)
     for row in read_jsonl(folder / "completions.jsonl")[0]:
         if row["stage"] == "train" and row["reason"] is None:
             sums[(row["step"] - 1) // WINDOW].append(sum(row["confidences"][: len(row["answers"])]))
-    return [float(np.mean(sums[window])) for window in sorted(sums)]
+    return [float(np.mean(sums[window])) if window in sums else None for window in range(max(sums, default=-1) + 1)]
 
 
 def log_of(sweep: str, setting: str, seed: int) -> Path:
@@ -91,7 +92,7 @@ def one(sweep: str, setting: str, seed: int, again: bool) -> None:
         write_visits(VISITS)
     words = [*SWEEPS[sweep][setting], f"name={log_of(sweep, setting, 0).stem[:-6]}", f"seed={seed}", f"out={RUNS / sweep}"]
     folder = RUNS / sweep / log.stem.rpartition("_")[0] / f"seed{seed}"
-    train_s = trained(folder, *words)
+    train_s = trained(folder, *words, again=log.exists())
     other_sizes = (sweep, setting) == ("k_sweep", "K = 3")
     measured = [f"k={ANSWERS}", "num_answers=1..6" if other_sizes else "num_answers="]
     evaluate_s = command("mar.evaluate", str(folder), *measured, "arms=" + ",".join(["policy", *(SIZES if other_sizes else [])]))

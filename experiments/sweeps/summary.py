@@ -90,7 +90,11 @@ def sum_rule() -> str:
 def sum_rule_steps() -> str:
     """What the confidences of a set add up to while it is trained, seed by seed, where the log has kept that."""
     logs = {name: [log["sums"] for log in logs if "sums" in log] for name, logs in read_logs("sum_rule").items()}
-    lines = [[name, *(", ".join(f"{mean:.2f}" for mean in seeds) for seeds in zip(*sums, strict=True))] for name, sums in logs.items()]
+
+    def shown(means: Sequence[float | None]) -> str:
+        return ", ".join("–" if mean is None else f"{mean:.2f}" for mean in means)
+
+    lines = [[name, *map(shown, zip(*sums, strict=True))] for name, sums in logs.items()]
     return grid(["setting, steps", *(f"{WINDOW * n + 1} to {WINDOW * (n + 1)}" for n in range(len(lines[0]) - 1))], lines)
 
 
