@@ -18,7 +18,7 @@ from mar.fetch import environment
 
 HERE = Path(__file__).parent
 RUNS, LOGS = Path("runs/claims"), HERE / "logs"
-ITEMS, ANSWERS, LONG_SEEDS = 500, 30, 2
+ITEMS, ANSWERS, LONG_SEEDS = 500, 30, {"multi_rlcr_700": 2, "multi_rlcr_700_exact": 2, "multi_rlcr_700_all": 2, "multi_rlcr_1400_exact": 1}
 SHARED = [
     "+experiment=clinic",
     "algo=reinforce",
@@ -35,6 +35,7 @@ TRAINED = {
     # what of the aims is a matter of time (the least noisy credit, and five times as long), of the noise of labels, and of how little is trained
     "multi_rlcr_700": LONG,
     "multi_rlcr_700_exact": [*LONG, "data.target=probabilities"],
+    "multi_rlcr_1400_exact": [*LONG, "data.target=probabilities", "train.steps=1400"],
     "multi_rlcr_700_all": [*LONG, "model.trainable=", "model.lora_rank=0", "model.lr=4e-4"],
 }
 UNTRAINED = {"base": "policy", "single": "single", "prompted_k": "prompted_k", "verbalized": "verbalized"}  # arm of the same evaluation
@@ -101,7 +102,7 @@ def main() -> None:
     chosen = [args.method] if args.method else [*TRAINED, "base"]
     for seed in range(args.seeds) if args.seed is None else [args.seed]:
         for method in chosen:
-            if args.seed is not None or seed < LONG_SEEDS or "700" not in method:
+            if args.seed is not None or seed < LONG_SEEDS.get(method, args.seeds):
                 one(method, seed, again=bool(args.method) and args.seed is not None)
 
 

@@ -21,6 +21,7 @@ ORDER = (
     "pass_at_k",
     "multi_rlcr_700",
     "multi_rlcr_700_exact",
+    "multi_rlcr_1400_exact",
     "multi_rlcr_700_all",
     "base",
     "single",
@@ -160,7 +161,7 @@ def figures(logs: Mapping[str, Sequence[Log]]) -> dict[str, Any]:
     """coverage, reliability (first seed), unique answers and tokens per answer."""
     from mar import plots
 
-    arms = {method: averaged(own) for method, own in logs.items() if "_700" not in method}  # of another length
+    arms = {method: averaged(own) for method, own in logs.items() if not any(map(str.isdigit, method))}  # of another length
     whole = {method: arm for method, arm in arms.items() if arm["num_answers"] * arm["num_sets"] == max(KS)}
     confident = {method: arm for method, arm in arms.items() if arm["reliability"] and method in ("multi_rlcr", "rlcr_single", "base")}
     bars = next(iter(logs.values()))[0]["bars"]
