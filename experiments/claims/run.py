@@ -18,7 +18,14 @@ from mar.fetch import environment
 
 HERE = Path(__file__).parent
 RUNS, LOGS = Path("runs/claims"), HERE / "logs"
-ITEMS, ANSWERS, LONG_SEEDS = 500, 30, {"multi_rlcr_700": 2, "multi_rlcr_700_exact": 2, "multi_rlcr_700_all": 2, "multi_rlcr_1400_exact": 1}
+ITEMS, ANSWERS = 500, 30
+LONG_SEEDS = {
+    "multi_rlcr_700": 2,
+    "multi_rlcr_700_exact": 2,
+    "multi_rlcr_1400_exact": 1,
+    "multi_rlcr_700_all": 2,
+    "multi_rlcr_700_exact_all": 1,
+}
 SHARED = [
     "+experiment=clinic",
     "algo=reinforce",
@@ -26,6 +33,7 @@ SHARED = [
     "train.steps=140",
 ]  # what the first logs were made with; the experiment's own have changed since
 LONG = ["reward=multi_rlcr", "algo.credit=own", "reward.brier_weight=3", "model.lr=0.15", "train.steps=700"]
+ALL = ["model.trainable=", "model.lora_rank=0", "model.lr=4e-4"]
 TRAINED = {
     "multi_rlcr": ["reward=multi_rlcr"],
     "multi_rlvr": ["reward=multi_rlvr"],
@@ -36,7 +44,8 @@ TRAINED = {
     "multi_rlcr_700": LONG,
     "multi_rlcr_700_exact": [*LONG, "data.target=probabilities"],
     "multi_rlcr_1400_exact": [*LONG, "data.target=probabilities", "train.steps=1400"],
-    "multi_rlcr_700_all": [*LONG, "model.trainable=", "model.lora_rank=0", "model.lr=4e-4"],
+    "multi_rlcr_700_all": [*LONG, *ALL],
+    "multi_rlcr_700_exact_all": [*LONG, *ALL, "data.target=probabilities"],
 }
 UNTRAINED = {"base": "policy", "single": "single", "prompted_k": "prompted_k", "verbalized": "verbalized"}  # arm of the same evaluation
 

@@ -23,6 +23,7 @@ ORDER = (
     "multi_rlcr_700_exact",
     "multi_rlcr_1400_exact",
     "multi_rlcr_700_all",
+    "multi_rlcr_700_exact_all",
     "base",
     "single",
     "prompted_k",
