@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from experiments.algorithms import summary as algorithms
 from experiments.claims import summary
 from experiments.credit import run as credit
-from experiments.ddxplus_smollm2 import profile
+from experiments.ddxplus_smollm2 import constant, profile
 from experiments.ddxplus_smollm2 import summary as ddxplus
 from experiments.generalise import run as generalise
 from experiments.medqa_smollm2 import run as medqa
@@ -42,6 +42,8 @@ MADE = {  # what stands after `<!-- name -->`
     "ddxplus": partial(ddxplus.held_out, DDXPLUS / "logs", 9),
     "ddxplus learning": partial(ddxplus.learning, DDXPLUS / "logs"),
     "ddxplus calibration": partial(ddxplus.calibration, DDXPLUS / "logs"),
+    "ddxplus constant": constant.markdown,
+    "ddxplus completions": partial(ddxplus.to_read, DDXPLUS / "logs/multi_rlcr_own_completions1.jsonl"),
     "ddxplus profile": profile.markdown,
     "medqa": partial(ddxplus.held_out, medqa.LOGS, 3, (*ddxplus.OF_SETS, "auroc", "repeats_per_set")),
     "medqa learning": partial(ddxplus.learning, medqa.LOGS),

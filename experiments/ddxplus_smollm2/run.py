@@ -16,9 +16,11 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 from experiments.claims.run import command, kept, trained
 from mar.fetch import SMOLLM2, environment, resolve_model
+from mar.log import read_jsonl, write_jsonl
 
 HERE = Path(__file__).parent
 RUNS, LOGS = Path("runs/ddxplus_smollm2"), HERE / "logs"
@@ -68,6 +70,19 @@ def warm_up(rows: Path, task: str = "ddxplus", steps: int = 80, runs: Path = RUN
     return warm
 
 
+def to_read(folder: Path, patients: int = 6) -> list[dict[str, Any]]:
+    """The completions of the first held-out patients before training and after it, without the data set's own words."""
+    rows = [row for row in read_jsonl(folder / "completions.jsonl")[0] if row["stage"] == "eval"]
+    ends, ids = (
+        {min(row["step"] for row in rows), max(row["step"] for row in rows)},
+        list(dict.fromkeys(row["id"] for row in rows))[:patients],
+    )
+    names = ("step", "id", "answers", "confidences", "hits", "repeated", "reason")
+    return [
+        {name: row[name] for name in names} | {"golds": len(row["targets"])} for row in rows if row["id"] in ids and row["step"] in ends
+    ]
+
+
 def one(data: Path, method: str, seed: int, stop_at: int | None, again: bool) -> None:
     """Train and measure one method (`base`: measure only) with one seed; where its log is there, only if it is to be made again."""
     log = LOGS / f"{method}_seed{seed}.json"
@@ -90,6 +105,7 @@ def one(data: Path, method: str, seed: int, stop_at: int | None, again: bool) ->
         evaluate_s = command("mar.evaluate", str(folder), *sizes, "arms=policy")
         arms = {method: "policy"}
         shutil.copy(folder / "metrics.jsonl", LOGS / f"{method}_seed{seed}.jsonl")
+        write_jsonl(LOGS / f"{method}_completions{seed}.jsonl", to_read(folder))
     document = json.loads((folder / "evaluation.json").read_text())
     for name, arm in arms.items():
         told = {"method": name, "seed": seed, **environment(), "num_items": document["num_items"]}

@@ -46,6 +46,21 @@ def calibration(folder: Path) -> str:
     return lines_of(rows, columns, "method, seed")
 
 
+def to_read(file: Path) -> str:
+    """The sets of a few held-out patients before training and after it; right answers in bold, repeats struck out."""
+
+    def shown(row: Log) -> str:
+        if row["reason"]:
+            return f"*{row['reason']}*"
+        marks = ["**" if hit else "~~" if again else "" for hit, again in zip(row["hits"], row["repeated"], strict=True)]
+        slots = zip(marks, row["answers"], row["confidences"], strict=False)
+        return " · ".join(f"{mark}{answer}{mark} {q:.2f}" for mark, answer, q in slots)
+
+    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    by_patient = {row["id"]: [r for r in rows if r["id"] == row["id"]] for row in rows}
+    return grid(["right ones", "before", "after"], [[str(found[0]["golds"]), *map(shown, found)] for found in by_patient.values()])
+
+
 def extremes(values: Sequence[float]) -> dict[str, float]:
     """Mean, lowest and highest: of two seeds, Student's interval would hide what both say."""
     return {"mean": float(np.mean(values)), "lo": min(values), "hi": max(values)}
