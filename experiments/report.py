@@ -107,6 +107,8 @@ def fill(text: str) -> str:
 
 
 def main() -> None:
+    if sys.argv[1:] not in ([], ["--check"]):
+        sys.exit(f"usage: python experiments/report.py [--check], not {' '.join(sys.argv[1:])}")
     files = [ROOT / "README.md", *sorted(ROOT.glob("experiments/*/README.md"))]
     stale = {file: made for file in files if (made := fill(text := file.read_text(encoding="utf-8"))) != text}
     if "--check" in sys.argv[1:]:

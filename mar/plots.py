@@ -67,7 +67,7 @@ def _points(axes: Axes, x: Any, points: Sequence[Sequence[float | None]], linest
 def _bars(axes: Axes, x: Any, bars: Row | None) -> None:
     """Floor and ceiling against the number of answers x."""
     for name, dash in (("floor", ":"), ("ceiling", "--")) if bars else ():
-        axes.plot(x, [(bars or {})[name][n - 1] for n in x], color=GREY, linestyle=dash, linewidth=1, label=name)
+        axes.plot(x, [((bars or {})[name] + [np.nan] * max(x))[n - 1] for n in x], color=GREY, linestyle=dash, linewidth=1, label=name)
 
 
 def smoothed(values: np.ndarray) -> np.ndarray:

@@ -250,6 +250,14 @@ def test_an_unfinished_run_says_so(tmp_path: Path) -> None:
     assert table(data, "Headline")["columns"] == ["", "floor", "before", "latest", "ceiling"]
 
 
+def test_sizes_beyond_the_known_bars_are_drawn_without_them() -> None:
+    arms = {f"K={k}": {"num_answers": k, "metrics": {f"coverage@{k}": [0.5, 0.4, 0.6], "tokens_per_set": [9.0, 8, 10]}} for k in (1, 2, 6)}
+    figure = plots.size_sweep(arms, {"k": [1, 2], "floor": [0.1, 0.2], "ceiling": [0.8, 0.9]})
+    floor = next(line for line in figure.axes[0].get_lines() if line.get_label() == "floor")
+    known = list(floor.get_ydata())
+    assert known[:2] == [0.1, 0.2] and np.isnan(known[2])
+
+
 def test_every_arm_has_a_look_of_its_own() -> None:
     names = ("policy", "base", "single", "prompted_k", "verbalized", "sampled_k", "K=2", "multi_rlcr")
     looks = {name: look for look, name, _ in plots._arms(dict.fromkeys(names, {}))}
