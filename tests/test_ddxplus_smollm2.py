@@ -24,7 +24,7 @@ def test_completions_to_read(tmp_path):
         told = {"step": step, "stage": "eval", "id": name, "answers": ["flu", "flu"], "confidences": [0.5, 0.25], "hits": [1.0, 0.0]}
         return told | {"repeated": [False, True], "reason": None, "targets": ["flu", "cold"], "question": "words of the data set"} | more
 
-    rows = [row(0, "p1"), row(0, "p2"), row(3, "p1", stage="train"), row(5, "p1"), row(9, "p1", reason="unfinished"), row(9, "p2")]
+    rows = [row(0, "p1"), row(0, "p2"), row(9, "p1", stage="train"), row(5, "p1"), row(9, "p1", reason="unfinished"), row(9, "p2")]
     (tmp_path / "completions.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     kept = run.to_read(tmp_path, patients=1)
     assert [(r["step"], r["id"], r["golds"]) for r in kept] == [(0, "p1", 2), (9, "p1", 2)] and "question" not in kept[0]

@@ -24,7 +24,7 @@ from mar.model import Decoder, ModelConfig
 from mar.optim import make_optimizer
 from mar.records import UserError
 from mar.tasks import clinic
-from mar.train import evaluate, refuse_unknown_words, run, train_step
+from mar.train import Interrupts, evaluate, refuse_unknown_words, run, train_step
 from mar.weights import load_model, save_model
 
 SHAPE = {"architectures": ["Qwen3ForCausalLM"], "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
@@ -371,3 +371,18 @@ def test_ctrl_c_while_the_code_is_loaded_leaves_no_traceback():
     time.sleep(1)
     run.send_signal(signal.SIGINT)
     assert "Traceback" not in run.communicate()[1] and run.returncode in (-signal.SIGINT, 130)
+
+
+@pytest.mark.parametrize("leads", [True, False])
+def test_one_rank_says_that_it_stops(leads: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    kinds = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+    before = [signal.getsignal(kind) for kind in kinds]
+    try:
+        interrupts = Interrupts(leads)
+        with interrupts.held():
+            signal.raise_signal(signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)  # within a second: the same one
+    finally:
+        for kind, handler in zip(kinds, before, strict=True):
+            signal.signal(kind, handler)
+    assert capsys.readouterr().err.count("stopping after this step") == leads and interrupts.since > 0
