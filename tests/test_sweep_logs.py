@@ -54,7 +54,13 @@ def test_sums_of_confidences_by_window(tmp_path):
     def row(step, confidences, reason=None, stage="train"):
         return {"step": step, "stage": stage, "answers": ["a", "b"], "confidences": confidences, "reason": reason}
 
-    rows = [row(20, [1.0, 1.0], stage="eval"), row(1, [0.5, 0.2, 0.9]), row(20, [0.1, 0.4]), row(21, [None, 0.5], "missing")]
+    rows = [
+        row(20, [1.0, 1.0], stage="eval"),
+        row(1, [0.5, 0.2, 0.9]),
+        row(20, [0.1, 0.4]),
+        row(21, [None, 0.5], "missing"),
+        row(22, [None, None]),
+    ]
     rows += [row(60, [1.0, 0.5]), row(60, [0.0, 0.5])]
     (tmp_path / "completions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert run.by_steps(tmp_path) == [pytest.approx(0.6), None, 1.0]

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.claims.run import command, kept, trained
+from experiments.sweeps.run import by_steps
 from mar.fetch import SMOLLM2, environment, resolve_model
 from mar.log import read_jsonl, write_jsonl
 
@@ -95,7 +96,7 @@ def one(data: Path, method: str, seed: int, stop_at: int | None, again: bool) ->
         if log.exists():
             shutil.rmtree(folder, ignore_errors=True)  # mar.evaluate would keep what is there
         evaluate_s = command("mar.evaluate", "base", *words, *sizes, f"out={folder}", "arms=policy,single")
-        arms, train_s = {"base": "policy", "single": "single"}, 0.0
+        arms, train_s, more = {"base": "policy", "single": "single"}, 0.0, {}
     else:
         folder = RUNS / method / f"seed{seed}"
         stop = [f"train.stop_at={stop_at}"] if stop_at else []
@@ -103,13 +104,13 @@ def one(data: Path, method: str, seed: int, stop_at: int | None, again: bool) ->
         if stop:
             return
         evaluate_s = command("mar.evaluate", str(folder), *sizes, "arms=policy")
-        arms = {method: "policy"}
+        arms, more = {method: "policy"}, {"sums": by_steps(folder)}
         shutil.copy(folder / "metrics.jsonl", LOGS / f"{method}_seed{seed}.jsonl")
         write_jsonl(LOGS / f"{method}_completions{seed}.jsonl", to_read(folder))
     document = json.loads((folder / "evaluation.json").read_text())
     for name, arm in arms.items():
         told = {"method": name, "seed": seed, **environment(), "num_items": document["num_items"]}
-        told |= {"train_s": train_s, "evaluate_s": evaluate_s, **kept(document["arms"][arm])}
+        told |= {"train_s": train_s, "evaluate_s": evaluate_s, **kept(document["arms"][arm]), **more}
         (LOGS / f"{name}_seed{seed}.json").write_text(json.dumps(told) + "\n")
 
 

@@ -73,8 +73,9 @@ def by_steps(folder: Path) -> list[float | None]:
     """Of the training completions of every WINDOW steps: the mean of what their confidences add up to, None where not one has the form."""
     sums: dict[int, list[float]] = defaultdict(list)
     for row in read_jsonl(folder / "completions.jsonl")[0]:
-        if row["stage"] == "train" and row["reason"] is None:
-            sums[(row["step"] - 1) // WINDOW].append(sum(row["confidences"][: len(row["answers"])]))
+        said = row["confidences"][: len(row["answers"])]
+        if row["stage"] == "train" and row["reason"] is None and said and None not in said:  # a form may have none
+            sums[(row["step"] - 1) // WINDOW].append(sum(said))
     return [float(np.mean(sums[window])) if window in sums else None for window in range(max(sums, default=-1) + 1)]
 
 
