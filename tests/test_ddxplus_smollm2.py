@@ -20,16 +20,32 @@ def test_the_most_frequent_golds_of_training_said_to_all():
 
 
 def test_completions_to_read(tmp_path):
-    def row(step, name, **more):
-        told = {"step": step, "stage": "eval", "id": name, "answers": ["flu", "flu"], "confidences": [0.5, 0.25], "hits": [1.0, 0.0]}
-        return told | {"repeated": [False, True], "reason": None, "targets": ["flu", "cold"], "question": "words of the data set"} | more
+    def kept(folder, *sets):
+        """What is kept of a run that wrote these sets, (answers, confidences, reason) each, for its first patient after training."""
 
-    rows = [row(0, "p1"), row(0, "p2"), row(9, "p1", stage="train"), row(5, "p1"), row(9, "p1", reason="unfinished"), row(9, "p2")]
-    (tmp_path / "completions.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    kept = run.to_read(tmp_path, patients=1)
-    assert [(r["step"], r["id"], r["golds"]) for r in kept] == [(0, "p1", 2), (9, "p1", 2)] and "question" not in kept[0]
-    (tmp_path / "kept.jsonl").write_text("".join(json.dumps(r) + "\n" for r in kept))
-    assert summary.to_read(tmp_path / "kept.jsonl").splitlines()[-1] == "| 2 | **flu** 0.50 · ~~flu~~ 0.25 | *unfinished* |"
+        def told(answers, confidences, reason):
+            hits, again = [float(a == "flu") for a in answers], [a in answers[:i] for i, a in enumerate(answers)]
+            scored = {"hits": [h * (not r) for h, r in zip(hits, again, strict=True)], "repeated": again, "reason": reason}
+            return {"answers": answers, "confidences": confidences} | scored
+
+        folder.mkdir()
+        before = told(["cold", "flu"][: len(sets[0][0])], sets[0][1], None)
+        texts = [{"step": step, "stage": stage, "id": name, "targets": ["flu", "cold"], "question": "the data set's", **before}
+                 for step, stage, name in ((0, "eval", "p1"), (0, "eval", "p2"), (9, "train", "p1"), (9, "eval", "p1"))]  # fmt: skip
+        items = [{"protocol": {}}, {"arm": "base", "id": "p1", "num_golds": 2, "sets": []}]
+        items += [{"arm": "policy", "id": name, "num_golds": 2, "sets": [told(*s) for s in sets]} for name in ("p1", "p2")]
+        for name, rows in (("completions.jsonl", texts), ("eval_items.jsonl", items)):
+            (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+        found = run.to_read(folder, patients=1)
+        assert [(row["step"], row["id"], row["golds"]) for row in found] == [(0, "p1", 2), *[(9, "p1", 2)] * len(sets)]
+        assert not any("question" in row or "text" in row for row in found)
+        (folder / "kept.jsonl").write_text("".join(json.dumps(row) + "\n" for row in found))
+        return folder / "kept.jsonl"
+
+    sets = kept(tmp_path / "sets", (["flu", "flu"], [0.5, 0.25], None), (["cold", "flu"], [0.5, 0.25], None))
+    alone = [(["cold"], [None], None), (["flu"], [None], None), (["cold"], [None], None), (["gout"], [None], "unfinished")]
+    shown = summary.to_read(sets, kept(tmp_path / "single", *alone)).splitlines()[-1]
+    assert shown == "| 2 | cold 0.50 · **flu** 0.25 | **flu** 0.50 · ~~flu~~ 0.25 | 2 x cold · 1 x **flu** · 1 x *unfinished* |"
 
 
 def test_mean_confidence_weighs_bins_by_their_answers(tmp_path):

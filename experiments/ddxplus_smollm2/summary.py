@@ -1,7 +1,7 @@
 """The tables and the figure of SmolLM2 on real data, from logs alone; `make report` writes them."""
 
 import json
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -46,19 +46,31 @@ def calibration(folder: Path) -> str:
     return lines_of(rows, columns, "method, seed")
 
 
-def to_read(file: Path) -> str:
-    """The sets of a few held-out patients before training and after it; right answers in bold, repeats struck out."""
+def _shown(row: Log) -> str:
+    """A set: right answers in bold, repeats struck out, confidences behind them."""
+    if row["reason"]:
+        return f"*{row['reason']}*"
+    marks = ["**" if hit else "~~" if again else "" for hit, again in zip(row["hits"], row["repeated"], strict=True)]
+    slots = zip(marks, row["answers"], row["confidences"], strict=True)
+    return " · ".join(f"{mark}{answer}{mark} {q:.2f}" for mark, answer, q in slots)
 
-    def shown(row: Log) -> str:
-        if row["reason"]:
-            return f"*{row['reason']}*"
-        marks = ["**" if hit else "~~" if again else "" for hit, again in zip(row["hits"], row["repeated"], strict=True)]
-        slots = zip(marks, row["answers"], row["confidences"], strict=False)
-        return " · ".join(f"{mark}{answer}{mark} {q:.2f}" for mark, answer, q in slots)
 
-    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-    by_patient = {row["id"]: [r for r in rows if r["id"] == row["id"]] for row in rows}
-    return grid(["right ones", "before", "after"], [[str(found[0]["golds"]), *map(shown, found)] for found in by_patient.values()])
+def _counted(rows: Sequence[Log]) -> str:
+    """Single answers and how often each came, the right ones in bold."""
+    said = Counter(f"*{row['reason']}*" if row["reason"] else "**" * bool(row["hits"][0]) + row["answers"][0] for row in rows)
+    return " · ".join(f"{n} x {answer}{'**' * answer.startswith('**')}" for answer, n in said.most_common())
+
+
+def to_read(sets: Path, single: Path) -> str:
+    """What a few held-out patients are told: one set before training, one after it, and all single answers of the other method."""
+    by_patient: list[dict[str, list[Log]]] = [{}, {}]
+    for found, file in zip(by_patient, (sets, single), strict=True):
+        for line in file.read_text(encoding="utf-8").splitlines():
+            found.setdefault((row := json.loads(line))["id"], []).append(row)
+    lines = [
+        [str(rows[0]["golds"]), _shown(rows[0]), _shown(rows[1]), _counted(by_patient[1][name][1:])] for name, rows in by_patient[0].items()
+    ]
+    return grid(["right ones", "before training, a set", "Multi-RLCR, a set", "RLVR-Single, nine answers"], lines)
 
 
 def extremes(values: Sequence[float]) -> dict[str, float]:
