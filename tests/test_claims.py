@@ -2,9 +2,11 @@
 
 import json
 
+import numpy as np
 import pytest
 
-from experiments.claims import run, summary
+from experiments.claims import confidences, run, summary
+from mar.itemstats import AnswerSet, Item
 
 
 def log(method: str, seed: int, coverage: list[float], K: int) -> dict:
@@ -86,3 +88,18 @@ def test_what_is_named_is_trained_anew(tmp_path, monkeypatch):
     called.clear()
     run.one("multi_rlvr", 0, True)
     assert called == both[1:]
+
+
+def test_error_of_confidences_by_hand():
+    """Drawn and expected parts, with a patient's other answers, format failures and answers given once set apart."""
+
+    def a_set(key, q, p, reason=None):
+        return AnswerSet("", (key,), (q,), (0.0,), (p,), (key,), (False,), reason, 9)
+
+    sets = (a_set("flu", 0.2, 0.5), a_set("flu", 0.4, 0.5), a_set("cold", 0.9, 0.1), a_set("flu", 0.0, 0.0, "unfinished"))
+    items = [Item("p1", 2, False, 1.0, 9, sets), Item("p2", 2, False, 1.0, 9, (a_set("flu", 0.5, 0.9), a_set("flu", 0.5, 0.9)))]
+    found = confidences.parts(items, (0,))
+    assert found["q_mse"] == pytest.approx((0.09 + 0.01 + 0.64 + 0.16 + 0.16) / 5)
+    assert found["drawn"] == pytest.approx((0.02 + 0.0) / 2)  # of 0.2 and 0.4, and of 0.5 twice
+    assert found["expected"] == pytest.approx(((0.04 - 0.01) + 0.16) / 2)
+    assert found["constant"] == pytest.approx(np.var([0.5, 0.5, 0.1, 0.9, 0.9]))

@@ -1,0 +1,209 @@
+"""What q_mse is made of, what the model knows, and what supervision would make of its confidences.
+
+    python experiments/claims/confidences.py runs/claims/multi_rlcr_700_exact/seed0 [--steps 500]      # a run of run.py; writes confidences.jsonl
+
+`as trained`: the policy on held-out patients, ten sets each, drawn as in training or at a low temperature. `rated by ...`: the former, each answer
+rated with the probability that the untrained model gives to it when asked for one answer; `... most probable answers`: these, a set a patient. The
+`taught` are copies of the policy that learn by supervision: sets that the policy writes for fresh patients, each confidence replaced by the exact
+probability of its answer.
+"""
+
+import argparse
+import copy
+import json
+import sys
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from experiments.claims.summary import grid
+from mar import checkpoint
+from mar.attention import pack_groups
+from mar.compose import load_config
+from mar.fetch import environment, resolve_model
+from mar.grammar import Grammar, render
+from mar.itemstats import Item, item_of, read_item, statistics
+from mar.job import Job, build_job
+from mar.log import Display, read_jsonl, write_jsonl
+from mar.lora import merge
+from mar.metrics import bars, gap_closed
+from mar.model import Decoder
+from mar.optim import clip_gradients, learning_rate, make_optimizer, set_learning_rate
+from mar.prompts import build_prompt, load_tokenizer
+from mar.records import Example, Prompt
+from mar.rollout import judge_groups, sample
+from mar.tasks import get_task
+from mar.verify import normalise
+from mar.weights import load_model
+
+RESULT = Path(__file__).parent / "confidences.jsonl"
+WHOLE = ("gap_closed", "coverage@3", "ece", "q_mse", "tv_distance")
+COOL, SETS, FRESH = (
+    0.3,
+    10,
+    1000,
+)  # a low temperature; sets per held-out patient; what is added to the run's seed for other patients than its own
+
+
+def whole(items: Sequence[Item], examples: Sequence[Example]) -> dict[str, float | None]:
+    """The metrics of WHOLE."""
+    found = {name: statistic.value(statistic.columns.sum(0)).item() for name, statistic in statistics(items, True).items()}
+    known = bars(examples, 3)
+    closed = gap_closed(found["coverage@3"], known["floor"][2], known["ceiling"][2]) if known else None
+    return {"gap_closed": closed, **{name: found[name] for name in WHOLE[1:]}}
+
+
+@torch.no_grad()
+def written(
+    job: Job, model: Decoder, prompts: Sequence[Prompt], num_sets: int, stage: str, step: int, temperature: float = 1.0
+) -> list[Item]:
+    """Sets that the model writes, judged; each answer with its exact probability."""
+    p = job.protocol
+    params = replace(p.params, temperature=temperature)
+    groups, _ = sample(model, prompts, num_sets, params, p.kv_budget_tokens, (job.config.seed, stage, step))
+    judged = judge_groups(prompts, groups, p.grammar, p.spec, p.verifier, p.decode)
+    return [item_of(i, [(r, r.text, len(r.completion.ids)) for r in g], p.verifier) for i, g in zip(prompts, judged, strict=True)]
+
+
+def parts(items: Sequence[Item], slots: Sequence[int]) -> dict[str, float | None]:
+    """The mean of (q - p)^2 over answers in these slots, and its two parts over those that a patient got twice or more (None: nobody did): `drawn`,
+    the variance of what is said of one answer in the same slot, and `expected`, the squared error of its mean (unbiased). `constant`: the least that
+    one confidence for all patients can have, the variance of p in a slot."""
+    of_one: dict[Any, list[tuple[float, float]]] = defaultdict(list)
+    for item in items:
+        for s in (s for s in item.sets if s.reason is None):
+            for slot in slots:
+                of_one[item.id, slot, s.keys[slot]].append((s.confidences[slot] or 0.0, s.mass[slot]))
+    several = [np.array(values) for values in of_one.values() if len(values) > 1]
+    counts = np.array([len(v) for v in several])
+    drawn = np.array([v[:, 0].var(ddof=1) for v in several])
+    error = np.array([(v[:, 0] - v[:, 1]).mean() ** 2 for v in several])
+    mass = {slot: [p for (_, at, _), values in of_one.items() if at == slot for _, p in values] for slot in slots}
+    return {
+        "q_mse": float(np.mean([(q - p) ** 2 for values in of_one.values() for q, p in values])),
+        "drawn": float(np.average(drawn, weights=counts)) if several else None,
+        "expected": float(np.average(error - drawn / counts, weights=counts)) if several else None,
+        "constant": float(np.mean([np.var(values) for values in mass.values()])),
+    }
+
+
+def teach(job: Job, student: Decoder, trainable: str, peak: float, steps: int, tokenizer: Any) -> None:
+    """Cross-entropy to sets of the run's policy with exact confidences; as many patients and sets a step as the run had."""
+    optimizer = make_optimizer(student, peak, (0.9, 0.95), 1e-8, 0.0, trainable)
+    grammar, stop = job.protocol.grammar, tokenizer.eos_token_id
+    for step in range(steps):
+        prompts = job.prompts_of(step)
+        items = written(job, job.model, prompts, job.config.algo.group_size, "taught", step)
+        texts = [[render(grammar, [*map(str, s.answers)], s.mass) for s in item.sets if s.reason is None] for item in items]
+        rows = [[[*tokenizer(text, add_special_tokens=False)["input_ids"], stop] for text in group] for group in texts]
+        loss = -student(pack_groups([p.ids for p in prompts], rows))[0].mean()
+        optimizer.zero_grad()
+        loss.backward()
+        clip_gradients(student, 1.0)
+        set_learning_rate(optimizer, learning_rate(step, steps, peak, 0.05, "linear"))
+        optimizer.step()
+        if (step + 1) % 25 == 0:
+            print(f"  step {step + 1}/{steps}  nats a token {loss.item():.4f}", flush=True)
+
+
+@torch.no_grad()
+def known(job: Job, base: Decoder, tokenizer: Any) -> list[dict[str, float]]:
+    """For each held-out patient the probability that the untrained model, asked for one answer, gives to each condition."""
+    single, noun = Grammar("rlvr_single", 1, thinking=False), get_task(job.config.data.task).noun
+    names = sorted({gold.name for prompt in job.protocol.prompts for gold in prompt.example.golds})
+    rows = [[*tokenizer(render(single, [name]), add_special_tokens=False)["input_ids"], tokenizer.eos_token_id] for name in names]
+    out = []
+    for prompt in job.protocol.prompts:
+        logprobs = base(pack_groups([build_prompt(prompt.example, single, tokenizer, noun).ids], [rows]))[0]
+        out.append({name: row.sum().exp().item() for name, row in zip(names, logprobs.split([len(row) for row in rows]), strict=True)})
+    return out
+
+
+def rated(items: Sequence[Item], beliefs: Sequence[dict[str, float]]) -> list[Item]:
+    """The items with each confidence replaced by the model's probability of the answer before it (0: of a text that is no condition)."""
+    out = []
+    for item, belief in zip(items, beliefs, strict=True):
+        of_key = {normalise(name): p for name, p in belief.items()}
+        sets = (s if s.reason else replace(s, confidences=tuple(of_key.get(str(key), 0.0) for key in s.keys)) for s in item.sets)
+        out.append(replace(item, sets=tuple(sets)))
+    return out
+
+
+def most_probable(job: Job, beliefs: Sequence[dict[str, float]]) -> list[Item]:
+    """One set a patient: the answers that the model finds the most probable, with these probabilities."""
+    p = job.protocol
+    chosen = [sorted(belief, key=belief.__getitem__)[::-1][: p.grammar.num_answers] for belief in beliefs]
+    texts = [render(p.grammar, names, [belief[name] for name in names]) for names, belief in zip(chosen, beliefs, strict=True)]
+    return [read_item(prompt, [(text, 0)], p.grammar, p.verifier) for prompt, text in zip(p.prompts, texts, strict=True)]
+
+
+def policies(folder: Path, steps: int) -> Iterator[tuple[str, int, list[Item], list[Example]]]:
+    """Name, steps of supervision, held-out sets and patients of each policy."""
+    display = Display("plain", 0, 0)
+    display.console.quiet = True
+    config = load_config(folder / "config.yaml", [])
+    fresh = replace(config, seed=config.seed + FRESH, train=replace(config.train, steps=steps))
+    base, _ = resolve_model(config.model.source, config.model.name, config.model.path)
+    job, tokenizer, found = build_job(fresh, folder, base, display), load_tokenizer(base), checkpoint.newest(folder / "checkpoints")
+    if found is None:
+        sys.exit(f"{folder} has no checkpoint")
+    checkpoint.restore_weights(found, job.model)
+    prompts = job.protocol.prompts
+    examples = [p.example for p in prompts]
+    items, beliefs = written(job, job.model, prompts, SETS, "held out", 0), known(job, load_model(base), tokenizer)
+    yield "as trained", 0, items, examples
+    yield f"as trained, temperature {COOL}", 0, written(job, job.model, prompts, SETS, "held out", 0, COOL), examples
+    yield "rated by the untrained model's answers", 0, rated(items, beliefs), examples
+    yield "the untrained model's most probable answers", 0, most_probable(job, beliefs), examples
+    rates = {"same parameters": (0.05, config.model.trainable), "all parameters": (4e-4, "")}
+    for name, (peak, trainable) in rates.items() if steps else ():
+        print(name, flush=True)
+        student = copy.deepcopy(job.model) if trainable else merge(copy.deepcopy(job.model))
+        teach(job, student, trainable, peak, steps, tokenizer)
+        yield f"taught, {name}", steps, written(job, student, prompts, SETS, "held out", 0), examples
+
+
+def markdown() -> str:
+    """A line for each policy."""
+    lines = []
+    for row in map(json.loads, RESULT.read_text(encoding="utf-8").splitlines()):
+        several = [row[name] for name in ("gap_closed", "ece", "tv_distance", "q_mse")]
+        several += [row["parts"][name] for name in ("drawn", "expected", "constant")] + [row["slots"][0]["q_mse"]]
+        lines.append([row["policy"], row["run"], *("–" if value is None else f"{value:.3f}" for value in several)])
+    header = (
+        "policy",
+        "run",
+        "gap_closed",
+        "ece",
+        "tv_distance",
+        "q_mse",
+        "of it drawn",
+        "of its mean",
+        "one for all",
+        "q_mse, first slot",
+    )
+    return grid(header, lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, help="folder of a finished run")
+    parser.add_argument("--steps", type=int, default=500, help="of supervision; 0: none of it")
+    args = parser.parse_args()
+    run = f"{args.run.parent.name}/{args.run.name}"
+    rows = [row for row in (read_jsonl(RESULT)[0] if RESULT.exists() else []) if row["run"] != run]
+    for name, steps, items, examples in policies(args.run, args.steps):
+        told = {"run": run, "policy": name, "steps": steps, **environment(), **whole(items, examples)}
+        told |= {"parts": parts(items, (0, 1, 2)), "slots": [parts(items, (slot,)) for slot in range(3)]}
+        rows.append(told)
+        write_jsonl(RESULT, rows)
+        print(json.dumps({key: told[key] for key in ("policy", *WHOLE, "parts")}), flush=True)
+
+
+if __name__ == "__main__":
+    main()
