@@ -16,7 +16,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from experiments.algorithms import summary as algorithms
-from experiments.claims import summary
+from experiments.claims import confidences, summary
 from experiments.credit import run as credit
 from experiments.ddxplus_smollm2 import constant, profile
 from experiments.ddxplus_smollm2 import summary as ddxplus
@@ -36,6 +36,7 @@ DDXPLUS = ddxplus.HERE
 MADE = {  # what stands after `<!-- name -->`
     "claims": summary.markdown,
     "claims predicted": summary.predicted,
+    "claims confidences": confidences.markdown,
     "peers": peers.markdown,
     "plan tracked": partial(plans.markdown, "tracked"),
     "plan computed": partial(plans.markdown, "computed"),
@@ -43,7 +44,9 @@ MADE = {  # what stands after `<!-- name -->`
     "ddxplus learning": partial(ddxplus.learning, DDXPLUS / "logs"),
     "ddxplus calibration": partial(ddxplus.calibration, DDXPLUS / "logs"),
     "ddxplus constant": constant.markdown,
-    "ddxplus completions": partial(ddxplus.to_read, DDXPLUS / "logs/multi_rlcr_own_completions1.jsonl"),
+    "ddxplus completions": partial(
+        ddxplus.to_read, DDXPLUS / "logs/multi_rlcr_completions0.jsonl", DDXPLUS / "logs/rlvr_single_completions0.jsonl"
+    ),
     "ddxplus profile": profile.markdown,
     "medqa": partial(ddxplus.held_out, medqa.LOGS, 3, (*ddxplus.OF_SETS, "auroc", "repeats_per_set")),
     "medqa learning": partial(ddxplus.learning, medqa.LOGS),

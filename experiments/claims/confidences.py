@@ -147,7 +147,7 @@ def policies(folder: Path, steps: int) -> Iterator[tuple[str, int, list[Item], l
     display = Display("plain", 0, 0)
     display.console.quiet = True
     config = load_config(folder / "config.yaml", [])
-    fresh = replace(config, seed=config.seed + FRESH, train=replace(config.train, steps=steps))
+    fresh = replace(config, seed=config.seed + FRESH, train=replace(config.train, steps=max(1, steps)))
     base, _ = resolve_model(config.model.source, config.model.name, config.model.path)
     job, tokenizer, found = build_job(fresh, folder, base, display), load_tokenizer(base), checkpoint.newest(folder / "checkpoints")
     if found is None:

@@ -75,7 +75,7 @@ def warm_up(rows: Path, task: str = "ddxplus", steps: int = 80, runs: Path = RUN
 
 
 def to_read(folder: Path, patients: int = 6) -> list[dict[str, Any]]:
-    """What the first held-out patients were told: one completion before training, all of the evaluation after it; without the data set's own words."""
+    """What the first held-out patients were told: one completion before training, all of the evaluation after it; no words of the data set."""
     rows = [row for row in read_jsonl(folder / "completions.jsonl")[0] if row["stage"] == "eval"]
     first, last = min(row["step"] for row in rows), max(row["step"] for row in rows)
     before = {row["id"]: row for row in rows if row["step"] == first}
