@@ -23,6 +23,7 @@ LONG_SEEDS = {
     "multi_rlcr_700": 2,
     "multi_rlcr_700_exact": 2,
     "multi_rlcr_1400_exact": 1,
+    "multi_rlcr_700_exact_entropy": 1,
     "multi_rlcr_700_all": 2,
     "multi_rlcr_700_exact_all": 1,
 }
@@ -40,10 +41,11 @@ TRAINED = {
     "rlcr_single": ["reward=rlcr_single"],
     "rlvr_single": ["reward=rlvr_single"],
     "pass_at_k": ["reward=rlvr_single", "algo.credit=set", "algo.pass_k=3"],
-    # what of the aims is a matter of time (the least noisy credit, and five times as long), of the noise of labels, and of how little is trained
+    # what of the aims is a matter of time (least noisy credit, five times as long), of the labels' noise, of exploration, of how little is trained
     "multi_rlcr_700": LONG,
     "multi_rlcr_700_exact": [*LONG, "data.target=probabilities"],
     "multi_rlcr_1400_exact": [*LONG, "data.target=probabilities", "train.steps=1400"],
+    "multi_rlcr_700_exact_entropy": [*LONG, "data.target=probabilities", "algo.entropy_coef=0.005", "algo.entropy_decay=true"],
     "multi_rlcr_700_all": [*LONG, *ALL],
     "multi_rlcr_700_exact_all": [*LONG, *ALL, "data.target=probabilities"],
 }

@@ -22,6 +22,7 @@ ORDER = (
     "multi_rlcr_700",
     "multi_rlcr_700_exact",
     "multi_rlcr_1400_exact",
+    "multi_rlcr_700_exact_entropy",
     "multi_rlcr_700_all",
     "multi_rlcr_700_exact_all",
     "base",
