@@ -42,7 +42,7 @@ from mar.verify import normalise
 from mar.weights import load_model
 
 RESULT = Path(__file__).parent / "confidences.jsonl"
-WHOLE = ("gap_closed", "coverage@3", "ece", "q_mse", "tv_distance")
+WHOLE = ("gap_closed", "coverage@3", "coverage@30", "ece", "q_mse", "tv_distance")
 COOL, SETS, FRESH = (
     0.3,
     10,
@@ -51,11 +51,11 @@ COOL, SETS, FRESH = (
 
 
 def whole(items: Sequence[Item], examples: Sequence[Example]) -> dict[str, float | None]:
-    """The metrics of WHOLE."""
+    """The metrics of WHOLE; None: one set has no coverage@30."""
     found = {name: statistic.value(statistic.columns.sum(0)).item() for name, statistic in statistics(items, True).items()}
     known = bars(examples, 3)
     closed = gap_closed(found["coverage@3"], known["floor"][2], known["ceiling"][2]) if known else None
-    return {"gap_closed": closed, **{name: found[name] for name in WHOLE[1:]}}
+    return {"gap_closed": closed, **{name: found.get(name) for name in WHOLE[1:]}}
 
 
 @torch.no_grad()
@@ -172,7 +172,7 @@ def markdown() -> str:
     """A line for each policy."""
     lines = []
     for row in map(json.loads, RESULT.read_text(encoding="utf-8").splitlines()):
-        several = [row[name] for name in ("gap_closed", "ece", "tv_distance", "q_mse")]
+        several = [row[name] for name in ("gap_closed", "coverage@30", "ece", "tv_distance", "q_mse")]
         several += [row["parts"][name] for name in ("drawn", "expected", "constant")] + [row["slots"][0]["q_mse"]]
         lines.append([row["policy"], row["run"], *("–" if value is None else f"{value:.3f}" for value in several)])
     header = (
