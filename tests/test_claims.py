@@ -1,12 +1,25 @@
 """The summary of the comparison on clinic: intervals by hand, holes stay holes, stale results are seen."""
 
+import copy
 import json
+import re
 
 import numpy as np
 import pytest
+import torch
 
-from experiments.claims import confidences, run, summary
+from experiments.claims import confidences, probe, run, summary
+from mar.attention import pack_groups
+from mar.compose import compose
+from mar.fetch import resolve_model
 from mar.itemstats import AnswerSet, Item
+from mar.job import build_job
+from mar.log import Display
+from mar.lora import merge
+from mar.prompts import build_prompt, load_tokenizer
+from mar.tasks import get_task
+from mar.tasks.common import Source
+from mar.weights import load_model
 
 
 def log(method: str, seed: int, coverage: list[float], K: int) -> dict:
@@ -90,16 +103,81 @@ def test_what_is_named_is_trained_anew(tmp_path, monkeypatch):
     assert called == both[1:]
 
 
+def a_set(key: str, q: float, p: float, reason: str | None = None, repeated: bool = False) -> AnswerSet:
+    return AnswerSet("", (key,), (q,), (0.0,), (p,), (key,), (repeated,), reason, 9)
+
+
 def test_error_of_confidences_by_hand():
     """Drawn and expected parts, with a patient's other answers, format failures and answers given once set apart."""
-
-    def a_set(key, q, p, reason=None):
-        return AnswerSet("", (key,), (q,), (0.0,), (p,), (key,), (False,), reason, 9)
-
     sets = (a_set("flu", 0.2, 0.5), a_set("flu", 0.4, 0.5), a_set("cold", 0.9, 0.1), a_set("flu", 0.0, 0.0, "unfinished"))
     items = [Item("p1", 2, False, 1.0, 9, sets), Item("p2", 2, False, 1.0, 9, (a_set("flu", 0.5, 0.9), a_set("flu", 0.5, 0.9)))]
     found = confidences.parts(items, (0,))
     assert found["q_mse"] == pytest.approx((0.09 + 0.01 + 0.64 + 0.16 + 0.16) / 5)
     assert found["drawn"] == pytest.approx((0.02 + 0.0) / 2)  # of 0.2 and 0.4, and of 0.5 twice
     assert found["expected"] == pytest.approx(((0.04 - 0.01) + 0.16) / 2)
+    assert found["drawn"] + found["expected"] == pytest.approx((0.09 + 0.01 + 0.16 + 0.16) / 4)  # of the answers that came twice
     assert found["constant"] == pytest.approx(np.var([0.5, 0.5, 0.1, 0.9, 0.9]))
+    assert confidences.parts([Item("p1", 2, False, 1.0, 9, sets[2:3])], (0,))["drawn"] is None
+
+
+def test_answers_rated_by_what_the_model_thinks_of_them():
+    sets = (
+        a_set("flu", 0.2, 0.5),
+        a_set("flu", 0.4, 0.0, repeated=True),
+        a_set("nonsense", 0.9, 0.0),
+        a_set("flu", 0.1, 0.0, "unfinished"),
+    )
+    rated = confidences.rated([Item("p1", 2, False, 1.0, 9, sets)], [{"The Flu": 0.75, "cold": 0.25}])
+    assert [s.confidences for s in rated[0].sets] == [(0.75,), (0.0,), (0.0,), (0.1,)]
+
+
+def test_tables_of_confidences_and_probes_have_a_cell_for_each_column(tmp_path):
+    parts = {"q_mse": 0.02, "drawn": None, "expected": None, "constant": 0.03}
+    row = {"run": "r/seed0", "policy": "as trained", **dict.fromkeys(confidences.WHOLE, 0.5), "coverage@30": None, "parts": parts}
+    (tmp_path / "confidences.jsonl").write_text(json.dumps(row | {"slots": [parts]}) + "\n")
+    header, _, line = confidences.markdown(tmp_path / "confidences.jsonl").splitlines()
+    cells = dict(zip(header.split(" | "), line.split(" | "), strict=True))
+    assert (cells["gap_closed"], cells["coverage@30"], cells["drawn"], cells["first slot"]) == ("0.500", "–", "–", "0.020")
+    layers = [{"layer": i, "kl": 2.0, "of_drawn": 0.1, "linear": 0.2, "hidden": 0.3} for i in (0, 1)]
+    (tmp_path / "probe.json").write_text(json.dumps({"layers": layers}))
+    assert probe.markdown(tmp_path / "probe.json").splitlines()[2:] == [
+        "| embedding | 2.000 | 0.100 | 0.200 | 0.300 |",
+        "| 1 | 2.000 | 0.100 | 0.200 | 0.300 |",
+    ]
+
+
+def test_states_and_probabilities_are_those_of_the_place():
+    """The state before the first answer predicts its first token; the last layer's, normed, gives the probability that is returned."""
+    folder, _ = resolve_model("embedded", "embedded", None)
+    model, tokenizer = load_model(folder), load_tokenizer(folder)
+    examples = get_task("clinic").load(Source("embedded", "train", 3, 5)).examples
+    found, posterior, drawn, said = probe.states(model, tokenizer, "diagnosis", examples)
+    assert found.shape[:3] == (2, len(model.blocks) + 1, 3) and torch.allclose(posterior.sum(1), torch.ones(3))
+    for i, example in enumerate(examples):
+        prompt = list(build_prompt(example, probe.SETS, tokenizer, "diagnosis").ids)
+        name, opening = (tokenizer(t, add_special_tokens=False)["input_ids"] for t in (example.golds[drawn[i]].name, "<answer1>"))
+        rating = tokenizer("</answer1><confidence1>", add_special_tokens=False)["input_ids"]
+        with torch.no_grad():
+            logprobs = model(pack_groups([prompt], [[opening + name + rating]]))[0]
+            assert said[i].item() == pytest.approx(logprobs[len(opening) : len(opening) + len(name)].sum().exp().item(), rel=1e-4)
+            for place, first in ((0, name[0]), (1, tokenizer("0", add_special_tokens=False)["input_ids"][0])):
+                before = opening if place == 0 else opening + name + rating
+                logits = model.norm(found[place, -1, i]) @ model.head_weight.T
+                expected = model(pack_groups([prompt], [[[*before, first]]]))[0][-1]
+                assert logits.log_softmax(-1)[first].item() == pytest.approx(expected.item(), rel=1e-3)
+
+
+def test_teaching_leaves_the_teacher_alone_and_moves_what_is_named(tmp_path, monkeypatch):
+    writers, written = [], confidences.written
+    monkeypatch.setattr(confidences, "written", lambda job, model, *more: writers.append(model) or written(job, model, *more))
+    config = compose(["+experiment=clinic", "train.steps=2", "algo.prompts_per_step=2", "algo.group_size=2", "eval.num_items=2"])
+    folder, _ = resolve_model("embedded", "embedded", None)
+    job, tokenizer = build_job(config, tmp_path, folder, Display("plain", 0, 0)), load_tokenizer(folder)
+    before = {name: p.detach().clone() for name, p in job.model.named_parameters()}
+    for named, student in ((config.model.trainable, copy.deepcopy(job.model)), ("", merge(copy.deepcopy(job.model)))):
+        start = {name: p.detach().clone() for name, p in student.named_parameters()}
+        confidences.teach(job, student, named, 1e-2, 2, tokenizer)
+        moved = {name for name, p in student.named_parameters() if not torch.equal(p, start[name])}
+        assert moved == {name for name in start if re.search(named, name)}
+        assert all(torch.equal(p, before[name]) for name, p in job.model.named_parameters())
+    assert writers == [job.model] * 4

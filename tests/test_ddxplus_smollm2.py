@@ -31,7 +31,8 @@ def test_completions_to_read(tmp_path):
         folder.mkdir()
         before = told(["cold", "flu"][: len(sets[0][0])], sets[0][1], None)
         texts = [{"step": step, "stage": stage, "id": name, "targets": ["flu", "cold"], "question": "the data set's", **before}
-                 for step, stage, name in ((0, "eval", "p1"), (0, "eval", "p2"), (9, "train", "p1"), (9, "eval", "p1"))]  # fmt: skip
+                 for step, stage, name in ((0, "eval", "p2"), (0, "eval", "p1"), (9, "train", "p1"), (9, "eval", "p1"))]  # fmt: skip
+        texts[0]["answers"] = ["somebody else's"] * len(before["answers"])
         items = [{"protocol": {}}, {"arm": "base", "id": "p1", "num_golds": 2, "sets": []}]
         items += [{"arm": "policy", "id": name, "num_golds": 2, "sets": [told(*s) for s in sets]} for name in ("p1", "p2")]
         for name, rows in (("completions.jsonl", texts), ("eval_items.jsonl", items)):

@@ -43,11 +43,8 @@ from mar.weights import load_model
 
 RESULT = Path(__file__).parent / "confidences.jsonl"
 WHOLE = ("gap_closed", "coverage@3", "coverage@30", "ece", "q_mse", "tv_distance")
-COOL, SETS, FRESH = (
-    0.3,
-    10,
-    1000,
-)  # a low temperature; sets per held-out patient; what is added to the run's seed for other patients than its own
+SETS, COOL = 10, 0.3  # sets per held-out patient, a low temperature
+FRESH = 1000  # added to the run's seed for other patients than its own
 
 
 def whole(items: Sequence[Item], examples: Sequence[Example]) -> dict[str, float | None]:
@@ -71,9 +68,9 @@ def written(
 
 
 def parts(items: Sequence[Item], slots: Sequence[int]) -> dict[str, float | None]:
-    """The mean of (q - p)^2 over answers in these slots, and its two parts over those that a patient got twice or more (None: nobody did): `drawn`,
-    the variance of what is said of one answer in the same slot, and `expected`, the squared error of its mean (unbiased). `constant`: the least that
-    one confidence for all patients can have, the variance of p in a slot."""
+    """The mean of (q - p)^2 over answers in these slots, and its two parts over those that a patient got twice or more (None: nobody did), both
+    unbiased: `drawn`, the variance of what is said of one answer in the same slot, and `expected`, the squared error of its mean. `constant`: the
+    least that one confidence for all patients can have, the variance of p in a slot."""
     of_one: dict[Any, list[tuple[float, float]]] = defaultdict(list)
     for item in items:
         for s in (s for s in item.sets if s.reason is None):
@@ -93,7 +90,8 @@ def parts(items: Sequence[Item], slots: Sequence[int]) -> dict[str, float | None
 
 
 def teach(job: Job, student: Decoder, trainable: str, peak: float, steps: int, tokenizer: Any) -> None:
-    """Cross-entropy to sets of the run's policy with exact confidences; as many patients and sets a step as the run had."""
+    """Cross-entropy to sets of the run's policy with exact confidences; as many patients and sets a step as the run had. Answers are taught
+    along: left alone they would drift."""
     optimizer = make_optimizer(student, peak, (0.9, 0.95), 1e-8, 0.0, trainable)
     grammar, stop = job.protocol.grammar, tokenizer.eos_token_id
     for step in range(steps):
@@ -125,11 +123,12 @@ def known(job: Job, base: Decoder, tokenizer: Any) -> list[dict[str, float]]:
 
 
 def rated(items: Sequence[Item], beliefs: Sequence[dict[str, float]]) -> list[Item]:
-    """The items with each confidence replaced by the model's probability of the answer before it (0: of a text that is no condition)."""
+    """The items with each confidence replaced by the model's probability of the answer before it; 0 for a repeat, and for what is no condition."""
     out = []
     for item, belief in zip(items, beliefs, strict=True):
         of_key = {normalise(name): p for name, p in belief.items()}
-        sets = (s if s.reason else replace(s, confidences=tuple(of_key.get(str(key), 0.0) for key in s.keys)) for s in item.sets)
+        said = ([0.0 if again else of_key.get(str(key), 0.0) for key, again in zip(s.keys, s.repeated, strict=True)] for s in item.sets)
+        sets = (s if s.reason else replace(s, confidences=tuple(q)) for s, q in zip(item.sets, said, strict=True))
         out.append(replace(item, sets=tuple(sets)))
     return out
 
@@ -160,34 +159,22 @@ def policies(folder: Path, steps: int) -> Iterator[tuple[str, int, list[Item], l
     yield f"as trained, temperature {COOL}", 0, written(job, job.model, prompts, SETS, "held out", 0, COOL), examples
     yield "rated by the untrained model's answers", 0, rated(items, beliefs), examples
     yield "the untrained model's most probable answers", 0, most_probable(job, beliefs), examples
-    rates = {"same parameters": (0.05, config.model.trainable), "all parameters": (4e-4, "")}
+    rates = {"same parameters": (config.model.lr, config.model.trainable), "all parameters": (4e-4, "")}
     for name, (peak, trainable) in rates.items() if steps else ():
         print(name, flush=True)
-        student = copy.deepcopy(job.model) if trainable else merge(copy.deepcopy(job.model))
+        student = copy.deepcopy(job.model) if name == "same parameters" else merge(copy.deepcopy(job.model))
         teach(job, student, trainable, peak, steps, tokenizer)
         yield f"taught, {name}", steps, written(job, student, prompts, SETS, "held out", 0), examples
 
 
-def markdown() -> str:
-    """A line for each policy."""
+def markdown(file: Path = RESULT) -> str:
+    """A line for each policy of each run."""
     lines = []
-    for row in map(json.loads, RESULT.read_text(encoding="utf-8").splitlines()):
-        several = [row[name] for name in ("gap_closed", "coverage@30", "ece", "tv_distance", "q_mse")]
-        several += [row["parts"][name] for name in ("drawn", "expected", "constant")] + [row["slots"][0]["q_mse"]]
-        lines.append([row["policy"], row["run"], *("–" if value is None else f"{value:.3f}" for value in several)])
-    header = (
-        "policy",
-        "run",
-        "gap_closed",
-        "ece",
-        "tv_distance",
-        "q_mse",
-        "of it drawn",
-        "of its mean",
-        "one for all",
-        "q_mse, first slot",
-    )
-    return grid(header, lines)
+    for row in map(json.loads, file.read_text(encoding="utf-8").splitlines()):
+        columns = {name: row[name] for name in WHOLE if name != "coverage@3"} | {"first slot": row["slots"][0]["q_mse"]}
+        columns |= {"drawn": row["parts"]["drawn"], "of the mean": row["parts"]["expected"], "one for all": row["parts"]["constant"]}
+        lines.append([row["run"], row["policy"], *("–" if value is None else f"{value:.3f}" for value in columns.values())])
+    return grid(("run", "policy", *columns), lines)
 
 
 def main() -> None:
@@ -196,13 +183,12 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=500, help="of supervision; 0: none of it")
     args = parser.parse_args()
     run = f"{args.run.parent.name}/{args.run.name}"
-    rows = [row for row in (read_jsonl(RESULT)[0] if RESULT.exists() else []) if row["run"] != run]
+    rows = {(row["run"], row["policy"]): row for row in (read_jsonl(RESULT)[0] if RESULT.exists() else [])}
     for name, steps, items, examples in policies(args.run, args.steps):
         told = {"run": run, "policy": name, "steps": steps, **environment(), **whole(items, examples)}
-        told |= {"parts": parts(items, (0, 1, 2)), "slots": [parts(items, (slot,)) for slot in range(3)]}
-        rows.append(told)
-        write_jsonl(RESULT, rows)
-        print(json.dumps({key: told[key] for key in ("policy", *WHOLE, "parts")}), flush=True)
+        rows[run, name] = told | {"parts": parts(items, (0, 1, 2)), "slots": [parts(items, (slot,)) for slot in range(3)]}
+        write_jsonl(RESULT, rows.values())
+        print(json.dumps({key: rows[run, name][key] for key in ("policy", *WHOLE, "parts")}), flush=True)
 
 
 if __name__ == "__main__":
