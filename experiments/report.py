@@ -16,7 +16,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from experiments.algorithms import summary as algorithms
-from experiments.claims import confidences, summary
+from experiments.claims import confidences, probe, summary
 from experiments.credit import run as credit
 from experiments.ddxplus_smollm2 import constant, profile
 from experiments.ddxplus_smollm2 import summary as ddxplus
@@ -37,6 +37,7 @@ MADE = {  # what stands after `<!-- name -->`
     "claims": summary.markdown,
     "claims predicted": summary.predicted,
     "claims confidences": confidences.markdown,
+    "claims probe": probe.markdown,
     "peers": peers.markdown,
     "plan tracked": partial(plans.markdown, "tracked"),
     "plan computed": partial(plans.markdown, "computed"),

@@ -137,7 +137,7 @@ def test_tables_of_confidences_and_probes_have_a_cell_for_each_column(tmp_path):
     (tmp_path / "confidences.jsonl").write_text(json.dumps(row | {"slots": [parts]}) + "\n")
     header, _, line = confidences.markdown(tmp_path / "confidences.jsonl").splitlines()
     cells = dict(zip(header.split(" | "), line.split(" | "), strict=True))
-    assert (cells["gap_closed"], cells["coverage@30"], cells["drawn"], cells["first slot"]) == ("0.500", "–", "–", "0.020")
+    assert (cells["gap_closed"], cells["coverage@30"], cells["drawn"], cells["first slot"]) == ("0.500", "–", "–", "0.0200")
     layers = [{"layer": i, "kl": 2.0, "of_drawn": 0.1, "linear": 0.2, "hidden": 0.3} for i in (0, 1)]
     (tmp_path / "probe.json").write_text(json.dumps({"layers": layers}))
     assert probe.markdown(tmp_path / "probe.json").splitlines()[2:] == [

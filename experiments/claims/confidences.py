@@ -173,7 +173,7 @@ def markdown(file: Path = RESULT) -> str:
     for row in map(json.loads, file.read_text(encoding="utf-8").splitlines()):
         columns = {name: row[name] for name in WHOLE if name != "coverage@3"} | {"first slot": row["slots"][0]["q_mse"]}
         columns |= {"drawn": row["parts"]["drawn"], "of the mean": row["parts"]["expected"], "one for all": row["parts"]["constant"]}
-        lines.append([row["run"], row["policy"], *("–" if value is None else f"{value:.3f}" for value in columns.values())])
+        lines.append([row["run"], row["policy"], *("–" if v is None else f"{v:.3f}" if v >= 0.1 else f"{v:.4f}" for v in columns.values())])
     return grid(("run", "policy", *columns), lines)
 
 

@@ -12,7 +12,7 @@ from mar import plots
 
 HERE = Path(__file__).parent
 ORDER = ("multi_rlcr", "rlvr_single", "base", "single")
-CALIBRATED = ("multi_rlcr", "multi_rlcr_low_rate", "multi_rlcr_own")
+CALIBRATED = ("multi_rlcr", "multi_rlcr_elsewhere", "multi_rlcr_low_rate", "multi_rlcr_own")
 OF_SETS = ("top1", "ece", "brier", "format_rate", "tokens_per_set")
 WINDOW = 10  # steps whose mean the learning table shows
 
