@@ -35,7 +35,7 @@ from mar.metrics import bars, gap_closed
 from mar.model import Decoder
 from mar.optim import clip_gradients, learning_rate, make_optimizer, set_learning_rate
 from mar.prompts import build_prompt, load_tokenizer
-from mar.records import Example, Prompt
+from mar.records import Example, Prompt, UserError, exit_code
 from mar.rollout import judge_groups, sample
 from mar.tasks import get_task
 from mar.verify import normalise
@@ -149,8 +149,8 @@ def policies(folder: Path, steps: int) -> Iterator[tuple[str, int, list[Item], l
     fresh = replace(config, seed=config.seed + FRESH, train=replace(config.train, steps=max(1, steps)))
     base, _ = resolve_model(config.model.source, config.model.name, config.model.path)
     job, tokenizer, found = build_job(fresh, folder, base, display), load_tokenizer(base), checkpoint.newest(folder / "checkpoints")
-    if found is None:
-        sys.exit(f"{folder} has no checkpoint")
+    if found is None or not (job.protocol.grammar.confident and job.protocol.grammar.multi):
+        raise UserError(f"{folder} has no checkpoint, or a policy without sets and confidences: take a finished run of multi_rlcr")
     checkpoint.restore_weights(found, job.model)
     prompts = job.protocol.prompts
     examples = [p.example for p in prompts]
@@ -192,4 +192,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_code(main))
