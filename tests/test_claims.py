@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from experiments.claims import confidences, probe, run, summary
+from experiments.report import ROOT
 from mar.attention import pack_groups
 from mar.compose import compose
 from mar.fetch import resolve_model
@@ -181,3 +182,13 @@ def test_teaching_leaves_the_teacher_alone_and_moves_what_is_named(tmp_path, mon
         assert moved == {name for name in start if re.search(named, name)}
         assert all(torch.equal(p, before[name]) for name, p in job.model.named_parameters())
     assert writers == [job.model] * 4
+
+
+def test_scripts_that_are_run_by_path_find_the_experiments():
+    """`python experiments/x/run.py` has the script's folder on its path, not the repository's, which what imports `experiments` needs, or `-m`."""
+    texts = [*ROOT.glob("README.md"), *ROOT.glob("experiments/*/README.md"), *ROOT.glob("experiments/**/*.py"), ROOT / "Makefile"]
+    named = {name for file in texts for name in re.findall(r"python\S* (experiments/[\w/]+\.py)", file.read_text(encoding="utf-8"))}
+    assert len(named) > 5
+    for name in sorted(named):
+        source = (ROOT / name).read_text(encoding="utf-8")
+        assert "sys.path.insert" in source or not re.search(r"^(from|import) experiments", source, re.MULTILINE), name

@@ -1,6 +1,6 @@
 """What q_mse is made of, what the model knows, and what supervision would make of its confidences.
 
-    python experiments/claims/confidences.py runs/claims/multi_rlcr_700_exact/seed0 [--steps 500]      # a run of run.py; writes confidences.jsonl
+    python -m experiments.claims.confidences runs/claims/multi_rlcr_700_exact/seed0 [--steps 500]      # a run of run.py; writes confidences.jsonl
 
 `as trained`: the policy on held-out patients, ten sets each, drawn as in training or at a low temperature. `rated by ...`: the former, each answer
 rated with the probability that the untrained model gives to it when asked for one answer; `... most probable answers`: these, a set a patient. The

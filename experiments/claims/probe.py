@@ -1,4 +1,4 @@
-"""Where does the untrained model know how probable an answer is?  python experiments/claims/probe.py      # writes probe.json, some minutes
+"""Where does the untrained model know how probable an answer is?  python -m experiments.claims.probe      # writes probe.json, a minute or two
 
 Probes read its state after each of its layers, at two places of a set of three answers: `answer`, where it is about to write the first one (a
 linear probe of the whole posterior), and `confidence`, where it is about to rate it (how probable is what it just wrote? a linear probe, and one with

@@ -31,7 +31,7 @@ METHODS = {
     "multi_rlcr": ["reward=multi_rlcr"],
     "rlvr_single": ["reward=rlvr_single", "model.max_prompt_tokens=386"],  # its question is 62 tokens shorter: the same patients fit
 }
-VARIANTS = {  # what keeps confidences from sinking to 0? Seed 1, where they sink the most
+VARIANTS = {  # what keeps confidences from sinking? Seed 1
     "multi_rlcr_low_rate": ["reward=multi_rlcr", "model.lr=2e-5"],
     "multi_rlcr_own": ["reward=multi_rlcr", "algo.credit=own", "reward.brier_weight=3"],
 }
