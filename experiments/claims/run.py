@@ -21,7 +21,7 @@ RUNS, LOGS = Path("runs/claims"), HERE / "logs"
 ITEMS, ANSWERS = 500, 30
 LONG_SEEDS = {
     "multi_rlcr_700": 2,
-    "multi_rlcr_700_exact": 2,
+    "multi_rlcr_700_exact": 4,
     "multi_rlcr_1400_exact": 1,
     "multi_rlcr_700_exact_entropy": 1,
     "multi_rlcr_700_all": 2,
