@@ -151,6 +151,7 @@ def test_states_and_probabilities_are_those_of_the_place():
     """The state before the first answer predicts its first token; the last layer's, normed, gives the probability that is returned."""
     folder, _ = resolve_model("embedded", "embedded", None)
     model, tokenizer = load_model(folder), load_tokenizer(folder)
+    model.norm.weight.data.mul_(0.2)  # else tags are so certain that one token more or less would not show
     examples = get_task("clinic").load(Source("embedded", "train", 3, 5)).examples
     found, posterior, drawn, said = probe.states(model, tokenizer, "diagnosis", examples)
     assert found.shape[:3] == (2, len(model.blocks) + 1, 3) and torch.allclose(posterior.sum(1), torch.ones(3))
@@ -166,6 +167,26 @@ def test_states_and_probabilities_are_those_of_the_place():
                 logits = model.norm(found[place, -1, i]) @ model.head_weight.T
                 expected = model(pack_groups([prompt], [[[*before, first]]]))[0][-1]
                 assert logits.log_softmax(-1)[first].item() == pytest.approx(expected.item(), rel=1e-3)
+
+
+def test_what_the_model_knows_and_the_sets_made_of_it(tmp_path):
+    config = compose(["+experiment=clinic", "train.steps=1", "eval.num_items=2"])
+    folder, _ = resolve_model("embedded", "embedded", None)
+    job, model, tokenizer = build_job(config, tmp_path, folder, Display("plain", 0, 0)), load_model(folder), load_tokenizer(folder)
+    beliefs = confidences.known(job, model, tokenizer)
+    assert [sum(belief.values()) for belief in beliefs] == pytest.approx([1.0, 1.0], abs=0.02)
+    for prompt, belief, item in zip(job.protocol.prompts, beliefs, confidences.most_probable(job, beliefs), strict=True):
+        best = sorted(belief, key=belief.__getitem__, reverse=True)[:3]
+        exact = {gold.name: gold.probability for gold in prompt.example.golds}
+        assert item.sets[0].answers == tuple(best) and item.sets[0].confidences == pytest.approx([belief[n] for n in best], abs=0.005)
+        assert item.sets[0].mass == pytest.approx([exact[n] for n in best])
+        assert sum(abs(p - exact[name]) for name, p in belief.items()) < 0.7  # the shipped model knows the posterior, roughly
+
+    def different(temperature: float) -> int:
+        items = confidences.written(job, job.model, job.protocol.prompts, 6, "held out", 0, temperature)
+        return sum(len({s.text for s in item.sets}) for item in items)
+
+    assert different(1e-3) == 2 and different(1.0) > 6
 
 
 def test_teaching_leaves_the_teacher_alone_and_moves_what_is_named(tmp_path, monkeypatch):

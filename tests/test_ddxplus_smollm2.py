@@ -60,3 +60,10 @@ def test_mean_confidence_weighs_bins_by_their_answers(tmp_path):
     }
     (tmp_path / "log.json").write_text(json.dumps(log))
     assert summary.calibration(tmp_path).splitlines()[-1] == "| multi_rlcr, 4 | 1 | 0.300 | 0.400 | 0.100 | – | – | 0.500 |"
+
+
+def test_committed_logs_are_of_the_same_patients():
+    logs = [log for own in summary.grouped(summary.HERE / "logs", "method", summary.ORDER).values() for log in own]
+    assert len(logs) == 8 and len({log["num_items"] for log in logs}) == 1
+    read = [(summary.HERE / f"logs/{method}_completions{seed}.jsonl").read_text() for method in run.METHODS for seed in (0, 1)]
+    assert len({tuple(dict.fromkeys(json.loads(line)["id"] for line in text.splitlines())) for text in read}) == 1
