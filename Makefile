@@ -23,7 +23,7 @@ STAMP := $(ENV)/.mar-$(shell echo '$(CURDIR)' | cksum | cut -d' ' -f1)
 CPU := OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES=''
 PYTEST := $(CPU) $(BIN)/python -m pytest -q
 
-.PHONY: help setup train test test-slow lint format check smoke golden golden-update budget bench report faults faults-quick gpu
+.PHONY: help setup train test test-slow lint format check smoke golden golden-update bench report faults faults-quick gpu
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -74,9 +74,6 @@ golden: setup ## the committed loss values come out again
 golden-update: setup ## write the golden values again and show what changed
 	PYTHONPATH=.:kernels $(CPU) $(BIN)/python tests/test_golden.py
 
-budget: setup ## lines of code against the budget
-	$(BIN)/python tests/line_budget.py
-
 bench: setup ## our sampler against transformers.generate (BENCH=--bars: every case)
 	$(BIN)/python experiments/bench/sampler.py $(or $(BENCH),--quick)
 
@@ -92,4 +89,4 @@ faults-quick: setup ## those that need no mount, in at most 5 minutes; writes no
 gpu: setup ## the tests that need a CUDA device, then what only such a device can measure
 	$(BIN)/python experiments/gpu/first_hour.py
 
-check: lint test test-slow smoke golden budget ## all of it; what CI runs
+check: lint test test-slow smoke golden ## all of it; what CI runs

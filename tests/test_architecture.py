@@ -6,8 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from tests.line_budget import CORE_BUDGET, TOTAL_BUDGET, count_lines, is_core
-
 ROOT = Path(__file__).resolve().parents[1]
 
 # The one order of the code, upstream first. A new module takes the place at which the data reaches it.
@@ -88,8 +86,3 @@ def test_only_train_and_config_see_hydra() -> None:
             assert not [n for n in imports(file) if n.split(".")[0] in ("hydra", "omegaconf")], file
             assert "DictConfig" not in file.read_text(encoding="utf-8"), file
 
-
-def test_line_budget() -> None:
-    lines = count_lines()
-    assert sum(n for path, n in lines.items() if is_core(path)) <= CORE_BUDGET
-    assert sum(lines.values()) <= TOTAL_BUDGET
