@@ -30,7 +30,10 @@ from mar.log import shown
 from mar.metrics import SHOWN_METRICS
 
 ROOT = Path(__file__).resolve().parents[1]
-BLOCK = re.compile(r"(?P<open><!-- (?:logs? (?P<paths>[^>]+?)|(?P<made>[a-z ]+)) -->\n).*?(?P<close><!-- end -->)", re.DOTALL)
+BLOCK = re.compile(
+    r"(?P<open><!-- (?:logs? (?P<paths>[^>]+?)|(?P<made>[a-z ]+)) -->\n).*?(?P<close><!-- end -->)",
+    re.DOTALL,
+)
 DDXPLUS = ddxplus.HERE
 
 MADE = {  # what stands after `<!-- name -->`
@@ -46,10 +49,14 @@ MADE = {  # what stands after `<!-- name -->`
     "ddxplus calibration": partial(ddxplus.calibration, DDXPLUS / "logs"),
     "ddxplus constant": constant.markdown,
     "ddxplus completions": partial(
-        ddxplus.to_read, DDXPLUS / "logs/multi_rlcr_completions0.jsonl", DDXPLUS / "logs/rlvr_single_completions0.jsonl"
+        ddxplus.to_read,
+        DDXPLUS / "logs/multi_rlcr_completions0.jsonl",
+        DDXPLUS / "logs/rlvr_single_completions0.jsonl",
     ),
     "ddxplus profile": profile.markdown,
-    "medqa": partial(ddxplus.held_out, medqa.LOGS, 3, (*ddxplus.OF_SETS, "auroc", "repeats_per_set")),
+    "medqa": partial(
+        ddxplus.held_out, medqa.LOGS, 3, (*ddxplus.OF_SETS, "auroc", "repeats_per_set")
+    ),
     "medqa learning": partial(ddxplus.learning, medqa.LOGS),
     "generalise": generalise.markdown,
     "two steps": two_steps.markdown,
@@ -76,13 +83,24 @@ def of_one(end: dict[str, Any]) -> str:
     """Floor, before, after and ceiling of each metric."""
     stages = ("floor", "before", "after", "ceiling")
     coverage = next(iter(end["floor"]))
-    return table(["", *stages], [[m, *(shown(end[stage][m]) for stage in stages)] for m in (coverage, *SHOWN_METRICS)])
+    return table(
+        ["", *stages],
+        [[m, *(shown(end[stage][m]) for stage in stages)] for m in (coverage, *SHOWN_METRICS)],
+    )
 
 
 def of_several(ends: dict[str, dict[str, Any]]) -> str:
     """One line for each log."""
     metrics = ("coverage@3", "top1", "ece", "q_mse", "repeats_per_set")
-    rows = [[log, shown(end["gap_closed"]), *(shown(end["after"][m]) for m in metrics), f"{end['job_s']:.0f}"] for log, end in ends.items()]
+    rows = [
+        [
+            log,
+            shown(end["gap_closed"]),
+            *(shown(end["after"][m]) for m in metrics),
+            f"{end['job_s']:.0f}",
+        ]
+        for log, end in ends.items()
+    ]
     return table(["log", "gap_closed", *metrics, "seconds"], rows)
 
 
@@ -103,7 +121,10 @@ def fill(text: str) -> str:
         if match["made"]:
             made = MADE[match["made"]]()
         else:
-            ends = {path.stem: read_end(path) for path in (ROOT / path for path in match["paths"].split())}
+            ends = {
+                path.stem: read_end(path)
+                for path in (ROOT / path for path in match["paths"].split())
+            }
             made = of_one(next(iter(ends.values()))) if len(ends) == 1 else of_several(ends)
         return f"{match['open']}\n{made}\n\n{match['close']}"
 
@@ -114,12 +135,18 @@ def main() -> None:
     if sys.argv[1:] not in ([], ["--check"]):
         sys.exit(f"usage: python experiments/report.py [--check], not {' '.join(sys.argv[1:])}")
     files = [ROOT / "README.md", *sorted(ROOT.glob("experiments/*/README.md"))]
-    stale = {file: made for file in files if (made := fill(text := file.read_text(encoding="utf-8"))) != text}
+    stale = {
+        file: made
+        for file in files
+        if (made := fill(text := file.read_text(encoding="utf-8"))) != text
+    }
     if "--check" in sys.argv[1:]:
         for file in stale:
             print(f"{file.relative_to(ROOT)}: a table differs from its logs; run `make report`")
         if summary.stale():
-            print("experiments/claims: results.json and the figures are of other logs; run `make report`")
+            print(
+                "experiments/claims: results.json and the figures are of other logs; run `make report`"
+            )
         sys.exit(bool(stale) or summary.stale())
     if summary.stale():
         summary.write()

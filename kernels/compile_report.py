@@ -33,11 +33,27 @@ FLOPS = {torch.bfloat16: 989e12, torch.float32: 495e12 / 3}
 HBM, L2 = 3.35e12, 5.5e12
 N, D, V = 16_384, 2_048, 151_936  # tokens of a micro-batch; Qwen3-1.7B
 B, T, C, S = 1_536, 1_536, 11, 12  # a step of the paper's recipe, with K = 5
-TYPES = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.float64: "*fp64", torch.int64: "*i64"}
-MMA = re.compile(r"\b(wgmma|mma|tcgen05)\.(?:mma_async|sync|mma)\S*?(m\d+n\d+k\d+\S*?(?:bf16|tf32)|kind::\w+)")
+TYPES = {
+    torch.bfloat16: "*bf16",
+    torch.float32: "*fp32",
+    torch.float64: "*fp64",
+    torch.int64: "*i64",
+}
+MMA = re.compile(
+    r"\b(wgmma|mma|tcgen05)\.(?:mma_async|sync|mma)\S*?(m\d+n\d+k\d+\S*?(?:bf16|tf32)|kind::\w+)"
+)
 MMA_TYPE = {torch.bfloat16: "f16", torch.float32: "tf32"}  # Blackwell names bf16 and f16 alike
-OUTPUTS = ((0,), (0, 1), (2,), (1, 2))  # which of log-probability, entropy and log-sum-exp a loss uses
-CHOICES = (("to_go", "leave_one_out", "none"), ("set", "mean", "group_std"), ("own", "none", "batch_std"))
+OUTPUTS = (
+    (0,),
+    (0, 1),
+    (2,),
+    (1, 2),
+)  # which of log-probability, entropy and log-sum-exp a loss uses
+CHOICES = (
+    ("to_go", "leave_one_out", "none"),
+    ("set", "mean", "group_std"),
+    ("own", "none", "batch_std"),
+)
 ABOUT = """# What the compiler makes of the kernels
 
 Written by `python kernels/compile_report.py` with {version}; `--check` fails on a stack (spilled registers), a missing tensor-core instruction,
@@ -67,9 +83,13 @@ class Launch:
     def name(self) -> str:
         kind = next(x.dtype for x in self.arguments.values() if isinstance(x, Tensor))
         used = [n for n in ("of_target", "of_entropy") if self.arguments.get(n) is not None]
-        chosen = [str(self.arguments[n]) for n in ("CREDIT", "BASELINE", "SCALE") if n in self.arguments]
+        chosen = [
+            str(self.arguments[n]) for n in ("CREDIT", "BASELINE", "SCALE") if n in self.arguments
+        ]
         read = ["logits"] if "hidden" in self.arguments and not self.multiplies else []
-        return " ".join([self.kernel.__name__.removesuffix("_kernel"), TYPES[kind][1:], *read, *used, *chosen])
+        return " ".join(
+            [self.kernel.__name__.removesuffix("_kernel"), TYPES[kind][1:], *read, *used, *chosen]
+        )
 
 
 class Recorder:
@@ -83,7 +103,9 @@ class Recorder:
 
     def launch(self, *args: Any, num_warps: int = 4, num_stages: int = 3, **constants: Any) -> None:
         named = dict(zip(self.kernel.arg_names, args, strict=False)) | constants
-        made = Launch(self.kernel, named, {"num_warps": num_warps, "num_stages": num_stages}, self.capability)
+        made = Launch(
+            self.kernel, named, {"num_warps": num_warps, "num_stages": num_stages}, self.capability
+        )
         self.found.setdefault(f"{source_of(made).hash()} {made.options}", made)
 
 
@@ -95,20 +117,30 @@ def launches(capability: int) -> list[Launch]:
         return torch.empty(*shape, dtype=dtype, device="meta")
 
     with ExitStack() as patches:
-        patches.enter_context(patch.object(torch.cuda, "get_device_capability", lambda _: divmod(capability, 10)))
+        patches.enter_context(
+            patch.object(torch.cuda, "get_device_capability", lambda _: divmod(capability, 10))
+        )
         for module in (triton_logprobs, triton_advantages):
             for name, kernel in [(n, k) for n, k in vars(module).items() if n.endswith("_kernel")]:
-                patches.enter_context(patch.object(module, name, Recorder(kernel, capability, found)))
+                patches.enter_context(
+                    patch.object(module, name, Recorder(kernel, capability, found))
+                )
         for dtype in FLOPS:
             for used in OUTPUTS:
                 leaves = [empty(n, D, dtype=dtype).requires_grad_() for n in (N, V)]
                 outputs = triton_logprobs.linear_logprobs(*leaves, empty(N), 0.7)
-                torch.autograd.grad([outputs[i] for i in used], leaves, [empty(N, dtype=torch.float32)] * len(used))
+                torch.autograd.grad(
+                    [outputs[i] for i in used], leaves, [empty(N, dtype=torch.float32)] * len(used)
+                )
             logits = empty(N, V, dtype=dtype).requires_grad_()
-            torch.autograd.grad(triton_logprobs.selected_logprobs(logits, empty(N)), logits, empty(N, dtype=dtype))
+            torch.autograd.grad(
+                triton_logprobs.selected_logprobs(logits, empty(N)), logits, empty(N, dtype=dtype)
+            )
         for dtype, choices in product((torch.float64, torch.float32), CHOICES):
             rewards = empty(B, C, dtype=dtype), empty(C, dtype=dtype)
-            triton_advantages.answer_advantages(*rewards, empty(B, S), empty(B, T), empty(B), *choices)
+            triton_advantages.answer_advantages(
+                *rewards, empty(B, S), empty(B, T), empty(B), *choices
+            )
     return list(found.values())
 
 
@@ -144,22 +176,54 @@ def compile_launch(launch: Launch) -> tuple[list[str], list[str]]:
         command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
         usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     registers, stack = (int(n) for n in re.findall(r"REG:(\d+) STACK:(\d+)", usage)[0])
-    (room, most), warps, shared = SM[launch.capability], launch.options["num_warps"], made.metadata.shared
-    blocks = min((1 << 16) // (warps * -(-registers * 32 // 256) * 256), (room << 10) // (shared + 1024), most // warps)
+    (room, most), warps, shared = (
+        SM[launch.capability],
+        launch.options["num_warps"],
+        made.metadata.shared,
+    )
+    blocks = min(
+        (1 << 16) // (warps * -(-registers * 32 // 256) * 256),
+        (room << 10) // (shared + 1024),
+        most // warps,
+    )
     mma = sorted({" ".join(m) for m in MMA.findall(made.asm["ptx"])})
     problems = [f"a stack of {stack} bytes: registers were spilled"] if stack else []
-    problems += [f"ptxas -v: {spilled} bytes spilled"] if (spilled := spilled_bytes(made.asm["ptx"], launch.capability)) else []
-    if launch.multiplies and not any(m.endswith(MMA_TYPE[launch.arguments["hidden"].dtype]) for m in mma):
+    problems += (
+        [f"ptxas -v: {spilled} bytes spilled"]
+        if (spilled := spilled_bytes(made.asm["ptx"], launch.capability))
+        else []
+    )
+    if launch.multiplies and not any(
+        m.endswith(MMA_TYPE[launch.arguments["hidden"].dtype]) for m in mma
+    ):
         problems.append("multiplies without the tensor cores for its type")
     problems += ["uses atomics"] if re.search(r"\b(atom|red)\.", made.asm["ptx"]) else []
-    counts = [registers, stack, f"{shared / 1024:.0f}", f"{blocks * warps / most:.0%}", ", ".join(mma) or "–"]
+    counts = [
+        registers,
+        stack,
+        f"{shared / 1024:.0f}",
+        f"{blocks * warps / most:.0%}",
+        ", ".join(mma) or "–",
+    ]
     return [launch.name, f"sm_{launch.capability}", *map(str, counts), *work(launch)], problems
 
 
 def spilled_bytes(ptx: str, capability: int) -> int | None:
     """Stores and loads that `ptxas -v` counts as spills; None where the ptxas that triton brings does not read this PTX."""
-    flags = ["-v", f"--gpu-name=sm_{capability}{'a' * (capability >= 90)}", "-o", "/dev/null", "/dev/stdin"]
-    done = subprocess.run([triton.knobs.nvidia.ptxas.path, *flags], input=ptx, capture_output=True, text=True, check=False)
+    flags = [
+        "-v",
+        f"--gpu-name=sm_{capability}{'a' * (capability >= 90)}",
+        "-o",
+        "/dev/null",
+        "/dev/stdin",
+    ]
+    done = subprocess.run(
+        [triton.knobs.nvidia.ptxas.path, *flags],
+        input=ptx,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     return None if done.returncode else sum(map(int, re.findall(r"(\d+) bytes spill", done.stderr)))
 
 
@@ -196,8 +260,12 @@ def main() -> int:
     if not check:
         about = ABOUT.format(version=version, N=N, D=D, V=V, B=B, T=T, C=C)
         REPORT.write_text("\n".join([about, HEADER, *rows, ""]), encoding="utf-8")
-    elif version in (written := REPORT.read_text(encoding="utf-8")) and any(row not in written for row in rows):
-        problems.append(f"{REPORT.name} is not what {version} gives: run python kernels/compile_report.py")
+    elif version in (written := REPORT.read_text(encoding="utf-8")) and any(
+        row not in written for row in rows
+    ):
+        problems.append(
+            f"{REPORT.name} is not what {version} gives: run python kernels/compile_report.py"
+        )
     for problem in problems:
         print(problem, file=sys.stderr)
     print(f"{len(rows)} kernels compiled, {len(problems)} problems")

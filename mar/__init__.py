@@ -5,5 +5,7 @@ import sys
 
 __version__ = "0.1.0"
 
-if sys.argv[:1] == ["-m"]:  # a command of ours is being loaded, for seconds: Ctrl-C leaves no traceback; then `exit_code` takes over
+if (
+    sys.argv[:1] == ["-m"]
+):  # a command of ours is being loaded, for seconds: Ctrl-C leaves no traceback; then `exit_code` takes over
     signal.signal(signal.SIGINT, signal.SIG_DFL)

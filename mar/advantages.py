@@ -18,10 +18,16 @@ def token_advantages(batch: Batch, credit: str, baseline: str, scale: str) -> Te
     if baseline == "matched" and credit != "set":
         advantages = matched_advantages(batch, credit)
     else:
-        compared = "leave_one_out" if baseline == "matched" else baseline  # before its start no completion has earned anything: all match
+        compared = (
+            "leave_one_out" if baseline == "matched" else baseline
+        )  # before its start no completion has earned anything: all match
         columns = (batch.components, weights, batch.first_open, batch.segment_ids, batch.group_ids)
-        advantages = answer_advantages(*columns, credit, compared, "none" if scale == "whiten" else scale)
-    return (whiten(advantages, batch.loss_mask) if scale == "whiten" else advantages) * batch.completion_mask
+        advantages = answer_advantages(
+            *columns, credit, compared, "none" if scale == "whiten" else scale
+        )
+    return (
+        whiten(advantages, batch.loss_mask) if scale == "whiten" else advantages
+    ) * batch.completion_mask
 
 
 def matched_advantages(batch: Batch, credit: str) -> Tensor:
@@ -34,21 +40,33 @@ def matched_advantages(batch: Batch, credit: str) -> Tensor:
     """
     C, start = batch.components.shape[1], batch.first_open.gather(1, batch.segment_ids)  # [B, T]
     togo = torch.nn.functional.pad(batch.components.flip(1).cumsum(1).flip(1), (0, 1))  # [B, C + 1]
-    own = torch.cat([batch.components[:, :-1] + batch.components[:, -1:], togo[:, C - 1 :]], 1)  # of a segment that decides component c
-    following = torch.nn.functional.pad(batch.first_open[:, 1:], (0, 1), value=C).gather(1, batch.segment_ids)
+    own = torch.cat(
+        [batch.components[:, :-1] + batch.components[:, -1:], togo[:, C - 1 :]], 1
+    )  # of a segment that decides component c
+    following = torch.nn.functional.pad(batch.first_open[:, 1:], (0, 1), value=C).gather(
+        1, batch.segment_ids
+    )
     paid = torch.stack([togo, own] if credit == "own" else [togo], 1)  # [B, 1 or 2, C + 1]
     earned = torch.nn.functional.pad(batch.components.clamp(min=0).cumsum(1), (1, 0))
     order, sizes = batch.group_ids.argsort(stable=True), batch.group_ids.bincount()
     there = torch.arange(int(sizes.max()), device=order.device) < sizes[sizes > 0, None]  # [P, G]
     members = torch.zeros_like(there, dtype=torch.int64).masked_scatter(there, order)
     values, past = paid[members], earned[members]  # [P, G, 1 or 2, C + 1], [P, G, C + 1]
-    others = (there[:, None] & ~torch.eye(there.shape[1], dtype=torch.bool, device=order.device))[..., None]
+    others = (there[:, None] & ~torch.eye(there.shape[1], dtype=torch.bool, device=order.device))[
+        ..., None
+    ]
     alike = (past[:, :, None] == past[:, None]) & others  # [P, G, G, C + 1]
     chosen = torch.where(alike.any(2, keepdim=True), alike, others).to(values)
-    centred = values - torch.einsum("pijc,pjkc->pikc", chosen, values) / chosen.sum(2).clamp(min=1)[:, :, None]
+    centred = (
+        values
+        - torch.einsum("pijc,pjkc->pikc", chosen, values) / chosen.sum(2).clamp(min=1)[:, :, None]
+    )
     out = torch.empty_like(paid).index_copy_(0, members[there], centred[there])
     decides = (following > start) & (start < C - 1)  # else it is credited with all that is open
-    return torch.where(decides, out[:, -1].gather(1, start), out[:, 0].gather(1, start)) * batch.completion_mask
+    return (
+        torch.where(decides, out[:, -1].gather(1, start), out[:, 0].gather(1, start))
+        * batch.completion_mask
+    )
 
 
 def whiten(advantages: Tensor, mask: Tensor) -> Tensor:
@@ -71,8 +89,12 @@ def best_of_k_advantages(batch: Batch, k: int) -> Tensor:
         members = (batch.group_ids == group).nonzero()[:, 0]
         rewards, order = batch.totals[members].sort()
         n = len(members)
-        below = torch.arange(n - 1, dtype=rewards.dtype, device=rewards.device)  # of the m-th of n - 1 others, m are lower
-        chance = torch.ones_like(below)  # that it is the largest of k - 1: C(m, k - 2) / C(n - 1, k - 1)
+        below = torch.arange(
+            n - 1, dtype=rewards.dtype, device=rewards.device
+        )  # of the m-th of n - 1 others, m are lower
+        chance = torch.ones_like(
+            below
+        )  # that it is the largest of k - 1: C(m, k - 2) / C(n - 1, k - 1)
         for i in range(k - 2):
             chance = chance * (below - i).clamp(min=0) / (n - 2 - i)
         chance = chance * (k - 1) / (n - 1)
@@ -93,7 +115,9 @@ def with_kl_cost(batch: Batch, kl: Tensor, coef: float) -> Batch:
     return replace(batch, components=batch.components.scatter_add(1, start, -cost))
 
 
-def with_truncation_rule(batch: Batch, rule: str, max_completion_tokens: int, overlong_tokens: int) -> Batch:
+def with_truncation_rule(
+    batch: Batch, rule: str, max_completion_tokens: int, overlong_tokens: int
+) -> Batch:
     """What becomes of completions that the length limit ended: `keep`; `mask` (their tokens are not trained on; they still count in baselines);
     `penalise` (up to 1 less reward: linearly over the last `overlong_tokens` before the limit, 0: only at the limit). DAPO, arXiv 2503.14476,
     section 3.4 and eq. 13."""

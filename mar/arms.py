@@ -8,7 +8,17 @@ from typing import Any
 import numpy as np
 
 from mar.grammar import Grammar
-from mar.itemstats import Item, Statistic, curves, difference, estimate, mean_of, ratio, resamples, statistics
+from mar.itemstats import (
+    Item,
+    Statistic,
+    curves,
+    difference,
+    estimate,
+    mean_of,
+    ratio,
+    resamples,
+    statistics,
+)
 from mar.log import Display
 from mar.metrics import NUM_BINS, bars
 from mar.records import Example
@@ -35,30 +45,58 @@ def arms_of(grammar: Grammar, k: int, sizes: Sequence[int], trained: bool) -> li
     """
     K, confident = grammar.num_answers, grammar.confident
     single = Grammar("rlcr_single" if confident else "rlvr_single", 1, thinking=grammar.thinking)
-    asked = grammar if grammar.multi else Grammar("rlcr_multi" if confident else "rlvr_multi", 3, thinking=grammar.thinking)
+    asked = (
+        grammar
+        if grammar.multi
+        else Grammar("rlcr_multi" if confident else "rlvr_multi", 3, thinking=grammar.thinking)
+    )
     sets, untrained = max(1, k // K), "the untrained model" if trained else "the same weights"
-    arms = [Arm("policy", f"{sets} sets of {K}, asked as in training", grammar, sets, trained=trained)]
+    arms = [
+        Arm("policy", f"{sets} sets of {K}, asked as in training", grammar, sets, trained=trained)
+    ]
     if trained:
-        arms.append(Arm("base", f"{untrained}, asked as the policy is, once", grammar, 1, trained=False))
+        arms.append(
+            Arm("base", f"{untrained}, asked as the policy is, once", grammar, 1, trained=False)
+        )
     if grammar.multi:
-        arms.append(Arm("single", f"{untrained}, asked for one answer, {k} times", single, k, trained=False))
+        arms.append(
+            Arm("single", f"{untrained}, asked for one answer, {k} times", single, k, trained=False)
+        )
     for style, says in (
         ("prompted_k", "prompted for K: asked only to list"),
         ("verbalized", "verbalised sampling: asked to draw at random"),
     ):
-        arms.append(Arm(style, f"{untrained}, {says} {asked.num_answers} answers", asked, 1, style, False))
+        arms.append(
+            Arm(style, f"{untrained}, {says} {asked.num_answers} answers", asked, 1, style, False)
+        )
     for size in sizes if grammar.multi else ():
         if size != K:
-            arms.append(Arm(f"K={size}", f"the policy, asked for {size}", replace(grammar, num_answers=size), 1, trained=trained))
+            arms.append(
+                Arm(
+                    f"K={size}",
+                    f"the policy, asked for {size}",
+                    replace(grammar, num_answers=size),
+                    1,
+                    trained=trained,
+                )
+            )
     return arms
 
 
-def _curve(items: Sequence[Item], each: Mapping[str, np.ndarray], weights: np.ndarray) -> dict[str, Any]:
+def _curve(
+    items: Sequence[Item], each: Mapping[str, np.ndarray], weights: np.ndarray
+) -> dict[str, Any]:
     """Coverage, unique answers and tokens against the number of answers k, each [value, low, high]."""
     K, steps = len(items[0].sets[0].answers), range(len(items[0].sets))
     tokens = np.mean([[s.tokens for s in i.sets] for i in items])
-    out: dict[str, Any] = {"k": [K * (m + 1) for m in steps], "tokens": [float(tokens * (m + 1)) for m in steps]}
-    return out | {name: [estimate(mean_of(each[name][:, m]), weights) for m in steps] for name in ("coverage", "unique", "pass")}
+    out: dict[str, Any] = {
+        "k": [K * (m + 1) for m in steps],
+        "tokens": [float(tokens * (m + 1)) for m in steps],
+    }
+    return out | {
+        name: [estimate(mean_of(each[name][:, m]), weights) for m in steps]
+        for name in ("coverage", "unique", "pass")
+    }
 
 
 def _reliability(ece: Statistic, weights: np.ndarray) -> list[dict[str, Any]]:
@@ -79,10 +117,20 @@ def measured(arm: Arm, items: Sequence[Item]) -> dict[str, Any]:
         "says": arm.says,
         "num_answers": arm.grammar.num_answers,
         "num_sets": len(items[0].sets),
-        "metrics": {name: estimate(statistic, weights) for name, statistic in all_statistics.items()},
+        "metrics": {
+            name: estimate(statistic, weights) for name, statistic in all_statistics.items()
+        },
         "curve": _curve(items, each, weights),
-        "reliability": _reliability(all_statistics["ece"], weights) if arm.grammar.confident else [],
-        "unique_histogram": dict(sorted(Counter(len({key for s in i.sets for key in s.keys} - {None}) for i in items).items())),
+        "reliability": _reliability(all_statistics["ece"], weights)
+        if arm.grammar.confident
+        else [],
+        "unique_histogram": dict(
+            sorted(
+                Counter(
+                    len({key for s in i.sets for key in s.keys} - {None}) for i in items
+                ).items()
+            )
+        ),
         "tokens": [s.tokens for s in sets][:5000],
         "format_failures": dict(Counter(s.reason for s in sets if s.reason)),
     }
@@ -97,27 +145,42 @@ def at_tokens(curve: Mapping[str, Any], budget: float) -> float | None:
 def compared(a: Sequence[Item], b: Sequence[Item], confident: bool) -> dict[str, Any]:
     """a - b of every metric that both have, on the items that both answered: {metric: [difference, low, high]}, and the number of items."""
     ids = {i.id for i in a} & {i.id for i in b}
-    mine, theirs = ([i for i in sorted(items, key=lambda i: i.id) if i.id in ids] for items in (a, b))
+    mine, theirs = (
+        [i for i in sorted(items, key=lambda i: i.id) if i.id in ids] for items in (a, b)
+    )
     first, second = statistics(mine, confident), statistics(theirs, confident)
     weights = resamples(len(ids))
-    return {"num_items": len(ids)} | {n: difference(first[n], second[n], weights) for n in first if n in second}
+    return {"num_items": len(ids)} | {
+        n: difference(first[n], second[n], weights) for n in first if n in second
+    }
 
 
-def document_of(arms: Sequence[Arm], items: Mapping[str, Sequence[Item]], examples: Sequence[Example], k: int) -> dict[str, Any]:
+def document_of(
+    arms: Sequence[Arm], items: Mapping[str, Sequence[Item]], examples: Sequence[Example], k: int
+) -> dict[str, Any]:
     """What `evaluation.json` says of all arms, at equal answers, at equal tokens, and item by item."""
     ids = {i.id for i in items["policy"]}
     found = {a.name: measured(a, items[a.name]) for a in arms}
     per_set = found["policy"]["curve"]["tokens"]
     budgets = sorted({per_set[0], per_set[len(per_set) // 2], per_set[-1]})
     K, most = arms[0].grammar.num_answers, arms[0].grammar.num_answers * arms[0].num_sets
-    same = [a for a in arms[1:] if a.grammar.num_answers == K or a.grammar.num_answers * a.num_sets == most]
+    same = [
+        a
+        for a in arms[1:]
+        if a.grammar.num_answers == K or a.grammar.num_answers * a.num_sets == most
+    ]
     return {
         "num_items": len(ids),
         "k": k,
         "bars": bars([e for e in examples if e.id in ids], k),
         "arms": found,
-        "equal_tokens": [{"tokens": b} | {n: at_tokens(a["curve"], b) for n, a in found.items()} for b in budgets],
-        "paired": {f"policy - {a.name}": compared(items["policy"], items[a.name], a.grammar.confident) for a in same},
+        "equal_tokens": [
+            {"tokens": b} | {n: at_tokens(a["curve"], b) for n, a in found.items()} for b in budgets
+        ],
+        "paired": {
+            f"policy - {a.name}": compared(items["policy"], items[a.name], a.grammar.confident)
+            for a in same
+        },
     }
 
 
@@ -127,9 +190,15 @@ def show(document: Mapping[str, Any], display: Display) -> None:
     columns = {n: a["metrics"] for n, a in document["arms"].items() if not n.startswith("K=")}
     most = max(a["num_answers"] * a["num_sets"] for a in document["arms"].values())
     names = (f"coverage@{K}", f"coverage@{most}", f"unique@{most}", *SHOWN)
-    display.table(f"{document['task']}, {document['num_items']} items, ± half of the 95 % interval", columns, names)
+    display.table(
+        f"{document['task']}, {document['num_items']} items, ± half of the 95 % interval",
+        columns,
+        names,
+    )
     for pair, values in document["paired"].items():
         key = next((n for n in values if n.startswith("coverage@")), None)
         if key and values[key][0] is not None:
             value, low, high = values[key]
-            display.say(f"{pair}: {key} {value:+.3f} [{low:+.3f}, {high:+.3f}] on {values['num_items']} items")
+            display.say(
+                f"{pair}: {key} {value:+.3f} [{low:+.3f}, {high:+.3f}] on {values['num_items']} items"
+            )

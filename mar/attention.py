@@ -31,13 +31,17 @@ def _side_by_side(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def cpu_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def cpu_attention(
+    q: Tensor, k: Tensor, v: Tensor, causal: bool, bias: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """PyTorch's own CPU attention with its log-sum-exp, which the public function does not return. q [B, H, M, D], k and v [B, Hkv, N, D].
 
     The operator takes it for granted that channels lie side by side, and returns rubbish where they do not (in a transposed product): copies then.
     """
     q, k, v = map(_side_by_side, (q, k, v))
-    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, attn_mask=bias)
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        q, k, v, 0.0, causal, attn_mask=bias
+    )
 
 
 @dataclass(frozen=True)
@@ -57,7 +61,11 @@ class PackedGroups:
     targets: Int64[Tensor, " m"]
 
 
-def pack_groups(prompts: Sequence[Tokens], completions: Sequence[Sequence[Tokens]], device: torch.device | str = "cpu") -> PackedGroups:
+def pack_groups(
+    prompts: Sequence[Tokens],
+    completions: Sequence[Sequence[Tokens]],
+    device: torch.device | str = "cpu",
+) -> PackedGroups:
     """Token ids of each prompt and of its completions, none of them empty. A prompt may have no completions."""
     lines: list[list[int]] = [[], [], [], []]
     ids, positions, predict_from, targets = lines
@@ -124,21 +132,30 @@ class _Block:
 
 def _plan(packed: PackedGroups) -> tuple[list[_Block], list[tuple[slice, slice]]]:
     """Blocks of segments, and (a prompt's tokens, the tokens of all its rows). Lengths alone decide: once per pass."""
-    segments = [(start, length) for start, length, *_ in chain(packed.prompts, packed.rows) if length]
+    segments = [
+        (start, length) for start, length, *_ in chain(packed.prompts, packed.rows) if length
+    ]
     similar: list[list[tuple[int, int]]] = []
     for start, length in sorted(segments, key=lambda segment: -segment[1]):
-        if not similar or length < 0.75 * similar[-1][0][1]:  # at most a quarter of a block is padding
+        if (
+            not similar or length < 0.75 * similar[-1][0][1]
+        ):  # at most a quarter of a block is padding
             similar.append([])
         similar[-1].append((start, length))
     blocks = []
     for members in similar:
         longest = members[0][1]
         tokens = [token for start, n in members for token in range(start, start + n)]
-        slots = [slot for i, (_, n) in enumerate(members) for slot in range(i * longest, i * longest + n)]
+        slots = [
+            slot for i, (_, n) in enumerate(members) for slot in range(i * longest, i * longest + n)
+        ]
         index = (torch.tensor(line, device=packed.ids.device) for line in (tokens, slots))
         blocks.append(_Block(len(members), longest, *index))
     ends = [start for start, _ in packed.prompts[1:]] + [packed.ids.shape[0]]  # of each group
-    shared = [(slice(s, s + n), slice(s + n, end)) for (s, n), end in zip(packed.prompts, ends, strict=True)]
+    shared = [
+        (slice(s, s + n), slice(s + n, end))
+        for (s, n), end in zip(packed.prompts, ends, strict=True)
+    ]
     return blocks, [(prompt, rows) for prompt, rows in shared if rows.stop > rows.start]
 
 
@@ -161,7 +178,9 @@ class _GroupAttention(torch.autograd.Function):
             shared_out, shared_lse = (rearrange(part, UNFOLD, r=repeat) for part in parts)
             own_lse, lse[rows] = lse[rows].clone(), torch.logaddexp(lse[rows], shared_lse)
             own_share, shared_share = (own_lse - lse[rows]).exp_(), (shared_lse - lse[rows]).exp_()
-            out[rows] = (out[rows] * own_share[..., None] + shared_out * shared_share[..., None]).to(out.dtype)
+            out[rows] = (
+                out[rows] * own_share[..., None] + shared_out * shared_share[..., None]
+            ).to(out.dtype)
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.plan = plan
         return out
@@ -173,14 +192,24 @@ class _GroupAttention(torch.autograd.Function):
         (blocks, shared), kv_heads, repeat = ctx.plan, k.shape[1], q.shape[1] // k.shape[1]
         dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
         for block in blocks:  # a padded query has grad_out = out = 0: it sends nothing back
-            inputs = (block.pad(q), block.pad(k, repeat), block.pad(v, repeat), block.pad(out), block.pad(lse))
-            grads = [block.unpad(x) for x in _attention_backward(block.pad(grad_out), *inputs, 0.0, True)]
+            inputs = (
+                block.pad(q),
+                block.pad(k, repeat),
+                block.pad(v, repeat),
+                block.pad(out),
+                block.pad(lse),
+            )
+            grads = [
+                block.unpad(x) for x in _attention_backward(block.pad(grad_out), *inputs, 0.0, True)
+            ]
             dq[block.tokens] = grads[0]
             for total, grad in zip((dk, dv), grads[1:], strict=True):
                 total[block.tokens] = grad.unflatten(1, (kv_heads, repeat)).sum(2)
         for prompt, rows in shared:
             keys, values = (x[prompt].transpose(0, 1)[None] for x in (k, v))
-            grad, queries, merged, merged_lse = (rearrange(x[rows], FOLD, h=kv_heads) for x in (grad_out, q, out, lse))
+            grad, queries, merged, merged_lse = (
+                rearrange(x[rows], FOLD, h=kv_heads) for x in (grad_out, q, out, lse)
+            )
             grads = _attention_backward(grad, queries, keys, values, merged, merged_lse, 0.0, False)
             dq[rows] += rearrange(grads[0], UNFOLD, r=repeat)
             dk[prompt] += grads[1][0].transpose(0, 1)
@@ -190,29 +219,50 @@ class _GroupAttention(torch.autograd.Function):
 
 def _block_mask(packed: PackedGroups, size: int = 128) -> BlockMask:
     """FlexAttention's mask: for each block of `size` queries the key blocks it sees in part, and those it sees whole."""
-    segments = [(s, n, s, s) for s, n in packed.prompts]  # (start, length, first shared key, end of the shared keys)
-    segments += [(s, n, packed.prompts[i][0], sum(packed.prompts[i])) for s, n, i in packed.rows if n]
-    bounds = [(start, low, high) for start, length, low, high in sorted(segments) for _ in range(length)]
+    segments = [
+        (s, n, s, s) for s, n in packed.prompts
+    ]  # (start, length, first shared key, end of the shared keys)
+    segments += [
+        (s, n, packed.prompts[i][0], sum(packed.prompts[i])) for s, n, i in packed.rows if n
+    ]
+    bounds = [
+        (start, low, high) for start, length, low, high in sorted(segments) for _ in range(length)
+    ]
     num_blocks = -(-len(bounds) // size)
     seen: list[set[int]] = [set() for _ in range(num_blocks)]
     whole = [set(range(num_blocks)) for _ in range(num_blocks)]
     for start, length, low, high in segments:
         for block in range(start // size, (start + length - 1) // size + 1):
-            first, end = max(start, block * size), min(start + length, (block + 1) * size)  # its queries in this block
-            seen[block] |= {*range(start // size, -(-end // size)), *range(low // size, -(-high // size))}
-            whole[block] &= {*range(-(-start // size), (first + 1) // size), *range(-(-low // size), high // size)}
+            first, end = (
+                max(start, block * size),
+                min(start + length, (block + 1) * size),
+            )  # its queries in this block
+            seen[block] |= {
+                *range(start // size, -(-end // size)),
+                *range(low // size, -(-high // size)),
+            }
+            whole[block] &= {
+                *range(-(-start // size), (first + 1) // size),
+                *range(-(-low // size), high // size),
+            }
     index = partial(torch.tensor, dtype=torch.int32, device=packed.ids.device)
     starts, lows, highs = index(bounds).T.contiguous()
 
     def counts_and_keys(keys: list[set[int]]) -> tuple[Tensor, Tensor]:
-        return index([[[*map(len, keys)]]]), index([[[sorted(row) + [0] * (num_blocks - len(row)) for row in keys]]])
+        return index([[[*map(len, keys)]]]), index(
+            [[[sorted(row) + [0] * (num_blocks - len(row)) for row in keys]]]
+        )
 
     def allowed(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return ((key >= starts[query]) & (key <= query)) | ((key >= lows[query]) & (key < highs[query]))
+        return ((key >= starts[query]) & (key <= query)) | (
+            (key >= lows[query]) & (key < highs[query])
+        )
 
     part = counts_and_keys([s - w for s, w in zip(seen, whole, strict=True)])
     lengths = (len(bounds), len(bounds))
-    return BlockMask.from_kv_blocks(*part, *counts_and_keys(whole), size, allowed, seq_lengths=lengths)
+    return BlockMask.from_kv_blocks(
+        *part, *counts_and_keys(whole), size, allowed, seq_lengths=lengths
+    )
 
 
 def _flex_attend(packed: PackedGroups) -> Attend:

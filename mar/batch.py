@@ -47,7 +47,9 @@ class Batch:
         return replace(self, groups=tuple(self.groups[i] for i in chosen), **tensors), index
 
 
-def make_batch(groups: Sequence[Sequence[Rollout]], first_open: np.ndarray, device: torch.device | str = "cpu") -> Batch:
+def make_batch(
+    groups: Sequence[Sequence[Rollout]], first_open: np.ndarray, device: torch.device | str = "cpu"
+) -> Batch:
     """Pad the per-token columns of all rollouts to [B, T]; `first_open` [S] is the grammar's (rewards.first_open)."""
     rows = [rollout for group in groups for rollout in group]
     lengths = torch.tensor([len(r.completion.ids) for r in rows])
@@ -61,7 +63,9 @@ def make_batch(groups: Sequence[Sequence[Rollout]], first_open: np.ndarray, devi
 
     return Batch(
         groups=tuple(tuple(group) for group in groups),
-        group_ids=torch.repeat_interleave(torch.arange(len(groups)), torch.tensor([len(g) for g in groups])).to(device),
+        group_ids=torch.repeat_interleave(
+            torch.arange(len(groups)), torch.tensor([len(g) for g in groups])
+        ).to(device),
         components=torch.from_numpy(np.stack([r.components for r in rows])).to(device),
         first_open=torch.from_numpy(first_open).expand(len(rows), -1).to(device),
         segment_ids=padded([r.segment_ids for r in rows]),
@@ -89,11 +93,15 @@ def micro_batches(batch: Batch, max_tokens: int, ranks: int = 1) -> Iterator[Mic
     ranks as many for each, and the largest as small as that allows."""
     pieces: list[Sequence[Rollout]] = []
     for group in batch.groups:
-        pieces += chunks(group, [len(r.completion.ids) for r in group], max_tokens - len(group[0].prompt.ids))
+        pieces += chunks(
+            group, [len(r.completion.ids) for r in group], max_tokens - len(group[0].prompt.ids)
+        )
     row, sizes = 0, [len(p[0].prompt.ids) + sum(len(r.completion.ids) for r in p) for p in pieces]
     if ranks > 1:
         most = -(-len(chunks(pieces, sizes, max_tokens)) // ranks) * ranks
-        max_tokens = bisect_left(range(max_tokens), True, key=lambda limit: len(chunks(pieces, sizes, limit)) <= most)
+        max_tokens = bisect_left(
+            range(max_tokens), True, key=lambda limit: len(chunks(pieces, sizes, limit)) <= most
+        )
     for chosen in chunks(pieces, sizes, max_tokens):
         completions = [[r.completion.ids.tolist() for r in p] for p in chosen]
         packed = pack_groups([p[0].prompt.ids for p in chosen], completions, batch.group_ids.device)

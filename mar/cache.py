@@ -13,7 +13,12 @@ from mar.model import ModelConfig
 from mar.records import UserError
 
 
-def capacity(prompt_lengths: Sequence[int], group_sizes: Sequence[int], max_tokens: int, kv_budget_tokens: int) -> tuple[int, int]:
+def capacity(
+    prompt_lengths: Sequence[int],
+    group_sizes: Sequence[int],
+    max_tokens: int,
+    kv_budget_tokens: int,
+) -> tuple[int, int]:
     """(prompt slots, row slots) within the budget; a prompt slot is as long as the longest prompt.
 
     Beside the prompts whose rows fill the row slots there is room for as many again, of which only slow rows are left. Raises UserError where
@@ -55,11 +60,21 @@ class KVCache:
     place: Tensor  # [S] where a row stands in its line of `members`
 
     @classmethod
-    def allocate(cls, config: ModelConfig, num_prompts: int, prompt_tokens: int, num_rows: int, row_tokens: int, like: Tensor) -> "KVCache":
+    def allocate(
+        cls,
+        config: ModelConfig,
+        num_prompts: int,
+        prompt_tokens: int,
+        num_rows: int,
+        row_tokens: int,
+        like: Tensor,
+    ) -> "KVCache":
         """Empty slots, in the dtype and on the device of `like`."""
 
         def empty(count: int, tokens: int) -> Tensor:
-            return like.new_zeros(config.num_layers, count, config.num_kv_heads, tokens, config.head_dim)
+            return like.new_zeros(
+                config.num_layers, count, config.num_kv_heads, tokens, config.head_dim
+            )
 
         def integers(*shape: int) -> Tensor:
             return torch.zeros(shape, dtype=torch.int64, device=like.device)
@@ -93,7 +108,9 @@ class KVCache:
                 self.prompt_keys[layer, slot, :, :length] = keys[0]
                 self.prompt_values[layer, slot, :, :length] = values[0]
                 queries = rearrange(q[own], "t h d -> 1 h t d")
-                mixed = F.scaled_dot_product_attention(queries, keys, values, is_causal=True, enable_gqa=True)
+                mixed = F.scaled_dot_product_attention(
+                    queries, keys, values, is_causal=True, enable_gqa=True
+                )
                 out[own] = rearrange(mixed, "1 h t d -> t h d")
             return out
 
@@ -102,24 +119,39 @@ class KVCache:
     def decode_attend(self, width: int):  # type: ignore[no-untyped-def]
         """An `attend` for one new token per row, at its `own_lengths`, all below `width`: one product per prompt over its slot, one per row
         over its own tokens, joined by their log-sum-exps."""
-        device, rows = self.own_lengths.device, torch.arange(len(self.own_lengths), device=self.own_lengths.device)
+        device, rows = (
+            self.own_lengths.device,
+            torch.arange(len(self.own_lengths), device=self.own_lengths.device),
+        )
         positions = torch.arange(max(width, self.prompt_keys.shape[3]), device=device)
 
-        def hide(ends: Tensor, count: int) -> Tensor:  # [len(ends), 1, 1, count]: 0, and -inf from `ends` on
-            return torch.where(positions[:count] < ends[:, None], 0.0, -torch.inf).to(self.own_keys)[:, None, None]
+        def hide(
+            ends: Tensor, count: int
+        ) -> Tensor:  # [len(ends), 1, 1, count]: 0, and -inf from `ends` on
+            return torch.where(positions[:count] < ends[:, None], 0.0, -torch.inf).to(
+                self.own_keys
+            )[:, None, None]
 
         mix = _mix_cpu if device.type == "cpu" else _mix
-        unread, padding = hide(self.own_lengths + 1, width), hide(self.prompt_lengths, self.prompt_keys.shape[3])
+        unread, padding = (
+            hide(self.own_lengths + 1, width),
+            hide(self.prompt_lengths, self.prompt_keys.shape[3]),
+        )
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             q = rearrange(q, "s (h r) d -> s h r d", h=k.shape[1])
             own_keys, own_values = self.own_keys[layer], self.own_values[layer]
             own_keys[rows, :, self.own_lengths], own_values[rows, :, self.own_lengths] = k, v
             own, own_lse = mix(q, own_keys[:, :, :width], own_values[:, :, :width], unread)
-            grouped = rearrange(q.transpose(0, 1)[:, self.members], "h g m r d -> g h (m r) d")  # one gather, no copy
+            grouped = rearrange(
+                q.transpose(0, 1)[:, self.members], "h g m r d -> g h (m r) d"
+            )  # one gather, no copy
             parts = mix(grouped, self.prompt_keys[layer], self.prompt_values[layer], padding)
             split = "g h (m r) d -> g m h r d"
-            shared, lse = (rearrange(x, split, m=self.members.shape[1])[self.row_prompt, self.place] for x in parts)
+            shared, lse = (
+                rearrange(x, split, m=self.members.shape[1])[self.row_prompt, self.place]
+                for x in parts
+            )
             share = torch.sigmoid(lse - own_lse)  # the prompt's part of the softmax mass
             return rearrange(own + share * (shared - own), "s h r d -> s (h r) d").to(q.dtype)
 
@@ -134,9 +166,15 @@ class KVCache:
                 place[row] = len(members[slot])
                 members[slot].append(row)
         table = [rows + [0] * (most - len(rows)) for rows in members]
-        for name, line in {"members": table, "place": place, "row_prompt": [max(slot, 0) for slot in row_prompt]}.items():
+        for name, line in {
+            "members": table,
+            "place": place,
+            "row_prompt": [max(slot, 0) for slot in row_prompt],
+        }.items():
             old, new = getattr(self, name), torch.tensor(line, device=self.own_lengths.device)
-            setattr(self, name, old.copy_(new) if old.shape == new.shape else new)  # a CUDA graph reads the address
+            setattr(
+                self, name, old.copy_(new) if old.shape == new.shape else new
+            )  # a CUDA graph reads the address
 
     def keep(self, rows: Tensor, prompts: Tensor) -> None:
         """Drop all row slots and prompt slots but these, in ascending order; `assign` follows. The memory is not given back, and none is asked

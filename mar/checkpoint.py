@@ -19,7 +19,12 @@ import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
-from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_state_dict, set_model_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    get_model_state_dict,
+    get_state_dict,
+    set_model_state_dict,
+    set_state_dict,
+)
 from torch.optim import Optimizer
 
 from mar.distributed import ALONE, World
@@ -28,7 +33,9 @@ from mar.records import UserError
 MANIFEST = "manifest.json"
 STEP = "step" + "[0-9]" * 6
 Trained = tuple[nn.Module, Optimizer]
-warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)  # one process is one process
+warnings.filterwarnings(
+    "ignore", "torch.distributed is disabled", UserWarning
+)  # one process is one process
 
 
 @dataclass(frozen=True)
@@ -57,17 +64,31 @@ def _state(model: nn.Module, optimizer: Optimizer, critic: Trained | None) -> di
     unused = [o for _, o in parts.values() if not o.state]
     states = {prefix: get_state_dict(*part) for prefix, part in parts.items()}
     for entry in (entry for optimizer in unused for entry in optimizer.state.values()):
-        entry["step"].zero_()  # get_state_dict makes a step of an optimizer that has made none, which would count in AdamW's correction
-    return {f"{p}{name}": s for p, pair in states.items() for name, s in zip(("model", "optimizer"), pair, strict=True)}
+        entry[
+            "step"
+        ].zero_()  # get_state_dict makes a step of an optimizer that has made none, which would count in AdamW's correction
+    return {
+        f"{p}{name}": s
+        for p, pair in states.items()
+        for name, s in zip(("model", "optimizer"), pair, strict=True)
+    }
 
 
 def save(
-    folder: Path, step: int, model: nn.Module, optimizer: Optimizer, keep: int, critic: Trained | None = None, world: World = ALONE
+    folder: Path,
+    step: int,
+    model: nn.Module,
+    optimizer: Optimizer,
+    keep: int,
+    critic: Trained | None = None,
+    world: World = ALONE,
 ) -> "Future[Path]":
     """Copy the state after `step` updates; a thread writes it as `folder/step<step>` and keeps the newest `keep`. One at a time. A crash at any point
     leaves the older ones usable. Every rank writes its shards, rank 0 publishes them. Its result is the path, or an OSError where the disk is full,
     read-only or broken."""
-    copied = DefaultStager(StagingOptions(False, False, False, False)).stage(_state(model, optimizer, critic))  # in CPU memory
+    copied = DefaultStager(StagingOptions(False, False, False, False)).stage(
+        _state(model, optimizer, critic)
+    )  # in CPU memory
     thread = ThreadPoolExecutor(1, "checkpoint")
     future = thread.submit(_write, copied, folder, step, keep, world)
     thread.shutdown(wait=False)
@@ -97,7 +118,9 @@ def _publish(temporary: Path, target: Path, step: int, keep: int) -> None:
     """Manifest, fsyncs, rename; then the oldest go, and what is left of saves that were cut off."""
     folder = target.parent
     files = sorted(p for p in temporary.iterdir() if p.is_file())
-    (temporary / MANIFEST).write_text(json.dumps({"step": step, "files": {p.name: _sha256(p) for p in files}}, indent=2))
+    (temporary / MANIFEST).write_text(
+        json.dumps({"step": step, "files": {p.name: _sha256(p) for p in files}}, indent=2)
+    )
     for path in (*files, temporary / MANIFEST, temporary):
         _sync(path)
     if target.exists():
@@ -107,7 +130,10 @@ def _publish(temporary: Path, target: Path, step: int, keep: int) -> None:
     temporary.rename(target)
     _sync(folder)
     kept = [path for path in sorted(folder.glob(STEP)) if path <= target][-keep:]
-    for path in sorted({path for kind in (STEP, f"{STEP}.tmp", f"old.{STEP}") for path in folder.glob(kind)} - {*kept}):
+    for path in sorted(
+        {path for kind in (STEP, f"{STEP}.tmp", f"old.{STEP}") for path in folder.glob(kind)}
+        - {*kept}
+    ):
         shutil.rmtree(path)
 
 
@@ -129,7 +155,9 @@ def _fault(path: Path) -> str | None:
 
 def newest(folder: Path, say: Callable[[str], object] = warnings.warn) -> Found | None:
     """The newest valid checkpoint of a run, if there is one; `say` hears which newer ones are passed over, and why."""
-    for path in sorted(folder.glob(f"*{STEP}"), key=lambda path: (path.name[-6:], path.name), reverse=True):
+    for path in sorted(
+        folder.glob(f"*{STEP}"), key=lambda path: (path.name[-6:], path.name), reverse=True
+    ):
         if (fault := _fault(path)) is None:
             return Found(path, int(path.name[-6:]))
         say(f"passed over a checkpoint: {fault}")
@@ -138,18 +166,36 @@ def newest(folder: Path, say: Callable[[str], object] = warnings.warn) -> Found 
 
 def require_room(folder: Path, parts: Iterable[nn.Module]) -> None:
     """UserError where the disk that `folder` is on cannot take one checkpoint: weights, and two moments of those that are trained."""
-    needed = sum(p.numel() * p.element_size() * (3 if p.requires_grad else 1) for part in parts for p in part.parameters())
+    needed = sum(
+        p.numel() * p.element_size() * (3 if p.requires_grad else 1)
+        for part in parts
+        for p in part.parameters()
+    )
     if (free := shutil.disk_usage(folder).free) < needed:
-        raise UserError(f"{folder} has room for {free / 1e6:.0f} of a checkpoint's {needed / 1e6:.0f} MB: make room, or take another out=")
+        raise UserError(
+            f"{folder} has room for {free / 1e6:.0f} of a checkpoint's {needed / 1e6:.0f} MB: make room, or take another out="
+        )
 
 
-def restore(found: Found, model: nn.Module, optimizer: Optimizer, critic: Trained | None = None, world: World = ALONE) -> None:
+def restore(
+    found: Found,
+    model: nn.Module,
+    optimizer: Optimizer,
+    critic: Trained | None = None,
+    world: World = ALONE,
+) -> None:
     """Load weights and optimizer state in place, of a run with a critic also the critic's, whatever the number of ranks that wrote them."""
     state = _state(model, optimizer, critic)
     dcp.load(state, checkpoint_id=found.path, no_dist=world.size == 1)
-    set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+    set_state_dict(
+        model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"]
+    )
     if critic:
-        set_state_dict(*critic, model_state_dict=state["critic_model"], optim_state_dict=state["critic_optimizer"])
+        set_state_dict(
+            *critic,
+            model_state_dict=state["critic_model"],
+            optim_state_dict=state["critic_optimizer"],
+        )
 
 
 def restore_weights(found: Found, model: nn.Module) -> None:

@@ -84,7 +84,10 @@ def _group_faults(algo: AlgoOptions, num_answers: int) -> Iterator[str]:
         yield f"algo.group_size=1 never has spread, so algo.resample={algo.resample} would replace everything: set it to 0"
     if algo.pass_k > algo.group_size:
         yield f"algo.pass_k={algo.pass_k} needs as many completions: algo.group_size={algo.group_size}"
-    own = (num_answers, algo.credit, algo.scale_by) == (1, "set", "none") and algo.baseline in ("leave_one_out", "matched")
+    own = (num_answers, algo.credit, algo.scale_by) == (1, "set", "none") and algo.baseline in (
+        "leave_one_out",
+        "matched",
+    )
     if algo.pass_k > 1 and not own:
         yield (
             f"algo.pass_k={algo.pass_k} has a baseline of its own, for single answers: set reward.num_answers=1, "
@@ -137,7 +140,9 @@ def _run_faults(config: Config) -> Iterator[str]:
 def validate(config: Config) -> Config:
     """The same config, or a UserError: one sentence with the key, its value and what to change."""
     sources = _source_faults(config.model, config.data)
-    for fault in chain(_field_faults(config), sources, _reward_faults(config.reward), _run_faults(config)):
+    for fault in chain(
+        _field_faults(config), sources, _reward_faults(config.reward), _run_faults(config)
+    ):
         raise UserError(fault)
     return config
 
@@ -147,11 +152,15 @@ def from_omegaconf(config: Any) -> Config:
     try:
         tree = OmegaConf.to_object(config)
     except OmegaConfBaseException as error:
-        raise UserError(f"the configuration cannot be resolved: {str(error).splitlines()[0]}") from None
+        raise UserError(
+            f"the configuration cannot be resolved: {str(error).splitlines()[0]}"
+        ) from None
     assert isinstance(tree, Config)
     known, given = rundir.flatten(tree.to_dict()), dict(config)
     if added := [key for key in rundir.flatten(given) if key not in known]:
-        raise UserError(f"{', '.join(added)}: no such key in the schema; `--cfg job` shows all there are")
+        raise UserError(
+            f"{', '.join(added)}: no such key in the schema; `--cfg job` shows all there are"
+        )
     return tree
 
 
@@ -168,7 +177,9 @@ def load_config(file: Path, overrides: Sequence[str] = ()) -> Config:
         raise UserError(f"{file} cannot be read: name a folder that mar.train wrote") from None
     except (OmegaConfBaseException, yaml.YAMLError, KeyError, TypeError, ValueError) as error:
         why = " ".join(str(error).split())[:120]
-        raise UserError(f"{file} is damaged, of another version of mar, or an override does not fit it: {why}") from None
+        raise UserError(
+            f"{file} is damaged, of another version of mar, or an override does not fit it: {why}"
+        ) from None
     assert isinstance(tree, Config)
     return validate(tree)
 
@@ -182,12 +193,20 @@ def compose(overrides: Sequence[str] = (), check: bool = True) -> Config:
         text = " ".join(f"{error} {error.__cause__ or ''}".split())
         if unknown := re.match("Could not override '([^']+)'", text):
             if (CONF_DIR / unknown[1]).is_dir():
-                raise UserError(f"{unknown[1]} is not chosen by default: put a + before it, +{unknown[1]}=...") from None
-            near = ", ".join(get_close_matches(unknown[1], rundir.flatten(Config().to_dict()), cutoff=0.8))
-            raise UserError(f"{unknown[1]} is no setting{near and f'; did you mean {near}?'} (--cfg job shows all there are)") from None
+                raise UserError(
+                    f"{unknown[1]} is not chosen by default: put a + before it, +{unknown[1]}=..."
+                ) from None
+            near = ", ".join(
+                get_close_matches(unknown[1], rundir.flatten(Config().to_dict()), cutoff=0.8)
+            )
+            raise UserError(
+                f"{unknown[1]} is no setting{near and f'; did you mean {near}?'} (--cfg job shows all there are)"
+            ) from None
         if isinstance(error, OverrideParseException):
             raise UserError(
                 f"{error.override}: Hydra cannot read that; signs, and letters beyond a-z, want quotes: \"key='value'\""
             ) from None
-        raise UserError(re.sub(" (Config search path|full_key:|See https).*|^Error merging override ", "", text)) from None
+        raise UserError(
+            re.sub(" (Config search path|full_key:|See https).*|^Error merging override ", "", text)
+        ) from None
     return validate(tree) if check else tree

@@ -21,7 +21,9 @@ def one_of(*names: str, default: str | None = None) -> Any:
     return field(default=names[0] if default is None else default, metadata={"names": names})
 
 
-def number(default: Any, low: float = -math.inf, high: float = math.inf, above: bool = False) -> Any:
+def number(
+    default: Any, low: float = -math.inf, high: float = math.inf, above: bool = False
+) -> Any:
     """A number in [low, high], or in (low, high] with `above`. A default `${key}` takes that key's value."""
     return field(default=default, metadata={"low": low, "high": high, "above": above})
 
@@ -56,12 +58,22 @@ class DataOptions:
     eval_split: str = "test"  # tune on data.eval_split=validation
     num_train: int | None = number(None, low=1)  # null = all
     num_eval: int = "${eval.num_items}"  # type: ignore[assignment]
-    verifier: str = "auto"  # of answers in words: text, math (mar/tasks VERIFIERS); auto: the task's
-    max_gold_words: int = number(3, low=1)  # a question whose golds are all longer is dropped and counted
+    verifier: str = (
+        "auto"  # of answers in words: text, math (mar/tasks VERIFIERS); auto: the task's
+    )
+    max_gold_words: int = number(
+        3, low=1
+    )  # a question whose golds are all longer is dropped and counted
     show_options: bool = False
-    max_sentences: int | None = number(None, low=1)  # of a patient's sentences (mediQ) the first so many are shown
-    data_seed: int = number(0, low=0)  # of what a task draws when it builds its questions (hotpotqa), whatever `seed`
-    min_prob: float = number(0.1, low=0, high=1)  # ddxplus: a condition of the differential is a gold from here on
+    max_sentences: int | None = number(
+        None, low=1
+    )  # of a patient's sentences (mediQ) the first so many are shown
+    data_seed: int = number(
+        0, low=0
+    )  # of what a task draws when it builds its questions (hotpotqa), whatever `seed`
+    min_prob: float = number(
+        0.1, low=0, high=1
+    )  # ddxplus: a condition of the differential is a gold from here on
     # what is paid: auto = the drawn label of a distribution, else all golds; ddxplus: set = differential, drawn = pathology
     target: str = one_of("auto", "drawn", "probabilities", "set")
 
@@ -77,9 +89,15 @@ class AlgoOptions:
     top_k: int = number(0, low=0)  # 0 = all; these three need importance=truncated
     top_p: float = number(1.0, low=0, high=1, above=True)
     min_p: float = number(0.0, low=0, high=1)
-    resample: int = number(0, low=0)  # times that groups without spread are replaced by other prompts' (dynamic sampling)
-    truncated: str = one_of("keep", "mask", "penalise")  # what becomes of completions that hit the length limit
-    overlong_tokens: int = number(0, low=0)  # truncated=penalise grows over so many tokens before the limit
+    resample: int = number(
+        0, low=0
+    )  # times that groups without spread are replaced by other prompts' (dynamic sampling)
+    truncated: str = one_of(
+        "keep", "mask", "penalise"
+    )  # what becomes of completions that hit the length limit
+    overlong_tokens: int = number(
+        0, low=0
+    )  # truncated=penalise grows over so many tokens before the limit
     credit: str = one_of("to_go", "set", "own")
     baseline: str = one_of("leave_one_out", "matched", "mean", "none", "value")  # value: a critic
     scale_by: str = one_of("none", "group_std", "batch_std", "whiten")
@@ -92,7 +110,9 @@ class AlgoOptions:
     minibatches: int = number(1, low=1)  # optimizer steps per pass, on whole groups
     importance: str = one_of("none", "truncated")  # weights of trainer against sampler
     importance_cap: float = number(2.0, low=1)
-    kl: str = one_of(*KL_ESTIMATORS)  # against the first policy: k1 in the reward, k2 and k3 in the loss
+    kl: str = one_of(
+        *KL_ESTIMATORS
+    )  # against the first policy: k1 in the reward, k2 and k3 in the loss
     kl_coef: float = number(0.0, low=0)  # 0: no reference model
     entropy_coef: float = number(0.0, low=0)
     entropy_decay: bool = False  # linearly to 0 over train.steps
@@ -100,7 +120,9 @@ class AlgoOptions:
     value_clip: float = number(0.2, low=0, above=True)
     critic_lr: float = number(1e-5, low=0, above=True)
     critic_warmup: int = number(0, low=0)  # first steps that train the critic alone
-    variance_every: int = number(0, low=0)  # steps between two measurements of adv/variance_ratio, each two more backward passes; 0: none
+    variance_every: int = number(
+        0, low=0
+    )  # steps between two measurements of adv/variance_ratio, each two more backward passes; 0: none
     max_skips: int = number(3, low=1)  # steps in a row with a loss or gradient that is not finite
 
 
@@ -120,9 +142,15 @@ class RewardOptions:
     format_weight: float = number(0.5, low=0)
     gate: bool = True  # a format failure cancels the answer reward
     sum_rule: bool = False  # confidences that sum to more than 1 are paid as a format failure: for single-label tasks only
-    duplicates: str = one_of(*DUPLICATES)  # a repeat earns nothing, or zeroes the whole answer reward
-    sandbox: str = one_of("bubblewrap", "unsafe")  # where model-written programs run; unsafe: as you, on this machine
-    judge: str | None = None  # a URL up to /v1, OpenAI-compatible: asked about answers that are no gold by their words
+    duplicates: str = one_of(
+        *DUPLICATES
+    )  # a repeat earns nothing, or zeroes the whole answer reward
+    sandbox: str = one_of(
+        "bubblewrap", "unsafe"
+    )  # where model-written programs run; unsafe: as you, on this machine
+    judge: str | None = (
+        None  # a URL up to /v1, OpenAI-compatible: asked about answers that are no gold by their words
+    )
     judge_model: str = ""
     judge_timeout_s: float = number(30.0, low=0, above=True)
     rank_weights: list[float] | None = None  # w_1 >= ... >= w_K on the hits
@@ -144,9 +172,15 @@ class RewardOptions:
 class SamplerOptions:
     """`conf/sampler/*.yaml`. The grammar needs no stop strings: a stop token follows its last tag."""
 
-    kv_budget_tokens: int = number("${scale.kv_budget_tokens}", low=1)  # tokens that the KV cache holds at once
-    stop_strings: list[str] = field(default_factory=list)  # a completion ends where one of them is complete
-    think_budget: int | None = number(None, low=1)  # `</think>` is put in after so many tokens; null = no limit
+    kv_budget_tokens: int = number(
+        "${scale.kv_budget_tokens}", low=1
+    )  # tokens that the KV cache holds at once
+    stop_strings: list[str] = field(
+        default_factory=list
+    )  # a completion ends where one of them is complete
+    think_budget: int | None = number(
+        None, low=1
+    )  # `</think>` is put in after so many tokens; null = no limit
 
 
 @dataclass
@@ -156,8 +190,12 @@ class ScaleOptions:
     name: str = MISSING
     num_gpus: int = number(0, low=0)
     data_source: str = one_of("embedded", "hub", "path", default=MISSING)
-    dtype: str = one_of("float32", "bfloat16", "float64")  # of computation; parameters are float32 at least
-    replicas: int = number(1, low=1)  # copies of the sharded model (HSDP); the processes of each share it
+    dtype: str = one_of(
+        "float32", "bfloat16", "float64"
+    )  # of computation; parameters are float32 at least
+    replicas: int = number(
+        1, low=1
+    )  # copies of the sharded model (HSDP); the processes of each share it
     offload: bool = False  # a sharded model, its gradients and its optimizer live in CPU memory: slower, for GPUs too small for them
     keep_copy: bool = True  # the unsharded copy that a sharded policy is sampled from; false: it is freed while the policy is trained
     kv_budget_tokens: int = number(MISSING, low=1)
@@ -180,9 +218,13 @@ class OptimOptions:
 @dataclass
 class TrainOptions:
     steps: int = number(300, low=1, high=999_999)
-    stop_at: int | None = number(None, low=1)  # stop after this step as if interrupted; the schedule keeps its length
+    stop_at: int | None = number(
+        None, low=1
+    )  # stop after this step as if interrupted; the schedule keeps its length
     micro_batch_tokens: int = number("${scale.micro_batch_tokens}", low=1)
-    checkpoint_activations: bool = False  # compute each block again in the backward pass: same gradients, less memory
+    checkpoint_activations: bool = (
+        False  # compute each block again in the backward pass: same gradients, less memory
+    )
 
 
 @dataclass
@@ -200,7 +242,9 @@ class CheckpointOptions:
 @dataclass
 class LoggerOptions:
     console: str = one_of("auto", "rich", "plain")
-    wandb: str = one_of("off", "offline", "online")  # a mirror of metrics.jsonl; the run never waits for it long
+    wandb: str = one_of(
+        "off", "offline", "online"
+    )  # a mirror of metrics.jsonl; the run never waits for it long
 
 
 @dataclass
@@ -231,7 +275,12 @@ class Config:
 
 def _checkpoint_source(path: str | None) -> str:
     """`folder` for what is, or looks like, a place on this machine; `hub` for owner/name."""
-    local = path is None or path.startswith((".", "/", "~")) or Path(path).exists() or path.count("/") != 1
+    local = (
+        path is None
+        or path.startswith((".", "/", "~"))
+        or Path(path).exists()
+        or path.count("/") != 1
+    )
     return "folder" if local else "hub"
 
 

@@ -35,7 +35,9 @@ def token_rewards(batch: Batch, credit: str) -> Tensor:
     those of answer_advantages without a baseline.
     """
     last = batch.completion_mask.sum(1, keepdim=True) - 1
-    rewards = torch.zeros(batch.completion_mask.shape, dtype=batch.components.dtype, device=batch.components.device)
+    rewards = torch.zeros(
+        batch.completion_mask.shape, dtype=batch.components.dtype, device=batch.components.device
+    )
     if credit == "set":
         return rewards.scatter_add(1, last, batch.totals[:, None])
     start = batch.first_open.gather(1, batch.segment_ids)  # [B, T]
@@ -50,7 +52,9 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, lam: float) -> tuple[Tens
     A_t = d_t + lam A_{t+1},   d_t = r_t + V_{t+1} - V_t,   returns = A + V.   All [B, T], zero outside `mask`.
     """
     values = values.to(rewards.dtype) * mask
-    following = torch.cat([values[:, 1:], torch.zeros_like(values[:, :1])], 1)  # zero after the last token
+    following = torch.cat(
+        [values[:, 1:], torch.zeros_like(values[:, :1])], 1
+    )  # zero after the last token
     errors = (rewards + following - values) * mask
     advantages, running = torch.zeros_like(errors), torch.zeros_like(errors[:, 0])
     for t in range(errors.shape[1] - 1, -1, -1):

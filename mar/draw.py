@@ -13,14 +13,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_GOLDEN, _MIX1, _MIX2 = (-0x61C8864680B583EB, -0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15)  # splitmix64's constants as signed integers
+_GOLDEN, _MIX1, _MIX2 = (
+    -0x61C8864680B583EB,
+    -0x40A7B892E31B1A47,
+    -0x6B2FB644ECCEEE15,
+)  # splitmix64's constants as signed integers
 BLOCK = 256  # tokens whose probabilities are summed first
 
 
 def stream_key(*identity: int | str) -> int:
     """A signed 64-bit key for one stream of draws; different identities give independent streams."""
     text = ascii(identity)  # quotes and escapes: no two identities share one
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little", signed=True)
+    return int.from_bytes(
+        hashlib.blake2b(text.encode(), digest_size=8).digest(), "little", signed=True
+    )
 
 
 def _shift(z: Tensor, bits: int) -> Tensor:
@@ -61,16 +67,27 @@ class SamplingParams:
     stop_strings: tuple[str, ...] = ()
     think_budget: int | None = None
     think_close: tuple[int, ...] = ()
-    decode: Callable[[tuple[int, ...]], str] | None = None  # needed by stop_strings and think_budget
-    on_done: Callable[[int, Any], None] | None = None  # called with the number of a completion, and the completion, as soon as it is there
+    decode: Callable[[tuple[int, ...]], str] | None = (
+        None  # needed by stop_strings and think_budget
+    )
+    on_done: Callable[[int, Any], None] | None = (
+        None  # called with the number of a completion, and the completion, as soon as it is there
+    )
 
     def __post_init__(self) -> None:
         if (self.stop_strings or self.think_budget is not None) and self.decode is None:
             raise ValueError("stop_strings and think_budget read text: they need decode")
         if "" in self.stop_strings or (self.think_budget is not None and not self.think_close):
-            raise ValueError("a stop string is empty, or think_budget has no think_close tokens to put in")
-        if self.think_budget is not None and not 0 <= self.think_budget <= self.max_tokens - len(self.think_close) - 1:
-            raise ValueError(f"think_budget={self.think_budget} leaves no room below max_tokens={self.max_tokens}")
+            raise ValueError(
+                "a stop string is empty, or think_budget has no think_close tokens to put in"
+            )
+        if (
+            self.think_budget is not None
+            and not 0 <= self.think_budget <= self.max_tokens - len(self.think_close) - 1
+        ):
+            raise ValueError(
+                f"think_budget={self.think_budget} leaves no room below max_tokens={self.max_tokens}"
+            )
 
 
 def truncated_logprobs(logprobs: Tensor, truncation: Truncation) -> Tensor:
@@ -82,9 +99,15 @@ def truncated_logprobs(logprobs: Tensor, truncation: Truncation) -> Tensor:
         ranked[:, truncation.top_k :] = -torch.inf
     mass = torch.softmax(ranked.double(), -1)
     before = mass.cumsum(-1) - mass  # what the more probable ones hold
-    keep = (before < truncation.top_p) & (mass >= truncation.min_p * mass[:, :1]) & (ranked > -torch.inf)
+    keep = (
+        (before < truncation.top_p)
+        & (mass >= truncation.min_p * mass[:, :1])
+        & (ranked > -torch.inf)
+    )
     keep[:, 0] = True
-    kept = torch.full_like(logprobs, -torch.inf).scatter_(-1, order, ranked.masked_fill(~keep, -torch.inf))
+    kept = torch.full_like(logprobs, -torch.inf).scatter_(
+        -1, order, ranked.masked_fill(~keep, -torch.inf)
+    )
     return torch.log_softmax(kept, -1)
 
 
@@ -119,10 +142,16 @@ def draw_tokens(
     logits [B, V], uniform [B] float64 -> tokens [B] int64, their log-probabilities in the distribution drawn from [B] (0 when temperature
     is 0) and in that of temperature alone [B] (1 when temperature is 0).
     """
-    logprobs = torch.log_softmax(logits / temperature if temperature not in (0, 1) else logits, dim=-1)
+    logprobs = torch.log_softmax(
+        logits / temperature if temperature not in (0, 1) else logits, dim=-1
+    )
     if temperature == 0:
         tokens = logits.argmax(-1)
-        return tokens, torch.zeros_like(logits[:, 0]), logprobs.gather(1, tokens[:, None]).squeeze(1)
+        return (
+            tokens,
+            torch.zeros_like(logits[:, 0]),
+            logprobs.gather(1, tokens[:, None]).squeeze(1),
+        )
     kept = truncated_logprobs(logprobs, truncation)
     tokens = invert(kept.exp(), uniform)
     drawn, full = (x.gather(1, tokens[:, None]).squeeze(1) for x in (kept, logprobs))

@@ -44,7 +44,9 @@ It was asked in these words, after the question, and sampled at temperature {tem
 def card(config: Config, grammar: Grammar, step: int, dtype: str, measured: dict[str, Any]) -> str:
     """README.md of the exported folder."""
     task, after = config.data.task, measured.get("after") or {}
-    rows = "".join(f"| {name} | {value:.3f} |\n" for name, value in after.items() if isinstance(value, float))
+    rows = "".join(
+        f"| {name} | {value:.3f} |\n" for name, value in after.items() if isinstance(value, float)
+    )
     return CARD.format(
         model=config.model.path or config.model.name,
         step=step,
@@ -56,7 +58,9 @@ def card(config: Config, grammar: Grammar, step: int, dtype: str, measured: dict
         dtype=dtype,
         temperature=config.algo.temperature,
         instructions=instructions(grammar, get_task(task).noun),
-        results=f"\nOn {measured['num_items']} held-out items:\n\n| metric | |\n|---|---|\n{rows}" if rows else "",
+        results=f"\nOn {measured['num_items']} held-out items:\n\n| metric | |\n|---|---|\n{rows}"
+        if rows
+        else "",
     )
 
 
@@ -68,13 +72,21 @@ def export(run: Path, folder: Path, dtype: str, adapters: bool = False) -> Path:
     config = load_config(run / "config.yaml")
     found = checkpoint.newest(run / "checkpoints")
     if found is None:
-        raise UserError(f"{run} has no readable checkpoint: let the run reach checkpoint.every={config.checkpoint.every}")
+        raise UserError(
+            f"{run} has no readable checkpoint: let the run reach checkpoint.every={config.checkpoint.every}"
+        )
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} exists and is no empty folder: name another or remove it")
     source, _ = resolve_model(config.model.source, config.model.name, config.model.path)
-    model, tokenizer, r = adapted(load_model(source), config.model), load_tokenizer(source), config.reward
+    model, tokenizer, r = (
+        adapted(load_model(source), config.model),
+        load_tokenizer(source),
+        config.reward,
+    )
     trainable = config.model.trainable or "lora_"
-    others = [n for n, _ in model.named_parameters() if re.search(trainable, n) and ".lora_" not in n]
+    others = [
+        n for n, _ in model.named_parameters() if re.search(trainable, n) and ".lora_" not in n
+    ]
     if adapters and (others or not config.model.lora_rank):
         what = f"trained {others[0]} too" if config.model.lora_rank else "has no adapters"
         raise UserError(f"{run} {what}: export without --adapters")
@@ -85,23 +97,40 @@ def export(run: Path, folder: Path, dtype: str, adapters: bool = False) -> Path:
     grammar = Grammar(r.form, r.num_answers, r.layout, config.model.thinking, r.analysis, r.other)
     tokenizer.save_pretrained(folder)
     vocabulary = tokenizer.get_vocab()
-    stops = sorted({tokenizer.eos_token_id, *(vocabulary[t] for t in STOP_TOKENS if t in vocabulary)})
-    ends = {"eos_token_id": stops if len(stops) > 1 else stops[0], "pad_token_id": tokenizer.pad_token_id}
-    GenerationConfig(do_sample=True, temperature=config.algo.temperature, top_k=0, top_p=1.0, **ends).save_pretrained(folder)
+    stops = sorted(
+        {tokenizer.eos_token_id, *(vocabulary[t] for t in STOP_TOKENS if t in vocabulary)}
+    )
+    ends = {
+        "eos_token_id": stops if len(stops) > 1 else stops[0],
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    GenerationConfig(
+        do_sample=True, temperature=config.algo.temperature, top_k=0, top_p=1.0, **ends
+    ).save_pretrained(folder)
     measured = json.loads((run / "eval.json").read_text()) if (run / "eval.json").exists() else {}
-    (folder / "README.md").write_text(card(config, fit_grammar(grammar, tokenizer), found.step, dtype, measured))
+    (folder / "README.md").write_text(
+        card(config, fit_grammar(grammar, tokenizer), found.step, dtype, measured)
+    )
     save_model(merge(model), folder, getattr(torch, dtype), extra=ends)
     return folder
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("run", type=Path, help="a run directory")
     parser.add_argument("folder", type=Path, nargs="?", help="where to write (default: RUN/export)")
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
-    parser.add_argument("--adapters", action="store_true", help="the adapters alone, in peft's format")
+    parser.add_argument(
+        "--adapters", action="store_true", help="the adapters alone, in peft's format"
+    )
     args = parser.parse_args()
-    return exit_code(lambda: print(export(args.run, args.folder or args.run / "export", args.dtype, args.adapters)))
+    return exit_code(
+        lambda: print(
+            export(args.run, args.folder or args.run / "export", args.dtype, args.adapters)
+        )
+    )
 
 
 if __name__ == "__main__":

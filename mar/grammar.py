@@ -62,7 +62,9 @@ class Grammar:
         if self.num_answers < 1 or (not self.multi and self.num_answers != 1):
             raise ValueError(f"form {self.form} cannot have num_answers={self.num_answers}")
         if self.analysis and not (self.confident and (not self.multi or self.layout == "split")):
-            raise ValueError("an analysis stands between answers and confidences: it needs rlcr_single, or rlcr_multi with layout=split")
+            raise ValueError(
+                "an analysis stands between answers and confidences: it needs rlcr_single, or rlcr_multi with layout=split"
+            )
         if self.other and not self.confident:
             raise ValueError("the <other> confidence needs a form with confidences")
 
@@ -79,14 +81,20 @@ class Grammar:
         slots = range(self.num_answers)
         number = [str(k + 1) if self.multi else "" for k in slots]
         answers = [Element(f"answer{number[k]}", "answer", k) for k in slots]
-        confidences = [Element(f"confidence{number[k]}", "confidence", k) for k in slots if self.confident]
+        confidences = [
+            Element(f"confidence{number[k]}", "confidence", k) for k in slots if self.confident
+        ]
         body: list[Element] = []
         if self.confident and self.layout == "interleaved" and self.multi:
             for answer, confidence in zip(answers, confidences, strict=True):
                 body += [answer, confidence]
         else:
             body = answers + [Element("analysis", "analysis")] * self.analysis + confidences
-        return tuple([Element("think", "think")] * self.thinking + body + [Element("other", "other")] * self.other)
+        return tuple(
+            [Element("think", "think")] * self.thinking
+            + body
+            + [Element("other", "other")] * self.other
+        )
 
 
 @dataclass(frozen=True)
@@ -130,7 +138,10 @@ def _find_opening(text: str, position: int, element: Element) -> tuple[int | Non
     if text.startswith(element.opening, position):
         return position + len(element.opening), None
     rest = text[position : position + len(element.opening)]
-    same = next((i for i, (a, b) in enumerate(zip(rest, element.opening, strict=False)) if a != b), len(rest))
+    same = next(
+        (i for i, (a, b) in enumerate(zip(rest, element.opening, strict=False)) if a != b),
+        len(rest),
+    )
     return None, (None if position + same == len(text) else position + same + 1)
 
 
@@ -191,7 +202,9 @@ def parse(text: str, grammar: Grammar, think_open: bool = False) -> Parsed:
     decided = list(zip(grammar.elements, contents, strict=False))
     first = {element.kind: content for element, content in decided}
     answers = {element.slot: content for element, content in decided if element.kind == "answer"}
-    confidences = {element.slot: float(content) for element, content in decided if element.kind == "confidence"}
+    confidences = {
+        element.slot: float(content) for element, content in decided if element.kind == "confidence"
+    }
     return Parsed(
         answers=tuple(answers.get(k) for k in range(grammar.num_answers)),
         confidences=tuple(confidences.get(k) for k in range(grammar.num_answers)),
@@ -229,7 +242,9 @@ def render(
     return out
 
 
-def decode_with_starts(ids: Sequence[int], decode: Callable[[tuple[int, ...]], str]) -> tuple[str, np.ndarray]:
+def decode_with_starts(
+    ids: Sequence[int], decode: Callable[[tuple[int, ...]], str]
+) -> tuple[str, np.ndarray]:
     """The text of token `ids`, and for each token the number of characters that the tokens before it had already fixed ([R] int64).
 
     Works from the generated ids by decoding a short moving window, never by tokenising text again. A token that ends inside a character

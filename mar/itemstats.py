@@ -13,7 +13,15 @@ from typing import Any
 import numpy as np
 
 from mar.grammar import RESERVED_TAG, Grammar, Parsed, parse
-from mar.metrics import NUM_BINS, brier_loss, ceiling_value, posteriors, set_value, tv_distance, union_curve
+from mar.metrics import (
+    NUM_BINS,
+    brier_loss,
+    ceiling_value,
+    posteriors,
+    set_value,
+    tv_distance,
+    union_curve,
+)
 from mar.records import Gold, Prompt, Rollout, UserError
 from mar.tasks import How, matcher
 from mar.tasks.judge import Judge
@@ -52,18 +60,28 @@ class Item:
     @staticmethod
     def from_row(row: Mapping[str, Any]) -> "Item":
         """The item that `asdict` made a row of."""
-        plain: list[dict[str, Any]] = [{k: tuple(v) if isinstance(v, list) else v for k, v in s.items()} for s in row["sets"]]
+        plain: list[dict[str, Any]] = [
+            {k: tuple(v) if isinstance(v, list) else v for k, v in s.items()} for s in row["sets"]
+        ]
         sets = [AnswerSet(**one) for one in plain]
         return Item(**{**row, "sets": tuple(sets)})
 
 
-def item_of(prompt: Prompt, written: Sequence[tuple[Parsed | Rollout, str, int]], verifier: How) -> Item:
+def item_of(
+    prompt: Prompt, written: Sequence[tuple[Parsed | Rollout, str, int]], verifier: How
+) -> Item:
     """Completions of one prompt, (as read, its text, number of tokens) each, judged against this item's own golds."""
     example, K = prompt.example, len(written[0][0].answers)
-    golds, targets, known = example.golds, example.targets(), dict[tuple[str, int], tuple[int, ...]]()
+    golds, targets, known = (
+        example.golds,
+        example.targets(),
+        dict[tuple[str, int], tuple[int, ...]](),
+    )
     match = matcher(verifier, example)
 
-    def verify(answer: str, among: Sequence[Gold]) -> tuple[int, ...]:  # the same few answers come again and again
+    def verify(
+        answer: str, among: Sequence[Gold]
+    ) -> tuple[int, ...]:  # the same few answers come again and again
         if (answer, len(among)) not in known:
             known[answer, len(among)] = match(answer, among)
         return known[answer, len(among)]
@@ -71,29 +89,56 @@ def item_of(prompt: Prompt, written: Sequence[tuple[Parsed | Rollout, str, int]]
     def judged(said: Parsed | Rollout, text: str, tokens: int) -> AnswerSet:
         hits, mass, keys = (0.0,) * K, (0.0,) * K, tuple[str | None, ...]((None,) * K)
         if said.reason is None:
-            hits = said.hits if isinstance(said, Rollout) else matching_increments(said.answers, targets, verify)[0]
+            hits = (
+                said.hits
+                if isinstance(said, Rollout)
+                else matching_increments(said.answers, targets, verify)[0]
+            )
             _, taken = matching_increments(said.answers, golds, verify)
-            mass = hits if p is None else tuple(0.0 if g is None else golds[g].probability or 0.0 for g in taken)
+            mass = (
+                hits
+                if p is None
+                else tuple(0.0 if g is None else golds[g].probability or 0.0 for g in taken)
+            )
             meant = [(answer, verify(answer, golds)) for answer in map(str, said.answers)]
-            keys = tuple(normalise(golds[among[0]].name if len(among) == 1 else a) for a, among in meant)
+            keys = tuple(
+                normalise(golds[among[0]].name if len(among) == 1 else a) for a, among in meant
+            )
             keys = (isinstance(said, Rollout) and said.keys) or keys
-        repeated = said.repeated if isinstance(said, Rollout) else repeats(said.answers, golds, verify)
-        return AnswerSet(text, said.answers, said.confidences, hits, mass, keys, repeated, said.reason, tokens)
+        repeated = (
+            said.repeated if isinstance(said, Rollout) else repeats(said.answers, golds, verify)
+        )
+        return AnswerSet(
+            text, said.answers, said.confidences, hits, mass, keys, repeated, said.reason, tokens
+        )
 
     p = posteriors([example], K)
     best = None if p is None else ceiling_value(p, K).item()
     num_golds = K if example.tests else 1 if example.truth in ("exact", "survey") else len(targets)
-    return Item(example.id, num_golds, example.multi_label, best, len(prompt.ids), tuple(judged(*one) for one in written))
+    return Item(
+        example.id,
+        num_golds,
+        example.multi_label,
+        best,
+        len(prompt.ids),
+        tuple(judged(*one) for one in written),
+    )
 
 
-def read_item(prompt: Prompt, texts: Sequence[tuple[str, int]], grammar: Grammar, verifier: How) -> Item:
+def read_item(
+    prompt: Prompt, texts: Sequence[tuple[str, int]], grammar: Grammar, verifier: How
+) -> Item:
     """The same of texts that nobody has read yet, (text, number of tokens) each."""
     written = [(parse(text, grammar, prompt.think_open), text, n) for text, n in texts]
     if isinstance(verifier, Judge):
-        said = [(prompt.example, a) for parsed, *_ in written for a in parsed.answers if a is not None]
+        said = [
+            (prompt.example, a) for parsed, *_ in written for a in parsed.answers if a is not None
+        ]
         verifier.ask(said)
         if not all(verifier.judged(*pair) for pair in said):
-            raise UserError(f"{prompt.id}: the judge gives no verdict on all of its answers; the same command goes on")
+            raise UserError(
+                f"{prompt.id}: the judge gives no verdict on all of its answers; the same command goes on"
+            )
     return item_of(prompt, written, verifier)
 
 
@@ -146,7 +191,9 @@ def auroc_of(expected: np.ndarray, said: np.ndarray) -> Statistic:
         np.add.at(columns[:, side], (np.nonzero(seen)[0], at), weights)
 
     def value(sums: np.ndarray) -> np.ndarray:
-        right, wrong = np.split(sums, 2, axis=-1)  # [..., L]: how many of each confidence, in rising order
+        right, wrong = np.split(
+            sums, 2, axis=-1
+        )  # [..., L]: how many of each confidence, in rising order
         below = wrong.cumsum(-1) - wrong / 2
         return divided((right * below).sum(-1), right.sum(-1) * wrong.sum(-1))
 
@@ -187,7 +234,9 @@ def _union(item: Item, what: Callable[[AnswerSet], Mapping[str, float]]) -> np.n
     """The union curve [S] of outcomes, each with its worth, that `what` reads off a set."""
     shown = [what(s) for s in item.sets]
     worth = {key: value for outcomes in shown for key, value in outcomes.items()}
-    seen = np.array([[key in outcomes for key in worth] for outcomes in shown]).reshape(len(shown), len(worth))
+    seen = np.array([[key in outcomes for key in worth] for outcomes in shown]).reshape(
+        len(shown), len(worth)
+    )
     return union_curve(seen, np.array(list(worth.values())))
 
 
@@ -199,21 +248,38 @@ def curves(items: Sequence[Item]) -> dict[str, np.ndarray]:
     """[n, S] each, against the number m of sets: `coverage` of their union, `unique` answers in it, `pass` (is any right)."""
     return {
         "coverage": np.array([_union(i, _covered) for i in items]),
-        "unique": np.array([_union(i, lambda s: {key: 1.0 for key in s.keys if key is not None}) for i in items]),
-        "pass": np.array([_union(i, lambda s: {"hit": min(1.0, sum(s.hits))} if any(s.hits) else {}) for i in items]),
+        "unique": np.array(
+            [_union(i, lambda s: {key: 1.0 for key in s.keys if key is not None}) for i in items]
+        ),
+        "pass": np.array(
+            [
+                _union(i, lambda s: {"hit": min(1.0, sum(s.hits))} if any(s.hits) else {})
+                for i in items
+            ]
+        ),
     }
 
 
-def statistics(items: Sequence[Item], confident: bool, curve: Mapping[str, np.ndarray] | None = None) -> dict[str, Statistic]:
+def statistics(
+    items: Sequence[Item], confident: bool, curve: Mapping[str, np.ndarray] | None = None
+) -> dict[str, Statistic]:
     """Every metric that these sets allow, by name. K answers a set, S sets an item, k = S K answers in all. `curve`: `curves`, if at hand."""
     sets = [i.sets for i in items]
     K, S = len(sets[0][0].answers), len(sets[0])
-    mass, hits, repeated = (np.array([[getattr(s, a) for s in i] for i in sets], float) for a in ("mass", "hits", "repeated"))
+    mass, hits, repeated = (
+        np.array([[getattr(s, a) for s in i] for i in sets], float)
+        for a in ("mass", "hits", "repeated")
+    )
     readable = np.array([[s.reason is None for s in i] for i in sets])
-    said = np.array([[[np.nan if q is None else q for q in s.confidences] for s in i] for i in sets], float)
+    said = np.array(
+        [[[np.nan if q is None else q for q in s.confidences] for s in i] for i in sets], float
+    )
     said[~readable] = np.nan
     exact, curve = items[0].best_value is not None, curve or curves(items)
-    num_golds, multi_label = np.array([i.num_golds for i in items]), any(i.multi_label for i in items)
+    num_golds, multi_label = (
+        np.array([i.num_golds for i in items]),
+        any(i.multi_label for i in items),
+    )
     out = {
         f"coverage@{K}": mean_of(mass.sum(-1)),
         "top1": mean_of(mass[..., 0]),
@@ -228,7 +294,10 @@ def statistics(items: Sequence[Item], confident: bool, curve: Mapping[str, np.nd
             f"unique@{S * K}": mean_of(curve["unique"][:, -1]),
         }
         pairs = [[(words(a.text), words(b.text)) for a, b in pairwise(i)] for i in sets]
-        out |= {name: mean_of(np.array([[f(a, b) for a, b in p] for p in pairs])) for name, f in OVERLAPS.items()}
+        out |= {
+            name: mean_of(np.array([[f(a, b) for a, b in p] for p in pairs]))
+            for name, f in OVERLAPS.items()
+        }
     if confident:
         chosen = np.nan_to_num(said, nan=-1.0).argmax(-1)[..., None]
         total, any_hit = said.sum(-1), np.minimum(mass.sum(-1), 1.0)
@@ -258,15 +327,24 @@ def statistics(items: Sequence[Item], confident: bool, curve: Mapping[str, np.nd
     }
 
 
-def set_metrics(rollouts: Sequence[Rollout], verifier: How, confident: bool) -> tuple[dict[str, float | None], dict[str, Statistic]]:
+def set_metrics(
+    rollouts: Sequence[Rollout], verifier: How, confident: bool
+) -> tuple[dict[str, float | None], dict[str, Statistic]]:
     """Every metric of one set each, None where it is undefined, and the statistics behind them."""
-    found = statistics([item_of(r.prompt, [(r, r.text, len(r.completion.ids))], verifier) for r in rollouts], confident)
+    found = statistics(
+        [item_of(r.prompt, [(r, r.text, len(r.completion.ids))], verifier) for r in rollouts],
+        confident,
+    )
     return {name: _value(statistic) for name, statistic in found.items()}, found
 
 
 def resamples(num_items: int, seed: int = 0) -> np.ndarray:
     """[B, n] how often each item occurs in each bootstrap sample; the same for every metric and policy, so differences are paired."""
-    return np.random.default_rng(seed).multinomial(num_items, [1 / num_items] * num_items, size=NUM_RESAMPLES).astype(float)
+    return (
+        np.random.default_rng(seed)
+        .multinomial(num_items, [1 / num_items] * num_items, size=NUM_RESAMPLES)
+        .astype(float)
+    )
 
 
 def _value(statistic: Statistic) -> float | None:
@@ -276,7 +354,11 @@ def _value(statistic: Statistic) -> float | None:
 
 def _bounds(values: np.ndarray) -> list[float | None]:
     kept = values[~np.isnan(values)]
-    return np.quantile(kept, [(1 - LEVEL) / 2, (1 + LEVEL) / 2]).tolist() if len(kept) else [None, None]
+    return (
+        np.quantile(kept, [(1 - LEVEL) / 2, (1 + LEVEL) / 2]).tolist()
+        if len(kept)
+        else [None, None]
+    )
 
 
 def estimate(statistic: Statistic, weights: np.ndarray) -> list[float | None]:

@@ -31,7 +31,10 @@ from mar.tasks.common import Source, aim
 from mar.tasks.medqa import chance_line
 from mar.weights import load_model
 
-STOP_TOKENS = ("<|im_end|>", "<|eot_id|>")  # that chat templates end a turn with, beside the tokenizer's own end
+STOP_TOKENS = (
+    "<|im_end|>",
+    "<|eot_id|>",
+)  # that chat templates end a turn with, beside the tokenizer's own end
 
 
 @dataclass(frozen=True)
@@ -71,7 +74,9 @@ class Job:
         draws others out of turn."""
         per_step, count = self.config.algo.prompts_per_step, len(self.prompts)
         if attempt:
-            drawn = np.random.default_rng([self.config.seed, step, attempt]).choice(count, per_step, per_step > count)
+            drawn = np.random.default_rng([self.config.seed, step, attempt]).choice(
+                count, per_step, per_step > count
+            )
             return [self.prompts[i] for i in drawn]
         chosen = []
         for place in range(step * per_step, (step + 1) * per_step):
@@ -80,21 +85,32 @@ class Job:
         return chosen
 
 
-def load_data(config: Config, split: str, num: int | None, seed: int, display: Display) -> list[Example]:
+def load_data(
+    config: Config, split: str, num: int | None, seed: int, display: Display
+) -> list[Example]:
     """The examples of a split; says what was dropped, and what guessing is worth where options are shown."""
     data = config.data
     shared = {item.name for item in fields(Source)} - {"kind", "split", "num", "seed"}
     source = Source(data.source, split, num, seed, **{name: getattr(data, name) for name in shared})
     loaded = get_task(data.task).load(source)
     if loaded.dropped:
-        display.say(f"{split}: dropped " + ", ".join(f"{n} ({why})" for why, n in sorted(loaded.dropped.items())))
+        display.say(
+            f"{split}: dropped "
+            + ", ".join(f"{n} ({why})" for why, n in sorted(loaded.dropped.items()))
+        )
     if loaded.num_options:
         display.say(f"{split}: {chance_line(config.reward.num_answers, loaded.num_options)}")
     return loaded.examples
 
 
 def make_prompts(
-    config: Config, examples: Sequence[Example], grammar: Grammar, tokenizer: Any, split: str, display: Display, style: str = "ranked"
+    config: Config,
+    examples: Sequence[Example],
+    grammar: Grammar,
+    tokenizer: Any,
+    split: str,
+    display: Display,
+    style: str = "ranked",
 ) -> tuple[Prompt, ...]:
     """Prompts of all examples; those over the limit are dropped and counted, never cut."""
     noun, limit = get_task(config.data.task).noun, config.model.max_prompt_tokens
@@ -102,33 +118,53 @@ def make_prompts(
     kept = tuple(p for p in prompts if len(p.ids) <= limit)
     if len(kept) < len(prompts):
         dropped, longest = len(prompts) - len(kept), max(len(p.ids) for p in prompts)
-        display.say(f"{split}: dropped {dropped} of {len(prompts)} prompts longer than model.max_prompt_tokens={limit} (longest {longest})")
+        display.say(
+            f"{split}: dropped {dropped} of {len(prompts)} prompts longer than model.max_prompt_tokens={limit} (longest {longest})"
+        )
     if not kept:
-        raise UserError(f"no {split} prompt is left: all {len(prompts)} are longer than model.max_prompt_tokens={limit}; raise it")
+        raise UserError(
+            f"no {split} prompt is left: all {len(prompts)} are longer than model.max_prompt_tokens={limit}; raise it"
+        )
     return kept
 
 
 def reward_of(r: RewardOptions) -> RewardSpec:
     """The reward that the config names, as a value."""
     named = {item.name: getattr(r, item.name) for item in fields(RewardSpec)}
-    return RewardSpec(**named | {"brier": r.brier if r.confident else "none", "rank_weights": tuple(r.rank_weights or ())})
+    return RewardSpec(
+        **named
+        | {"brier": r.brier if r.confident else "none", "rank_weights": tuple(r.rank_weights or ())}
+    )
 
 
 def verifier_of(config: Config) -> How:
     """How answers are compared with golds, checked to work here."""
     r, judge_folder = config.reward, cache_folder() / "judge"
     judge = (r.judge, r.judge_model, r.judge_timeout_s)
-    return find_verifier(config.data.task, config.data.verifier, r.sandbox == "unsafe", judge, judge_folder)
+    return find_verifier(
+        config.data.task, config.data.verifier, r.sandbox == "unsafe", judge, judge_folder
+    )
 
 
-def sampling_params(config: Config, grammar: Grammar, tokenizer: Any, decode: Decode) -> SamplingParams:
+def sampling_params(
+    config: Config, grammar: Grammar, tokenizer: Any, decode: Decode
+) -> SamplingParams:
     """How completions are drawn. Raises UserError for a thinking budget that leaves no room for the answers."""
-    vocabulary, s, longest = tokenizer.get_vocab(), config.sampler, config.model.max_completion_tokens
-    stops = {tokenizer.eos_token_id, *(vocabulary[token] for token in STOP_TOKENS if token in vocabulary)}
+    vocabulary, s, longest = (
+        tokenizer.get_vocab(),
+        config.sampler,
+        config.model.max_completion_tokens,
+    )
+    stops = {
+        tokenizer.eos_token_id,
+        *(vocabulary[token] for token in STOP_TOKENS if token in vocabulary),
+    }
     close: tuple[int, ...] = ()
     if s.think_budget is not None:
         if not grammar.thinking:
-            raise UserError("sampler.think_budget limits thoughts and there are none: set model.thinking=true")
+            raise UserError(
+                "sampler.think_budget limits thoughts and there are none: set model.thinking=true"
+            )
         close = tuple(tokenizer("</think>", add_special_tokens=False)["input_ids"])
         noun, K = get_task(config.data.task).noun, grammar.num_answers
         answers = render(replace(grammar, thinking=False), [noun] * K, [0.5] * K)
@@ -157,27 +193,44 @@ def adapted(model: Decoder, options: ModelOptions) -> Decoder:
     return model
 
 
-def build_job(config: Config, folder: Path, model_folder: Path, display: Display, world: World = ALONE) -> Job:
+def build_job(
+    config: Config, folder: Path, model_folder: Path, display: Display, world: World = ALONE
+) -> Job:
     """Load data, tokenizer and model and prepare every prompt. Raises UserError with one sentence for whatever a user can get wrong."""
     model, data, r, o = config.model, config.data, config.reward, config.optim
     verifier = verifier_of(config)
-    endless = data.source == "embedded" and data.num_train is None  # then as many patients as the run will see
+    endless = (
+        data.source == "embedded" and data.num_train is None
+    )  # then as many patients as the run will see
     num_train = config.train.steps * config.algo.prompts_per_step if endless else data.num_train
     if data.target not in get_task(data.task).targets:
-        raise UserError(f"data.target={data.target} is not for {data.task}: choose one of {', '.join(get_task(data.task).targets)}")
-    train = aim(load_data(config, data.train_split, num_train, config.seed, display), data.target)  # measured against labels all the same
+        raise UserError(
+            f"data.target={data.target} is not for {data.task}: choose one of {', '.join(get_task(data.task).targets)}"
+        )
+    train = aim(
+        load_data(config, data.train_split, num_train, config.seed, display), data.target
+    )  # measured against labels all the same
     held_out = load_data(config, data.eval_split, data.num_eval, 0, display)
 
     tokenizer = load_tokenizer(model_folder)
-    grammar = fit_grammar(Grammar(r.form, r.num_answers, r.layout, model.thinking, r.analysis, r.other), tokenizer)
+    grammar = fit_grammar(
+        Grammar(r.form, r.num_answers, r.layout, model.thinking, r.analysis, r.other), tokenizer
+    )
     spec = reward_of(r)
     prompts = make_prompts(config, train, grammar, tokenizer, data.train_split, display)
     longest = max(len(p.ids) for p in prompts)
     # refuses a budget below one group before the model is loaded
-    capacity([longest], [config.algo.group_size], model.max_completion_tokens, config.sampler.kv_budget_tokens)
+    capacity(
+        [longest],
+        [config.algo.group_size],
+        model.max_completion_tokens,
+        config.sampler.kv_budget_tokens,
+    )
     dtype, whole = getattr(torch, config.scale.dtype), None
     # at lr 1e-6 a bfloat16 parameter would not move
-    policy = load_model(model_folder, dtype=torch.promote_types(dtype, torch.float32), device=world.device)
+    policy = load_model(
+        model_folder, dtype=torch.promote_types(dtype, torch.float32), device=world.device
+    )
     policy.checkpoint_blocks = config.train.checkpoint_activations
     reference = copy.deepcopy(policy).requires_grad_(False) if config.algo.kl_coef else None
     critic = Critic(policy) if config.algo.baseline == "value" else None
@@ -200,10 +253,14 @@ def build_job(config: Config, folder: Path, model_folder: Path, display: Display
         seed=config.seed,
     )
     adamw = ((o.betas[0], o.betas[1]), o.eps, o.weight_decay)
-    optimizer = make_optimizer(policy, o.lr, *adamw, model.trainable or ("lora_" if model.lora_rank else ""))
+    optimizer = make_optimizer(
+        policy, o.lr, *adamw, model.trainable or ("lora_" if model.lora_rank else "")
+    )
     valued = (critic, make_optimizer(critic, config.algo.critic_lr, *adamw)) if critic else None
     opens = first_open(grammar, spec)
-    return Job(config, folder, policy, optimizer, prompts, protocol, opens, world, whole, reference, valued)
+    return Job(
+        config, folder, policy, optimizer, prompts, protocol, opens, world, whole, reference, valued
+    )
 
 
 def announce(config: Config, display: Display) -> Config:
@@ -221,5 +278,7 @@ def announce(config: Config, display: Display) -> Config:
         )
         config = replace(config, data=replace(config.data, task="clinic"))
     if config.data.source == "embedded" and torch.cuda.is_available() and config.device != "cpu":
-        display.say("A GPU is visible and is being used for the rehearsal; choose scale=h100x1 for the real thing.")
+        display.say(
+            "A GPU is visible and is being used for the rehearsal; choose scale=h100x1 for the real thing."
+        )
     return config

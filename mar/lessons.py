@@ -68,9 +68,14 @@ def text_of(pieces: Sequence[str | Field]) -> str:
 
 def make_encode(tokenizer: Any) -> Encode:
     """Token ids of a piece of text, remembered. Raises UserError for a tokenizer whose pieces do not join."""
-    joined = tokenizer("</answer1>", add_special_tokens=False)["input_ids"] + tokenizer("word", add_special_tokens=False)["input_ids"]
+    joined = (
+        tokenizer("</answer1>", add_special_tokens=False)["input_ids"]
+        + tokenizer("word", add_special_tokens=False)["input_ids"]
+    )
     if tokenizer.decode(joined, skip_special_tokens=False) != "</answer1>word":
-        raise UserError("mar.sft joins pieces of text token by token; this tokenizer adds something to the start of each piece")
+        raise UserError(
+            "mar.sft joins pieces of text token by token; this tokenizer adds something to the start of each piece"
+        )
 
     @cache
     def encode(text: str) -> list[int]:
@@ -81,7 +86,11 @@ def make_encode(tokenizer: Any) -> Encode:
 
 def draw_grammar(rng: np.random.Generator) -> tuple[Grammar, str]:
     """One grammar and prompt style of the mixture: every form, layout, K and switch occurs, K=3 interleaved most often."""
-    form = str(rng.choice(["rlcr_multi", "rlvr_multi", "rlcr_single", "rlvr_single"], p=[0.55, 0.15, 0.15, 0.15]))
+    form = str(
+        rng.choice(
+            ["rlcr_multi", "rlvr_multi", "rlcr_single", "rlvr_single"], p=[0.55, 0.15, 0.15, 0.15]
+        )
+    )
     multi, confident = form.endswith("multi"), form.startswith("rlcr")
     layout = "split" if multi and confident and rng.random() < 0.25 else "interleaved"
     num_answers = 1 if not multi else 3 if rng.random() < 0.5 else int(rng.integers(1, 11))
@@ -93,18 +102,30 @@ def draw_grammar(rng: np.random.Generator) -> tuple[Grammar, str]:
 
 MIXTURES: dict[str, Callable[[np.random.Generator], tuple[Grammar, str]]] = {
     "all": draw_grammar,
-    "short": lambda rng: (SHORT[rng.integers(len(SHORT))], "ranked"),  # the four forms, three answers where there are several
+    "short": lambda rng: (
+        SHORT[rng.integers(len(SHORT))],
+        "ranked",
+    ),  # the four forms, three answers where there are several
     "plain": lambda rng: (PLAIN, "ranked"),
 }
 
 
-def draw(candidates: Sequence[str], weights: Sequence[float], rng: np.random.Generator, count: float = 1.0) -> Field:
+def draw(
+    candidates: Sequence[str],
+    weights: Sequence[float],
+    rng: np.random.Generator,
+    count: float = 1.0,
+) -> Field:
     """One of the candidates, in proportion to its weight."""
     probabilities = np.asarray(weights, dtype=np.float64) / np.sum(weights)
-    return Field(candidates, probabilities.tolist(), int(rng.choice(len(candidates), p=probabilities)), count)
+    return Field(
+        candidates, probabilities.tolist(), int(rng.choice(len(candidates), p=probabilities)), count
+    )
 
 
-def draw_answers(example: Example, num_answers: int, others: Sequence[str], rng: np.random.Generator) -> list[Field]:
+def draw_answers(
+    example: Example, num_answers: int, others: Sequence[str], rng: np.random.Generator
+) -> list[Field]:
     """Distinct answers: draws from the golds' probabilities without those already said, then `others`; where golds have none, golds in a random
     order, with as many `others` between them as are missing."""
     left = {gold.name: gold.probability for gold in example.golds if gold.probability}
@@ -115,7 +136,9 @@ def draw_answers(example: Example, num_answers: int, others: Sequence[str], rng:
     if (missing := num_answers - len(fields)) == 0:
         return fields
     golds = [] if fields else [gold.name for gold in example.golds]
-    pool = [name for name in dict.fromkeys(others) if name not in {gold.name for gold in example.golds}]
+    pool = [
+        name for name in dict.fromkeys(others) if name not in {gold.name for gold in example.golds}
+    ]
     right = [golds[i] for i in rng.permutation(len(golds))[:missing]]
     names = right + [pool[i] for i in rng.permutation(len(pool))[: missing - len(right)]]
     names = [names[i] for i in rng.permutation(len(names))]
@@ -124,8 +147,16 @@ def draw_answers(example: Example, num_answers: int, others: Sequence[str], rng:
 
 def draw_thoughts(question: str, rng: np.random.Generator) -> list[str | Field]:
     """Two clauses of the question."""
-    clauses = dict.fromkeys(c.strip() for c in re.split(r"[.:,;?](?:\s|$)", question) if 2 < len(c.strip()) < 40 and "<" not in c)
-    left = [f" {clause}" for clause in clauses] + [" the question"] * (len(clauses) < 2) + [" its answer"] * (not clauses)
+    clauses = dict.fromkeys(
+        c.strip()
+        for c in re.split(r"[.:,;?](?:\s|$)", question)
+        if 2 < len(c.strip()) < 40 and "<" not in c
+    )
+    left = (
+        [f" {clause}" for clause in clauses]
+        + [" the question"] * (len(clauses) < 2)
+        + [" its answer"] * (not clauses)
+    )
     first = draw(left, [1.0] * len(left), rng)
     left = [clause for clause in left if clause != first.text]
     return ["Notable:", first, ",", draw(left, [1.0] * len(left), rng), "."]
@@ -139,13 +170,20 @@ def confidence_weights(truth: float | None, hint: Hint) -> list[float]:
 
 
 def demonstration(
-    example: Example, grammar: Grammar, others: Sequence[str], rng: np.random.Generator, think_open: bool = False, hint: Hint = NO_HINT
+    example: Example,
+    grammar: Grammar,
+    others: Sequence[str],
+    rng: np.random.Generator,
+    think_open: bool = False,
+    hint: Hint = NO_HINT,
 ) -> list[str | Field]:
     """A right-formed completion in pieces: literal text and fields."""
     probability = {gold.name: gold.probability for gold in example.golds}
     answers = draw_answers(example, grammar.num_answers, others, rng)
     if len(answers) < grammar.num_answers:
-        raise UserError(f"{example.id} has too few different answers for {grammar.num_answers} slots")
+        raise UserError(
+            f"{example.id} has too few different answers for {grammar.num_answers} slots"
+        )
 
     def content(element: Element) -> list[str | Field]:
         if element.kind == "answer":
@@ -154,21 +192,27 @@ def demonstration(
             return draw_thoughts(example.question, rng)
         if element.kind == "analysis":
             return [draw(ANALYSES, [1.0] * len(ANALYSES), rng)]
-        truth = probability.get(answers[element.slot].text) if element.kind == "confidence" else None
+        truth = (
+            probability.get(answers[element.slot].text) if element.kind == "confidence" else None
+        )
         return [draw(CONFIDENCES, confidence_weights(truth, hint), rng, hint.counts)]
 
     pieces: list[str | Field] = [""]
     for element in grammar.elements:
         opening = "" if think_open and element.kind == "think" else element.opening
         for piece in (opening, *content(element), element.closing):
-            if isinstance(piece, str) and isinstance(pieces[-1], str):  # tags that meet share tokens
+            if isinstance(piece, str) and isinstance(
+                pieces[-1], str
+            ):  # tags that meet share tokens
                 pieces[-1] += piece
             else:
                 pieces.append(piece)
     return [piece for piece in pieces if piece]
 
 
-def soft_targets(pieces: Sequence[str | Field], encode: Encode, stop_id: int) -> tuple[list[int], list[dict[int, float]]]:
+def soft_targets(
+    pieces: Sequence[str | Field], encode: Encode, stop_id: int
+) -> tuple[list[int], list[dict[int, float]]]:
     """The token ids of a demonstration, stop token included, and for each the exact distribution of that token given those before it, times
     what the token counts.
 
@@ -176,16 +220,24 @@ def soft_targets(pieces: Sequence[str | Field], encode: Encode, stop_id: int) ->
     """
     ids: list[int] = []
     targets: list[dict[int, float]] = []
-    following = [encode(piece)[0] for piece in pieces[1:] if isinstance(piece, str)]  # what ends each field
+    following = [
+        encode(piece)[0] for piece in pieces[1:] if isinstance(piece, str)
+    ]  # what ends each field
     for piece in pieces:
         if isinstance(piece, str):
             literal = encode(piece)
-            targets += [{token: 1.0} for token in literal[len(targets) - len(ids) :]]  # a field foresees the first
+            targets += [
+                {token: 1.0} for token in literal[len(targets) - len(ids) :]
+            ]  # a field foresees the first
             ids += literal
             continue
         rows = [(*encode(text), following[0]) for text in piece.candidates]
-        if any(after[: len(row)] == row for row, after in pairwise(sorted(set(rows)))):  # prefixes are neighbours
-            raise ValueError(f"a candidate of {list(piece.candidates)[:3]}... begins with another and what follows it")
+        if any(
+            after[: len(row)] == row for row, after in pairwise(sorted(set(rows)))
+        ):  # prefixes are neighbours
+            raise ValueError(
+                f"a candidate of {list(piece.candidates)[:3]}... begins with another and what follows it"
+            )
         chosen, alive = rows[piece.chosen], list(zip(rows, piece.probabilities, strict=True))
         for position, token in enumerate(chosen):
             total, target = sum(p for _, p in alive), dict[int, float]()
@@ -244,5 +296,7 @@ def make_lesson(
         weights=weights,
         starts=torch.tensor([0, *np.cumsum([len(bag) for bag in bags[:-1]])]),
         counts=counts,
-        entropy=((torch.special.entr(weights).sum() + (counts * counts.log()).sum()) / counts.sum()).item(),
+        entropy=(
+            (torch.special.entr(weights).sum() + (counts * counts.log()).sum()) / counts.sum()
+        ).item(),
     )

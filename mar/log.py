@@ -36,14 +36,18 @@ def shown(value: float | Sequence[float | None] | None) -> str:
     """A metric in a table; [value, low, high] with half of its interval."""
     if isinstance(value, Sequence):
         middle, low, high = value
-        return shown(middle) + ("" if low is None or high is None else f" ±{shown((high - low) / 2)}")
+        return shown(middle) + (
+            "" if low is None or high is None else f" ±{shown((high - low) / 2)}"
+        )
     return "–" if value is None else f"{value:.1f}" if abs(value) >= 10 else f"{value:.3f}"
 
 
 def read_jsonl(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
     """The rows of a file, and `file:line` of every line that is no JSON object (a crash, a full disk): these are skipped."""
     rows, broken = [], []
-    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").split("\n"), 1):
+    for number, line in enumerate(
+        path.read_text(encoding="utf-8", errors="replace").split("\n"), 1
+    ):
         try:
             row = json.loads(line) if line.strip() else None
         except json.JSONDecodeError:
@@ -55,10 +59,14 @@ def read_jsonl(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
     return rows, broken
 
 
-def append_jsonl(path: Path, rows: Iterable[Mapping[str, Any]], mode: str = "a", indent: int | None = None) -> None:
+def append_jsonl(
+    path: Path, rows: Iterable[Mapping[str, Any]], mode: str = "a", indent: int | None = None
+) -> None:
     """Append rows, one JSON document a line, and wait until they are on the disk."""
     with path.open(mode, encoding="utf-8") as file:
-        file.writelines(json.dumps(plain(row), ensure_ascii=False, indent=indent) + "\n" for row in rows)
+        file.writelines(
+            json.dumps(plain(row), ensure_ascii=False, indent=indent) + "\n" for row in rows
+        )
         file.flush()
         os.fsync(file.fileno())
 
@@ -86,7 +94,9 @@ def runs_of(starts: Sequence[int], values: Sequence[float]) -> list[list[float]]
     return [[int(next(run)[0]), value] for value, run in groupby(tokens, key=itemgetter(1))]
 
 
-def completion_row(rollout: Rollout, stage: str, step: int, advantages: Sequence[float] | None = None) -> dict[str, Any]:
+def completion_row(
+    rollout: Rollout, stage: str, step: int, advantages: Sequence[float] | None = None
+) -> dict[str, Any]:
     """One line of `completions.jsonl`. advantages [>= R]: one per token, kept as `runs_of` them."""
     example = rollout.prompt.example
     return {
@@ -97,21 +107,33 @@ def completion_row(rollout: Rollout, stage: str, step: int, advantages: Sequence
         "sample": rollout.completion.sample_index,
         "question": example.question,
         "targets": [gold.name for gold in example.targets()],
-        **{name: getattr(rollout, name) for name in ("text", "answers", "confidences", "hits", "repeated", "reason")},
+        **{
+            name: getattr(rollout, name)
+            for name in ("text", "answers", "confidences", "hits", "repeated", "reason")
+        },
         "reward": rollout.total,
         "parts": rollout.parts,
         "components": rollout.components.tolist(),
         "finish_reason": rollout.completion.finish_reason,
         "num_tokens": len(rollout.completion.ids),
         "inserted": rollout.completion.inserted,
-        **({} if advantages is None else {"advantages": runs_of(rollout.token_starts.tolist(), advantages)}),
+        **(
+            {}
+            if advantages is None
+            else {"advantages": runs_of(rollout.token_starts.tolist(), advantages)}
+        ),
     }
 
 
 class Display:
     """Progress of a run: a live bar on a terminal, plain lines elsewhere. Goes to stderr-free stdout; the last line is the caller's JSON."""
 
-    SHOWN = {"reward": "reward/total", "coverage": "reward/coverage", "ece": "train/ece", "format": "train/format_rate"}
+    SHOWN = {
+        "reward": "reward/total",
+        "coverage": "reward/coverage",
+        "ece": "train/ece",
+        "format": "train/format_rate",
+    }
     SHOWN |= {"tok/s": "perf/tokens_per_s"}
 
     def __init__(self, mode: str, first_step: int, num_steps: int):
@@ -127,9 +149,16 @@ class Display:
     def __enter__(self) -> "Display":
         self.began = time.perf_counter()  # loading and the evaluation before are no steps
         if self.live:
-            columns = ("step {task.completed:.0f}/{task.total:.0f}", BarColumn(), "{task.fields[line]}", TimeRemainingColumn())
+            columns = (
+                "step {task.completed:.0f}/{task.total:.0f}",
+                BarColumn(),
+                "{task.fields[line]}",
+                TimeRemainingColumn(),
+            )
             self.progress = Progress(*columns, console=self.console)
-            self.task = self.progress.add_task("train", total=self.num_steps, completed=self.first_step, line="")
+            self.task = self.progress.add_task(
+                "train", total=self.num_steps, completed=self.first_step, line=""
+            )
             self.progress.start()
         return self
 
@@ -141,8 +170,13 @@ class Display:
         """Show the metrics of a finished step (counted from 1)."""
         if self.mirror:
             self.mirror.step(step, plain(metrics))
-        values = {label: metrics[key] for label, key in self.SHOWN.items() if metrics.get(key) is not None}
-        line = "  ".join(f"{label} {value:,.0f}" if label == "tok/s" else f"{label} {value:.3f}" for label, value in values.items())
+        values = {
+            label: metrics[key] for label, key in self.SHOWN.items() if metrics.get(key) is not None
+        }
+        line = "  ".join(
+            f"{label} {value:,.0f}" if label == "tok/s" else f"{label} {value:.3f}"
+            for label, value in values.items()
+        )
         if self.progress:
             self.progress.update(self.task, completed=step, line=line)
             return
@@ -150,7 +184,9 @@ class Display:
         left = round(rate * (self.num_steps - step))
         self.say(f"step {step}/{self.num_steps}  {line}  {left // 60}:{left % 60:02} left")
 
-    def table(self, title: str, columns: Mapping[str, Mapping[str, Any] | None], rows: Sequence[str]) -> None:
+    def table(
+        self, title: str, columns: Mapping[str, Mapping[str, Any] | None], rows: Sequence[str]
+    ) -> None:
         """Metrics (rows) of several policies (columns)."""
         table = Table(title=title, title_justify="left")
         table.add_column("", no_wrap=True)

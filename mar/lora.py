@@ -23,7 +23,9 @@ from .weights import layout
 class AdaptedLinear(Linear):
     """A linear layer with an adapter: lora_a [rank, in] starts random, lora_b [out, rank] at zero, so that at first nothing changes."""
 
-    def __init__(self, base: nn.Linear, rank: int, scale: float, generator: torch.Generator) -> None:
+    def __init__(
+        self, base: nn.Linear, rank: int, scale: float, generator: torch.Generator
+    ) -> None:
         nn.Module.__init__(self)
         self.in_features, self.out_features, self.scale = base.in_features, base.out_features, scale
         self.weight, self.bias = base.weight, base.bias
@@ -41,7 +43,9 @@ def adapt(model: Decoder, rank: int, scale: float, where: str) -> None:
     linears = {name: layer for name, layer in model.named_modules() if isinstance(layer, Linear)}
     chosen = [name for name in linears if re.search(where, name)]
     if not chosen:
-        raise UserError(f"model.lora_layers={where!r} is found in no linear layer's name; they are {', '.join([*linears][:4])}, ...")
+        raise UserError(
+            f"model.lora_layers={where!r} is found in no linear layer's name; they are {', '.join([*linears][:4])}, ..."
+        )
     generator = torch.Generator().manual_seed(0)
     for name in chosen:
         model.set_submodule(name, AdaptedLinear(linears[name], rank, scale, generator))
@@ -76,7 +80,9 @@ def save_adapters(model: Decoder, folder: Path, base: str) -> None:
     """`adapter_config.json` and `adapter_model.safetensors`, which `peft.PeftModel.from_pretrained(base_model, folder)` reads. What else was trained
     (model.trainable) is not in them."""
     parts, tensors = layout(model.config), {}
-    adapted = {name: layer for name, layer in model.named_modules() if isinstance(layer, AdaptedLinear)}
+    adapted = {
+        name: layer for name, layer in model.named_modules() if isinstance(layer, AdaptedLinear)
+    }
     for name, layer in adapted.items():
         rows = layer.lora_b.detach().split([shape[0] for _, shape in parts[f"{name}.weight"]])
         for (theirs, _), b in zip(parts[f"{name}.weight"], rows, strict=True):
@@ -84,9 +90,24 @@ def save_adapters(model: Decoder, folder: Path, base: str) -> None:
             tensors[f"{prefix}.lora_A.weight"] = layer.lora_a.detach().clone()
             tensors[f"{prefix}.lora_B.weight"] = b.contiguous()
     first = next(iter(adapted.values()))
-    rank, modules = len(first.lora_a), sorted({key.split(".lora_")[0].removeprefix("base_model.model.") for key in tensors})
-    told = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": rank, "lora_alpha": rank * first.scale, "lora_dropout": 0.0, "bias": "none"}
-    told |= {"base_model_name_or_path": base, "target_modules": modules, "inference_mode": True, "fan_in_fan_out": False}
+    rank, modules = (
+        len(first.lora_a),
+        sorted({key.split(".lora_")[0].removeprefix("base_model.model.") for key in tensors}),
+    )
+    told = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "r": rank,
+        "lora_alpha": rank * first.scale,
+        "lora_dropout": 0.0,
+        "bias": "none",
+    }
+    told |= {
+        "base_model_name_or_path": base,
+        "target_modules": modules,
+        "inference_mode": True,
+        "fan_in_fan_out": False,
+    }
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     (folder / "adapter_config.json").write_text(json.dumps(told, indent=2) + "\n")

@@ -40,7 +40,9 @@ def importance_weights(old_logprobs: Tensor, sampler_logprobs: Tensor, cap: floa
 def sequence_mean_log_ratio(log_ratio: Tensor, weights: Tensor, rows: Tensor) -> Tensor:
     """For each token [M] the mean of `log_ratio` over the tokens of its completion that have a weight."""
     kept = (weights != 0).to(log_ratio.dtype)
-    sums = log_ratio.new_zeros(2, int(rows.max()) + 1).index_add_(1, rows, torch.stack([log_ratio * kept, kept]))
+    sums = log_ratio.new_zeros(2, int(rows.max()) + 1).index_add_(
+        1, rows, torch.stack([log_ratio * kept, kept])
+    )
     return (sums[0] / sums[1].clamp(min=1))[rows]
 
 
@@ -49,18 +51,36 @@ def reinforce(logprobs: Tensor, advantages: Tensor, weights: Tensor, *_: object)
     return -(weights * advantages * logprobs).sum()
 
 
-def _clipped(ratio: Tensor, advantages: Tensor, weights: Tensor, clip_low: float, clip_high: float) -> Tensor:
+def _clipped(
+    ratio: Tensor, advantages: Tensor, weights: Tensor, clip_low: float, clip_high: float
+) -> Tensor:
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
     return -(weights * torch.minimum(ratio * advantages, clipped * advantages)).sum()
 
 
-def ppo_clip(logprobs: Tensor, advantages: Tensor, weights: Tensor, old_logprobs: Tensor, rows: Tensor, low: float, high: float) -> Tensor:
+def ppo_clip(
+    logprobs: Tensor,
+    advantages: Tensor,
+    weights: Tensor,
+    old_logprobs: Tensor,
+    rows: Tensor,
+    low: float,
+    high: float,
+) -> Tensor:
     """PPO (Schulman et al. 2017, arXiv 1707.06347, eq. 7) with separate bounds (DAPO, arXiv 2503.14476, eq. 8):
     -sum_t w_t min(r_t A_t, clip(r_t, 1 - low, 1 + high) A_t)."""
     return _clipped((logprobs - old_logprobs).exp(), advantages, weights, low, high)
 
 
-def gspo(logprobs: Tensor, advantages: Tensor, weights: Tensor, old_logprobs: Tensor, rows: Tensor, low: float, high: float) -> Tensor:
+def gspo(
+    logprobs: Tensor,
+    advantages: Tensor,
+    weights: Tensor,
+    old_logprobs: Tensor,
+    rows: Tensor,
+    low: float,
+    high: float,
+) -> Tensor:
     """GSPO (Zheng et al. 2025, arXiv 2507.18071, eq. 5 and 7) in its token form (eq. 13 and 14), so that advantages may differ along a completion:
     ppo_clip with r_t = s * pi_t / sg(pi_t), where s = exp(mean of the completion's log ratios) is constant and sg stops the gradient. With one
     advantage a completion, value and gradient are those of GSPO."""
@@ -68,7 +88,15 @@ def gspo(logprobs: Tensor, advantages: Tensor, weights: Tensor, old_logprobs: Te
     return _clipped((mean + logprobs - logprobs.detach()).exp(), advantages, weights, low, high)
 
 
-def cispo(logprobs: Tensor, advantages: Tensor, weights: Tensor, old_logprobs: Tensor, rows: Tensor, low: float, high: float) -> Tensor:
+def cispo(
+    logprobs: Tensor,
+    advantages: Tensor,
+    weights: Tensor,
+    old_logprobs: Tensor,
+    rows: Tensor,
+    low: float,
+    high: float,
+) -> Tensor:
     """CISPO (MiniMax-M1, arXiv 2506.13585, eq. 4 and 5): REINFORCE weighted by the clipped ratio, no token loses its gradient:
     -sum_t w_t sg(clip(r_t, 1 - low, 1 + high)) A_t log pi(token_t). low=1 is no lower bound."""
     ratio = (logprobs - old_logprobs).detach().exp().clamp(1 - low, 1 + high)
@@ -97,7 +125,9 @@ LOSSES: dict[str, Loss] = {"reinforce": reinforce, "ppo": ppo_clip, "gspo": gspo
 KL_ESTIMATORS = {"k3": kl_k3, "k2": kl_k2, "k1": kl_k1}
 
 
-def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, weights: Tensor, clip: float) -> Tensor:
+def value_loss(
+    values: Tensor, old_values: Tensor, returns: Tensor, weights: Tensor, clip: float
+) -> Tensor:
     """sum_t w_t max((V - R)^2, (V_clipped - R)^2) / 2 with V_clipped within `clip` of `old_values` (Schulman et al. 2016, arXiv 1506.02438; the
     clipping is that of OpenAI's baselines). All [M]."""
     near = old_values + (values - old_values).clamp(-clip, clip)
@@ -105,14 +135,20 @@ def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, weights: Ten
 
 
 @torch.no_grad()
-def diagnostics(logprobs: Tensor, columns: Mapping[str, Tensor], by_sequence: bool, low: float, high: float) -> dict[str, float]:
+def diagnostics(
+    logprobs: Tensor, columns: Mapping[str, Tensor], by_sequence: bool, low: float, high: float
+) -> dict[str, float]:
     """Sums over the tokens with a weight: `approx_kl` r - 1 - log r (estimates KL(old || new)), `clip_frac` tokens whose ratio is outside the bounds,
     `sampler_kl` k1 of KL(sampler || old) (k3 is wrong where the sampler leaves tokens out), `num`;
     and the largest ratio and |old - full_logprobs|. columns: the flat ones of that name.
     """
     kept, old = columns["weights"] != 0, columns["old_logprobs"]
     log_ratio = logprobs - old
-    used = sequence_mean_log_ratio(log_ratio, columns["weights"], columns["rows"]) if by_sequence else log_ratio
+    used = (
+        sequence_mean_log_ratio(log_ratio, columns["weights"], columns["rows"])
+        if by_sequence
+        else log_ratio
+    )
     ratio = used.exp()[kept]
     return {
         "approx_kl": kl_k3(old, logprobs)[kept].sum().item(),

@@ -11,8 +11,21 @@ import numpy as np
 from mar.records import Example
 
 NUM_BINS, NUM_ORDERS = 10, 64
-SHOWN_METRICS = ("top1", "brier", "ece", "q_mse", "format_rate", "repeats_per_set", "tokens_per_set", "prompt_tokens")
-LOG_START, STEP, TINY = -26.0, 0.3, 1e-18  # integration over log time; an item of p < TINY counts as TINY
+SHOWN_METRICS = (
+    "top1",
+    "brier",
+    "ece",
+    "q_mse",
+    "format_rate",
+    "repeats_per_set",
+    "tokens_per_set",
+    "prompt_tokens",
+)
+LOG_START, STEP, TINY = (
+    -26.0,
+    0.3,
+    1e-18,
+)  # integration over log time; an item of p < TINY counts as TINY
 BLOCK = 32  # rows at once: [32, 64, 250] float64 is 4 MB
 
 
@@ -24,7 +37,9 @@ def student(freedom: int) -> float:
 
 def brier_loss(mass: np.ndarray, confidence: np.ndarray) -> np.ndarray:
     """E(q - y)^2 of each slot under its exact mass; without a confidence (nan) it is charged 1."""
-    return np.where(np.isnan(confidence), 1.0, mass * (confidence - 1) ** 2 + (1 - mass) * confidence**2)
+    return np.where(
+        np.isnan(confidence), 1.0, mass * (confidence - 1) ** 2 + (1 - mass) * confidence**2
+    )
 
 
 def set_value(mass: np.ndarray, confidence: np.ndarray) -> np.ndarray:
@@ -90,12 +105,16 @@ def inclusion_probabilities(p: np.ndarray, k: int) -> np.ndarray:
     out = np.empty_like(rows)
     for start in range(0, len(rows), BLOCK):
         block = rows[start : start + BLOCK].T[:, :, None]  # [N, B, 1]
-        slowest = np.partition(block, -k, axis=0)[-k].min()  # the k most probable have all arrived by 40 / slowest
+        slowest = np.partition(block, -k, axis=0)[
+            -k
+        ].min()  # the k most probable have all arrived by 40 / slowest
         t = np.exp(np.arange(LOG_START, np.log(40.0 / slowest) + STEP, STEP))  # [Q]
         rate = block * t  # [N, B, Q]
         late = np.exp(-rate)
         before, after = _arrivals(late, k), _arrivals(late[::-1], k)[::-1]
-        few = sum(before[:, j] * after[:, : k - j].sum(axis=1) for j in range(k))  # fewer than k others, [N, B, Q]
+        few = sum(
+            before[:, j] * after[:, : k - j].sum(axis=1) for j in range(k)
+        )  # fewer than k others, [N, B, Q]
         out[start : start + BLOCK] = STEP * (rate * late * few).sum(axis=-1).T
     return out.reshape(p.shape)
 
@@ -131,13 +150,21 @@ def bars(examples: Sequence[Example], k: int) -> dict[str, list[float]] | None:
     rng, floor = np.random.default_rng(0), np.zeros(k)
     with np.errstate(divide="ignore"):
         logs = np.log(p)
-    for _ in range(NUM_ORDERS):  # draws without replacement come in the order of log p + Gumbel noise
+    for _ in range(
+        NUM_ORDERS
+    ):  # draws without replacement come in the order of log p + Gumbel noise
         order = np.argsort(-(logs + rng.gumbel(size=p.shape)), axis=1)[:, :k]
         floor += np.take_along_axis(p, order, 1).cumsum(1).mean(0) / NUM_ORDERS
-    return {"k": list(range(1, k + 1)), "floor": floor.tolist(), "ceiling": best_masses(p, k).cumsum(1).mean(0).tolist()}
+    return {
+        "k": list(range(1, k + 1)),
+        "floor": floor.tolist(),
+        "ceiling": best_masses(p, k).cumsum(1).mean(0).tolist(),
+    }
 
 
-def known_bounds(examples: Sequence[Example], num_answers: int) -> dict[str, dict[str, float | None]] | None:
+def known_bounds(
+    examples: Sequence[Example], num_answers: int
+) -> dict[str, dict[str, float | None]] | None:
     """Floor and ceiling of the same metrics where the posterior is known, else None.
 
     Floor: K distinct draws from the posterior. Ceiling: its K most probable answers with honest confidences, and their value E[sum y - mean Brier].
@@ -146,9 +173,16 @@ def known_bounds(examples: Sequence[Example], num_answers: int) -> dict[str, dic
     if p is None:
         return None
     key, best = f"coverage@{K}", best_masses(p, K)
-    both: dict[str, float | None] = dict.fromkeys((key, *SHOWN_METRICS)) | {"format_rate": 1.0, "repeats_per_set": 0.0}
+    both: dict[str, float | None] = dict.fromkeys((key, *SHOWN_METRICS)) | {
+        "format_rate": 1.0,
+        "repeats_per_set": 0.0,
+    }
     floor = {key: float(floor_coverage(p, K).mean()), "top1": float((p**2).sum(1).mean())}
-    ceiling = {key: float(ceiling_coverage(p, K).mean()), "top1": float(best[:, 0].mean()), "brier": float((best * (1 - best)).mean())}
+    ceiling = {
+        key: float(ceiling_coverage(p, K).mean()),
+        "top1": float(best[:, 0].mean()),
+        "brier": float((best * (1 - best)).mean()),
+    }
     honest = {"ece": 0.0, "q_mse": 0.0, "value": float(ceiling_value(p, K).mean())}
     return {"floor": both | floor, "ceiling": both | ceiling | honest}
 

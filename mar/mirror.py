@@ -13,7 +13,9 @@ TEXT_COLUMNS = ("step", "id", "text", "answers", "confidences", "hits", "reward"
 class Mirror:
     """A wandb run whose id is kept in the run's folder, so that a resumed run goes on in it."""
 
-    def __init__(self, mode: str, folder: Path, config: Mapping[str, Any], say: Callable[[str], None]) -> None:
+    def __init__(
+        self, mode: str, folder: Path, config: Mapping[str, Any], say: Callable[[str], None]
+    ) -> None:
         self.run: Any = None
         self.table: Any = None
         self.wandb: Any = None
@@ -36,7 +38,11 @@ class Mirror:
         thread.start()
         thread.join(PATIENCE)
         if fault or thread.is_alive():
-            why = f"{type(fault[0]).__name__}: {' '.join(str(fault[0]).split())[:160]}" if fault else f"no answer in {PATIENCE:.0f} s"
+            why = (
+                f"{type(fault[0]).__name__}: {' '.join(str(fault[0]).split())[:160]}"
+                if fault
+                else f"no answer in {PATIENCE:.0f} s"
+            )
             self.say(f"wandb is off from here on ({why}); the run's own files are complete")
             self.on = False
 
@@ -48,9 +54,22 @@ class Mirror:
         folder, file = self.folder, self.folder / "wandb_id"
         if not file.exists():
             file.write_text(secrets.token_hex(4))
-        settings = wandb.Settings(init_timeout=PATIENCE, silent=True, console="off", disable_git=True, x_disable_stats=True)
-        place: dict[str, Any] = {"project": "mar", "id": file.read_text(), "dir": folder, "name": folder.name}
-        self.run = wandb.init(**place, resume="allow", mode=mode, config=dict(config), settings=settings)
+        settings = wandb.Settings(
+            init_timeout=PATIENCE,
+            silent=True,
+            console="off",
+            disable_git=True,
+            x_disable_stats=True,
+        )
+        place: dict[str, Any] = {
+            "project": "mar",
+            "id": file.read_text(),
+            "dir": folder,
+            "name": folder.name,
+        }
+        self.run = wandb.init(
+            **place, resume="allow", mode=mode, config=dict(config), settings=settings
+        )
         self.wandb = wandb
 
     def step(self, step: int, metrics: Mapping[str, Any]) -> None:
@@ -64,7 +83,9 @@ class Mirror:
             if self.table is None:
                 self.table = self.wandb.Table(columns=list(TEXT_COLUMNS), log_mode="INCREMENTAL")
             for row in rows:
-                self.table.add_data(*(str(v) if isinstance(v := row[c], list | tuple) else v for c in TEXT_COLUMNS))
+                self.table.add_data(
+                    *(str(v) if isinstance(v := row[c], list | tuple) else v for c in TEXT_COLUMNS)
+                )
             self.run.log({"completions": self.table}, step=step)
 
         self._guard(add)
@@ -73,7 +94,9 @@ class Mirror:
         """The closing numbers, and figures (drawn only where somebody looks at them) as images."""
 
         def end() -> None:
-            self.run.log({f"plots/{name}": self.wandb.Image(str(file)) for name, file in pictures().items()})
+            self.run.log(
+                {f"plots/{name}": self.wandb.Image(str(file)) for name, file in pictures().items()}
+            )
             self.run.summary.update(dict(summary))
             self.run.finish()
 

@@ -31,7 +31,10 @@ HF_NAMES = {name: name for name in SAME_NAMES} | {
     "max_positions": "max_position_embeddings",
     "tied_embeddings": "tie_word_embeddings",
 }
-LARGE_WEIGHT, PACKED_FOR = 1 << 18, 16  # elements from which a weight is packed, rows that it is laid out for (it serves any number)
+LARGE_WEIGHT, PACKED_FOR = (
+    1 << 18,
+    16,
+)  # elements from which a weight is packed, rows that it is laid out for (it serves any number)
 LLAMA3_KEYS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
 
@@ -58,7 +61,9 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         if self.num_heads % self.num_kv_heads:
-            raise UserError(f"num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}")
+            raise UserError(
+                f"num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}"
+            )
         if self.head_dim % 2:
             raise UserError(f"head_dim={self.head_dim} is odd: rotary positions need an even one")
 
@@ -73,12 +78,23 @@ class ModelConfig:
         architecture = (hf.get("architectures") or ["none"])[0]
         if architecture not in ARCHITECTURES:
             known = ", ".join(ARCHITECTURES)
-            raise UserError(f"config.json: architecture {architecture} is not supported: use one of {known}")
+            raise UserError(
+                f"config.json: architecture {architecture} is not supported: use one of {known}"
+            )
         _refuse_unsupported(architecture, hf)
-        fields = {ours: hf[theirs] for ours, theirs in HF_NAMES.items() if hf.get(theirs) is not None}
+        fields = {
+            ours: hf[theirs] for ours, theirs in HF_NAMES.items() if hf.get(theirs) is not None
+        }
         heads, qwen3 = fields["num_heads"], architecture == "Qwen3ForCausalLM"
-        defaults = {"num_kv_heads": heads, "head_dim": 128 if qwen3 else fields["hidden_size"] // heads}
-        fields |= {"qk_norm": qwen3, "attention_bias": architecture == "Qwen2ForCausalLM" or fields.get("attention_bias", False)}
+        defaults = {
+            "num_kv_heads": heads,
+            "head_dim": 128 if qwen3 else fields["hidden_size"] // heads,
+        }
+        fields |= {
+            "qk_norm": qwen3,
+            "attention_bias": architecture == "Qwen2ForCausalLM"
+            or fields.get("attention_bias", False),
+        }
         return cls(architecture=architecture, **(defaults | fields | _read_rope(hf)))
 
     def to_hf(self) -> dict[str, Any]:
@@ -90,7 +106,9 @@ class ModelConfig:
 
 
 def _refuse_unsupported(architecture: str, hf: dict[str, Any]) -> None:
-    window = hf.get("sliding_window", 4096) if architecture == "MistralForCausalLM" else None  # 4096 is its default
+    window = (
+        hf.get("sliding_window", 4096) if architecture == "MistralForCausalLM" else None
+    )  # 4096 is its default
     problems = {
         "hidden_act": hf.get("hidden_act", "silu") != "silu",
         "quantization_config": hf.get("quantization_config") is not None,
@@ -99,8 +117,16 @@ def _refuse_unsupported(architecture: str, hf: dict[str, Any]) -> None:
         "layer_types": any(kind != "full_attention" for kind in hf.get("layer_types") or ()),
     }
     for key in (key for key, refused in problems.items() if refused):
-        raise UserError(f"config.json: {key}={hf.get(key, window)!r} is not supported for {architecture}")
-    for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
+        raise UserError(
+            f"config.json: {key}={hf.get(key, window)!r} is not supported for {architecture}"
+        )
+    for key in (
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+    ):
         if not isinstance(hf.get(key), int):
             raise UserError(f"config.json: {key} is missing or not an integer")
 
@@ -123,7 +149,9 @@ def _read_rope(hf: dict[str, Any]) -> dict[str, Any]:
     return {"rope_theta": theta, "rope_scaling": scaling}
 
 
-def rope_frequencies(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> Float[Tensor, " half"]:
+def rope_frequencies(
+    config: ModelConfig, dtype: torch.dtype, device: torch.device
+) -> Float[Tensor, " half"]:
     """Radians per position of each pair of channels, [head_dim / 2]; `llama3` slows the long waves (Llama 3.1)."""
     powers = torch.arange(0, config.head_dim, 2, device=device).to(dtype) / config.head_dim
     frequencies = 1.0 / config.rope_theta**powers
@@ -143,8 +171,16 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def pack(weight: Tensor) -> Tensor | None:
     """A copy of a weight in the layout that oneDNN wants, None where that gains nothing. On a CPU a product with few rows, as in decoding,
     takes about half as long with it, one with thousands nine tenths (experiments/bench)."""
-    gains = weight.device.type == "cpu" and weight.dtype == torch.float32 and weight.numel() >= LARGE_WEIGHT
-    return torch.ops.mkldnn._reorder_linear_weight(weight, PACKED_FOR) if gains and torch.backends.mkldnn.is_available() else None
+    gains = (
+        weight.device.type == "cpu"
+        and weight.dtype == torch.float32
+        and weight.numel() >= LARGE_WEIGHT
+    )
+    return (
+        torch.ops.mkldnn._reorder_linear_weight(weight, PACKED_FOR)
+        if gains and torch.backends.mkldnn.is_available()
+        else None
+    )
 
 
 def project(x: Tensor, weight: Tensor, bias: Tensor | None, packed: Tensor | None) -> Tensor:
@@ -167,9 +203,15 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig, index: int) -> None:
         super().__init__()
         self.index, self.heads, self.kv_heads = index, config.num_heads, config.num_kv_heads
-        size, wide, width = config.hidden_size, config.intermediate_size, config.num_heads * config.head_dim
+        size, wide, width = (
+            config.hidden_size,
+            config.intermediate_size,
+            config.num_heads * config.head_dim,
+        )
         self.attention_norm = nn.RMSNorm(size, config.rms_norm_eps)
-        self.qkv = Linear(size, width + 2 * config.num_kv_heads * config.head_dim, bias=config.attention_bias)
+        self.qkv = Linear(
+            size, width + 2 * config.num_kv_heads * config.head_dim, bias=config.attention_bias
+        )
         self.q_norm = nn.RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else None
         self.k_norm = nn.RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else None
         self.o = Linear(width, size, bias=config.output_bias)
@@ -179,9 +221,14 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
         heads = rearrange(self.qkv(self.attention_norm(x)), "n (h d) -> n h d", d=cos.shape[-1])
-        both, v = heads.split((self.heads + self.kv_heads, self.kv_heads), dim=1)  # q and k: one norm, one rotation
+        both, v = heads.split(
+            (self.heads + self.kv_heads, self.kv_heads), dim=1
+        )  # q and k: one norm, one rotation
         if self.q_norm is not None and self.k_norm is not None:
-            weights = (self.q_norm.weight.expand(self.heads, -1), self.k_norm.weight.expand(self.kv_heads, -1))
+            weights = (
+                self.q_norm.weight.expand(self.heads, -1),
+                self.k_norm.weight.expand(self.kv_heads, -1),
+            )
             both = F.rms_norm(both, both.shape[-1:], eps=self.q_norm.eps) * torch.cat(weights)
         q, k = rotate(both, cos, sin).split((self.heads, self.kv_heads), dim=1)
         out = attend(self.index, q, k, v)
@@ -196,10 +243,16 @@ class Decoder(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config, self.checkpoint_blocks = config, False
-        self.embed = nn.Embedding.from_pretrained(torch.empty(config.vocab_size, config.hidden_size), freeze=False)
+        self.embed = nn.Embedding.from_pretrained(
+            torch.empty(config.vocab_size, config.hidden_size), freeze=False
+        )
         self.blocks = nn.ModuleList(Block(config, index) for index in range(config.num_layers))
         self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.head = None if config.tied_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.head = (
+            None
+            if config.tied_embeddings
+            else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        )
         self._frequencies: dict[tuple[torch.dtype, torch.device], Tensor] = {}
         self._initialise()
 
@@ -207,8 +260,12 @@ class Decoder(nn.Module):
         for name, parameter in self.named_parameters():
             if name.endswith("bias"):
                 nn.init.zeros_(parameter)
-            elif parameter.dim() == 2 and not parameter.is_meta:  # normal_ on meta imports torch._dynamo, 3 s
-                residual = name.endswith(("o.weight", "down.weight"))  # 2L of them add up in the residual stream
+            elif (
+                parameter.dim() == 2 and not parameter.is_meta
+            ):  # normal_ on meta imports torch._dynamo, 3 s
+                residual = name.endswith(
+                    ("o.weight", "down.weight")
+                )  # 2L of them add up in the residual stream
                 scale = parameter.shape[1] * (2 * self.config.num_layers if residual else 1)
                 nn.init.normal_(parameter, std=scale**-0.5)
 
@@ -237,13 +294,17 @@ class Decoder(nn.Module):
         cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
         return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
 
-    def hidden(self, ids: Int64[Tensor, " n"], positions: Int64[Tensor, " n"], attend: Attend) -> Float[Tensor, "n size"]:
+    def hidden(
+        self, ids: Int64[Tensor, " n"], positions: Int64[Tensor, " n"], attend: Attend
+    ) -> Float[Tensor, "n size"]:
         """Hidden states of N tokens after the last norm. `attend(layer, q, k, v)` gets rotated q and k and scales by 1/sqrt(head_dim)."""
         x = self.embed(ids)
         cos, sin = self.rope(positions, x.dtype)
         for block in self.blocks:
             if self.checkpoint_blocks and torch.is_grad_enabled():
-                x = checkpoint(block, x, cos, sin, attend, use_reentrant=False, preserve_rng_state=False)
+                x = checkpoint(
+                    block, x, cos, sin, attend, use_reentrant=False, preserve_rng_state=False
+                )
             else:
                 x = block(x, cos, sin, attend)
         return self.norm(x)
@@ -253,4 +314,6 @@ class Decoder(nn.Module):
     ) -> tuple[Float[Tensor, " m"], Float[Tensor, " m"], Float[Tensor, " m"]]:
         """Log-probability, entropy and log-sum-exp (nats, at `temperature`) of each of the M completion tokens."""
         hidden = self.hidden(packed.ids, packed.positions, group_attention(packed))
-        return mar_kernels.linear_logprobs(hidden[packed.predict_from], self.head_weight, packed.targets, temperature)
+        return mar_kernels.linear_logprobs(
+            hidden[packed.predict_from], self.head_weight, packed.targets, temperature
+        )

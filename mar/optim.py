@@ -13,7 +13,12 @@ SCHEDULES = ("linear", "cosine", "constant")
 
 
 def make_optimizer(
-    model: nn.Module, lr: float, betas: tuple[float, float], eps: float, weight_decay: float, trainable: str = ""
+    model: nn.Module,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    trainable: str = "",
 ) -> torch.optim.AdamW:
     """AdamW of the parameters in whose names the regular expression `trainable` is found; the others are frozen. Norms and biases are not
     decayed. Raises UserError where it finds none."""
@@ -22,11 +27,18 @@ def make_optimizer(
     chosen = [p for p in model.parameters() if p.requires_grad]
     if not chosen:
         names = ", ".join([name for name, _ in model.named_parameters()][:3])
-        raise UserError(f"model.trainable={trainable!r} is found in no parameter's name; they are {names}, ...")
+        raise UserError(
+            f"model.trainable={trainable!r} is found in no parameter's name; they are {names}, ..."
+        )
     matrices, vectors = ([p for p in chosen if (p.ndim >= 2) == wide] for wide in (True, False))
-    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    groups = [
+        {"params": matrices, "weight_decay": weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
     # a checkpoint would lose the settings of an empty group
-    return torch.optim.AdamW([group for group in groups if group["params"]], lr=lr, betas=betas, eps=eps)
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]], lr=lr, betas=betas, eps=eps
+    )
 
 
 def learning_rate(step: int, num_steps: int, lr: float, warmup_frac: float, schedule: str) -> float:

@@ -48,11 +48,17 @@ def instructions(grammar: Grammar, noun: str, style: str = "ranked") -> str:
     parts = []
     if grammar.thinking:
         parts.append("Think first.")
-    parts.append(STYLES[style].format(count=_count(grammar, noun)) if grammar.multi else f"Give the most likely {noun}.")
+    parts.append(
+        STYLES[style].format(count=_count(grammar, noun))
+        if grammar.multi
+        else f"Give the most likely {noun}."
+    )
     if grammar.analysis:
         parts.append("Then analyse how sure you can be.")
     if grammar.confident:
-        parts.append("A confidence is the probability (0 to 1) that its answer is right, judged by its accuracy.")
+        parts.append(
+            "A confidence is the probability (0 to 1) that its answer is right, judged by its accuracy."
+        )
     if grammar.other:
         parts.append("In <other> give the probability that none is right.")
     parts.append(f"Write the bare {noun} in an answer tag and nothing outside the tags:")
@@ -64,7 +70,9 @@ def render_chat(tokenizer: Any, content: str, thinking: bool) -> str:
     if not tokenizer.chat_template:
         return content + "\n"
     messages = [{"role": "user", "content": content}]
-    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, enable_thinking=thinking)
+    return tokenizer.apply_chat_template(
+        messages, tokenize=False, add_generation_prompt=True, enable_thinking=thinking
+    )
 
 
 def think_state(rendered: str) -> str:
@@ -81,11 +89,17 @@ def fit_grammar(grammar: Grammar, tokenizer: Any) -> Grammar:
     return grammar if state == "none" else replace(grammar, thinking=state == "open")
 
 
-def build_prompt(example: Example, grammar: Grammar, tokenizer: Any, noun: str, style: str = "ranked") -> Prompt:
+def build_prompt(
+    example: Example, grammar: Grammar, tokenizer: Any, noun: str, style: str = "ranked"
+) -> Prompt:
     """Question, request and chat template as token ids. `grammar` is one that `fit_grammar` returned."""
-    text = render_chat(tokenizer, f"{example.question}\n{instructions(grammar, noun, style)}", grammar.thinking)
+    text = render_chat(
+        tokenizer, f"{example.question}\n{instructions(grammar, noun, style)}", grammar.thinking
+    )
     ids = tokenizer(text, add_special_tokens=not tokenizer.chat_template)["input_ids"]
-    return Prompt(example=example, text=text, ids=tuple(ids), think_open=think_state(text) == "open")
+    return Prompt(
+        example=example, text=text, ids=tuple(ids), think_open=think_state(text) == "open"
+    )
 
 
 def load_tokenizer(folder: str | Path) -> Any:
@@ -95,4 +109,6 @@ def load_tokenizer(folder: str | Path) -> Any:
     try:
         return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
     except (OSError, ValueError) as error:
-        raise UserError(f"{folder} has no readable tokenizer ({' '.join(str(error).split())[:120]}): it needs tokenizer.json") from None
+        raise UserError(
+            f"{folder} has no readable tokenizer ({' '.join(str(error).split())[:120]}): it needs tokenizer.json"
+        ) from None

@@ -53,7 +53,9 @@ class Example:
     multi_label: bool = False
     drawn: int | None = None
     stratum: str = ""
-    tests: tuple[str, ...] = ()  # where programs are the answers: assertions, and set-up code for them
+    tests: tuple[
+        str, ...
+    ] = ()  # where programs are the answers: assertions, and set-up code for them
 
     def targets(self) -> tuple[Gold, ...]:
         """The golds that the reward pays for: the drawn label where there is one, else all of them."""
@@ -106,6 +108,10 @@ class Rollout:
     segment_ids: np.ndarray  # [R] int64
     total: float
     parts: dict[str, float] = field(default_factory=dict)  # named reward terms, for the log
-    token_starts: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))  # [R] where in `text` each token begins
-    keys: tuple[str | None, ...] = ()  # [K] equal for answers that are the same, where these are programs
+    token_starts: np.ndarray = field(
+        default_factory=lambda: np.zeros(0, np.int64)
+    )  # [R] where in `text` each token begins
+    keys: tuple[
+        str | None, ...
+    ] = ()  # [K] equal for answers that are the same, where these are programs
     unjudged: int = 0  # answers whose check broke down: the completion is left out, not paid 0

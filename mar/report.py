@@ -69,31 +69,56 @@ def read_run(path: Path) -> Run:
         config = dict(yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8")))
         config["reward"]["num_answers"]
     except FileNotFoundError:
-        raise UserError(f"{path} holds no config.yaml: name a folder that mar.train wrote, or one above such folders") from None
+        raise UserError(
+            f"{path} holds no config.yaml: name a folder that mar.train wrote, or one above such folders"
+        ) from None
     except (yaml.YAMLError, TypeError, KeyError, ValueError):
-        raise UserError(f"{path}/config.yaml is damaged or of another version of mar: make the report with that version") from None
-    metrics, faults = read_jsonl(path / "metrics.jsonl") if (path / "metrics.jsonl").exists() else ([], [])
+        raise UserError(
+            f"{path}/config.yaml is damaged or of another version of mar: make the report with that version"
+        ) from None
+    metrics, faults = (
+        read_jsonl(path / "metrics.jsonl") if (path / "metrics.jsonl").exists() else ([], [])
+    )
     if not metrics:
         raise UserError(f"{path} has not finished a step yet: there is nothing to report")
-    return Run(path, config, metrics, read_json(path / "eval.json"), read_json(path / "evaluation.json"), faults)
+    return Run(
+        path,
+        config,
+        metrics,
+        read_json(path / "eval.json"),
+        read_json(path / "evaluation.json"),
+        faults,
+    )
 
 
 def settings_of(runs: Sequence[Run]) -> dict[str, list[Run]]:
     """Runs that differ by their seed alone under one name, which says how they differ from the others."""
     flat = [flatten(run.config) for run in runs]
-    keys = sorted({k for run in runs for k in differing_keys(runs[0].config, run.config)} - {"seed", "name"})
+    keys = sorted(
+        {k for run in runs for k in differing_keys(runs[0].config, run.config)} - {"seed", "name"}
+    )
     keys = [k for k in keys if k != "optim.lr" or "model.lr" not in keys]  # it follows the other
     groups: dict[str, dict[int, Run]] = defaultdict(dict)
-    for run, one in zip(runs, flat, strict=True):  # seed0 comes before seed0~1, an older run of the same: one seed counts once
-        name = ", ".join(f"{k.rpartition('.')[2]}={one.get(k)}" for k in keys) or str(run.config["name"])
-        if one["seed"] not in groups[name] or (run.finished and not groups[name][one["seed"]].finished):
+    for run, one in zip(
+        runs, flat, strict=True
+    ):  # seed0 comes before seed0~1, an older run of the same: one seed counts once
+        name = ", ".join(f"{k.rpartition('.')[2]}={one.get(k)}" for k in keys) or str(
+            run.config["name"]
+        )
+        if one["seed"] not in groups[name] or (
+            run.finished and not groups[name][one["seed"]].finished
+        ):
             groups[name][one["seed"]] = run
     return {name: list(seeds.values()) for name, seeds in groups.items()}
 
 
 def over_seeds(runs: Sequence[Run], metric: str) -> list[float | None]:
     """[mean, low, high] over finished runs: Student's 95 % interval of the seeds' means; with one seed, that of its items."""
-    columns = [run.document["after"] for run in runs if run.finished and run.document["after"].get(metric) is not None]
+    columns = [
+        run.document["after"]
+        for run in runs
+        if run.finished and run.document["after"].get(metric) is not None
+    ]
     values = [column[metric] for column in columns]
     if len(values) < 2:
         return with_interval(columns[0], metric) if columns else [None, None, None]
@@ -117,7 +142,12 @@ def svg(figure: Figure) -> str:
 def by_metric(title: str, note: str, columns: Mapping[str, Mapping[str, Any]]) -> Table:
     """One row for each metric that any column has."""
     metrics = dict.fromkeys(name for column in columns.values() for name in column)
-    return {"title": title, "note": note, "columns": ["", *columns], "rows": [[m, *(c.get(m) for c in columns.values())] for m in metrics]}
+    return {
+        "title": title,
+        "note": note,
+        "columns": ["", *columns],
+        "rows": [[m, *(c.get(m) for c in columns.values())] for m in metrics],
+    }
 
 
 def headline(run: Run) -> Table:
@@ -126,10 +156,17 @@ def headline(run: Run) -> Table:
     last = "after" if run.finished or len(history) < 2 else "latest"
     stages = run.document if last == "after" else run.document | {last: history[-1]}
     metrics = (f"coverage@{run.num_answers}", *SHOWN_METRICS)
-    columns = {name: {m: with_interval(stages.get(name) or {}, m) for m in metrics} for name in ("floor", "before", last, "ceiling")}
+    columns = {
+        name: {m: with_interval(stages.get(name) or {}, m) for m in metrics}
+        for name in ("floor", "before", last, "ceiling")
+    }
     closed = run.document.get("gap_closed")
     note = f"{run.document.get('num_items', '?')} held-out items of {run.document.get('task', '?')}; intervals: 95 % bootstrap over items."
-    note += "" if closed is None else f" Gap closed: {closed:.3f} (0: K draws from the posterior, 1: its K most probable answers)."
+    note += (
+        ""
+        if closed is None
+        else f" Gap closed: {closed:.3f} (0: K draws from the posterior, 1: its K most probable answers)."
+    )
     return by_metric("Headline", note, columns)
 
 
@@ -138,10 +175,20 @@ def arms_table(evaluation: Mapping[str, Any]) -> list[Table]:
     arms = {n: a for n, a in evaluation["arms"].items() if not n.startswith("K=")}
     says = " · ".join(f"{name}: {a['says']}" for name, a in arms.items())
     budgets = [budget["tokens"] for budget in evaluation["equal_tokens"]]
-    equal = {name: {f"{budget:.0f} tokens": at_tokens(a["curve"], budget) for budget in budgets} for name, a in arms.items()}
-    pairs = {pair: {m: v for m, v in values.items() if m != "num_items"} for pair, values in evaluation["paired"].items()}
+    equal = {
+        name: {f"{budget:.0f} tokens": at_tokens(a["curve"], budget) for budget in budgets}
+        for name, a in arms.items()
+    }
+    pairs = {
+        pair: {m: v for m, v in values.items() if m != "num_items"}
+        for pair, values in evaluation["paired"].items()
+    }
     out = [
-        by_metric("Evaluation", f"{evaluation['num_items']} items. {says}.", {name: a["metrics"] for name, a in arms.items()}),
+        by_metric(
+            "Evaluation",
+            f"{evaluation['num_items']} items. {says}.",
+            {name: a["metrics"] for name, a in arms.items()},
+        ),
         by_metric("Coverage at equal tokens", "– : outside of what was sampled.", equal),
         by_metric("Paired differences", "On the same items, resampled alike.", pairs),
     ]
@@ -158,8 +205,28 @@ def browser(run: Run) -> tuple[Table, list[str]]:
             groups[row["step"], str(row["id"])].append(row)
     steps = sorted({step for step, _ in groups})
     per_step = max(1, len(groups) // max(len(steps), 1))
-    wanted = {steps[round(i)] for i in np.linspace(0, len(steps) - 1, min(len(steps), max(2, NUM_PROMPTS // per_step)))} if steps else set()
-    kept = ("text", "answers", "confidences", "hits", "repeated", "reason", "reward", "components", "advantages", "num_tokens")
+    wanted = (
+        {
+            steps[round(i)]
+            for i in np.linspace(
+                0, len(steps) - 1, min(len(steps), max(2, NUM_PROMPTS // per_step))
+            )
+        }
+        if steps
+        else set()
+    )
+    kept = (
+        "text",
+        "answers",
+        "confidences",
+        "hits",
+        "repeated",
+        "reason",
+        "reward",
+        "components",
+        "advantages",
+        "num_tokens",
+    )
     shown = [
         {"step": step, "id": id, "question": group[0].get("question", ""), "targets": group[0].get("targets", []),
          "rows": [{k: row[k] for k in kept if k in row} for row in group]}
@@ -167,35 +234,66 @@ def browser(run: Run) -> tuple[Table, list[str]]:
     ]  # fmt: skip
     r = load_config(run.path / "config.yaml").reward
     grammar = Grammar(r.form, r.num_answers, r.layout, False, r.analysis, r.other)
-    names = [name for name, _ in component_layout(grammar, RewardSpec(brier=r.brier if r.confident else "none"))]
+    names = [
+        name
+        for name, _ in component_layout(
+            grammar, RewardSpec(brier=r.brier if r.confident else "none")
+        )
+    ]
     return {"groups": shown[:NUM_PROMPTS], "components": names}, faults
 
 
 def settings_table(groups: Mapping[str, Sequence[Run]]) -> Table:
     """One line a setting."""
-    metrics = list(dict.fromkeys([f"coverage@{runs[0].num_answers}" for runs in groups.values()])) + list(SHOWN_METRICS[:-1])
+    metrics = list(
+        dict.fromkeys([f"coverage@{runs[0].num_answers}" for runs in groups.values()])
+    ) + list(SHOWN_METRICS[:-1])
     rows: list[list[Any]] = []
     for name, runs in groups.items():
-        closed = [r.document["gap_closed"] for r in runs if r.document.get("gap_closed") is not None]
-        rows.append([name, sum(r.finished for r in runs), float(np.mean(closed)) if closed else None])
+        closed = [
+            r.document["gap_closed"] for r in runs if r.document.get("gap_closed") is not None
+        ]
+        rows.append(
+            [name, sum(r.finished for r in runs), float(np.mean(closed)) if closed else None]
+        )
         rows[-1] += [over_seeds(runs, m) for m in metrics]
     note = "Mean over finished seeds (n) with Student's 95 % interval; with one seed, the bootstrap interval over its items."
-    return {"title": "Settings", "note": note, "columns": ["setting", "n", "gap_closed", *metrics], "rows": rows}
+    return {
+        "title": "Settings",
+        "note": note,
+        "columns": ["setting", "n", "gap_closed", *metrics],
+        "rows": rows,
+    }
 
 
 def differences(a: Run, b: Run) -> Table:
     """The keys in which two runs' configs differ."""
     one, two = flatten(a.config), flatten(b.config)
-    rows = [[key, str(one.get(key, "–")), str(two.get(key, "–"))] for key in differing_keys(a.config, b.config)]
+    rows = [
+        [key, str(one.get(key, "–")), str(two.get(key, "–"))]
+        for key in differing_keys(a.config, b.config)
+    ]
     columns = ["", str(a.path), str(b.path)] if rows else []
-    return {"title": "What differs", "note": "Everything else is the same." if rows else "No setting.", "columns": columns, "rows": rows}
+    return {
+        "title": "What differs",
+        "note": "Everything else is the same." if rows else "No setting.",
+        "columns": columns,
+        "rows": rows,
+    }
 
 
 def figures_of(groups: Mapping[str, Sequence[Run]]) -> dict[str, Figure]:
     """Curves of all settings, and of a single run everything else that it has."""
     first, *others = (run for group in groups.values() for run in group)
-    keys = list(dict.fromkeys(k for r in (first, *others) for k in plots.headline_keys(r.document, r.metrics)))
-    evals = {name: runs[0].document.get("history", []) if len(runs) == 1 else [] for name, runs in groups.items()}
+    keys = list(
+        dict.fromkeys(
+            k for r in (first, *others) for k in plots.headline_keys(r.document, r.metrics)
+        )
+    )
+    evals = {
+        name: runs[0].document.get("history", []) if len(runs) == 1 else []
+        for name, runs in groups.items()
+    }
     rows = {name: [run.metrics for run in runs] for name, runs in groups.items()}
     out = {"learning curves": plots.learning_curves(rows, evals, keys, first.document)}
     arms = {n: runs[0].evaluation for n, runs in groups.items() if runs[0].evaluation}
@@ -203,7 +301,10 @@ def figures_of(groups: Mapping[str, Sequence[Run]]) -> dict[str, Figure]:
         out |= plots.of_evaluation(first.evaluation)
     elif arms:
         policies = {n: e["arms"]["policy"] for n, e in arms.items()}
-        out |= {"coverage": plots.coverage(policies, first.evaluation.get("bars")), "tokens": plots.tokens_per_answer(policies)}
+        out |= {
+            "coverage": plots.coverage(policies, first.evaluation.get("bars")),
+            "tokens": plots.tokens_per_answer(policies),
+        }
         if any(p["reliability"] for p in policies.values()):
             out["reliability"] = plots.reliability(policies)
     return out if others else out | {"reward components": plots.components(first.metrics)}
@@ -212,21 +313,34 @@ def figures_of(groups: Mapping[str, Sequence[Run]]) -> dict[str, Figure]:
 def page(runs: Sequence[Run], title: str) -> dict[str, Any]:
     """Everything that the template shows."""
     groups, faults = settings_of(runs), [f for run in runs for f in run.faults]
-    notes = [f"{r.path} is unfinished: step {r.metrics[-1]['step']} of {r.config['train']['steps']}" for r in runs if not r.finished]
+    notes = [
+        f"{r.path} is unfinished: step {r.metrics[-1]['step']} of {r.config['train']['steps']}"
+        for r in runs
+        if not r.finished
+    ]
     tables = [headline(runs[0])] if len(runs) == 1 else [settings_table(groups)]
     if len(runs) == 2:
-        tables += [differences(*runs), *(headline(r) | {"title": f"Headline of {r.path}"} for r in runs)]
+        tables += [
+            differences(*runs),
+            *(headline(r) | {"title": f"Headline of {r.path}"} for r in runs),
+        ]
     data: dict[str, Any] = {"title": title, "rollouts": None}
     if len(runs) == 1:
         if runs[0].evaluation:
             tables += arms_table(runs[0].evaluation)
         else:
-            notes.append(f"No baselines, coverage curves or reliability yet: run python -m mar.evaluate {runs[0].path}")
+            notes.append(
+                f"No baselines, coverage curves or reliability yet: run python -m mar.evaluate {runs[0].path}"
+            )
         data["rollouts"], broken = browser(runs[0])
         faults += broken
     if faults:
         notes.append(f"Skipped {len(faults)} broken line(s): {', '.join(faults[:5])}")
-    data |= {"notes": notes, "tables": tables, "figures": {name: svg(f) for name, f in figures_of(groups).items()}}
+    data |= {
+        "notes": notes,
+        "tables": tables,
+        "figures": {name: svg(f) for name, f in figures_of(groups).items()},
+    }
     data["configs"] = {str(r.path): yaml.safe_dump(r.config, sort_keys=False) for r in runs}
     data["provenance"] = runs[0].config.get("provenance", {})
     return plain(data)
@@ -238,7 +352,9 @@ def write(data: Mapping[str, Any], path: Path) -> None:
     for sign in "<>&\u2028\u2029":
         text = text.replace(sign, f"\\u{ord(sign):04x}")
     template = files("mar").joinpath("report.html").read_text(encoding="utf-8")
-    path.write_text(template.replace("__DATA__", text.encode("utf-8", "replace").decode()), encoding="utf-8")
+    path.write_text(
+        template.replace("__DATA__", text.encode("utf-8", "replace").decode()), encoding="utf-8"
+    )
 
 
 def report(paths: Sequence[Path], out: Path | None) -> Path:
@@ -248,7 +364,9 @@ def report(paths: Sequence[Path], out: Path | None) -> Path:
     of_many = len(paths) == 1 and not (paths[0] / "config.yaml").exists()
     found = sorted(p.parent for p in paths[0].rglob("config.yaml")) if of_many else paths
     if of_many:
-        found = [p for p in found if (p / "metrics.jsonl").exists()] or found  # runs that have made a step; wandb keeps a config.yaml too
+        found = [
+            p for p in found if (p / "metrics.jsonl").exists()
+        ] or found  # runs that have made a step; wandb keeps a config.yaml too
     if not found:
         raise UserError(f"{paths[0]} holds no run (no config.yaml in it or below it)")
     target = out or (paths[0] if len(paths) == 1 else Path()) / "report.html"
@@ -257,9 +375,17 @@ def report(paths: Sequence[Path], out: Path | None) -> Path:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m mar.report", description="One HTML file about a run, a sweep or two runs.")
-    parser.add_argument("run", type=Path, nargs="+", help="one run, one folder of runs, or two runs")
-    parser.add_argument("--out", type=Path, help="the file to write (default: report.html in the folder; of two runs, here)")
+    parser = argparse.ArgumentParser(
+        prog="python -m mar.report", description="One HTML file about a run, a sweep or two runs."
+    )
+    parser.add_argument(
+        "run", type=Path, nargs="+", help="one run, one folder of runs, or two runs"
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        help="the file to write (default: report.html in the folder; of two runs, here)",
+    )
     options = parser.parse_args(arguments)
     return exit_code(lambda: print(report(options.run, options.out)))
 

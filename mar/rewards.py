@@ -53,8 +53,14 @@ class RewardSpec:
     brier_weight: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.coverage not in COVERAGES or self.brier not in BRIERS or self.duplicates not in DUPLICATES:
-            raise UserError(f"{self}: coverage is one of {', '.join(COVERAGES)}, brier of {BRIERS}, duplicates of {DUPLICATES}")
+        if (
+            self.coverage not in COVERAGES
+            or self.brier not in BRIERS
+            or self.duplicates not in DUPLICATES
+        ):
+            raise UserError(
+                f"{self}: coverage is one of {', '.join(COVERAGES)}, brier of {BRIERS}, duplicates of {DUPLICATES}"
+            )
 
 
 @dataclass(frozen=True)
@@ -73,9 +79,13 @@ def component_layout(grammar: Grammar, spec: RewardSpec) -> tuple[tuple[str, int
     Raises UserError where the reward asks for what the grammar does not write.
     """
     if not grammar.confident and (spec.brier != "none" or spec.sum_rule):
-        raise UserError(f"the form {grammar.form} has no confidences: set reward.brier=none and reward.sum_rule=false")
+        raise UserError(
+            f"the form {grammar.form} has no confidences: set reward.brier=none and reward.sum_rule=false"
+        )
     if spec.rank_weights and len(spec.rank_weights) != grammar.num_answers:
-        raise UserError(f"reward.rank_weights has {len(spec.rank_weights)} numbers for {grammar.num_answers} answers")
+        raise UserError(
+            f"reward.rank_weights has {len(spec.rank_weights)} numbers for {grammar.num_answers} answers"
+        )
     layout = []
     for index, element in enumerate(grammar.elements):
         if element.kind == "answer":
@@ -90,29 +100,45 @@ def component_layout(grammar: Grammar, spec: RewardSpec) -> tuple[tuple[str, int
 def first_open(grammar: Grammar, spec: RewardSpec) -> np.ndarray:
     """[S] int64, S = elements + 1: the first component that is not yet decided when segment s begins."""
     decided_by = [index for _, index in component_layout(grammar, spec)]
-    return np.searchsorted(decided_by, np.arange(len(grammar.elements) + 1), side="left").astype(np.int64)
+    return np.searchsorted(decided_by, np.arange(len(grammar.elements) + 1), side="left").astype(
+        np.int64
+    )
 
 
 def _coverage_terms(hits: Sequence[float], num_golds: int, spec: RewardSpec) -> list[float]:
     """[K] marginal coverage of each slot, weighted."""
     ranks = spec.rank_weights or (1.0,) * len(hits)
-    return [spec.coverage_weight * w * m for w, m in zip(ranks, COVERAGES[spec.coverage](hits, num_golds), strict=True)]
+    return [
+        spec.coverage_weight * w * m
+        for w, m in zip(ranks, COVERAGES[spec.coverage](hits, num_golds), strict=True)
+    ]
 
 
 def _brier_terms(parsed: Parsed, hits: Sequence[float], grammar: Grammar) -> list[float | None]:
     """[K] (or [K+1] with `<other>`) E(q - y)^2 = (q - h)^2 + h(1 - h) of each confidence, None where it or its answer is
     missing. A hit h of 0 or 1 is a verdict; one between is a probability (verify.probabilities)."""
     errors = [
-        None if answer is None or confidence is None else (confidence - hit) ** 2 + hit * (1.0 - hit)
+        None
+        if answer is None or confidence is None
+        else (confidence - hit) ** 2 + hit * (1.0 - hit)
         for answer, confidence, hit in zip(parsed.answers, parsed.confidences, hits, strict=True)
     ]
     if grammar.other:
         none = 1.0 - min(1.0, math.fsum(hits))
-        errors.append(None if parsed.other is None else (parsed.other - none) ** 2 + none * (1.0 - none))
+        errors.append(
+            None if parsed.other is None else (parsed.other - none) ** 2 + none * (1.0 - none)
+        )
     return errors
 
 
-def reward(parsed: Parsed, hits: Sequence[float], repeats: Sequence[bool], num_golds: int, grammar: Grammar, spec: RewardSpec) -> Reward:
+def reward(
+    parsed: Parsed,
+    hits: Sequence[float],
+    repeats: Sequence[bool],
+    num_golds: int,
+    grammar: Grammar,
+    spec: RewardSpec,
+) -> Reward:
     """Grade one completion: matching increments [K] of its answers and its repeated ones [K] (verify.py), both 0 where nothing was written."""
     layout = component_layout(grammar, spec)
     coverage = _coverage_terms(hits, num_golds, spec)
@@ -123,7 +149,11 @@ def reward(parsed: Parsed, hits: Sequence[float], repeats: Sequence[bool], num_g
     breach = spec.sum_rule and math.fsum(written) > 1.0 + SUM_TOLERANCE
     failed = parsed.reason is not None or breach
     cancelled = spec.gate and failed
-    parts = {"format": spec.format_weight * (not failed), "coverage": math.fsum(coverage), "brier": 0.0}
+    parts = {
+        "format": spec.format_weight * (not failed),
+        "coverage": math.fsum(coverage),
+        "brier": 0.0,
+    }
     if cancelled or (spec.duplicates == "gate" and any(repeats)):
         parts["coverage"] = 0.0
     if spec.brier == "paper":
@@ -134,7 +164,9 @@ def reward(parsed: Parsed, hits: Sequence[float], repeats: Sequence[bool], num_g
 
     by_slot = {f"coverage{k + 1}": c for k, c in enumerate(coverage)}
     names = [f"brier{k + 1}" for k in range(grammar.num_answers)] + ["other"] * grammar.other
-    by_slot.update({name: 0.0 if e is None else -unit * e for name, e in zip(names, errors, strict=False)})
+    by_slot.update(
+        {name: 0.0 if e is None else -unit * e for name, e in zip(names, errors, strict=False)}
+    )
     components = np.array([by_slot.get(name, 0.0) for name, _ in layout], dtype=np.float64)
     components[-1] = total - math.fsum(components[:-1])
     parts.update(sum_rule_breach=float(breach), repeats=float(sum(repeats)))

@@ -23,7 +23,16 @@ from mar.records import UserError
 
 LONGEST_VARIANT = 80
 # They name, place or show a run; they do not change it, but for the last bits that threads can.
-NOT_A_VARIANT = {"seed", "name", "experiment", "sweep", "out", "run_dir", "data.path", "train.stop_at"}
+NOT_A_VARIANT = {
+    "seed",
+    "name",
+    "experiment",
+    "sweep",
+    "out",
+    "run_dir",
+    "data.path",
+    "train.stop_at",
+}
 NOT_A_DIFFERENCE = {"train.stop_at", "out", "run_dir", "logger", "provenance", "model.threads"}
 
 
@@ -66,7 +75,11 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """`{"a": {"b": 1}}` as `{"a.b": 1}`."""
     flat: dict[str, Any] = {}
     for key, value in config.items():
-        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
+        flat |= (
+            flatten(value, f"{prefix}{key}.")
+            if isinstance(value, Mapping)
+            else {prefix + key: value}
+        )
     return flat
 
 
@@ -82,7 +95,9 @@ def _read(file: Path, strict: bool = True) -> dict[str, Any]:
         return dict(yaml.safe_load(file.read_text()))  # JSON is YAML too
     except (yaml.YAMLError, TypeError, ValueError):
         if strict:
-            raise UserError(f"{file} is damaged: remove {file.parent}, or choose another name= or seed=") from None
+            raise UserError(
+                f"{file} is damaged: remove {file.parent}, or choose another name= or seed="
+            ) from None
         return {}
 
 
@@ -92,12 +107,19 @@ def find(config: Mapping[str, Any]) -> RunDir:
     if not path.exists() or (path.is_dir() and not any(path.iterdir())):
         return RunDir(path, resume=False)
     if not (path / "config.yaml").is_file():
-        raise UserError(f"{path} exists but holds no config.yaml, so it is no run of mar: choose another name= or seed=")
+        raise UserError(
+            f"{path} exists but holds no config.yaml, so it is no run of mar: choose another name= or seed="
+        )
     if (path / "eval.json").is_file() and _read(path / "eval.json").get("after"):
         places = (path.with_name(f"{path.name}~{number}") for number in count(1))
         keys = differing_keys(_read(path / "config.yaml", strict=False), config)
         differs = (*keys[:8], *["..."] * (len(keys) > 8))
-        return RunDir(path, resume=False, archive=next(place for place in places if not place.exists()), differs=differs)
+        return RunDir(
+            path,
+            resume=False,
+            archive=next(place for place in places if not place.exists()),
+            differs=differs,
+        )
     if keys := differing_keys(_read(path / "config.yaml"), config):
         raise UserError(
             f"{path} holds an unfinished run with another configuration (it differs in {', '.join(keys)}): "
@@ -113,9 +135,13 @@ def lock(path: Path) -> IO[str]:
         file = path.with_name(f".{path.name}.lock").open("w")
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise UserError(f"{path} is being written by another process: wait for it, or choose another name= or seed=") from None
+        raise UserError(
+            f"{path} is being written by another process: wait for it, or choose another name= or seed="
+        ) from None
     except OSError as error:
-        raise UserError(f"cannot write beside {path} ({error}): set the permissions, or choose another out=") from None
+        raise UserError(
+            f"cannot write beside {path} ({error}): set the permissions, or choose another out="
+        ) from None
     return file
 
 
@@ -129,7 +155,9 @@ def prepare(config: Mapping[str, Any]) -> RunDir:
     if run.archive is not None:
         run.path.rename(run.archive)
     run.path.mkdir(parents=True, exist_ok=True)
-    half = run.path.with_name(f".{run.path.name}.config.yaml")  # beside the folder: an interrupted start leaves it empty
+    half = run.path.with_name(
+        f".{run.path.name}.config.yaml"
+    )  # beside the folder: an interrupted start leaves it empty
     with half.open("w") as file:
         yaml.safe_dump(dict(config), file, sort_keys=False)
         file.flush()

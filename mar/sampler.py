@@ -23,8 +23,12 @@ from mar_kernels.graphs import capture
 RETIRE_EVERY = 8  # steps between two looks for finished rows where a look waits for the device
 PREFILL_TOKENS = 4096  # prompts are computed this many tokens at a time: no larger activations, and on a CPU they stay near the caches
 GRAPHED = ("cuda",)  # devices on which decode steps are captured and replayed
-GRAPH_WIDTH = 128  # widths that share a graph: fewer captures, for fewer than so many masked entries a row
-WORTH_SHRINKING = 7 / 8  # with nothing left to admit, free slots are dropped when fewer than this are in use
+GRAPH_WIDTH = (
+    128  # widths that share a graph: fewer captures, for fewer than so many masked entries a row
+)
+WORTH_SHRINKING = (
+    7 / 8
+)  # with nothing left to admit, free slots are dropped when fewer than this are in use
 
 
 @dataclass(frozen=True)
@@ -36,8 +40,14 @@ class Request:
     limits: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        if not self.prompt_ids or (self.limits and len(self.limits) != len(self.keys)) or min(self.limits, default=1) < 1:
-            raise ValueError("a prompt is empty, or its limits are not one number above 0 for each key")
+        if (
+            not self.prompt_ids
+            or (self.limits and len(self.limits) != len(self.keys))
+            or min(self.limits, default=1) < 1
+        ):
+            raise ValueError(
+                "a prompt is empty, or its limits are not one number above 0 for each key"
+            )
 
 
 @dataclass(frozen=True)
@@ -72,7 +82,9 @@ def decode_step(model: Decoder, cache: KVCache, tokens: Tensor, width: int) -> T
 
 
 @torch.inference_mode()
-def generate(model: Decoder, requests: Sequence[Request], params: SamplingParams, kv_budget_tokens: int) -> Generation:
+def generate(
+    model: Decoder, requests: Sequence[Request], params: SamplingParams, kv_budget_tokens: int
+) -> Generation:
     """Sample every request. Raises UserError where a group does not fit the budget."""
     if not requests:
         return Generation([], 0, None, 0)
@@ -91,24 +103,40 @@ def generate(model: Decoder, requests: Sequence[Request], params: SamplingParams
 class _Slots:
     """The state of one `generate`. Host side: which completion each row slot holds and how old it is. Device side: everything per token."""
 
-    def __init__(self, model: Decoder, requests: Sequence[Request], params: SamplingParams, budget: int) -> None:
-        weight, lengths, sizes = (model.head_weight, [len(r.prompt_ids) for r in requests], [len(r.keys) for r in requests])
+    def __init__(
+        self, model: Decoder, requests: Sequence[Request], params: SamplingParams, budget: int
+    ) -> None:
+        weight, lengths, sizes = (
+            model.head_weight,
+            [len(r.prompt_ids) for r in requests],
+            [len(r.keys) for r in requests],
+        )
         self.model, self.requests, self.params, self.device = model, requests, params, weight.device
         self.largest_group = max(sizes)
         num_prompts, num_rows = capacity(lengths, sizes, params.max_tokens, budget)
         self.num_rows = num_rows
-        self.cache = KVCache.allocate(model.config, num_prompts, max(lengths), num_rows, params.max_tokens, weight)
+        self.cache = KVCache.allocate(
+            model.config, num_prompts, max(lengths), num_rows, params.max_tokens, weight
+        )
         self.kv_bytes = self.cache.num_bytes
-        self.retire_every = 1 if self.device.type == "cpu" and not params.stop_strings else RETIRE_EVERY
+        self.retire_every = (
+            1 if self.device.type == "cpu" and not params.stop_strings else RETIRE_EVERY
+        )
         self.num_steps, self.waited_until = 0, 0
-        self.graphs: dict[int, tuple[Tensor, Callable[[], object]]] = {}  # by width: the tokens it reads, its replay
+        self.graphs: dict[
+            int, tuple[Tensor, Callable[[], object]]
+        ] = {}  # by width: the tokens it reads, its replay
 
         owner = [i for i, r in enumerate(requests) for _ in r.keys]
         self.owner, self.keys = owner, [key for r in requests for key in r.keys]
-        limits = [limit for r in requests for limit in r.limits or (params.max_tokens,) * len(r.keys)]
+        limits = [
+            limit for r in requests for limit in r.limits or (params.max_tokens,) * len(r.keys)
+        ]
         self.limits = np.minimum(np.array(limits, dtype=np.int64), params.max_tokens)
         self.waiting = deque(range(len(owner)))
-        self.entered = np.zeros(len(owner), dtype=np.int64)  # the step at which a completion got its slot
+        self.entered = np.zeros(
+            len(owner), dtype=np.int64
+        )  # the step at which a completion got its slot
         self.results: list[Sampled | None] = [None] * len(owner)
         self.unfinished = list(sizes)
         self.free_prompts, self.slot_of = deque(range(num_prompts)), dict[int, int]()
@@ -128,8 +156,12 @@ class _Slots:
             "stop_string": torch.zeros(num_rows, dtype=torch.bool, device=self.device),
             "done": torch.ones(num_rows, dtype=torch.bool, device=self.device),
             "insert_at": torch.full((num_rows,), params.max_tokens, device=self.device),
-            "tokens": torch.zeros(num_rows, params.max_tokens + 1, dtype=torch.int64, device=self.device),
-            "drawn": torch.zeros(num_rows, params.max_tokens + 1, dtype=precise, device=self.device),
+            "tokens": torch.zeros(
+                num_rows, params.max_tokens + 1, dtype=torch.int64, device=self.device
+            ),
+            "drawn": torch.zeros(
+                num_rows, params.max_tokens + 1, dtype=precise, device=self.device
+            ),
             "full": torch.zeros(num_rows, params.max_tokens + 1, dtype=precise, device=self.device),
         }
 
@@ -150,7 +182,9 @@ class _Slots:
         self.entered[self.held[placed]] = self.num_steps
         if not placed:
             return
-        for chunk in chunks(prompts, [len(self.requests[i].prompt_ids) for i in prompts], PREFILL_TOKENS):
+        for chunk in chunks(
+            prompts, [len(self.requests[i].prompt_ids) for i in prompts], PREFILL_TOKENS
+        ):
             self.prefill(chunk)
         self.ages[placed] = 0
         self.reassign()
@@ -159,15 +193,28 @@ class _Slots:
         self.cache.own_lengths[at] = 0
         limits = torch.from_numpy(self.limits[self.held[placed]]).to(self.device)
         values: dict[str, Any] = {"key": torch.tensor(keys, device=self.device), "length": limits}
-        values |= {"hidden": self.prompt_hidden[self.cache.row_prompt[at]], "insert_at": self.params.max_tokens}
-        for name, value in {**values, "stopped": False, "stop_string": False, "done": False}.items():
+        values |= {
+            "hidden": self.prompt_hidden[self.cache.row_prompt[at]],
+            "insert_at": self.params.max_tokens,
+        }
+        for name, value in {
+            **values,
+            "stopped": False,
+            "stop_string": False,
+            "done": False,
+        }.items():
             self.rows[name][at] = value
 
     def prefill(self, chosen: Sequence[int]) -> None:
         """Compute these requests' prompts into their slots; keep the hidden state after each, from which all its rows draw first."""
-        slots, lengths = [self.slot_of[i] for i in chosen], [len(self.requests[i].prompt_ids) for i in chosen]
+        slots, lengths = (
+            [self.slot_of[i] for i in chosen],
+            [len(self.requests[i].prompt_ids) for i in chosen],
+        )
         starts = np.cumsum([0, *lengths[:-1]])
-        ids = torch.tensor([token for i in chosen for token in self.requests[i].prompt_ids], device=self.device)
+        ids = torch.tensor(
+            [token for i in chosen for token in self.requests[i].prompt_ids], device=self.device
+        )
         positions = torch.cat([torch.arange(n) for n in lengths]).to(self.device)
         attend = self.cache.prefill_attend(list(zip(starts.tolist(), lengths, slots, strict=True)))
         last = torch.tensor(starts + np.array(lengths) - 1, device=self.device)
@@ -178,14 +225,20 @@ class _Slots:
         """Draw and record one token of every row [S]."""
         rows, params, at = self.rows, self.params, self.cache.own_lengths
         if params.think_budget is not None:
-            self.close_thoughts(np.flatnonzero((self.held >= 0) & (self.ages == params.think_budget)).tolist())
+            self.close_thoughts(
+                np.flatnonzero((self.held >= 0) & (self.ages == params.think_budget)).tolist()
+            )
         logits = project(rows["hidden"], *self.head).to(rows["full"].dtype)
-        token, drawn, full = draw_tokens(logits, uniforms(rows["key"], at), params.temperature, params.truncation)
+        token, drawn, full = draw_tokens(
+            logits, uniforms(rows["key"], at), params.temperature, params.truncation
+        )
         if len(self.close):
             into = at - rows["insert_at"]
             inside = (into >= 0) & (into < len(self.close))
             token = torch.where(inside, self.close[into.clamp(0, len(self.close) - 1)], token)
-            fixed = torch.log_softmax(logits / (params.temperature or 1.0), -1).gather(1, token[:, None])[:, 0]
+            fixed = torch.log_softmax(logits / (params.temperature or 1.0), -1).gather(
+                1, token[:, None]
+            )[:, 0]
             drawn, full = torch.where(inside, 0.0, drawn), torch.where(inside, fixed, full)
         column = torch.where(rows["done"], params.max_tokens, at)[:, None]
         for name, value in (("tokens", token), ("drawn", drawn), ("full", full)):
@@ -212,7 +265,10 @@ class _Slots:
             width = min(-(-width // GRAPH_WIDTH) * GRAPH_WIDTH, self.params.max_tokens)
             if width not in self.graphs:
                 fed, hidden = tokens.clone(), self.rows["hidden"]
-                self.graphs[width] = fed, capture(lambda: hidden.copy_(decode_step(self.model, cache, fed, width)))
+                self.graphs[width] = (
+                    fed,
+                    capture(lambda: hidden.copy_(decode_step(self.model, cache, fed, width))),
+                )
             self.graphs[width][0].copy_(tokens)
             self.graphs[width][1]()
         cache.own_lengths += 1
@@ -234,7 +290,9 @@ class _Slots:
         if not rows:
             return
         columns = ("tokens", "drawn", "full", "length", "stopped", "stop_string", "insert_at")
-        tokens, drawn, full, lengths, stopped, texts, inserts = (self.rows[name][rows].cpu().numpy() for name in columns)
+        tokens, drawn, full, lengths, stopped, texts, inserts = (
+            self.rows[name][rows].cpu().numpy() for name in columns
+        )
         for i, row in enumerate(rows):
             completion, n, start = int(self.held[row]), int(lengths[i]), int(inserts[i])
             reason = "stop_string" if texts[i] else "stop" if stopped[i] else "length"
@@ -264,21 +322,35 @@ class _Slots:
         self.reassign()
 
     def reassign(self) -> None:
-        self.cache.assign([-1 if i < 0 else self.slot_of[self.owner[i]] for i in self.held], self.largest_group)
+        self.cache.assign(
+            [-1 if i < 0 else self.slot_of[self.owner[i]] for i in self.held], self.largest_group
+        )
 
     def find_stop_strings(self) -> None:
         """End rows at the token that completes a stop string; only the text that is new since the last look is read."""
         assert self.params.decode is not None
-        reach = self.retire_every + 4 * max(map(len, self.params.stop_strings))  # a character has at most four tokens
+        reach = self.retire_every + 4 * max(
+            map(len, self.params.stop_strings)
+        )  # a character has at most four tokens
         for row in np.flatnonzero(self.held >= 0).tolist():
             end = int(min(self.ages[row], self.rows["length"][row].item()))
             start = max(0, end - reach)
-            text, starts = decode_with_starts(self.rows["tokens"][row, start:end].tolist(), self.params.decode)
-            found = [text.find(stop) + len(stop) for stop in self.params.stop_strings if stop in text]
+            text, starts = decode_with_starts(
+                self.rows["tokens"][row, start:end].tolist(), self.params.decode
+            )
+            found = [
+                text.find(stop) + len(stop) for stop in self.params.stop_strings if stop in text
+            ]
             if found:
-                length = start + int(np.searchsorted(np.append(starts[1:], len(text)), min(found))) + 1
+                length = (
+                    start + int(np.searchsorted(np.append(starts[1:], len(text)), min(found))) + 1
+                )
                 if length < end or not self.rows["stopped"][row]:
-                    self.rows["length"][row], self.rows["stop_string"][row], self.rows["done"][row] = length, True, True
+                    (
+                        self.rows["length"][row],
+                        self.rows["stop_string"][row],
+                        self.rows["done"][row],
+                    ) = length, True, True
 
     def result(self) -> Generation:
         """In the order of the requests."""
@@ -286,7 +358,9 @@ class _Slots:
         whole = [sampled for sampled in self.results if sampled is not None]
         assert len(whole) == len(self.results)
         if not all(np.isfinite(s.full_logprobs).all() for s in whole):
-            raise UserError("the model's probabilities are no finite numbers: weights are damaged, or training diverged (lower optim.lr)")
+            raise UserError(
+                "the model's probabilities are no finite numbers: weights are damaged, or training diverged (lower optim.lr)"
+            )
         groups = [whole[a:b] for a, b in zip(ends[:-1], ends[1:], strict=True)]
         left = np.minimum(self.entered + [len(s.ids) for s in whole], self.waited_until)
         offered = self.num_rows * self.waited_until

@@ -30,15 +30,26 @@ from mar.tasks.common import Source
 from mar.weights import load_model, save_model
 
 STEPS_PER_LOAD, SFT_SEED = 200, 1_000_000
-LR, DECAY = 1e-3, 0.7  # a low rate, and most of the way spent lowering it, did better than a higher one
+LR, DECAY = (
+    1e-3,
+    0.7,
+)  # a low rate, and most of the way spent lowering it, did better than a higher one
 
 
 def lesson_loss(model: Decoder, lesson: Lesson) -> torch.Tensor:
     """Mean cross-entropy (nats a counted token) to the exact distributions: -sum_v q(v) log p(v) = log sum exp - h . sum_v q(v) w_v."""
     packed, head = lesson.packed, model.head_weight
-    hidden = model.hidden(packed.ids, packed.positions, group_attention(packed))[packed.predict_from]
+    hidden = model.hidden(packed.ids, packed.positions, group_attention(packed))[
+        packed.predict_from
+    ]
     _, _, lse = mar_kernels.linear_logprobs(hidden, head, packed.targets)
-    rows = F.embedding_bag(lesson.alternatives, head, lesson.starts, mode="sum", per_sample_weights=lesson.weights.to(head.dtype))
+    rows = F.embedding_bag(
+        lesson.alternatives,
+        head,
+        lesson.starts,
+        mode="sum",
+        per_sample_weights=lesson.weights.to(head.dtype),
+    )
     counts = lesson.counts.to(lse.dtype)
     return (counts * lse - (hidden * rows).sum(-1)).sum() / counts.sum()
 
@@ -47,7 +58,9 @@ class Muon(torch.optim.Optimizer):
     """Momentum, orthogonalised by Newton-Schulz (Jordan et al. 2024, kellerjordan.github.io/posts/muon), in float32: torch.optim.Muon
     computes in bfloat16, which a CPU does far slower. From scratch it needs fewer steps than AdamW to learn which finding speaks for what."""
 
-    def __init__(self, parameters: list[torch.nn.Parameter], lr: float, momentum: float = 0.95) -> None:
+    def __init__(
+        self, parameters: list[torch.nn.Parameter], lr: float, momentum: float = 0.95
+    ) -> None:
         super().__init__(parameters, {"lr": lr, "momentum": momentum})
 
     @torch.no_grad()
@@ -62,10 +75,15 @@ class Muon(torch.optim.Optimizer):
                 for _ in range(5):
                     square = x @ x.T
                     x = 3.4445 * x + (2.0315 * square @ square - 4.7750 * square) @ x
-                p.add_(x.T if tall else x, alpha=-group["lr"] * max(1.0, p.shape[0] / p.shape[1]) ** 0.5)
+                p.add_(
+                    x.T if tall else x,
+                    alpha=-group["lr"] * max(1.0, p.shape[0] / p.shape[1]) ** 0.5,
+                )
 
 
-def make_optimizers(model: Decoder, lr: float, muon: bool) -> list[tuple[torch.optim.Optimizer, float]]:
+def make_optimizers(
+    model: Decoder, lr: float, muon: bool
+) -> list[tuple[torch.optim.Optimizer, float]]:
     """Optimizers with their peak rates: AdamW for all, or Muon for the matrices inside the blocks."""
     inside = [p for p in model.blocks.parameters() if p.ndim == 2] if muon else []
     rest = [p for p in model.parameters() if not any(p is q for q in inside)]
@@ -73,16 +91,33 @@ def make_optimizers(model: Decoder, lr: float, muon: bool) -> list[tuple[torch.o
     return [(adamw, lr), (Muon(inside, lr=10 * lr), 10 * lr)] if muon else [(adamw, lr)]
 
 
-def train(model: Decoder, tokenizer: Any, load: Callable[[int], list[Example]], noun: str, args: argparse.Namespace) -> None:
+def train(
+    model: Decoder,
+    tokenizer: Any,
+    load: Callable[[int], list[Example]],
+    noun: str,
+    args: argparse.Namespace,
+) -> None:
     """Minimise the lessons' loss. The log shows `kl`: how many nats a completion lies above the least possible."""
-    optimizers, hint = make_optimizers(model, args.lr, args.muon), Hint(args.hint, args.hint_counts, args.hint_spread)
-    rng, began, encode = np.random.default_rng(args.seed), time.perf_counter(), make_encode(tokenizer)
+    optimizers, hint = (
+        make_optimizers(model, args.lr, args.muon),
+        Hint(args.hint, args.hint_counts, args.hint_spread),
+    )
+    rng, began, encode = (
+        np.random.default_rng(args.seed),
+        time.perf_counter(),
+        make_encode(tokenizer),
+    )
     recent: list[float] = []
     examples: list[Example] = []
     for step in range(args.steps):
-        if not examples or (step % STEPS_PER_LOAD == 0 and not args.path):  # a file is read once, as a whole
+        if not examples or (
+            step % STEPS_PER_LOAD == 0 and not args.path
+        ):  # a file is read once, as a whole
             examples = load(step // STEPS_PER_LOAD)
-            others = list(dict.fromkeys(gold.name for example in examples for gold in example.golds))
+            others = list(
+                dict.fromkeys(gold.name for example in examples for gold in example.golds)
+            )
         first = step * args.prompts
         chosen = [examples[(first + i) % len(examples)] for i in range(args.prompts)]
         mixture = "plain" if step < args.plain_steps else args.mixture
@@ -95,10 +130,16 @@ def train(model: Decoder, tokenizer: Any, load: Callable[[int], list[Example]], 
         for optimizer, peak in optimizers:
             set_learning_rate(optimizer, peak * rate)
             optimizer.step()
-        recent.append((loss.item() - lesson.entropy) * lesson.counts.sum().item() / (args.prompts * args.rows))
+        recent.append(
+            (loss.item() - lesson.entropy) * lesson.counts.sum().item() / (args.prompts * args.rows)
+        )
         last = step + 1 == args.steps
         if (step + 1) % args.log_every == 0 or last:
-            line = {"step": step + 1, "kl": round(float(np.mean(recent)), 4), "lr": round(args.lr * rate, 6)}
+            line = {
+                "step": step + 1,
+                "kl": round(float(np.mean(recent)), 4),
+                "lr": round(args.lr * rate, 6),
+            }
             print(json.dumps(line | {"seconds": round(time.perf_counter() - began)}), flush=True)
             recent.clear()
         if (step + 1) % args.save_every == 0 or last:
@@ -106,38 +147,79 @@ def train(model: Decoder, tokenizer: Any, load: Callable[[int], list[Example]], 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--task", default="clinic")
     parser.add_argument("--path", help="jsonl of the task's examples; without it the embedded ones")
-    parser.add_argument("--model", type=Path, required=True, help="folder of the model to start from")
+    parser.add_argument(
+        "--model", type=Path, required=True, help="folder of the model to start from"
+    )
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=2000)
-    parser.add_argument("--mixture", default="all", choices=MIXTURES, help="of forms: all that there are, or the short ones")
-    parser.add_argument("--plain-steps", type=int, default=0, help="of these, how many of the first teach single answers only")
+    parser.add_argument(
+        "--mixture",
+        default="all",
+        choices=MIXTURES,
+        help="of forms: all that there are, or the short ones",
+    )
+    parser.add_argument(
+        "--plain-steps",
+        type=int,
+        default=0,
+        help="of these, how many of the first teach single answers only",
+    )
     parser.add_argument("--prompts", type=int, default=32, help="prompts per step")
     parser.add_argument("--rows", type=int, default=1, help="completions per prompt")
     parser.add_argument("--lr", type=float, default=LR)
-    parser.add_argument("--muon", action="store_true", help="Muon for the matrices inside the blocks")
-    parser.add_argument("--hint", type=float, default=0.0, help="share of a confidence's mass that lies near the truth")
-    parser.add_argument("--hint-counts", type=float, default=1.0, help="what each token of a confidence counts in the loss")
+    parser.add_argument(
+        "--muon", action="store_true", help="Muon for the matrices inside the blocks"
+    )
+    parser.add_argument(
+        "--hint",
+        type=float,
+        default=0.0,
+        help="share of a confidence's mass that lies near the truth",
+    )
+    parser.add_argument(
+        "--hint-counts",
+        type=float,
+        default=1.0,
+        help="what each token of a confidence counts in the loss",
+    )
     parser.add_argument("--hint-spread", type=float, default=Hint.spread, help="how far from it")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="of the saved weights")
+    parser.add_argument(
+        "--dtype", default="float32", choices=("float32", "bfloat16"), help="of the saved weights"
+    )
     parser.add_argument("--log-every", type=int, default=100)
     parser.add_argument("--save-every", type=int, default=500)
     args = parser.parse_args()
     task = get_task(args.task)
 
-    def load(chunk: int) -> list[Example]:  # fresh patients all the time; the seeds of training runs are small numbers
+    def load(
+        chunk: int,
+    ) -> list[Example]:  # fresh patients all the time; the seeds of training runs are small numbers
         kind, num = ("path", None) if args.path else ("embedded", args.prompts * STEPS_PER_LOAD)
-        return task.load(Source(kind, "train", num, SFT_SEED + 1000 * args.seed + chunk, args.path)).examples
+        return task.load(
+            Source(kind, "train", num, SFT_SEED + 1000 * args.seed + chunk, args.path)
+        ).examples
 
     torch.manual_seed(args.seed)
     model, tokenizer = load_model(args.model), load_tokenizer(args.model)
     for key in ("is_local", "local_files_only"):  # how it was loaded is no property of it
         tokenizer.init_kwargs.pop(key, None)
     tokenizer.save_pretrained(args.out)
-    print(json.dumps({"parameters": sum(p.numel() for p in model.parameters()), "vocabulary": len(tokenizer), **vars(args)}, default=str))
+    print(
+        json.dumps(
+            {
+                "parameters": sum(p.numel() for p in model.parameters()),
+                "vocabulary": len(tokenizer),
+                **vars(args),
+            },
+            default=str,
+        )
+    )
     train(model, tokenizer, load, task.noun, args)
 
 

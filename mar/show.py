@@ -15,7 +15,9 @@ from rich.text import Text
 from mar.log import read_jsonl
 from mar.records import UserError, exit_code
 
-KEYS = set("step stage id sample question targets text answers confidences hits reason reward parts".split())
+KEYS = set(
+    "step stage id sample question targets text answers confidences hits reason reward parts".split()
+)
 COLOURS = {"right": "bold green", "wrong": "red", "repeated": "magenta"}
 FIRST_PROMPTS = 3
 
@@ -35,11 +37,16 @@ def visible(text: str) -> str:
 def shown(row: Mapping[str, Any]) -> Text:
     """One completion: what it earned, its thoughts (all of the text where the format failed), its answers in colour."""
     out = Text(f"  [{row['sample']}] reward {row['reward']:.3f}", style="bold")
-    out.append("".join(f"  {name} {value:+.3f}" for name, value in row["parts"].items() if value), style="not bold")
+    out.append(
+        "".join(f"  {name} {value:+.3f}" for name, value in row["parts"].items() if value),
+        style="not bold",
+    )
     out.append(f"  {row['reason']}\n" if row["reason"] else "\n", style="bold yellow")
     text = row["text"] if row["reason"] else row["text"].rpartition("</think>")[0]
     out.append(f"      {visible(text)}\n" if text else "", style="dim not bold")
-    for slot, (answer, confidence) in enumerate(zip(row["answers"], row["confidences"], strict=True)):
+    for slot, (answer, confidence) in enumerate(
+        zip(row["answers"], row["confidences"], strict=True)
+    ):
         if answer is not None:
             kind, said = verdict(row, slot), "" if confidence is None else f"{confidence:.2f}"
             out.append(f"      {answer!r:40} {said:5} {kind}\n", style=f"not bold {COLOURS[kind]}")
@@ -57,7 +64,9 @@ def choose(rows: list[dict[str, Any]], step: int | None, prompt: str) -> list[li
         if row["step"] == wanted and row["stage"] == stage and prompt in str(row["id"]):
             groups.setdefault(str(row["id"]), []).append(row)
     if not groups:
-        raise UserError(f"no completion of step {wanted} has {prompt!r} in its id; there are steps {steps[:1]} to {steps[-1:]}")
+        raise UserError(
+            f"no completion of step {wanted} has {prompt!r} in its id; there are steps {steps[:1]} to {steps[-1:]}"
+        )
     return list(groups.values())[: None if prompt else FIRST_PROMPTS]
 
 
@@ -67,25 +76,45 @@ def show(run: Path, step: int | None, prompt: str, console: Console) -> None:
         raise UserError(f"{path} does not exist: name a folder that mar.train wrote")
     rows, broken = read_jsonl(path)
     if missing := sorted(KEYS - set(rows[0] if rows else KEYS)):
-        raise UserError(f"{path} is of another version of mar: its rows have no {', '.join(missing)}")
+        raise UserError(
+            f"{path} is of another version of mar: its rows have no {', '.join(missing)}"
+        )
     if broken:
-        console.print(f"skipped {len(broken)} broken line(s): {', '.join(broken[:3])}", style="yellow")
+        console.print(
+            f"skipped {len(broken)} broken line(s): {', '.join(broken[:3])}", style="yellow"
+        )
     for group in choose(rows, step, prompt):
         first = group[0]
-        console.print(Text(f"\n{first['id']}  step {first['step']}, {first['stage']}", style="bold underline"))
+        console.print(
+            Text(f"\n{first['id']}  step {first['step']}, {first['stage']}", style="bold underline")
+        )
         console.print(Text(visible(f"{first['question']}  -> {', '.join(first['targets'])}")))
         for row in group:
             console.print(shown(row))
-    console.print(Text(f"others: python -m mar.show {run} STEP [PROMPT], up to step {rows[-1]['step']}", "dim"), soft_wrap=True)
+    console.print(
+        Text(
+            f"others: python -m mar.show {run} STEP [PROMPT], up to step {rows[-1]['step']}", "dim"
+        ),
+        soft_wrap=True,
+    )
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m mar.show", description="Read a run's completions in the terminal.")
+    parser = argparse.ArgumentParser(
+        prog="python -m mar.show", description="Read a run's completions in the terminal."
+    )
     parser.add_argument("run", type=Path)
-    parser.add_argument("step", type=int, nargs="?", help="default: the last one of training; 0: the evaluation before")
+    parser.add_argument(
+        "step",
+        type=int,
+        nargs="?",
+        help="default: the last one of training; 0: the evaluation before",
+    )
     parser.add_argument("prompt", nargs="?", default="", help="a prompt's id, or a part of it")
     options = parser.parse_args(arguments)
-    return exit_code(lambda: show(options.run, options.step, options.prompt, Console(highlight=False)))
+    return exit_code(
+        lambda: show(options.run, options.step, options.prompt, Console(highlight=False))
+    )
 
 
 if __name__ == "__main__":

@@ -47,10 +47,17 @@ def refill(job: Job, policy: Decoder, step: int, groups: list[list[Rollout]]) ->
         flat = [i for i, group in enumerate(groups) if len({r.total for r in group}) == 1]
         if not flat:
             break
-        prompts, identity = job.prompts_of(step, attempt)[: len(flat)], (job.config.seed, "train", step, attempt)
+        prompts, identity = (
+            job.prompts_of(step, attempt)[: len(flat)],
+            (job.config.seed, "train", step, attempt),
+        )
         size = job.config.algo.group_size
-        fresh, _ = sample(policy, prompts, size, p.params, p.kv_budget_tokens, identity, world.share)
-        judged = world.gather(judge_groups(prompts[world.share], fresh, p.grammar, p.spec, p.verifier, p.decode))
+        fresh, _ = sample(
+            policy, prompts, size, p.params, p.kv_budget_tokens, identity, world.share
+        )
+        judged = world.gather(
+            judge_groups(prompts[world.share], fresh, p.grammar, p.spec, p.verifier, p.decode)
+        )
         for i, group in zip(flat, judged, strict=True):
             if not any(r.unjudged for r in group):
                 groups[i] = group
@@ -63,17 +70,27 @@ def train_step(job: Job, step: int) -> tuple[dict[str, Any], list[Rollout], Tens
     config, p, world = job.config, job.protocol, job.world
     clock = [time.perf_counter()]
     prompts = job.prompts_of(step)
-    drawn = (p.params, p.kv_budget_tokens, (config.seed, "train", step), world.share, beginner(p.grammar, p.verifier, p.decode))
+    drawn = (
+        p.params,
+        p.kv_budget_tokens,
+        (config.seed, "train", step),
+        world.share,
+        beginner(p.grammar, p.verifier, p.decode),
+    )
     with job.sampler() as policy:
         completions, generation = sample(policy, prompts, config.algo.group_size, *drawn)
         clock.append(time.perf_counter())
-        judged = world.gather(judge_groups(prompts[world.share], completions, p.grammar, p.spec, p.verifier, p.decode))
+        judged = world.gather(
+            judge_groups(prompts[world.share], completions, p.grammar, p.spec, p.verifier, p.decode)
+        )
         groups = judged_only(judged, max(2, config.algo.pass_k))
         replaced = refill(job, policy, step, groups)
     clock.append(time.perf_counter())
     batch, columns = prepare(job, make_batch(groups, job.first_open, world.device))
     every = config.algo.variance_every  # before the update: of the policy that sampled
-    metrics: dict[str, Any] = {"adv/variance_ratio": variance_ratio(job, batch)} if every and step % every == 0 else {}
+    metrics: dict[str, Any] = (
+        {"adv/variance_ratio": variance_ratio(job, batch)} if every and step % every == 0 else {}
+    )
     metrics |= update(job, batch, columns, step)
     clock.append(time.perf_counter())
 
@@ -81,14 +98,19 @@ def train_step(job: Job, step: int) -> tuple[dict[str, Any], list[Rollout], Tens
     sets, _ = set_metrics(rollouts, p.verifier, p.grammar.confident)
     metrics |= {
         "reward/total": float(np.mean([r.total for r in rollouts])),
-        **{f"reward/{name}": float(np.mean([r.parts[name] for r in rollouts])) for name in rollouts[0].parts},
+        **{
+            f"reward/{name}": float(np.mean([r.parts[name] for r in rollouts]))
+            for name in rollouts[0].parts
+        },
         "adv/mean": columns["advantages"][batch.completion_mask].mean().item(),
         "adv/std": columns["advantages"][batch.completion_mask].std().item(),
         "adv/replaced_groups": replaced,
         "adv/zero_group_frac": zero_group_frac(batch),
         **{f"train/{name}": value for name, value in sets.items()},
         "train/unjudged": sum(r.unjudged > 0 for group in judged for r in group),
-        "train/truncated_frac": float(np.mean([r.completion.finish_reason == "length" for r in rollouts])),
+        "train/truncated_frac": float(
+            np.mean([r.completion.finish_reason == "length" for r in rollouts])
+        ),
         "sampler/decode_steps": generation.num_steps,
         "sampler/occupancy": generation.occupancy,
         "perf/sample_s": clock[1] - clock[0],
@@ -99,13 +121,17 @@ def train_step(job: Job, step: int) -> tuple[dict[str, Any], list[Rollout], Tens
     return metrics, rollouts, columns["advantages"]
 
 
-def skipped(job: Job, step: int, metrics: Mapping[str, Any], rollouts: Sequence[Rollout], display: Display) -> bool:
+def skipped(
+    job: Job, step: int, metrics: Mapping[str, Any], rollouts: Sequence[Rollout], display: Display
+) -> bool:
     """Whether updates of this step were left out because they were not finite; says so and keeps the completions."""
     number, file = metrics["optim/skipped"], job.folder / "skipped.jsonl"
     if not number:
         return False
     job.write(file.name, [completion_row(r, "train", step) for r in rollouts])
-    display.say(f"step {step}: a loss or gradient is not finite, {number} updates were left out; completions in {file}")
+    display.say(
+        f"step {step}: a loss or gradient is not finite, {number} updates were left out; completions in {file}"
+    )
     return True
 
 
@@ -121,8 +147,14 @@ class Interrupts:
         before, self.since = self.since, time.monotonic()
         if self.since > before + 1 if before else not self.inside:
             raise KeyboardInterrupt
-        if not before and self.leads:  # else the same one: a cluster signals every process, and torchrun passes it on
-            print("\nstopping after this step (again, later: stop at once, back to the last checkpoint)", file=sys.stderr, flush=True)
+        if (
+            not before and self.leads
+        ):  # else the same one: a cluster signals every process, and torchrun passes it on
+            print(
+                "\nstopping after this step (again, later: stop at once, back to the last checkpoint)",
+                file=sys.stderr,
+                flush=True,
+            )
 
     def agreed(self, world: World) -> bool:
         """Whether to stop, on all ranks the same: a signal to one is one to all, and one that comes later waits for the next step."""
@@ -139,7 +171,11 @@ class Interrupts:
 
 def train(job: Job, first_step: int, display: Display, document: dict[str, Any]) -> str:
     """The loop, from update `first_step`. Returns `finished`, `stopped` (by train.stop_at) or `interrupted`."""
-    config, interrupts, checkpoints = job.config, Interrupts(job.world.leads), job.folder / "checkpoints"
+    config, interrupts, checkpoints = (
+        job.config,
+        Interrupts(job.world.leads),
+        job.folder / "checkpoints",
+    )
     last_step = min(config.train.steps, config.train.stop_at or config.train.steps)
     step, in_a_row = first_step, 0
     behind: Future[Path] | None = None  # the checkpoint that is written while the next step runs
@@ -153,12 +189,18 @@ def train(job: Job, first_step: int, display: Display, document: dict[str, Any])
         return found.step if (found := checkpoint.newest(checkpoints, display.say)) else 0
 
     def due(step: int) -> bool:
-        return config.eval.every > 0 and step % config.eval.every == 0 and 0 < step < config.train.steps
+        return (
+            config.eval.every > 0
+            and step % config.eval.every == 0
+            and 0 < step < config.train.steps
+        )
 
     try:
         if "before" not in document:
             evaluate(job, "before", 0, document, display)
-        elif due(first_step) and document["history"][-1]["step"] < first_step:  # interrupted between checkpoint and evaluation
+        elif (
+            due(first_step) and document["history"][-1]["step"] < first_step
+        ):  # interrupted between checkpoint and evaluation
             evaluate(job, f"step {first_step}", first_step, document, display)
         with display:
             for step in range(first_step + 1, last_step + 1):
@@ -168,14 +210,26 @@ def train(job: Job, first_step: int, display: Display, document: dict[str, Any])
                         behind.result()  # before this step counts, so that no more than checkpoint.every can be lost
                     job.write("metrics.jsonl", [{"step": step, **metrics}])
                     shown = zip(rollouts, advantages.tolist(), strict=True)
-                    job.write("completions.jsonl", [completion_row(r, "train", step, a) for r, a in shown])
+                    job.write(
+                        "completions.jsonl", [completion_row(r, "train", step, a) for r, a in shown]
+                    )
                     display.step(step, metrics)
                     stop = interrupts.agreed(job.world)
                     in_a_row = in_a_row + 1 if skipped(job, step, metrics, rollouts, display) else 0
                     if in_a_row == config.algo.max_skips:
-                        raise UserError(f"{in_a_row} steps in a row were not finite: lower optim.lr; {checkpoints} has the last good step")
+                        raise UserError(
+                            f"{in_a_row} steps in a row were not finite: lower optim.lr; {checkpoints} has the last good step"
+                        )
                     if step % config.checkpoint.every == 0 or step == last_step or stop:
-                        behind = checkpoint.save(checkpoints, step, job.model, job.optimizer, config.checkpoint.keep, job.critic, job.world)
+                        behind = checkpoint.save(
+                            checkpoints,
+                            step,
+                            job.model,
+                            job.optimizer,
+                            config.checkpoint.keep,
+                            job.critic,
+                            job.world,
+                        )
                         if step == last_step or stop:
                             behind.result()
                 if stop:
@@ -185,10 +239,14 @@ def train(job: Job, first_step: int, display: Display, document: dict[str, Any])
         if last_step == config.train.steps:
             evaluate(job, "after", last_step, document, display)
     except KeyboardInterrupt:
-        display.say(f"interrupted at step {step}; checkpoint of step {saved()} in {checkpoints}; the same command goes on from there")
+        display.say(
+            f"interrupted at step {step}; checkpoint of step {saved()} in {checkpoints}; the same command goes on from there"
+        )
         return "interrupted"
     except OSError as error:
-        raise UserError(f"{error}: mend that, and the same command goes on after step {saved(error)} of {job.folder}") from None
+        raise UserError(
+            f"{error}: mend that, and the same command goes on after step {saved(error)} of {job.folder}"
+        ) from None
     finally:
         wait([behind] if behind else [])  # the folder stays locked for so long
     return "finished" if last_step == config.train.steps else "stopped"
@@ -203,17 +261,27 @@ def evaluate(job: Job, stage: str, step: int, document: dict[str, Any], display:
     job.write("completions.jsonl", texts)
     if display.mirror:
         display.mirror.completions(step, plain(texts))
-    document["history"] = [h for h in document.get("history", []) if h["step"] < step] + [{"step": step, **metrics}]
+    document["history"] = [h for h in document.get("history", []) if h["step"] < step] + [
+        {"step": step, **metrics}
+    ]
     if stage in ("before", "after"):
         document[stage] = metrics
         document["gap_closed"] = summary(document, job.config.reward.num_answers)["gap_closed"]
     if job.world.leads:
         write_json(job.folder / "eval.json", document)
     key = f"coverage@{job.config.reward.num_answers}"
-    shown = "  ".join(f"{k} {metrics[k]:.3f}" for k in (key, "top1", "ece", "format_rate") if metrics.get(k) is not None)
+    shown = "  ".join(
+        f"{k} {metrics[k]:.3f}"
+        for k in (key, "top1", "ece", "format_rate")
+        if metrics.get(k) is not None
+    )
     if metrics["format_rate"] == 0:
-        display.say("no completion has the right form, so nothing can be learnt: warm the model up (python -m mar.sft), or take another")
-    display.say(f"eval {stage} ({len(rollouts)} items, {time.perf_counter() - began:.0f} s)  {shown}")
+        display.say(
+            "no completion has the right form, so nothing can be learnt: warm the model up (python -m mar.sft), or take another"
+        )
+    display.say(
+        f"eval {stage} ({len(rollouts)} items, {time.perf_counter() - began:.0f} s)  {shown}"
+    )
 
 
 def run(config: Config) -> int:
@@ -224,21 +292,34 @@ def run(config: Config) -> int:
     config = announce(config, display)
     if config.model.threads:
         torch.set_num_threads(config.model.threads)
-    rundir.find(config.to_dict())  # refuse a folder that belongs to something else before anything is loaded
-    model_folder, provenance = resolve_model(config.model.source, config.model.name, config.model.path)
+    rundir.find(
+        config.to_dict()
+    )  # refuse a folder that belongs to something else before anything is loaded
+    model_folder, provenance = resolve_model(
+        config.model.source, config.model.name, config.model.path
+    )
     folder = Path(config.run_dir)
     job = build_job(config, folder, model_folder, display, world)
     if world.leads:
         _held = rundir.lock(folder)  # until this function ends
         checkpoint.require_room(folder.parent, [job.model, *(job.critic or ())[:1]])
-        place = rundir.prepare({**config.to_dict(), "provenance": {"model": provenance, **environment()}})
+        place = rundir.prepare(
+            {**config.to_dict(), "provenance": {"model": provenance, **environment()}}
+        )
         if place.archive:
-            display.say(f"{folder} was finished: it is {place.archive} now, and differed in {', '.join(place.differs) or 'nothing'}")
+            display.say(
+                f"{folder} was finished: it is {place.archive} now, and differed in {', '.join(place.differs) or 'nothing'}"
+            )
     world.wait()
     document: dict[str, Any] = {"task": config.data.task, "num_items": len(job.protocol.prompts)}
-    document |= known_bounds([p.example for p in job.protocol.prompts], config.reward.num_answers) or {}
+    document |= (
+        known_bounds([p.example for p in job.protocol.prompts], config.reward.num_answers) or {}
+    )
     first_step = resume(job, document, display)
-    total, trained = (sum(p.numel() for p in job.model.parameters() if p.requires_grad or every) for every in (True, False))
+    total, trained = (
+        sum(p.numel() for p in job.model.parameters() if p.requires_grad or every)
+        for every in (True, False)
+    )
     display.say(
         f"{config.data.task}: {len(job.prompts)} training and {len(job.protocol.prompts)} held-out prompts; "
         f"training {trained:,} of the {total:,} parameters of {config.model.name}; writing to {folder}"
@@ -246,7 +327,9 @@ def run(config: Config) -> int:
     if job.whole:
         size = sum(p.numel() * p.element_size() for p in job.whole.parameters()) / 1e9
         kept = "kept" if config.scale.keep_copy else "freed"
-        display.say(f"sampling from an unsharded copy: {size:.3g} GB on every rank, {kept} while training")
+        display.say(
+            f"sampling from an unsharded copy: {size:.3g} GB on every rank, {kept} while training"
+        )
     display.first_step = first_step
     if config.logger.wandb != "off" and world.leads:
         display.mirror = Mirror(config.logger.wandb, folder, plain(config.to_dict()), display.say)
@@ -268,7 +351,10 @@ def resume(job: Job, document: dict[str, Any], display: Display) -> int:
     if (job.folder / "eval.json").exists():
         old: Mapping[str, Any] = json.loads((job.folder / "eval.json").read_text())
         if old.get("before"):
-            document |= {"before": old["before"], "history": [h for h in old.get("history", []) if h["step"] <= step]}
+            document |= {
+                "before": old["before"],
+                "history": [h for h in old.get("history", []) if h["step"] <= step],
+            }
     return step
 
 
@@ -280,7 +366,9 @@ def main(tree: Any) -> None:
 
 def refuse_unknown_words(words: Sequence[str]) -> None:
     """Exit with one sentence where Hydra would print a page: a misspelt key or option. Sweeps and flags are left to Hydra."""
-    if not any(word.startswith("-") for word in words) and (code := exit_code(lambda: compose(words, check=False))):
+    if not any(word.startswith("-") for word in words) and (
+        code := exit_code(lambda: compose(words, check=False))
+    ):
         sys.exit(code)
 
 

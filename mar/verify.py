@@ -9,23 +9,35 @@ from pathlib import Path
 
 from mar.records import Gold
 
-Verifier = Callable[[str, Sequence[Gold]], tuple[int, ...]]  # the golds, by index, that an answer may take
+Verifier = Callable[
+    [str, Sequence[Gold]], tuple[int, ...]
+]  # the golds, by index, that an answer may take
 Key = Callable[[str], Hashable]
 Answers = Sequence[str | None]  # None: not written
 
-BLANKS = "\u115f\u1160\u2800\u3164\uffa0\u2120\u2122\u00a9\u00ae"  # what shows nothing, and trade marks
+BLANKS = (
+    "\u115f\u1160\u2800\u3164\uffa0\u2120\u2122\u00a9\u00ae"  # what shows nothing, and trade marks
+)
 APOSTROPHES = "'\u2018\u2019\u201b\u2032\u02b9\u02bc"
 ACCENT = re.compile("[\u0300-\u036f\ufe00-\ufe0f]")
 SPACED = "$<=>|~\u2044"  # symbols that stand for a space, as all punctuation does
 KEPT = ".,-+#%^"  # whether these mean something depends on their neighbours
-JOINED = re.compile(r"'(?![0-9])|(?<=[^\W\d_])\.(?=[^\W\d_])|(?<=[0-9])(?:,(?=[0-9]{3}(?![0-9]))|\s+(?=%))")
+JOINED = re.compile(
+    r"'(?![0-9])|(?<=[^\W\d_])\.(?=[^\W\d_])|(?<=[0-9])(?:,(?=[0-9]{3}(?![0-9]))|\s+(?=%))"
+)
 # above: Crohn's, U.S., 1,000, 5 %; below: .5 is 0.5, then what means nothing (3.5, -5, C++, C#, 5% and 10^5 do)
 LEADING_POINT = re.compile(r"(?<![\w.])\.(?=[0-9])")
 SIGNS = r"(?<![+#%^])(?!(?<=\w)(?:\+\+?|[#%]|\^(?=\w))(?![+#%^]))[+#%^]+"
 STRAY = re.compile(r"(?<![0-9])\.|\.(?![0-9])|[,']|(?<=\S)-|-(?![0-9])|" + SIGNS)
 
-MONTHS = "january|february|march|april|may|june|july|august|september|october|november|december".split("|")
-DATE = re.compile(r"(?:(\d{1,2})(?:st|nd|rd|th)? (?:of )?([a-z]{3,9})|([a-z]{3,9}) (\d{1,2})(?:st|nd|rd|th)?) (\d{4})")
+MONTHS = (
+    "january|february|march|april|may|june|july|august|september|october|november|december".split(
+        "|"
+    )
+)
+DATE = re.compile(
+    r"(?:(\d{1,2})(?:st|nd|rd|th)? (?:of )?([a-z]{3,9})|([a-z]{3,9}) (\d{1,2})(?:st|nd|rd|th)?) (\d{4})"
+)
 # whole answers -> their plain form: numbers below 100, and abbreviations of medicine, none that commonly means two diseases
 FORMS: dict[str, str] = json.loads((Path(__file__).parent / "tasks/forms.json").read_text())
 
@@ -35,12 +47,16 @@ class _Folding(dict[int, str]):
 
     def __missing__(self, code: int) -> str:
         kind = unicodedata.decomposition(chr(code)).split(" ")[0]
-        out = {"<super>": "^", "<fraction>": " "}.get(kind, "")  # a power is not a digit more: neither 105 nor 11/2
+        out = {"<super>": "^", "<fraction>": " "}.get(
+            kind, ""
+        )  # a power is not a digit more: neither 105 nor 11/2
         for c in unicodedata.normalize("NFKD", unicodedata.normalize("NFKD", chr(code)).casefold()):
             category = unicodedata.category(c)
             if c in APOSTROPHES or category == "Pd" or c == "\u2212":
                 out += "'" if c in APOSTROPHES else "-"
-            elif c.isspace() or (c not in KEPT and (category[0] == "P" or category == "Sk" or c in SPACED)):
+            elif c.isspace() or (
+                c not in KEPT and (category[0] == "P" or category == "Sk" or c in SPACED)
+            ):
                 out += " "
             elif category[0] != "C" and category != "Me" and not ACCENT.fullmatch(c):
                 out += c
@@ -53,8 +69,12 @@ FOLDING = _Folding()
 def _plain_form(words: str) -> str:
     """One way of writing what is a number (a spelt one below 100; 3.50), a day (3rd of May 1999) or a medical abbreviation, as a whole."""
     if date := DATE.fullmatch(words):
-        month = next((n for n, name in enumerate(MONTHS, 1) if name.startswith(date[2] or date[3])), 0)
-        return f"{date[5]} {month:02} {int(date[1] or date[4]):02}" if month else words  # what 1999-05-03 is by now
+        month = next(
+            (n for n, name in enumerate(MONTHS, 1) if name.startswith(date[2] or date[3])), 0
+        )
+        return (
+            f"{date[5]} {month:02} {int(date[1] or date[4]):02}" if month else words
+        )  # what 1999-05-03 is by now
     if re.fullmatch(r"-?\d+\.\d+%?", words):
         return re.sub(r"\.?0+(?=%|$)", "", words)
     return FORMS.get(words, words)
@@ -64,8 +84,12 @@ def _normalise(text: str) -> str:
     words = STRAY.sub(" ", LEADING_POINT.sub("0.", JOINED.sub("", text.translate(FOLDING)))).split()
     kept: list[str] = []
     for word in words[:-1]:
-        kept += [word] * (word not in ("the", "an") and bool(kept or word != "a"))  # "vitamin a deficiency" keeps its a
-    signs = (c for c in text if unicodedata.category(c)[0] in "PS" and c not in BLANKS)  # an answer such as "+"
+        kept += [word] * (
+            word not in ("the", "an") and bool(kept or word != "a")
+        )  # "vitamin a deficiency" keeps its a
+    signs = (
+        c for c in text if unicodedata.category(c)[0] in "PS" and c not in BLANKS
+    )  # an answer such as "+"
     return _plain_form(" ".join(kept + words[-1:]) or "".join(signs))
 
 
@@ -90,7 +114,9 @@ def text_verifier(answer: str, golds: Sequence[Gold]) -> tuple[int, ...]:
     return tuple(i for i, gold in enumerate(golds) if wanted in _names(gold))
 
 
-def probabilities(answers: Answers, golds: Sequence[Gold], verifier: Verifier = text_verifier) -> tuple[float, ...]:
+def probabilities(
+    answers: Answers, golds: Sequence[Gold], verifier: Verifier = text_verifier
+) -> tuple[float, ...]:
     """[K] expected hit of each answer where one gold is right with its probability: the mass that no earlier answer had.
 
     The expectation of `matching_increments` against a drawn label, and like it decided by a_1..a_k alone.
@@ -105,7 +131,10 @@ def probabilities(answers: Answers, golds: Sequence[Gold], verifier: Verifier = 
 
 
 def matching_increments(
-    answers: Answers, golds: Sequence[Gold], verifier: Verifier = text_verifier, key: Key = normalise
+    answers: Answers,
+    golds: Sequence[Gold],
+    verifier: Verifier = text_verifier,
+    key: Key = normalise,
 ) -> tuple[tuple[float, ...], tuple[int | None, ...]]:
     """(hits [K], taken [K]): y_k = M(a_1..a_k) - M(a_1..a_k-1), and the gold of each answer in the final matching.
 
@@ -114,7 +143,10 @@ def matching_increments(
     """
     marks = [None if answer is None else key(answer) for answer in answers]
     new = [mark is not None and mark not in marks[:slot] for slot, mark in enumerate(marks)]
-    candidates = [verifier(a, golds) if a is not None and fresh else () for a, fresh in zip(answers, new, strict=True)]
+    candidates = [
+        verifier(a, golds) if a is not None and fresh else ()
+        for a, fresh in zip(answers, new, strict=True)
+    ]
     owner: dict[int, int] = {}  # gold -> slot
 
     def augment(slot: int, visited: set[int]) -> bool:
@@ -131,13 +163,20 @@ def matching_increments(
     return hits, tuple(map(gold_of.get, range(len(hits))))
 
 
-def repeats(answers: Answers, golds: Sequence[Gold] = (), verifier: Verifier = text_verifier, key: Key = normalise) -> tuple[bool, ...]:
+def repeats(
+    answers: Answers,
+    golds: Sequence[Gold] = (),
+    verifier: Verifier = text_verifier,
+    key: Key = normalise,
+) -> tuple[bool, ...]:
     """[K] whether an earlier answer is the same by `key`, or means the same single gold (two aliases of it)."""
     out: list[bool] = []
     seen: set[tuple[str, Hashable]] = set()
     for answer in answers:
         candidates = () if answer is None else verifier(answer, golds)
-        marks: set[tuple[str, Hashable]] = {("gold", gold) for gold in candidates if len(candidates) == 1}
+        marks: set[tuple[str, Hashable]] = {
+            ("gold", gold) for gold in candidates if len(candidates) == 1
+        }
         marks |= set() if answer is None else {("text", key(answer))}
         out.append(not marks.isdisjoint(seen))
         seen |= marks

@@ -22,7 +22,9 @@ def tiny_model() -> Callable[..., Decoder]:
     def make(architecture="Qwen3ForCausalLM", vocab=23, dtype=torch.float64, layers=2, seed=0):
         shape = {"num_kv_heads": 2, **SHAPES[architecture]}
         torch.manual_seed(seed)
-        model = Decoder(ModelConfig(architecture, vocab, 16, 24, layers, 4, head_dim=6, **shape)).to(dtype)
+        model = Decoder(
+            ModelConfig(architecture, vocab, 16, 24, layers, 4, head_dim=6, **shape)
+        ).to(dtype)
         for name, parameter in model.named_parameters():
             spread = 0.3 if parameter.ndim == 2 else 0.1
             parameter.data = spread * torch.randn_like(parameter) + float("norm" in name)

@@ -13,7 +13,9 @@ RIGHT = ("flu", "gout", "vitamin b12 deficiency")
 
 def write(*answers, q=("0.5", "0.3", "0.1"), think="hm"):
     slots = zip(range(1, 4), (*answers, "x", "y", "z"), q, strict=False)
-    body = "".join(f"<answer{k}>{a}</answer{k}><confidence{k}>{c}</confidence{k}>" for k, a, c in slots)
+    body = "".join(
+        f"<answer{k}>{a}</answer{k}><confidence{k}>{c}</confidence{k}>" for k, a, c in slots
+    )
     return f"<think>{think}</think>{body}"
 
 

@@ -28,7 +28,9 @@ def loop_advantages(components, weights, first_open, segment_ids, groups, credit
     for b, t in itertools.product(range(B), range(segment_ids.shape[1])):
         mates = [i for i in range(B) if groups[i] == groups[b]]
         pool = {"leave_one_out": [i for i in mates if i != b], "mean": mates, "none": []}[baseline]
-        spread = {"group_std": [totals[i] for i in mates], "batch_std": totals, "none": [0.0]}[scale]
+        spread = {"group_std": [totals[i] for i in mates], "batch_std": totals, "none": [0.0]}[
+            scale
+        ]
         std = np.std(spread, ddof=1) if len(spread) > 1 else 0.0
         segment = segment_ids[b, t]
         start = first_open[b, segment]
@@ -37,7 +39,9 @@ def loop_advantages(components, weights, first_open, segment_ids, groups, credit
             own = start <= c < stop or c == C - 1 or (start >= stop and c >= start)
             if {"set": True, "to_go": c >= start, "own": own}[credit]:
                 centre = sum(components[i, c] for i in pool) / len(pool) if pool else 0.0
-                out[b, t] += weights[c] * (components[b, c] - centre) / (std + 1e-4 if std > 1e-4 else 1.0)
+                out[b, t] += (
+                    weights[c] * (components[b, c] - centre) / (std + 1e-4 if std > 1e-4 else 1.0)
+                )
     return out
 
 
@@ -55,7 +59,9 @@ def batch_of(seed, groups):
 def test_the_matched_baseline_is_that_of_the_loop(groups, credit):
     """Hits of 0 or 1 with costs in between, as coverage and Brier terms: those who had as many hits so far are compared."""
     rng = np.random.default_rng(1)
-    components = np.stack([rng.integers(0, 2, 6), -rng.uniform(0, 1, 6), rng.integers(0, 2, 6), rng.normal(size=6)], 1)
+    components = np.stack(
+        [rng.integers(0, 2, 6), -rng.uniform(0, 1, 6), rng.integers(0, 2, 6), rng.normal(size=6)], 1
+    )
     _, _, opens, segments, ids = batch_of(0, groups)
     lengths = np.array([7, 7, 5, 7, 1, 7])
     expected, alone = np.zeros(segments.shape), 0
@@ -77,7 +83,9 @@ def test_the_matched_baseline_is_that_of_the_loop(groups, credit):
         group_ids=torch.from_numpy(ids),
         completion_mask=torch.from_numpy(np.arange(7) < lengths[:, None]),
     )
-    np.testing.assert_allclose(token_advantages(batch, credit, "matched", "none"), expected, atol=1e-12)
+    np.testing.assert_allclose(
+        token_advantages(batch, credit, "matched", "none"), expected, atol=1e-12
+    )
     assert 0 < alone < 42
 
 
@@ -87,7 +95,9 @@ def test_the_matched_baseline_is_that_of_the_loop(groups, credit):
 @pytest.mark.parametrize("groups", [[0, 0, 0, 1, 1, 1], [1, 0, 2, 1, 0, 1], [0]])
 def test_advantages_are_those_of_the_loop(groups, credit, baseline, scale):
     arrays = batch_of(len(groups), groups)
-    got = answer_advantages(*map(torch.from_numpy, arrays), credit=credit, baseline=baseline, scale=scale)
+    got = answer_advantages(
+        *map(torch.from_numpy, arrays), credit=credit, baseline=baseline, scale=scale
+    )
     assert torch.isfinite(got).all()
     np.testing.assert_allclose(got, loop_advantages(*arrays, credit, baseline, scale), atol=1e-12)
 
@@ -99,7 +109,9 @@ def test_advantages_by_hand():
     arguments = (components, torch.ones(3, dtype=F64), ids, ids, torch.zeros(2, dtype=torch.int64))
     np.testing.assert_allclose(answer_advantages(*arguments), [[0.5, -0.5, 0.5], [-0.5, 0.5, -0.5]])
     np.testing.assert_allclose(answer_advantages(*arguments, credit="set"), [[0.5] * 3, [-0.5] * 3])
-    np.testing.assert_allclose(answer_advantages(*arguments, credit="own"), [[1.5, -0.5, 0.5], [-1.5, 0.5, -0.5]])
+    np.testing.assert_allclose(
+        answer_advantages(*arguments, credit="own"), [[1.5, -0.5, 0.5], [-1.5, 0.5, -0.5]]
+    )
 
 
 @pytest.mark.parametrize("choice", ["credit", "baseline", "scale"])
@@ -118,8 +130,15 @@ def block_elements(request, monkeypatch):
 
 def inputs(N=5, D=3, V=7, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    hidden, weight = (torch.randn(N, D, generator=generator, dtype=F64), torch.randn(V, D, generator=generator, dtype=F64))
-    return hidden.requires_grad_(), weight.requires_grad_(), torch.randint(V, (N,), generator=generator)
+    hidden, weight = (
+        torch.randn(N, D, generator=generator, dtype=F64),
+        torch.randn(V, D, generator=generator, dtype=F64),
+    )
+    return (
+        hidden.requires_grad_(),
+        weight.requires_grad_(),
+        torch.randint(V, (N,), generator=generator),
+    )
 
 
 def plain(hidden, weight, targets, temperature):
@@ -139,7 +158,9 @@ def test_linear_logprobs_and_its_gradients_are_those_of_log_softmax(temperature,
     per_row = torch.arange(1, 6, dtype=F64)
     gradients = []
     for outputs in (expected, got):
-        loss = sum(c * (per_row * output).sum() for c, output in zip(upstream, outputs, strict=True))
+        loss = sum(
+            c * (per_row * output).sum() for c, output in zip(upstream, outputs, strict=True)
+        )
         gradients.append(torch.autograd.grad(loss, (hidden, weight)))
     for a, b in zip((*expected, *gradients[0]), (*got, *gradients[1]), strict=True):
         torch.testing.assert_close(b, a, rtol=1e-12, atol=1e-12)
@@ -148,7 +169,9 @@ def test_linear_logprobs_and_its_gradients_are_those_of_log_softmax(temperature,
 def test_linear_logprobs_passes_gradcheck(monkeypatch):
     monkeypatch.setattr(reference, "BLOCK_ELEMENTS", 8)
     hidden, weight, targets = inputs(N=3, D=2, V=4)
-    assert torch.autograd.gradcheck(lambda h, w: linear_logprobs(h, w, targets, 0.9), (hidden, weight))
+    assert torch.autograd.gradcheck(
+        lambda h, w: linear_logprobs(h, w, targets, 0.9), (hidden, weight)
+    )
 
 
 @pytest.mark.usefixtures("block_elements")
@@ -158,7 +181,10 @@ def test_a_token_of_probability_zero_leaves_everything_finite():
     weight[2] = -torch.inf  # its logit is -inf in every row
     weight.requires_grad_()
     targets = targets.masked_fill(targets == 2, 3)
-    got, expected = linear_logprobs(hidden, weight, targets, 0.8), plain(hidden, weight, targets, 0.8)
+    got, expected = (
+        linear_logprobs(hidden, weight, targets, 0.8),
+        plain(hidden, weight, targets, 0.8),
+    )
     for a, b in zip(got, expected, strict=True):
         assert torch.isfinite(a).all()
         torch.testing.assert_close(a, b)
@@ -178,7 +204,10 @@ def test_a_frozen_head_gets_no_gradient_and_changes_no_other(upstream):
     hidden, weight, targets = inputs()
 
     def gradient_of_hidden(head):
-        loss = sum(c * output.sum() for c, output in zip(upstream, linear_logprobs(hidden, head, targets, 0.7), strict=True))
+        loss = sum(
+            c * output.sum()
+            for c, output in zip(upstream, linear_logprobs(hidden, head, targets, 0.7), strict=True)
+        )
         return torch.autograd.grad(loss, hidden)[0]
 
     assert gradient_of_hidden(weight).any()
@@ -192,8 +221,12 @@ def test_nan_stays_nan(where, output):
     """A NaN that came out as a gradient of 0 would train on without a word."""
     hidden, weight, targets = inputs()
     upstream = torch.ones(5, dtype=F64)
-    {"hidden": hidden.detach(), "weight": weight.detach(), "upstream": upstream[:, None]}[where][3, 0] = torch.nan
-    gradients = torch.autograd.grad(linear_logprobs(hidden, weight, targets, 0.7)[output], (hidden, weight), upstream)
+    {"hidden": hidden.detach(), "weight": weight.detach(), "upstream": upstream[:, None]}[where][
+        3, 0
+    ] = torch.nan
+    gradients = torch.autograd.grad(
+        linear_logprobs(hidden, weight, targets, 0.7)[output], (hidden, weight), upstream
+    )
     assert gradients[0][3].isnan().all() and gradients[1].isnan().all()
     if where != "weight":
         assert not gradients[0][:3].isnan().any()
@@ -208,7 +241,9 @@ def test_blocks_tile_the_logits(blocks, size, monkeypatch):
     found = []
     for function in (plain, linear_logprobs):
         outputs = function(hidden, weight, targets, 0.7)
-        found.append((*outputs, *torch.autograd.grad(outputs[0].sum() - outputs[1].sum(), (hidden, weight))))
+        found.append(
+            (*outputs, *torch.autograd.grad(outputs[0].sum() - outputs[1].sum(), (hidden, weight)))
+        )
     for expected, got in zip(*found, strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
 
@@ -217,7 +252,10 @@ def test_blocks_tile_the_logits(blocks, size, monkeypatch):
 def test_logits_of_ten_thousand_in_low_precision(dtype):
     """Outputs are float32 and those of the rounded inputs; gradients have the inputs' own type."""
     hidden, weight, targets = (x.detach() for x in inputs(N=6, D=8, V=50))
-    hidden, weight = (hidden * 1000).to(dtype).requires_grad_(), (weight * 10).to(dtype).requires_grad_()
+    hidden, weight = (
+        (hidden * 1000).to(dtype).requires_grad_(),
+        (weight * 10).to(dtype).requires_grad_(),
+    )
     exact = [x.detach().double().requires_grad_() for x in (hidden, weight)]
     got, expected = linear_logprobs(hidden, weight, targets), plain(*exact, targets, 1.0)
     assert expected[2].abs().max() > 1e4
@@ -233,7 +271,9 @@ def test_logits_of_ten_thousand_in_low_precision(dtype):
 def test_selected_logprobs():
     logits = torch.randn(4, 6, dtype=F64, generator=torch.Generator().manual_seed(1))
     targets = torch.tensor([0, 5, 2, 2])
-    torch.testing.assert_close(selected_logprobs(logits, targets), torch.log_softmax(logits, -1)[range(4), targets])
+    torch.testing.assert_close(
+        selected_logprobs(logits, targets), torch.log_softmax(logits, -1)[range(4), targets]
+    )
 
 
 # --- the estimator against the exact policy gradient ----------------------------------------------------------------
@@ -252,7 +292,9 @@ TOY_SPECS = {
     "paper": RewardSpec(),
     "ungated": RewardSpec(gate=False),
     "gates": RewardSpec(coverage="any", sum_rule=True, duplicates="gate", rank_weights=(1.0, 0.5)),
-    "released": RewardSpec(coverage="fraction_golds", brier="released", coverage_weight=0.5, brier_weight=0.5),
+    "released": RewardSpec(
+        coverage="fraction_golds", brier="released", coverage_weight=0.5, brier_weight=0.5
+    ),
 }
 
 
@@ -277,11 +319,15 @@ class Toy:
         sequences += frontier
         self.probs = np.array([chance for _, chance in sequences])
         n, T = len(sequences), len(STEPS)
-        self.mask, self.states, self.actions, self.segments = (np.zeros((n, T), dtype=np.int64) for _ in range(4))
+        self.mask, self.states, self.actions, self.segments = (
+            np.zeros((n, T), dtype=np.int64) for _ in range(4)
+        )
         components, totals, self.reasons = [], [], []
         for i, (tokens, _) in enumerate(sequences):
             R = len(tokens)
-            text, starts = decode_with_starts(range(R), lambda ids, t=tokens: "".join(STEPS[j][t[j]] for j in ids))
+            text, starts = decode_with_starts(
+                range(R), lambda ids, t=tokens: "".join(STEPS[j][t[j]] for j in ids)
+            )
             parsed = parse(text, GRAMMAR)
             golds = (Gold("a"), Gold("b"))
             hits, _ = matching_increments(parsed.answers, golds)
@@ -289,7 +335,11 @@ class Toy:
             components.append(earned.components)
             totals.append(earned.total)
             self.reasons.append(parsed.reason)
-            self.mask[i, :R], self.actions[i, :R], self.segments[i, :R] = 1, tokens, parsed.segments(starts)
+            self.mask[i, :R], self.actions[i, :R], self.segments[i, :R] = (
+                1,
+                tokens,
+                parsed.segments(starts),
+            )
             self.states[i, :R] = [self.policy[tokens[:t]][0] for t in range(R)]
         self.components, self.totals = np.array(components), np.array(totals)
         self.opens = first_open(GRAMMAR, spec)
@@ -297,7 +347,11 @@ class Toy:
 
     def score(self, rows, coefficients):
         """[n, states, 3]: for each row the sum over tokens of coefficient * d log pi(action | state) / d logits."""
-        states, actions, index = self.states[rows], self.actions[rows], np.arange(len(rows))[:, None]
+        states, actions, index = (
+            self.states[rows],
+            self.actions[rows],
+            np.arange(len(rows))[:, None],
+        )
         coefficients = coefficients * self.mask[rows]
         gradient = np.zeros((len(rows), *self.table.shape))
         np.add.at(gradient, (index, states, actions), coefficients)
@@ -305,12 +359,16 @@ class Toy:
         return gradient
 
     def exact(self):
-        return np.tensordot(self.probs * self.totals, self.score(np.arange(len(self.probs)), np.ones((1, 1))), 1)
+        return np.tensordot(
+            self.probs * self.totals, self.score(np.arange(len(self.probs)), np.ones((1, 1))), 1
+        )
 
     def estimated(self, credit, baseline="leave_one_out"):
         """Mean [states, 3] and total variance, over all pairs of completions (a group of two), of the group's estimate."""
         n = len(self.probs)
-        pairs = np.stack(np.meshgrid(np.arange(n), np.arange(n), indexing="ij"), axis=-1).reshape(-1, 2)
+        pairs = np.stack(np.meshgrid(np.arange(n), np.arange(n), indexing="ij"), axis=-1).reshape(
+            -1, 2
+        )
         rows, chance = pairs.reshape(-1), np.repeat(self.probs[pairs].prod(1), 2)
         advantages = answer_advantages(
             torch.from_numpy(self.components[rows]),
@@ -324,7 +382,11 @@ class Toy:
         mean, square = np.zeros_like(self.table), 0.0
         for block in np.array_split(np.arange(len(pairs)), 16):
             both = np.stack([2 * block, 2 * block + 1], axis=1).reshape(-1)
-            estimates = self.score(rows[both], advantages[both]).reshape(len(block), 2, *self.table.shape).mean(1)
+            estimates = (
+                self.score(rows[both], advantages[both])
+                .reshape(len(block), 2, *self.table.shape)
+                .mean(1)
+            )
             mean += np.tensordot(chance[2 * block], estimates, 1)
             square += (chance[2 * block] * (estimates**2).sum((1, 2))).sum()
         return mean, square - (mean**2).sum()
@@ -344,7 +406,14 @@ def test_the_toy_has_every_kind_of_text():
     assert cases.probs.sum() == pytest.approx(1)
     right = sum(p for p, reason in zip(cases.probs, cases.reasons, strict=True) if reason is None)
     assert 0.02 < right < 0.9
-    assert set(cases.reasons) == {None, "unfinished", "text_outside_tags", "tag_inside", "trailing_text", "bad_confidence"}
+    assert set(cases.reasons) == {
+        None,
+        "unfinished",
+        "text_outside_tags",
+        "tag_inside",
+        "trailing_text",
+        "bad_confidence",
+    }
 
 
 @pytest.mark.parametrize("name", TOY_SPECS)
@@ -359,7 +428,9 @@ def test_to_go_and_set_are_the_exact_policy_gradient(name, credit):
 @pytest.mark.parametrize("credit", ["to_go", "set"])
 def test_a_mean_that_includes_the_sample_shrinks_the_gradient(credit):
     cases = toy("paper")
-    np.testing.assert_allclose(cases.estimated(credit, "mean")[0], cases.exact() / 2, atol=1e-10, rtol=0)
+    np.testing.assert_allclose(
+        cases.estimated(credit, "mean")[0], cases.exact() / 2, atol=1e-10, rtol=0
+    )
 
 
 def test_own_credit_is_biased():

@@ -14,7 +14,18 @@ ORDER = """
     attention model weights lora distributed draw cache sampler rollout batch advantages critic optim checkpoint
     itemstats mirror log plots protocol fetch lessons sft job update variance __main__ train arms evaluate export plan report show
 """.split()
-TEXT_SIDE = {"records", "rundir", "config", "compose", "grammar", "metrics", "tasks", "prompts", "verify", "rewards"}
+TEXT_SIDE = {
+    "records",
+    "rundir",
+    "config",
+    "compose",
+    "grammar",
+    "metrics",
+    "tasks",
+    "prompts",
+    "verify",
+    "rewards",
+}
 MAY_SEE_HYDRA = {"rundir", "config", "compose", "train"}
 
 
@@ -62,7 +73,9 @@ def test_imports_only_upstream(file: Path) -> None:
         there = own_module(name)
         if there is not None and there != here:
             assert there in ORDER, f"{file} imports {name}, which has no place in ORDER"
-            assert ORDER.index(there) < ORDER.index(here), f"{here} imports {name}, which is downstream of it"
+            assert ORDER.index(there) < ORDER.index(here), (
+                f"{here} imports {name}, which is downstream of it"
+            )
 
 
 def test_kernels_import_nothing_from_mar() -> None:
@@ -71,13 +84,17 @@ def test_kernels_import_nothing_from_mar() -> None:
 
 
 def test_kernels_is_no_package() -> None:
-    assert not (ROOT / "kernels" / "__init__.py").exists(), "it would shadow Hugging Face's package `kernels`"
+    assert not (ROOT / "kernels" / "__init__.py").exists(), (
+        "it would shadow Hugging Face's package `kernels`"
+    )
 
 
 def test_text_side_imports_no_torch() -> None:
     for file in source_files():
         if module_of(file) in TEXT_SIDE:
-            assert not [n for n in imports(file) if n.split(".")[0] in ("torch", "triton", "mar_kernels")], file
+            assert not [
+                n for n in imports(file) if n.split(".")[0] in ("torch", "triton", "mar_kernels")
+            ], file
 
 
 def test_only_train_and_config_see_hydra() -> None:
@@ -85,4 +102,3 @@ def test_only_train_and_config_see_hydra() -> None:
         if module_of(file) not in MAY_SEE_HYDRA:
             assert not [n for n in imports(file) if n.split(".")[0] in ("hydra", "omegaconf")], file
             assert "DictConfig" not in file.read_text(encoding="utf-8"), file
-

@@ -39,19 +39,35 @@ def naive_attend(lengths):
 
 
 def plain_logprobs(model, prompts, completions):
-    rows = [(prompt, completion) for prompt, group in zip(prompts, completions, strict=True) for completion in group]
+    rows = [
+        (prompt, completion)
+        for prompt, group in zip(prompts, completions, strict=True)
+        for completion in group
+    ]
     ids = torch.tensor([token for prompt, completion in rows for token in prompt + completion])
     lengths = [len(prompt) + len(completion) for prompt, completion in rows]
     positions = torch.cat([torch.arange(n) for n in lengths])
-    logprobs = (model.hidden(ids, positions, naive_attend(lengths)) @ model.head_weight.T / 0.7).log_softmax(-1)
+    logprobs = (
+        model.hidden(ids, positions, naive_attend(lengths)) @ model.head_weight.T / 0.7
+    ).log_softmax(-1)
     starts = [sum(lengths[:i]) + len(prompt) - 1 for i, (prompt, _) in enumerate(rows)]
-    index = torch.cat([torch.arange(s, s + len(completion)) for s, (_, completion) in zip(starts, rows, strict=True)])
-    return logprobs[index].gather(1, ids[index + 1, None])[:, 0], -(logprobs.exp() * logprobs).sum(-1)[index]
+    index = torch.cat(
+        [
+            torch.arange(s, s + len(completion))
+            for s, (_, completion) in zip(starts, rows, strict=True)
+        ]
+    )
+    return logprobs[index].gather(1, ids[index + 1, None])[:, 0], -(logprobs.exp() * logprobs).sum(
+        -1
+    )[index]
 
 
 def gradients(model, outputs):
     weights = torch.linspace(-1, 1, len(outputs[0]), dtype=outputs[0].dtype)
-    return torch.autograd.grad((outputs[0] * weights).sum() + (outputs[1] * weights.square()).sum(), tuple(model.parameters()))
+    return torch.autograd.grad(
+        (outputs[0] * weights).sum() + (outputs[1] * weights.square()).sum(),
+        tuple(model.parameters()),
+    )
 
 
 def test_groups_equal_plain_rows():
@@ -62,7 +78,9 @@ def test_groups_equal_plain_rows():
     prompts, completions = random_groups()
     grouped = model(pack_groups(prompts, completions), 0.7)
     plain = plain_logprobs(model, prompts, completions)
-    for ours, theirs in zip((*grouped[:2], *gradients(model, grouped)), (*plain, *gradients(model, plain)), strict=True):
+    for ours, theirs in zip(
+        (*grouped[:2], *gradients(model, grouped)), (*plain, *gradients(model, plain)), strict=True
+    ):
         torch.testing.assert_close(ours, theirs, atol=1e-10, rtol=1e-10)
 
 
@@ -74,12 +92,21 @@ def test_inputs_of_any_memory_order(order):
     attend = group_attention(packed)
     inputs = [torch.randn(len(packed.ids), heads, 6, dtype=torch.float64) for heads in (6, 2, 2)]
     axes = (2, 1, 0) if order == "channels first" else (1, 0, 2)
-    strided = [x.permute(axes).contiguous().permute(*torch.tensor(axes).argsort().tolist()) for x in inputs]
+    strided = [
+        x.permute(axes).contiguous().permute(*torch.tensor(axes).argsort().tolist()) for x in inputs
+    ]
     found = []
     for chosen in (inputs, strided):
         leaves = [x.detach().requires_grad_() for x in chosen]
         out = attend(0, *leaves)
-        found.append([out, *torch.autograd.grad((out * torch.linspace(-1, 1, out.numel()).view(out.shape)).sum(), leaves)])
+        found.append(
+            [
+                out,
+                *torch.autograd.grad(
+                    (out * torch.linspace(-1, 1, out.numel()).view(out.shape)).sum(), leaves
+                ),
+            ]
+        )
     for plain, other in zip(*found, strict=True):
         torch.testing.assert_close(other, plain, rtol=0, atol=1e-12)
 
@@ -153,7 +180,10 @@ def test_block_mask_against_the_dense_mask():
         index = torch.arange(tokens)
         dense = mask.mask_mod(None, None, index[:, None], index[None, :])
         part, whole = torch.zeros(2, -(-tokens // size), -(-tokens // size), dtype=torch.bool)
-        for table, counts, keys in ((part, mask.kv_num_blocks, mask.kv_indices), (whole, mask.full_kv_num_blocks, mask.full_kv_indices)):
+        for table, counts, keys in (
+            (part, mask.kv_num_blocks, mask.kv_indices),
+            (whole, mask.full_kv_num_blocks, mask.full_kv_indices),
+        ):
             for row in range(len(table)):
                 table[row, keys[0, 0, row, : counts[0, 0, row]].long()] = True
         for row in range(len(part)):
@@ -164,7 +194,9 @@ def test_block_mask_against_the_dense_mask():
                 assert bool(tile.all()) or not whole[row, column]
         assert whole.any() or tokens < 100
         q, k, v = torch.randn(tokens, 6, 8), torch.randn(tokens, 2, 8), torch.randn(tokens, 2, 8)
-        torch.testing.assert_close(_flex_attend(packed)(0, q, k, v), group_attention(packed)(0, q, k, v), atol=1e-5, rtol=0)
+        torch.testing.assert_close(
+            _flex_attend(packed)(0, q, k, v), group_attention(packed)(0, q, k, v), atol=1e-5, rtol=0
+        )
 
 
 @given(sizes=st.lists(st.integers(0, 9)), most=st.integers(0, 20))

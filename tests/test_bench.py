@@ -16,4 +16,7 @@ def test_counts_of_the_sampler_stay_where_they_are():
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     found = sampler.counts(load_model(folder), theirs, case)
     assert found["ops_ratio"] <= 0.9 and found["flops_ratio"] <= 0.3
-    assert found["kv_ratio"] == pytest.approx(found["kv_formula"], rel=1e-12) and found["occupancy"] >= 0.9
+    assert (
+        found["kv_ratio"] == pytest.approx(found["kv_formula"], rel=1e-12)
+        and found["occupancy"] >= 0.9
+    )

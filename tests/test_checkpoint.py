@@ -132,7 +132,9 @@ def damage(path, how):
     return data.name
 
 
-@pytest.mark.parametrize("how", ["truncated", "altered", "missing", "no manifest", "half a manifest", "another manifest"])
+@pytest.mark.parametrize(
+    "how", ["truncated", "altered", "missing", "no manifest", "half a manifest", "another manifest"]
+)
 def test_a_damaged_checkpoint_is_named_and_the_older_one_used(how, tiny_model, tmp_path):
     pair = trained(tiny_model, 1)
     save(tmp_path, 1, pair)
@@ -157,7 +159,9 @@ def test_with_none_left_there_is_nothing_to_resume_and_it_says_why(tiny_model, t
 
 
 @pytest.mark.parametrize("keep", [1, 2])
-def test_what_was_passed_over_or_left_half_written_goes_after_the_next_save(keep, tiny_model, tmp_path):
+def test_what_was_passed_over_or_left_half_written_goes_after_the_next_save(
+    keep, tiny_model, tmp_path
+):
     pair = trained(tiny_model, 1)
     save(tmp_path, 1, pair)
     (save(tmp_path, 9, pair) / checkpoint.MANIFEST).unlink()
@@ -195,7 +199,11 @@ def test_the_newest_is_found_whatever_its_name_and_other_folders_stay(tiny_model
     (tmp_path / "step000004_best").mkdir()
     (tmp_path / "step000005.tmp").mkdir()
     save(tmp_path, 7, pair)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["step000004", "step000004_best", "step000007"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "step000004",
+        "step000004_best",
+        "step000007",
+    ]
 
 
 def test_a_full_disk_is_an_os_error(tiny_model, tmp_path, monkeypatch):
@@ -211,7 +219,9 @@ def test_a_full_disk_is_an_os_error(tiny_model, tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(torch, "save", full)
-        with pytest.raises(OSError, match=r"^cannot write .*step000002\.tmp: .Errno 28. No space left on device$"):
+        with pytest.raises(
+            OSError, match=r"^cannot write .*step000002\.tmp: .Errno 28. No space left on device$"
+        ):
             save(tmp_path, 2, pair)
     assert checkpoint.newest(tmp_path).step == 1
 
@@ -221,9 +231,17 @@ def test_room_is_asked_for_before_training(tiny_model, tmp_path, monkeypatch):
     size = sum(p.numel() * 4 for p in model.parameters())
     for free, trainable in ((3 * size, True), (size, False)):
         model.requires_grad_(trainable)
-        monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda _, free=free: shutil._ntuple_diskusage(free, 0, free))
+        monkeypatch.setattr(
+            checkpoint.shutil,
+            "disk_usage",
+            lambda _, free=free: shutil._ntuple_diskusage(free, 0, free),
+        )
         checkpoint.require_room(tmp_path, [model])
-        monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda _, free=free: shutil._ntuple_diskusage(free, 0, free - 1))
+        monkeypatch.setattr(
+            checkpoint.shutil,
+            "disk_usage",
+            lambda _, free=free: shutil._ntuple_diskusage(free, 0, free - 1),
+        )
         with pytest.raises(UserError, match="make room"):
             checkpoint.require_room(tmp_path, [model])
 
@@ -233,7 +251,11 @@ def test_a_crash_while_saving_leaves_the_older_ones(moment, tiny_model, tmp_path
     pair = trained(tiny_model, 1)
     save(tmp_path, 1, pair, keep=1)
 
-    owner, name = {"data": (checkpoint.dcp, "save"), "manifest": (json, "dumps"), "rename": (Path, "rename")}[moment]
+    owner, name = {
+        "data": (checkpoint.dcp, "save"),
+        "manifest": (json, "dumps"),
+        "rename": (Path, "rename"),
+    }[moment]
     original = getattr(owner, name)
 
     def crash(*args, **kwargs):

@@ -25,7 +25,12 @@ def read_vignette(question: str) -> tuple[int, str, set[str], set[str]]:
         areas, content = sentence.lower().split(": ")
         named = set() if content == "normal" else {word.lower() for word in content.split(", ")}
         for area in re.split(r", | and ", areas):
-            findings = {f for system in RAW["systems"] if system["name"].lower() == area for f in system["findings"]}
+            findings = {
+                f
+                for system in RAW["systems"]
+                if system["name"].lower() == area
+                for f in system["findings"]
+            }
             assert findings, area
             absent |= {f for f in findings if f.lower() not in named}
             present |= {f for f in findings if f.lower() in named}
@@ -50,7 +55,9 @@ def bayes(age: int, sex: str, present: set[str], absent: set[str]) -> list[float
 def test_posterior_is_bayes_on_the_words_of_the_vignette():
     for example in clinic.load("test", 40):
         given = [gold.probability for gold in example.golds]
-        np.testing.assert_allclose(given, bayes(*read_vignette(example.question)), rtol=1e-9, atol=1e-12)
+        np.testing.assert_allclose(
+            given, bayes(*read_vignette(example.question)), rtol=1e-9, atol=1e-12
+        )
         assert [gold.name for gold in example.golds] == [c["name"] for c in RAW["conditions"]]
         assert example.truth == "exact" and not example.multi_label and len(example.targets()) == 1
 
@@ -85,11 +92,17 @@ def test_what_is_examined_does_not_depend_on_the_patient():
     seen = patients.examined.reshape(20000, 12, 7).all(axis=2).astype(float)
     np.testing.assert_array_equal(seen.sum(axis=1), patients.size)
     rate, counts = seen.mean(), np.bincount(patients.condition, minlength=64)
-    sums = np.stack([np.bincount(patients.condition, seen[:, s], 64) for s in range(12)], axis=1)  # [64, 12]
+    sums = np.stack(
+        [np.bincount(patients.condition, seen[:, s], 64) for s in range(12)], axis=1
+    )  # [64, 12]
     z = (sums - counts[:, None] * rate) / np.sqrt(counts[:, None] * rate * (1 - rate))
     assert abs(z).max() < 4.6  # 768 cells, and 1 in 300 such tables has a larger one
-    sizes = np.stack([np.bincount(patients.condition[patients.size == s], minlength=64) for s in clinic.SIZES])
-    assert (((sizes - counts / 3) ** 2) / (counts / 3)).sum() < 128 + 5 * 16  # 128 degrees of freedom
+    sizes = np.stack(
+        [np.bincount(patients.condition[patients.size == s], minlength=64) for s in clinic.SIZES]
+    )
+    assert (
+        ((sizes - counts / 3) ** 2) / (counts / 3)
+    ).sum() < 128 + 5 * 16  # 128 degrees of freedom
 
 
 def test_splits_are_disjoint_deterministic_and_nested():
@@ -135,7 +148,9 @@ def test_inclusion_probabilities_at_the_edges():
     skewed = np.array([1 - 1.1e-8, 1e-8, 1e-9, 0.0])
     given = bars.inclusion_probabilities(skewed, 2)
     np.testing.assert_allclose(given, [1.0, 10 / 11, 1 / 11, 0.0], atol=1e-7)
-    np.testing.assert_allclose(bars.inclusion_probabilities(np.array([1.0, 0.0, 0.0]), 2), [1, 0.5, 0.5], atol=1e-9)
+    np.testing.assert_allclose(
+        bars.inclusion_probabilities(np.array([1.0, 0.0, 0.0]), 2), [1, 0.5, 0.5], atol=1e-9
+    )
     with pytest.raises(ValueError, match="k=4"):
         bars.inclusion_probabilities(np.full(3, 1 / 3), 4)
 

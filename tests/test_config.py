@@ -34,22 +34,34 @@ def test_tables_cover_the_files() -> None:
 QUICK = ("medqa", "clinic", "paper")
 
 
-@pytest.mark.parametrize("experiment", [e if e in QUICK else pytest.param(e, marks=pytest.mark.slow) for e in options("experiment")])
+@pytest.mark.parametrize(
+    "experiment",
+    [e if e in QUICK else pytest.param(e, marks=pytest.mark.slow) for e in options("experiment")],
+)
 @pytest.mark.parametrize("scale", options("scale"))
 def test_every_experiment_on_every_scale_with_every_model(experiment: str, scale: str) -> None:
-    task_source = {"clinic": "embedded", "ddxplus_bayes": "path", "jsonl": "path"}.get(experiment, SCALE_SOURCE[scale])
+    task_source = {"clinic": "embedded", "ddxplus_bayes": "path", "jsonl": "path"}.get(
+        experiment, SCALE_SOURCE[scale]
+    )
     task = {"paper": "ddxplus"}.get(experiment, experiment)
     words = [f"+experiment={experiment}", f"scale={scale}"]
     default = compose(words, check=False)
     assert (default.model.name, default.optim.lr) == (SCALE_MODEL[scale], LR[SCALE_MODEL[scale]])
     assert (default.name, default.data.task, default.data.source) == (experiment, task, task_source)
     for model, lr in LR.items():
-        chosen = compose([*words, f"model={model}", *(["model.path=owner/name"] if model == "hf" else [])], check=False)
+        chosen = compose(
+            [*words, f"model={model}", *(["model.path=owner/name"] if model == "hf" else [])],
+            check=False,
+        )
         assert (chosen.model.name, chosen.model.lr, chosen.optim.lr) == (model, lr, lr)
         assert (chosen.model.trainable == "") == (model != "embedded")
         assert chosen.model.source == MODEL_SOURCE.get(model, "hub")
         assert chosen.data == default.data
-        assert (chosen.algo, chosen.reward, chosen.train) == (default.algo, default.reward, default.train)
+        assert (chosen.algo, chosen.reward, chosen.train) == (
+            default.algo,
+            default.reward,
+            default.train,
+        )
         if chosen.scale.num_gpus <= 1 and task_source != "path":  # which needs a file
             validate(chosen)
 
@@ -82,12 +94,18 @@ def test_a_preset_is_what_its_name_says_in_an_experiment(preset: str) -> None:
     for experiment in ([], *[[f"+experiment={e}"] for e in QUICK]):
         a = compose([*experiment, f"algo={preset}"], check=False).algo
         kl = a.kl if a.kl_coef else None
-        assert (a.name, (a.credit, a.baseline, a.scale_by, a.loss, a.aggregation, kl)) == (preset, PRESETS[preset])
+        assert (a.name, (a.credit, a.baseline, a.scale_by, a.loss, a.aggregation, kl)) == (
+            preset,
+            PRESETS[preset],
+        )
 
 
 @pytest.mark.parametrize("scale", options("scale"))
 def test_a_scale_is_the_machine_only(scale: str) -> None:
-    laptop, other = compose(["+experiment=medqa"]), compose(["+experiment=medqa", f"scale={scale}"], check=False)
+    laptop, other = (
+        compose(["+experiment=medqa"]),
+        compose(["+experiment=medqa", f"scale={scale}"], check=False),
+    )
     assert (other.algo, other.reward, other.eval) == (laptop.algo, laptop.reward, laptop.eval)
     assert replace(other.data, source="") == replace(laptop.data, source="")
 
@@ -97,7 +115,11 @@ def test_the_command_line_wins_over_the_scale(words: list[str]) -> None:
     file = ["data.source=path", "data.path=x.jsonl"]
     for order in ([*words, "model=smollm2-135m", *file], ["model=smollm2-135m", *file, *words]):
         config = compose(["+experiment=medqa", *order])
-        assert (config.model.name, config.data.source, config.data.path) == ("smollm2-135m", "path", "x.jsonl")
+        assert (config.model.name, config.data.source, config.data.path) == (
+            "smollm2-135m",
+            "path",
+            "x.jsonl",
+        )
 
 
 def test_an_experiment_says_nothing_of_model_or_machine() -> None:
@@ -108,10 +130,16 @@ def test_an_experiment_says_nothing_of_model_or_machine() -> None:
 
 
 def test_the_rehearsal_is_the_same_job() -> None:
-    medqa, clinic = compose(["+experiment=medqa"]).to_dict(), compose(["+experiment=clinic"]).to_dict()
+    medqa, clinic = (
+        compose(["+experiment=medqa"]).to_dict(),
+        compose(["+experiment=clinic"]).to_dict(),
+    )
     differing = {key for key in medqa if medqa[key] != clinic[key]}
     assert differing == {"name", "run_dir", "data"}
-    assert {key for key in medqa["data"] if medqa["data"][key] != clinic["data"][key]} == {"task", "hub_id"}
+    assert {key for key in medqa["data"] if medqa["data"][key] != clinic["data"][key]} == {
+        "task",
+        "hub_id",
+    }
 
 
 def test_hf_takes_a_hub_id_or_a_folder(tmp_path: Path) -> None:
@@ -123,11 +151,18 @@ def test_hf_takes_a_hub_id_or_a_folder(tmp_path: Path) -> None:
 def test_every_reward_has_a_grammar_and_an_objective(reward: str) -> None:
     r = compose([f"reward={reward}"]).reward
     assert r.objective == reward
-    assert grammar.Grammar(r.form, r.num_answers, r.layout, True, r.analysis, r.other).confident == r.confident
+    assert (
+        grammar.Grammar(r.form, r.num_answers, r.layout, True, r.analysis, r.other).confident
+        == r.confident
+    )
 
 
 def test_the_schema_knows_the_names_that_the_code_knows() -> None:
-    names = {item.name: set(item.metadata["names"]) for item in fields(RewardOptions) if "names" in item.metadata}
+    names = {
+        item.name: set(item.metadata["names"])
+        for item in fields(RewardOptions)
+        if "names" in item.metadata
+    }
     assert names["brier"] == set(rewards.BRIERS) - {"none"}
     assert names["layout"] == set(grammar.LAYOUTS)
     assert names["objective"] == set(options("reward"))
@@ -180,7 +215,10 @@ REFUSED = [
     ("algo.baseline=matched algo.scale_by=batch_std", "take algo.baseline=leave_one_out"),
     ("algo.critic_warmup=1", "algo.baseline=value"),
     ("algo=ppo algo.critic_warmup=300", "leaves no step"),
-    ("algo.group_size=1 algo.baseline=none algo.resample=1", "algo.resample=1 would replace everything"),
+    (
+        "algo.group_size=1 algo.baseline=none algo.resample=1",
+        "algo.resample=1 would replace everything",
+    ),
     ("algo.pass_k=9", "algo.group_size=8"),
     ("algo.pass_k=4 algo.credit=set", "reward.num_answers=1"),
     ("reward=rlvr_single algo.pass_k=4", "algo.credit=set"),
@@ -236,7 +274,9 @@ def configured(words: str) -> Config:
     """What `compose` gives, quicker: Hydra runs once for each choice of groups."""
     groups = tuple(word for word in words.split() if "." not in word.partition("=")[0])
     values = [word for word in words.split() if word not in groups]
-    return validate(from_omegaconf(OmegaConf.merge(composed(groups), OmegaConf.from_dotlist(values))))
+    return validate(
+        from_omegaconf(OmegaConf.merge(composed(groups), OmegaConf.from_dotlist(values)))
+    )
 
 
 @pytest.mark.parametrize(("words", "sentence"), REFUSED, ids=[words for words, _ in REFUSED])
@@ -247,7 +287,9 @@ def test_refused(words: str, sentence: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize(("words", "sentence"), REFUSED_BY_HYDRA, ids=[words for words, _ in REFUSED_BY_HYDRA])
+@pytest.mark.parametrize(
+    ("words", "sentence"), REFUSED_BY_HYDRA, ids=[words for words, _ in REFUSED_BY_HYDRA]
+)
 def test_refused_by_hydra(words: str, sentence: str) -> None:
     with pytest.raises(UserError) as caught:
         compose(words.split())
@@ -283,7 +325,9 @@ def test_every_field_with_a_rule_holds_its_default() -> None:
 def test_no_field_is_left_unused() -> None:
     """An option that no code reads is a promise that nothing keeps."""
     root = CONF_DIR.parent
-    code = "".join(f.read_text() for f in root.glob("mar/**/*.py") if f.name not in ("config.py", "rundir.py"))
+    code = "".join(
+        f.read_text() for f in root.glob("mar/**/*.py") if f.name not in ("config.py", "rundir.py")
+    )
     indirect = {"data_source", "lr", "num_items"}  # read by other keys
 
     def names(kind: Any) -> list[str]:

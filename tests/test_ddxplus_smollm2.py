@@ -15,8 +15,14 @@ def patient(*golds: str) -> Example:
 
 def test_the_most_frequent_golds_of_training_said_to_all():
     train = [patient("a", "b"), patient("a", "c"), patient("c", "a"), patient("d")]
-    assert covered(train, [patient("a", "c"), patient("c"), patient("b")], 2) == (pytest.approx(3 / 3), ["a", "c"])
-    assert covered(train, [patient("a", "c"), patient("c"), patient("b")], 1) == (pytest.approx(1 / 3), ["a"])
+    assert covered(train, [patient("a", "c"), patient("c"), patient("b")], 2) == (
+        pytest.approx(3 / 3),
+        ["a", "c"],
+    )
+    assert covered(train, [patient("a", "c"), patient("c"), patient("b")], 1) == (
+        pytest.approx(1 / 3),
+        ["a"],
+    )
 
 
 def test_completions_to_read(tmp_path):
@@ -24,8 +30,15 @@ def test_completions_to_read(tmp_path):
         """What is kept of a run that wrote these sets, (answers, confidences, reason) each, for its first patient after training."""
 
         def told(answers, confidences, reason):
-            hits, again = [float(a == "flu") for a in answers], [a in answers[:i] for i, a in enumerate(answers)]
-            scored = {"hits": [h * (not r) for h, r in zip(hits, again, strict=True)], "repeated": again, "reason": reason}
+            hits, again = (
+                [float(a == "flu") for a in answers],
+                [a in answers[:i] for i, a in enumerate(answers)],
+            )
+            scored = {
+                "hits": [h * (not r) for h, r in zip(hits, again, strict=True)],
+                "repeated": again,
+                "reason": reason,
+            }
             return {"answers": answers, "confidences": confidences} | scored
 
         folder.mkdir()
@@ -34,23 +47,42 @@ def test_completions_to_read(tmp_path):
                  for step, stage, name in ((0, "eval", "p2"), (0, "eval", "p1"), (9, "train", "p1"), (9, "eval", "p1"))]  # fmt: skip
         texts[0]["answers"] = ["somebody else's"] * len(before["answers"])
         items = [{"protocol": {}}, {"arm": "base", "id": "p1", "num_golds": 2, "sets": []}]
-        items += [{"arm": "policy", "id": name, "num_golds": 2, "sets": [told(*s) for s in sets]} for name in ("p1", "p2")]
+        items += [
+            {"arm": "policy", "id": name, "num_golds": 2, "sets": [told(*s) for s in sets]}
+            for name in ("p1", "p2")
+        ]
         for name, rows in (("completions.jsonl", texts), ("eval_items.jsonl", items)):
             (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
         found = run.to_read(folder, patients=1)
-        assert [(row["step"], row["id"], row["golds"]) for row in found] == [(0, "p1", 2), *[(9, "p1", 2)] * len(sets)]
+        assert [(row["step"], row["id"], row["golds"]) for row in found] == [
+            (0, "p1", 2),
+            *[(9, "p1", 2)] * len(sets),
+        ]
         assert not any("question" in row or "text" in row for row in found)
         (folder / "kept.jsonl").write_text("".join(json.dumps(row) + "\n" for row in found))
         return folder / "kept.jsonl"
 
-    sets = kept(tmp_path / "sets", (["flu", "flu"], [0.5, 0.25], None), (["cold", "flu"], [0.5, 0.25], None))
-    alone = [(["cold"], [None], None), (["flu"], [None], None), (["cold"], [None], None), (["gout"], [None], "unfinished")]
+    sets = kept(
+        tmp_path / "sets", (["flu", "flu"], [0.5, 0.25], None), (["cold", "flu"], [0.5, 0.25], None)
+    )
+    alone = [
+        (["cold"], [None], None),
+        (["flu"], [None], None),
+        (["cold"], [None], None),
+        (["gout"], [None], "unfinished"),
+    ]
     shown = summary.to_read(sets, kept(tmp_path / "single", *alone)).splitlines()[-1]
-    assert shown == "| 2 | cold 0.50 · **flu** 0.25 | **flu** 0.50 · ~~flu~~ 0.25 | 2 x cold · 1 x **flu** · 1 x *unfinished* |"
+    assert (
+        shown
+        == "| 2 | cold 0.50 · **flu** 0.25 | **flu** 0.50 · ~~flu~~ 0.25 | 2 x cold · 1 x **flu** · 1 x *unfinished* |"
+    )
 
 
 def test_mean_confidence_weighs_bins_by_their_answers(tmp_path):
-    bins = [{"count": 3, "said": 0.1, "right": [0.2, 0, 1]}, {"count": 1, "said": 0.9, "right": [1.0, 0, 1]}]
+    bins = [
+        {"count": 3, "said": 0.1, "right": [0.2, 0, 1]},
+        {"count": 1, "said": 0.9, "right": [1.0, 0, 1]},
+    ]
     log = {
         "method": "multi_rlcr",
         "seed": 4,
@@ -59,11 +91,30 @@ def test_mean_confidence_weighs_bins_by_their_answers(tmp_path):
         "curve": {"k": [3], "coverage": [[0.5, 0, 1]]},
     }
     (tmp_path / "log.json").write_text(json.dumps(log))
-    assert summary.calibration(tmp_path).splitlines()[-1] == "| multi_rlcr, 4 | 1 | 0.300 | 0.400 | 0.100 | – | – | 0.500 |"
+    assert (
+        summary.calibration(tmp_path).splitlines()[-1]
+        == "| multi_rlcr, 4 | 1 | 0.300 | 0.400 | 0.100 | – | – | 0.500 |"
+    )
 
 
 def test_committed_logs_are_of_the_same_patients():
-    logs = [log for own in summary.grouped(summary.HERE / "logs", "method", summary.ORDER).values() for log in own]
+    logs = [
+        log
+        for own in summary.grouped(summary.HERE / "logs", "method", summary.ORDER).values()
+        for log in own
+    ]
     assert len(logs) == 8 and len({log["num_items"] for log in logs}) == 1
-    read = [(summary.HERE / f"logs/{method}_completions{seed}.jsonl").read_text() for method in run.METHODS for seed in (0, 1)]
-    assert len({tuple(dict.fromkeys(json.loads(line)["id"] for line in text.splitlines())) for text in read}) == 1
+    read = [
+        (summary.HERE / f"logs/{method}_completions{seed}.jsonl").read_text()
+        for method in run.METHODS
+        for seed in (0, 1)
+    ]
+    assert (
+        len(
+            {
+                tuple(dict.fromkeys(json.loads(line)["id"] for line in text.splitlines()))
+                for text in read
+            }
+        )
+        == 1
+    )

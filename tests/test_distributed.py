@@ -27,10 +27,16 @@ checkpoint.every=1 optim.grad_clip=0.01""".split()
 
 def train(out: Path, ranks: int, *words: str) -> Path:
     """The run directory of a training run on `ranks` processes."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
+    launcher = (
+        ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+        if ranks > 1
+        else []
+    )
     command = [sys.executable, *launcher, "-m", "mar.train", *WORDS, f"out={out}", *words]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return out / "clinic" / "seed0"
 
@@ -55,7 +61,10 @@ def alone(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ranks, words", [(2, ("scale.keep_copy=false", "scale.offload=true")), (4, ("scale.replicas=2",))])
+@pytest.mark.parametrize(
+    "ranks, words",
+    [(2, ("scale.keep_copy=false", "scale.offload=true")), (4, ("scale.replicas=2",))],
+)
 def test_ranks_agree_with_one_process(alone, tmp_path, ranks, words):
     """Three prompts on two ranks are uneven; on four ranks one has none; 2 x 2 is HSDP. Offloading moves nothing on a CPU."""
     run = train(tmp_path, ranks, *words)
@@ -65,7 +74,9 @@ def test_ranks_agree_with_one_process(alone, tmp_path, ranks, words):
 
 @pytest.mark.slow
 def test_float32_agrees_too_as_far_as_it_reaches(tmp_path):
-    one, two = (parameters(train(tmp_path / str(ranks), ranks, "scale.dtype=float32")) for ranks in (1, 2))
+    one, two = (
+        parameters(train(tmp_path / str(ranks), ranks, "scale.dtype=float32")) for ranks in (1, 2)
+    )
     torch.testing.assert_close(one, two, rtol=0, atol=1e-4)
 
 
@@ -100,13 +111,18 @@ def test_a_run_goes_on_with_any_number_of_ranks_and_with_its_own_bit_for_bit(alo
 @pytest.mark.parametrize("kept", [True, False])
 def test_the_copy_to_sample_from_is_filled_each_time_and_freed_if_asked(tiny_model, kept):
     model, whole = tiny_model(seed=0), tiny_model(seed=1)
-    job = SimpleNamespace(model=model, whole=whole, config=SimpleNamespace(scale=ScaleOptions(keep_copy=kept)))
+    job = SimpleNamespace(
+        model=model, whole=whole, config=SimpleNamespace(scale=ScaleOptions(keep_copy=kept))
+    )
     places = set()
     for _ in range(2):
         with Job.sampler(job) as policy:
             assert policy is whole
             places.add(tuple(p.data_ptr() for p in policy.parameters()))
-            assert all(torch.equal(a, b) for a, b in zip(policy.parameters(), model.parameters(), strict=True))
+            assert all(
+                torch.equal(a, b)
+                for a, b in zip(policy.parameters(), model.parameters(), strict=True)
+            )
         assert all((p.untyped_storage().size() > 0) == kept for p in whole.parameters())
         with torch.no_grad():
             for p in model.parameters():

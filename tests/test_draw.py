@@ -5,7 +5,15 @@ import pytest
 import torch
 from scipy.stats import chisquare
 
-from mar.draw import BLOCK, Truncation, draw_tokens, invert, stream_key, truncated_logprobs, uniforms
+from mar.draw import (
+    BLOCK,
+    Truncation,
+    draw_tokens,
+    invert,
+    stream_key,
+    truncated_logprobs,
+    uniforms,
+)
 
 MASK = 2**64 - 1
 
@@ -19,29 +27,65 @@ def splitmix64(seed, index):
 
 
 def test_uniforms_are_splitmix64():
-    assert [splitmix64(1234567, i) for i in range(3)] == [6457827717110365317, 3203168211198807973, 9817491932198370423]  # published
+    assert [splitmix64(1234567, i) for i in range(3)] == [
+        6457827717110365317,
+        3203168211198807973,
+        9817491932198370423,
+    ]  # published
     keys = [0, 1, -1, 2**63 - 1, -(2**63), *(stream_key("k", i) for i in range(50))]
     for position in (0, 1, 7, 1535):
         ours = uniforms(torch.tensor(keys), torch.full((len(keys),), position))
         assert ours.dtype == torch.float64
-        assert ours.tolist() == [(splitmix64(key & MASK, position) >> 11) * 2.0**-53 for key in keys]
+        assert ours.tolist() == [
+            (splitmix64(key & MASK, position) >> 11) * 2.0**-53 for key in keys
+        ]
 
 
 def test_uniforms_fill_the_unit_interval():
     keys = torch.tensor([stream_key(0, "train", 3, "prompt", g) for g in range(200)])
-    u = torch.stack([uniforms(keys, torch.full_like(keys, t)) for t in range(200)]).numpy()  # [position, sample]
+    u = torch.stack(
+        [uniforms(keys, torch.full_like(keys, t)) for t in range(200)]
+    ).numpy()  # [position, sample]
     assert u.min() >= 0 and u.max() < 1
     assert abs(u.mean() - 0.5) < 4 * (1 / 12 / u.size) ** 0.5
     assert abs(u.var() - 1 / 12) < 4 * (1 / 180 / u.size) ** 0.5
-    for a, b in ((u[1:], u[:-1]), (u[:, 1:], u[:, :-1]), (u, u.T)):  # neighbours in position, in sample index, and unrelated ones
-        pairs = np.bincount((a * 8).astype(int).ravel() * 8 + (b * 8).astype(int).ravel(), minlength=64)
+    for a, b in (
+        (u[1:], u[:-1]),
+        (u[:, 1:], u[:, :-1]),
+        (u, u.T),
+    ):  # neighbours in position, in sample index, and unrelated ones
+        pairs = np.bincount(
+            (a * 8).astype(int).ravel() * 8 + (b * 8).astype(int).ravel(), minlength=64
+        )
         assert chisquare(pairs).pvalue > 1e-4
 
 
 def test_different_identities_have_different_keys():
-    identities = [(0, "train", 3, "p", 0, 1), (0, "train", 3, "p", 1, 0), (0, "train", 30, "p", 0, 1), (0, "eval", 3, "p", 0, 1)]
-    identities += [("a", 1), ("a", "1"), (1, "a"), ("a1",), ("a", 1, ""), ("a", "b"), ("ab", ""), ("b", "a"), ("a', 'b",)]
-    identities += [("a\x1fstr:b",), ("a\\x1fstr:b",), ("\ud800",), ("\\ud800",), (), ("",)]  # any id of a user's file will do
+    identities = [
+        (0, "train", 3, "p", 0, 1),
+        (0, "train", 3, "p", 1, 0),
+        (0, "train", 30, "p", 0, 1),
+        (0, "eval", 3, "p", 0, 1),
+    ]
+    identities += [
+        ("a", 1),
+        ("a", "1"),
+        (1, "a"),
+        ("a1",),
+        ("a", 1, ""),
+        ("a", "b"),
+        ("ab", ""),
+        ("b", "a"),
+        ("a', 'b",),
+    ]
+    identities += [
+        ("a\x1fstr:b",),
+        ("a\\x1fstr:b",),
+        ("\ud800",),
+        ("\\ud800",),
+        (),
+        ("",),
+    ]  # any id of a user's file will do
     assert len({stream_key(*identity) for identity in identities}) == len(identities)
 
 
@@ -76,7 +120,9 @@ def test_blocks_change_no_draw(size):
     target, at = uniform * below[:, -1], np.arange(len(masses))
     tolerance = 1e-12 * below[:, -1]
     assert (masses[at, drawn] > 0).all()
-    assert (below[at, drawn] > target - tolerance).all() and (below[at, drawn] - masses[at, drawn] <= target + tolerance).all()
+    assert (below[at, drawn] > target - tolerance).all() and (
+        below[at, drawn] - masses[at, drawn] <= target + tolerance
+    ).all()
 
 
 def test_draws_pass_chi_squared():
@@ -102,12 +148,17 @@ def test_impossible_tokens_are_never_drawn(dtype):
 
 def test_temperature_zero_takes_the_largest():
     logits = torch.tensor([[0.0, 3.0, 2.999], [5.0, -torch.inf, 5.1]])
-    tokens, logprobs, _ = draw_tokens(logits, torch.tensor([0.0, 1 - 2.0**-53], dtype=torch.float64), 0.0)
+    tokens, logprobs, _ = draw_tokens(
+        logits, torch.tensor([0.0, 1 - 2.0**-53], dtype=torch.float64), 0.0
+    )
     assert tokens.tolist() == [1, 2]
     assert logprobs.tolist() == [0.0, 0.0]
 
 
-@pytest.mark.parametrize("top_k, top_p, min_p", [(3, 1.0, 0.0), (0, 0.7, 0.0), (0, 1.0, 0.3), (6, 0.8, 0.1), (50, 0.999, 0.001)])
+@pytest.mark.parametrize(
+    "top_k, top_p, min_p",
+    [(3, 1.0, 0.0), (0, 0.7, 0.0), (0, 1.0, 0.3), (6, 0.8, 0.1), (50, 0.999, 0.001)],
+)
 def test_truncation_keeps_what_it_says(top_k, top_p, min_p):
     torch.manual_seed(3)
     logprobs = (2 * torch.randn(20, 11, dtype=torch.float64)).log_softmax(-1)
@@ -119,10 +170,14 @@ def test_truncation_keeps_what_it_says(top_k, top_p, min_p):
             if sum(row[j] for j in kept) / mass < top_p and row[i] >= min_p * row[ranked[0]]:
                 kept.append(i)
         total = sum(row[i] for i in kept)
-        assert got == pytest.approx([row[i] / total if i in kept else 0.0 for i in range(11)], abs=1e-12)
+        assert got == pytest.approx(
+            [row[i] / total if i in kept else 0.0 for i in range(11)], abs=1e-12
+        )
 
 
-@pytest.mark.parametrize("values", [(-1, 1.0, 0.0), (0, 0.0, 0.0), (0, 1.5, 0.0), (0, 1.0, -0.1), (0, 1.0, 2.0)])
+@pytest.mark.parametrize(
+    "values", [(-1, 1.0, 0.0), (0, 0.0, 0.0), (0, 1.5, 0.0), (0, 1.0, -0.1), (0, 1.0, 2.0)]
+)
 def test_nonsense_truncation_is_refused(values):
     with pytest.raises(ValueError, match="top_k >= 0"):
         Truncation(*values)

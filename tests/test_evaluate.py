@@ -19,7 +19,13 @@ from mar.records import Completion, UserError
 
 EMBEDDED = Path("mar/embedded/model").absolute()
 DISPLAY = Display("plain", 0, 0)
-FEW = ["+experiment=clinic", "eval.num_items=5", "k=6", "num_answers=2..3", "arms=policy,single,K=2"]
+FEW = [
+    "+experiment=clinic",
+    "eval.num_items=5",
+    "k=6",
+    "num_answers=2..3",
+    "arms=policy,single,K=2",
+]
 
 
 @pytest.fixture(scope="module")
@@ -33,8 +39,22 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from mar.train import run
 
     out = tmp_path_factory.mktemp("runs")
-    words = ["+experiment=clinic", "train.steps=2", "train.stop_at=1", "checkpoint.every=1", "algo.group_size=2", "algo.prompts_per_step=2"]
-    assert run(compose([*words, "eval.num_items=5", "eval.every=1", f"out={out}", "logger.console=plain"])) == 0
+    words = [
+        "+experiment=clinic",
+        "train.steps=2",
+        "train.stop_at=1",
+        "checkpoint.every=1",
+        "algo.group_size=2",
+        "algo.prompts_per_step=2",
+    ]
+    assert (
+        run(
+            compose(
+                [*words, "eval.num_items=5", "eval.every=1", f"out={out}", "logger.console=plain"]
+            )
+        )
+        == 0
+    )
     return out / "clinic/seed0"
 
 
@@ -68,11 +88,15 @@ def test_an_evaluation_holds_what_it_says(base: Path) -> None:
         assert low <= middle <= high, name
     equal = found["equal_tokens"][0]
     assert equal["policy"] == policy["curve"]["coverage"][0][0]
-    assert equal["single"] == pytest.approx(at_tokens(single["curve"], policy["curve"]["tokens"][0]))
+    assert equal["single"] == pytest.approx(
+        at_tokens(single["curve"], policy["curve"]["tokens"][0])
+    )
 
 
 def test_the_first_set_is_what_training_measures(base: Path, tmp_path: Path) -> None:
-    job = build_job(compose(["+experiment=clinic", "eval.num_items=5"]), tmp_path, EMBEDDED, DISPLAY)
+    job = build_job(
+        compose(["+experiment=clinic", "eval.num_items=5"]), tmp_path, EMBEDDED, DISPLAY
+    )
     metrics, rollouts = measure(job.model, job.protocol)
     rows = [json.loads(line) for line in (base / "eval_items.jsonl").read_text().splitlines()]
     first = [row["sets"][0]["text"] for row in rows if row.get("arm") == "policy"]
@@ -83,7 +107,9 @@ def test_the_first_set_is_what_training_measures(base: Path, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("cut", ["middle of a line", "middle of an arm"])
-def test_an_interrupted_evaluation_goes_on(cut: str, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_evaluation_goes_on(
+    cut: str, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(evaluate, "ROWS_AT_ONCE", 4)  # two items of the policy at a time
     evaluate.run(["base", *FEW, f"out={tmp_path / 'whole'}"], DISPLAY)
     expected = (tmp_path / "whole/eval_items.jsonl").read_bytes()
@@ -93,11 +119,17 @@ def test_an_interrupted_evaluation_goes_on(cut: str, base: Path, tmp_path: Path,
     (tmp_path / "cut/eval_items.jsonl").write_bytes(kept)
     asked = []
     sampled = evaluate.Questions.sampled
-    monkeypatch.setattr(evaluate.Questions, "sampled", lambda self, arm, *rest: asked.append(arm.name) or sampled(self, arm, *rest))
+    monkeypatch.setattr(
+        evaluate.Questions,
+        "sampled",
+        lambda self, arm, *rest: asked.append(arm.name) or sampled(self, arm, *rest),
+    )
     evaluate.run(["base", *FEW, f"out={tmp_path / 'cut'}"], DISPLAY)
     assert (tmp_path / "cut/eval_items.jsonl").read_bytes() == expected
     assert document(tmp_path / "cut") == document(tmp_path / "whole")
-    assert asked.count("policy") == (2 if cut == "middle of a line" else 0)  # the third item is half a chunk: asked again
+    assert asked.count("policy") == (
+        2 if cut == "middle of a line" else 0
+    )  # the third item is half a chunk: asked again
     assert [row["metrics"] for row in document(base)["arms"].values()] == [
         row["metrics"] for row in document(tmp_path / "cut")["arms"].values()
     ]
@@ -105,32 +137,64 @@ def test_an_interrupted_evaluation_goes_on(cut: str, base: Path, tmp_path: Path,
 
 def test_an_item_that_is_too_long_for_one_arm_is_asked_of_none(base: Path, tmp_path: Path) -> None:
     rows = [json.loads(line) for line in (base / "eval_items.jsonl").read_text().splitlines()[1:]]
-    lengths = {arm: {r["id"]: r["prompt_tokens"] for r in rows if r["arm"] == arm} for arm in ("policy", "single")}
+    lengths = {
+        arm: {r["id"]: r["prompt_tokens"] for r in rows if r["arm"] == arm}
+        for arm in ("policy", "single")
+    }
     limit = sorted(lengths["policy"].values())[2]
     kept = [id for id, length in lengths["policy"].items() if length <= limit]
-    assert len(kept) < 5 and max(lengths["single"].values()) <= limit  # asked for one answer, all would fit
+    assert (
+        len(kept) < 5 and max(lengths["single"].values()) <= limit
+    )  # asked for one answer, all would fit
     evaluate.run(["base", *FEW, f"model.max_prompt_tokens={limit}", f"out={tmp_path}"], DISPLAY)
-    again = [json.loads(line) for line in (tmp_path / "eval_items.jsonl").read_text().splitlines()[1:]]
-    assert [(r["arm"], r["id"]) for r in again] == [(arm, id) for arm in ("policy", "single", "K=2") for id in kept]
+    again = [
+        json.loads(line) for line in (tmp_path / "eval_items.jsonl").read_text().splitlines()[1:]
+    ]
+    assert [(r["arm"], r["id"]) for r in again] == [
+        (arm, id) for arm in ("policy", "single", "K=2") for id in kept
+    ]
 
 
-def test_another_evaluation_is_not_mixed_in(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_another_evaluation_is_not_mixed_in(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     words = ["base", *FEW[:-1], "arms=policy", f"out={tmp_path}"]
     evaluate.run(words, DISPLAY)
     evaluate.run([*words, "seed=1"], Display("plain", 0, 0))
     assert "belongs to another evaluation" in capsys.readouterr().out
-    assert json.loads((tmp_path / "eval_items.jsonl").read_text().splitlines()[0])["protocol"]["seed"] == 1
+    assert (
+        json.loads((tmp_path / "eval_items.jsonl").read_text().splitlines()[0])["protocol"]["seed"]
+        == 1
+    )
 
 
-def test_completions_of_others_measure_alike(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    items = [row for line in (base / "eval_items.jsonl").read_text().splitlines() if (row := json.loads(line)).get("arm") == "policy"]
+def test_completions_of_others_measure_alike(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    items = [
+        row
+        for line in (base / "eval_items.jsonl").read_text().splitlines()
+        if (row := json.loads(line)).get("arm") == "policy"
+    ]
     file = tmp_path / "theirs.jsonl"
-    texts = [{"id": i["id"], "text": s["text"]} for i in items for s in i["sets"]] + [{"id": "clinic-test-999999", "text": "?"}]
+    texts = [{"id": i["id"], "text": s["text"]} for i in items for s in i["sets"]] + [
+        {"id": "clinic-test-999999", "text": "?"}
+    ]
     file.write_text("".join(json.dumps(row) + "\n" for row in texts) + '{"id": "clinic-te')
-    evaluate.run([f"completions={file}", "+experiment=clinic", "eval.num_items=7", f"out={tmp_path}"], Display("plain", 0, 0))
+    evaluate.run(
+        [f"completions={file}", "+experiment=clinic", "eval.num_items=7", f"out={tmp_path}"],
+        Display("plain", 0, 0),
+    )
     said = " ".join(capsys.readouterr().out.split())
-    assert "10 of 11 texts: 2 for each of 5 of 7 questions" in said and "skipped 1 broken line(s)" in said and ":12" in said
-    ours, theirs = document(base)["arms"]["policy"]["metrics"], document(tmp_path)["arms"]["policy"]["metrics"]
+    assert (
+        "10 of 11 texts: 2 for each of 5 of 7 questions" in said
+        and "skipped 1 broken line(s)" in said
+        and ":12" in said
+    )
+    ours, theirs = (
+        document(base)["arms"]["policy"]["metrics"],
+        document(tmp_path)["arms"]["policy"]["metrics"],
+    )
     for name in ours:
         if name != "tokens_per_set":
             assert theirs[name] == ours[name], name
@@ -138,27 +202,50 @@ def test_completions_of_others_measure_alike(base: Path, tmp_path: Path, capsys:
     assert theirs["tokens_per_set"][0] == pytest.approx(ours["tokens_per_set"][0] - 1, abs=0.5)
 
 
-def test_a_run_against_its_untrained_self(trained: Path, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_against_its_untrained_self(
+    trained: Path, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = evaluate.run(
-        [str(trained), "k=3", "arms=policy,base", "num_answers=", f"against={base}", f"out={tmp_path}"], Display("plain", 0, 0)
+        [
+            str(trained),
+            "k=3",
+            "arms=policy,base",
+            "num_answers=",
+            f"against={base}",
+            f"out={tmp_path}",
+        ],
+        Display("plain", 0, 0),
     )
     assert "unfinished: measuring step 1 of 2" in " ".join(capsys.readouterr().out.split())
     found = document(out)
     assert found["step"] == 1 and found["num_items"] == 5
     assert set(found["paired"]) == {"policy - base", f"policy - {base}"}
-    rows = {row["arm"]: row for line in (out / "eval_items.jsonl").read_text().splitlines() if "arm" in (row := json.loads(line))}
+    rows = {
+        row["arm"]: row
+        for line in (out / "eval_items.jsonl").read_text().splitlines()
+        if "arm" in (row := json.loads(line))
+    }
     assert rows["policy"]["sets"] != rows["base"]["sets"]  # a step of lr .1 did change it
     middle, low, high = found["paired"]["policy - base"]["coverage@3"]
     arms = found["arms"]
-    assert middle == pytest.approx(arms["policy"]["metrics"]["coverage@3"][0] - arms["base"]["metrics"]["coverage@3"][0], abs=2e-6)
+    assert middle == pytest.approx(
+        arms["policy"]["metrics"]["coverage@3"][0] - arms["base"]["metrics"]["coverage@3"][0],
+        abs=2e-6,
+    )
 
 
 def test_a_checkpoint_of_transformers_evaluates_the_same(base: Path, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    AutoModelForCausalLM.from_pretrained(EMBEDDED, dtype=torch.float32).save_pretrained(tmp_path / "theirs")
+    AutoModelForCausalLM.from_pretrained(EMBEDDED, dtype=torch.float32).save_pretrained(
+        tmp_path / "theirs"
+    )
     AutoTokenizer.from_pretrained(EMBEDDED).save_pretrained(tmp_path / "theirs")
-    words = ["model.thinking=false", "model.max_completion_tokens=96", "model.max_prompt_tokens=384"]
+    words = [
+        "model.thinking=false",
+        "model.max_completion_tokens=96",
+        "model.max_prompt_tokens=384",
+    ]
     out = evaluate.run([str(tmp_path / "theirs"), *words, *FEW, f"out={tmp_path / 'out'}"], DISPLAY)
     assert document(out)["arms"] == document(base)["arms"]
 
@@ -169,32 +256,71 @@ def test_the_same_coverage_through_transformers_generate(tmp_path: Path) -> None
 
     words = ["+experiment=clinic", "eval.num_items=150", "k=3", "num_answers=", "arms=policy"]
     ours = document(evaluate.run(["base", *words, f"out={tmp_path / 'ours'}"], DISPLAY))
-    job = build_job(compose(["+experiment=clinic", "eval.num_items=150"]), tmp_path, EMBEDDED, DISPLAY)
+    job = build_job(
+        compose(["+experiment=clinic", "eval.num_items=150"]), tmp_path, EMBEDDED, DISPLAY
+    )
     tokenizer = AutoTokenizer.from_pretrained(EMBEDDED, padding_side="left")
     model = AutoModelForCausalLM.from_pretrained(EMBEDDED, dtype=torch.float32)
     torch.manual_seed(0)
-    inputs = tokenizer([p.text for p in job.protocol.prompts], return_tensors="pt", padding=True, add_special_tokens=False)
+    inputs = tokenizer(
+        [p.text for p in job.protocol.prompts],
+        return_tensors="pt",
+        padding=True,
+        add_special_tokens=False,
+    )
     stops = list(job.protocol.params.stop_ids)
     ids = model.generate(
-        **inputs, do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=96, eos_token_id=stops, pad_token_id=stops[0]
+        **inputs,
+        do_sample=True,
+        temperature=1.0,
+        top_k=0,
+        top_p=1.0,
+        max_new_tokens=96,
+        eos_token_id=stops,
+        pad_token_id=stops[0],
     )
     texts = tokenizer.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     file = tmp_path / "generated.jsonl"
-    file.write_text("".join(json.dumps({"id": p.id, "text": t}) + "\n" for p, t in zip(job.protocol.prompts, texts, strict=True)))
-    theirs = document(evaluate.run([f"completions={file}", *words, f"against={tmp_path / 'ours'}", f"out={tmp_path / 'theirs'}"], DISPLAY))
+    file.write_text(
+        "".join(
+            json.dumps({"id": p.id, "text": t}) + "\n"
+            for p, t in zip(job.protocol.prompts, texts, strict=True)
+        )
+    )
+    theirs = document(
+        evaluate.run(
+            [
+                f"completions={file}",
+                *words,
+                f"against={tmp_path / 'ours'}",
+                f"out={tmp_path / 'theirs'}",
+            ],
+            DISPLAY,
+        )
+    )
     _, low, high = theirs["paired"][f"policy - {tmp_path / 'ours'}"]["coverage@3"]
     assert low < 0 < high and theirs["arms"]["policy"]["metrics"]["format_rate"][0] > 0.95
-    assert abs(theirs["arms"]["policy"]["metrics"]["coverage@3"][0] - ours["arms"]["policy"]["metrics"]["coverage@3"][0]) < 0.08
+    assert (
+        abs(
+            theirs["arms"]["policy"]["metrics"]["coverage@3"][0]
+            - ours["arms"]["policy"]["metrics"]["coverage@3"][0]
+        )
+        < 0.08
+    )
 
 
 def test_arms() -> None:
     multi = {a.name: a for a in arms_of(Grammar("rlcr_multi", 3), 30, [1, 3, 5], trained=True)}
     assert list(multi) == ["policy", "base", "single", "prompted_k", "verbalized", "K=1", "K=5"]
     assert [a.num_sets for a in multi.values()] == [10, 1, 30, 1, 1, 1, 1]
-    assert [n for n, a in multi.items() if a.trained] == ["policy", "K=1", "K=5"] and multi["prompted_k"].style == "prompted_k"
+    assert [n for n, a in multi.items() if a.trained] == ["policy", "K=1", "K=5"] and multi[
+        "prompted_k"
+    ].style == "prompted_k"
     assert multi["K=1"].grammar == Grammar("rlcr_multi", 1)
     single = {a.name: a for a in arms_of(Grammar("rlvr_single", 1), 30, [1, 3, 5], trained=False)}
-    assert list(single) == ["policy", "prompted_k", "verbalized"] and single["policy"].num_sets == 30
+    assert (
+        list(single) == ["policy", "prompted_k", "verbalized"] and single["policy"].num_sets == 30
+    )
     assert single["prompted_k"].grammar == Grammar("rlvr_multi", 3)
 
 
@@ -203,18 +329,35 @@ def test_words(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     job.mkdir(parents=True)
     assert evaluate.split_words([str(job), "seed=1"])[::2] == (str(job), ["seed=1"])
     assert evaluate.main(["--help"]) == 0 and "completions=file.jsonl" in capsys.readouterr().out
-    name, options, settings = evaluate.split_words(["runs/x", "k=6", "eval.num_items=5", "+experiment=clinic", "completions="])
-    assert (name, options["k"], options["completions"], settings) == ("runs/x", "6", "", ["eval.num_items=5", "+experiment=clinic"])
-    assert evaluate.sizes_of("2..4") == [2, 3, 4] and evaluate.sizes_of("2,5") == [2, 5] and evaluate.sizes_of("") == []
+    name, options, settings = evaluate.split_words(
+        ["runs/x", "k=6", "eval.num_items=5", "+experiment=clinic", "completions="]
+    )
+    assert (name, options["k"], options["completions"], settings) == (
+        "runs/x",
+        "6",
+        "",
+        ["eval.num_items=5", "+experiment=clinic"],
+    )
+    assert (
+        evaluate.sizes_of("2..4") == [2, 3, 4]
+        and evaluate.sizes_of("2,5") == [2, 5]
+        and evaluate.sizes_of("") == []
+    )
     curve = {"tokens": [10.0, 20.0], "coverage": [[0.5, 0, 1], [0.7, 0, 1]]}
-    assert at_tokens(curve, 15) == pytest.approx(0.6) and at_tokens(curve, 5) is None and at_tokens(curve, 21) is None
+    assert (
+        at_tokens(curve, 15) == pytest.approx(0.6)
+        and at_tokens(curve, 5) is None
+        and at_tokens(curve, 21) is None
+    )
 
 
 def broken_inputs(tmp_path: Path, trained: Path) -> dict[str, tuple[list[str], str]]:
     (tmp_path / "young").mkdir()
     (tmp_path / "young/config.yaml").write_text((trained / "config.yaml").read_text())
     (tmp_path / "old").mkdir()
-    (tmp_path / "old/config.yaml").write_text((trained / "config.yaml").read_text().replace("grad_clip:", "clip_norm:"))
+    (tmp_path / "old/config.yaml").write_text(
+        (trained / "config.yaml").read_text().replace("grad_clip:", "clip_norm:")
+    )
     (tmp_path / "no_ids.jsonl").write_text('{"text": "flu"}\n')
     (tmp_path / "other_ids.jsonl").write_text('{"id": "q1", "text": "flu"}\n')
     (tmp_path / "empty.jsonl").write_text("")
@@ -237,15 +380,23 @@ def broken_inputs(tmp_path: Path, trained: Path) -> dict[str, tuple[list[str], s
         "bad k": (["base", "k=many", *clinic], "k=many"),
         "large sizes": (["base", "num_answers=1..60", *clinic], "1 to 10"),
         "empty set": (["base", "+experiment=clinic", *own], "tiny.jsonl"),
-        "not evaluated": ([str(trained), "k=3", "arms=policy", f"against={tmp_path}", f"out={tmp_path}/o"], "python -m mar.evaluate"),
+        "not evaluated": (
+            [str(trained), "k=3", "arms=policy", f"against={tmp_path}", f"out={tmp_path}/o"],
+            "python -m mar.evaluate",
+        ),
     }
 
 
-def test_mistakes_are_one_sentence(tmp_path: Path, trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_mistakes_are_one_sentence(
+    tmp_path: Path, trained: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     for name, (words, expected) in broken_inputs(tmp_path, trained).items():
         assert evaluate.main(words) == 2, name
         said = capsys.readouterr().err
-        assert said.startswith("error: ") and said.count("\n") == 1 and expected in said, (name, said)
+        assert said.startswith("error: ") and said.count("\n") == 1 and expected in said, (
+            name,
+            said,
+        )
 
 
 def test_nothing_of_a_resampled_interval_depends_on_the_order_of_arms(base: Path) -> None:
@@ -258,7 +409,12 @@ def test_programs_are_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     """The first answer of every set passes, the second is the same with another name, the third is wrong; sets begin with either name."""
     row = {"text": "Square a number.", "test_list": ["assert f(2) == 4", "assert f(3) == 9"]}
     data = tmp_path / "mbpp.jsonl"
-    data.write_text("".join(json.dumps(row | {"task_id": n, "text": f"{n}: square a number."}) + "\n" for n in range(60)))
+    data.write_text(
+        "".join(
+            json.dumps(row | {"task_id": n, "text": f"{n}: square a number."}) + "\n"
+            for n in range(60)
+        )
+    )
     right, wrong = "def f(x):\n    return x * x", "def f(x):\n    return x + x"
 
     def write(model, prompts, num_sets, params, *_):
@@ -266,7 +422,13 @@ def test_programs_are_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         for g in range(num_sets):
             first, second = (right, right.replace("x", "y"))[:: 1 if g % 2 == 0 else -1]
             ids = np.array(
-                tokenizer(render(Grammar("rlcr_multi", 3, thinking=False), [first, second, wrong], [0.9, 0.2, 0.1]))["input_ids"]
+                tokenizer(
+                    render(
+                        Grammar("rlcr_multi", 3, thinking=False),
+                        [first, second, wrong],
+                        [0.9, 0.2, 0.1],
+                    )
+                )["input_ids"]
             )
             group.append(Completion(g, ids, ids * 0.0, ids * 0.0, "length"))
         return [group for _ in prompts], None
@@ -277,7 +439,15 @@ def test_programs_are_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     words += " reward.sandbox=unsafe"
     out = evaluate.run([*words.split(), f"out={tmp_path / 'out'}"], DISPLAY)
     metrics = document(out)["arms"]["policy"]["metrics"]
-    expected = {"coverage@3": 1, "coverage@6": 1, "unique@6": 2, "recall@3": 1 / 3, "top1": 1, "repeats_per_set": 1, "format_rate": 1}
+    expected = {
+        "coverage@3": 1,
+        "coverage@6": 1,
+        "unique@6": 2,
+        "recall@3": 1 / 3,
+        "top1": 1,
+        "repeats_per_set": 1,
+        "format_rate": 1,
+    }
     assert {n: metrics[n][0] for n in expected} == pytest.approx(expected)
     texts = tmp_path / "texts.jsonl"
     texts.write_text(json.dumps({"id": "mbpp-1", "text": "x"}))

@@ -31,7 +31,9 @@ def trained(tmp_path_factory) -> Path:
 def test_transformers_reads_the_policy(trained, tmp_path):
     folder = export(trained, tmp_path / "hf", "float32")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    policy = adapted(load_model(resolve_model("embedded", "embedded", None)[0]), compose(WORDS.split()).model)
+    policy = adapted(
+        load_model(resolve_model("embedded", "embedded", None)[0]), compose(WORDS.split()).model
+    )
     before = policy.norm.weight.detach().clone()
     checkpoint.restore_weights(checkpoint.newest(trained / "checkpoints"), policy)
     assert not torch.equal(before, policy.norm.weight)
@@ -39,9 +41,16 @@ def test_transformers_reads_the_policy(trained, tmp_path):
     for name, parameter in merged(policy):
         torch.testing.assert_close(ours[name], parameter, rtol=0, atol=0)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    assert theirs.generation_config.eos_token_id == tokenizer.eos_token_id and tokenizer.chat_template
+    assert (
+        theirs.generation_config.eos_token_id == tokenizer.eos_token_id and tokenizer.chat_template
+    )
     card = (folder / "README.md").read_text()
-    assert "\n# embedded, clinic\n" in card and "after 1 of 1 steps" in card and "<answer1>" in card and "| coverage@3 |" in card
+    assert (
+        "\n# embedded, clinic\n" in card
+        and "after 1 of 1 steps" in card
+        and "<answer1>" in card
+        and "| coverage@3 |" in card
+    )
 
 
 def test_mistakes_are_one_sentence(trained, tmp_path):

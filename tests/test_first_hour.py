@@ -15,7 +15,11 @@ def test_without_a_device_one_sentence_and_nothing_written(monkeypatch, tmp_path
     monkeypatch.setattr(first_hour, "REPORT", tmp_path / "TESTED_ON.md")
     assert first_hour.main() == 2
     printed = capsys.readouterr()
-    assert printed.err == first_hour.NO_DEVICE + "\n" and printed.err.count(".") == 1 and not printed.out
+    assert (
+        printed.err == first_hour.NO_DEVICE + "\n"
+        and printed.err.count(".") == 1
+        and not printed.out
+    )
     assert not list(tmp_path.iterdir())
 
 
@@ -51,8 +55,14 @@ def test_a_part_that_fails_leaves_the_others(capsys):
     def fails(device):
         raise ValueError("no\nsuch kernel")
 
-    found = first_hour.measure({"a": lambda device: {"on": device}, "b": fails, "c": lambda device: {"ms": 1.5}}, "cpu")
-    assert found == {"a": {"found": {"on": "cpu"}}, "b": {"reason": "ValueError: no such kernel"}, "c": {"found": {"ms": 1.5}}}
+    found = first_hour.measure(
+        {"a": lambda device: {"on": device}, "b": fails, "c": lambda device: {"ms": 1.5}}, "cpu"
+    )
+    assert found == {
+        "a": {"found": {"on": "cpu"}},
+        "b": {"reason": "ValueError: no such kernel"},
+        "c": {"found": {"ms": 1.5}},
+    }
 
 
 def test_the_report_is_rendered_and_the_last_line_is_json(monkeypatch, tmp_path, capsys):
@@ -63,13 +73,23 @@ def test_the_report_is_rendered_and_the_last_line_is_json(monkeypatch, tmp_path,
     }.items():
         monkeypatch.setattr(first_hour, name, value)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    parts = {"speed": {"found": {"ms": 12.34567, "rows": "3 of 4", "steps": 20}}, "broken": {"reason": "OSError: a|b"}}
+    parts = {
+        "speed": {"found": {"ms": 12.34567, "rows": "3 of 4", "steps": 20}},
+        "broken": {"reason": "OSError: a|b"},
+    }
     monkeypatch.setattr(first_hour, "measure", lambda *_: parts)
     assert first_hour.main() == 1
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["first_hour"]["parts"] == parts
-    head, table = (tmp_path / "TESTED_ON.md").read_text().split("| part | what | measured |\n| --- | --- | --- |\n")
+    head, table = (
+        (tmp_path / "TESTED_ON.md")
+        .read_text()
+        .split("| part | what | measured |\n| --- | --- | --- |\n")
+    )
     assert head.endswith("- device: X100\n- driver: 1.2\n\n")
-    assert table == "| speed | ms | 12.35 |\n| speed | rows | 3 of 4 |\n| speed | steps | 20 |\n| broken | failed | OSError: a\\|b |\n"
+    assert (
+        table
+        == "| speed | ms | 12.35 |\n| speed | rows | 3 of 4 |\n| speed | steps | 20 |\n| broken | failed | OSError: a\\|b |\n"
+    )
 
 
 def child(outcomes):
@@ -79,8 +99,19 @@ def child(outcomes):
         code, stderr = outcomes[command[2]]
         if command[2] == "mar.train" and not code:
             (folder,) = (first_hour.Path(word[4:]) for word in command if word.startswith("out="))
-            steps = [{"perf/sample_s": s, "perf/verify_s": 0.5, "perf/update_s": 1.0, "perf/tokens_per_s": 100.0 * s} for s in (1.0, 2.0)]
-            lines = [json.dumps({**step, "policy/sampler_mismatch_max": step["perf/sample_s"] / 100}) for step in steps]
+            steps = [
+                {
+                    "perf/sample_s": s,
+                    "perf/verify_s": 0.5,
+                    "perf/update_s": 1.0,
+                    "perf/tokens_per_s": 100.0 * s,
+                }
+                for s in (1.0, 2.0)
+            ]
+            lines = [
+                json.dumps({**step, "policy/sampler_mismatch_max": step["perf/sample_s"] / 100})
+                for step in steps
+            ]
             (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
         return subprocess.CompletedProcess(command, code, "", stderr)
 
@@ -88,7 +119,9 @@ def child(outcomes):
 
 
 def test_a_model_that_cannot_be_fetched_is_not_reachable():
-    found = first_hour.train("a/b", child({"mar.fetch": (1, "fetching\nerror: cannot fetch a/b from the hub\n")}))
+    found = first_hour.train(
+        "a/b", child({"mar.fetch": (1, "fetching\nerror: cannot fetch a/b from the hub\n")})
+    )
     assert found == {"steps": "not reachable: error: cannot fetch a/b from the hub"}
 
 
@@ -116,13 +149,17 @@ def test_vllm_reads_the_export_in_a_process_of_its_own(monkeypatch, tmp_path):
     assert first_hour.read_by_vllm(tmp_path / "seed0", run) == "TOKENS 8"
     assert calls[0][1:] == ["-m", "mar.export", str(tmp_path / "seed0"), str(tmp_path / "exported")]
     assert calls[1][-1] == str(tmp_path / "exported") and "vllm" in calls[1][2]
-    failing = lambda command, **_: subprocess.CompletedProcess(command, 1, "", "Traceback\nValueError: no such shape\n")  # noqa: E731
+    failing = lambda command, **_: subprocess.CompletedProcess(
+        command, 1, "", "Traceback\nValueError: no such shape\n"
+    )  # noqa: E731
     assert first_hour.read_by_vllm(tmp_path / "seed0", failing) == "ValueError: no such shape"
 
 
 def test_a_failed_gpu_test_is_a_reason():
     def run(code):
-        return lambda command, **_: subprocess.CompletedProcess(command, code, f"F..\n{code} failed\n", "")
+        return lambda command, **_: subprocess.CompletedProcess(
+            command, code, f"F..\n{code} failed\n", ""
+        )
 
     assert first_hour.gpu_tests(run(0)) == {"pytest": "0 failed"}
     with pytest.raises(RuntimeError, match="1 failed"):

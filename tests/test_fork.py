@@ -16,17 +16,39 @@ from mar.train import run
 
 def sums(source: Source) -> Loaded:
     pairs = [(a, b) for a in range(10) for b in range(10)][: source.num]
-    examples = [Example(f"{a}+{b}", "sums", f"{a} + {b} = ?", (Gold(str(a + b)),)) for a, b in pairs]
+    examples = [
+        Example(f"{a}+{b}", "sums", f"{a} + {b} = ?", (Gold(str(a + b)),)) for a, b in pairs
+    ]
     return Loaded(examples, Counter())
 
 
-def test_a_task_is_a_function_and_an_entry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_task_is_a_function_and_an_entry(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setitem(TASKS, "sums", Task(load=sums, noun="number", embedded=True))
-    size = ["train.steps=1", "algo.group_size=2", "algo.prompts_per_step=2", "eval.num_items=4", "model.max_completion_tokens=4"]
-    words = ["+experiment=jsonl", "data.task=sums", "data.source=embedded", "name=sums", f"out={tmp_path}", "logger.console=plain", *size]
+    size = [
+        "train.steps=1",
+        "algo.group_size=2",
+        "algo.prompts_per_step=2",
+        "eval.num_items=4",
+        "model.max_completion_tokens=4",
+    ]
+    words = [
+        "+experiment=jsonl",
+        "data.task=sums",
+        "data.source=embedded",
+        "name=sums",
+        f"out={tmp_path}",
+        "logger.console=plain",
+        *size,
+    ]
     assert run(compose(words)) == 0
     out = capsys.readouterr().out
-    assert "sums: 2 training and 4 held-out prompts" in out and "no completion has the right form" in out and "REHEARSAL" not in out
+    assert (
+        "sums: 2 training and 4 held-out prompts" in out
+        and "no completion has the right form" in out
+        and "REHEARSAL" not in out
+    )
     look(["sums", "data.source=embedded", "data.num_train=5", "model=embedded"])
     assert "5 rows" in (out := capsys.readouterr().out) and "0 + 2 = ?" in out
 

@@ -42,13 +42,18 @@ def test_group_forward_and_gradients_equal_the_cpu(tiny_model):
 
 def test_sampler_equals_the_cpu(tiny_model):
     prompts, _ = groups()
-    asked = [Request(tuple(p), tuple(stream_key("gpu", i, g) for g in range(8))) for i, p in enumerate(prompts)]
+    asked = [
+        Request(tuple(p), tuple(stream_key("gpu", i, g) for g in range(8)))
+        for i, p in enumerate(prompts)
+    ]
     found = []
     for device in ("cpu", "cuda"):
         model = tiny_model(dtype=torch.float32).to(device)
         found.append(generate(model, asked, SamplingParams(64, 1.0, (3,)), 10**6).groups)
     rows = list(zip(*(itertools.chain(*group) for group in found), strict=True))
-    assert sum(np.array_equal(a.ids, b.ids) for a, b in rows) >= len(rows) - 1  # a draw on a border may fall either way
+    assert (
+        sum(np.array_equal(a.ids, b.ids) for a, b in rows) >= len(rows) - 1
+    )  # a draw on a border may fall either way
     for ours, theirs in rows:
         if np.array_equal(ours.ids, theirs.ids):
             np.testing.assert_allclose(ours.full_logprobs, theirs.full_logprobs, atol=1e-3)
@@ -58,7 +63,10 @@ def test_sampler_equals_the_cpu(tiny_model):
 @pytest.mark.parametrize("budget", [10**6, 1500])
 def test_replayed_graphs_equal_eager_decoding(tiny_model, budget, monkeypatch):
     model = tiny_model(dtype=torch.float32).to("cuda")
-    asked = [Request(tuple(p), tuple(stream_key("gpu", i, g) for g in range(8))) for i, p in enumerate(groups()[0])]
+    asked = [
+        Request(tuple(p), tuple(stream_key("gpu", i, g) for g in range(8)))
+        for i, p in enumerate(groups()[0])
+    ]
     limits = tuple(range(20, 161, 20))  # rows leave one after another, and a width of 128 is passed
     asked = [Request(r.prompt_ids, r.keys, limits) for r in asked]
     replayed = generate(model, asked, SamplingParams(160, 0.0), budget).groups
@@ -72,7 +80,13 @@ def test_replayed_graphs_equal_eager_decoding(tiny_model, budget, monkeypatch):
 def test_a_step_with_the_policy_in_cpu_memory_is_the_one_without(tmp_path):
     found = []
     for offload in ("false", "true"):
-        words = ["+experiment=clinic", "train.steps=1", "eval.num_items=2", f"scale.offload={offload}", f"out={tmp_path / offload}"]
+        words = [
+            "+experiment=clinic",
+            "train.steps=1",
+            "eval.num_items=2",
+            f"scale.offload={offload}",
+            f"out={tmp_path / offload}",
+        ]
         assert run(compose([*words, "logger.console=plain", "algo.prompts_per_step=2"])) == 0
         rows = (tmp_path / offload / "clinic/seed0/metrics.jsonl").read_text()
         found.append(json.loads(rows)["policy/loss"])

@@ -36,7 +36,9 @@ def rendered(draw, most=10):
     K, think_open = grammar.num_answers, grammar.thinking and draw(st.booleans())
     values = {
         "answers": draw(st.lists(ANSWERS, min_size=K, max_size=K)),
-        "confidences": [n / 100 for n in draw(st.lists(st.integers(0, 100), min_size=K, max_size=K))],
+        "confidences": [
+            n / 100 for n in draw(st.lists(st.integers(0, 100), min_size=K, max_size=K))
+        ],
         "thinking": draw(WORDS.filter(lambda text: "</think>" not in text)),
         "analysis": draw(PROSE),
         "other": draw(st.integers(0, 100)) / 100,
@@ -48,7 +50,18 @@ def rendered(draw, most=10):
 def mangled(draw, most=3):
     """(grammar, think_open, a text that is nearly right)."""
     grammar, think_open, _, text = draw(rendered(most))
-    scraps = ["<think>", "</think>", "<answer1>", "</answer2>", "<confidence1>", "</other>", " ", "\n", "0.5", "x"]
+    scraps = [
+        "<think>",
+        "</think>",
+        "<answer1>",
+        "</answer2>",
+        "<confidence1>",
+        "</other>",
+        " ",
+        "\n",
+        "0.5",
+        "x",
+    ]
     for _ in range(draw(st.integers(0, 2))):
         start = draw(st.integers(0, len(text)))
         stop = min(len(text), start + draw(st.sampled_from([0, 0, 1, 3, 20])))
@@ -64,7 +77,9 @@ def test_parse_reads_back_what_render_wrote(case):
     kinds = {element.kind for element in grammar.elements}
     assert parsed.reason is None
     assert parsed.answers == tuple(values["answers"])
-    assert parsed.confidences == (tuple(values["confidences"]) if grammar.confident else (None,) * grammar.num_answers)
+    assert parsed.confidences == (
+        tuple(values["confidences"]) if grammar.confident else (None,) * grammar.num_answers
+    )
     assert parsed.thinking == (values["thinking"] if "think" in kinds else None)
     assert parsed.analysis == (values["analysis"] if "analysis" in kinds else None)
     assert parsed.other == (values["other"] if "other" in kinds else None)
@@ -76,7 +91,9 @@ def test_parse_reads_back_what_render_wrote(case):
 @given(grammars(), st.text(max_size=60), st.booleans())
 def test_no_text_raises(grammar, text, think_open):
     parsed = parse(text, grammar, think_open)
-    assert (parsed.reason is None) == (parsed.violation is None and len(parsed.ends) == len(grammar.elements))
+    assert (parsed.reason is None) == (
+        parsed.violation is None and len(parsed.ends) == len(grammar.elements)
+    )
     assert len(parsed.answers) == len(parsed.confidences) == grammar.num_answers
 
 
@@ -87,11 +104,15 @@ def assert_prefixes_agree(grammar, think_open, text):
         prefix = parse(text[:length], grammar, think_open)
         assert prefix.ends == tuple(end for end in full.ends if end <= length)
         violated = full.violation_at is not None and full.violation_at <= length
-        assert (prefix.violation, prefix.violation_at) == ((full.violation, full.violation_at) if violated else (None, None))
+        assert (prefix.violation, prefix.violation_at) == (
+            (full.violation, full.violation_at) if violated else (None, None)
+        )
         decided = grammar.elements[: len(prefix.ends)]
         for element in grammar.elements:
             if element.kind == "answer":
-                assert prefix.answers[element.slot] == (full.answers[element.slot] if element in decided else None)
+                assert prefix.answers[element.slot] == (
+                    full.answers[element.slot] if element in decided else None
+                )
             if element.kind == "confidence":
                 wanted = full.confidences[element.slot] if element in decided else None
                 assert prefix.confidences[element.slot] == wanted
@@ -120,7 +141,23 @@ def test_segments_follow_the_ends(case):
 
 FIRST = "<answer1>a</answer1><confidence1>0.5</confidence1>"
 GOOD = "<think>t</think>" + FIRST + "<answer2>b</answer2><confidence2>.25</confidence2>"
-NO_PROBABILITY = ["1%", "50%", "1.5", "-0.1", "5e-1", "", "half", "0,5", "1.01", "nan", "inf", "٠.٥", "00.5", "0.5.", "0."]
+NO_PROBABILITY = [
+    "1%",
+    "50%",
+    "1.5",
+    "-0.1",
+    "5e-1",
+    "",
+    "half",
+    "0,5",
+    "1.01",
+    "nan",
+    "inf",
+    "٠.٥",
+    "00.5",
+    "0.5.",
+    "0.",
+]
 
 
 @pytest.mark.parametrize(
@@ -171,7 +208,9 @@ def test_a_template_may_open_the_thinking_or_close_an_empty_one():
     assert (opened.thinking, opened.answers, opened.reason) == ("t", ("a",), None)
     assert parse("t</think><answer>a</answer>", grammar).reason == "text_outside_tags"
     assert parse("</think><answer>a</answer>", grammar, think_open=True).reason is None
-    without = Grammar("rlvr_single", 1, thinking=False)  # the template wrote an empty block, or none is wanted
+    without = Grammar(
+        "rlvr_single", 1, thinking=False
+    )  # the template wrote an empty block, or none is wanted
     assert parse("<answer>a</answer>", without).reason is None
     assert parse("<answer>a</answer>", without, think_open=True).reason is None
     assert parse("<think></think><answer>a</answer>", without).reason == "text_outside_tags"
@@ -194,7 +233,9 @@ def test_impossible_grammars_are_refused(choice):
         Grammar(**choice)
 
 
-@pytest.mark.parametrize("piece", ["x", " ", "<", "<answer1>", "<think>", "</think>", "<answer", "0"])
+@pytest.mark.parametrize(
+    "piece", ["x", " ", "<", "<answer1>", "<think>", "</think>", "<answer", "0"]
+)
 def test_long_texts_are_read_in_linear_time(piece):
     start = time.perf_counter()
     for opening in ("", "<think></think>", "<think></think><answer1>"):
@@ -205,7 +246,19 @@ def test_long_texts_are_read_in_linear_time(piece):
 # --- tokens -> text -------------------------------------------------------------------------------------------------
 
 EURO = b"\xe2\x82\xac"
-PIECES = [b"a", b"<b>", EURO, b"\xe2", b"\x82", b"\xac", b"\xf0\x9f", b"\xa4\x92", b"\xff", " é".encode(), b""]
+PIECES = [
+    b"a",
+    b"<b>",
+    EURO,
+    b"\xe2",
+    b"\x82",
+    b"\xac",
+    b"\xf0\x9f",
+    b"\xa4\x92",
+    b"\xff",
+    " é".encode(),
+    b"",
+]
 TOKENS = st.lists(st.integers(0, len(PIECES) - 1), max_size=14)
 
 
@@ -217,7 +270,10 @@ def decode_bytes(ids):
 @given(TOKENS, TOKENS, TOKENS)
 def test_starts_depend_on_the_tokens_before_alone(common, left, right):
     a, b = common + left, common + right
-    (text_a, starts_a), (text_b, starts_b) = decode_with_starts(a, decode_bytes), decode_with_starts(b, decode_bytes)
+    (text_a, starts_a), (text_b, starts_b) = (
+        decode_with_starts(a, decode_bytes),
+        decode_with_starts(b, decode_bytes),
+    )
     assert text_a == decode_bytes(a)
     assert np.all(np.diff(starts_a, prepend=0) >= 0)
     known = min(len(common) + 1, len(a), len(b))
@@ -227,7 +283,9 @@ def test_starts_depend_on_the_tokens_before_alone(common, left, right):
 
 
 def test_a_character_split_over_tokens_starts_where_its_first_byte_does():
-    text, starts = decode_with_starts([0, 3, 4, 5, 0], decode_bytes)  # a, three bytes of the euro sign, a
+    text, starts = decode_with_starts(
+        [0, 3, 4, 5, 0], decode_bytes
+    )  # a, three bytes of the euro sign, a
     assert text == "a\u20aca"
     assert starts.tolist() == [0, 1, 1, 1, 2]
 

@@ -13,7 +13,9 @@ from tests.hostile_answers import ANSWERS, GOLDS, GRAMMAR, HONEST, RIGHT, SUM_RU
 def earn(text, spec=None):
     parsed = parse(text, GRAMMAR)
     hits, _ = matching_increments(parsed.answers, GOLDS)
-    return reward(parsed, hits, repeats(parsed.answers, GOLDS), len(GOLDS), GRAMMAR, spec or RewardSpec())
+    return reward(
+        parsed, hits, repeats(parsed.answers, GOLDS), len(GOLDS), GRAMMAR, spec or RewardSpec()
+    )
 
 
 def test_the_honest_one_is_paid():

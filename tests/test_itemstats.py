@@ -41,7 +41,11 @@ def prompts(num=40, seed=0, truth="exact"):
         p = rng.dirichlet(np.ones(len(NAMES)))
         golds = tuple(Gold(name, (f"{name} disease",), x) for name, x in zip(NAMES, p, strict=True))
         drawn = int(rng.choice(len(NAMES), p=p)) if truth == "exact" else None
-        yield Prompt(Example(f"e{i:02}", "test", "?", golds, truth, truth == "uniform", drawn), "?", (1,) * (5 + i % 3))
+        yield Prompt(
+            Example(f"e{i:02}", "test", "?", golds, truth, truth == "uniform", drawn),
+            "?",
+            (1,) * (5 + i % 3),
+        )
 
 
 def texts(rng, num=4, grammar=GRAMMAR):
@@ -54,7 +58,9 @@ def texts(rng, num=4, grammar=GRAMMAR):
 
 def items(seed=0, num=40, truth="exact", sets=4):
     rng = np.random.default_rng(seed + 1)
-    return [read_item(p, list(texts(rng, sets)), GRAMMAR, "text") for p in prompts(num, truth=truth)]
+    return [
+        read_item(p, list(texts(rng, sets)), GRAMMAR, "text") for p in prompts(num, truth=truth)
+    ]
 
 
 def value(statistic):
@@ -80,31 +86,50 @@ def test_auroc_agrees_with_scikit_learn():
     rng = np.random.default_rng(2)
     q, y = rng.integers(0, 11, (300, 1)) / 10, (rng.random((300, 1)) < 0.4).astype(float)
     assert auroc(y, q) == pytest.approx(roc_auc_score(y, q), abs=1e-12)
-    mass = rng.random((300, 1))  # a mass is that share of a right answer and the rest of a wrong one
+    mass = rng.random(
+        (300, 1)
+    )  # a mass is that share of a right answer and the rest of a wrong one
     both = np.concatenate([np.ones(300), np.zeros(300)])
-    weighted = roc_auc_score(both, np.tile(q[:, 0], 2), sample_weight=np.concatenate([mass, 1 - mass])[:, 0])
+    weighted = roc_auc_score(
+        both, np.tile(q[:, 0], 2), sample_weight=np.concatenate([mass, 1 - mass])[:, 0]
+    )
     assert auroc(mass, q) == pytest.approx(weighted, abs=1e-12)
-    assert math.isnan(auroc(np.ones((4, 1)), q[:4])) and math.isnan(auroc(np.ones((2, 1)), np.full((2, 1), np.nan)))
+    assert math.isnan(auroc(np.ones((4, 1)), q[:4])) and math.isnan(
+        auroc(np.ones((2, 1)), np.full((2, 1), np.nan))
+    )
     assert auroc(np.array([[1.0], [0.0], [0.0]]), np.array([[0.2], [0.9], [np.nan]])) == 0.0
 
 
 def test_rouge_l_agrees_with_rouge_score():
     rng, scorer = np.random.default_rng(3), RougeScorer(["rougeL"], use_stemmer=False)
     for _ in range(50):
-        a, b = (" ".join(rng.choice(["the", "Flu,", "gout", "0.35", "x-ray"], size=rng.integers(0, 12))) for _ in range(2))
-        assert rouge_l(words(a), words(b)) == pytest.approx(scorer.score(a, b)["rougeL"].fmeasure, abs=1e-12)
+        a, b = (
+            " ".join(rng.choice(["the", "Flu,", "gout", "0.35", "x-ray"], size=rng.integers(0, 12)))
+            for _ in range(2)
+        )
+        assert rouge_l(words(a), words(b)) == pytest.approx(
+            scorer.score(a, b)["rougeL"].fmeasure, abs=1e-12
+        )
 
 
 def test_overlap_by_hand():
     assert shared("a b c d".split(), "b c d e".split()) == 3 / 5
     assert shared("a b c d".split(), "b c d e".split(), 3) == 1 / 3
     assert math.isnan(shared(["a"], ["b"], 3))
-    assert words("<think>No!</think><answer1>Gout</answer1><confidence1>0.5</confidence1>") == ["no", "gout", "0", "5"]
+    assert words("<think>No!</think><answer1>Gout</answer1><confidence1>0.5</confidence1>") == [
+        "no",
+        "gout",
+        "0",
+        "5",
+    ]
 
 
 def test_tv_distance_is_that_of_the_outcomes():
     mass, q = np.array([[0.5, 0.2]]), np.array([[0.3, 0.6]])
-    said, true = np.array([0.3, 0.6, 0.1]), np.array([0.5, 0.2, 0.3])  # the third outcome: none of these
+    said, true = (
+        np.array([0.3, 0.6, 0.1]),
+        np.array([0.5, 0.2, 0.3]),
+    )  # the third outcome: none of these
     assert tv_distance(mass, q) == pytest.approx([np.abs(said - true).sum() / 2])
     assert tv_distance(mass, mass) == 0 and np.isnan(tv_distance(mass, np.array([[0.1, np.nan]])))
 
@@ -114,12 +139,20 @@ def test_regret_is_zero_for_the_best_set_alone():
     for p in prompts(20):
         best = sorted(p.example.golds, key=lambda g: -g.probability)[:2]
         exact = np.array([[g.probability for g in best]])
-        item = read_item(p, [(render(GRAMMAR, [g.name for g in best], [0.5, 0.5]), 9)], GRAMMAR, "text")
+        item = read_item(
+            p, [(render(GRAMMAR, [g.name for g in best], [0.5, 0.5]), 9)], GRAMMAR, "text"
+        )
         all_masses = np.array([[g.probability for g in p.example.golds]])
-        assert item.best_value == pytest.approx(set_value(exact, exact).item()) == ceiling_value(all_masses, 2).item()
+        assert (
+            item.best_value
+            == pytest.approx(set_value(exact, exact).item())
+            == ceiling_value(all_masses, 2).item()
+        )
         found.append(item)
     assert value(statistics(found, True)["regret"]) > 0  # right answers, dishonest confidences
-    assert set_value(np.array([[0.5, 0.0]]), np.array([[0.5, np.nan]])) == pytest.approx([0.5 - (0.25 + 1) / 2])
+    assert set_value(np.array([[0.5, 0.0]]), np.array([[0.5, np.nan]])) == pytest.approx(
+        [0.5 - (0.25 + 1) / 2]
+    )
 
 
 @pytest.mark.parametrize("truth", ["exact", "uniform"])
@@ -129,7 +162,11 @@ def test_one_set_an_item_measures_what_training_measures(truth):
         text, _ = next(texts(rng, 1))
         ids = np.array([ord(c) for c in text], np.int64)  # one character a token
         done = Completion(0, ids, ids * 0.0, ids * 0.0, "length")
-        rollouts.append(judge_groups([p], [[done]], GRAMMAR, RewardSpec(), "text", lambda i: "".join(map(chr, i)))[0][0])
+        rollouts.append(
+            judge_groups(
+                [p], [[done]], GRAMMAR, RewardSpec(), "text", lambda i: "".join(map(chr, i))
+            )[0][0]
+        )
         found.append(read_item(p, [(text, len(text))], GRAMMAR, "text"))
     new = {name: value(s) for name, s in statistics(found, True).items()}
     assert set_metrics(rollouts, "text", True)[0] == pytest.approx(new, abs=1e-12)
@@ -142,32 +179,53 @@ def test_a_format_failure_is_wrong_in_every_metric():
     target = p.example.targets()[0].name
     good = render(GRAMMAR, [target, "x"], [0.9, 0.1])
     item = read_item(p, [(good + " trailing", 9), (good, 9)], GRAMMAR, "text")
-    assert item.sets[0].reason == "trailing_text" and item.sets[0].hits == (0, 0) and item.sets[0].mass == (0, 0)
+    assert (
+        item.sets[0].reason == "trailing_text"
+        and item.sets[0].hits == (0, 0)
+        and item.sets[0].mass == (0, 0)
+    )
     found = {n: value(s) for n, s in statistics([item], True).items()}
-    assert found["format_rate"] == 0.5 and found["recall@2"] == 0.5 and found["pass@2"] == 0.5 and found["pass@4"] == 1
+    assert (
+        found["format_rate"] == 0.5
+        and found["recall@2"] == 0.5
+        and found["pass@2"] == 0.5
+        and found["pass@4"] == 1
+    )
     q, mass = np.array([0.9, 0.1]), np.array(item.sets[1].mass)
     honest = (mass * (q - 1) ** 2 + (1 - mass) * q**2).sum()
-    assert found["brier"] == pytest.approx((2 + honest) / 4)  # the two unreadable slots are charged 1
+    assert found["brier"] == pytest.approx(
+        (2 + honest) / 4
+    )  # the two unreadable slots are charged 1
 
 
 def test_coverage_and_unique_answers_of_several_sets():
-    p = Prompt(Example("e", "t", "?", (Gold("flu", ("grippe",)), Gold("gout")), "uniform", True), "?", (1,))
+    p = Prompt(
+        Example("e", "t", "?", (Gold("flu", ("grippe",)), Gold("gout")), "uniform", True), "?", (1,)
+    )
     sets = [("flu", "x"), ("Grippe!", "gout"), ("x", "the X")]
     item = read_item(p, [(render(GRAMMAR, s, (0.5, 0.5)), 3) for s in sets], GRAMMAR, "text")
     each = curves([item])
-    assert each["coverage"][0] == pytest.approx([(1 + 2 + 0) / 3, (2 + 1 + 2) / 3, 2])  # aliases are one gold
+    assert each["coverage"][0] == pytest.approx(
+        [(1 + 2 + 0) / 3, (2 + 1 + 2) / 3, 2]
+    )  # aliases are one gold
     assert each["unique"][0] == pytest.approx([(2 + 2 + 1) / 3, (3 + 2 + 3) / 3, 3])
     assert each["pass"][0] == pytest.approx([2 / 3, 1, 1])
     assert [s.repeated for s in item.sets] == [(False, False), (False, False), (False, True)]
     found = {n: value(s) for n, s in statistics([item], True).items()}
-    assert found["recall@2"] == pytest.approx(0.5) and found["precision"] == pytest.approx(3 / 6) and found["unique@6"] == 3
+    assert (
+        found["recall@2"] == pytest.approx(0.5)
+        and found["precision"] == pytest.approx(3 / 6)
+        and found["unique@6"] == 3
+    )
 
 
 def test_set_ece_and_top1_conf():
     p = Prompt(Example("e", "t", "?", (Gold("flu"),), "single"), "?", (1,))
     item = read_item(p, [(render(GRAMMAR, ("x", "flu"), (0.15, 0.8)), 3)], GRAMMAR, "text")
     found = {n: value(s) for n, s in statistics([item], True).items()}
-    assert found["top1"] == 0 and found["top1_conf"] == 1 and found["ece_top1"] == pytest.approx(0.15)
+    assert (
+        found["top1"] == 0 and found["top1_conf"] == 1 and found["ece_top1"] == pytest.approx(0.15)
+    )
     assert found["set_ece"] == pytest.approx(0.05)  # says .95 that one of them is right
     assert not {"brier", "ece", "auroc", "value"} & set(statistics([item], False))
 
@@ -175,11 +233,15 @@ def test_set_ece_and_top1_conf():
 def test_a_resample_is_the_metric_of_the_resampled_items():
     found = items()
     counts = resamples(len(found))[:5]
-    again = [[item for item, n in zip(found, row, strict=True) for _ in range(int(n))] for row in counts]
+    again = [
+        [item for item, n in zip(found, row, strict=True) for _ in range(int(n))] for row in counts
+    ]
     original = statistics(found, True)
     for row, repeated in zip(counts, again, strict=True):
         for name, statistic in statistics(repeated, True).items():
-            assert original[name].value(row @ original[name].columns).item() == pytest.approx(value(statistic), nan_ok=True), name
+            assert original[name].value(row @ original[name].columns).item() == pytest.approx(
+                value(statistic), nan_ok=True
+            ), name
     assert {"auroc", "ece", "set_ece", "overlap_rouge_l", "unique@8", "coverage@8"} <= set(original)
 
 
@@ -188,11 +250,16 @@ def test_intervals_cover_and_pairing_narrows_them():
     x, noise = rng.normal(size=500), rng.normal(size=500) * 0.1
     weights, a, b = resamples(500), mean_of(x), mean_of(x + 0.05 + noise)
     middle, low, high = estimate(a, weights)
-    assert middle == pytest.approx(x.mean()) and (high - low) / 2 == pytest.approx(1.96 / math.sqrt(500), rel=0.1)
+    assert middle == pytest.approx(x.mean()) and (high - low) / 2 == pytest.approx(
+        1.96 / math.sqrt(500), rel=0.1
+    )
     gap, low, high = difference(b, a, weights)
     assert 0 < low < gap < high < 0.1 and gap == pytest.approx(0.05 + noise.mean())
     np.testing.assert_array_equal(weights, resamples(500))
-    assert weights.sum(1) == pytest.approx(500) and estimate(mean_of(np.full(3, np.nan)), resamples(3)) == [None] * 3
+    assert (
+        weights.sum(1) == pytest.approx(500)
+        and estimate(mean_of(np.full(3, np.nan)), resamples(3)) == [None] * 3
+    )
 
 
 def test_rows_come_back():
@@ -205,15 +272,28 @@ def test_rows_come_back():
 def test_what_is_said_of_an_arm_by_hand():
     found = items(num=60)
     said = measured(Arm("policy", "", GRAMMAR, 4), found)
-    slots = [pair for i in found for s in i.sets if s.reason is None for pair in zip(s.confidences, s.mass, strict=True)]
+    slots = [
+        pair
+        for i in found
+        for s in i.sets
+        if s.reason is None
+        for pair in zip(s.confidences, s.mass, strict=True)
+    ]
     q, mass = np.array(slots).T
     at = np.minimum((q * 10).astype(int), 9)
     for b, told in zip(np.unique(at), said["reliability"], strict=True):
         assert told["count"] == (at == b).sum() and told["said"] == pytest.approx(q[at == b].mean())
-        assert told["right"][0] == pytest.approx(mass[at == b].mean()) and told["right"][1] <= told["right"][0] <= told["right"][2]
+        assert (
+            told["right"][0] == pytest.approx(mass[at == b].mean())
+            and told["right"][1] <= told["right"][0] <= told["right"][2]
+        )
     unique = [len({key for s in i.sets for key in s.keys if key is not None}) for i in found]
     assert said["unique_histogram"] == {n: unique.count(n) for n in unique}
-    assert sum(said["format_failures"].values()) == sum(s.reason is not None for i in found for s in i.sets) > 0
+    assert (
+        sum(said["format_failures"].values())
+        == sum(s.reason is not None for i in found for s in i.sets)
+        > 0
+    )
 
 
 def test_bars_agree_with_the_exact_floor():
@@ -221,6 +301,8 @@ def test_bars_agree_with_the_exact_floor():
     p = np.array([[g.probability for g in e.golds] for e in examples])
     found = bars(examples, 7)
     exact = [floor_coverage(p, k).mean() for k in range(1, 6)]
-    assert found["floor"][:5] == pytest.approx(exact, abs=0.003) and found["floor"][4:] == pytest.approx([1] * 3)
+    assert found["floor"][:5] == pytest.approx(exact, abs=0.003) and found["floor"][
+        4:
+    ] == pytest.approx([1] * 3)
     assert found["ceiling"][1] == pytest.approx(np.sort(p)[:, -2:].sum(1).mean())
     assert bars([next(iter(prompts(1, truth="uniform"))).example], 3) is None

@@ -37,7 +37,9 @@ def test_a_thinking_budget_becomes_tokens_that_close_the_thoughts(tokenizer):
 
 def test_a_thinking_budget_keeps_room_for_the_answers(tokenizer):
     params(tokenizer, "sampler.think_budget=50")
-    with pytest.raises(UserError, match=r"think_budget=90 leaves 6 tokens and 3 answers need about \d\d"):
+    with pytest.raises(
+        UserError, match=r"think_budget=90 leaves 6 tokens and 3 answers need about \d\d"
+    ):
         params(tokenizer, "sampler.think_budget=90")
     with pytest.raises(UserError, match="model.thinking=true"):
         params(tokenizer, "sampler.think_budget=20", thinking=False)

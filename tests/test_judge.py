@@ -17,7 +17,9 @@ from mar.rollout import judge_groups, judged_only
 from mar.tasks import find_verifier, judge
 
 GRAMMAR = Grammar("rlvr_multi", 2, thinking=False)
-FLU = Example("q", "test", "What is it?", (Gold("influenza", ("flu",)), Gold("common cold")), "uniform", True)
+FLU = Example(
+    "q", "test", "What is it?", (Gold("influenza", ("flu",)), Gold("common cold")), "uniform", True
+)
 
 
 @contextmanager
@@ -27,7 +29,9 @@ def server(reply):
 
     class Stub(BaseHTTPRequestHandler):
         def do_POST(self):
-            text = json.loads(self.rfile.read(int(self.headers["Content-Length"])))["messages"][1]["content"]
+            text = json.loads(self.rfile.read(int(self.headers["Content-Length"])))["messages"][1][
+                "content"
+            ]
             asked.append(text)
             said = "1" if "capital of France" in text else reply(text)
             self.send_response(200 if isinstance(said, str) else said)
@@ -64,9 +68,14 @@ def rollout(verifier, *answers):
     text = render(GRAMMAR, list(answers), [None] * 2)
     ids = np.array([0, 1])
     done = Completion(0, ids, np.zeros(2, np.float32), np.zeros(2, np.float32), "stop")
-    return judge_groups([Prompt(FLU, "?", (1,))], [[done]], GRAMMAR, RewardSpec(brier="none"), verifier, lambda ids: text if ids else "")[
-        0
-    ][0]
+    return judge_groups(
+        [Prompt(FLU, "?", (1,))],
+        [[done]],
+        GRAMMAR,
+        RewardSpec(brier="none"),
+        verifier,
+        lambda ids: text if ids else "",
+    )[0][0]
 
 
 def test_a_meant_gold_is_a_hit_and_words_are_not_asked_about(tmp_path):
@@ -74,7 +83,11 @@ def test_a_meant_gold_is_a_hit_and_words_are_not_asked_about(tmp_path):
         verifier = make(url, tmp_path)
         got = rollout(verifier, "La Grippe".removeprefix("La "), "the flu")
         assert (got.hits, got.repeated, got.unjudged) == ((1.0, 0.0), (False, True), 0)
-        assert len(asked) == 2 and "1. influenza\n2. common cold" in asked[1] and "What is it?" in asked[1]
+        assert (
+            len(asked) == 2
+            and "1. influenza\n2. common cold" in asked[1]
+            and "What is it?" in asked[1]
+        )
         assert rollout(verifier, "flu", "x" * 201).hits == (1.0, 0.0) and len(asked) == 2
 
 
@@ -119,7 +132,12 @@ def test_a_server_that_died_does_not_hold_up_the_run(tmp_path, monkeypatch):
 
 def test_texts_from_elsewhere_are_judged_too(tmp_path):
     with server(about("grippe")) as (url, _):
-        item = read_item(Prompt(FLU, "?", (1,)), [(render(GRAMMAR, ["grippe", "cold"], [None] * 2), 9)], GRAMMAR, make(url, tmp_path))
+        item = read_item(
+            Prompt(FLU, "?", (1,)),
+            [(render(GRAMMAR, ["grippe", "cold"], [None] * 2), 9)],
+            GRAMMAR,
+            make(url, tmp_path),
+        )
         assert item.sets[0].hits == (1.0, 0.0) and item.sets[0].keys == ("influenza", "cold")
 
 

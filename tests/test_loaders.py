@@ -23,7 +23,10 @@ DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 SPLITS = ("train", "validation", "test")
 EVIDENCES = {
     "E_1": {"question_en": "Do you have a fever?", "value_meaning": {}},
-    "E_2": {"question_en": "Where is the pain?", "value_meaning": {"V_3": {"en": "chest"}, "V_4": {"en": "N"}}},
+    "E_2": {
+        "question_en": "Where is the pain?",
+        "value_meaning": {"V_3": {"en": "chest"}, "V_4": {"en": "N"}},
+    },
 }
 PATIENT = {"age": 34, "sex": "F", "pathology": "Flu", "initial_evidence": "E_1", "evidences": ["E_1", "E_2_@_V_3", "E_2_@_V_4"],
            "differential": [["Flu", 0.6], ["Cold", 0.3], ["Gout", 0.05]]}  # fmt: skip
@@ -36,15 +39,27 @@ SURVEY = {"id": "s", "question": "name a fruit", "answers": {"apple": 60, "pear"
 CLUSTERS = {
     "metadata": {"id": "c"},
     "question": {"normalized": "name a fruit"},
-    "answers": {"clusters": {"c.0": {"count": 3, "answers": ["pear", "pears"]}, "c.1": {"count": 7, "answers": ["apple"]}}},
+    "answers": {
+        "clusters": {
+            "c.0": {"count": 3, "answers": ["pear", "pears"]},
+            "c.1": {"count": 7, "answers": ["apple"]},
+        }
+    },
 }
-PROGRAM = {"task_id": 1, "text": "Square a number.", "test_list": ["assert f(2) == 4", "assert f(3) == 9"], "test_setup_code": ""}
+PROGRAM = {
+    "task_id": 1,
+    "text": "Square a number.",
+    "test_list": ["assert f(2) == 4", "assert f(3) == 9"],
+    "test_setup_code": "",
+}
 
 
 def examples(task, folder, rows, name="rows.jsonl", **options):
     """Those of all splits, and what is said of the rows that were dropped."""
     path = folder / name
-    path.write_text(json.dumps(rows) if name.endswith(".json") else "\n".join(map(json.dumps, rows)))
+    path.write_text(
+        json.dumps(rows) if name.endswith(".json") else "\n".join(map(json.dumps, rows))
+    )
     found, said = [], ""
     for split in SPLITS:
         try:
@@ -76,12 +91,17 @@ def statistics(folder):
     table = {"conditions": ["a", "b"], "symptoms": names, "condition_counts": {"a": 3, "b": 1},
              "probabilities": {"a": dict.fromkeys(names[:15], 0.8), "b": dict.fromkeys(names[15:], 0.6)}}  # fmt: skip
     (folder / ddxplus.STATISTICS).write_text(json.dumps(table))
-    (folder / ddxplus.EVIDENCES[0]).write_text(json.dumps({n: {"question_en": f"Sign {n}?"} for n in names}))
+    (folder / ddxplus.EVIDENCES[0]).write_text(
+        json.dumps({n: {"question_en": f"Sign {n}?"} for n in names})
+    )
 
 
 def test_drawn_patients_have_the_posterior_that_bayes_gives_and_one_split_each(tmp_path):
     statistics(tmp_path)
-    parts = {s: get_task("ddxplus_bayes").load(Source("path", s, 60, 5, str(tmp_path))).examples for s in SPLITS}
+    parts = {
+        s: get_task("ddxplus_bayes").load(Source("path", s, 60, 5, str(tmp_path))).examples
+        for s in SPLITS
+    }
     for split, found in parts.items():
         assert len(found) == 60 and all(split_of(e.question) == split for e in found)
     prior = {"a": 0.75, "b": 0.25}
@@ -92,7 +112,9 @@ def test_drawn_patients_have_the_posterior_that_bayes_gives_and_one_split_each(t
                 p = (0.8 if name == "a" else 0.6) if low <= n < low + 15 else 0.0
                 prior[name] *= p if yes else 1 - p
         total = sum(prior.values())
-        assert [g.probability for g in e.golds] == pytest.approx([prior[g.name] / total for g in e.golds])
+        assert [g.probability for g in e.golds] == pytest.approx(
+            [prior[g.name] / total for g in e.golds]
+        )
         prior = {"a": 0.75, "b": 0.25}
     again = get_task("ddxplus_bayes").load(Source("path", "test", 60, 5, str(tmp_path))).examples
     assert again == parts["test"]
@@ -106,13 +128,23 @@ def test_two_of_ten_paragraphs_are_gone(tmp_path):
     for e in found:
         left = [line.split(":")[0] for line in e.question.splitlines() if line.startswith("t")]
         assert len(left) == 8 and e.stratum == f"removed{2 - len({'t2', 't5'} & set(left))}"
-    assert examples("hotpotqa", tmp_path, rows)[0] == found != examples("hotpotqa", tmp_path, rows, data_seed=1)[0]
-    assert "1 not 10 paragraphs with 2 that matter" in examples("hotpotqa", tmp_path, [HOTPOT | {"context": HOTPOT["context"][:9]}])[1]
+    assert (
+        examples("hotpotqa", tmp_path, rows)[0]
+        == found
+        != examples("hotpotqa", tmp_path, rows, data_seed=1)[0]
+    )
+    assert (
+        "1 not 10 paragraphs with 2 that matter"
+        in examples("hotpotqa", tmp_path, [HOTPOT | {"context": HOTPOT["context"][:9]}])[1]
+    )
 
 
 def test_readings_that_share_a_spelling_are_one_gold(tmp_path):
     ((e,), _) = examples("ambigqa", tmp_path, [QUESTION], "rows.json")
-    assert [(g.name, *g.aliases) for g in e.golds] == [("1960",), ("1950", "in 1950", "1950.")] and e.multi_label
+    assert [(g.name, *g.aliases) for g in e.golds] == [
+        ("1960",),
+        ("1950", "in 1950", "1950."),
+    ] and e.multi_label
     assert merge([["a", "b"], ["c"], ["B", "c"]]) == [["a", "b", "c", "B"]]
     with pytest.raises(UserError, match=r"rows.json\[0\]: 'annotations'"):
         examples("ambigqa", tmp_path, [QUESTION | {"annotations": []}], "rows.json")
@@ -121,25 +153,48 @@ def test_readings_that_share_a_spelling_are_one_gold(tmp_path):
 def test_people_are_probabilities(tmp_path):
     for row, first in ((SURVEY, ("apple",)), (CLUSTERS, ("apple",))):
         ((e,), _) = examples("protoqa", tmp_path, [row])
-        assert (e.golds[0].name, *e.golds[0].aliases) == first and e.truth == "survey" and e.drawn is not None
-        assert [g.probability for g in e.golds] == pytest.approx([0.6, 0.4] if row is SURVEY else [0.7, 0.3])
+        assert (
+            (e.golds[0].name, *e.golds[0].aliases) == first
+            and e.truth == "survey"
+            and e.drawn is not None
+        )
+        assert [g.probability for g in e.golds] == pytest.approx(
+            [0.6, 0.4] if row is SURVEY else [0.7, 0.3]
+        )
 
 
 def test_a_program_sees_its_first_test_only(tmp_path):
     ((e,), _) = examples("mbpp", tmp_path, [PROGRAM])
-    assert "f(2) == 4" in e.question and "f(3)" not in e.question and e.tests == tuple(PROGRAM["test_list"])
-    assert "1 tests that no plain value" in examples("mbpp", tmp_path, [PROGRAM | {"test_list": ["assert f(1) == f(2)"]}])[1]
+    assert (
+        "f(2) == 4" in e.question
+        and "f(3)" not in e.question
+        and e.tests == tuple(PROGRAM["test_list"])
+    )
+    assert (
+        "1 tests that no plain value"
+        in examples("mbpp", tmp_path, [PROGRAM | {"test_list": ["assert f(1) == f(2)"]}])[1]
+    )
 
 
 def test_the_first_sentences_of_a_patient(tmp_path):
     row = {"question": "Which drug was given?", "context": ["A man has pain.", "He has a fever."], "answer": "X", "answer_idx": "A",
            "options": {"A": "X", "B": "Y", "C": "Z", "D": "W"}}  # fmt: skip
-    ((whole,), _), ((part,), _) = (examples("medqa", tmp_path, [row], max_sentences=n) for n in (None, 1))
-    assert "He has a fever." in whole.question and "He has a fever." not in part.question and part.id == whole.id
+    ((whole,), _), ((part,), _) = (
+        examples("medqa", tmp_path, [row], max_sentences=n) for n in (None, 1)
+    )
+    assert (
+        "He has a fever." in whole.question
+        and "He has a fever." not in part.question
+        and part.id == whole.id
+    )
 
 
 def test_probabilities_are_the_expectation_over_labels():
-    rng, grammar, spec = np.random.default_rng(0), Grammar("rlcr_multi", 3, thinking=False, other=True), RewardSpec()
+    rng, grammar, spec = (
+        np.random.default_rng(0),
+        Grammar("rlcr_multi", 3, thinking=False, other=True),
+        RewardSpec(),
+    )
     for _ in range(50):
         p = rng.dirichlet(np.ones(4))
         golds = tuple(Gold(name, (), x) for name, x in zip("abcd", p, strict=True))
@@ -147,7 +202,10 @@ def test_probabilities_are_the_expectation_over_labels():
         parsed = parse(render(grammar, answers, said, other=0.1), grammar, False)
         exact = reward(parsed, probabilities(answers, golds), (False,) * 3, 1, grammar, spec)
         total = sum(
-            x * reward(parsed, matching_increments(answers, (gold,))[0], (False,) * 3, 1, grammar, spec).total
+            x
+            * reward(
+                parsed, matching_increments(answers, (gold,))[0], (False,) * 3, 1, grammar, spec
+            ).total
             for x, gold in zip(p, golds, strict=True)
         )
         assert exact.total == pytest.approx(total, abs=1e-12)
@@ -155,7 +213,9 @@ def test_probabilities_are_the_expectation_over_labels():
 
 def test_a_target_is_for_tasks_that_have_it():
     label = Example("e", "t", "?", (Gold("a", (), 0.5), Gold("b", (), 0.5)), "exact", drawn=1)
-    assert aim([label], "probabilities") == [replace(label, drawn=None)] and aim([label], "drawn") == [label]
+    assert aim([label], "probabilities") == [replace(label, drawn=None)] and aim(
+        [label], "drawn"
+    ) == [label]
     with pytest.raises(UserError, match="data.target=probabilities"):
         aim([replace(label, truth="single")], "probabilities")
     assert all(("set" in t.targets) <= ("probabilities" not in t.targets) for t in TASKS.values())
@@ -175,5 +235,7 @@ REAL = {  # rows kept of the real files, over all splits
 def test_real_rows(file):
     task = file.partition("/")[0]
     config = compose([f"+experiment={task}", "data.source=path", f"data.path={DATA / file}"])
-    kept = [e for split in SPLITS for e in load_data(config, split, None, 0, Display("plain", 0, 0))]
+    kept = [
+        e for split in SPLITS for e in load_data(config, split, None, 0, Display("plain", 0, 0))
+    ]
     assert len({e.id for e in kept}) == len(kept) == REAL[file] and all(e.golds for e in kept)

@@ -8,7 +8,16 @@ import numpy as np
 import pytest
 import torch
 
-from mar.log import Display, append_jsonl, completion_row, plain, read_jsonl, runs_of, truncate_jsonl, write_json
+from mar.log import (
+    Display,
+    append_jsonl,
+    completion_row,
+    plain,
+    read_jsonl,
+    runs_of,
+    truncate_jsonl,
+    write_json,
+)
 from mar.records import Completion, Example, Gold, Prompt, Rollout
 
 ODD = "a\u2028b\u0085c\x0bd\ne\r\x1cf\ufffd é"  # all that str.splitlines splits at
@@ -32,7 +41,11 @@ def test_append_and_truncate(tmp_path):
     path = tmp_path / "rows.jsonl"
     truncate_jsonl(path, 3)  # nothing there yet
     assert not path.exists()
-    rows = [{"step": step, "stage": stage, "text": f"{ODD} {step}"} for step in range(6) for stage in ("train", "eval")]
+    rows = [
+        {"step": step, "stage": stage, "text": f"{ODD} {step}"}
+        for step in range(6)
+        for stage in ("train", "eval")
+    ]
     append_jsonl(path, rows[:4])
     append_jsonl(path, rows[4:])
     assert read(path) == rows
@@ -48,7 +61,9 @@ def test_half_a_line_is_forgotten(cut, tmp_path):
     path = tmp_path / "rows.jsonl"
     append_jsonl(path, [{"step": 1}, {"s": "é" * 20}])
     content = path.read_bytes()
-    path.write_bytes(content[: content.index(b"\n") + 1 + cut])  # killed while writing, inside a character or not
+    path.write_bytes(
+        content[: content.index(b"\n") + 1 + cut]
+    )  # killed while writing, inside a character or not
     truncate_jsonl(path, 5)
     append_jsonl(path, [{"step": 2}])
     assert read(path) == [{"step": 1}, {"step": 2}]
@@ -79,7 +94,18 @@ def test_documents_are_replaced_whole(tmp_path, monkeypatch):
 
 
 def test_a_completion_row_is_json_and_complete():
-    asked = Prompt(Example("e", "clinic", "What is it?", (Gold("flu", (), 0.7), Gold("cold", (), 0.3)), "exact", drawn=1), "?", (1, 2))
+    asked = Prompt(
+        Example(
+            "e",
+            "clinic",
+            "What is it?",
+            (Gold("flu", (), 0.7), Gold("cold", (), 0.3)),
+            "exact",
+            drawn=1,
+        ),
+        "?",
+        (1, 2),
+    )
     done = Completion(3, np.arange(4), np.zeros(4, np.float32), np.zeros(4, np.float32), "length")
     rollout = Rollout(asked, done, ODD, ("flu", None), (0.25, None), (0.0, 0.0), (False, False), "unfinished", np.array([0.0, -0.5]),
                       np.zeros(4, np.int64), -0.5, {"format": 0.0, "brier": np.float64(-0.5)})  # fmt: skip
@@ -90,7 +116,9 @@ def test_a_completion_row_is_json_and_complete():
                    "parts": {"format": 0.0, "brier": -0.5}, "components": [0, -0.5], "finish_reason": "length", "num_tokens": 4,
                        "inserted": [0, 0]}  # fmt: skip
 
-    shaded = completion_row(rollout, "train", 7, [0.5, 0.5, -0.25, -0.25, 0.0])  # padded to the longest of the batch
+    shaded = completion_row(
+        rollout, "train", 7, [0.5, 0.5, -0.25, -0.25, 0.0]
+    )  # padded to the longest of the batch
     assert shaded["advantages"] == []  # no token has a place in the text
 
 
@@ -113,7 +141,9 @@ def test_display_survives_missing_metrics(mode, capsys):
     display.table("end", {"floor": {"brier": None, "top1": 0.5}, "before": None}, ("top1", "brier"))
     out = capsys.readouterr().out
     if mode == "plain":
-        assert "step 3/5  reward 0.250  tok/s 12,346" in out and "ece" not in out and "[/" not in out
+        assert (
+            "step 3/5  reward 0.250  tok/s 12,346" in out and "ece" not in out and "[/" not in out
+        )
     assert "0.500" in out
 
 
@@ -128,7 +158,11 @@ def test_time_left_never_says_sixty_seconds(monkeypatch, capsys):
 def test_what_is_written_is_synced_before_it_has_its_name(tmp_path, monkeypatch):
     calls = []
     sync, replace = os.fsync, Path.replace
-    monkeypatch.setattr(os, "fsync", lambda handle: (calls.append(("fsync", os.fstat(handle).st_size > 0)), sync(handle)))
+    monkeypatch.setattr(
+        os,
+        "fsync",
+        lambda handle: (calls.append(("fsync", os.fstat(handle).st_size > 0)), sync(handle)),
+    )
     monkeypatch.setattr(Path, "replace", lambda *names: (calls.append("replace"), replace(*names)))
     append_jsonl(tmp_path / "rows.jsonl", [{"step": 1}])
     truncate_jsonl(tmp_path / "rows.jsonl", 1)

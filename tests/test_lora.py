@@ -26,8 +26,20 @@ model.lora_rank=3 model.lora_layers='qkv|down' model.lr=1e-2 model.trainable= ch
 
 
 def shape(architecture: str) -> ModelConfig:
-    hf = {"architectures": [architecture], "vocab_size": 31, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2}
-    hf |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 6, "tie_word_embeddings": True, "sliding_window": None}
+    hf = {
+        "architectures": [architecture],
+        "vocab_size": 31,
+        "hidden_size": 24,
+        "intermediate_size": 40,
+        "num_hidden_layers": 2,
+    }
+    hf |= {
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 6,
+        "tie_word_embeddings": True,
+        "sliding_window": None,
+    }
     return ModelConfig.from_hf(hf)
 
 
@@ -48,16 +60,23 @@ def columns(model: Decoder) -> tuple[torch.Tensor, ...]:
 def test_adapters_change_nothing_before_they_are_trained():
     plain, model = load_model(EMBEDDED), load_model(EMBEDDED)
     adapt(model, 4, 2.0, "")
-    assert sum("lora_a" in name for name, _ in model.named_parameters()) == 4 * plain.config.num_layers
+    assert (
+        sum("lora_a" in name for name, _ in model.named_parameters()) == 4 * plain.config.num_layers
+    )
     for ours, theirs in zip(columns(model), columns(plain), strict=True):
         assert torch.equal(ours, theirs)
 
 
-@pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"])
+@pytest.mark.parametrize(
+    "architecture", ["LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"]
+)
 @pytest.mark.parametrize("where", ["", r"blocks\.1\.(o|gate_up)"])
 def test_the_merged_model_computes_the_same(architecture, where):
     model = with_random_adapters(shape(architecture), where)
-    whole, names = merge(model), [name for name, _ in Decoder(shape(architecture)).named_parameters()]
+    whole, names = (
+        merge(model),
+        [name for name, _ in Decoder(shape(architecture)).named_parameters()],
+    )
     assert [name for name, _ in whole.named_parameters()] == names
     for ours, theirs in zip(columns(model), columns(whole), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
@@ -67,10 +86,22 @@ def test_peft_files_add_up_to_the_merged_weights(tmp_path):
     """peft adds lora_alpha / r * B @ A to the weight of each module that it names."""
     model = with_random_adapters(shape("Qwen3ForCausalLM"), r"blocks\.1\.(qkv|gate_up|down)")
     save_adapters(model, tmp_path, "owner/base")
-    told, tensors = json.loads((tmp_path / "adapter_config.json").read_text()), load_file(tmp_path / "adapter_model.safetensors")
-    projections = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+    told, tensors = (
+        json.loads((tmp_path / "adapter_config.json").read_text()),
+        load_file(tmp_path / "adapter_model.safetensors"),
+    )
+    projections = (
+        "self_attn.q_proj",
+        "self_attn.k_proj",
+        "self_attn.v_proj",
+        "mlp.gate_proj",
+        "mlp.up_proj",
+        "mlp.down_proj",
+    )
     assert set(told["target_modules"]) == {f"model.layers.1.{name}" for name in projections}
-    plain = split_state(model.config, {n: p for n, p in model.state_dict().items() if n in layout(model.config)})
+    plain = split_state(
+        model.config, {n: p for n, p in model.state_dict().items() if n in layout(model.config)}
+    )
     merged = split_state(model.config, merge(model).state_dict())
     for name in plain:
         module = name.removesuffix(".weight")
@@ -81,7 +112,9 @@ def test_peft_files_add_up_to_the_merged_weights(tmp_path):
             assert a.shape[0] == told["r"] and delta.abs().max() > 0.01
         torch.testing.assert_close(plain[name] + delta, merged[name], rtol=0, atol=1e-12)
     assert not tensors
-    peft = pytest.importorskip("peft")  # not among the dependencies: where it happens to be installed
+    peft = pytest.importorskip(
+        "peft"
+    )  # not among the dependencies: where it happens to be installed
     assert peft.PeftConfig.from_pretrained(tmp_path).r == 3
 
 
@@ -99,10 +132,15 @@ def policy_of(trained: Path) -> Decoder:
 
 
 def test_only_the_adapters_train_and_the_run_resumes(trained, tmp_path):
-    policy, base = dict(policy_of(trained).named_parameters()), dict(load_model(EMBEDDED).named_parameters())
+    policy, base = (
+        dict(policy_of(trained).named_parameters()),
+        dict(load_model(EMBEDDED).named_parameters()),
+    )
     assert all(torch.equal(policy[name], base[name]) for name in base)
     added = [name for name in policy if name not in base]
-    assert {name.split(".", 2)[2] for name in added} == {f"{x}.lora_{y}" for x in ("qkv", "down") for y in "ab"}
+    assert {name.split(".", 2)[2] for name in added} == {
+        f"{x}.lora_{y}" for x in ("qkv", "down") for y in "ab"
+    }
     assert all(policy[name].abs().max() > 0 for name in added)  # b began at zero
     for stop in ("train.stop_at=1", "train.stop_at=null"):
         assert run(compose([*WORDS, f"out={tmp_path}", stop])) == 0
@@ -117,19 +155,30 @@ def test_what_is_measured_and_exported_is_the_adapted_policy(trained, tmp_path):
     folder = export(trained, tmp_path / "hf", "float32")
     for ours in (measured, load_model(folder)):
         for got, expected in zip(columns(ours), columns(policy_of(trained)), strict=True):
-            torch.testing.assert_close(got, expected, rtol=2e-6, atol=1e-5)  # float32: merged or apart round differently
+            torch.testing.assert_close(
+                got, expected, rtol=2e-6, atol=1e-5
+            )  # float32: merged or apart round differently
     assert not torch.equal(columns(measured)[0], columns(load_model(EMBEDDED))[0])
-    files = {file.name for file in export(trained, tmp_path / "adapters", "float32", adapters=True).iterdir()}
+    files = {
+        file.name
+        for file in export(trained, tmp_path / "adapters", "float32", adapters=True).iterdir()
+    }
     assert files == {"adapter_config.json", "adapter_model.safetensors"}
 
 
 def test_mistakes_are_one_sentence(trained, tmp_path):
-    with pytest.raises(UserError, match=r"model.lora_layers='head' is found in no linear layer's name; they are blocks.0.qkv"):
+    with pytest.raises(
+        UserError,
+        match=r"model.lora_layers='head' is found in no linear layer's name; they are blocks.0.qkv",
+    ):
         run(compose([*WORDS, f"out={tmp_path}", "model.lora_layers=head"]))
     with pytest.raises(UserError, match="is no regular expression"):
         compose([*WORDS, "model.lora_layers='('"])
     one = "train.steps=1 eval.num_items=1 algo.prompts_per_step=1 algo.group_size=2 logger.console=plain".split()
-    for words, reason in ((["model.lora_rank=0"], "has no adapters"), (["model.trainable='lora|^norm'"], "trained norm.weight too")):
+    for words, reason in (
+        (["model.lora_rank=0"], "has no adapters"),
+        (["model.trainable='lora|^norm'"], "trained norm.weight too"),
+    ):
         out = tmp_path / reason.split()[0]
         assert run(compose([*WORDS, *one, f"out={out}", *words])) == 0
         with pytest.raises(UserError, match=f"{reason}: export without --adapters"):

@@ -7,7 +7,15 @@ import pytest
 import torch
 
 from experiments.credit.run import ESTIMATORS, GATED, UNGATED, Toy, facts, report
-from mar.losses import KL_ESTIMATORS, LOSSES, diagnostics, importance_weights, sequence_mean_log_ratio, token_weights, value_loss
+from mar.losses import (
+    KL_ESTIMATORS,
+    LOSSES,
+    diagnostics,
+    importance_weights,
+    sequence_mean_log_ratio,
+    token_weights,
+    value_loss,
+)
 
 F64 = torch.float64
 E = np.e
@@ -20,7 +28,12 @@ def column(*values):
 def by_hand(name, low=0.2, high=0.3):
     """Loss and gradient of four tokens, two completions: ratios e^.5, e^-.5 | e^.1, e^.1; advantages 2, -1 | 1, 1; weights 1, .5 | 1, 0."""
     logprobs = column(-0.5, -1.5, -0.9, -1.9).requires_grad_()
-    arguments = (column(2, -1, 1, 1), column(1, 0.5, 1, 0), column(-1, -1, -1, -2), torch.tensor([0, 0, 1, 1]))
+    arguments = (
+        column(2, -1, 1, 1),
+        column(1, 0.5, 1, 0),
+        column(-1, -1, -1, -2),
+        torch.tensor([0, 0, 1, 1]),
+    )
     loss = LOSSES[name](logprobs, *arguments, low, high)
     loss.backward()
     return loss.item(), logprobs.grad.tolist()
@@ -28,27 +41,46 @@ def by_hand(name, low=0.2, high=0.3):
 
 def test_losses_by_hand():
     loss, gradient = by_hand("reinforce")
-    assert loss == pytest.approx(2 * 0.5 - 0.5 * 1.5 + 0.9) and gradient == pytest.approx([-2, 0.5, -1, 0])
-    loss, gradient = by_hand("ppo")  # the first is cut at 1.3; the second, at .61 and A < 0, at .8: neither has a gradient
-    assert loss == pytest.approx(-2 * 1.3 + 0.5 * 0.8 - E**0.1) and gradient == pytest.approx([0, 0, -(E**0.1), 0])
+    assert loss == pytest.approx(2 * 0.5 - 0.5 * 1.5 + 0.9) and gradient == pytest.approx(
+        [-2, 0.5, -1, 0]
+    )
+    loss, gradient = by_hand(
+        "ppo"
+    )  # the first is cut at 1.3; the second, at .61 and A < 0, at .8: neither has a gradient
+    assert loss == pytest.approx(-2 * 1.3 + 0.5 * 0.8 - E**0.1) and gradient == pytest.approx(
+        [0, 0, -(E**0.1), 0]
+    )
     loss, gradient = by_hand("cispo")
     assert loss == pytest.approx(2 * 1.3 * 0.5 - 0.5 * 0.8 * 1.5 + 0.9 * E**0.1)
     assert gradient == pytest.approx([-2.6, 0.4, -(E**0.1), 0])
     loss, gradient = by_hand("gspo")  # mean log ratios 0 and, without the token of weight 0, .1
-    assert loss == pytest.approx(-2 + 0.5 - E**0.1) and gradient == pytest.approx([-2, 0.5, -(E**0.1), 0])
+    assert loss == pytest.approx(-2 + 0.5 - E**0.1) and gradient == pytest.approx(
+        [-2, 0.5, -(E**0.1), 0]
+    )
     loss, gradient = by_hand("gspo", high=0.05)
     assert loss == pytest.approx(-2 + 0.5 - 1.05) and gradient == pytest.approx([-2, 0.5, 0, 0])
 
 
 def test_weights_and_kl_by_hand():
-    assert importance_weights(column(-1, -1, -3), column(-1, -2, -1), 2.0).tolist() == pytest.approx([1, 2, E**-2])
+    assert importance_weights(
+        column(-1, -1, -3), column(-1, -2, -1), 2.0
+    ).tolist() == pytest.approx([1, 2, E**-2])
     new, ref = column(-1.0, -2.0), column(-1.5, -1.0)
-    for name, expected in {"k1": [0.5, -1], "k2": [0.125, 0.5], "k3": [E**-0.5 - 0.5, E - 2]}.items():
+    for name, expected in {
+        "k1": [0.5, -1],
+        "k2": [0.125, 0.5],
+        "k3": [E**-0.5 - 0.5, E - 2],
+    }.items():
         assert KL_ESTIMATORS[name](new, ref).tolist() == pytest.approx(expected)
-    values, old = (column(1.0, 3.0).requires_grad_(), column(0.0, 2.0))  # the first moved by 1, cut to .5: 2.5 from its return of 3
+    values, old = (
+        column(1.0, 3.0).requires_grad_(),
+        column(0.0, 2.0),
+    )  # the first moved by 1, cut to .5: 2.5 from its return of 3
     loss = value_loss(values, old, column(3, 0), column(1, 0.1), 0.5)
     loss.backward()
-    assert loss.item() == pytest.approx(0.5 * (2.5**2 + 0.1 * 9)) and values.grad.tolist() == pytest.approx([0, 0.3])
+    assert loss.item() == pytest.approx(
+        0.5 * (2.5**2 + 0.1 * 9)
+    ) and values.grad.tolist() == pytest.approx([0, 0.3])
 
 
 def test_kl_estimators_have_the_gradients_that_they_state():
@@ -57,14 +89,18 @@ def test_kl_estimators_have_the_gradients_that_they_state():
     logprobs = logits.log_softmax(0)
     p = logprobs.detach().exp()
     forward, backward = (p.log() - ref), (ref.exp() * (ref - logprobs)).sum()
-    (of_kl,) = torch.autograd.grad((logprobs.exp() * (logprobs - ref)).sum(), logits, retain_graph=True)
+    (of_kl,) = torch.autograd.grad(
+        (logprobs.exp() * (logprobs - ref)).sum(), logits, retain_graph=True
+    )
     (of_reverse,) = torch.autograd.grad(backward, logits, retain_graph=True)
     for name, expected in {"k1": torch.zeros(6, dtype=F64), "k2": of_kl, "k3": of_reverse}.items():
         each = KL_ESTIMATORS[name](logprobs, ref)
         (got,) = torch.autograd.grad((p * each).sum(), logits, retain_graph=True)
         torch.testing.assert_close(got, expected, atol=1e-12, rtol=0)
     for name in ("k1", "k3"):
-        assert (p * KL_ESTIMATORS[name](logprobs, ref)).sum().item() == pytest.approx((p * forward).sum().item())
+        assert (p * KL_ESTIMATORS[name](logprobs, ref)).sum().item() == pytest.approx(
+            (p * forward).sum().item()
+        )
 
 
 def test_diagnostics_by_hand():
@@ -75,7 +111,9 @@ def test_diagnostics_by_hand():
     said = diagnostics(new, columns, False, 0.2, 0.3)
     assert said["approx_kl"] == pytest.approx(E**0.5 - 1.5 + E**-0.5 - 0.5 + E**0.1 - 1.1)
     assert (said["clip_frac"], said["num"], said["ratio_max"]) == (2, 3, pytest.approx(E**0.5))
-    assert said["sampler_kl"] == pytest.approx(-0.3) and said["sampler_mismatch_max"] == pytest.approx(0.3)
+    assert said["sampler_kl"] == pytest.approx(-0.3) and said[
+        "sampler_mismatch_max"
+    ] == pytest.approx(0.3)
     by_completion = diagnostics(new, columns, True, 0.2, 0.05)
     assert by_completion["clip_frac"] == 1 and by_completion["ratio_max"] == pytest.approx(E**0.1)
     nothing = diagnostics(new, {**columns, "weights": 0 * weights}, False, 0.2, 0.3)
@@ -91,7 +129,11 @@ def test_a_token_of_weight_zero_is_not_there(name):
     gone = weights == 0
     losses = []
     for change in (0.0, 1.7):
-        losses.append(LOSSES[name](new + change * gone, advantages + change * gone, weights, old, rows, 0.2, 0.2).item())
+        losses.append(
+            LOSSES[name](
+                new + change * gone, advantages + change * gone, weights, old, rows, 0.2, 0.2
+            ).item()
+        )
     assert losses[0] == losses[1] != 0.0
     assert LOSSES[name](new, advantages, 0 * weights, old, rows, 0.2, 0.2).item() == 0.0
 
@@ -115,18 +157,47 @@ def peers_loss(logprobs, columns, mask, match):
     trl = pytest.importorskip("trl", reason="TRL is not installed: pip install -e '.[bench]'")
     _, low, _, _, loss_type, level, beta, high = match
     logged = {"train": __import__("collections").defaultdict(list)}
-    accelerator = SimpleNamespace(num_processes=1, gather=lambda x: x, reduce=lambda x, reduction: x)
+    accelerator = SimpleNamespace(
+        num_processes=1, gather=lambda x: x, reduce=lambda x, reduction: x
+    )
     arguments = SimpleNamespace(delta=None, use_bias_correction_kl=False, steps_per_generation=1)
     trainer = SimpleNamespace(
-        **{"aux_loss_enabled": False, "top_entropy_quantile": 1.0, "off_policy_mask_threshold": None, "beta": beta},
-        **{"importance_sampling_level": level, "loss_type": loss_type, "epsilon_low": low, "epsilon_high": high},
-        **{"use_vllm": False, "_entropy_bonus_enabled": False, "current_gradient_accumulation_steps": 1},
-        **{"max_completion_length": 12, "model": SimpleNamespace(training=True), "_metrics": logged},
-        _get_per_token_logps_and_entropies=lambda *_, **__: (logprobs, torch.zeros_like(logprobs.detach()), None),
+        **{
+            "aux_loss_enabled": False,
+            "top_entropy_quantile": 1.0,
+            "off_policy_mask_threshold": None,
+            "beta": beta,
+        },
+        **{
+            "importance_sampling_level": level,
+            "loss_type": loss_type,
+            "epsilon_low": low,
+            "epsilon_high": high,
+        },
+        **{
+            "use_vllm": False,
+            "_entropy_bonus_enabled": False,
+            "current_gradient_accumulation_steps": 1,
+        },
+        **{
+            "max_completion_length": 12,
+            "model": SimpleNamespace(training=True),
+            "_metrics": logged,
+        },
+        _get_per_token_logps_and_entropies=lambda *_, **__: (
+            logprobs,
+            torch.zeros_like(logprobs.detach()),
+            None,
+        ),
         **{"accelerator": accelerator, "args": arguments},
     )
     ids = mask.long()
-    inputs = {"prompt_ids": ids[:, :1], "prompt_mask": ids[:, :1], "completion_ids": ids, "completion_mask": ids}
+    inputs = {
+        "prompt_ids": ids[:, :1],
+        "prompt_mask": ids[:, :1],
+        "completion_ids": ids,
+        "completion_mask": ids,
+    }
     inputs |= {"advantages": columns["advantages"], "old_per_token_logps": columns["old"]}
     inputs |= {"ref_per_token_logps": columns["ref"], "num_items_in_batch": mask.sum()}
     return trl.GRPOTrainer._compute_loss(trainer, None, inputs)
@@ -137,12 +208,18 @@ def ours_and_inputs(match):
     mask = torch.arange(9) < torch.tensor([9, 1, 4, 7, 7, 2])[:, None]
     old, noise, ref = (torch.randn(6, 9, dtype=F64, generator=generator) for _ in range(3))
     logprobs = (-1 + 0.3 * noise - 0.2 * old).requires_grad_()
-    columns = {"advantages": torch.randn(6, dtype=F64, generator=generator), "old": -1 - 0.2 * old, "ref": -1 + 0.3 * ref}
+    columns = {
+        "advantages": torch.randn(6, dtype=F64, generator=generator),
+        "old": -1 - 0.2 * old,
+        "ref": -1 + 0.3 * ref,
+    }
     loss, low, high, aggregation, *_, beta, _ = match
     weights = token_weights(mask, aggregation, 12)[mask]
     rows = torch.arange(6)[:, None].expand(-1, 9)[mask]
     flat = logprobs[mask]
-    total = LOSSES[loss](flat, columns["advantages"][rows], weights, columns["old"][mask], rows, low, high)
+    total = LOSSES[loss](
+        flat, columns["advantages"][rows], weights, columns["old"][mask], rows, low, high
+    )
     total = total + beta * (weights * KL_ESTIMATORS["k3"](flat, columns["ref"][mask])).sum()
     (gradient,) = torch.autograd.grad(total, logprobs)
     return total.item(), gradient, logprobs, columns, mask
@@ -192,7 +269,9 @@ def test_every_estimator_against_the_enumerated_policy(layout, spec):
 
 
 def test_groups_of_three():
-    for name, row in report(Toy("interleaved", GATED, 2, 1), 3, lambda name: not ESTIMATORS[name].biased).items():
+    for name, row in report(
+        Toy("interleaved", GATED, 2, 1), 3, lambda name: not ESTIMATORS[name].biased
+    ).items():
         assert row["relative_error"] < 1e-10, name
 
 

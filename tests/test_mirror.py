@@ -42,7 +42,11 @@ def records(folder: Path) -> list:
 
 
 def history(found: list) -> list[dict]:
-    rows = [{i.key or "/".join(i.nested_key): json.loads(i.value_json) for i in r.history.item} for r in found if r.HasField("history")]
+    rows = [
+        {i.key or "/".join(i.nested_key): json.loads(i.value_json) for i in r.history.item}
+        for r in found
+        if r.HasField("history")
+    ]
     return [row for row in rows if "reward/total" in row]
 
 
@@ -64,21 +68,36 @@ def test_a_run_and_its_mirror(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert (folder / "wandb_id").read_text() == id
     found = records(folder)
     assert {r.run.run_id for r in found if r.HasField("run")} == {id}
-    logged, own = history(found), [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    logged, own = (
+        history(found),
+        [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()],
+    )
     assert [row["_step"] for row in logged] == [1, 2, 3]
     for theirs, ours in zip(logged, own, strict=True):
         for key, value in ours.items():
             if key != "step" and value is not None:
                 assert theirs[key] == value, key
     media = {p.suffix for p in folder.glob("wandb/offline-run-*/files/media/**/*") if p.is_file()}
-    assert media == {".png", ".json"} and (folder / "plots/learning.svg").exists()  # figures, and the table of completions
-    summary = {i.key or i.nested_key[0]: i.value_json for r in found if r.HasField("summary") for i in r.summary.update}
-    assert json.loads(summary["gap_closed"]) == json.loads((folder / "eval.json").read_text())["gap_closed"]
+    assert (
+        media == {".png", ".json"} and (folder / "plots/learning.svg").exists()
+    )  # figures, and the table of completions
+    summary = {
+        i.key or i.nested_key[0]: i.value_json
+        for r in found
+        if r.HasField("summary")
+        for i in r.summary.update
+    }
+    assert (
+        json.loads(summary["gap_closed"])
+        == json.loads((folder / "eval.json").read_text())["gap_closed"]
+    )
     assert "wandb is off" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("fault", ["init", "log", "hang", "missing", "no key"])
-def test_a_fault_is_said_once_and_the_run_goes_on(fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_fault_is_said_once_and_the_run_goes_on(
+    fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(mirror, "PATIENCE", 0.2)
     stop = threading.Event()
 
@@ -87,7 +106,9 @@ def test_a_fault_is_said_once_and_the_run_goes_on(fault: str, tmp_path: Path, mo
             stop.wait(5)
         raise SystemExit(f"{fault} is broken")
 
-    fake = types.SimpleNamespace(init=act, login=lambda **_: fault != "no key", Settings=lambda **_: None)
+    fake = types.SimpleNamespace(
+        init=act, login=lambda **_: fault != "no key", Settings=lambda **_: None
+    )
     if fault == "log":
         fake.init = lambda **_: types.SimpleNamespace(log=act)
     monkeypatch.setitem(sys.modules, "wandb", None if fault == "missing" else fake)
@@ -98,8 +119,12 @@ def test_a_fault_is_said_once_and_the_run_goes_on(fault: str, tmp_path: Path, mo
         one.completions(step, [])
     one.close({}, lambda: pytest.fail("no pictures are drawn for nobody"))
     stop.set()
-    assert len(said) == 1 and said[0].startswith("wandb is off from here on") and "\n" not in said[0]
-    assert ("no API key" in said[0]) == (fault == "no key") and ("no answer" in said[0]) == (fault == "hang")
+    assert (
+        len(said) == 1 and said[0].startswith("wandb is off from here on") and "\n" not in said[0]
+    )
+    assert ("no API key" in said[0]) == (fault == "no key") and ("no answer" in said[0]) == (
+        fault == "hang"
+    )
 
 
 def test_off_touches_nothing(tmp_path: Path) -> None:

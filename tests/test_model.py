@@ -12,8 +12,20 @@ from mar.model import LARGE_WEIGHT, Decoder, ModelConfig, pack, project
 from mar.records import UserError
 from mar.weights import load_model, save_model
 
-LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
-SHAPE = {"vocab_size": 101, "hidden_size": 48, "intermediate_size": 56, "num_hidden_layers": 2, "max_position_embeddings": 256}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+SHAPE = {
+    "vocab_size": 101,
+    "hidden_size": 48,
+    "intermediate_size": 56,
+    "num_hidden_layers": 2,
+    "max_position_embeddings": 256,
+}
 CASES = {
     "llama": ("Llama", {"num_attention_heads": 3, "num_key_value_heads": 3, "tie_word_embeddings": False}),
     "llama-bias": ("Llama", {"num_attention_heads": 6, "num_key_value_heads": 2, "attention_bias": True, "mlp_bias": True}),
@@ -29,7 +41,9 @@ CASES = {
 def hf_model(case: str):
     name, extra = CASES[case]
     torch.manual_seed(0)
-    config = getattr(transformers, f"{name}Config")(**SHAPE, **deepcopy(extra), attn_implementation="eager")
+    config = getattr(transformers, f"{name}Config")(
+        **SHAPE, **deepcopy(extra), attn_implementation="eager"
+    )
     model = getattr(transformers, f"{name}ForCausalLM")(config).eval()
     for parameter in model.parameters():  # biases and norms away from 0 and 1
         parameter.data.add_(torch.randn_like(parameter) * 0.1)
@@ -46,13 +60,20 @@ def test_logits_equal_transformers(case, tmp_path):
     theirs = hf_model(case)
     theirs.save_pretrained(tmp_path / "theirs")
     rows = torch.randint(0, 101, (2, 70))
-    for dtype, tolerance in ((torch.float32, 1e-4), (torch.float64, 2e-6)):  # transformers keeps norms and rope in float32
+    for dtype, tolerance in (
+        (torch.float32, 1e-4),
+        (torch.float64, 2e-6),
+    ):  # transformers keeps norms and rope in float32
         ours = load_model(tmp_path / "theirs", dtype)
         with torch.no_grad():
             expected = theirs.to(dtype)(rows).logits
-            torch.testing.assert_close(our_logits(ours, rows.tolist()), expected.flatten(0, 1), atol=tolerance, rtol=0)
+            torch.testing.assert_close(
+                our_logits(ours, rows.tolist()), expected.flatten(0, 1), atol=tolerance, rtol=0
+            )
     save_model(ours, tmp_path / "ours")
-    back = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours", dtype=torch.float64, attn_implementation="eager")
+    back = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "ours", dtype=torch.float64, attn_implementation="eager"
+    )
     assert type(back) is type(theirs)
     with torch.no_grad():
         assert torch.equal(back(rows).logits, theirs(rows).logits)
@@ -63,7 +84,10 @@ def test_positions_far_from_the_start():
     torch.manual_seed(0)
     model = Decoder(ModelConfig("LlamaForCausalLM", 50, 32, 48, 2, 2, 2, 16))
     packed = pack_groups([list(range(20))], [[]])
-    hidden = [model.hidden(packed.ids, packed.positions + shift, group_attention(packed)) for shift in (0, 10_000)]
+    hidden = [
+        model.hidden(packed.ids, packed.positions + shift, group_attention(packed))
+        for shift in (0, 10_000)
+    ]
     torch.testing.assert_close(hidden[0], hidden[1], atol=2e-3, rtol=0)
 
 
@@ -81,8 +105,12 @@ def test_initialisation_is_deterministic_and_scaled():
 
 def test_config_round_trip():
     for config in (
-        ModelConfig("Qwen2ForCausalLM", 31, 24, 40, 2, 3, 1, 8, attention_bias=True, tied_embeddings=True),
-        ModelConfig("LlamaForCausalLM", 31, 24, 40, 2, 3, 1, 10, 1e-5, 5e5, LLAMA3, 4096, mlp_bias=True),
+        ModelConfig(
+            "Qwen2ForCausalLM", 31, 24, 40, 2, 3, 1, 8, attention_bias=True, tied_embeddings=True
+        ),
+        ModelConfig(
+            "LlamaForCausalLM", 31, 24, 40, 2, 3, 1, 10, 1e-5, 5e5, LLAMA3, 4096, mlp_bias=True
+        ),
     ):
         assert ModelConfig.from_hf(config.to_hf()) == config
 
@@ -97,12 +125,18 @@ BASE = ModelConfig("LlamaForCausalLM", 31, 24, 40, 2, 3, 1, 8).to_hf()
         ({"architectures": ["GemmaForCausalLM"]}, "GemmaForCausalLM"),
         ({"architectures": None}, "architecture none"),
         ({"architectures": ["MistralForCausalLM"], "sliding_window": 4096}, "sliding_window=4096"),
-        ({"architectures": ["Qwen2ForCausalLM"], "use_sliding_window": True}, "use_sliding_window=True"),
+        (
+            {"architectures": ["Qwen2ForCausalLM"], "use_sliding_window": True},
+            "use_sliding_window=True",
+        ),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "'yarn'"),
         ({"rope_parameters": {"type": "linear", "factor": 2.0}}, "'linear'"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 4.0}}, "low_freq_factor"),
-        ({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "partial_rotary_factor=0.5"),
+        (
+            {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+            "partial_rotary_factor=0.5",
+        ),
         ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
         ({"intermediate_size": None}, "intermediate_size"),
@@ -111,7 +145,9 @@ BASE = ModelConfig("LlamaForCausalLM", 31, 24, 40, 2, 3, 1, 8).to_hf()
 )
 def test_what_is_not_computed_is_refused_by_name(change, message):
     with pytest.raises(UserError, match=message):
-        ModelConfig.from_hf({key: value for key, value in (BASE | change).items() if value is not None})
+        ModelConfig.from_hf(
+            {key: value for key, value in (BASE | change).items() if value is not None}
+        )
 
 
 def test_mistral_without_the_key_has_its_default_window():
@@ -131,12 +167,17 @@ def test_a_packed_weight_gives_the_same_product(rows, biased):
     assert packed is not None and packed.layout == torch._mkldnn
     with torch.inference_mode():
         out = project(x, weight, bias, packed)
-    torch.testing.assert_close(out.double(), expected, rtol=0, atol=2e-4)  # as far off as x @ weight.T in float32
+    torch.testing.assert_close(
+        out.double(), expected, rtol=0, atol=2e-4
+    )  # as far off as x @ weight.T in float32
     assert out.is_contiguous()
 
 
 def test_only_large_float32_weights_are_packed_and_only_for_a_while(tiny_model, monkeypatch):
-    assert pack(torch.zeros(LARGE_WEIGHT - 1, 1)) is None and pack(torch.zeros(LARGE_WEIGHT, 1, dtype=torch.float64)) is None
+    assert (
+        pack(torch.zeros(LARGE_WEIGHT - 1, 1)) is None
+        and pack(torch.zeros(LARGE_WEIGHT, 1, dtype=torch.float64)) is None
+    )
     monkeypatch.setattr(decoder, "LARGE_WEIGHT", 0)
     model = tiny_model(dtype=torch.float32)
     state = {name: value.clone() for name, value in model.state_dict().items()}
@@ -144,5 +185,7 @@ def test_only_large_float32_weights_are_packed_and_only_for_a_while(tiny_model, 
     with pytest.raises(KeyboardInterrupt), model.packed():
         assert all(layer.packed is not None for layer in layers)
         raise KeyboardInterrupt
-    assert all(layer.packed is None for layer in layers) and len(layers) == 4 * model.config.num_layers
+    assert (
+        all(layer.packed is None for layer in layers) and len(layers) == 4 * model.config.num_layers
+    )
     torch.testing.assert_close(model.state_dict(), state, rtol=0, atol=0)

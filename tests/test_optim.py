@@ -22,12 +22,20 @@ def rates(steps, warmup, schedule):
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_schedule_ends(schedule):
     values = rates(100, 0.05, schedule)
-    assert values[:6] == pytest.approx([0.4, 0.8, 1.2, 1.6, 2.0, 2.0])  # the first update moves, the warm-up reaches the full rate
+    assert values[:6] == pytest.approx(
+        [0.4, 0.8, 1.2, 1.6, 2.0, 2.0]
+    )  # the first update moves, the warm-up reaches the full rate
     assert max(values) == 2.0 and min(values) > 0
-    middle, last = {"linear": (1.0, 2 / 95), "cosine": (1.0, 0.0006), "constant": (2.0, 2.0)}[schedule]
-    assert values[52] == pytest.approx(middle, abs=0.03) and values[-1] == pytest.approx(last, abs=1e-4)
+    middle, last = {"linear": (1.0, 2 / 95), "cosine": (1.0, 0.0006), "constant": (2.0, 2.0)}[
+        schedule
+    ]
+    assert values[52] == pytest.approx(middle, abs=0.03) and values[-1] == pytest.approx(
+        last, abs=1e-4
+    )
     assert values[5:] == sorted(values[5:], reverse=True)
-    assert learning_rate(100, 100, 2.0, 0.05, schedule) == pytest.approx(2.0 if schedule == "constant" else 0.0)
+    assert learning_rate(100, 100, 2.0, 0.05, schedule) == pytest.approx(
+        2.0 if schedule == "constant" else 0.0
+    )
 
 
 def test_short_runs_have_a_rate_too():
@@ -48,7 +56,9 @@ def test_only_matrices_decay(tiny_model):
     optimizer.step()
     for name, p in model.named_parameters():
         decays = "norm" not in name and "bias" not in name
-        torch.testing.assert_close(p.detach(), before[name] * (0.95 if decays else 1.0), atol=1e-12, rtol=0)
+        torch.testing.assert_close(
+            p.detach(), before[name] * (0.95 if decays else 1.0), atol=1e-12, rtol=0
+        )
     held = [id(p) for group in optimizer.param_groups for p in group["params"]]
     assert sorted(held) == sorted(id(p) for p in model.parameters())
 
@@ -64,7 +74,9 @@ def test_what_is_not_trainable_stays(tiny_model):
         assert p.grad is None or torch.equal(p.grad, full.grad), name
     optimizer.step()
     moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
-    assert moved == {name for name in before if name == "norm.weight" or name.startswith("blocks.1.down")}
+    assert moved == {
+        name for name in before if name == "norm.weight" or name.startswith("blocks.1.down")
+    }
     assert all((p.grad is not None) == (name in moved) for name, p in model.named_parameters())
     with pytest.raises(UserError, match="model.trainable='nrm' is found in no parameter's name"):
         make_optimizer(model, 0.1, (0.9, 0.95), 1e-8, 0.1, "nrm")
@@ -73,7 +85,17 @@ def test_what_is_not_trainable_stays(tiny_model):
 def as_rollout(asked, completion, components):
     ids = completion.ids
     return Rollout(
-        asked, completion, "", (), (), (), (), None, np.array(components), np.minimum(np.arange(len(ids)), 1), float(sum(components))
+        asked,
+        completion,
+        "",
+        (),
+        (),
+        (),
+        (),
+        None,
+        np.array(components),
+        np.minimum(np.arange(len(ids)), 1),
+        float(sum(components)),
     )
 
 
@@ -85,7 +107,13 @@ def learn(model, optimizer, groups, first_open):
     optimizer.zero_grad()
     for micro in micro_batches(batch, 30):
         logprobs, _, _ = model(micro.packed, 1.0)
-        reinforce(logprobs, *(micro.flat(column, batch.completion_mask).to(logprobs.dtype) for column in (advantages, weights))).backward()
+        reinforce(
+            logprobs,
+            *(
+                micro.flat(column, batch.completion_mask).to(logprobs.dtype)
+                for column in (advantages, weights)
+            ),
+        ).backward()
     nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
 
@@ -94,10 +122,17 @@ def test_an_update_raises_what_was_rewarded(tiny_model):
     model = tiny_model(dtype=torch.float32)
     rng, groups = np.random.default_rng(0), []
     for i, winner in enumerate((0, 2)):
-        asked = Prompt(Example(str(i), "test", "?", ()), "?", tuple(rng.integers(0, 23, 5 + i).tolist()))
+        asked = Prompt(
+            Example(str(i), "test", "?", ()), "?", tuple(rng.integers(0, 23, 5 + i).tolist())
+        )
         ids = [rng.integers(0, 23, 4) for _ in range(4)]
         paid = [[1.0 if g == winner else 0.0, 0.0] for g in range(4)]
-        groups.append([as_rollout(asked, Completion(g, ids[g], np.zeros(4), np.zeros(4), "stop"), paid[g]) for g in range(4)])
+        groups.append(
+            [
+                as_rollout(asked, Completion(g, ids[g], np.zeros(4), np.zeros(4), "stop"), paid[g])
+                for g in range(4)
+            ]
+        )
 
     def first_token_logprobs():  # to_go: the first component is decided by the first token, which alone is paid
         (micro,) = micro_batches(make_batch(groups, np.array([0, 1])), 10**6)
@@ -108,13 +143,18 @@ def test_an_update_raises_what_was_rewarded(tiny_model):
     learn(model, torch.optim.SGD(model.parameters(), lr=0.05), groups, [0, 1])
     change = first_token_logprobs() - before
     for i, winner in enumerate((0, 2)):
-        assert change[i, winner] > 0 and change[i, winner] > max(change[i, g] for g in range(4) if g != winner)
+        assert change[i, winner] > 0 and change[i, winner] > max(
+            change[i, g] for g in range(4) if g != winner
+        )
 
 
 def test_the_whole_loop_finds_the_rewarded_completion(tiny_model):
     """Sampling, credit, loss and optimizer together: each of two prompts learns its own two tokens, each paid on its own."""
     model, wanted = tiny_model(vocab=7, dtype=torch.float32, layers=1), ((3, 5), (6, 1))
-    prompts = [Prompt(Example(str(i), "test", "?", ()), "?", ids) for i, ids in enumerate(((1, 2, 3), (4, 2)))]
+    prompts = [
+        Prompt(Example(str(i), "test", "?", ()), "?", ids)
+        for i, ids in enumerate(((1, 2, 3), (4, 2)))
+    ]
     optimizer, params = make_optimizer(model, 0.01, (0.9, 0.95), 1e-8, 0.0), SamplingParams(2)
     totals = []
     for step in range(45):

@@ -33,7 +33,12 @@ def read(text, K, confident):
     if re.match(parts[0], text) is None:
         return [None] * K, [None] * K, False
     for length in range(len(parts), 0, -1):
-        found = re.match("".join(parts[:length]).replace("[\\s\\S]*?</think>", "(?:(?!</think>)[\\s\\S])*</think>"), text)
+        found = re.match(
+            "".join(parts[:length]).replace(
+                "[\\s\\S]*?</think>", "(?:(?!</think>)[\\s\\S])*</think>"
+            ),
+            text,
+        )
         groups = list(found.groups()) if found else []
         written = groups[::2] if confident else groups
         if found and all(a.strip() for a in written):
@@ -47,7 +52,10 @@ def read(text, K, confident):
 def best(answers, golds):
     """The largest number of golds that distinct answers can take, by trying everything."""
     distinct = list(dict.fromkeys(plain(a) for a in answers if a is not None))
-    fits = [[g for g, names in enumerate(golds) if a in [plain(n) for n in names]] + [None] for a in distinct]
+    fits = [
+        [g for g, names in enumerate(golds) if a in [plain(n) for n in names]] + [None]
+        for a in distinct
+    ]
     choices = [[g for g in choice if g is not None] for choice in itertools.product(*fits)]
     return max(len(c) for c in choices if len(c) == len(set(c)))
 
@@ -58,7 +66,12 @@ def oracle(text, golds, K, confident, coverage, brier, sum_rule):
     totals = [best(answers[:k], golds) for k in range(K + 1)]
     y = [b - a for a, b in itertools.pairwise(totals)]
     ok = whole and not (sum_rule and sum(c for c in q if c is not None) > 1 + 1e-6)
-    paid = {"sum": sum(y), "any": float(any(y)), "fraction_golds": sum(y) / len(golds), "fraction_answers": sum(y) / K}[coverage]
+    paid = {
+        "sum": sum(y),
+        "any": float(any(y)),
+        "fraction_golds": sum(y) / len(golds),
+        "fraction_answers": sum(y) / K,
+    }[coverage]
     error = sum((c - h) ** 2 for c, h in zip(q, y, strict=True)) / K if ok and confident else 1.0
     total = 0.5 * ok + paid * ok
     return total + {"none": 0.0, "paper": -error, "released": (1 - error) * ok}[brier]
@@ -68,7 +81,12 @@ def completion(rng, K, confident):
     """A right completion, or one damaged by an edit somewhere."""
     grammar = Grammar("rlcr_multi" if confident else "rlvr_multi", K)
     q = [rng.choice([0.0, 0.1, 0.33, 0.34, 0.5, 0.9, 1.0]) for _ in range(K)]
-    text = render(grammar, rng.choices(WORDS, k=K), q, thinking=rng.choice(["hm", "<answer1>flu</answer1>", ""]))
+    text = render(
+        grammar,
+        rng.choices(WORDS, k=K),
+        q,
+        thinking=rng.choice(["hm", "<answer1>flu</answer1>", ""]),
+    )
     pieces = [
         "</think>",
         "<answer1>",
@@ -104,7 +122,9 @@ def test_rewards_agree_with_the_oracle(seed):
         hits, _ = matching_increments(parsed.answers, golds)
         spec = RewardSpec(coverage, brier, sum_rule)
         ours = reward(parsed, hits, repeats(parsed.answers, golds), len(golds), grammar, spec)
-        assert ours.total == pytest.approx(oracle(text, names, K, confident, coverage, brier, sum_rule), abs=1e-9), text
+        assert ours.total == pytest.approx(
+            oracle(text, names, K, confident, coverage, brier, sum_rule), abs=1e-9
+        ), text
         assert ours.components.sum() == pytest.approx(ours.total, abs=1e-9)
         well_formed += parsed.reason is None
     assert 200 < well_formed < 800

@@ -21,7 +21,12 @@ from mar.plan import SHAPES, count, main, plan, policy_of, saved_per_token, shap
 from mar.records import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
-PUBLISHED = {"Qwen3-0.6B": 596_049_920, "Qwen3-1.7B": 1_720_574_976, "Qwen3-4B": 4_022_468_096, "Qwen3-8B": 8_190_735_360}
+PUBLISHED = {
+    "Qwen3-0.6B": 596_049_920,
+    "Qwen3-1.7B": 1_720_574_976,
+    "Qwen3-4B": 4_022_468_096,
+    "Qwen3-8B": 8_190_735_360,
+}
 RESIDENT = ("weights", "gradients", "optimizer")
 TINY = ModelConfig("LlamaForCausalLM", 96, 8, 12, 2, 2, 1, 4)  # untied, no biases
 
@@ -65,14 +70,18 @@ def test_memory_of_a_tiny_shape_by_hand():
         "reduce": 4 * 496,
     }  # its own x is one of the two kept
     assert again == parts | of_a_block | {"backward": 2 * 10 * (8 + 2 * 12) + 2 * 96 * 8 + 2 * 496}
-    assert count(nn.Linear(3, 7, bias=False), shards=5) == 2 * 3  # 7 rows on 5 ranks: the first has 2
+    assert (
+        count(nn.Linear(3, 7, bias=False), shards=5) == 2 * 3
+    )  # 7 rows on 5 ranks: the first has 2
 
 
 @pytest.mark.parametrize("checkpointed", [False, True])
 def test_where_the_blocks_are_wide_their_backward_is_the_worst(checkpointed):
     """A block: qkv 16x8, o 8x8, gate_up 128x8, down 8x64, norms 8+8+4+4 = 1752; the root, tied: 16x8 + 8 = 136. Of each token a block keeps
     4x8 + 16 + 2x12 + 8 + 4x64 = 336."""
-    model = Decoder(ModelConfig("Qwen3ForCausalLM", 16, 8, 64, 3, 2, 1, 4, qk_norm=True, tied_embeddings=True))
+    model = Decoder(
+        ModelConfig("Qwen3ForCausalLM", 16, 8, 64, 3, 2, 1, 4, qk_norm=True, tied_embeddings=True)
+    )
     parts = update_memory(model, tokens=1000, shards=8, checkpointed=checkpointed, compute=2)
     assert parts["gathered"] == 2 * (136 + 2 * 1752)
     assert parts["activations"] == 2000 * (2 * 8 + 336 if checkpointed else 3 * 336)
@@ -83,42 +92,88 @@ def test_where_the_blocks_are_wide_their_backward_is_the_worst(checkpointed):
 
 
 @pytest.mark.parametrize("shards, reduced", [(1, 8), (4, 6)])
-def test_where_the_vocabulary_is_large_and_tokens_few_reducing_its_gradients_is_the_worst(shards, reduced):
+def test_where_the_vocabulary_is_large_and_tokens_few_reducing_its_gradients_is_the_worst(
+    shards, reduced
+):
     model = Decoder(replace(TINY, vocab_size=1000))
     parts = update_memory(model, tokens=1, shards=shards, checkpointed=True, compute=2)
-    assert parts["backward"] + parts["reduce"] == reduced * (2 * 1000 * 8 + 8) and parts["gathered"] == parts["activations"] == 0
+    assert (
+        parts["backward"] + parts["reduce"] == reduced * (2 * 1000 * 8 + 8)
+        and parts["gathered"] == parts["activations"] == 0
+    )
 
 
 def test_the_kv_cache_and_the_sampling_copy_by_hand():
     document = planned("algo.prompts_per_step=8", "model.path=Qwen/Qwen3-1.7B")
     held = document["bytes"]
-    assert held["kv_cache"] == 2 * 28 * 8 * 128 * 2 * (3072 + 32 * 1536)  # one prompt a GPU, all its rows at once
+    assert held["kv_cache"] == 2 * 28 * 8 * 128 * 2 * (
+        3072 + 32 * 1536
+    )  # one prompt a GPU, all its rows at once
     assert held["sampling_copy"] == 2 * PUBLISHED["Qwen3-1.7B"]
-    freed = planned("algo.prompts_per_step=8", "model.path=Qwen/Qwen3-1.7B", "scale.keep_copy=false")["peak_bytes"]
+    freed = planned(
+        "algo.prompts_per_step=8", "model.path=Qwen/Qwen3-1.7B", "scale.keep_copy=false"
+    )["peak_bytes"]
     assert document["peak_bytes"]["update"] - freed["update"] == held["sampling_copy"]
     assert document["peak_bytes"]["sampling"] == freed["sampling"]
-    offloaded = planned("algo.prompts_per_step=8", "model.path=Qwen/Qwen3-1.7B", "scale.offload=true")
+    offloaded = planned(
+        "algo.prompts_per_step=8", "model.path=Qwen/Qwen3-1.7B", "scale.offload=true"
+    )
     for peak, bytes in offloaded["peak_bytes"].items():
-        assert document["peak_bytes"][peak] - bytes == held["weights"] + held["gradients"] + held["optimizer"]
+        assert (
+            document["peak_bytes"][peak] - bytes
+            == held["weights"] + held["gradients"] + held["optimizer"]
+        )
     assert document["kv_budget_binds"] and document["largest_group"] == (131_072 - 3072) // 1536
-    room = int(79 * 2**30 * 0.9) - sum(held[name] for name in ("weights", "gradients", "optimizer", "sampling_copy"))
-    bound = planned("algo.prompts_per_step=8", "model.path=Qwen/Qwen3-1.7B", "scale.kv_budget_tokens=9000000")
-    assert not bound["kv_budget_binds"] and bound["largest_group"] == (room // (2 * 28 * 8 * 128 * 2) - 3072) // 1536
+    room = int(79 * 2**30 * 0.9) - sum(
+        held[name] for name in ("weights", "gradients", "optimizer", "sampling_copy")
+    )
+    bound = planned(
+        "algo.prompts_per_step=8", "model.path=Qwen/Qwen3-1.7B", "scale.kv_budget_tokens=9000000"
+    )
+    assert (
+        not bound["kv_budget_binds"]
+        and bound["largest_group"] == (room // (2 * 28 * 8 * 128 * 2) - 3072) // 1536
+    )
 
 
 def test_what_grows_and_what_shrinks():
-    full, lora = planned("train.checkpoint_activations=false"), planned("train.checkpoint_activations=false", "model.lora_rank=16")
-    assert lora["trained"] < full["trained"] / 100 and lora["bytes"]["optimizer"] < full["bytes"]["optimizer"] / 100
-    assert lora["parameters"] == full["parameters"] and lora["bytes"]["backward"] < full["bytes"]["backward"]
-    assert max(lora["peak_bytes"].values()) < max(full["peak_bytes"].values()) and lora["step_s"] < full["step_s"]
+    full, lora = (
+        planned("train.checkpoint_activations=false"),
+        planned("train.checkpoint_activations=false", "model.lora_rank=16"),
+    )
+    assert (
+        lora["trained"] < full["trained"] / 100
+        and lora["bytes"]["optimizer"] < full["bytes"]["optimizer"] / 100
+    )
+    assert (
+        lora["parameters"] == full["parameters"]
+        and lora["bytes"]["backward"] < full["bytes"]["backward"]
+    )
+    assert (
+        max(lora["peak_bytes"].values()) < max(full["peak_bytes"].values())
+        and lora["step_s"] < full["step_s"]
+    )
     assert lora["largest_group"] >= full["largest_group"]
     checkpointed = planned()  # by the scale's preset
-    assert checkpointed["bytes"]["activations"] < full["bytes"]["activations"] == full["activations_without_checkpointing"]
-    assert checkpointed["fits"] and not full["fits"] and checkpointed["seconds"]["update"] > full["seconds"]["update"]
-    fewer = planned("scale.num_gpus=4", "train.checkpoint_activations=false")
-    assert fewer["bytes"]["weights"] > full["bytes"]["weights"] and fewer["seconds"]["update"] == 2 * full["seconds"]["update"]
     assert (
-        planned("train.micro_batch_tokens=32768", "train.checkpoint_activations=false")["bytes"]["activations"]
+        checkpointed["bytes"]["activations"]
+        < full["bytes"]["activations"]
+        == full["activations_without_checkpointing"]
+    )
+    assert (
+        checkpointed["fits"]
+        and not full["fits"]
+        and checkpointed["seconds"]["update"] > full["seconds"]["update"]
+    )
+    fewer = planned("scale.num_gpus=4", "train.checkpoint_activations=false")
+    assert (
+        fewer["bytes"]["weights"] > full["bytes"]["weights"]
+        and fewer["seconds"]["update"] == 2 * full["seconds"]["update"]
+    )
+    assert (
+        planned("train.micro_batch_tokens=32768", "train.checkpoint_activations=false")["bytes"][
+            "activations"
+        ]
         == 2 * full["bytes"]["activations"]
     )
     assert planned("algo.group_size=16")["step_s"] < checkpointed["step_s"]
@@ -148,13 +203,18 @@ def test_a_folder_and_the_last_line(tmp_path, capsys):
     (tmp_path / "config.json").write_text(json.dumps(shape.to_hf()))
     assert main(["+experiment=paper", "scale=h100x1", "model=hf", f"model.path={tmp_path}"]) == 0
     document = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert document["parameters"] == PUBLISHED["Qwen3-0.6B"] and document["source"] == "computed, not measured"
+    assert (
+        document["parameters"] == PUBLISHED["Qwen3-0.6B"]
+        and document["source"] == "computed, not measured"
+    )
 
 
 @pytest.mark.slow
 def test_fsdp_holds_what_is_planned():
     """Four layers of Qwen3-1.7B on two fake ranks, in a process of its own: a fake process group would stay."""
-    pytest.importorskip("triton", reason="the log-probabilities' memory is that of the Triton module")
+    pytest.importorskip(
+        "triton", reason="the log-probabilities' memory is that of the Triton module"
+    )
     code = """if 1:
         import json
         from dataclasses import replace
@@ -163,15 +223,26 @@ def test_fsdp_holds_what_is_planned():
         shape = replace(SHAPES["Qwen/Qwen3-1.7B"], num_layers=4)
         for rank, checkpointed in ((0, True), (0, False), (16, True)):
             print(json.dumps({"checkpointed": checkpointed, **fake_step(shape, 2, 8192, rank, checkpointed)}))"""
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=200, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     for line in done.stdout.splitlines():
         document = json.loads(line)
         for part, bytes_planned in document["planned"].items():
             bound = {"total": 0.02, "pass": 0.1}.get(part, 0.01)
-            if part != "gathered" or document["checkpointed"]:  # without, two moments lie within 1 % of one another
+            if (
+                part != "gathered" or document["checkpointed"]
+            ):  # without, two moments lie within 1 % of one another
                 assert bytes_planned == pytest.approx(document["tracked"][part], rel=bound), part
-        assert document["phases"]["optimizer"]["Total"] < document["tracked"]["total"]  # that AdamW's temporaries may be left out
+        assert (
+            document["phases"]["optimizer"]["Total"] < document["tracked"]["total"]
+        )  # that AdamW's temporaries may be left out
 
 
 def test_the_presets_fit():
@@ -182,13 +253,19 @@ def test_the_presets_fit():
 
 def test_the_committed_tables_are_of_this_planner(monkeypatch, tmp_path):
     rows = json.loads(RESULTS.read_text())["rows"]
-    assert [(row["model"], row["gpus"], row["lora_rank"]) for row in rows] == list(product(PUBLISHED, (1, 8), (0, 16)))
+    assert [(row["model"], row["gpus"], row["lora_rank"]) for row in rows] == list(
+        product(PUBLISHED, (1, 8), (0, 16))
+    )
     for row in rows[::5]:
-        now = plan(compose(words_of(row["model"].removeprefix("Qwen3-"), row["gpus"], row["lora_rank"])))
+        now = plan(
+            compose(words_of(row["model"].removeprefix("Qwen3-"), row["gpus"], row["lora_rank"]))
+        )
         assert row["computed"] == json.loads(json.dumps(now)), "run experiments/plan/run.py again"
     for row in (row for row in rows if row["tracked"]):
         for part, size in planned_parts(row).items():
-            assert size == pytest.approx(row["tracked"][part], rel=0.01 if part in RESIDENT else 0.1)
+            assert size == pytest.approx(
+                row["tracked"][part], rel=0.01 if part in RESIDENT else 0.1
+            )
     text = (RESULTS.parent / "README.md").read_text()
     assert report.fill(text) == text, "run `make report`"
     rows[-1]["tracked"]["total"] += 2**30

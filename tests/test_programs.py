@@ -15,7 +15,11 @@ from mar.tasks.programs import Runner, Verdict, take_apart
 from tests.hostile import HONEST, TESTS
 
 GRAMMAR = Grammar("rlvr_multi", 3, thinking=False)
-TWICE, RENAMED, WRONG = "def double(x):\n    return 2 * x", HONEST.replace("x", "y"), "def double(x): return x"
+TWICE, RENAMED, WRONG = (
+    "def double(x):\n    return 2 * x",
+    HONEST.replace("x", "y"),
+    "def double(x): return x",
+)
 
 
 def judge(groups, verifier=None, spec=None):
@@ -29,10 +33,19 @@ def judge(groups, verifier=None, spec=None):
 
     spec = spec or RewardSpec(brier="none")
     groups = [[completion(answers) for answers in group] for group in groups]
-    return judge_groups([prompt] * len(groups), groups, GRAMMAR, spec, verifier or Runner(), lambda ids: "".join(map(chr, ids)))
+    return judge_groups(
+        [prompt] * len(groups),
+        groups,
+        GRAMMAR,
+        spec,
+        verifier or Runner(),
+        lambda ids: "".join(map(chr, ids)),
+    )
 
 
-@pytest.mark.skipif(not shutil.which("bwrap"), reason="no bubblewrap here (apt-get install bubblewrap)")
+@pytest.mark.skipif(
+    not shutil.which("bwrap"), reason="no bubblewrap here (apt-get install bubblewrap)"
+)
 def test_distinct_correct_programs_are_counted():
     cases = {
         (HONEST, TWICE, WRONG): ((1, 1, 0), (False, False, False)),
@@ -63,15 +76,21 @@ def test_a_breakdown_leaves_the_completion_out(monkeypatch):
 
 def test_one_run_per_distinct_program(monkeypatch):
     asked = []
-    monkeypatch.setattr(programs, "verify_program", lambda *job: asked.append(job) or breaks_down(*job))
+    monkeypatch.setattr(
+        programs, "verify_program", lambda *job: asked.append(job) or breaks_down(*job)
+    )
     judge([[[HONEST, RENAMED, WRONG]] * 2] * 3)
     judge([[[HONEST, RENAMED, WRONG]]], Runner(unsafe=True))
-    assert sorted(asked) == sorted((p, TESTS, unsafe) for p in (HONEST, RENAMED, WRONG) for unsafe in (False, True))
+    assert sorted(asked) == sorted(
+        (p, TESTS, unsafe) for p in (HONEST, RENAMED, WRONG) for unsafe in (False, True)
+    )
 
 
 def test_what_began_early_runs_once_and_a_breakdown_is_tried_again(monkeypatch):
     outcomes = iter(["infrastructure_error", "passed", "passed"])
-    monkeypatch.setattr(programs, "verify_program", lambda program, *_: Verdict(next(outcomes), program))
+    monkeypatch.setattr(
+        programs, "verify_program", lambda program, *_: Verdict(next(outcomes), program)
+    )
     runner, example = Runner(), Example("q", "test", "?", (), truth="rule", tests=TESTS)
     runner.ask([(example, HONEST)])
     assert [judge([[[HONEST] * 3]], runner)[0][0].unjudged for _ in range(2)] == [1, 0]
@@ -81,7 +100,9 @@ def test_what_began_early_runs_once_and_a_breakdown_is_tried_again(monkeypatch):
 @pytest.mark.parametrize("coverage", ["fraction_golds", "fraction_answers"])
 def test_full_marks_are_k_distinct_programs(monkeypatch, coverage):
     monkeypatch.setattr(programs, "verify_program", lambda program, *_: Verdict("passed", program))
-    ((whole, part),) = judge([[[HONEST, TWICE, WRONG], [HONEST, HONEST, TWICE]]], spec=RewardSpec(coverage, "none"))
+    ((whole, part),) = judge(
+        [[[HONEST, TWICE, WRONG], [HONEST, HONEST, TWICE]]], spec=RewardSpec(coverage, "none")
+    )
     assert (whole.parts["coverage"], part.parts["coverage"]) == (1, pytest.approx(2 / 3))
 
 
@@ -93,7 +114,9 @@ def test_a_test_with_a_key_that_python_refuses_is_a_fault_of_its_row():
 def test_groups_that_shrink_too_far_are_left_out():
     whole, broken = (SimpleNamespace(unjudged=n) for n in (0, 1))
     groups = [[whole] * 4, [whole] * 3 + [broken], [whole, broken]]
-    assert [len(g) for g in judged_only(groups)] == [4, 3] and [len(g) for g in judged_only(groups, 4)] == [4]
+    assert [len(g) for g in judged_only(groups)] == [4, 3] and [
+        len(g) for g in judged_only(groups, 4)
+    ] == [4]
     assert judged_only([[whole]]) == [[whole]]
     with pytest.raises(UserError, match="has stopped working"):
         judged_only([[broken, broken]])

@@ -31,12 +31,17 @@ def test_golds_of_one_item_are_not_accepted_for_the_next():
     items = [(("Paris",), "paris"), (("Rome",), "rome"), (("Paris", "Rome"), "oslo")]
     for names, own in items:
         golds = tuple(Gold(name) for name in names)
-        accepted = [city for city in ("paris", "rome", "oslo") if any(matching_increments([city], golds)[0])]
+        accepted = [
+            city for city in ("paris", "rome", "oslo") if any(matching_increments([city], golds)[0])
+        ]
         assert accepted == [name.lower() for name in names], own
 
 
 def test_spellings_of_one_answer_count_once():
-    golds = (*FLU, Gold("flu season", ("Flu.", "the flu")))  # two golds, so that only the wording stops a second hit
+    golds = (
+        *FLU,
+        Gold("flu season", ("Flu.", "the flu")),
+    )  # two golds, so that only the wording stops a second hit
     earned = earn(text(["flu", "Flu.", "the flu"]), golds)
     assert (earned.parts["coverage"], earned.parts["repeats"]) == (1, 2)
 
@@ -67,14 +72,19 @@ def test_answers_out_of_order_fail_the_format():
     parts = {k: f"<answer{k}>x{k}</answer{k}><confidence{k}>0.1</confidence{k}>" for k in (1, 2, 3)}
     reasons = {order: parse("<think></think>" + "".join(parts[k] for k in order), GRAMMAR).reason for order in
                [(1, 2, 3), (2, 1, 3), (1, 3, 2), (3, 2, 1)]}  # fmt: skip
-    assert reasons == {(1, 2, 3): None, **dict.fromkeys([(2, 1, 3), (1, 3, 2), (3, 2, 1)], "text_outside_tags")}
+    assert reasons == {
+        (1, 2, 3): None,
+        **dict.fromkeys([(2, 1, 3), (1, 3, 2), (3, 2, 1)], "text_outside_tags"),
+    }
 
 
 def test_float_noise_does_not_break_the_sum_rule():
     noisy = [(0.33, 0.56, 0.11), (0.55, 0.34, 0.11), (0.34, 0.56, 0.1)]
     assert all(sum(confidences) > 1 for confidences in noisy)
     for confidences in [*noisy, (0.33, 0.33, 0.34)]:
-        earned = earn(text(["flu", "gout", "mumps"], confidences), FLU, spec=RewardSpec(sum_rule=True))
+        earned = earn(
+            text(["flu", "gout", "mumps"], confidences), FLU, spec=RewardSpec(sum_rule=True)
+        )
         assert earned.parts["sum_rule_breach"] == 0
 
 
@@ -83,7 +93,10 @@ def test_every_item_is_graded_by_its_own_verifier(monkeypatch):
     items = [("text", FLU, 1.0), ("length", (Gold("four"),), 0.0)]
     for batch in (items, items[::-1]):
         for verifier, golds, expected in batch:
-            assert earn(text(["flu", "gou", "x"]), golds, verifier=verifier).parts["coverage"] == expected
+            assert (
+                earn(text(["flu", "gou", "x"]), golds, verifier=verifier).parts["coverage"]
+                == expected
+            )
 
 
 def test_a_repeat_costs_nothing_unless_asked_for():
@@ -95,10 +108,16 @@ def test_a_repeat_costs_nothing_unless_asked_for():
 
 def test_what_is_logged_as_coverage_is_what_was_paid():
     """The log has the value after the gates: its terms add up to the reward."""
-    for written in (text(["flu", "gout", "x"]), text(["flu", "gout", "x"]) + " bye", text(["flu", "flu", "x"])):
+    for written in (
+        text(["flu", "gout", "x"]),
+        text(["flu", "gout", "x"]) + " bye",
+        text(["flu", "flu", "x"]),
+    ):
         for spec in (SPEC, RewardSpec(duplicates="gate"), RewardSpec(gate=False)):
             earned = earn(written, FLU, spec=spec)
-            assert earned.total == pytest.approx(sum(earned.parts[name] for name in ("format", "coverage", "brier")))
+            assert earned.total == pytest.approx(
+                sum(earned.parts[name] for name in ("format", "coverage", "brier"))
+            )
     assert earn(text(["flu", "gout", "x"]) + " bye", FLU).parts["coverage"] == 0
 
 
@@ -106,8 +125,14 @@ def test_garbage_is_not_a_perfect_brier():
     worst_calibrated = text(["lupus", "gout", "mumps"], (1.0, 1.0, 1.0))
     for brier in ("paper", "released"):
         spec = RewardSpec(brier=brier)
-        assert earn("garbage", FLU, spec=spec).parts["brier"] <= earn(worst_calibrated, FLU, spec=spec).parts["brier"]
-        assert earn("garbage", FLU, spec=spec).total < earn(text(["a1", "b1", "c1"], (0, 0, 0)), FLU, spec=spec).total
+        assert (
+            earn("garbage", FLU, spec=spec).parts["brier"]
+            <= earn(worst_calibrated, FLU, spec=spec).parts["brier"]
+        )
+        assert (
+            earn("garbage", FLU, spec=spec).total
+            < earn(text(["a1", "b1", "c1"], (0, 0, 0)), FLU, spec=spec).total
+        )
 
 
 def test_one_per_cent_is_not_certainty():
@@ -121,7 +146,11 @@ def test_one_per_cent_is_not_certainty():
 def test_repeats_and_hits_have_one_normaliser(a, b):
     if normalise(a) == normalise(b):
         assert repeats([a, b]) == (False, True)
-        assert text_verifier(a, [Gold(b)]) == text_verifier(b, [Gold(a)]) == text_verifier(a, [Gold(a)])
+        assert (
+            text_verifier(a, [Gold(b)])
+            == text_verifier(b, [Gold(a)])
+            == text_verifier(a, [Gold(a)])
+        )
     else:
         assert repeats([a, b]) == (False, False)
         assert text_verifier(a, [Gold(b)]) == ()
@@ -131,7 +160,9 @@ def advantages(totals, groups, **options):
     components = torch.tensor(totals, dtype=torch.float64)[:, None]
     zeros = torch.zeros(len(totals), 1, dtype=torch.int64)
     weights = torch.ones(1, dtype=torch.float64)
-    return answer_advantages(components, weights, zeros, zeros, torch.tensor(groups), **options)[:, 0].numpy()
+    return answer_advantages(components, weights, zeros, zeros, torch.tensor(groups), **options)[
+        :, 0
+    ].numpy()
 
 
 @pytest.mark.parametrize("scale", ["none", "group_std", "batch_std"])
@@ -146,7 +177,9 @@ def test_equal_totals_are_not_blown_up_by_their_standard_deviation():
     components = torch.tensor([[1.0, 0.0], [0.0, 1.0]], dtype=torch.float64)
     ids = torch.tensor([[0, 1]] * 2)
     weights = torch.ones(2, dtype=torch.float64)
-    got = answer_advantages(components, weights, ids, ids, torch.zeros(2, dtype=torch.int64), scale="group_std")
+    got = answer_advantages(
+        components, weights, ids, ids, torch.zeros(2, dtype=torch.int64), scale="group_std"
+    )
     np.testing.assert_allclose(got, [[0, -1], [0, 1]])
 
 

@@ -18,7 +18,14 @@ from mar.log import Display
 from mar.records import UserError
 from mar.train import run
 
-CHROMIUM = next((found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None)
+CHROMIUM = next(
+    (
+        found
+        for name in ("chromium", "chromium-browser", "google-chrome")
+        if (found := shutil.which(name))
+    ),
+    None,
+)
 EVIL = "</script><script>document.title='owned'</script><img src=x onerror=document.title='owned'>\u2028<!--"
 
 
@@ -42,13 +49,27 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """A run with an evaluation and two wicked completions, another seed of it, and another setting."""
     out = tmp_path_factory.mktemp("runs")
     first = train(out / "a", "eval.every=2")
-    evaluate.run([str(first), "eval.num_items=6", "k=6", "num_answers=1..2"], Display("plain", 0, 0))
+    evaluate.run(
+        [str(first), "eval.num_items=6", "k=6", "num_answers=1..2"], Display("plain", 0, 0)
+    )
     rows = [json.loads(line) for line in (first / "completions.jsonl").read_text().splitlines()]
     wicked = [i for i, row in enumerate(rows) if row["stage"] == "train" and row["step"] == 3][:2]
     for i, reason in zip(wicked, (None, "trailing_text"), strict=True):
-        rows[i] |= {"text": f"<answer1>{EVIL}</answer1>", "answers": [EVIL, EVIL, None], "confidences": [0.9, 0.1, None], "reason": reason}
-        rows[i] |= {"hits": [0, 0, 0], "repeated": [False, True, False], "question": EVIL, "targets": [EVIL]}
-    (first / "completions.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows) + '{"step": 3, "te')
+        rows[i] |= {
+            "text": f"<answer1>{EVIL}</answer1>",
+            "answers": [EVIL, EVIL, None],
+            "confidences": [0.9, 0.1, None],
+            "reason": reason,
+        }
+        rows[i] |= {
+            "hits": [0, 0, 0],
+            "repeated": [False, True, False],
+            "question": EVIL,
+            "targets": [EVIL],
+        }
+    (first / "completions.jsonl").write_text(
+        "".join(json.dumps(r) + "\n" for r in rows) + '{"step": 3, "te'
+    )
     return [first, train(out / "a", "seed=1"), train(out / "b", "reward=multi_rlvr")]
 
 
@@ -59,7 +80,9 @@ def page(runs: list[Path]) -> Path:
 
 def data_of(file: Path) -> dict:
     text = file.read_text(encoding="utf-8")
-    return json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', text, re.DOTALL)[1])
+    return json.loads(
+        re.search(r'<script type="application/json" id="data">(.*?)</script>', text, re.DOTALL)[1]
+    )
 
 
 def table(data: dict, title: str) -> dict:
@@ -85,55 +108,120 @@ def test_a_run_is_one_file_that_needs_nothing_else(runs: list[Path], page: Path)
     assert elements.tags.count("script") == 2 and "img" not in elements.tags
     assert all(link.startswith(("#", "data:")) for link in elements.links)
     assert any("Skipped 1 broken line(s)" in note for note in data["notes"])
-    assert set(data["figures"]) == {"learning curves", "reward components", "coverage", "reliability", "sizes", "unique_answers", "tokens"}
+    assert set(data["figures"]) == {
+        "learning curves",
+        "reward components",
+        "coverage",
+        "reliability",
+        "sizes",
+        "unique_answers",
+        "tokens",
+    }
     head = table(data, "Headline")
     assert head["columns"] == ["", "floor", "before", "after", "ceiling"]
     stored = json.loads((runs[0] / "eval.json").read_text())
     cover = dict(zip(head["columns"], head["rows"][0], strict=True))
-    assert cover["after"] == [stored["after"]["coverage@3"], *stored["after"]["interval"]["coverage@3"]]
-    assert cover["floor"] == [stored["floor"]["coverage@3"], None, None] and cover["after"][1] < cover["after"][2]
-    assert table(data, "Evaluation")["columns"][1:] == ["policy", "base", "single", "prompted_k", "verbalized"]
+    assert cover["after"] == [
+        stored["after"]["coverage@3"],
+        *stored["after"]["interval"]["coverage@3"],
+    ]
+    assert (
+        cover["floor"] == [stored["floor"]["coverage@3"], None, None]
+        and cover["after"][1] < cover["after"][2]
+    )
+    assert table(data, "Evaluation")["columns"][1:] == [
+        "policy",
+        "base",
+        "single",
+        "prompted_k",
+        "verbalized",
+    ]
     paired = [name for name, *_ in table(data, "Paired differences")["rows"]]
-    assert len(paired) > 10 and "num_items" not in paired and len(table(data, "Coverage at equal tokens")["rows"]) == 2
+    assert (
+        len(paired) > 10
+        and "num_items" not in paired
+        and len(table(data, "Coverage at equal tokens")["rows"]) == 2
+    )
     assert "commit" in data["provenance"] and "num_answers: 3" in data["configs"][str(runs[0])]
 
 
 def test_rollouts_carry_advantages_and_named_components(page: Path) -> None:
     rollouts = data_of(page)["rollouts"]
-    assert rollouts["components"] == ["coverage1", "brier1", "coverage2", "brier2", "coverage3", "brier3", "end"]
-    assert [len(g["rows"]) for g in rollouts["groups"]] == [3] * 6 and {g["step"] for g in rollouts["groups"]} == {1, 2, 3}
+    assert rollouts["components"] == [
+        "coverage1",
+        "brier1",
+        "coverage2",
+        "brier2",
+        "coverage3",
+        "brier3",
+        "end",
+    ]
+    assert [len(g["rows"]) for g in rollouts["groups"]] == [3] * 6 and {
+        g["step"] for g in rollouts["groups"]
+    } == {1, 2, 3}
     for group in rollouts["groups"]:
         totals = [sum(row["components"]) for row in group["rows"]]
         for row, total in zip(group["rows"], totals, strict=True):
             assert row["reward"] == pytest.approx(total, abs=1e-4)
             starts = [start for start, _ in row["advantages"]]
             assert starts == sorted(set(starts)) and starts[0] == 0
-            others = (sum(totals) - total) / 2  # leave one out: the first token is credited with all of it
-            assert row["advantages"][0][1] == pytest.approx(total - others, abs=2e-3, rel=5e-3)  # three digits are kept
+            others = (
+                sum(totals) - total
+            ) / 2  # leave one out: the first token is credited with all of it
+            assert row["advantages"][0][1] == pytest.approx(
+                total - others, abs=2e-3, rel=5e-3
+            )  # three digits are kept
 
 
 def test_pairs_and_sweeps(runs: list[Path], tmp_path: Path) -> None:
     pair = data_of(report.report([runs[0], runs[2]], tmp_path / "pair.html"))
-    assert table(pair, "What differs")["rows"] == [["eval.every", "2", "0"], ["reward.objective", "multi_rlcr", "multi_rlvr"]]
+    assert table(pair, "What differs")["rows"] == [
+        ["eval.every", "2", "0"],
+        ["reward.objective", "multi_rlcr", "multi_rlvr"],
+    ]
     assert set(pair["figures"]) >= {"learning curves", "coverage"} and pair["rollouts"] is None
     sweep = table(data_of(report.report([runs[1].parents[2]], tmp_path / "sweep.html")), "Settings")
     assert [row[1] for row in sweep["rows"]] == [1, 1, 1]  # eval.every differs too
     shutil.copytree(runs[1], tmp_path / "again/seed1")
     shutil.copytree(runs[1], tmp_path / "again/seed1~1")
-    assert table(data_of(report.report([tmp_path / "again"], tmp_path / "again.html")), "Settings")["rows"][0][1] == 1  # one seed
-    for other in ("again/seed2", "again/seed1/wandb/files"):  # one that has just begun, and what wandb keeps below a run
+    assert (
+        table(data_of(report.report([tmp_path / "again"], tmp_path / "again.html")), "Settings")[
+            "rows"
+        ][0][1]
+        == 1
+    )  # one seed
+    for other in (
+        "again/seed2",
+        "again/seed1/wandb/files",
+    ):  # one that has just begun, and what wandb keeps below a run
         (tmp_path / other).mkdir(parents=True)
         (tmp_path / other / "config.yaml").write_text("wandb: 1\n")
-    assert table(data_of(report.report([tmp_path / "again"], tmp_path / "again.html")), "Settings")["rows"][0][1] == 1
-    (tmp_path / "again/seed1/eval.json").unlink()  # unfinished: the finished one of the same seed stands for both
-    assert table(data_of(report.report([tmp_path / "again"], tmp_path / "again.html")), "Settings")["rows"][0][1] == 1
+    assert (
+        table(data_of(report.report([tmp_path / "again"], tmp_path / "again.html")), "Settings")[
+            "rows"
+        ][0][1]
+        == 1
+    )
+    (
+        tmp_path / "again/seed1/eval.json"
+    ).unlink()  # unfinished: the finished one of the same seed stands for both
+    assert (
+        table(data_of(report.report([tmp_path / "again"], tmp_path / "again.html")), "Settings")[
+            "rows"
+        ][0][1]
+        == 1
+    )
     same = [report.read_run(r) for r in (runs[1], runs[1])]
     mean, low, high = report.over_seeds(same, "top1")
     assert mean == low == high == same[0].document["after"]["top1"]
     two = [report.Run(Path(), {}, [], {"after": {"x": v}}, {}, []) for v in (1.0, 3.0)]
-    assert report.over_seeds(two, "x") == pytest.approx([2, 2 - 12.71, 2 + 12.71])  # t = 12.71, standard error 1
+    assert report.over_seeds(two, "x") == pytest.approx(
+        [2, 2 - 12.71, 2 + 12.71]
+    )  # t = 12.71, standard error 1
     many = [report.Run(Path(), {}, [], {"after": {"x": float(v)}}, {}, []) for v in range(21)]
-    assert report.over_seeds(many, "x") == pytest.approx([10, 10 - 2.086 * 1.354, 10 + 2.086 * 1.354], abs=0.01)
+    assert report.over_seeds(many, "x") == pytest.approx(
+        [10, 10 - 2.086 * 1.354, 10 + 2.086 * 1.354], abs=0.01
+    )
 
 
 @pytest.mark.parametrize("width", [1280, 500])
@@ -156,7 +244,9 @@ def test_in_a_browser(width: int, page: Path, tmp_path: Path) -> None:
       seen.push('title:' + document.title); seen.push('wide:' + (document.documentElement.scrollWidth - document.documentElement.clientWidth));
       document.body.dataset.seen = seen.join(' | '); }); </script>"""
     file = tmp_path / "report.html"
-    file.write_text(page.read_text(encoding="utf-8").replace("</body>", click + "</body>"), encoding="utf-8")
+    file.write_text(
+        page.read_text(encoding="utf-8").replace("</body>", click + "</body>"), encoding="utf-8"
+    )
     options = [
         "--headless",
         "--no-sandbox",
@@ -166,7 +256,13 @@ def test_in_a_browser(width: int, page: Path, tmp_path: Path) -> None:
         f"--window-size={width},900",
     ]
     done = subprocess.run(
-        [CHROMIUM, *options, f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", file.as_uri()],
+        [
+            CHROMIUM,
+            *options,
+            f"--user-data-dir={tmp_path / 'profile'}",
+            "--dump-dom",
+            file.as_uri(),
+        ],
         capture_output=True,
         text=True,
         timeout=120,
@@ -176,7 +272,11 @@ def test_in_a_browser(width: int, page: Path, tmp_path: Path) -> None:
     seen = re.search(r'data-seen="([^"]*)"', done.stdout)[1].split(" | ")
     assert seen[0] == "all:6:3" and seen[1] == "failed:1:3" and seen[4] == "find:1:3"
     assert int(seen[2].split(":")[1]) >= 1 and int(seen[3].split(":")[1]) >= 1
-    assert seen[5].startswith("marks:") and "0" not in seen[5].split(":")[1:] and int(seen[6].split(":")[1]) >= 7
+    assert (
+        seen[5].startswith("marks:")
+        and "0" not in seen[5].split(":")[1:]
+        and int(seen[6].split(":")[1]) >= 7
+    )
     assert seen[7] == "none:0:0" and seen[8] == "images:7:7"
     assert seen[9].startswith("title:mar: ") and seen[10] == "wide:0"
 
@@ -194,10 +294,15 @@ def test_figures_are_files_that_open(runs: list[Path], tmp_path: Path) -> None:
     from PIL import Image
 
     document = json.loads((runs[0] / "evaluation.json").read_text())
-    figures = {"tokens": plots.tokens_per_answer(document["arms"]), "components": plots.of_run(runs[0])["components"]}
+    figures = {
+        "tokens": plots.tokens_per_answer(document["arms"]),
+        "components": plots.of_run(runs[0])["components"],
+    }
     figures["reliability"] = plots.reliability({"policy": document["arms"]["policy"]})
     plots.save(figures, tmp_path)
-    assert not any(axes.spines["top"].get_visible() for figure in figures.values() for axes in figure.axes)  # all are drawn in one style
+    assert not any(
+        axes.spines["top"].get_visible() for figure in figures.values() for axes in figure.axes
+    )  # all are drawn in one style
     for name in figures:
         ElementTree.parse(tmp_path / f"{name}.svg")
         with Image.open(tmp_path / f"{name}.png") as image:
@@ -235,11 +340,16 @@ def faults(tmp_path: Path, good: Path) -> dict[str, tuple[list[Path], str]]:
     }
 
 
-def test_mistakes_are_one_sentence(tmp_path: Path, runs: list[Path], capsys: pytest.CaptureFixture[str]) -> None:
+def test_mistakes_are_one_sentence(
+    tmp_path: Path, runs: list[Path], capsys: pytest.CaptureFixture[str]
+) -> None:
     for name, (paths, expected) in faults(tmp_path, runs[0]).items():
         assert report.main([*map(str, paths), "--out", str(tmp_path / "r.html")]) == 2, name
         said = capsys.readouterr().err
-        assert said.startswith("error: ") and said.count("\n") == 1 and expected in said, (name, said)
+        assert said.startswith("error: ") and said.count("\n") == 1 and expected in said, (
+            name,
+            said,
+        )
     assert not (tmp_path / "r.html").exists()
 
 
@@ -251,7 +361,13 @@ def test_an_unfinished_run_says_so(tmp_path: Path) -> None:
 
 
 def test_sizes_beyond_the_known_bars_are_drawn_without_them() -> None:
-    arms = {f"K={k}": {"num_answers": k, "metrics": {f"coverage@{k}": [0.5, 0.4, 0.6], "tokens_per_set": [9.0, 8, 10]}} for k in (1, 2, 6)}
+    arms = {
+        f"K={k}": {
+            "num_answers": k,
+            "metrics": {f"coverage@{k}": [0.5, 0.4, 0.6], "tokens_per_set": [9.0, 8, 10]},
+        }
+        for k in (1, 2, 6)
+    }
     figure = plots.size_sweep(arms, {"k": [1, 2], "floor": [0.1, 0.2], "ceiling": [0.8, 0.9]})
     floor = next(line for line in figure.axes[0].get_lines() if line.get_label() == "floor")
     known = list(floor.get_ydata())
@@ -259,11 +375,22 @@ def test_sizes_beyond_the_known_bars_are_drawn_without_them() -> None:
 
 
 def test_every_arm_has_a_look_of_its_own() -> None:
-    names = ("policy", "base", "single", "prompted_k", "verbalized", "sampled_k", "K=2", "multi_rlcr")
+    names = (
+        "policy",
+        "base",
+        "single",
+        "prompted_k",
+        "verbalized",
+        "sampled_k",
+        "K=2",
+        "multi_rlcr",
+    )
     looks = {name: look for look, name, _ in plots._arms(dict.fromkeys(names, {}))}
     assert len({tuple(sorted(look.items())) for look in looks.values()}) == len(names)
     alone = {name: look for look, name, _ in plots._arms({"single": {}, "multi_rlcr": {}})}
-    assert all(looks[name] == alone[name] for name in alone), "a method looks the same in every figure"
+    assert all(looks[name] == alone[name] for name in alone), (
+        "a method looks the same in every figure"
+    )
 
 
 def test_show(runs: list[Path], capsys: pytest.CaptureFixture[str]) -> None:
@@ -271,14 +398,22 @@ def test_show(runs: list[Path], capsys: pytest.CaptureFixture[str]) -> None:
     last = [row for row in rows if row["step"] == 3 and row["stage"] == "train"]
     assert show.main([str(runs[1])]) == 0
     said = capsys.readouterr().out
-    assert all(row["id"] in said for row in last) and said.count("reward ") == len(last) and "coverage +" in said
+    assert (
+        all(row["id"] in said for row in last)
+        and said.count("reward ") == len(last)
+        and "coverage +" in said
+    )
     assert said.endswith(f"others: python -m mar.show {runs[1]} STEP [PROMPT], up to step 3\n")
     assert show.main([str(runs[1]), "0", "000004"]) == 0
     said = capsys.readouterr().out
     assert "clinic-test-000004" in said and "clinic-test-000003" not in said
     assert show.main([str(runs[0]), "3"]) == 0
     said = capsys.readouterr().out
-    assert "\\x2028" in said and "\u2028" not in said and "skipped 1 broken line(s)" in " ".join(said.split())
+    assert (
+        "\\x2028" in said
+        and "\u2028" not in said
+        and "skipped 1 broken line(s)" in " ".join(said.split())
+    )
     for words, expected in ((["9"], "steps [0] to [3]"), (["3", "nobody"], "'nobody'")):
         assert show.main([str(runs[1]), *words]) == 2
         assert expected in capsys.readouterr().err
@@ -286,14 +421,26 @@ def test_show(runs: list[Path], capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_show_marks_what_is_right(tmp_path: Path) -> None:
-    row = {"answers": ["flu", "flu", "\x1b[31mx"], "hits": [1, 0, 0], "repeated": [False, True, False], "confidences": [0.5, None, 0.25]}
-    row |= {"reason": None, "text": "<think>a\x1b</think><answer1>", "reward": 1.0, "parts": {"format": 0.5}, "sample": 0}
+    row = {
+        "answers": ["flu", "flu", "\x1b[31mx"],
+        "hits": [1, 0, 0],
+        "repeated": [False, True, False],
+        "confidences": [0.5, None, 0.25],
+    }
+    row |= {
+        "reason": None,
+        "text": "<think>a\x1b</think><answer1>",
+        "reward": 1.0,
+        "parts": {"format": 0.5},
+        "sample": 0,
+    }
     text = show.shown(row)
     assert [show.verdict(row, k) for k in range(3)] == ["right", "repeated", "wrong"]
     assert (
         "\x1b" not in text.plain
         and "a\\x1b" in text.plain
-        and {"not bold bold green", "not bold red", "not bold magenta"} <= {s.style for s in text.spans}
+        and {"not bold bold green", "not bold red", "not bold magenta"}
+        <= {s.style for s in text.spans}
     )
     assert show.verdict(row | {"reason": "unfinished"}, 0) == "wrong"
     (tmp_path / "completions.jsonl").write_text('{"step": 1}\n')

@@ -13,7 +13,15 @@ from mar.compose import compose
 from mar.grammar import Grammar, parse, render
 from mar.job import reward_of
 from mar.records import Gold, UserError
-from mar.rewards import BRIERS, COVERAGES, DUPLICATES, RewardSpec, component_layout, first_open, reward
+from mar.rewards import (
+    BRIERS,
+    COVERAGES,
+    DUPLICATES,
+    RewardSpec,
+    component_layout,
+    first_open,
+    reward,
+)
 from mar.verify import matching_increments, repeats
 
 GOLDS = (Gold("flu", ("influenza",)), Gold("cold"), Gold("gout"), Gold("mumps"))
@@ -45,8 +53,18 @@ def of(grammar, answers, confidences=(), other=0.0):
         ("rlcr_single", ["flu"], [0.7], 0.5 + 1 - 0.09),
         ("rlcr_single", ["lupus"], [0.7], 0.5 - 0.49),
         ("multi_rlvr", ["flu", "lupus", "cold"], [], 0.5 + 2),
-        ("multi_rlcr", ["flu", "lupus", "cold"], [0.8, 0.3, 0.5], 0.5 + 2 - (0.04 + 0.09 + 0.25) / 3),
-        ("multi_rlcr", ["flu", "Influenza", "cold"], [0.8, 0.3, 0.5], 0.5 + 2 - (0.04 + 0.09 + 0.25) / 3),
+        (
+            "multi_rlcr",
+            ["flu", "lupus", "cold"],
+            [0.8, 0.3, 0.5],
+            0.5 + 2 - (0.04 + 0.09 + 0.25) / 3,
+        ),
+        (
+            "multi_rlcr",
+            ["flu", "Influenza", "cold"],
+            [0.8, 0.3, 0.5],
+            0.5 + 2 - (0.04 + 0.09 + 0.25) / 3,
+        ),
     ],
 )
 def test_objectives_by_hand(name, answers, confidences, total):
@@ -56,7 +74,10 @@ def test_objectives_by_hand(name, answers, confidences, total):
     assert earned.components.sum() == pytest.approx(total)
 
 
-@pytest.mark.parametrize(("name", "total"), [("rlvr_single", 0), ("rlcr_single", -1), ("multi_rlvr", 0), ("multi_rlcr", -1)])
+@pytest.mark.parametrize(
+    ("name", "total"),
+    [("rlvr_single", 0), ("rlcr_single", -1), ("multi_rlvr", 0), ("multi_rlcr", -1)],
+)
 def test_unreadable_text_earns_nothing_and_is_charged_the_whole_brier_term(name, total):
     grammar, spec = objective(name, 3 if "multi" in name else 1)
     assert earn("what?", grammar, spec).total == total
@@ -74,7 +95,10 @@ BRIER = 0.49 / 3
         ({"coverage": "fraction_golds"}, 0.5 + 2 / 4 - BRIER),
         ({"coverage": "fraction_answers"}, 0.5 + 2 / 3 - BRIER),
         ({"brier": "none"}, 0.5 + 2),
-        ({"brier": "released", "coverage_weight": 0.5, "brier_weight": 0.5}, 0.5 + 1 + 0.5 * (1 - BRIER)),
+        (
+            {"brier": "released", "coverage_weight": 0.5, "brier_weight": 0.5},
+            0.5 + 1 + 0.5 * (1 - BRIER),
+        ),
         ({"rank_weights": (1.0, 0.5, 0.25)}, 0.5 + 1.25 - BRIER),
         ({"rank_weights": (1.0, 0.5, 0.25), "coverage": "any"}, 0.5 + 1 - BRIER),
         ({"format_weight": 2.0, "coverage_weight": 3.0, "brier_weight": 0.1}, 2 + 6 - 0.1 * BRIER),
@@ -115,7 +139,9 @@ def test_a_repeat_under_both_rules():
     text = of(grammar, ["flu", "the Flu", "cold"], CONFIDENCES)
     assert earn(text, grammar, spec).total == pytest.approx(0.5 + 2 - BRIER)
     gated = earn(text, grammar, dataclasses.replace(spec, duplicates="gate"))
-    assert gated.total == pytest.approx(0.5 - BRIER)  # the Brier term stays: repeating is no way out of it
+    assert gated.total == pytest.approx(
+        0.5 - BRIER
+    )  # the Brier term stays: repeating is no way out of it
     assert gated.parts["repeats"] == 1
 
 
@@ -126,13 +152,25 @@ def test_other_is_charged_against_no_answer_hit():
     assert earn(miss, grammar, spec).total == pytest.approx(0.5 - (0.36 + 0.01 + 0.49) / 2)
     assert earn("", grammar, spec).total == pytest.approx(-3 / 2)
     ruled = dataclasses.replace(spec, sum_rule=True)
-    assert earn(of(grammar, ["flu", "cold"], [0.6, 0.1], 0.3), grammar, ruled).parts["sum_rule_breach"] == 0
-    assert earn(of(grammar, ["flu", "cold"], [0.6, 0.1], 0.31), grammar, ruled).parts["sum_rule_breach"] == 1
+    assert (
+        earn(of(grammar, ["flu", "cold"], [0.6, 0.1], 0.3), grammar, ruled).parts["sum_rule_breach"]
+        == 0
+    )
+    assert (
+        earn(of(grammar, ["flu", "cold"], [0.6, 0.1], 0.31), grammar, ruled).parts[
+            "sum_rule_breach"
+        ]
+        == 1
+    )
 
 
 def test_confidences_that_add_up_to_one_pass_the_sum_rule():
     grammar, spec = objective("multi_rlcr", 3, sum_rule=True)
-    for confidences, breach in [([0.33, 0.33, 0.34], 0), ([0.7, 0.2, 0.1], 0), ([0.34, 0.33, 0.34], 1)]:
+    for confidences, breach in [
+        ([0.33, 0.33, 0.34], 0),
+        ([0.7, 0.2, 0.1], 0),
+        ([0.34, 0.33, 0.34], 1),
+    ]:
         earned = earn(of(grammar, ANSWERS, confidences), grammar, spec)
         assert earned.parts["sum_rule_breach"] == breach
     twenty = Grammar("rlcr_multi", 20)
@@ -154,16 +192,29 @@ def test_layout_and_first_open_follow_the_elements():
     assert names == ["coverage1", "coverage2", "brier1", "brier2", "other", "end"]
     #                think a1 a2 analysis c1 c2 other after
     assert first_open(split, spec).tolist() == [0, 0, 1, 2, 2, 3, 4, 5]
-    assert first_open(grammar, dataclasses.replace(spec, brier="none")).tolist() == [0, 0, 1, 1, 2, 2]
+    assert first_open(grammar, dataclasses.replace(spec, brier="none")).tolist() == [
+        0,
+        0,
+        1,
+        1,
+        2,
+        2,
+    ]
 
 
 def test_components_by_hand():
     grammar, spec = objective("multi_rlcr", 2)
     earned = earn(of(grammar, ["flu", "lupus"], [0.8, 0.4]), grammar, spec)
     np.testing.assert_allclose(earned.components, [1, -0.02, 0, -0.08, 0.5])
-    cut = earn(of(grammar, ["flu", "lupus"], [0.8, 0.4]).removesuffix("</confidence2>"), grammar, spec)
+    cut = earn(
+        of(grammar, ["flu", "lupus"], [0.8, 0.4]).removesuffix("</confidence2>"), grammar, spec
+    )
     np.testing.assert_allclose(cut.components, [1, -0.02, 0, 0, -1 - 0.98])  # the clawback
-    released = earn(of(grammar, ["flu", "lupus"], [0.8, 0.4]), grammar, dataclasses.replace(spec, brier="released"))
+    released = earn(
+        of(grammar, ["flu", "lupus"], [0.8, 0.4]),
+        grammar,
+        dataclasses.replace(spec, brier="released"),
+    )
     np.testing.assert_allclose(released.components, [1, -0.02, 0, -0.08, 1.5])
 
 
@@ -184,14 +235,27 @@ SPECS = st.builds(
 def texts(draw):
     """(grammar of two answers, a text that is right, or nearly)."""
     split = draw(st.booleans())
-    grammar = Grammar("rlcr_multi", 2, "split" if split else "interleaved", draw(st.booleans()), split, draw(st.booleans()))
+    grammar = Grammar(
+        "rlcr_multi",
+        2,
+        "split" if split else "interleaved",
+        draw(st.booleans()),
+        split,
+        draw(st.booleans()),
+    )
     names = st.sampled_from(["flu", "The flu", "influenza", "cold", "lupus"])
     levels = st.sampled_from([0.0, 0.3, 0.7, 1.0])
-    text = render(grammar, [draw(names), draw(names)], [draw(levels), draw(levels)], other=draw(levels))
+    text = render(
+        grammar, [draw(names), draw(names)], [draw(levels), draw(levels)], other=draw(levels)
+    )
     if draw(st.booleans()):
         start = draw(st.integers(0, len(text)))
         stop = min(len(text), start + draw(st.sampled_from([0, 0, 1, 3, 20, 200])))
-        text = text[:start] + draw(st.sampled_from(["", "x", "</think>", "<answer1>cold</answer1>", "9"])) + text[stop:]
+        text = (
+            text[:start]
+            + draw(st.sampled_from(["", "x", "</think>", "<answer1>cold</answer1>", "9"]))
+            + text[stop:]
+        )
     return grammar, text
 
 
@@ -202,7 +266,9 @@ def test_a_component_is_settled_when_its_element_closes(case, spec, gate):
     spec = dataclasses.replace(spec, gate=gate)
     full, ends = earn(text, grammar, spec), parse(text, grammar).ends
     assert full.components.sum() == pytest.approx(full.total, abs=1e-12)
-    assert sum(full.parts[name] for name in ("format", "coverage", "brier")) == pytest.approx(full.total, abs=1e-12)
+    assert sum(full.parts[name] for name in ("format", "coverage", "brier")) == pytest.approx(
+        full.total, abs=1e-12
+    )
     layout = component_layout(grammar, spec)
     for length in {0, len(text), *ends, *(end - 1 for end in ends), *range(0, len(text), 17)}:
         prefix = earn(text[:length], grammar, spec)
@@ -242,10 +308,14 @@ def test_the_trap_of_any_hit_with_brier_and_why_the_sum_is_the_default():
     p = (0.8, 0.7, 0.3)
     trap = RewardSpec(coverage="any")
     honest, junk = value(p, p, trap), value((0.8, 0.7, 0.0), (0.8, 0.7, 0.0), trap)
-    assert honest - junk == pytest.approx(0.2 * 0.3 * 0.3 - 0.3 * 0.7 / 3)  # +.018 coverage, -.07 Brier
+    assert honest - junk == pytest.approx(
+        0.2 * 0.3 * 0.3 - 0.3 * 0.7 / 3
+    )  # +.018 coverage, -.07 Brier
     assert junk > honest
     spec = RewardSpec()
-    assert value(p, p, spec) - value((0.8, 0.7, 0.0), (0.8, 0.7, 0.0), spec) == pytest.approx(0.3 - 0.07)
+    assert value(p, p, spec) - value((0.8, 0.7, 0.0), (0.8, 0.7, 0.0), spec) == pytest.approx(
+        0.3 - 0.07
+    )
 
 
 @settings(max_examples=60, deadline=None)
@@ -254,14 +324,20 @@ def test_malformed_text_never_beats_the_same_values_written_properly(case, gate)
     grammar, text = case
     spec = RewardSpec(gate=gate, format_weight=0.0)
     parsed = parse(text, grammar)
-    assume(all(q is None or q == round(q, 2) for q in (*parsed.confidences, parsed.other)))  # `render` writes two digits
+    assume(
+        all(q is None or q == round(q, 2) for q in (*parsed.confidences, parsed.other))
+    )  # `render` writes two digits
     proper = render(
         grammar,
         [answer or f"unknown {k}" for k, answer in enumerate(parsed.answers)],
         [0.0 if q is None else q for q in parsed.confidences],
         other=parsed.other or 0.0,
     )
-    assert earn("", grammar, spec).total <= earn(text, grammar, spec).total <= earn(proper, grammar, spec).total + 1e-12
+    assert (
+        earn("", grammar, spec).total
+        <= earn(text, grammar, spec).total
+        <= earn(proper, grammar, spec).total + 1e-12
+    )
 
 
 # --- refusals -------------------------------------------------------------------------------------------------------
@@ -287,9 +363,17 @@ def test_a_reward_that_the_grammar_cannot_feed_is_refused(form, spec):
 
 
 def test_a_coverage_of_ones_own_is_one_function_and_one_entry(monkeypatch):
-    monkeypatch.setitem(COVERAGES, "second", lambda hits, num_golds: [hit * (k == 1) / num_golds for k, hit in enumerate(hits)])
+    monkeypatch.setitem(
+        COVERAGES,
+        "second",
+        lambda hits, num_golds: [hit * (k == 1) / num_golds for k, hit in enumerate(hits)],
+    )
     grammar = Grammar("rlvr_multi", 2)
-    earned = earn(of(grammar, ["flu", "cold"]), grammar, RewardSpec(coverage="second", brier="none", format_weight=0.0))
+    earned = earn(
+        of(grammar, ["flu", "cold"]),
+        grammar,
+        RewardSpec(coverage="second", brier="none", format_weight=0.0),
+    )
     assert earned.total == earned.parts["coverage"] == 1 / len(GOLDS)
 
 

@@ -31,7 +31,9 @@ def config(out: Path, *words: str) -> dict[str, Any]:
 
 
 def finish(path: Path) -> None:
-    (path / "eval.json").write_text(json.dumps({"before": {"coverage@3": 0.5}, "after": {"coverage@3": 0.6}}))
+    (path / "eval.json").write_text(
+        json.dumps({"before": {"coverage@3": 0.5}, "after": {"coverage@3": 0.6}})
+    )
 
 
 def test_single_run() -> None:
@@ -43,7 +45,17 @@ def test_single_run() -> None:
     ("words", "expected"),
     [
         ([], ""),
-        (["+experiment=medqa", "seed=1", "name=x", "out=/a/b", "data.path=/c/d.jsonl", "logger.console=plain"], ""),
+        (
+            [
+                "+experiment=medqa",
+                "seed=1",
+                "name=x",
+                "out=/a/b",
+                "data.path=/c/d.jsonl",
+                "logger.console=plain",
+            ],
+            "",
+        ),
         (["train.stop_at=3"], ""),
         (["reward=multi_rlvr", "seed=1"], "reward=multi_rlvr"),
         (["++b=2", "a=1"], "a=1,b=2"),
@@ -55,7 +67,14 @@ def test_variant(words: list[str], expected: str) -> None:
 
 
 def test_variant_is_one_short_folder_name() -> None:
-    awkward = [["model.path=a/b"], ["model.path=a-b"], ["x=[1,2]"], ["x=" + "9" * 200], ["x=" + "9" * 201], ["x=a b"]]
+    awkward = [
+        ["model.path=a/b"],
+        ["model.path=a-b"],
+        ["x=[1,2]"],
+        ["x=" + "9" * 200],
+        ["x=" + "9" * 201],
+        ["x=a b"],
+    ]
     names = [variant(words) for words in awkward]
     assert len(set(names)) == len(names)
     for name in names:
@@ -66,15 +85,24 @@ def test_variant_is_one_short_folder_name() -> None:
 def jobs_of(words: list[str]) -> list[list[str]]:
     """The command lines of a multirun's jobs."""
     choices = [
-        [f"{o.get_key_element()}={v}" for v in o.sweep_string_iterator()] if o.is_sweep_override() else [o.input_line]
+        [f"{o.get_key_element()}={v}" for v in o.sweep_string_iterator()]
+        if o.is_sweep_override()
+        else [o.input_line]
         for o in OverridesParser.create().parse_overrides(words)
     ]
     return [list(job) for job in product(*choices)]
 
 
 def test_eight_jobs_have_eight_folders(tmp_path: Path) -> None:
-    words = ["+experiment=medqa", "seed=0,1", "reward.num_answers=2,3", "reward=multi_rlcr,multi_rlvr"]
-    folders = {f"{variant(job)}/{next(w for w in job if w.startswith('seed'))}" for job in jobs_of(words)}
+    words = [
+        "+experiment=medqa",
+        "seed=0,1",
+        "reward.num_answers=2,3",
+        "reward=multi_rlcr,multi_rlvr",
+    ]
+    folders = {
+        f"{variant(job)}/{next(w for w in job if w.startswith('seed'))}" for job in jobs_of(words)
+    }
     assert len(folders) == 8
 
 
@@ -90,10 +118,22 @@ def test_multirun_by_hydra_itself(tmp_path: Path) -> None:
         "def main(tree): prepare(validate(from_omegaconf(tree)).to_dict())\n"
         "main()\n"
     )
-    words = ["+experiment=medqa", "seed=0,1", "reward.num_answers=2,3", "reward=multi_rlcr,multi_rlvr", "--multirun"]
+    words = [
+        "+experiment=medqa",
+        "seed=0,1",
+        "reward.num_answers=2,3",
+        "reward=multi_rlcr,multi_rlvr",
+        "--multirun",
+    ]
     work = tmp_path / "work"
     work.mkdir()
-    subprocess.run([sys.executable, script, *words], cwd=work, env={"PYTHONPATH": str(CONF_DIR.parent)}, check=True, timeout=120)
+    subprocess.run(
+        [sys.executable, script, *words],
+        cwd=work,
+        env={"PYTHONPATH": str(CONF_DIR.parent)},
+        check=True,
+        timeout=120,
+    )
     files = sorted(str(f.relative_to(work)) for f in work.rglob("*") if f.is_file())
     assert len([f for f in files if f.endswith("/config.yaml")]) == 8
     assert len(files) == 9 and "runs/medqa/multirun.yaml" in files
@@ -127,7 +167,9 @@ def test_a_finished_run_steps_aside_for_another_configuration(tmp_path: Path) ->
     finish(run.path)
     (run.path / "config.yaml").write_text("no: [mapping")
     run = prepare(config(tmp_path))
-    assert run.archive is not None and len(run.differs) == 9 and run.differs[-1] == "...", "a damaged one steps aside, too"
+    assert run.archive is not None and len(run.differs) == 9 and run.differs[-1] == "...", (
+        "a damaged one steps aside, too"
+    )
 
 
 def test_another_configuration_is_refused_by_its_keys(tmp_path: Path) -> None:
@@ -142,7 +184,10 @@ def test_another_configuration_is_refused_by_its_keys(tmp_path: Path) -> None:
 def test_what_is_no_difference(tmp_path: Path) -> None:
     prepare(config(tmp_path, "train.stop_at=3") | {"provenance": {"sha256": "0"}})
     assert prepare(config(tmp_path, "logger.console=plain", "model.threads=1")).resume
-    assert differing_keys({"a": 1, "b": {"c": 1}}, {"a": 1, "b": {"c": 2}, "d": None}) == ["b.c", "d"]
+    assert differing_keys({"a": 1, "b": {"c": 1}}, {"a": 1, "b": {"c": 2}, "d": None}) == [
+        "b.c",
+        "d",
+    ]
 
 
 def test_a_foreign_folder_is_refused(tmp_path: Path) -> None:
@@ -176,7 +221,9 @@ def test_two_processes_never_share_a_folder(tmp_path: Path) -> None:
     other = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
     try:
         assert other.stdout is not None and other.stdout.readline() == "1\n"
-        with pytest.raises(UserError, match=r"seed0 is being written by another process: wait for it"):
+        with pytest.raises(
+            UserError, match=r"seed0 is being written by another process: wait for it"
+        ):
             lock(folder)
         with lock(folder.with_name("seed1")):
             pass
@@ -187,7 +234,9 @@ def test_two_processes_never_share_a_folder(tmp_path: Path) -> None:
         assert not folder.exists(), "the lock lies beside it"
 
 
-def test_the_configuration_is_synced_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_configuration_is_synced_before_it_has_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A power cut right after a start would else leave an empty file, and such a folder is refused."""
     synced: list[int] = []
     monkeypatch.setattr(os, "fsync", lambda handle: synced.append(os.fstat(handle).st_size))
@@ -197,5 +246,8 @@ def test_the_configuration_is_synced_before_it_has_its_name(tmp_path: Path, monk
 
 def test_where_nothing_can_be_written_is_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(UserError, match=r"cannot write beside .*seed0 .*(Not a directory|File exists).*another out="):
+    with pytest.raises(
+        UserError,
+        match=r"cannot write beside .*seed0 .*(Not a directory|File exists).*another out=",
+    ):
         lock(tmp_path / "file" / "seed0")

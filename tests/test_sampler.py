@@ -16,7 +16,14 @@ from mar import model as decoder
 from mar import sampler
 from mar.attention import group_attention, pack_groups
 from mar.cache import KVCache, capacity
-from mar.draw import SamplingParams, Truncation, draw_tokens, stream_key, truncated_logprobs, uniforms
+from mar.draw import (
+    SamplingParams,
+    Truncation,
+    draw_tokens,
+    stream_key,
+    truncated_logprobs,
+    uniforms,
+)
 from mar.model import ARCHITECTURES
 from mar.records import UserError
 from mar.sampler import Request
@@ -26,7 +33,9 @@ PLENTY = 10**6
 
 
 def slots_for(asked, max_tokens, budget):
-    return capacity([len(r.prompt_ids) for r in asked], [len(r.keys) for r in asked], max_tokens, budget)
+    return capacity(
+        [len(r.prompt_ids) for r in asked], [len(r.keys) for r in asked], max_tokens, budget
+    )
 
 
 def generate(*args):
@@ -38,19 +47,27 @@ def requests(lengths, group_size, vocab=23):
     rng = np.random.default_rng(0)
     sizes = [group_size] * len(lengths) if isinstance(group_size, int) else group_size
     prompts = [tuple(rng.integers(0, vocab, n).tolist()) for n in lengths]
-    return [Request(p, tuple(stream_key(0, "test", i, g) for g in range(n))) for i, (p, n) in enumerate(zip(prompts, sizes, strict=True))]
+    return [
+        Request(p, tuple(stream_key(0, "test", i, g) for g in range(n)))
+        for i, (p, n) in enumerate(zip(prompts, sizes, strict=True))
+    ]
 
 
 def next_logits(model, ids):
     """Logits after `ids`, by a full pass."""
     packed = pack_groups([ids], [[]])
     with torch.no_grad():
-        return model.hidden(packed.ids, packed.positions, group_attention(packed))[-1] @ model.head_weight.T
+        return (
+            model.hidden(packed.ids, packed.positions, group_attention(packed))[-1]
+            @ model.head_weight.T
+        )
 
 
 def trainer_logprobs(model, asked, groups, temperature):
     """What the training pass says of sampled completions, in order [M]."""
-    packed = pack_groups([r.prompt_ids for r in asked], [[s.ids.tolist() for s in group] for group in groups])
+    packed = pack_groups(
+        [r.prompt_ids for r in asked], [[s.ids.tolist() for s in group] for group in groups]
+    )
     with torch.no_grad():
         return model(packed, temperature)[0].numpy()
 
@@ -71,7 +88,9 @@ def same(ours, theirs):
 def test_greedy_equals_full_recomputation(architecture, tiny_model):
     model = tiny_model(architecture)
     asked = requests((1, 33, 6), (2, 1, 3))
-    for request, group in zip(asked, generate(model, asked, SamplingParams(19, 0.0), PLENTY), strict=True):
+    for request, group in zip(
+        asked, generate(model, asked, SamplingParams(19, 0.0), PLENTY), strict=True
+    ):
         ids = list(request.prompt_ids)
         for t in range(19):
             logits = next_logits(model, ids)
@@ -85,12 +104,17 @@ def test_greedy_equals_full_recomputation(architecture, tiny_model):
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize(
-    "dtype, tolerance, packed", [(torch.float32, 1e-4, False), (torch.float32, 1e-4, True), (torch.float64, 1e-10, False)]
+    "dtype, tolerance, packed",
+    [(torch.float32, 1e-4, False), (torch.float32, 1e-4, True), (torch.float64, 1e-10, False)],
 )
 def test_logprobs_are_the_trainers(architecture, dtype, tolerance, packed, tiny_model, monkeypatch):
     """Also with weights as large ones are packed for a CPU, and again after each change of them."""
     monkeypatch.setattr(decoder, "LARGE_WEIGHT", 0 if packed else decoder.LARGE_WEIGHT)
-    model, asked, temperature = tiny_model(architecture, dtype=dtype), requests((3, 40, 1, 11), 3), 0.7
+    model, asked, temperature = (
+        tiny_model(architecture, dtype=dtype),
+        requests((3, 40, 1, 11), 3),
+        0.7,
+    )
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.03)
     before = None
     for _ in range(3):
@@ -101,9 +125,17 @@ def test_logprobs_are_the_trainers(architecture, dtype, tolerance, packed, tiny_
         np.testing.assert_allclose(full, expected, atol=tolerance, rtol=0)
         np.testing.assert_array_equal(full, join(groups, "sampler_logprobs"))
         if before is not None:  # the weights did change
-            assert np.abs(trainer_logprobs(model, asked, before, temperature) - join(before, "full_logprobs")).max() > 0.1
+            assert (
+                np.abs(
+                    trainer_logprobs(model, asked, before, temperature)
+                    - join(before, "full_logprobs")
+                ).max()
+                > 0.1
+            )
         before = groups
-        packed = pack_groups([r.prompt_ids for r in asked], [[s.ids.tolist() for s in group] for group in groups])
+        packed = pack_groups(
+            [r.prompt_ids for r in asked], [[s.ids.tolist() for s in group] for group in groups]
+        )
         logprobs = model(packed, temperature)[0]
         optimizer.zero_grad()
         (logprobs * torch.linspace(-1, 1, len(logprobs), dtype=dtype)).mean().backward()
@@ -111,7 +143,14 @@ def test_logprobs_are_the_trainers(architecture, dtype, tolerance, packed, tiny_
 
 
 def test_whole_completions_follow_their_exact_probabilities(tiny_model):
-    model, vocab, stop, longest, n, temperature = tiny_model(vocab=5, layers=1, seed=3), 5, 2, 3, 4000, 0.8
+    model, vocab, stop, longest, n, temperature = (
+        tiny_model(vocab=5, layers=1, seed=3),
+        5,
+        2,
+        3,
+        4000,
+        0.8,
+    )
     others = [i for i in range(vocab) if i != stop]
     texts = [(*head, stop) for r in range(longest) for head in itertools.product(others, repeat=r)]
     texts += list(itertools.product(others, repeat=longest))
@@ -133,7 +172,9 @@ def test_whole_completions_follow_their_exact_probabilities(tiny_model):
 
 def test_each_row_draws_its_own_first_token(tiny_model):
     model, asked = tiny_model(), requests((9, 2), 40)
-    for request, group in zip(asked, generate(model, asked, SamplingParams(1), PLENTY), strict=True):
+    for request, group in zip(
+        asked, generate(model, asked, SamplingParams(1), PLENTY), strict=True
+    ):
         keys = torch.tensor(request.keys)
         logits = next_logits(model, request.prompt_ids).expand(40, -1)
         expected, _, _ = draw_tokens(logits, uniforms(keys, torch.zeros_like(keys)), 1.0)
@@ -152,17 +193,28 @@ def test_probabilities_that_are_no_numbers_are_refused(tiny_model):
 def test_a_row_does_not_depend_on_its_neighbours(tiny_model):
     model, params = tiny_model(), SamplingParams(20, 1.0, (3, 5))
     asked = requests((4, 30, 1, 12), 3)
-    alone = [generate(model, [Request(r.prompt_ids, (key,))], params, PLENTY)[0][0] for r in asked for key in r.keys]
+    alone = [
+        generate(model, [Request(r.prompt_ids, (key,))], params, PLENTY)[0][0]
+        for r in asked
+        for key in r.keys
+    ]
     assert len({len(s.ids) for s in alone}) > 4
     tightest = max(len(r.prompt_ids) for r in asked) + 3 * 20
     assert slots_for(asked, 20, tightest) == (1, 3) and slots_for(asked, 20, 2 * tightest)[1] < 12
     for budget in (PLENTY, 2 * tightest, tightest):
-        for mine, theirs in zip(itertools.chain(*generate(model, asked, params, budget)), alone, strict=True):
+        for mine, theirs in zip(
+            itertools.chain(*generate(model, asked, params, budget)), alone, strict=True
+        ):
             same(mine, theirs)
     backwards = [Request(r.prompt_ids, r.keys[::-1]) for r in reversed(asked)]
-    for mine, theirs in zip(itertools.chain(*generate(model, backwards, params, PLENTY)), alone[::-1], strict=True):
+    for mine, theirs in zip(
+        itertools.chain(*generate(model, backwards, params, PLENTY)), alone[::-1], strict=True
+    ):
         same(mine, theirs)
-    larger = [Request(r.prompt_ids, (*(stream_key("x", i) for i in range(3)), r.keys[0], 0)) for r in asked]
+    larger = [
+        Request(r.prompt_ids, (*(stream_key("x", i) for i in range(3)), r.keys[0], 0))
+        for r in asked
+    ]
     for group, theirs in zip(generate(model, larger, params, PLENTY), alone[::3], strict=True):
         same(group[3], theirs)
 
@@ -185,7 +237,9 @@ def test_rows_stop_where_they_should_and_leave_the_others_alone(every, budget, t
         np.testing.assert_allclose(cut.full_logprobs, whole.full_logprobs[:length], atol=1e-11)
     lengths = [[len(s.ids) for s in group] for group in stopped]
     flat = sum(lengths, [])
-    assert min(flat) < 8 and max(flat) == longest and len({n // 8 for n in flat}) > 2  # rows retire at several times
+    assert (
+        min(flat) < 8 and max(flat) == longest and len({n // 8 for n in flat}) > 2
+    )  # rows retire at several times
 
 
 def spell(ids):
@@ -197,7 +251,11 @@ def test_a_stop_string_ends_a_row_at_the_token_that_completes_it(tiny_model):
     endless = generate(model, asked, SamplingParams(60), PLENTY)
     params = SamplingParams(60, stop_strings=("abca", "ccc"), decode=spell)
     reasons = set()
-    for whole, cut in zip(itertools.chain(*endless), itertools.chain(*generate(model, asked, params, 2500)), strict=True):
+    for whole, cut in zip(
+        itertools.chain(*endless),
+        itertools.chain(*generate(model, asked, params, 2500)),
+        strict=True,
+    ):
         text = spell(whole.ids)
         ends = [text.find(stop) + len(stop) for stop in params.stop_strings if stop in text]
         assert spell(cut.ids) == text[: min(ends, default=60)]
@@ -226,14 +284,20 @@ def test_a_thinking_budget_puts_in_the_closing_tag_and_nothing_else(tiny_model):
         else:
             assert tuple(sampled.ids[6:8]) == close and not sampled.sampler_logprobs[6:8].any()
     assert kinds == {True, False}
-    np.testing.assert_allclose(join(groups, "full_logprobs"), trainer_logprobs(model, asked, groups, 1.0), atol=1e-10)
+    np.testing.assert_allclose(
+        join(groups, "full_logprobs"), trainer_logprobs(model, asked, groups, 1.0), atol=1e-10
+    )
 
 
 def test_truncated_draws_keep_both_log_probabilities(tiny_model):
     model, asked, temperature = tiny_model(), requests((4, 9), 8), 0.7
     params = SamplingParams(12, temperature, truncation=Truncation(top_k=5, top_p=0.8))
     groups = generate(model, asked, params, PLENTY)
-    np.testing.assert_allclose(join(groups, "full_logprobs"), trainer_logprobs(model, asked, groups, temperature), atol=1e-10)
+    np.testing.assert_allclose(
+        join(groups, "full_logprobs"),
+        trainer_logprobs(model, asked, groups, temperature),
+        atol=1e-10,
+    )
     assert (join(groups, "sampler_logprobs") >= join(groups, "full_logprobs") - 1e-12).all()
     request, first = asked[0], groups[0][0]
     logits = next_logits(model, (*request.prompt_ids, *first.ids[:-1].tolist()))
@@ -250,7 +314,9 @@ def test_slots_stay_busy_while_prompts_wait(tiny_model):
     lengths = [len(s.ids) for group in tight.groups for s in group]
     assert slots_for(asked, 64, budget)[1] <= 24 and max(lengths) >= 10 * np.percentile(lengths, 10)
     assert whole.occupancy is None and tight.occupancy >= 0.9
-    for ours, theirs in zip(itertools.chain(*tight.groups), itertools.chain(*whole.groups), strict=True):
+    for ours, theirs in zip(
+        itertools.chain(*tight.groups), itertools.chain(*whole.groups), strict=True
+    ):
         same(ours, theirs)
 
 
@@ -275,7 +341,9 @@ def test_one_token_at_most(stops, reason, tiny_model):
     assert len(sampled.ids) == 1 and sampled.finish_reason == reason
 
 
-@pytest.mark.parametrize("budget, slots", [(110, (1, 3)), (160, (2, 3)), (400, (5, 6)), (660, (8, 13)), (659, (8, 12))])
+@pytest.mark.parametrize(
+    "budget, slots", [(110, (1, 3)), (160, (2, 3)), (400, (5, 6)), (660, (8, 13)), (659, (8, 12))]
+)
 def test_slots_keep_to_the_budget(budget, slots):
     asked = requests((10, 3, 50, 2, 2, 2, 40, 40), (2, 1, 3, 1, 1, 1, 2, 2))
     assert slots_for(asked, 20, budget) == slots and slots[0] * 50 + slots[1] * 20 <= budget
@@ -284,7 +352,9 @@ def test_slots_keep_to_the_budget(budget, slots):
 def test_a_group_over_the_budget_is_refused(tiny_model):
     asked = requests((5, 13), 3)
     generate(tiny_model(), asked, SamplingParams(4), 25)
-    with pytest.raises(UserError, match=r"needs 25 tokens .*prompt 13 \+ 3 x 4.*kv_budget_tokens from 24,"):
+    with pytest.raises(
+        UserError, match=r"needs 25 tokens .*prompt 13 \+ 3 x 4.*kv_budget_tokens from 24,"
+    ):
         generate(tiny_model(), asked, SamplingParams(4), 24)
 
 
@@ -304,24 +374,34 @@ def test_extreme_shapes(prompt, tokens, vocab, tiny_model):
     asked = requests((prompt, 2), 2, vocab=vocab)
     groups = generate(model, asked, SamplingParams(tokens), PLENTY)
     assert all(len(s.ids) == tokens for group in groups for s in group)
-    np.testing.assert_allclose(join(groups, "full_logprobs"), trainer_logprobs(model, asked, groups, 1.0), atol=1e-3)
+    np.testing.assert_allclose(
+        join(groups, "full_logprobs"), trainer_logprobs(model, asked, groups, 1.0), atol=1e-3
+    )
 
 
 @pytest.mark.slow
 def test_the_decode_step_compiles_whole_and_never_again(tiny_model):
-    model, asked, params = tiny_model(dtype=torch.float32), requests((5, 9), 4), SamplingParams(12, 0.0)
+    model, asked, params = (
+        tiny_model(dtype=torch.float32),
+        requests((5, 9), 4),
+        SamplingParams(12, 0.0),
+    )
     eager = generate(model, asked, params, PLENTY)
     slots = sampler._Slots(model, asked, params, PLENTY)
     torch._dynamo.reset()
     compiled = torch.compile(sampler.decode_step, fullgraph=True)
     with torch.inference_mode(), torch._dynamo.config.patch(error_on_recompile=True):
         slots.admit()
-        for _ in range(params.max_tokens - 1):  # the width is that of the whole buffer, so that no shape changes
+        for _ in range(
+            params.max_tokens - 1
+        ):  # the width is that of the whole buffer, so that no shape changes
             slots.rows["hidden"] = compiled(model, slots.cache, slots.draw(), params.max_tokens)
             slots.cache.own_lengths += 1
         slots.draw()
         slots.retire()
-    for ours, theirs in zip(itertools.chain(*slots.result().groups), itertools.chain(*eager), strict=True):
+    for ours, theirs in zip(
+        itertools.chain(*slots.result().groups), itertools.chain(*eager), strict=True
+    ):
         np.testing.assert_array_equal(ours.ids, theirs.ids)
         np.testing.assert_allclose(ours.full_logprobs, theirs.full_logprobs, atol=1e-4)
 
@@ -341,8 +421,12 @@ class Recorded(TorchDispatchMode):
     def replay(self):
         for function, args, kwargs, out in self.calls:
             again = function(*args, **kwargs)
-            for old, new in zip(*(x if isinstance(x, tuple | list) else (x,) for x in (out, again)), strict=True):
-                if isinstance(old, torch.Tensor) and old.data_ptr() != new.data_ptr():  # views, and what is written in place, are there
+            for old, new in zip(
+                *(x if isinstance(x, tuple | list) else (x,) for x in (out, again)), strict=True
+            ):
+                if (
+                    isinstance(old, torch.Tensor) and old.data_ptr() != new.data_ptr()
+                ):  # views, and what is written in place, are there
                     old.copy_(new)
 
 
@@ -371,7 +455,11 @@ def test_replayed_decode_steps_give_what_eager_ones_give(tiny_model, recorded, m
     replayed = sampler.generate(model, asked, params, budget)
     assert 3 <= len(recorded) < replayed.num_steps / 2
     monkeypatch.setattr(sampler, "GRAPHED", ())
-    for ours, theirs in zip(itertools.chain(*replayed.groups), itertools.chain(*generate(model, asked, params, budget)), strict=True):
+    for ours, theirs in zip(
+        itertools.chain(*replayed.groups),
+        itertools.chain(*generate(model, asked, params, budget)),
+        strict=True,
+    ):
         same(ours, theirs)
 
 
@@ -405,7 +493,9 @@ def test_attention_on_other_devices_equals_that_on_cpu(dtype, atol):
     q, keys, values = (torch.randn(5, 2, n, 8, dtype=dtype) for n in (6, 40, 40))
     hidden = torch.arange(40) >= torch.tensor([1, 7, 20, 39, 40])[:, None]
     bias = torch.zeros(5, 40, dtype=dtype).masked_fill(hidden, -torch.inf)[:, None, None]
-    for ours, theirs in zip(kv_cache._mix(q, keys, values, bias), kv_cache._mix_cpu(q, keys, values, bias), strict=True):
+    for ours, theirs in zip(
+        kv_cache._mix(q, keys, values, bias), kv_cache._mix_cpu(q, keys, values, bias), strict=True
+    ):
         torch.testing.assert_close(ours, theirs, atol=atol, rtol=0)
 
 
@@ -421,12 +511,15 @@ def test_bfloat16_attention_is_about_as_exact_as_the_library(tiny_model):
     ours = cache.decode_attend(own + 1)(0, q, k, v).double()
     keys, values = (
         torch.cat((prompt[0].expand(3, -1, -1, -1), mine[0]), 2)
-        for prompt, mine in ((cache.prompt_keys, cache.own_keys), (cache.prompt_values, cache.own_values))
+        for prompt, mine in (
+            (cache.prompt_keys, cache.own_keys),
+            (cache.prompt_values, cache.own_values),
+        )
     )
     exact, library = (
-        torch.nn.functional.scaled_dot_product_attention(q[:, :, None].to(dtype), keys.to(dtype), values.to(dtype), enable_gqa=True)[
-            :, :, 0
-        ].double()
+        torch.nn.functional.scaled_dot_product_attention(
+            q[:, :, None].to(dtype), keys.to(dtype), values.to(dtype), enable_gqa=True
+        )[:, :, 0].double()
         for dtype in (torch.float64, torch.bfloat16)
     )
     assert (ours - exact).norm() < 2.5 * (library - exact).norm()
@@ -440,7 +533,10 @@ def test_limits_that_do_not_fit_the_keys_are_refused(limits):
         Request((), (0, 0))
 
 
-@pytest.mark.parametrize("options", [{"stop_strings": ("",)}, {"think_budget": 3}, {"think_budget": 10, "think_close": (1,)}])
+@pytest.mark.parametrize(
+    "options",
+    [{"stop_strings": ("",)}, {"think_budget": 3}, {"think_budget": 10, "think_close": (1,)}],
+)
 def test_options_that_cannot_work_are_refused(options):
     with pytest.raises(ValueError, match="stop string|think_budget"):
         SamplingParams(10, decode=spell, **options)

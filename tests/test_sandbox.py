@@ -15,7 +15,9 @@ from mar.tasks.programs import Runner, Verdict, take_apart, verify_program
 from mar.tasks.sandbox import evaluate, require
 from tests.hostile import HONEST, PROBES, PROGRAMS, TESTS
 
-needs_bubblewrap = pytest.mark.skipif(not shutil.which("bwrap"), reason="no bubblewrap here (apt-get install bubblewrap)")
+needs_bubblewrap = pytest.mark.skipif(
+    not shutil.which("bwrap"), reason="no bubblewrap here (apt-get install bubblewrap)"
+)
 
 
 @pytest.fixture(autouse=True)
@@ -29,7 +31,9 @@ def short_limits(monkeypatch):
 def test_hostile_programs_earn_nothing(name):
     began = time.monotonic()
     verdict = verify_program(PROGRAMS[name], TESTS)
-    assert verdict.outcome in ("failed", "timeout"), verdict  # never masked: a program cannot choose not to be graded
+    assert verdict.outcome in ("failed", "timeout"), (
+        verdict
+    )  # never masked: a program cannot choose not to be graded
     assert time.monotonic() - began < 30
 
 
@@ -39,24 +43,36 @@ def test_the_sandbox_shows_nothing_of_the_host(name):
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         server.listen()
-        known = {"PORT": server.getsockname()[1], "PID": os.getpid(), "HERE": os.path.dirname(__file__), "PREFIX": sys.base_prefix}
+        known = {
+            "PORT": server.getsockname()[1],
+            "PID": os.getpid(),
+            "HERE": os.path.dirname(__file__),
+            "PREFIX": sys.base_prefix,
+        }
         setup = "".join(f"{key} = {value!r}\n" for key, value in known.items())
         reply = evaluate(setup + PROBES[name], ["bool(found)"])
     assert reply.values == (False,), reply
 
 
 @needs_bubblewrap
-@pytest.mark.skipif(not os.path.exists("/usr/bin/python3"), reason="no Python of the distribution here")
+@pytest.mark.skipif(
+    not os.path.exists("/usr/bin/python3"), reason="no Python of the distribution here"
+)
 def test_a_distributions_own_python_serves_too(monkeypatch):
     """Its prefix is /usr, of which the sandbox shows the libraries and the interpreter alone."""
     monkeypatch.setattr(sys, "base_prefix", "/usr")
     monkeypatch.setattr(sys, "_base_executable", "/usr/bin/python3", raising=False)
     sandbox._command.cache_clear()
     try:
-        reply = evaluate("import os, json, sys\nx = [sys.base_prefix, os.listdir('/usr/bin'), os.path.exists('/usr/share')]", ["x"])
+        reply = evaluate(
+            "import os, json, sys\nx = [sys.base_prefix, os.listdir('/usr/bin'), os.path.exists('/usr/share')]",
+            ["x"],
+        )
     finally:
         sandbox._command.cache_clear()
-    assert reply.values == (["/usr", [os.path.basename(os.path.realpath("/usr/bin/python3"))], False],), reply
+    assert reply.values == (
+        ["/usr", [os.path.basename(os.path.realpath("/usr/bin/python3"))], False],
+    ), reply
 
 
 def sandbox_users() -> set[int]:
@@ -71,7 +87,9 @@ def sandbox_users() -> set[int]:
 @needs_bubblewrap
 def test_nothing_is_left_behind():
     """After a program that forks away from its session, no process of it lives on. Other tests' programs may be running: they end."""
-    evaluate("import os, time\nif os.fork() == 0:\n    os.setsid()\n    time.sleep(1000)\nx = 1", ["x"])
+    evaluate(
+        "import os, time\nif os.fork() == 0:\n    os.setsid()\n    time.sleep(1000)\nx = 1", ["x"]
+    )
     left, deadline = sandbox_users(), time.monotonic() + 30
     while left and time.monotonic() < deadline:
         time.sleep(0.1)
@@ -100,7 +118,12 @@ def test_plain_values_come_out_as_they_were(value):
 
 @needs_bubblewrap
 def test_honest_programs_pass_side_by_side():
-    variants = [HONEST, "def double(x):\n    return 2 * x", "double = lambda x: x * 2", "def double(x): return x"]
+    variants = [
+        HONEST,
+        "def double(x):\n    return 2 * x",
+        "double = lambda x: x * 2",
+        "def double(x): return x",
+    ]
     runner, example = Runner(), Example("q", "test", "?", (), truth="rule", tests=TESTS)
     runner.ask([(example, program) for program in variants * 2])
     found = [runner.verdict(example, program) for program in variants]
@@ -131,9 +154,15 @@ def test_a_program_cannot_choose_its_key():
 
 @needs_bubblewrap
 def test_import_aliases_do_not_make_a_program_new():
-    keys = {evaluate(p, []).key for p in ("import math\nf = math.sqrt(2)", "import math as m\nf = m.sqrt(2)")}
+    keys = {
+        evaluate(p, []).key
+        for p in ("import math\nf = math.sqrt(2)", "import math as m\nf = m.sqrt(2)")
+    }
     assert len(keys) == 1
-    assert evaluate("from math import sqrt as f\nf(2)", []).key != evaluate("from math import floor as f\nf(2)", []).key
+    assert (
+        evaluate("from math import sqrt as f\nf(2)", []).key
+        != evaluate("from math import floor as f\nf(2)", []).key
+    )
 
 
 @needs_bubblewrap
@@ -156,7 +185,9 @@ def test_tests_are_taken_apart(test, program, outcome):
 
 
 def test_expected_values_never_enter():
-    suite = take_apart(("assert f(1) == 'secret1'", "assert math.isclose(f(2), 0.125)", "assert 'secret2' == f(3)"))
+    suite = take_apart(
+        ("assert f(1) == 'secret1'", "assert math.isclose(f(2), 0.125)", "assert 'secret2' == f(3)")
+    )
     assert suite.probes == ("f(1)", "f(2)", "f(3)")
     assert suite.setup == ""
 
@@ -170,14 +201,19 @@ def test_without_bubblewrap_programs_are_refused(monkeypatch):
 
 
 def test_a_sandbox_that_does_not_start_is_not_the_programs_fault(monkeypatch):
-    monkeypatch.setattr(sandbox, "_command", lambda unsafe: ("/bin/sh", "-c", "echo no namespaces >&2; exit 1"))
+    monkeypatch.setattr(
+        sandbox, "_command", lambda unsafe: ("/bin/sh", "-c", "echo no namespaces >&2; exit 1")
+    )
     assert verify_program(HONEST, TESTS).outcome == "infrastructure_error"
     with pytest.raises(UserError, match="no namespaces"):
         require(unsafe=True)
 
 
 def test_a_breakdown_is_tried_once_more(monkeypatch):
-    replies = [sandbox.Reply("infrastructure_error"), sandbox.Reply("returned", (4, "abab", -14), "k")]
+    replies = [
+        sandbox.Reply("infrastructure_error"),
+        sandbox.Reply("returned", (4, "abab", -14), "k"),
+    ]
     monkeypatch.setattr(programs, "evaluate", lambda *_: replies.pop(0))
     assert verify_program(HONEST, TESTS) == Verdict("passed", "k")
 
@@ -186,5 +222,7 @@ def test_a_breakdown_is_tried_once_more(monkeypatch):
                                   b'[["set", [["list", []]]]]', b'[["float", "x"]]', b'["' + b"9" * 10 + b'"', b"9" * 5000])  # fmt: skip
 def test_what_is_no_reply_fails(monkeypatch, body, tmp_path):
     (tmp_path / "reply").write_bytes(body)
-    monkeypatch.setattr(sandbox, "_command", lambda _: ("sh", "-c", f"echo ready >&2; cat {tmp_path / 'reply'}"))
+    monkeypatch.setattr(
+        sandbox, "_command", lambda _: ("sh", "-c", f"echo ready >&2; cat {tmp_path / 'reply'}")
+    )
     assert evaluate(HONEST, ["double(2)"]).outcome == "failed"

@@ -19,7 +19,13 @@ from mar.prompts import load_tokenizer
 from mar.records import Example, Gold, UserError
 from mar.tasks import clinic
 
-PIECES = ["<", lessons.Field(["a", "ab", "b", "abc"], [0.1, 0.2, 0.3, 0.4], 1), ">c", lessons.Field(["x", "xyz"], [0.25, 0.75], 1), "!"]
+PIECES = [
+    "<",
+    lessons.Field(["a", "ab", "b", "abc"], [0.1, 0.2, 0.3, 0.4], 1),
+    ">c",
+    lessons.Field(["x", "xyz"], [0.25, 0.75], 1),
+    "!",
+]
 
 
 def characters(text: str) -> list[int]:
@@ -32,7 +38,10 @@ def tokenizer():
 
 
 def test_targets_are_the_enumerated_next_token_distribution():
-    options = [[(p, 1.0)] if isinstance(p, str) else list(zip(p.candidates, p.probabilities)) for p in PIECES]  # noqa: B905
+    options = [
+        [(p, 1.0)] if isinstance(p, str) else list(zip(p.candidates, p.probabilities))
+        for p in PIECES
+    ]  # noqa: B905
     texts: dict[str, float] = {}
     for choice in itertools.product(*options):
         text = "".join(part for part, _ in choice)
@@ -57,10 +66,16 @@ def test_a_field_that_one_token_cannot_foresee_is_refused():
 
 def test_confidences_are_noise_with_at_most_a_hint():
     for truth, share in ((0.7, 0.0), (None, 0.5)):
-        assert lessons.confidence_weights(truth, lessons.Hint(share)) == pytest.approx([1 / 101] * 101)
+        assert lessons.confidence_weights(truth, lessons.Hint(share)) == pytest.approx(
+            [1 / 101] * 101
+        )
     weights = np.array(lessons.confidence_weights(0.7, lessons.Hint(0.25)))
-    assert weights.sum() == pytest.approx(1) and weights.argmax() == 70 and weights.min() >= 0.75 / 101
-    narrow, wide = (np.array(lessons.confidence_weights(0.5, lessons.Hint(1.0, 1.0, s))) for s in (0.02, 0.2))
+    assert (
+        weights.sum() == pytest.approx(1) and weights.argmax() == 70 and weights.min() >= 0.75 / 101
+    )
+    narrow, wide = (
+        np.array(lessons.confidence_weights(0.5, lessons.Hint(1.0, 1.0, s))) for s in (0.02, 0.2)
+    )
     assert narrow[40:61].sum() > 0.98 and 0.2 < wide[40:61].sum() < 0.6
 
 
@@ -69,27 +84,50 @@ def test_demonstrations_read_back_in_every_form_with_distinct_answers(tokenizer)
     forms = set()
     for example in clinic.load("train", 300):
         grammar, _ = lessons.draw_grammar(rng)
-        ids, targets = lessons.soft_targets(lessons.demonstration(example, grammar, [], rng), encode, tokenizer.eos_token_id)
+        ids, targets = lessons.soft_targets(
+            lessons.demonstration(example, grammar, [], rng), encode, tokenizer.eos_token_id
+        )
         parsed = parse(tokenizer.decode(ids[:-1]), grammar)
         assert parsed.reason is None and len(set(parsed.answers)) == grammar.num_answers
-        assert len(ids) == len(targets) and all(token in target for token, target in zip(ids, targets, strict=True))
+        assert len(ids) == len(targets) and all(
+            token in target for token, target in zip(ids, targets, strict=True)
+        )
         forms.add((grammar.form, grammar.layout, grammar.thinking))
     assert len(forms) >= 9
 
 
 def test_later_slots_exclude_what_was_said():
-    example = Example("x", "clinic", "?", tuple(Gold(n, (), p) for n, p in zip("abc", (0.5, 0.3, 0.2), strict=True)), "exact")
+    example = Example(
+        "x",
+        "clinic",
+        "?",
+        tuple(Gold(n, (), p) for n, p in zip("abc", (0.5, 0.3, 0.2), strict=True)),
+        "exact",
+    )
     first, second, third = lessons.draw_answers(example, 3, [], np.random.default_rng(1))
     assert sorted((first.text, second.text, third.text)) == ["a", "b", "c"]
     assert first.text not in second.candidates and third.probabilities == [1.0]
     chances = {"a": 0.5, "b": 0.3, "c": 0.2}
     left = sum(chances[name] for name in second.candidates)
-    assert second.probabilities == pytest.approx([chances[name] / left for name in second.candidates])
+    assert second.probabilities == pytest.approx(
+        [chances[name] / left for name in second.candidates]
+    )
 
 
 def test_where_the_posterior_has_too_few_names_others_follow():
-    example = Example("x", "clinic", "?", (Gold("a", (), 0.6), Gold("b", (), 0.4), Gold("never", (), 0.0)), "exact")
-    names = [field.text for field in lessons.draw_answers(example, 4, ["a", "p", "never", "q", "r"], np.random.default_rng(0))]
+    example = Example(
+        "x",
+        "clinic",
+        "?",
+        (Gold("a", (), 0.6), Gold("b", (), 0.4), Gold("never", (), 0.0)),
+        "exact",
+    )
+    names = [
+        field.text
+        for field in lessons.draw_answers(
+            example, 4, ["a", "p", "never", "q", "r"], np.random.default_rng(0)
+        )
+    ]
     assert set(names[:2]) == {"a", "b"} and len({*names[2:]} & {"p", "q", "r"}) == 2
 
 
@@ -97,7 +135,11 @@ def test_an_example_without_probabilities_teaches_its_gold_among_others():
     example = Example("x", "medqa", "Why? Because.", (Gold("gold", (), None),), "single")
     fields = lessons.draw_answers(example, 3, ["gold", "p", "q", "r"], np.random.default_rng(0))
     names = [field.text for field in fields]
-    assert "gold" in names and len(set(names)) == 3 and all(field.probabilities == [1.0] for field in fields)
+    assert (
+        "gold" in names
+        and len(set(names)) == 3
+        and all(field.probabilities == [1.0] for field in fields)
+    )
     with pytest.raises(UserError, match="too few different answers"):
         lessons.demonstration(example, Grammar("rlvr_multi", 3), ["p"], np.random.default_rng(0))
 
@@ -105,16 +147,30 @@ def test_an_example_without_probabilities_teaches_its_gold_among_others():
 def test_of_several_golds_as_many_are_taught_as_fit_in_any_order():
     example = Example("x", "ddxplus", "?", tuple(Gold(n) for n in "abcd"), "uniform", True)
     rng = np.random.default_rng(0)
-    drawn = [tuple(field.text for field in lessons.draw_answers(example, 3, ["a", "p", "q"], rng)) for _ in range(200)]
+    drawn = [
+        tuple(field.text for field in lessons.draw_answers(example, 3, ["a", "p", "q"], rng))
+        for _ in range(200)
+    ]
     assert len(set(drawn)) == 24  # all ordered choices of three of the four
-    drawn = [tuple(field.text for field in lessons.draw_answers(example, 5, ["a", "p", "q"], rng)) for _ in range(200)]
-    assert all({*"abcd"} < set(names) and len(set(names)) == 5 for names in drawn) and len({names[0] for names in drawn}) == 6
+    drawn = [
+        tuple(field.text for field in lessons.draw_answers(example, 5, ["a", "p", "q"], rng))
+        for _ in range(200)
+    ]
+    assert (
+        all({*"abcd"} < set(names) and len(set(names)) == 5 for names in drawn)
+        and len({names[0] for names in drawn}) == 6
+    )
 
 
 def test_the_short_mixture_has_every_form_once_and_no_thoughts():
     rng = np.random.default_rng(0)
     drawn = {lessons.MIXTURES["short"](rng)[0] for _ in range(100)}
-    assert {(g.form, g.num_answers) for g in drawn} == {("rlvr_single", 1), ("rlcr_single", 1), ("rlvr_multi", 3), ("rlcr_multi", 3)}
+    assert {(g.form, g.num_answers) for g in drawn} == {
+        ("rlvr_single", 1),
+        ("rlcr_single", 1),
+        ("rlvr_multi", 3),
+        ("rlcr_multi", 3),
+    }
     assert len(drawn) == 4 and not any(g.thinking or g.analysis for g in drawn)
 
 
@@ -123,10 +179,21 @@ def test_loss_is_the_dense_cross_entropy(tokenizer):
     model = Decoder(embedded_config(len(tokenizer))).double()
     rng = np.random.default_rng(0)
     encode = lessons.make_encode(tokenizer)
-    lesson = lessons.make_lesson(clinic.load("train", 8), "diagnosis", tokenizer, encode, rng, [], hint=lessons.Hint(0.3, 8.0), rows=2)
+    lesson = lessons.make_lesson(
+        clinic.load("train", 8),
+        "diagnosis",
+        tokenizer,
+        encode,
+        rng,
+        [],
+        hint=lessons.Hint(0.3, 8.0),
+        rows=2,
+    )
     assert len(lesson.packed.prompts) == 8 and len(lesson.packed.rows) == 16
     packed, ends = lesson.packed, [*lesson.starts.tolist()[1:], len(lesson.weights)]
-    hidden = model.hidden(packed.ids, packed.positions, group_attention(packed))[packed.predict_from]
+    hidden = model.hidden(packed.ids, packed.positions, group_attention(packed))[
+        packed.predict_from
+    ]
     logprobs = (hidden @ model.head_weight.T).log_softmax(-1)
     dense = torch.zeros_like(logprobs)
     for row, (start, end) in enumerate(zip(lesson.starts.tolist(), ends, strict=True)):
@@ -138,7 +205,9 @@ def test_loss_is_the_dense_cross_entropy(tokenizer):
     shares = dense / dense.sum(-1, keepdim=True)
     entropy = (torch.special.entr(shares).sum(-1) * dense.sum(-1)).sum() / dense.sum()
     assert lesson.entropy == pytest.approx(entropy.item(), rel=1e-12)
-    ours, theirs = (torch.autograd.grad(x, model.embed.weight, retain_graph=True)[0] for x in (loss, expected))
+    ours, theirs = (
+        torch.autograd.grad(x, model.embed.weight, retain_graph=True)[0] for x in (loss, expected)
+    )
     torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
 
 
@@ -154,7 +223,9 @@ def test_a_file_is_taught_as_a_whole(monkeypatch):
         return SimpleNamespace(entropy=0.0, counts=torch.ones(1))
 
     monkeypatch.setattr(sft, "make_lesson", lesson)
-    monkeypatch.setattr(sft, "lesson_loss", lambda model, lesson: sum(p.sum() for p in model.parameters()))
+    monkeypatch.setattr(
+        sft, "lesson_loss", lambda model, lesson: sum(p.sum() for p in model.parameters())
+    )
     monkeypatch.setattr(sft, "make_encode", lambda tokenizer: None)
     words = {
         "lr": 1e-3,
@@ -168,12 +239,19 @@ def test_a_file_is_taught_as_a_whole(monkeypatch):
         "plain_steps": 0,
     }
     words |= {"mixture": "all", "rows": 1, "log_every": 100, "save_every": 100}
-    for path, expected in ((Path("x"), [f"0.{i}" for i in range(10)]), (None, [f"{c}.{i}" for c in range(3) for i in range(4)][:10])):
+    for path, expected in (
+        (Path("x"), [f"0.{i}" for i in range(10)]),
+        (None, [f"{c}.{i}" for c in range(3) for i in range(4)][:10]),
+    ):
         asked.clear()
         rows = 20 if path else 4
         with pytest.raises(InterruptedError):
-            load = lambda chunk, rows=rows: [Example(f"{chunk}.{i}", "t", "?", ()) for i in range(rows)]  # noqa: E731
-            sft.train(torch.nn.Linear(1, 1), None, load, "answer", SimpleNamespace(**words, path=path))
+            load = lambda chunk, rows=rows: [
+                Example(f"{chunk}.{i}", "t", "?", ()) for i in range(rows)
+            ]  # noqa: E731
+            sft.train(
+                torch.nn.Linear(1, 1), None, load, "answer", SimpleNamespace(**words, path=path)
+            )
         assert asked == expected
 
 

@@ -16,9 +16,19 @@ def test_every_setting_is_a_config(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     run.write_visits(run.VISITS, num=3)
     settings = [words for sweep in run.SWEEPS.values() for words in sweep.values()]
-    configs = [compose(words) for words in settings + [[*algorithms_run.SHARED, *words] for words, _ in algorithms_run.SETTINGS.values()]]
-    assert all(config.train.steps == 140 and config.eval.num_items in (500, 1000) for config in configs)
-    logs = [run.log_of(sweep, setting, 0) for sweep, settings in run.SWEEPS.items() for setting in settings]
+    configs = [
+        compose(words)
+        for words in settings
+        + [[*algorithms_run.SHARED, *words] for words, _ in algorithms_run.SETTINGS.values()]
+    ]
+    assert all(
+        config.train.steps == 140 and config.eval.num_items in (500, 1000) for config in configs
+    )
+    logs = [
+        run.log_of(sweep, setting, 0)
+        for sweep, settings in run.SWEEPS.items()
+        for setting in settings
+    ]
     assert len(set(logs)) == len(logs)
 
 
@@ -27,7 +37,12 @@ def test_a_condition_of_several_problems_is_right_with_its_own_probability(tmp_p
     rows = [json.loads(line) for line in (tmp_path / "visits.jsonl").read_text().splitlines()]
     examples = clinic.load("train", 2000, seed=1_000)
     p = np.array([[gold.probability for gold in example.golds] for example in examples])
-    right = np.array([[gold.name in {g["name"] for g in row["golds"]} for gold in e.golds] for row, e in zip(rows, examples, strict=True)])
+    right = np.array(
+        [
+            [gold.name in {g["name"] for g in row["golds"]} for gold in e.golds]
+            for row, e in zip(rows, examples, strict=True)
+        ]
+    )
     expected = 1 - (1 - p) ** 6
     assert expected.sum(1).mean() > 2.5
     spread = np.sqrt((expected * (1 - expected)).sum(0))
@@ -52,7 +67,13 @@ def test_slots_are_means_over_sets_of_the_right_form(tmp_path):
 
 def test_sums_of_confidences_by_window(tmp_path):
     def row(step, confidences, reason=None, stage="train"):
-        return {"step": step, "stage": stage, "answers": ["a", "b"], "confidences": confidences, "reason": reason}
+        return {
+            "step": step,
+            "stage": stage,
+            "answers": ["a", "b"],
+            "confidences": confidences,
+            "reason": reason,
+        }
 
     rows = [
         row(20, [1.0, 1.0], stage="eval"),
@@ -68,22 +89,48 @@ def test_sums_of_confidences_by_window(tmp_path):
 
 def test_the_best_confidences_that_add_up_to_one():
     assert summary.obedient([0.8, 0.7, 0.6]) == pytest.approx([0.43333, 0.33333, 0.23333], abs=1e-4)
-    assert summary.obedient([0.9, 0.8, 0.1]) == pytest.approx([0.55, 0.45, 0.0]) and summary.obedient([0.5, 0.3, 0.1]) == [0.5, 0.3, 0.1]
+    assert summary.obedient([0.9, 0.8, 0.1]) == pytest.approx(
+        [0.55, 0.45, 0.0]
+    ) and summary.obedient([0.5, 0.3, 0.1]) == [0.5, 0.3, 0.1]
 
 
 def test_tables_by_hand(monkeypatch):
     def log(seed, coverage, ece):
         bars = {"floor": [0.3, 0.5], "ceiling": [0.6, 0.9]}
-        return {"seed": seed, "num_answers": 2, "curve": {"coverage": [[coverage]]}, "bars": bars, "metrics": {"ece": [ece]}}
+        return {
+            "seed": seed,
+            "num_answers": 2,
+            "curve": {"coverage": [[coverage]]},
+            "bars": bars,
+            "metrics": {"ece": [ece]},
+        }
 
     columns = {"gap": summary.gap, "ece": summary.metric("ece"), "q_mse": summary.metric("q_mse")}
-    lines = summary.lines_of({"a": [log(0, 0.7, 0.1), log(1, 0.7, 0.3)]}, columns, "trained").splitlines()
-    assert lines == ["| trained | seeds | gap | ece | q_mse |", "| --- | --- | --- | --- | --- |", "| a | 2 | 0.500 | 0.200 ± 1.271 | – |"]
+    lines = summary.lines_of(
+        {"a": [log(0, 0.7, 0.1), log(1, 0.7, 0.3)]}, columns, "trained"
+    ).splitlines()
+    assert lines == [
+        "| trained | seeds | gap | ece | q_mse |",
+        "| --- | --- | --- | --- | --- |",
+        "| a | 2 | 0.500 | 0.200 ± 1.271 | – |",
+    ]
 
 
 def test_differences_are_taken_seed_by_seed(monkeypatch):
-    closed = {"rloo, to_go": [0.3, 0.5], "rloo, set": [0.1, 0.1], "grpo": [0.0, 0.1], "reinforce": [0.4], "own": [0.5, 0.9]}
-    logs = {name: [{"seed": seed, "gap_closed": value} for seed, value in enumerate(values)] for name, values in closed.items()}
+    closed = {
+        "rloo, to_go": [0.3, 0.5],
+        "rloo, set": [0.1, 0.1],
+        "grpo": [0.0, 0.1],
+        "reinforce": [0.4],
+        "own": [0.5, 0.9],
+    }
+    logs = {
+        name: [{"seed": seed, "gap_closed": value} for seed, value in enumerate(values)]
+        for name, values in closed.items()
+    }
     monkeypatch.setattr(algorithms, "PAIRS", algorithms.PAIRS[:1])
     monkeypatch.setattr(algorithms, "read_logs", lambda: logs)
-    assert algorithms.paired().splitlines()[-1] == "| rloo, to_go − rloo, set | 2 | +0.300 (-0.971 to +1.571) |"
+    assert (
+        algorithms.paired().splitlines()[-1]
+        == "| rloo, to_go − rloo, set | 2 | +0.300 (-0.971 to +1.571) |"
+    )

@@ -23,7 +23,11 @@ def test_a_sweep_is_valid(file: Path) -> None:
         words = ["+experiment=clinic", f"+sweep={file.stem}", *job]
         assert compose(words)
         assert variant(words) == variant(word for word in job if not word.startswith("seed="))
-    assert len({(variant(job), next(w for w in job if w.startswith("seed="))) for job in jobs}) == len(jobs) > 1
+    assert (
+        len({(variant(job), next(w for w in job if w.startswith("seed="))) for job in jobs})
+        == len(jobs)
+        > 1
+    )
 
 
 def test_there_are_sweeps() -> None:

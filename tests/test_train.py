@@ -27,8 +27,19 @@ from mar.tasks import clinic
 from mar.train import Interrupts, evaluate, refuse_unknown_words, run, train_step
 from mar.weights import load_model, save_model
 
-SHAPE = {"architectures": ["Qwen3ForCausalLM"], "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
-SHAPE |= {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8, "rms_norm_eps": 1e-6, "tie_word_embeddings": True}
+SHAPE = {
+    "architectures": ["Qwen3ForCausalLM"],
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 1,
+}
+SHAPE |= {
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 8,
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": True,
+}
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +63,9 @@ def words(model: Path, out: Path, *more: str) -> list[str]:
     ]  # fmt: skip
 
 
-def test_checkpointed_activations_train_the_same_policy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_checkpointed_activations_train_the_same_policy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     calls = []
 
     def counted(block: torch.nn.Module, *inputs: object, **options: bool) -> torch.Tensor:
@@ -65,33 +78,62 @@ def test_checkpointed_activations_train_the_same_policy(tmp_path: Path, monkeypa
         switched = (f"train.checkpoint_activations={switch}", "train.steps=2")
         assert run(compose(words(EMBEDDED, tmp_path / name, *switched))) == 0
         assert (len(calls) > before) == (switch == "true")
-    kept, recomputed = (records(tmp_path / name / "clinic" / "seed0") for name in ("kept", "recomputed"))
+    kept, recomputed = (
+        records(tmp_path / name / "clinic" / "seed0") for name in ("kept", "recomputed")
+    )
     assert kept == recomputed and kept[-1]["optim/grad_norm"] > 0
 
 
 def test_measuring_the_variance_changes_nothing_else(tmp_path: Path) -> None:
     for name, every in (("with", 2), ("without", 0)):
-        assert run(compose(words(EMBEDDED, tmp_path / name, f"algo.variance_every={every}", "train.steps=3"))) == 0
-    measured, plain = (records(tmp_path / name / "clinic" / "seed0") for name in ("with", "without"))
-    told = [row.pop("adv/variance_ratio", "absent") for row in measured]  # null where no group has spread
+        assert (
+            run(
+                compose(
+                    words(
+                        EMBEDDED, tmp_path / name, f"algo.variance_every={every}", "train.steps=3"
+                    )
+                )
+            )
+            == 0
+        )
+    measured, plain = (
+        records(tmp_path / name / "clinic" / "seed0") for name in ("with", "without")
+    )
+    told = [
+        row.pop("adv/variance_ratio", "absent") for row in measured
+    ]  # null where no group has spread
     assert told[0] > 0 and told[1:] == ["absent", None] and measured == plain
 
 
 def weights_after(folder: Path, model: Path, trainable: str = "") -> dict[str, torch.Tensor]:
     found, policy = checkpoint.newest(folder / "checkpoints"), load_model(model)
     assert found is not None and found.step == 4
-    checkpoint.restore(found, policy, make_optimizer(policy, 1.0, (0.9, 0.95), 1e-8, 0.0, trainable))
+    checkpoint.restore(
+        found, policy, make_optimizer(policy, 1.0, (0.9, 0.95), 1e-8, 0.0, trainable)
+    )
     return {name: p.detach().clone() for name, p in policy.named_parameters()}
 
 
 PPO = ["algo=ppo", "algo.minibatches=2", "algo.critic_warmup=1", "algo.critic_lr=1e-3"]
-DAPO = ["algo=dapo", "algo.epochs=2", "algo.minibatches=2", "algo.importance=truncated", "algo.top_p=0.9"]
-ALGORITHMS = {"ppo": PPO, "dapo": DAPO, "grpo": ["algo=grpo", "algo.entropy_coef=0.01", "algo.entropy_decay=true"]}
+DAPO = [
+    "algo=dapo",
+    "algo.epochs=2",
+    "algo.minibatches=2",
+    "algo.importance=truncated",
+    "algo.top_p=0.9",
+]
+ALGORITHMS = {
+    "ppo": PPO,
+    "dapo": DAPO,
+    "grpo": ["algo=grpo", "algo.entropy_coef=0.01", "algo.entropy_decay=true"],
+}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ALGORITHMS)
-def test_resumed_runs_of_other_algorithms_are_the_uninterrupted_ones(tmp_path: Path, name: str) -> None:
+def test_resumed_runs_of_other_algorithms_are_the_uninterrupted_ones(
+    tmp_path: Path, name: str
+) -> None:
     """Critic, its moments, the reference, minibatches and dynamic sampling all go on where they were."""
     chosen = ALGORITHMS[name]
     assert run(compose(words(EMBEDDED, tmp_path / "whole", *chosen))) == 0
@@ -100,23 +142,46 @@ def test_resumed_runs_of_other_algorithms_are_the_uninterrupted_ones(tmp_path: P
     whole, cut = (records(tmp_path / part / "clinic/seed0") for part in ("whole", "cut"))
     assert whole == cut and len(whole) == 4
     for row in whole:
-        assert row["optim/skipped"] == 0 and 0 <= row["policy/clip_frac"] <= 1 and row["policy/approx_kl"] >= 0
+        assert (
+            row["optim/skipped"] == 0
+            and 0 <= row["policy/clip_frac"] <= 1
+            and row["policy/approx_kl"] >= 0
+        )
     if name == "ppo":
-        assert whole[0]["optim/grad_norm"] == 0 < whole[1]["optim/grad_norm"] and whole[0]["value/loss"] > 0
+        assert (
+            whole[0]["optim/grad_norm"] == 0 < whole[1]["optim/grad_norm"]
+            and whole[0]["value/loss"] > 0
+        )
     if name == "dapo":
-        kept = [row["policy/sampler_kl"] for row in whole]  # top_p cuts what is drawn from, less as the policy sharpens
+        kept = [
+            row["policy/sampler_kl"] for row in whole
+        ]  # top_p cuts what is drawn from, less as the policy sharpens
         assert kept[0] > 1e-2 and min(kept) > 1e-5  # of rounding alone it would be 1e-7 at most
     if name == "grpo":
-        assert whole[0]["policy/ref_kl"] == pytest.approx(0, abs=1e-6) and whole[-1]["policy/ref_kl"] > 1e-5
+        assert (
+            whole[0]["policy/ref_kl"] == pytest.approx(0, abs=1e-6)
+            and whole[-1]["policy/ref_kl"] > 1e-5
+        )
 
 
 def test_steps_that_are_not_finite_are_kept_aside_and_end_the_run(
-    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    model_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setitem(losses.LOSSES, "reinforce", lambda logprobs, *_: (logprobs * float("nan")).sum())
+    monkeypatch.setitem(
+        losses.LOSSES, "reinforce", lambda logprobs, *_: (logprobs * float("nan")).sum()
+    )
     for _ in range(2):  # the second run begins anew, and so does what it keeps
         with pytest.raises(UserError, match="2 steps in a row were not finite"):
-            run(compose(words(model_folder, tmp_path, "algo.max_skips=2", "model.max_completion_tokens=4")))
+            run(
+                compose(
+                    words(
+                        model_folder, tmp_path, "algo.max_skips=2", "model.max_completion_tokens=4"
+                    )
+                )
+            )
         gc.collect()  # the run that failed lets go of its folder
     folder = tmp_path / "clinic/seed0"
     assert (folder / "skipped.jsonl").read_text().count("\n") == 2 * 6
@@ -124,14 +189,27 @@ def test_steps_that_are_not_finite_are_kept_aside_and_end_the_run(
     assert all(row["optim/skipped"] == 1 and row["policy/loss"] is None for row in records(folder))
 
 
-def test_a_full_disk_is_one_sentence_and_nothing_is_lost(model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_full_disk_is_one_sentence_and_nothing_is_lost(
+    model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """A real limit on the size of a file: lines can be written, shards cannot. Then the only checkpoint is damaged, which is said."""
-    small = [*words(model_folder, tmp_path, "model.max_completion_tokens=4", "checkpoint.every=1", "train.steps=3")]
+    small = [
+        *words(
+            model_folder,
+            tmp_path,
+            "model.max_completion_tokens=4",
+            "checkpoint.every=1",
+            "train.steps=3",
+        )
+    ]
     assert run(compose([*small, "train.stop_at=1"])) == 0
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, before[1]))
     try:
-        with pytest.raises(UserError, match=r"^[^\n]*File too large[^\n]*: mend that, [^\n]* goes on after step 1 of [^\n]*seed0$"):
+        with pytest.raises(
+            UserError,
+            match=r"^[^\n]*File too large[^\n]*: mend that, [^\n]* goes on after step 1 of [^\n]*seed0$",
+        ):
             run(compose(small))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
@@ -158,7 +236,9 @@ def records(folder: Path) -> list[dict[str, float]]:
 
 
 @pytest.mark.parametrize("trainable", ["", "^norm"])
-def test_resumed_run_is_the_uninterrupted_one(tmp_path: Path, capsys: pytest.CaptureFixture[str], trainable: str) -> None:
+def test_resumed_run_is_the_uninterrupted_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], trainable: str
+) -> None:
     chosen = f"model.trainable='{trainable}'"
     assert run(compose(words(EMBEDDED, tmp_path / "whole", chosen))) == 0
     said = capsys.readouterr()
@@ -180,10 +260,22 @@ def test_resumed_run_is_the_uninterrupted_one(tmp_path: Path, capsys: pytest.Cap
     assert moved == ({"norm.weight"} if trainable else set(base))  # it did train, and nothing else
     assert records(whole) == records(cut) and len(records(whole)) == 4
     assert (whole / "completions.jsonl").read_text() == (cut / "completions.jsonl").read_text()
-    assert json.loads((whole / "eval.json").read_text()) == json.loads((cut / "eval.json").read_text())
+    assert json.loads((whole / "eval.json").read_text()) == json.loads(
+        (cut / "eval.json").read_text()
+    )
 
     assert set(last) == {"run_dir", "job_s", "floor", "before", "after", "ceiling", "gap_closed"}
-    keys = {"coverage@3", "top1", "brier", "ece", "q_mse", "format_rate", "repeats_per_set", "tokens_per_set", "prompt_tokens"}
+    keys = {
+        "coverage@3",
+        "top1",
+        "brier",
+        "ece",
+        "q_mse",
+        "format_rate",
+        "repeats_per_set",
+        "tokens_per_set",
+        "prompt_tokens",
+    }
     assert all(set(last[name]) == keys for name in ("floor", "before", "after", "ceiling"))
     kept = json.loads((whole / "eval.json").read_text())
     assert kept["gap_closed"] == last["gap_closed"]
@@ -196,14 +288,21 @@ def test_finished_run_moves_aside_and_another_config_is_refused(
 ) -> None:
     assert run(compose(words(model_folder, tmp_path, "train.steps=1"))) == 0
     assert run(compose(words(model_folder, tmp_path, "train.steps=2", "train.stop_at=1"))) == 0
-    assert (tmp_path / "clinic/seed0~1/eval.json").exists() and "seed0 was finished: it is " in (said := capsys.readouterr().out)
+    assert (tmp_path / "clinic/seed0~1/eval.json").exists() and "seed0 was finished: it is " in (
+        said := capsys.readouterr().out
+    )
     assert "and differed in train.steps\n" in said
     with pytest.raises(UserError, match=r"optim\.lr"):
         run(compose(words(model_folder, tmp_path, "train.steps=2", "optim.lr=1e-3")))
 
 
-def test_medqa_on_embedded_data_says_clinic(model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    changed = [w.replace("+experiment=clinic", "+experiment=medqa") for w in words(model_folder, tmp_path, "train.steps=1")]
+def test_medqa_on_embedded_data_says_clinic(
+    model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    changed = [
+        w.replace("+experiment=clinic", "+experiment=medqa")
+        for w in words(model_folder, tmp_path, "train.steps=1")
+    ]
     assert run(compose([*changed, "model.max_completion_tokens=4"])) == 0
     assert "SYNTHETIC REHEARSAL" in capsys.readouterr().out.splitlines()[0]
     folder = tmp_path / "medqa/seed0"
@@ -213,8 +312,14 @@ def test_medqa_on_embedded_data_says_clinic(model_folder: Path, tmp_path: Path, 
 
 
 BAD = {
-    "no embedded data": (["data=hotpotqa", "data.source=embedded"], "hotpotqa has no embedded data: add data.source=path"),
-    "missing file": (["data=jsonl", "data.source=path", "data.path=nowhere.jsonl"], "nowhere.jsonl"),
+    "no embedded data": (
+        ["data=hotpotqa", "data.source=embedded"],
+        "hotpotqa has no embedded data: add data.source=path",
+    ),
+    "missing file": (
+        ["data=jsonl", "data.source=path", "data.path=nowhere.jsonl"],
+        "nowhere.jsonl",
+    ),
     "unknown task": (["data.task=chess"], "unknown task 'chess'"),
     "no answers": (["reward.num_answers=0"], "reward.num_answers=0"),
     "lonely group": (["algo.group_size=1"], "algo.group_size=1"),
@@ -225,7 +330,9 @@ BAD = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_mistakes_give_one_sentence_and_leave_nothing(name: str, model_folder: Path, tmp_path: Path) -> None:
+def test_mistakes_give_one_sentence_and_leave_nothing(
+    name: str, model_folder: Path, tmp_path: Path
+) -> None:
     more, expected = BAD[name]
     with pytest.raises(UserError, match=expected) as error:
         run(compose(words(model_folder, tmp_path, *more)))
@@ -246,8 +353,15 @@ def test_truncated_weights_are_named(model_folder: Path, tmp_path: Path) -> None
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
-def test_a_signal_saves_and_the_same_command_goes_on(model_folder: Path, tmp_path: Path, kind: signal.Signals) -> None:
-    command = [sys.executable, "-m", "mar.train", *words(model_folder, tmp_path, "train.steps=400", "model.max_completion_tokens=4")]
+def test_a_signal_saves_and_the_same_command_goes_on(
+    model_folder: Path, tmp_path: Path, kind: signal.Signals
+) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "mar.train",
+        *words(model_folder, tmp_path, "train.steps=400", "model.max_completion_tokens=4"),
+    ]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     metrics = tmp_path / "clinic/seed0/metrics.jsonl"
     for _ in range(600):
@@ -264,7 +378,10 @@ def test_a_signal_saves_and_the_same_command_goes_on(model_folder: Path, tmp_pat
 
 
 def test_a_signal_while_a_checkpoint_is_saved_waits_for_the_next_step(
-    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    model_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """It may have reached this rank alone, and all ranks decide before the save whether they stop after it."""
     save = checkpoint.save
@@ -275,7 +392,14 @@ def test_a_signal_while_a_checkpoint_is_saved_waits_for_the_next_step(
         return save(folder, step, *rest)
 
     monkeypatch.setattr(checkpoint, "save", interrupted)
-    assert run(compose(words(model_folder, tmp_path, "checkpoint.every=1", "model.max_completion_tokens=4"))) == 130
+    assert (
+        run(
+            compose(
+                words(model_folder, tmp_path, "checkpoint.every=1", "model.max_completion_tokens=4")
+            )
+        )
+        == 130
+    )
     assert "interrupted at step 2; checkpoint of step 2" in capsys.readouterr().out
 
 
@@ -298,12 +422,21 @@ def test_a_run_that_ends_by_an_error_lets_its_checkpoint_be_written_first(
     monkeypatch.setattr(checkpoint, "_publish", slow)
     monkeypatch.setattr("mar.train.train_step", step)
     with pytest.raises(UserError, match="no second step"):
-        run(compose(words(model_folder, tmp_path, "checkpoint.every=1", "model.max_completion_tokens=4")))
-    assert [path.name for path in (tmp_path / "clinic/seed0/checkpoints").iterdir()] == ["step000001"]
+        run(
+            compose(
+                words(model_folder, tmp_path, "checkpoint.every=1", "model.max_completion_tokens=4")
+            )
+        )
+    assert [path.name for path in (tmp_path / "clinic/seed0/checkpoints").iterdir()] == [
+        "step000001"
+    ]
 
 
 def test_an_interrupted_run_says_that_its_last_checkpoint_was_not_written(
-    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    model_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """The save of step 2 fails, and a signal comes in the evaluation after it, before the next step would have noticed."""
     publish = checkpoint._publish
@@ -328,7 +461,10 @@ def test_an_interrupted_run_says_that_its_last_checkpoint_was_not_written(
 
 
 def test_a_signal_that_arrives_twice_at_once_is_one(
-    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    model_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """A cluster signals every process of a job, and torchrun passes the signal on; a person's second Ctrl-C comes later and means at once."""
 
@@ -347,11 +483,22 @@ def test_a_signal_that_arrives_twice_at_once_is_one(
         finally:  # the second one finds the first being dealt with
             os.kill(os.getpid(), signal.SIGTERM)
 
-    cases = [("make_batch", partial(in_step, 0.0), 1, 1), ("measure", in_evaluation, 0, 0), ("make_batch", partial(in_step, 1.1), 1, 0)]
+    cases = [
+        ("make_batch", partial(in_step, 0.0), 1, 1),
+        ("measure", in_evaluation, 0, 0),
+        ("make_batch", partial(in_step, 1.1), 1, 0),
+    ]
     for number, (place, signalled, step, saved) in enumerate(cases):
         with monkeypatch.context() as patched:
             patched.setattr(f"mar.train.{place}", signalled)
-            assert run(compose(words(model_folder, tmp_path / str(number), "model.max_completion_tokens=4"))) == 130
+            assert (
+                run(
+                    compose(
+                        words(model_folder, tmp_path / str(number), "model.max_completion_tokens=4")
+                    )
+                )
+                == 130
+            )
         assert f"interrupted at step {step}; checkpoint of step {saved}" in capsys.readouterr().out
 
 
@@ -360,14 +507,21 @@ def test_a_misspelt_word_is_one_sentence(word: str, capsys: pytest.CaptureFixtur
     with pytest.raises(SystemExit) as exit:
         refuse_unknown_words(["+experiment=clinic"] * (not word.startswith("+")) + [word])
     said = capsys.readouterr()
-    assert exit.value.code == 2 and not said.out and said.err.count("\n") == 1 and said.err.startswith("error: ")
+    assert (
+        exit.value.code == 2
+        and not said.out
+        and said.err.count("\n") == 1
+        and said.err.startswith("error: ")
+    )
     assert word.partition("=")[2 if word.startswith("+") else 0] in said.err
     refuse_unknown_words(["-m", word])  # a sweep's words are read by Hydra
     refuse_unknown_words(["+experiment=clinic", "algo.group_size=4"])
 
 
 def test_ctrl_c_while_the_code_is_loaded_leaves_no_traceback():
-    run = subprocess.Popen([sys.executable, "-m", "mar.train", "+experiment=medqa"], stderr=subprocess.PIPE, text=True)
+    run = subprocess.Popen(
+        [sys.executable, "-m", "mar.train", "+experiment=medqa"], stderr=subprocess.PIPE, text=True
+    )
     time.sleep(1)
     run.send_signal(signal.SIGINT)
     assert "Traceback" not in run.communicate()[1] and run.returncode in (-signal.SIGINT, 130)
@@ -385,4 +539,6 @@ def test_one_rank_says_that_it_stops(leads: bool, capsys: pytest.CaptureFixture[
     finally:
         for kind, handler in zip(kinds, before, strict=True):
             signal.signal(kind, handler)
-    assert capsys.readouterr().err.count("stopping after this step") == leads and interrupts.since > 0
+    assert (
+        capsys.readouterr().err.count("stopping after this step") == leads and interrupts.since > 0
+    )

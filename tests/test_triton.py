@@ -27,7 +27,10 @@ from mar_kernels import answer_advantages, linear_logprobs, reference, selected_
 from tests.test_advantages import batch_of, loop_advantages
 
 if find_spec("triton") is None:
-    pytest.skip("the package triton is not installed (pyproject asks for it on Linux)", allow_module_level=True)
+    pytest.skip(
+        "the package triton is not installed (pyproject asks for it on Linux)",
+        allow_module_level=True,
+    )
 
 slow = pytest.mark.slow
 F32, BF16, F64 = torch.float32, torch.bfloat16, torch.float64
@@ -70,7 +73,9 @@ def inputs(N, D, V, dtype, device="cpu", peak=3.0):
     """hidden, weight, targets; logits of spread `peak`."""
     generator = torch.Generator().manual_seed(N + V)
     hidden, weight = (torch.randn(n, D, generator=generator) for n in (N, V))
-    hidden, weight = (x.to(device, dtype).requires_grad_() for x in (hidden * peak * D**-0.5, weight))
+    hidden, weight = (
+        x.to(device, dtype).requires_grad_() for x in (hidden * peak * D**-0.5, weight)
+    )
     return hidden, weight, torch.randint(V, (N,), generator=generator).to(device)
 
 
@@ -83,7 +88,9 @@ def compare(case, used, temperature=0.7):
     found = []
     for leaves, backend in (((hidden, weight), "triton"), (exact, "reference")):
         outputs = linear_logprobs(*leaves, targets, temperature, backend=backend)
-        loss = sum((u.to(outputs[i].dtype) * outputs[i]).sum() for i, u in zip(used, upstream, strict=True))
+        loss = sum(
+            (u.to(outputs[i].dtype) * outputs[i]).sum() for i, u in zip(used, upstream, strict=True)
+        )
         found.append((outputs, torch.autograd.grad(loss, leaves)))
     (outputs, gradients), (wanted, exact_gradients) = found
     plain = linear_logprobs(hidden, weight, targets, temperature, backend="reference")
@@ -124,7 +131,11 @@ def test_many_tiles_spans_and_blocks(device, used):
 
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
             out = function(*args, **(kwargs or {}))
-            tensors = [x for x in (out if isinstance(out, tuple | list) else [out]) if isinstance(x, torch.Tensor)]
+            tensors = [
+                x
+                for x in (out if isinstance(out, tuple | list) else [out])
+                if isinstance(x, torch.Tensor)
+            ]
             self.nbytes = max(self.nbytes, *(x.nbytes for x in tensors), 0)
             return out
 
@@ -148,7 +159,9 @@ def test_a_gradient_that_nobody_wants_is_not_computed(device, frozen):
     leaves[frozen] = leaves[frozen].detach()
     with patch.object(kernels, "_mm", side_effect=kernels._mm) as product:
         outputs = linear_logprobs(*leaves, targets, backend="triton")
-        loss = sum(x.sum() for x in outputs)  # its gradient is one number, expanded without memory of its own
+        loss = sum(
+            x.sum() for x in outputs
+        )  # its gradient is one number, expanded without memory of its own
         (one,) = torch.autograd.grad(loss, leaves[1 - frozen])
     assert product.call_count == 1 and torch.equal(one, both[1 - frozen])
 
@@ -209,7 +222,9 @@ def test_nan_stays_nan(device, where):
     for output in range(3):
         hidden, weight, targets = inputs(5, 24, 40, F32, device)
         upstream = torch.ones(5, device=device)
-        {"hidden": hidden.detach(), "weight": weight.detach(), "upstream": upstream[:, None]}[where][3, 0] = torch.nan
+        {"hidden": hidden.detach(), "weight": weight.detach(), "upstream": upstream[:, None]}[
+            where
+        ][3, 0] = torch.nan
         got = linear_logprobs(hidden, weight, targets, 0.7, backend="triton")[output]
         assert where == "upstream" or got[3].isnan()
         gradients = torch.autograd.grad(got, (hidden, weight), upstream)
@@ -237,16 +252,43 @@ def test_rows_past_two_to_the_31(device):
         leaves = [x.requires_grad_() for x in leaves]
         for a, b in zip(linear_logprobs(*leaves, targets, backend="triton"), near, strict=True):
             assert torch.equal(a, b)
-        got = torch.autograd.grad(linear_logprobs(*leaves, targets, backend="triton")[0].sum(), leaves)
-        closer = [x.detach().clone(memory_format=torch.contiguous_format).requires_grad_() for x in leaves]
-        wanted = torch.autograd.grad(linear_logprobs(*closer, targets, backend="triton")[0].sum(), closer)
+        got = torch.autograd.grad(
+            linear_logprobs(*leaves, targets, backend="triton")[0].sum(), leaves
+        )
+        closer = [
+            x.detach().clone(memory_format=torch.contiguous_format).requires_grad_() for x in leaves
+        ]
+        wanted = torch.autograd.grad(
+            linear_logprobs(*closer, targets, backend="triton")[0].sum(), closer
+        )
         assert all(map(torch.equal, got, wanted))
 
-    block, wanted = far_apart(torch.zeros(3, 3, dtype=BF16), device), torch.empty(3, 3, dtype=BF16, device=device)
+    block, wanted = (
+        far_apart(torch.zeros(3, 3, dtype=BF16), device),
+        torch.empty(3, 3, dtype=BF16, device=device),
+    )
     _, entropy, lse = near
     ones, tiles = torch.ones(3, device=device), kernels.tiles_for(hidden, weight)
     for out in (block, wanted):  # the gradient of the logits is written there
-        arguments = (hidden, weight, targets, lse, entropy, ones, ones, None, out, 0, 3, 3, 24, 24, 24, out.stride(0), 1.0)
+        arguments = (
+            hidden,
+            weight,
+            targets,
+            lse,
+            entropy,
+            ones,
+            ones,
+            None,
+            out,
+            0,
+            3,
+            3,
+            24,
+            24,
+            24,
+            out.stride(0),
+            1.0,
+        )
         kernels.grads_kernel[1, 1](*arguments, **tiles.constants(tiles.grad_columns))
     assert wanted.all() and torch.equal(block, wanted)
 
@@ -260,19 +302,32 @@ def test_rows_past_two_to_the_31(device):
 @on_triton
 def test_selected_logprobs(device, N, V, dtype):
     generator = torch.Generator().manual_seed(0)
-    logits = (3 * torch.randn(N, V + 1, generator=generator)).to(device, dtype)[:, :V].requires_grad_()  # rows that do not touch
-    targets, upstream = (torch.randint(V, (N,), generator=generator).to(device), torch.randn(N, generator=generator).to(device, dtype))
+    logits = (
+        (3 * torch.randn(N, V + 1, generator=generator)).to(device, dtype)[:, :V].requires_grad_()
+    )  # rows that do not touch
+    targets, upstream = (
+        torch.randint(V, (N,), generator=generator).to(device),
+        torch.randn(N, generator=generator).to(device, dtype),
+    )
     exact = logits.detach().double().requires_grad_()
-    got, want = selected_logprobs(logits, targets, backend="triton"), selected_logprobs(exact, targets)
+    got, want = (
+        selected_logprobs(logits, targets, backend="triton"),
+        selected_logprobs(exact, targets),
+    )
     close = {"rtol": 1e-5, "atol": 1e-5} if dtype == F32 else {"rtol": 4e-3, "atol": 1e-5}
     torch.testing.assert_close(got, want.to(dtype), **close)
-    gradients = [torch.autograd.grad(o, x, upstream.to(o.dtype))[0] for o, x in ((got, logits), (want, exact))]
+    gradients = [
+        torch.autograd.grad(o, x, upstream.to(o.dtype))[0]
+        for o, x in ((got, logits), (want, exact))
+    ]
     torch.testing.assert_close(gradients[0], gradients[1].to(dtype), **close)
 
 
 @on_triton
 def test_selected_logprobs_of_infinities_and_nan(device):
-    logits = torch.tensor([[-torch.inf, 1.0, 2.0], [1e4, -1e4, 0.0], [0.0, torch.nan, 1.0]], device=device).requires_grad_()
+    logits = torch.tensor(
+        [[-torch.inf, 1.0, 2.0], [1e4, -1e4, 0.0], [0.0, torch.nan, 1.0]], device=device
+    ).requires_grad_()
     targets = torch.tensor([1, 0, 2], device=device)
     found = []
     for backend in ("triton", "reference"):
@@ -292,11 +347,19 @@ def advantages(device, arrays, choices, backend="triton", dtype=F64, tile_elemen
         return answer_advantages(*tensors, **choices, backend=backend)
 
 
-CHOICES = list(itertools.product(["to_go", "set", "own"], ["leave_one_out", "mean", "none"], ["none", "group_std", "batch_std"]))
+CHOICES = list(
+    itertools.product(
+        ["to_go", "set", "own"],
+        ["leave_one_out", "mean", "none"],
+        ["none", "group_std", "batch_std"],
+    )
+)
 SOME = [CHOICES[i] for i in (0, 13, 26)]  # every value once
 
 
-@pytest.mark.parametrize("choices", [c if c in SOME else pytest.param(c, marks=slow) for c in CHOICES])
+@pytest.mark.parametrize(
+    "choices", [c if c in SOME else pytest.param(c, marks=slow) for c in CHOICES]
+)
 @on_triton
 def test_advantages(device, choices):
     """Groups mixed, of one size and of one row; the tiles take two rows at a time."""
@@ -306,11 +369,16 @@ def test_advantages(device, choices):
         got = advantages(device, arrays, names)
         np.testing.assert_allclose(got.cpu(), loop_advantages(*arrays, *choices), atol=1e-12)
     for dtype, limit in ((F64, 1e-12), (F32, 1e-5)):
-        got, want = (advantages(device, arrays, names, backend, dtype, 1024) for backend in ("triton", "reference"))
+        got, want = (
+            advantages(device, arrays, names, backend, dtype, 1024)
+            for backend in ("triton", "reference")
+        )
         torch.testing.assert_close(got, want, rtol=limit, atol=limit)
 
 
-@pytest.mark.parametrize("credit", [pytest.param("to_go", marks=slow), pytest.param("set", marks=slow), "own"])
+@pytest.mark.parametrize(
+    "credit", [pytest.param("to_go", marks=slow), pytest.param("set", marks=slow), "own"]
+)
 @on_triton
 def test_advantages_of_empty_answers_and_masked_rows(device, credit):
     """Segments that decide nothing, segments after everything is decided, a row of nothing but padding, equal totals, NaN, no rows."""
@@ -323,12 +391,21 @@ def test_advantages_of_empty_answers_and_masked_rows(device, credit):
         choices = {"credit": credit, "scale": scale}
         for rewards in (components, np.tile(components[:1], (4, 1)), broken):
             arrays = (rewards, weights, opens, segments, groups)
-            got, want = (advantages(device, arrays, choices, backend) for backend in ("triton", "reference"))
-            if rewards is broken:  # the reference lets NaN * 0 in sums over unordered ends; what matters is where it may not be
-                assert got[1].isnan().any() and (scale == "batch_std" or not got[[0, 2]].isnan().any())
+            got, want = (
+                advantages(device, arrays, choices, backend) for backend in ("triton", "reference")
+            )
+            if (
+                rewards is broken
+            ):  # the reference lets NaN * 0 in sums over unordered ends; what matters is where it may not be
+                assert got[1].isnan().any() and (
+                    scale == "batch_std" or not got[[0, 2]].isnan().any()
+                )
             else:
                 torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
-    empty = [torch.from_numpy(x).to(device) for x in (components[:0], weights, opens[:0], segments[:0], groups[:0])]
+    empty = [
+        torch.from_numpy(x).to(device)
+        for x in (components[:0], weights, opens[:0], segments[:0], groups[:0])
+    ]
     assert answer_advantages(*empty, credit=credit, backend="triton").shape == (0, 7)
 
 
@@ -336,7 +413,11 @@ def test_advantages_of_empty_answers_and_masked_rows(device, credit):
 @on_triton
 def test_unknown_choices_are_refused(device, choice):
     with pytest.raises(ValueError, match=f"unknown {choice} 'typo'"):
-        answer_advantages(*(torch.from_numpy(a).to(device) for a in batch_of(0, [0, 0])), **{choice: "typo"}, backend="triton")
+        answer_advantages(
+            *(torch.from_numpy(a).to(device) for a in batch_of(0, [0, 0])),
+            **{choice: "typo"},
+            backend="triton",
+        )
 
 
 # --- which of them runs -------------------------------------------------------------------------------------------------
@@ -348,7 +429,10 @@ def test_a_cpu_never_imports_triton():
         "k.linear_logprobs(a, a, torch.zeros(2, dtype=torch.int64)); print('triton' in sys.modules)"
     )
     ran = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
     )
     assert ran.stdout.strip() == "False", ran.stderr
 
@@ -359,27 +443,40 @@ def on_a_gpu(dtype=F32):
 
 @pytest.mark.parametrize(
     "dtype,capability,expected",
-    [(F32, (9, 0), "triton_logprobs"), (BF16, (8, 0), "triton_logprobs"), (F64, (9, 0), "reference"), (BF16, (7, 5), "reference")],
+    [
+        (F32, (9, 0), "triton_logprobs"),
+        (BF16, (8, 0), "triton_logprobs"),
+        (F64, (9, 0), "reference"),
+        (BF16, (7, 5), "reference"),
+    ],
 )
 def test_auto_takes_triton_on_a_gpu_that_can(dtype, capability, expected):
     with patch.object(torch.cuda, "get_device_capability", lambda _: capability):
         module = mar_kernels._choose("triton_logprobs", "auto", on_a_gpu(dtype))
         assert module.__name__ == f"mar_kernels.{expected}"
         if expected == "reference":
-            with pytest.raises(RuntimeError, match=r"backend=triton (takes tensors all of|needs an NVIDIA GPU)"):
+            with pytest.raises(
+                RuntimeError, match=r"backend=triton (takes tensors all of|needs an NVIDIA GPU)"
+            ):
                 mar_kernels._choose("triton_logprobs", "triton", on_a_gpu(dtype))
         assert mar_kernels._choose("triton_logprobs", "reference", on_a_gpu(dtype)) is reference
 
 
 def test_triton_asked_for_and_missing_is_one_clear_sentence():
     a, targets = torch.ones(2, 3), torch.zeros(2, dtype=torch.int64)
-    with pytest.raises(RuntimeError, match=r"^backend=triton needs tensors on a GPU, or TRITON_INTERPRET=1 before"):
+    with pytest.raises(
+        RuntimeError, match=r"^backend=triton needs tensors on a GPU, or TRITON_INTERPRET=1 before"
+    ):
         linear_logprobs(a, a, targets, backend="triton")
     with patch.object(mar_kernels, "find_spec", lambda _: None):
-        with pytest.raises(RuntimeError, match="^backend=triton needs the package triton, which is not installed$"):
+        with pytest.raises(
+            RuntimeError, match="^backend=triton needs the package triton, which is not installed$"
+        ):
             selected_logprobs(a, targets, backend="triton")
         assert mar_kernels._choose("triton_logprobs", "auto", on_a_gpu()) is reference
-    with pytest.raises(ValueError, match="^unknown backend 'cuda'; known: auto, reference, triton$"):
+    with pytest.raises(
+        ValueError, match="^unknown backend 'cuda'; known: auto, reference, triton$"
+    ):
         linear_logprobs(a, a, targets, backend="cuda")
 
 
@@ -390,7 +487,11 @@ def test_every_launch_is_compiled():
     import compile_report
 
     found = compile_report.launches(90)
-    assert {launch.kernel.__name__ for launch in found} == {"sums_kernel", "grads_kernel", "advantages_kernel"}
+    assert {launch.kernel.__name__ for launch in found} == {
+        "sums_kernel",
+        "grads_kernel",
+        "advantages_kernel",
+    }
     assert len({launch.name for launch in found}) == len(found) == 20
 
 
@@ -399,7 +500,9 @@ def test_every_launch_is_compiled():
     [
         ({}, None),
         ({"COLUMNS": 256}, r"a stack of \d+ bytes: registers were spilled"),
-        pytest.param({"UPCAST": True}, "multiplies without the tensor cores for its type", marks=slow),
+        pytest.param(
+            {"UPCAST": True}, "multiplies without the tensor cores for its type", marks=slow
+        ),
         pytest.param({"ROWS": 100}, "does not compile", marks=slow),
     ],
 )
@@ -407,19 +510,29 @@ def test_a_bad_kernel_is_rejected(change, problem, monkeypatch, capsys):
     """A tile that does not fit the registers, a cast that loses the bf16 tensor cores, a size that triton has not."""
     import compile_report
 
-    launch = next(x for x in compile_report.launches(90) if x.name == "grads bf16 of_target of_entropy")
+    launch = next(
+        x for x in compile_report.launches(90) if x.name == "grads bf16 of_target of_entropy"
+    )
     launch.arguments |= change
-    monkeypatch.setattr(compile_report, "launches", lambda capability: [launch] if capability == 90 else [])
+    monkeypatch.setattr(
+        compile_report, "launches", lambda capability: [launch] if capability == 90 else []
+    )
     monkeypatch.setattr(sys, "argv", ["compile_report.py", "--check"])
     assert compile_report.main() == (problem is not None)
     printed = capsys.readouterr()
-    assert re.search(f"grads bf16 of_target of_entropy on sm_90: {problem}", printed.err) if problem else not printed.err
+    assert (
+        re.search(f"grads bf16 of_target of_entropy on sm_90: {problem}", printed.err)
+        if problem
+        else not printed.err
+    )
 
 
 def test_a_spill_that_ptxas_alone_reports_is_rejected(monkeypatch, capsys):
     import compile_report
 
-    launch = next(x for x in compile_report.launches(90) if x.name == "grads bf16 of_target of_entropy")
+    launch = next(
+        x for x in compile_report.launches(90) if x.name == "grads bf16 of_target of_entropy"
+    )
     found, count = [], compile_report.spilled_bytes
 
     def counted(ptx, capability):
@@ -427,14 +540,19 @@ def test_a_spill_that_ptxas_alone_reports_is_rejected(monkeypatch, capsys):
         return 16 if len(found) == 1 else found[-1]
 
     monkeypatch.setattr(compile_report, "spilled_bytes", counted)
-    monkeypatch.setattr(compile_report, "launches", lambda capability: [launch] if capability == 90 else [])
+    monkeypatch.setattr(
+        compile_report, "launches", lambda capability: [launch] if capability == 90 else []
+    )
     monkeypatch.setattr(sys, "argv", ["compile_report.py", "--check"])
     assert compile_report.main() == 1 and "ptxas -v: 16 bytes spilled" in capsys.readouterr().err
     launch.arguments["COLUMNS"] = 256
     assert compile_report.main() == 1
     if found == [None, None]:
         pytest.skip("the ptxas of this triton does not read its PTX")
-    assert found[0] == 0 < found[1] and f"ptxas -v: {found[1]} bytes spilled" in capsys.readouterr().err
+    assert (
+        found[0] == 0 < found[1]
+        and f"ptxas -v: {found[1]} bytes spilled" in capsys.readouterr().err
+    )
 
 
 @pytest.mark.gpu
@@ -443,5 +561,7 @@ def test_two_runs_give_the_same_bits():
     for _ in range(2):
         hidden, weight, targets = inputs(300, 128, 50_257, BF16, "cuda")
         outputs = linear_logprobs(hidden, weight, targets, backend="triton")
-        found.append((*outputs, *torch.autograd.grad(outputs[0].sum() + outputs[1].sum(), (hidden, weight))))
+        found.append(
+            (*outputs, *torch.autograd.grad(outputs[0].sum() + outputs[1].sum(), (hidden, weight)))
+        )
     assert all(map(torch.equal, *found))

@@ -12,7 +12,13 @@ import pytest
 import torch
 
 from mar import checkpoint
-from mar.advantages import best_of_k_advantages, token_advantages, whiten, with_kl_cost, with_truncation_rule
+from mar.advantages import (
+    best_of_k_advantages,
+    token_advantages,
+    whiten,
+    with_kl_cost,
+    with_truncation_rule,
+)
 from mar.batch import make_batch, micro_batches
 from mar.compose import compose
 from mar.critic import Critic, explained_variance, gae, token_rewards
@@ -25,7 +31,12 @@ from mar.variance import variance_ratio
 from tests.test_batch import FIRST_OPEN, fake_groups
 
 F64 = torch.float64
-SIZES = ["algo.prompts_per_step=3", "algo.group_size=4", "model.max_completion_tokens=12", "train.micro_batch_tokens=30"]
+SIZES = [
+    "algo.prompts_per_step=3",
+    "algo.group_size=4",
+    "model.max_completion_tokens=12",
+    "train.micro_batch_tokens=30",
+]
 
 
 def job_of(model, *words):
@@ -34,7 +45,19 @@ def job_of(model, *words):
     critic = Critic(model) if config.algo.baseline == "value" else None
     trained = (critic, make_optimizer(critic, 1e-2, (0.9, 0.95), 1e-8, 0.0)) if critic else None
     optimizer = make_optimizer(model, 1e-2, (0.9, 0.95), 1e-8, 0.0)
-    return Job(config, Path(), model, optimizer, (), SimpleNamespace(), FIRST_OPEN, ALONE, None, None, trained)
+    return Job(
+        config,
+        Path(),
+        model,
+        optimizer,
+        (),
+        SimpleNamespace(),
+        FIRST_OPEN,
+        ALONE,
+        None,
+        None,
+        trained,
+    )
 
 
 def batch_of(model, temperature=1.0):
@@ -48,7 +71,9 @@ def batch_of(model, temperature=1.0):
 
 def cut(groups, which):
     for i, j in which:
-        groups[i][j] = replace(groups[i][j], completion=replace(groups[i][j].completion, finish_reason="length"))
+        groups[i][j] = replace(
+            groups[i][j], completion=replace(groups[i][j].completion, finish_reason="length")
+        )
     return make_batch(groups, FIRST_OPEN)
 
 
@@ -58,12 +83,17 @@ def test_truncated_completions():
     masked = with_truncation_rule(batch, "mask", 12, 0)
     gone = torch.zeros(12, dtype=torch.bool)
     gone[[2, 10]] = True
-    assert torch.equal(masked.loss_mask, batch.loss_mask & ~gone[:, None]) and torch.equal(masked.totals, batch.totals)
+    assert torch.equal(masked.loss_mask, batch.loss_mask & ~gone[:, None]) and torch.equal(
+        masked.totals, batch.totals
+    )
     hard = with_truncation_rule(batch, "penalise", 12, 0).totals - batch.totals
     torch.testing.assert_close(hard, -gone.double())
     soft = with_truncation_rule(batch, "penalise", 12, 6)
     lengths = batch.completion_mask.sum(1)
-    torch.testing.assert_close(soft.totals - batch.totals, -torch.where(gone, 1.0, ((lengths - 6) / 6).clamp(0, 1)).double())
+    torch.testing.assert_close(
+        soft.totals - batch.totals,
+        -torch.where(gone, 1.0, ((lengths - 6) / 6).clamp(0, 1)).double(),
+    )
     assert torch.equal(soft.components[:, :-1], batch.components[:, :-1])  # length is decided last
     with pytest.raises(ValueError, match="'drop'"):
         with_truncation_rule(batch, "drop", 12, 0)
@@ -71,20 +101,31 @@ def test_truncated_completions():
 
 def test_the_cost_of_kl_falls_on_what_is_still_open():
     batch = make_batch(fake_groups(), FIRST_OPEN)
-    kl = torch.randn(batch.completion_mask.shape, dtype=F64, generator=torch.Generator().manual_seed(0))
+    kl = torch.randn(
+        batch.completion_mask.shape, dtype=F64, generator=torch.Generator().manual_seed(0)
+    )
     paid = with_kl_cost(batch, kl, 0.1)
     torch.testing.assert_close(paid.totals, batch.totals - 0.1 * (kl * batch.loss_mask).sum(1))
-    for credit in ("to_go", "set"):  # a token's advantage holds the cost of its segment and of all later ones
-        change = token_advantages(paid, credit, "none", "none") - token_advantages(batch, credit, "none", "none")
+    for credit in (
+        "to_go",
+        "set",
+    ):  # a token's advantage holds the cost of its segment and of all later ones
+        change = token_advantages(paid, credit, "none", "none") - token_advantages(
+            batch, credit, "none", "none"
+        )
         for b, t in batch.completion_mask.nonzero().tolist():
             later = (batch.segment_ids[b] >= batch.segment_ids[b, t]) | (credit == "set")
-            assert change[b, t].item() == pytest.approx(-0.1 * kl[b][later & batch.loss_mask[b]].sum().item())
+            assert change[b, t].item() == pytest.approx(
+                -0.1 * kl[b][later & batch.loss_mask[b]].sum().item()
+            )
 
 
 def test_whitened_advantages():
     batch = make_batch(fake_groups(), FIRST_OPEN)
     chosen = token_advantages(batch, "set", "none", "whiten")[batch.loss_mask]
-    assert chosen.mean().item() == pytest.approx(0, abs=1e-12) and chosen.std().item() == pytest.approx(1, abs=1e-6)
+    assert chosen.mean().item() == pytest.approx(
+        0, abs=1e-12
+    ) and chosen.std().item() == pytest.approx(1, abs=1e-6)
     same, mask = torch.full((2, 3), 0.7, dtype=F64), torch.ones(2, 3, dtype=torch.bool)
     assert whiten(same, mask).abs().max() < 1e-12 and torch.isfinite(whiten(same, ~mask)).all()
 
@@ -121,7 +162,9 @@ def test_gae_is_its_sum():
     generator = torch.Generator().manual_seed(0)
     mask = torch.arange(7) < torch.tensor([7, 1, 4])[:, None]
     rewards, values = (torch.randn(3, 7, dtype=F64, generator=generator) * mask for _ in range(2))
-    advantages, returns = gae(rewards, values + 5.0 * ~mask, mask, 0.9)  # values outside the mask are nothing
+    advantages, returns = gae(
+        rewards, values + 5.0 * ~mask, mask, 0.9
+    )  # values outside the mask are nothing
     for b, n in enumerate([7, 1, 4]):
         v = [*values[b, :n].tolist(), 0.0]
         errors = [rewards[b, t].item() + v[t + 1] - v[t] for t in range(n)]
@@ -132,7 +175,9 @@ def test_gae_is_its_sum():
 
 def test_explained_variance():
     returns = torch.tensor([1.0, 2, 3, 4])
-    assert explained_variance(returns, returns) == 1 and explained_variance(0 * returns, returns) == 0
+    assert (
+        explained_variance(returns, returns) == 1 and explained_variance(0 * returns, returns) == 0
+    )
     assert explained_variance(returns, 0 * returns) is None
 
 
@@ -140,7 +185,11 @@ def test_explained_variance():
 def test_the_critic_learns_the_returns_and_leaves_the_policy_alone(tiny_model):
     model = tiny_model()
     words = ["algo=ppo", "algo.minibatches=3", "algo.kl_coef=0", "algo.critic_warmup=60"]
-    words += ["algo.critic_lr=0.02", "algo.gae_lambda=1", "algo.value_clip=100"]  # plain regression on fixed returns
+    words += [
+        "algo.critic_lr=0.02",
+        "algo.gae_lambda=1",
+        "algo.value_clip=100",
+    ]  # plain regression on fixed returns
     job = job_of(model, *words, "train.steps=300")
     before, batch = [p.clone() for p in model.parameters()], batch_of(model)
     seen = []
@@ -149,10 +198,16 @@ def test_the_critic_learns_the_returns_and_leaves_the_policy_alone(tiny_model):
         seen.append(update(job, batch_now, columns, step))
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
     assert seen[0]["value/explained_variance"] == pytest.approx(0, abs=1e-9)  # a head of zeros
-    assert seen[-1]["value/explained_variance"] > 0.4 and seen[-1]["value/loss"] < 0.6 * seen[0]["value/loss"]
+    assert (
+        seen[-1]["value/explained_variance"] > 0.4
+        and seen[-1]["value/loss"] < 0.6 * seen[0]["value/loss"]
+    )
     # before its first token a group is one state, whose value is the mean of what it earned
     first, earned = columns["values"][:, 0].reshape(3, 4), batch.totals.reshape(3, 4)
-    assert torch.equal(first, first[:, :1].expand(-1, 4)) and (first[:, 0] - earned.mean(1)).abs().max() < 0.25
+    assert (
+        torch.equal(first, first[:, :1].expand(-1, 4))
+        and (first[:, 0] - earned.mean(1)).abs().max() < 0.25
+    )
     assert earned.mean(1).max() - earned.mean(1).min() > 0.5
     update(job, *prepare(job, batch), 60)
     assert any(not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
@@ -169,8 +224,14 @@ def test_one_update_of_every_loss_is_reinforce(tiny_model):
         job = job_of(model, f"algo.loss={loss}", "optim.grad_clip=1e9")
         metrics = update(job, *prepare(job, batch_of(model)), 0)
         gradients[loss] = torch.cat([p.grad.flatten() for p in model.parameters()])
-        assert metrics["policy/ratio_max"] == 1 and metrics["policy/approx_kl"] == 0 == metrics["policy/clip_frac"]
-        assert metrics["policy/sampler_kl"] == pytest.approx(0, abs=1e-12) and metrics["optim/skipped"] == 0
+        assert (
+            metrics["policy/ratio_max"] == 1
+            and metrics["policy/approx_kl"] == 0 == metrics["policy/clip_frac"]
+        )
+        assert (
+            metrics["policy/sampler_kl"] == pytest.approx(0, abs=1e-12)
+            and metrics["optim/skipped"] == 0
+        )
         torch.testing.assert_close(gradients[loss], gradients["reinforce"], atol=1e-12, rtol=1e-9)
     assert gradients["reinforce"].norm() > 0.01
 
@@ -180,28 +241,41 @@ def test_several_updates_use_the_ratio_to_the_policy_that_sampled(tiny_model):
     job = job_of(model, "algo.loss=ppo", "algo.epochs=3", "algo.minibatches=2")
     batch = batch_of(model)
     own, columns = prepare(job, batch)
-    torch.testing.assert_close(columns["old_logprobs"], batch.full_logprobs.to(columns["old_logprobs"].dtype))
+    torch.testing.assert_close(
+        columns["old_logprobs"], batch.full_logprobs.to(columns["old_logprobs"].dtype)
+    )
     metrics = update(job, own, columns, 0)
     assert metrics["policy/ratio_max"] > 1.001 and metrics["policy/approx_kl"] > 1e-6
-    assert metrics["policy/sampler_mismatch_max"] < 1e-9  # of the policy that sampled, not of the moved one
+    assert (
+        metrics["policy/sampler_mismatch_max"] < 1e-9
+    )  # of the policy that sampled, not of the moved one
 
 
 def test_minibatches_are_whole_groups_in_an_order_of_the_step(tiny_model):
     model = tiny_model()
-    job = job_of(model, "algo.loss=ppo", "algo.minibatches=3", "algo.epochs=4", "algo.aggregation=token_mean")
+    job = job_of(
+        model, "algo.loss=ppo", "algo.minibatches=3", "algo.epochs=4", "algo.aggregation=token_mean"
+    )
     batch = make_batch(fake_groups(), FIRST_OPEN)
     parts = _minibatches(job, batch, {"advantages": torch.arange(12)[:, None].expand(-1, 12)}, 5)
     rows = [c["advantages"][:, 0].tolist() for _, c in parts]
-    assert len(rows) == 12 and all(sorted(sum(rows[i : i + 3], [])) == list(range(12)) for i in range(0, 12, 3))
+    assert len(rows) == 12 and all(
+        sorted(sum(rows[i : i + 3], [])) == list(range(12)) for i in range(0, 12, 3)
+    )
     assert all(r[0] % 4 == 0 and r == list(range(r[0], r[0] + 4)) for r in rows)
     assert len({tuple(r[0] for r in rows[i : i + 3]) for i in range(0, 12, 3)}) > 1  # epochs differ
     for part, c in parts:
-        assert c["weights"].sum().item() == pytest.approx(1) and part.groups[0][0] is batch.groups[c["advantages"][0, 0] // 4][0]
+        assert (
+            c["weights"].sum().item() == pytest.approx(1)
+            and part.groups[0][0] is batch.groups[c["advantages"][0, 0] // 4][0]
+        )
 
 
 def test_fewer_groups_than_minibatches_make_fewer_updates(tiny_model):
     job = job_of(tiny_model(), "algo.loss=ppo", "algo.prompts_per_step=5", "algo.minibatches=5")
-    assert len(_minibatches(job, make_batch(fake_groups(), FIRST_OPEN), {}, 0)) == 3  # groups that could not be judged are gone
+    assert (
+        len(_minibatches(job, make_batch(fake_groups(), FIRST_OPEN), {}, 0)) == 3
+    )  # groups that could not be judged are gone
 
 
 def test_truncated_importance_weights_correct_the_sampler(tiny_model):
@@ -211,7 +285,10 @@ def test_truncated_importance_weights_correct_the_sampler(tiny_model):
     shift = torch.zeros_like(batch.full_logprobs)
     shift[:, 0], shift[:, 1] = 0.3, -5.0
     gradients = {}
-    for name, words, factor in (("weighted", ["algo.importance=truncated"], 1.0), ("by hand", [], (-shift).exp().clamp(max=2.0))):
+    for name, words, factor in (
+        ("weighted", ["algo.importance=truncated"], 1.0),
+        ("by hand", [], (-shift).exp().clamp(max=2.0)),
+    ):
         model = tiny_model()
         job = job_of(model, "optim.grad_clip=1e9", *words)
         own, columns = prepare(job, replace(batch, sampler_logprobs=batch.full_logprobs + shift))
@@ -252,7 +329,9 @@ def test_a_step_of_nothing_but_truncated_completions_changes_nothing(tiny_model)
     batch = cut(fake_groups(), itertools.product(range(3), range(4)))
     before = [p.clone() for p in model.parameters()]
     metrics = update(job, *prepare(job, batch), 0)
-    assert metrics["policy/loss"] == 0 == metrics["optim/grad_norm"] and metrics["optim/skipped"] == 0
+    assert (
+        metrics["policy/loss"] == 0 == metrics["optim/grad_norm"] and metrics["optim/skipped"] == 0
+    )
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
     json.dumps(metrics, allow_nan=False)
 
@@ -265,7 +344,12 @@ def test_variance_ratio_is_that_of_the_groups_gradients(tiny_model):
         gradients = []
         for i in range(3):
             part, _ = batch.take([i])
-            advantages = token_advantages(replace(part, group_ids=0 * part.group_ids), credit, job.config.algo.baseline, "none")
+            advantages = token_advantages(
+                replace(part, group_ids=0 * part.group_ids),
+                credit,
+                job.config.algo.baseline,
+                "none",
+            )
             (micro,) = micro_batches(part, 10**6)
             model.zero_grad()
             a = micro.flat(advantages, part.completion_mask)
@@ -276,12 +360,16 @@ def test_variance_ratio_is_that_of_the_groups_gradients(tiny_model):
 
 
 def test_the_critic_and_its_moments_come_back_bit_for_bit(tiny_model, tmp_path):
-    jobs = [job_of(tiny_model(), "algo=ppo", "algo.minibatches=3", "algo.kl_coef=0") for _ in range(2)]
+    jobs = [
+        job_of(tiny_model(), "algo=ppo", "algo.minibatches=3", "algo.kl_coef=0") for _ in range(2)
+    ]
     batch = batch_of(tiny_model())
     for step in range(3):
         update(jobs[0], *prepare(jobs[0], batch), step)
     checkpoint.save(tmp_path, 3, jobs[0].model, jobs[0].optimizer, 2, jobs[0].critic).result()
-    checkpoint.restore(checkpoint.newest(tmp_path), jobs[1].model, jobs[1].optimizer, jobs[1].critic)
+    checkpoint.restore(
+        checkpoint.newest(tmp_path), jobs[1].model, jobs[1].optimizer, jobs[1].critic
+    )
     after = []
     for job in jobs:
         update(job, *prepare(job, batch), 3)

@@ -11,7 +11,9 @@ from mar.records import Gold
 from mar.tasks import VERIFIERS
 from mar.verify import matching_increments, normalise, repeats, text_verifier
 
-TEXT = st.text(st.characters(exclude_categories=["Cs"]) | st.sampled_from(".,-+#%^'5aA é½⁵the "), max_size=12)
+TEXT = st.text(
+    st.characters(exclude_categories=["Cs"]) | st.sampled_from(".,-+#%^'5aA é½⁵the "), max_size=12
+)
 
 
 @pytest.mark.parametrize(
@@ -92,7 +94,9 @@ def test_normalise_is_a_projection(text):
     assert normalise(normalise(text)) == normalise(text)
 
 
-@pytest.mark.parametrize("piece", ["x", "\u0301\u0316", " . ", "the ", "-+#^", "1,", "9", "'", "9,999", "5 "])
+@pytest.mark.parametrize(
+    "piece", ["x", "\u0301\u0316", " . ", "the ", "-+#^", "1,", "9", "'", "9,999", "5 "]
+)
 def test_long_texts_are_normalised_in_linear_time(piece):
     start = time.perf_counter()
     normalise(piece * (50_000 // len(piece)))
@@ -110,13 +114,19 @@ def test_an_alias_hits_and_nothing_visible_never_does():
 def brute_force(candidates):
     """The maximum matching by trying every choice of a gold, or none, for every answer."""
     choices = itertools.product(*[(None, *c) for c in candidates])
-    return max(len(taken) for choice in choices if len(set(taken := [g for g in choice if g is not None])) == len(taken))
+    return max(
+        len(taken)
+        for choice in choices
+        if len(set(taken := [g for g in choice if g is not None])) == len(taken)
+    )
 
 
 @settings(max_examples=200, deadline=None)
 @given(
     st.lists(st.sets(st.sampled_from("abcd"), min_size=1, max_size=3), max_size=4),
-    st.permutations([*"abcde", None, "a"]).flatmap(lambda order: st.integers(0, 6).map(lambda length: order[:length])),
+    st.permutations([*"abcde", None, "a"]).flatmap(
+        lambda order: st.integers(0, 6).map(lambda length: order[:length])
+    ),
 )
 @example([{"a", "b"}, {"a"}], ["a", "b"])
 def test_increments_are_those_of_the_maximum_matching(aliases, answers):
@@ -134,7 +144,10 @@ def test_increments_are_those_of_the_maximum_matching(aliases, answers):
 
 
 def test_a_later_answer_moves_an_earlier_one_to_its_other_gold():
-    golds = [Gold("mercury the planet", ("mercury",)), Gold("mercury the element", ("mercury", "quicksilver"))]
+    golds = [
+        Gold("mercury the planet", ("mercury",)),
+        Gold("mercury the element", ("mercury", "quicksilver")),
+    ]
     assert matching_increments(["mercury", "mercury the planet"], golds) == ((1.0, 1.0), (1, 0))
     assert matching_increments(["mercury", "quicksilver"], golds) == ((1.0, 1.0), (0, 1))
 

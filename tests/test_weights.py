@@ -10,8 +10,12 @@ from mar.model import Decoder, ModelConfig
 from mar.records import UserError
 from mar.weights import load_model, save_model
 
-TIED = ModelConfig("Qwen2ForCausalLM", 31, 24, 40, 2, 3, 1, 8, attention_bias=True, tied_embeddings=True)
-UNTIED = ModelConfig("LlamaForCausalLM", 31, 24, 40, 1, 6, 2, 10, attention_bias=True, mlp_bias=True)
+TIED = ModelConfig(
+    "Qwen2ForCausalLM", 31, 24, 40, 2, 3, 1, 8, attention_bias=True, tied_embeddings=True
+)
+UNTIED = ModelConfig(
+    "LlamaForCausalLM", 31, 24, 40, 1, 6, 2, 10, attention_bias=True, mlp_bias=True
+)
 
 
 def saved(config, folder, **options):
@@ -94,13 +98,19 @@ def test_missing_and_damaged_files_are_named(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     (
-        (lambda t: t.pop("model.layers.1.self_attn.k_proj.bias"), r"model\.layers\.1\.self_attn\.k_proj\.bias is missing"),
+        (
+            lambda t: t.pop("model.layers.1.self_attn.k_proj.bias"),
+            r"model\.layers\.1\.self_attn\.k_proj\.bias is missing",
+        ),
         (lambda t: t.update({"model.extra": torch.zeros(1)}), r"no tensor model\.extra"),
         (
             lambda t: t.update({"model.layers.0.mlp.up_proj.weight": torch.zeros(41, 24)}),
             r"up_proj\.weight has shape \[41, 24\], but config\.json asks for \[40, 24\]",
         ),
-        (lambda t: t.update({"lm_head.weight": torch.zeros(31, 24)}), r"lm_head\.weight differs from the embedding"),
+        (
+            lambda t: t.update({"lm_head.weight": torch.zeros(31, 24)}),
+            r"lm_head\.weight differs from the embedding",
+        ),
     ),
 )
 def test_wrong_tensors_are_named(change, message, tmp_path):

@@ -12,7 +12,13 @@ from mar import plots
 
 HERE = Path(__file__).parent
 METRICS = ("gap_closed", "coverage@3", "top1", "ece", "q_mse", "repeats_per_set")
-PAIRS = (("rloo, to_go", "rloo, set"), ("rloo, set", "grpo"), ("rloo, to_go", "grpo"), ("reinforce", "rloo, to_go"), ("own", "reinforce"))
+PAIRS = (
+    ("rloo, to_go", "rloo, set"),
+    ("rloo, set", "grpo"),
+    ("rloo, to_go", "grpo"),
+    ("reinforce", "rloo, to_go"),
+    ("own", "reinforce"),
+)
 DRAWN = ("own", "rloo, to_go", "grpo")  # five are more than one can tell apart
 Log = Mapping[str, Any]
 
@@ -24,19 +30,33 @@ def read_logs() -> dict[str, list[Log]]:
 
 def markdown() -> str:
     """One line a setting, after training."""
-    columns = {name: lambda log, name=name: {"gap_closed": log["gap_closed"], **log["after"]}[name] for name in METRICS}
-    flat = {"groups without spread": lambda log: float(np.mean(log["curves"]["adv/zero_group_frac"]))}
+    columns = {
+        name: lambda log, name=name: {"gap_closed": log["gap_closed"], **log["after"]}[name]
+        for name in METRICS
+    }
+    flat = {
+        "groups without spread": lambda log: float(np.mean(log["curves"]["adv/zero_group_frac"]))
+    }
     return lines_of(read_logs(), columns | flat, "setting")
 
 
 def paired() -> str:
     """Differences of gap_closed seed by seed: the same patients and draws on both sides."""
-    closed = {setting: {log["seed"]: log["gap_closed"] for log in logs} for setting, logs in read_logs().items()}
+    closed = {
+        setting: {log["seed"]: log["gap_closed"] for log in logs}
+        for setting, logs in read_logs().items()
+    }
     lines = []
     for a, b in PAIRS:
         seeds = sorted(closed[a].keys() & closed[b].keys())
         found = interval([closed[a][seed] - closed[b][seed] for seed in seeds])
-        lines.append([f"{a} − {b}", str(len(seeds)), f"{found['mean']:+.3f} ({found['lo']:+.3f} to {found['hi']:+.3f})"])
+        lines.append(
+            [
+                f"{a} − {b}",
+                str(len(seeds)),
+                f"{found['mean']:+.3f} ({found['lo']:+.3f} to {found['hi']:+.3f})",
+            ]
+        )
     return grid(["gap_closed", "seeds", "difference, its 95 % interval"], lines)
 
 
@@ -45,8 +65,13 @@ def over_seeds(logs: Sequence[Log]) -> list[dict[str, Any]]:
     rows = []
     for at_step in zip(*(log["history"] for log in logs), strict=True):
         found = {name: interval([row[name] for row in at_step]) for name in ("coverage@3", "ece")}
-        means = {name: value["mean"] for name, value in found.items()} | {"step": at_step[0]["step"]}
-        rows.append(means | {"interval": {name: (value["lo"], value["hi"]) for name, value in found.items()}})
+        means = {name: value["mean"] for name, value in found.items()} | {
+            "step": at_step[0]["step"]
+        }
+        rows.append(
+            means
+            | {"interval": {name: (value["lo"], value["hi"]) for name, value in found.items()}}
+        )
     return rows
 
 
@@ -56,7 +81,10 @@ def write() -> None:
     logs = {setting: found[setting] for setting in DRAWN if setting in found}
     runs = {
         setting: [
-            [{"step": i + 1, **{name: log["curves"][name][i] for name in CURVES}} for i in range(len(log["curves"]["train/ece"]))]
+            [
+                {"step": i + 1, **{name: log["curves"][name][i] for name in CURVES}}
+                for i in range(len(log["curves"]["train/ece"]))
+            ]
             for log in own
         ]
         for setting, own in logs.items()

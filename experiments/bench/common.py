@@ -46,7 +46,9 @@ def seconds(work: Callable[[], object], runs: int) -> float:
 
 def resident_bytes(key: str) -> int:
     """Of this process: VmRSS is now, VmHWM the peak. Linux."""
-    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
+    (line,) = (
+        line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key)
+    )
     return int(line.split()[1]) * 1024
 
 
@@ -64,10 +66,17 @@ def peak_bytes() -> Iterator[list[int]]:
     peak[0] = resident_bytes("VmHWM") - before
 
 
-def record(file: Path, columns: Sequence[str], rows: Mapping[str, Sequence[float]], threads: Mapping[str, int] | None = None) -> None:
+def record(
+    file: Path,
+    columns: Sequence[str],
+    rows: Mapping[str, Sequence[float]],
+    threads: Mapping[str, int] | None = None,
+) -> None:
     """Append one line per case. `threads` of each case, where it is not this moment's."""
     command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
-    commit = subprocess.run(command, capture_output=True, text=True, check=False, cwd=file.parents[1]).stdout.strip()
+    commit = subprocess.run(
+        command, capture_output=True, text=True, check=False, cwd=file.parents[1]
+    ).stdout.strip()
     file.parent.mkdir(exist_ok=True)
     fresh = not file.exists()
     with file.open("a", newline="") as out:
@@ -77,4 +86,13 @@ def record(file: Path, columns: Sequence[str], rows: Mapping[str, Sequence[float
         where = [date.today(), commit, platform.machine(), os.cpu_count()]
         for case, values in rows.items():
             of_case = (threads or {}).get(case, torch.get_num_threads())
-            writer.writerow([*where, of_case, torch.__version__, transformers.__version__, case, *(f"{v:.4g}" for v in values)])
+            writer.writerow(
+                [
+                    *where,
+                    of_case,
+                    torch.__version__,
+                    transformers.__version__,
+                    case,
+                    *(f"{v:.4g}" for v in values),
+                ]
+            )

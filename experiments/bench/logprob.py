@@ -27,7 +27,12 @@ from experiments.bench.common import peak_bytes, quiet_machine, record
 from mar_kernels import reference
 
 RESULTS = Path(__file__).parent / "results" / "logprob.csv"
-BARS = {"memory_ratio": ">= 40", "time_ratio": "<= 1.25", "entropy_time_ratio": "<= 1.0", "grad_error": "<= 1e-5"}
+BARS = {
+    "memory_ratio": ">= 40",
+    "time_ratio": "<= 1.25",
+    "entropy_time_ratio": "<= 1.0",
+    "grad_error": "<= 1e-5",
+}
 SIZES = {"quick": (256, 576, 8192), "bars": (4096, 576, 151_936)}
 ENTROPY_COEF = 0.01
 ERROR_ROWS = 128  # of a block of the float64 gradients
@@ -39,18 +44,24 @@ def inputs(num_tokens: int, width: int, vocab: int) -> tuple[Tensor, Tensor, Ten
     weight = torch.randn(vocab, width, generator=generator).mul_(width**-0.5)
     targets = torch.randint(vocab, (num_tokens,), generator=generator)
     lead = 8 + 16 * torch.rand(num_tokens, 1, generator=generator)
-    hidden = torch.randn(num_tokens, width, generator=generator).mul_(3).addcmul_(lead, weight[targets])
+    hidden = (
+        torch.randn(num_tokens, width, generator=generator).mul_(3).addcmul_(lead, weight[targets])
+    )
     return hidden, weight, targets, torch.randn(num_tokens, generator=generator) / num_tokens
 
 
-def full_logits(hidden: Tensor, weight: Tensor, targets: Tensor, with_entropy: bool) -> tuple[Tensor, Tensor | None]:
+def full_logits(
+    hidden: Tensor, weight: Tensor, targets: Tensor, with_entropy: bool
+) -> tuple[Tensor, Tensor | None]:
     """What a plain trainer computes: log_softmax of [N, V]."""
     logprobs = torch.log_softmax(hidden @ weight.T, dim=-1)
     entropy = -(logprobs.exp() * logprobs).sum(-1) if with_entropy else None
     return logprobs.gather(1, targets[:, None]).squeeze(1), entropy
 
 
-def in_blocks(hidden: Tensor, weight: Tensor, targets: Tensor, with_entropy: bool) -> tuple[Tensor, Tensor | None]:
+def in_blocks(
+    hidden: Tensor, weight: Tensor, targets: Tensor, with_entropy: bool
+) -> tuple[Tensor, Tensor | None]:
     logprobs, entropy, _ = reference.linear_logprobs(hidden, weight, targets)
     return logprobs, entropy if with_entropy else None
 
@@ -58,7 +69,9 @@ def in_blocks(hidden: Tensor, weight: Tensor, targets: Tensor, with_entropy: boo
 SIDES = {"ours": in_blocks, "log_softmax": full_logits}
 
 
-def gradients(side: str, with_entropy: bool, hidden: Tensor, weight: Tensor, targets: Tensor, upstream: Tensor) -> None:
+def gradients(
+    side: str, with_entropy: bool, hidden: Tensor, weight: Tensor, targets: Tensor, upstream: Tensor
+) -> None:
     """Forward and backward; the gradients add up in `hidden.grad` and `weight.grad`."""
     logprobs, entropy = SIDES[side](hidden, weight, targets, with_entropy)
     loss = (logprobs * upstream).sum()
@@ -69,7 +82,13 @@ def measure(side: str, with_entropy: bool, size: str) -> dict[str, float]:
     """Seconds and peak bytes beyond the two gradients."""
     hidden, weight, targets, upstream = inputs(*SIZES[size])
     hidden.requires_grad_(), weight.requires_grad_()
-    gradients(side, with_entropy, *(x.detach()[:8].requires_grad_() for x in (hidden, weight)), targets[:8] % 8, upstream[:8])
+    gradients(
+        side,
+        with_entropy,
+        *(x.detach()[:8].requires_grad_() for x in (hidden, weight)),
+        targets[:8] % 8,
+        upstream[:8],
+    )
     with peak_bytes() as peak:
         began = time.perf_counter()
         gradients(side, with_entropy, hidden, weight, targets, upstream)
@@ -91,8 +110,15 @@ def gradient_error(size: str) -> dict[str, float]:
     with FlopCounterMode(display=False) as flops:
         gradients("ours", True, hidden, weight, targets, upstream)
     pairs = [(mine.grad, its.grad) for mine, its in zip((hidden, weight), exact, strict=True)]
-    errors = [((a - b).abs().max() / b.abs().max()).item() for a, b in pairs if a is not None and b is not None]
-    return {"grad_error": max(errors), "flops_over_nvd": flops.get_total_flops() / (num_tokens * weight.numel())}
+    errors = [
+        ((a - b).abs().max() / b.abs().max()).item()
+        for a, b in pairs
+        if a is not None and b is not None
+    ]
+    return {
+        "grad_error": max(errors),
+        "flops_over_nvd": flops.get_total_flops() / (num_tokens * weight.numel()),
+    }
 
 
 def child(*words: str) -> dict[str, float]:
@@ -107,15 +133,23 @@ def compare(size: str, with_entropy: bool, runs: int) -> dict[str, Any]:
     for _ in range(runs):
         for side in SIDES:
             found[side].append(child(size, side, str(int(with_entropy))))
-    medians = {side: {k: statistics.median(r[k] for r in rows) for k in rows[0]} for side, rows in found.items()}
+    medians = {
+        side: {k: statistics.median(r[k] for r in rows) for k in rows[0]}
+        for side, rows in found.items()
+    }
     name = "with entropy" if with_entropy else "log-probability"
     for side, row in medians.items():
-        print(f"{name:16s} {side:12s} {row['seconds']:7.2f} s   {row['bytes'] / 2**20:8.0f} MiB beyond the gradients", flush=True)
+        print(
+            f"{name:16s} {side:12s} {row['seconds']:7.2f} s   {row['bytes'] / 2**20:8.0f} MiB beyond the gradients",
+            flush=True,
+        )
     return medians
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--quick", action="store_true", help="a small vocabulary")
     parser.add_argument("--bars", action="store_true", help="the size of the bars (the default)")
     parser.add_argument("--runs", type=int, default=1)
@@ -124,7 +158,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     torch.set_num_threads(1)
     if args.child:
         size, what, *rest = args.child
-        print(json.dumps(gradient_error(size) if what == "error" else measure(what, rest == ["1"], size)))
+        print(
+            json.dumps(
+                gradient_error(size) if what == "error" else measure(what, rest == ["1"], size)
+            )
+        )
         return
     quiet_machine()
     size = "quick" if args.quick else "bars"
@@ -137,7 +175,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         **child(size, "error"),
     }
     for name, value in ratios.items():
-        print(f"{name:20s} {value:10.3g}  " + (f"bar {BARS[name]}" if name in BARS and size == "bars" else ""))
+        print(
+            f"{name:20s} {value:10.3g}  "
+            + (f"bar {BARS[name]}" if name in BARS and size == "bars" else "")
+        )
     record(RESULTS, list(ratios), {"N{} D{} V{}".format(*SIZES[size]): list(ratios.values())})
     print(json.dumps({"logprob": ratios}))
 

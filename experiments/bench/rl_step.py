@@ -27,7 +27,9 @@ from mar.weights import load_model, save_model
 from mar_kernels import answer_advantages
 
 VOCAB, LR, BETAS, CLIP = 8192, 1e-4, (0.9, 0.999), 1.0
-SHAPE = ModelConfig("Qwen3ForCausalLM", VOCAB, 256, 768, 6, 4, 2, 64, qk_norm=True, tied_embeddings=True)
+SHAPE = ModelConfig(
+    "Qwen3ForCausalLM", VOCAB, 256, 768, 6, 4, 2, 64, qk_norm=True, tied_embeddings=True
+)
 
 
 def policy() -> Decoder:
@@ -63,14 +65,20 @@ class Steps:
 
     def end(self, note: dict[str, Any]) -> None:
         taken = time.perf_counter() - self.began
-        said = {"seconds": taken, "bytes": resident_bytes("VmHWM") - self.before} if self.warm else {"ready": note}
+        said = (
+            {"seconds": taken, "bytes": resident_bytes("VmHWM") - self.before}
+            if self.warm
+            else {"ready": note}
+        )
         self.warm = True
         print(json.dumps(said, default=str), flush=True)
 
 
 def random_prompt(length: int, seed: int) -> list[int]:
     """Ids that every vocabulary here has."""
-    return torch.randint(2, VOCAB, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
+    return torch.randint(
+        2, VOCAB, (length,), generator=torch.Generator().manual_seed(seed)
+    ).tolist()
 
 
 def verify(ids: list[int]) -> float:
@@ -89,10 +97,14 @@ def steps_of_ours(folder: Path, P: int, G: int, R: int, runs: int) -> None:
         completions = [s.ids.tolist() for s in generate(model, [request], params, 10**7).groups[0]]
         rewards = torch.tensor([[verify(ids)] for ids in completions], dtype=torch.float64)
         zeros = torch.zeros(G, R, dtype=torch.int64)
-        advantages = answer_advantages(rewards, torch.ones(1, dtype=torch.float64), zeros[:, :1], zeros, zeros[:, 0])
+        advantages = answer_advantages(
+            rewards, torch.ones(1, dtype=torch.float64), zeros[:, :1], zeros, zeros[:, 0]
+        )
         logprobs, _, _ = model(pack_groups([prompt], [completions]))
         optimizer.zero_grad()
-        reinforce(logprobs, advantages.flatten().float(), torch.full_like(logprobs, 1 / (G * R))).backward()
+        reinforce(
+            logprobs, advantages.flatten().float(), torch.full_like(logprobs, 1 / (G * R))
+        ).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
         optimizer.step()
 
@@ -110,7 +122,9 @@ def word_tokenizer(vocab: int) -> Any:
     words = {"<pad>": 0, "<eos>": 1, **{f"w{i}": i for i in range(2, vocab)}}
     inner = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<pad>"))
     inner.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", eos_token="<eos>", padding_side="left")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=inner, pad_token="<pad>", eos_token="<eos>", padding_side="left"
+    )
 
 
 def steps_of_trl(folder: Path, P: int, G: int, R: int, runs: int) -> None:
@@ -126,7 +140,13 @@ def steps_of_trl(folder: Path, P: int, G: int, R: int, runs: int) -> None:
             steps.begin()
 
         def on_step_end(self, *_: Any, **__: Any) -> None:
-            steps.end({key: value for key, value in config.to_dict().items() if not key.endswith(("_dir", "run_name"))})
+            steps.end(
+                {
+                    key: value
+                    for key, value in config.to_dict().items()
+                    if not key.endswith(("_dir", "run_name"))
+                }
+            )
 
     def reward(completion_ids: list[list[int]], **_: Any) -> list[float]:
         return [verify(ids) for ids in completion_ids]

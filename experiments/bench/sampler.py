@@ -58,12 +58,18 @@ class Case:
 
 def embedded_prompts(folder: Path, count: int) -> list[tuple[int, ...]]:
     tokenizer, grammar = load_tokenizer(folder), Grammar("rlcr_multi", 3, thinking=False)
-    return [build_prompt(e, grammar, tokenizer, clinic.NOUN).ids for e in clinic.load("validation", count)]
+    return [
+        build_prompt(e, grammar, tokenizer, clinic.NOUN).ids
+        for e in clinic.load("validation", count)
+    ]
 
 
 def text_prompts(vocab: int, count: int, length: int) -> list[tuple[int, ...]]:
     generator = torch.Generator().manual_seed(0)
-    return [tuple(torch.randint(0, vocab, (length,), generator=generator).tolist()) for _ in range(count)]
+    return [
+        tuple(torch.randint(0, vocab, (length,), generator=generator).tolist())
+        for _ in range(count)
+    ]
 
 
 def cases(quick: bool, folders: dict[str, Path]) -> list[Case]:
@@ -89,7 +95,11 @@ def run_ours(model: Any, case: Case, seed: int) -> int:
 
 def sample_case(model: Any, case: Case, seed: int, budget: int = PLENTY) -> Generation:
     requests = [
-        Request(prompt, tuple(stream_key(seed, i, g) for g in range(case.group_size)), tuple(case.limits[i]) if case.limits else ())
+        Request(
+            prompt,
+            tuple(stream_key(seed, i, g) for g in range(case.group_size)),
+            tuple(case.limits[i]) if case.limits else (),
+        )
         for i, prompt in enumerate(case.prompts)
     ]
     params = SamplingParams(case.max_tokens, 1.0, () if case.stop_id is None else (case.stop_id,))
@@ -175,7 +185,16 @@ def counts(ours: Any, theirs: Any, case: Case) -> dict[str, float]:
     same_length = replace(case, prompts=[(1,) * P] * len(case.prompts), max_tokens=R, stop_id=1)
     kv_bytes = sample_case(ours, same_length, 0).kv_bytes
     config = ours.config
-    unshared = 2 * 4 * config.num_layers * config.num_kv_heads * config.head_dim * len(case.prompts) * G * (P + R)
+    unshared = (
+        2
+        * 4
+        * config.num_layers
+        * config.num_kv_heads
+        * config.head_dim
+        * len(case.prompts)
+        * G
+        * (P + R)
+    )
     limits = [[8 + (37 * (G * i + g)) % 73 for g in range(G)] for i in range(len(case.prompts))]
     rows = len(case.prompts) * G // 10
     tight = replace(case, limits=limits, stop_id=None)
@@ -210,7 +229,11 @@ def roofline(model: Any, rows: int, context: int, step_s: float) -> dict[str, fl
     square = torch.randn(2048, 2048)
     peak = 2 * 2048**3 / seconds(lambda: square @ square, 3)
     attainable = linear_s + kv_bytes / bandwidth
-    return {"roofline_frac": attainable / step_s, "large_gemm_frac": flops / peak / step_s, "decode_step_s": step_s}
+    return {
+        "roofline_frac": attainable / step_s,
+        "large_gemm_frac": flops / peak / step_s,
+        "decode_step_s": step_s,
+    }
 
 
 def require_the_same_policy(case: Case, ours: Any, theirs: Any) -> None:
@@ -218,7 +241,9 @@ def require_the_same_policy(case: Case, ours: Any, theirs: Any) -> None:
     groups = sample_case(ours, replace(case, max_tokens=12, limits=None, stop_id=None), 0).groups
     for prompt, sampled in ((case.prompts[i], group[-1]) for i, group in enumerate(groups[:2])):
         with torch.inference_mode():
-            logits = theirs(torch.tensor([[*prompt, *sampled.ids.tolist()]])).logits[0, len(prompt) - 1 : -1]
+            logits = theirs(torch.tensor([[*prompt, *sampled.ids.tolist()]])).logits[
+                0, len(prompt) - 1 : -1
+            ]
         expected = logits.log_softmax(-1).gather(1, torch.from_numpy(sampled.ids)[:, None])[:, 0]
         if not torch.allclose(torch.from_numpy(sampled.full_logprobs), expected, rtol=0, atol=1e-3):
             sys.exit(f"{case.name}: log-probabilities of sampled tokens differ from transformers'")
@@ -227,17 +252,30 @@ def require_the_same_policy(case: Case, ours: Any, theirs: Any) -> None:
 def compare(case: Case, ours: Any, theirs: Any, runs: int) -> dict[str, float]:
     """Medians in tokens a second. One token each warms both up; where all completions are equally long it is also measured, as the prefill."""
     torch.set_num_threads(case.threads)
-    sides = {"ours": lambda seed: run_ours(ours, case, seed), "hf": lambda seed: run_theirs(theirs, case, seed)}
+    sides = {
+        "ours": lambda seed: run_ours(ours, case, seed),
+        "hf": lambda seed: run_theirs(theirs, case, seed),
+    }
     first, rows = replace(case, max_tokens=1, limits=None), len(case.prompts) * case.group_size
-    once = {"ours": lambda seed: run_ours(ours, first, seed), "hf": lambda seed: run_theirs(theirs, first, seed)}
+    once = {
+        "ours": lambda seed: run_ours(ours, first, seed),
+        "hf": lambda seed: run_theirs(theirs, first, seed),
+    }
     alternate(1, once)
     speeds = {name: statistics.median(values) for name, values in alternate(runs, sides).items()}
-    row = {"ours_tok_s": speeds["ours"], "hf_tok_s": speeds["hf"], "ratio": speeds["ours"] / speeds["hf"]}
+    row = {
+        "ours_tok_s": speeds["ours"],
+        "hf_tok_s": speeds["hf"],
+        "ratio": speeds["ours"] / speeds["hf"],
+    }
     if case.limits is None and case.stop_id is None:  # as many tokens each time
         for name, values in alternate(2, once).items():
             prefill_s = rows / statistics.median(values)
             decode_s = rows * case.max_tokens / speeds[name] - prefill_s
-            row |= {f"{name}_prefill_s": prefill_s, f"{name}_decode_tok_s": rows * (case.max_tokens - 1) / decode_s}
+            row |= {
+                f"{name}_prefill_s": prefill_s,
+                f"{name}_decode_tok_s": rows * (case.max_tokens - 1) / decode_s,
+            }
     return row
 
 
@@ -245,24 +283,39 @@ def continuous(theirs: Any, case: Case) -> dict[str, float]:
     """transformers against itself, tokens a second: `generate_batch` (a paged cache, new prompts in freed rows) and `generate`."""
     torch.set_num_threads(case.threads)
     settings = transformers.GenerationConfig(
-        max_new_tokens=case.max_tokens, do_sample=True, temperature=1.0, top_k=0, top_p=1.0, eos_token_id=-1, pad_token_id=0
+        max_new_tokens=case.max_tokens,
+        do_sample=True,
+        temperature=1.0,
+        top_k=0,
+        top_p=1.0,
+        eos_token_id=-1,
+        pad_token_id=0,
     )
 
     def batch(seed: int) -> int:
         torch.manual_seed(seed)
         inputs = [list(prompt) for prompt in case.prompts for _ in range(case.group_size)]
-        return sum(len(o.generated_tokens) for o in theirs.generate_batch(inputs, generation_config=settings).values())
+        return sum(
+            len(o.generated_tokens)
+            for o in theirs.generate_batch(inputs, generation_config=settings).values()
+        )
 
-    speeds = alternate(2, {"generate": lambda seed: run_theirs(theirs, case, seed), "continuous": batch})
+    speeds = alternate(
+        2, {"generate": lambda seed: run_theirs(theirs, case, seed), "continuous": batch}
+    )
     return {name: statistics.median(values) for name, values in speeds.items()}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--quick", action="store_true", help="counts and the embedded cases only")
     parser.add_argument("--bars", action="store_true", help="every case (the default)")
     parser.add_argument(
-        "--continuous", action="store_true", help="transformers' continuous batching against its generate, and nothing else"
+        "--continuous",
+        action="store_true",
+        help="transformers' continuous batching against its generate, and nothing else",
     )
     parser.add_argument("--runs", type=int, default=3)
     args = parser.parse_args(arguments)
@@ -275,7 +328,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     if args.continuous:
         case = next(case for case in cases(False, folders) if case.name == "smollm2_16x1")
-        theirs = transformers.AutoModelForCausalLM.from_pretrained(folders[case.model], dtype=torch.float32).eval()
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(
+            folders[case.model], dtype=torch.float32
+        ).eval()
         return print(json.dumps(continuous(theirs, replace(case, max_tokens=32))))
 
     document: dict[str, Any] = {"cases": {}}
@@ -283,7 +338,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     chosen = cases(args.quick, folders)
     for case in chosen:
         if case.model not in models:
-            theirs = transformers.AutoModelForCausalLM.from_pretrained(folders[case.model], dtype=torch.float32).eval()
+            theirs = transformers.AutoModelForCausalLM.from_pretrained(
+                folders[case.model], dtype=torch.float32
+            ).eval()
             models[case.model] = (load_model(folders[case.model]), theirs)
         require_the_same_policy(case, *models[case.model])
         row = document["cases"][case.name] = compare(case, *models[case.model], args.runs)
@@ -293,7 +350,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
             flush=True,
         )
         if "hf_prefill_s" in row:
-            prefill, decode = (f"{row[f'ours_{what}']:.1f} against {row[f'hf_{what}']:.1f}" for what in ("prefill_s", "decode_tok_s"))
+            prefill, decode = (
+                f"{row[f'ours_{what}']:.1f} against {row[f'hf_{what}']:.1f}"
+                for what in ("prefill_s", "decode_tok_s")
+            )
             print(f"{'':16s} prefill {prefill} s, decode {decode} tok/s")
         if case.name == "embedded_16x8":
             document |= (found := counts(*models[case.model], case))
@@ -301,11 +361,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if case.name == "smollm2_2x16":
             rows = len(case.prompts) * case.group_size
             context = sum(map(len, case.prompts)) + rows * case.max_tokens // 2
-            document |= (found := roofline(models[case.model][0], rows, context, rows / row["ours_decode_tok_s"]))
+            document |= (
+                found := roofline(
+                    models[case.model][0], rows, context, rows / row["ours_decode_tok_s"]
+                )
+            )
             print(f"{'':16s} " + "  ".join(f"{name} {value:.3g}" for name, value in found.items()))
     columns = ("ours_tok_s", "hf_tok_s", "ratio")
     record(
-        RESULTS, columns, {name: [row[c] for c in columns] for name, row in document["cases"].items()}, {c.name: c.threads for c in chosen}
+        RESULTS,
+        columns,
+        {name: [row[c] for c in columns] for name, row in document["cases"].items()},
+        {c.name: c.threads for c in chosen},
     )
     print(json.dumps(document))
 

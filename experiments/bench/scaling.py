@@ -28,7 +28,9 @@ from mar.job import announce, build_job
 from mar.log import Display
 from mar.train import train_step
 
-WORDS = "+experiment=clinic eval.num_items=2 model.trainable= model.lora_rank=0 model.lr=1e-4".split()
+WORDS = (
+    "+experiment=clinic eval.num_items=2 model.trainable= model.lora_rank=0 model.lr=1e-4".split()
+)
 PROMPTS = 8  # of each rank
 PARTS = ("sample_s", "verify_s", "update_s")
 
@@ -37,23 +39,42 @@ def worker(steps: int) -> None:
     """One rank: warm up, time some steps, profile two more; rank 0 prints."""
     display, size = Display("plain", 0, 0), int(os.environ.get("WORLD_SIZE", 1))
     display.console.quiet = True
-    config: Config = announce(compose([*WORDS, f"algo.prompts_per_step={PROMPTS * size}", f"train.steps={steps + 4}"]), display)
+    config: Config = announce(
+        compose([*WORDS, f"algo.prompts_per_step={PROMPTS * size}", f"train.steps={steps + 4}"]),
+        display,
+    )
     world = join("cpu", config.scale)
     with tempfile.TemporaryDirectory() as folder:
-        job = build_job(config, Path(folder), resolve_model("embedded", "embedded", None)[0], display, world)
+        job = build_job(
+            config, Path(folder), resolve_model("embedded", "embedded", None)[0], display, world
+        )
         rows = [train_step(job, step)[0] for step in range(steps + 2)][2:]
         with torch.profiler.profile() as profile:
             for step in (steps + 2, steps + 3):
                 train_step(job, step)
-    talked = sum(event.cpu_time_total for event in profile.events() if event.name.startswith("gloo:")) / 2e6
+    talked = (
+        sum(event.cpu_time_total for event in profile.events() if event.name.startswith("gloo:"))
+        / 2e6
+    )
     if world.leads:
         told = {part: statistics.median(row[f"perf/{part}"] for row in rows) for part in PARTS}
         tokens_per_s = statistics.median(row["perf/tokens_per_s"] for row in rows)
-        print(json.dumps(told | {"step_s": sum(told.values()), "communication_s": talked, "tokens_per_s": tokens_per_s}))
+        print(
+            json.dumps(
+                told
+                | {
+                    "step_s": sum(told.values()),
+                    "communication_s": talked,
+                    "tokens_per_s": tokens_per_s,
+                }
+            )
+        )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--ranks", default="1,2")
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
@@ -64,9 +85,19 @@ def main() -> None:
     quiet_machine()
     found = {}
     for ranks in map(int, args.ranks.split(",")):
-        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
+        launcher = (
+            ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+            if ranks > 1
+            else []
+        )
         command = [sys.executable, *launcher, __file__, "--worker", "--steps", str(args.steps)]
-        done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, text=True, check=True)
+        done = subprocess.run(
+            command,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            text=True,
+            check=True,
+        )
         found[ranks] = json.loads(done.stdout.splitlines()[-1])
     columns = [*PARTS, "communication_s", "step_s", "tokens_per_s"]
     print("ranks  " + "  ".join(f"{name:>15}" for name in columns))

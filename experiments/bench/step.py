@@ -31,21 +31,34 @@ RESULTS = Path(__file__).parent / "results" / "step.csv"
 TRL_CONFIG = RESULTS.with_name("trl_config.json")
 BARS = {"shared_frac": ">= 0.85", "growth_g4_g32": "<= 3.2", "trl_p512_g8": ">= 4", "trl_p512_g32": ">= 6",
         "trl_p256_g16": ">= 2.5", "trl_smollm2": ">= 3", "memory_ratio": ">= 2"}  # fmt: skip
-SHARED = [(512, 8, 64), (512, 32, 64), (256, 16, 128)]  # prompt tokens, group size, completion tokens
+SHARED = [
+    (512, 8, 64),
+    (512, 32, 64),
+    (256, 16, 128),
+]  # prompt tokens, group size, completion tokens
 WHOLE = {
     "trl_p512_g8": ("random", 512, 8, 64),
     "trl_p512_g32": ("random", 512, 32, 64),
     "trl_p256_g16": ("random", 256, 16, 128),
     "trl_smollm2": ("smollm2", 256, 8, 64),
 }
-SLOW = ("trl_p512_g32", "trl_smollm2")  # half a minute a step: one is timed, after one that warms up
+SLOW = (
+    "trl_p512_g32",
+    "trl_smollm2",
+)  # half a minute a step: one is timed, after one that warms up
 
 
-def train_step(model: Any, prompt_tokens: int, group_size: int, completion_tokens: int, shared: bool) -> float:
+def train_step(
+    model: Any, prompt_tokens: int, group_size: int, completion_tokens: int, shared: bool
+) -> float:
     """Forward and backward of one group; 1.0 for `alternate`."""
     prompt = random_prompt(prompt_tokens, 0)
     completions = [random_prompt(completion_tokens, 1 + g) for g in range(group_size)]
-    packed = pack_groups([prompt], [completions]) if shared else pack_groups([prompt] * group_size, [[c] for c in completions])
+    packed = (
+        pack_groups([prompt], [completions])
+        if shared
+        else pack_groups([prompt] * group_size, [[c] for c in completions])
+    )
     model.zero_grad()
     model(packed)[0].mean().backward()
     return 1.0
@@ -61,12 +74,18 @@ def shared_frac(model: Any, case: tuple[int, int, int], runs: int) -> dict[str, 
     """Per row / shared, in seconds and in FLOPs, each as a fraction of the ratio of tokens."""
     P, G, R = case
     tokens = G * (P + R) / (P + G * R)
-    sides = {name: lambda _, s=name == "shared": train_step(model, *case, s) for name in ("shared", "per_row")}
+    sides = {
+        name: lambda _, s=name == "shared": train_step(model, *case, s)
+        for name in ("shared", "per_row")
+    }
     alternate(1, sides)
     speeds = {name: statistics.median(found) for name, found in alternate(runs, sides).items()}
     ratio = speeds["shared"] / speeds["per_row"]
     of_flops = flops(model, case, False) / flops(model, case, True)
-    print(f"P{P} G{G} R{R}: per row / shared x{ratio:.2f}, in FLOPs x{of_flops:.2f}, in tokens x{tokens:.2f}", flush=True)
+    print(
+        f"P{P} G{G} R{R}: per row / shared x{ratio:.2f}, in FLOPs x{of_flops:.2f}, in tokens x{tokens:.2f}",
+        flush=True,
+    )
     return {"time": ratio / tokens, "flops": of_flops / tokens}
 
 
@@ -82,8 +101,16 @@ def whole_step(case: tuple[str, int, int, int], runs: int) -> dict[str, list[dic
     """What `rl_step` says of each step of either side, each in its own process, one step in turn."""
     children, found = {}, dict[str, list[dict[str, float]]]()
     for side in SIDES:
-        command = [sys.executable, "-m", "experiments.bench.rl_step", side, *map(str, (*case, runs))]
-        children[side] = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT)
+        command = [
+            sys.executable,
+            "-m",
+            "experiments.bench.rl_step",
+            side,
+            *map(str, (*case, runs)),
+        ]
+        children[side] = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT
+        )
         ready = answer(children[side])["ready"]
         if side == "trl":
             TRL_CONFIG.write_text(json.dumps(ready, indent=1, sort_keys=True) + "\n")
@@ -107,7 +134,9 @@ def answer(child: subprocess.Popen[str]) -> dict[str, Any]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--quick", action="store_true", help="FLOPs and the smallest case")
     parser.add_argument("--bars", action="store_true", help="every case (the default)")
     parser.add_argument("--runs", type=int, default=2)
@@ -117,23 +146,46 @@ def main(arguments: Sequence[str] | None = None) -> None:
     model = policy()
     cases = SHARED[:1] if args.quick else SHARED
     fractions = [shared_frac(model, case, args.runs) for case in cases]
-    found = {"shared_frac": min(f["time"] for f in fractions), "flops_frac": min(f["flops"] for f in fractions)}
+    found = {
+        "shared_frac": min(f["time"] for f in fractions),
+        "flops_frac": min(f["flops"] for f in fractions),
+    }
     if not args.quick:
         found["growth_g4_g32"] = growth(model, args.runs)
     trl = importlib.util.find_spec("trl") is not None
-    why = "not with --quick" if args.quick else "" if trl else "left out, trl is not installed: pip install -e '.[bench]'"
+    why = (
+        "not with --quick"
+        if args.quick
+        else ""
+        if trl
+        else "left out, trl is not installed: pip install -e '.[bench]'"
+    )
     print(f"whole steps against TRL: {why}")
     for name, case in WHOLE.items() if trl and not args.quick else ():
         sides = whole_step(case, 1 if name in SLOW else args.runs)
-        middle = {side: {k: statistics.median(s[k] for s in steps) for k in steps[0]} for side, steps in sides.items()}
+        middle = {
+            side: {k: statistics.median(s[k] for s in steps) for k in steps[0]}
+            for side, steps in sides.items()
+        }
         found[name], memory = (middle["trl"][k] / middle["ours"][k] for k in ("seconds", "bytes"))
         found["memory_ratio"] = min(memory, found.get("memory_ratio", memory))
-        told = "; ".join(f"{side} {m['seconds']:.2f} s, {m['bytes'] / 2**20:,.0f} MiB" for side, m in middle.items())
+        told = "; ".join(
+            f"{side} {m['seconds']:.2f} s, {m['bytes'] / 2**20:,.0f} MiB"
+            for side, m in middle.items()
+        )
         print(f"{name}: {told}", flush=True)
     for name, value in found.items():
         print(f"{name:16s} {value:8.3g}  " + (f"bar {BARS[name]}" if name in BARS else ""))
     record(RESULTS, ["value"], {name: [value] for name, value in found.items()})
-    print(json.dumps({"step": found, "parameters": sum(p.numel() for p in model.parameters()), "vocab": VOCAB}))
+    print(
+        json.dumps(
+            {
+                "step": found,
+                "parameters": sum(p.numel() for p in model.parameters()),
+                "vocab": VOCAB,
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -49,22 +49,38 @@ FRESH = 1000  # added to the run's seed for other patients than its own
 
 def whole(items: Sequence[Item], examples: Sequence[Example]) -> dict[str, float | None]:
     """The metrics of WHOLE; None: one set has no coverage@30."""
-    found = {name: statistic.value(statistic.columns.sum(0)).item() for name, statistic in statistics(items, True).items()}
+    found = {
+        name: statistic.value(statistic.columns.sum(0)).item()
+        for name, statistic in statistics(items, True).items()
+    }
     known = bars(examples, 3)
-    closed = gap_closed(found["coverage@3"], known["floor"][2], known["ceiling"][2]) if known else None
+    closed = (
+        gap_closed(found["coverage@3"], known["floor"][2], known["ceiling"][2]) if known else None
+    )
     return {"gap_closed": closed, **{name: found.get(name) for name in WHOLE[1:]}}
 
 
 @torch.no_grad()
 def written(
-    job: Job, model: Decoder, prompts: Sequence[Prompt], num_sets: int, stage: str, step: int, temperature: float = 1.0
+    job: Job,
+    model: Decoder,
+    prompts: Sequence[Prompt],
+    num_sets: int,
+    stage: str,
+    step: int,
+    temperature: float = 1.0,
 ) -> list[Item]:
     """Sets that the model writes, judged; each answer with its exact probability."""
     p = job.protocol
     params = replace(p.params, temperature=temperature)
-    groups, _ = sample(model, prompts, num_sets, params, p.kv_budget_tokens, (job.config.seed, stage, step))
+    groups, _ = sample(
+        model, prompts, num_sets, params, p.kv_budget_tokens, (job.config.seed, stage, step)
+    )
     judged = judge_groups(prompts, groups, p.grammar, p.spec, p.verifier, p.decode)
-    return [item_of(i, [(r, r.text, len(r.completion.ids)) for r in g], p.verifier) for i, g in zip(prompts, judged, strict=True)]
+    return [
+        item_of(i, [(r, r.text, len(r.completion.ids)) for r in g], p.verifier)
+        for i, g in zip(prompts, judged, strict=True)
+    ]
 
 
 def parts(items: Sequence[Item], slots: Sequence[int]) -> dict[str, float | None]:
@@ -75,12 +91,17 @@ def parts(items: Sequence[Item], slots: Sequence[int]) -> dict[str, float | None
     for item in items:
         for s in (s for s in item.sets if s.reason is None):
             for slot in slots:
-                of_one[item.id, slot, s.keys[slot]].append((s.confidences[slot] or 0.0, s.mass[slot]))
+                of_one[item.id, slot, s.keys[slot]].append(
+                    (s.confidences[slot] or 0.0, s.mass[slot])
+                )
     several = [np.array(values) for values in of_one.values() if len(values) > 1]
     counts = np.array([len(v) for v in several])
     drawn = np.array([v[:, 0].var(ddof=1) for v in several])
     error = np.array([(v[:, 0] - v[:, 1]).mean() ** 2 for v in several])
-    mass = {slot: [p for (_, at, _), values in of_one.items() if at == slot for _, p in values] for slot in slots}
+    mass = {
+        slot: [p for (_, at, _), values in of_one.items() if at == slot for _, p in values]
+        for slot in slots
+    }
     return {
         "q_mse": float(np.mean([(q - p) ** 2 for values in of_one.values() for q, p in values])),
         "drawn": float(np.average(drawn, weights=counts)) if several else None,
@@ -89,7 +110,9 @@ def parts(items: Sequence[Item], slots: Sequence[int]) -> dict[str, float | None
     }
 
 
-def teach(job: Job, student: Decoder, trainable: str, peak: float, steps: int, tokenizer: Any) -> None:
+def teach(
+    job: Job, student: Decoder, trainable: str, peak: float, steps: int, tokenizer: Any
+) -> None:
     """Cross-entropy to sets of the run's policy with exact confidences; as many patients and sets a step as the run had. Answers are taught
     along: left alone they would drift."""
     optimizer = make_optimizer(student, peak, (0.9, 0.95), 1e-8, 0.0, trainable)
@@ -97,8 +120,14 @@ def teach(job: Job, student: Decoder, trainable: str, peak: float, steps: int, t
     for step in range(steps):
         prompts = job.prompts_of(step)
         items = written(job, job.model, prompts, job.config.algo.group_size, "taught", step)
-        texts = [[render(grammar, [*map(str, s.answers)], s.mass) for s in item.sets if s.reason is None] for item in items]
-        rows = [[[*tokenizer(text, add_special_tokens=False)["input_ids"], stop] for text in group] for group in texts]
+        texts = [
+            [render(grammar, [*map(str, s.answers)], s.mass) for s in item.sets if s.reason is None]
+            for item in items
+        ]
+        rows = [
+            [[*tokenizer(text, add_special_tokens=False)["input_ids"], stop] for text in group]
+            for group in texts
+        ]
         loss = -student(pack_groups([p.ids for p in prompts], rows))[0].mean()
         optimizer.zero_grad()
         loss.backward()
@@ -114,11 +143,24 @@ def known(job: Job, base: Decoder, tokenizer: Any) -> list[dict[str, float]]:
     """For each held-out patient the probability that the untrained model, asked for one answer, gives to each condition."""
     single, noun = Grammar("rlvr_single", 1, thinking=False), get_task(job.config.data.task).noun
     names = sorted({gold.name for prompt in job.protocol.prompts for gold in prompt.example.golds})
-    rows = [[*tokenizer(render(single, [name]), add_special_tokens=False)["input_ids"], tokenizer.eos_token_id] for name in names]
+    rows = [
+        [
+            *tokenizer(render(single, [name]), add_special_tokens=False)["input_ids"],
+            tokenizer.eos_token_id,
+        ]
+        for name in names
+    ]
     out = []
     for prompt in job.protocol.prompts:
-        logprobs = base(pack_groups([build_prompt(prompt.example, single, tokenizer, noun).ids], [rows]))[0]
-        out.append({name: row.sum().exp().item() for name, row in zip(names, logprobs.split([len(row) for row in rows]), strict=True)})
+        logprobs = base(
+            pack_groups([build_prompt(prompt.example, single, tokenizer, noun).ids], [rows])
+        )[0]
+        out.append(
+            {
+                name: row.sum().exp().item()
+                for name, row in zip(names, logprobs.split([len(row) for row in rows]), strict=True)
+            }
+        )
     return out
 
 
@@ -127,8 +169,17 @@ def rated(items: Sequence[Item], beliefs: Sequence[dict[str, float]]) -> list[It
     out = []
     for item, belief in zip(items, beliefs, strict=True):
         of_key = {normalise(name): p for name, p in belief.items()}
-        said = ([0.0 if again else of_key.get(str(key), 0.0) for key, again in zip(s.keys, s.repeated, strict=True)] for s in item.sets)
-        sets = (s if s.reason else replace(s, confidences=tuple(q)) for s, q in zip(item.sets, said, strict=True))
+        said = (
+            [
+                0.0 if again else of_key.get(str(key), 0.0)
+                for key, again in zip(s.keys, s.repeated, strict=True)
+            ]
+            for s in item.sets
+        )
+        sets = (
+            s if s.reason else replace(s, confidences=tuple(q))
+            for s, q in zip(item.sets, said, strict=True)
+        )
         out.append(replace(item, sets=tuple(sets)))
     return out
 
@@ -136,9 +187,17 @@ def rated(items: Sequence[Item], beliefs: Sequence[dict[str, float]]) -> list[It
 def most_probable(job: Job, beliefs: Sequence[dict[str, float]]) -> list[Item]:
     """One set a patient: the answers that the model finds the most probable, with these probabilities."""
     p = job.protocol
-    chosen = [sorted(belief, key=belief.__getitem__)[::-1][: p.grammar.num_answers] for belief in beliefs]
-    texts = [render(p.grammar, names, [belief[name] for name in names]) for names, belief in zip(chosen, beliefs, strict=True)]
-    return [read_item(prompt, [(text, 0)], p.grammar, p.verifier) for prompt, text in zip(p.prompts, texts, strict=True)]
+    chosen = [
+        sorted(belief, key=belief.__getitem__)[::-1][: p.grammar.num_answers] for belief in beliefs
+    ]
+    texts = [
+        render(p.grammar, names, [belief[name] for name in names])
+        for names, belief in zip(chosen, beliefs, strict=True)
+    ]
+    return [
+        read_item(prompt, [(text, 0)], p.grammar, p.verifier)
+        for prompt, text in zip(p.prompts, texts, strict=True)
+    ]
 
 
 def policies(folder: Path, steps: int) -> Iterator[tuple[str, int, list[Item], list[Example]]]:
@@ -146,49 +205,109 @@ def policies(folder: Path, steps: int) -> Iterator[tuple[str, int, list[Item], l
     display = Display("plain", 0, 0)
     display.console.quiet = True
     config = load_config(folder / "config.yaml", [])
-    fresh = replace(config, seed=config.seed + FRESH, train=replace(config.train, steps=max(1, steps)))
+    fresh = replace(
+        config, seed=config.seed + FRESH, train=replace(config.train, steps=max(1, steps))
+    )
     base, _ = resolve_model(config.model.source, config.model.name, config.model.path)
-    job, tokenizer, found = build_job(fresh, folder, base, display), load_tokenizer(base), checkpoint.newest(folder / "checkpoints")
+    job, tokenizer, found = (
+        build_job(fresh, folder, base, display),
+        load_tokenizer(base),
+        checkpoint.newest(folder / "checkpoints"),
+    )
     if found is None or not (job.protocol.grammar.confident and job.protocol.grammar.multi):
-        raise UserError(f"{folder} has no checkpoint, or a policy without sets and confidences: take a finished run of multi_rlcr")
+        raise UserError(
+            f"{folder} has no checkpoint, or a policy without sets and confidences: take a finished run of multi_rlcr"
+        )
     checkpoint.restore_weights(found, job.model)
     prompts = job.protocol.prompts
     examples = [p.example for p in prompts]
-    items, beliefs = written(job, job.model, prompts, SETS, "held out", 0), known(job, load_model(base), tokenizer)
+    items, beliefs = (
+        written(job, job.model, prompts, SETS, "held out", 0),
+        known(job, load_model(base), tokenizer),
+    )
     yield "as trained", 0, items, examples
-    yield f"as trained, temperature {COOL}", 0, written(job, job.model, prompts, SETS, "held out", 0, COOL), examples
+    yield (
+        f"as trained, temperature {COOL}",
+        0,
+        written(job, job.model, prompts, SETS, "held out", 0, COOL),
+        examples,
+    )
     yield "rated by the untrained model's answers", 0, rated(items, beliefs), examples
     yield "the untrained model's most probable answers", 0, most_probable(job, beliefs), examples
-    rates = {"same parameters": (config.model.lr, config.model.trainable), "all parameters": (4e-4, "")}
+    rates = {
+        "same parameters": (config.model.lr, config.model.trainable),
+        "all parameters": (4e-4, ""),
+    }
     for name, (peak, trainable) in rates.items() if steps else ():
         print(name, flush=True)
-        student = copy.deepcopy(job.model) if name == "same parameters" else merge(copy.deepcopy(job.model))
+        student = (
+            copy.deepcopy(job.model)
+            if name == "same parameters"
+            else merge(copy.deepcopy(job.model))
+        )
         teach(job, student, trainable, peak, steps, tokenizer)
-        yield f"taught, {name}", steps, written(job, student, prompts, SETS, "held out", 0), examples
+        yield (
+            f"taught, {name}",
+            steps,
+            written(job, student, prompts, SETS, "held out", 0),
+            examples,
+        )
 
 
 def markdown(file: Path = RESULT) -> str:
     """A line for each policy of each run."""
     lines = []
     for row in map(json.loads, file.read_text(encoding="utf-8").splitlines()):
-        columns = {name: row[name] for name in WHOLE if name != "coverage@3"} | {"first slot": row["slots"][0]["q_mse"]}
-        columns |= {"drawn": row["parts"]["drawn"], "of the mean": row["parts"]["expected"], "one for all": row["parts"]["constant"]}
-        lines.append([row["run"], row["policy"], *("–" if v is None else f"{v:.3f}" if v >= 0.1 else f"{v:.4f}" for v in columns.values())])
+        columns = {name: row[name] for name in WHOLE if name != "coverage@3"} | {
+            "first slot": row["slots"][0]["q_mse"]
+        }
+        columns |= {
+            "drawn": row["parts"]["drawn"],
+            "of the mean": row["parts"]["expected"],
+            "one for all": row["parts"]["constant"],
+        }
+        lines.append(
+            [
+                row["run"],
+                row["policy"],
+                *(
+                    "–" if v is None else f"{v:.3f}" if v >= 0.1 else f"{v:.4f}"
+                    for v in columns.values()
+                ),
+            ]
+        )
     return grid(("run", "policy", *columns), lines)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("run", type=Path, help="folder of a finished run")
     parser.add_argument("--steps", type=int, default=500, help="of supervision; 0: none of it")
     args = parser.parse_args()
     run = f"{args.run.parent.name}/{args.run.name}"
-    rows = {(row["run"], row["policy"]): row for row in (read_jsonl(RESULT)[0] if RESULT.exists() else [])}
+    rows = {
+        (row["run"], row["policy"]): row
+        for row in (read_jsonl(RESULT)[0] if RESULT.exists() else [])
+    }
     for name, steps, items, examples in policies(args.run, args.steps):
-        told = {"run": run, "policy": name, "steps": steps, **environment(), **whole(items, examples)}
-        rows[run, name] = told | {"parts": parts(items, (0, 1, 2)), "slots": [parts(items, (slot,)) for slot in range(3)]}
+        told = {
+            "run": run,
+            "policy": name,
+            "steps": steps,
+            **environment(),
+            **whole(items, examples),
+        }
+        rows[run, name] = told | {
+            "parts": parts(items, (0, 1, 2)),
+            "slots": [parts(items, (slot,)) for slot in range(3)],
+        }
         write_jsonl(RESULT, rows.values())
-        print(json.dumps({key: rows[run, name][key] for key in ("policy", *WHOLE, "parts")}), flush=True)
+        print(
+            json.dumps({key: rows[run, name][key] for key in ("policy", *WHOLE, "parts")}),
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

@@ -27,39 +27,69 @@ from mar.tasks.common import Source
 from mar.weights import load_model
 
 RESULT = Path(__file__).parent / "probe.json"
-TRAINING, HELD_OUT, SEED = 8000, 1000, 2_000_000  # patients, and a seed that no run and no lesson has
+TRAINING, HELD_OUT, SEED = (
+    8000,
+    1000,
+    2_000_000,
+)  # patients, and a seed that no run and no lesson has
 SETS, AT_ONCE = Grammar("rlcr_multi", 3, thinking=False), 8192
 
 
 @torch.no_grad()
-def states(model: Decoder, tokenizer: Any, noun: str, examples: Sequence[Example]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def states(
+    model: Decoder, tokenizer: Any, noun: str, examples: Sequence[Example]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """States [places, layers, n, width] after the embedding and each layer; exact posteriors [n, conditions]; which condition was drawn as the first
     answer [n], and the probability with which the model writes its name [n] (no name begins with another)."""
     layers: list[Tensor] = []
     hooks = [model.blocks[0].register_forward_pre_hook(lambda _, args: layers.append(args[0]))]
-    hooks += [block.register_forward_hook(lambda _, args, out: layers.append(out)) for block in model.blocks]
-    rng, opening = np.random.default_rng(0), tokenizer(SETS.elements[0].opening, add_special_tokens=False)["input_ids"]
+    hooks += [
+        block.register_forward_hook(lambda _, args, out: layers.append(out))
+        for block in model.blocks
+    ]
+    rng, opening = (
+        np.random.default_rng(0),
+        tokenizer(SETS.elements[0].opening, add_special_tokens=False)["input_ids"],
+    )
     posterior = np.array([[gold.probability for gold in e.golds] for e in examples])
     drawn = [int(rng.choice(len(p), p=p / p.sum())) for p in posterior]
     prompts = [list(build_prompt(e, SETS, tokenizer, noun).ids) for e in examples]
     closing = SETS.elements[0].closing + SETS.elements[1].opening
     ends = len(tokenizer(closing, add_special_tokens=False)["input_ids"])
-    texts = [SETS.elements[0].opening + e.golds[i].name + closing for e, i in zip(examples, drawn, strict=True)]
+    texts = [
+        SETS.elements[0].opening + e.golds[i].name + closing
+        for e, i in zip(examples, drawn, strict=True)
+    ]
     rows = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
     found, said = [], []
     for part in chunks(range(len(examples)), [len(p) for p in prompts], AT_ONCE):
-        packed = pack_groups([prompts[i] for i in part], [[[*rows[i], 0]] for i in part])  # the last token is a target only
+        packed = pack_groups(
+            [prompts[i] for i in part], [[[*rows[i], 0]] for i in part]
+        )  # the last token is a target only
         layers.clear()
         logprobs = model(packed)[0].split([len(rows[i]) + 1 for i in part])
-        places = [(start + len(opening) - 1, start + length - 1) for start, length, _ in packed.rows]
-        found.append(torch.stack([torch.stack([x[[p[which] for p in places]] for x in layers]) for which in (0, 1)]))
+        places = [
+            (start + len(opening) - 1, start + length - 1) for start, length, _ in packed.rows
+        ]
+        found.append(
+            torch.stack(
+                [torch.stack([x[[p[which] for p in places]] for x in layers]) for which in (0, 1)]
+            )
+        )
         said += [row[len(opening) : -1 - ends].sum().exp() for row in logprobs]
     for hook in hooks:
         hook.remove()
-    return torch.cat(found, 2), torch.tensor(posterior, dtype=torch.float32), torch.tensor(drawn), torch.stack(said)
+    return (
+        torch.cat(found, 2),
+        torch.tensor(posterior, dtype=torch.float32),
+        torch.tensor(drawn),
+        torch.stack(said),
+    )
 
 
-def of_posterior(train: Tensor, target: Tensor, held_out: Tensor, truth: Tensor, drawn: Tensor) -> dict[str, float]:
+def of_posterior(
+    train: Tensor, target: Tensor, held_out: Tensor, truth: Tensor, drawn: Tensor
+) -> dict[str, float]:
     """A linear probe of the posterior, on held-out states: KL in nats from the exact one, and the mean squared error of the drawn
     answer's probability."""
     mean, std = train.mean(0), train.std(0) + 1e-6
@@ -69,7 +99,10 @@ def of_posterior(train: Tensor, target: Tensor, held_out: Tensor, truth: Tensor,
 
     def loss() -> Tensor:
         optimizer.zero_grad()
-        out = -(target * probe((train - mean) / std).log_softmax(-1)).sum(-1).mean() + 1e-4 * probe.weight.square().sum()
+        out = (
+            -(target * probe((train - mean) / std).log_softmax(-1)).sum(-1).mean()
+            + 1e-4 * probe.weight.square().sum()
+        )
         out.backward()
         return out
 
@@ -77,7 +110,10 @@ def of_posterior(train: Tensor, target: Tensor, held_out: Tensor, truth: Tensor,
     with torch.no_grad():
         said = probe((held_out - mean) / std).log_softmax(-1)
         kl = (torch.special.xlogy(truth, truth) - truth * said).sum(-1).mean().item()
-        return {"kl": kl, "of_drawn": ((said.exp() - truth).gather(1, drawn[:, None]) ** 2).mean().item()}
+        return {
+            "kl": kl,
+            "of_drawn": ((said.exp() - truth).gather(1, drawn[:, None]) ** 2).mean().item(),
+        }
 
 
 def errors(train: Tensor, target: Tensor, held_out: Tensor, truth: Tensor) -> dict[str, float]:
@@ -88,8 +124,13 @@ def errors(train: Tensor, target: Tensor, held_out: Tensor, truth: Tensor) -> di
     mean, std = train.mean(0), train.std(0) + 1e-6
     x, at = ((train - mean) / std).numpy(), ((held_out - mean) / std).numpy()
     ridge = RidgeCV(np.logspace(-2, 4, 7)).fit(x, target.numpy())
-    hidden = MLPRegressor(hidden_layer_sizes=(256,), alpha=1e-2, early_stopping=True, random_state=0, max_iter=200).fit(x, target.numpy())
-    return {name: float(np.mean((probe.predict(at) - truth.numpy()) ** 2)) for name, probe in (("linear", ridge), ("hidden", hidden))}
+    hidden = MLPRegressor(
+        hidden_layer_sizes=(256,), alpha=1e-2, early_stopping=True, random_state=0, max_iter=200
+    ).fit(x, target.numpy())
+    return {
+        name: float(np.mean((probe.predict(at) - truth.numpy()) ** 2))
+        for name, probe in (("linear", ridge), ("hidden", hidden))
+    }
 
 
 def markdown(file: Path = RESULT) -> str:
@@ -101,7 +142,10 @@ def markdown(file: Path = RESULT) -> str:
         "hidden": "with a hidden layer",
     }
     layers = json.loads(file.read_text(encoding="utf-8"))["layers"]
-    lines = [[str(row["layer"] or "embedding"), *(f"{row[key]:.3f}" for key in columns)] for row in layers]
+    lines = [
+        [str(row["layer"] or "embedding"), *(f"{row[key]:.3f}" for key in columns)]
+        for row in layers
+    ]
     return grid(("after layer", *columns.values()), lines)
 
 
@@ -109,15 +153,27 @@ def main() -> None:
     torch.manual_seed(0)
     folder, _ = resolve_model("embedded", "embedded", None)
     model, tokenizer, task = load_model(folder), load_tokenizer(folder), get_task("clinic")
-    parts = [task.load(Source("embedded", split, n, SEED)).examples for split, n in (("train", TRAINING), ("validation", HELD_OUT))]
-    (train, posterior, drawn, _), (held_out, exact, chosen, said) = (states(model, tokenizer, task.noun, part) for part in parts)
+    parts = [
+        task.load(Source("embedded", split, n, SEED)).examples
+        for split, n in (("train", TRAINING), ("validation", HELD_OUT))
+    ]
+    (train, posterior, drawn, _), (held_out, exact, chosen, said) = (
+        states(model, tokenizer, task.noun, part) for part in parts
+    )
     p, truth = posterior.gather(1, drawn[:, None])[:, 0], exact.gather(1, chosen[:, None])[:, 0]
     layers = []
     for layer in range(train.shape[1]):
-        row = {"layer": layer, **of_posterior(train[0, layer], posterior, held_out[0, layer], exact, chosen)}
+        row = {
+            "layer": layer,
+            **of_posterior(train[0, layer], posterior, held_out[0, layer], exact, chosen),
+        }
         layers.append(row | errors(train[1, layer], p, held_out[1, layer], truth))
         print(json.dumps(layers[-1]), flush=True)
-    told = {"patients": [TRAINING, HELD_OUT], "variance": truth.var().item(), "own_answers": ((said - truth) ** 2).mean().item()}
+    told = {
+        "patients": [TRAINING, HELD_OUT],
+        "variance": truth.var().item(),
+        "own_answers": ((said - truth) ** 2).mean().item(),
+    }
     write_json(RESULT, {**environment(), **told, "layers": layers})
 
 

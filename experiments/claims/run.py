@@ -33,7 +33,13 @@ SHARED = [
     "model.lr=0.1",
     "train.steps=140",
 ]  # what the first logs were made with; the experiment's own have changed since
-LONG = ["reward=multi_rlcr", "algo.credit=own", "reward.brier_weight=3", "model.lr=0.15", "train.steps=700"]
+LONG = [
+    "reward=multi_rlcr",
+    "algo.credit=own",
+    "reward.brier_weight=3",
+    "model.lr=0.15",
+    "train.steps=700",
+]
 ALL = ["model.trainable=", "model.lora_rank=0", "model.lr=4e-4"]
 TRAINED = {
     "multi_rlcr": ["reward=multi_rlcr"],
@@ -45,11 +51,21 @@ TRAINED = {
     "multi_rlcr_700": LONG,
     "multi_rlcr_700_exact": [*LONG, "data.target=probabilities"],
     "multi_rlcr_1400_exact": [*LONG, "data.target=probabilities", "train.steps=1400"],
-    "multi_rlcr_700_exact_entropy": [*LONG, "data.target=probabilities", "algo.entropy_coef=0.005", "algo.entropy_decay=true"],
+    "multi_rlcr_700_exact_entropy": [
+        *LONG,
+        "data.target=probabilities",
+        "algo.entropy_coef=0.005",
+        "algo.entropy_decay=true",
+    ],
     "multi_rlcr_700_all": [*LONG, *ALL],
     "multi_rlcr_700_exact_all": [*LONG, *ALL, "data.target=probabilities"],
 }
-UNTRAINED = {"base": "policy", "single": "single", "prompted_k": "prompted_k", "verbalized": "verbalized"}  # arm of the same evaluation
+UNTRAINED = {
+    "base": "policy",
+    "single": "single",
+    "prompted_k": "prompted_k",
+    "verbalized": "verbalized",
+}  # arm of the same evaluation
 
 
 def command(module: str, *words: str) -> float:
@@ -71,14 +87,30 @@ def trained(folder: Path, *words: str, again: bool = False) -> float:
 
 def kept(arm: dict[str, Any]) -> dict[str, Any]:
     """What the tables and figures need of one arm."""
-    names = ("num_answers", "num_sets", "metrics", "curve", "reliability", "unique_histogram", "format_failures")
+    names = (
+        "num_answers",
+        "num_sets",
+        "metrics",
+        "curve",
+        "reliability",
+        "unique_histogram",
+        "format_failures",
+    )
     return {name: arm[name] for name in names} | {"tokens": arm["tokens"][:ITEMS]}
 
 
 def write(method: str, seed: int, document: dict[str, Any], arm: str, **more: Any) -> None:
-    told = {"method": method, "seed": seed, **environment(), "num_items": document["num_items"], **more}
+    told = {
+        "method": method,
+        "seed": seed,
+        **environment(),
+        "num_items": document["num_items"],
+        **more,
+    }
     LOGS.mkdir(exist_ok=True)
-    (LOGS / f"{method}_seed{seed}.json").write_text(json.dumps({**told, **kept(document["arms"][arm]), "bars": document["bars"]}) + "\n")
+    (LOGS / f"{method}_seed{seed}.json").write_text(
+        json.dumps({**told, **kept(document["arms"][arm]), "bars": document["bars"]}) + "\n"
+    )
 
 
 def one(method: str, seed: int, again: bool) -> None:
@@ -91,12 +123,21 @@ def one(method: str, seed: int, again: bool) -> None:
         out = RUNS / f"base_seed{seed}"
         if done:
             shutil.rmtree(out, ignore_errors=True)  # mar.evaluate would keep what is there
-        seconds = command("mar.evaluate", "base", *SHARED, f"seed={seed}", items, *sizes, f"out={out}")
+        seconds = command(
+            "mar.evaluate", "base", *SHARED, f"seed={seed}", items, *sizes, f"out={out}"
+        )
         document = json.loads((out / "evaluation.json").read_text())
         for name, arm in UNTRAINED.items():
             write(name, seed, document, arm, words=[], train_s=0.0, evaluate_s=seconds)
         return
-    words = [*SHARED, f"name={method}", f"seed={seed}", f"out={RUNS}", "eval.num_items=500", *TRAINED[method]]
+    words = [
+        *SHARED,
+        f"name={method}",
+        f"seed={seed}",
+        f"out={RUNS}",
+        "eval.num_items=500",
+        *TRAINED[method],
+    ]
     folder = RUNS / method / f"seed{seed}"
     train_s = trained(folder, *words, again=done)
     seconds = command("mar.evaluate", str(folder), items, *sizes, "arms=policy")
@@ -105,10 +146,14 @@ def one(method: str, seed: int, again: bool) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("method", nargs="?", choices=[*TRAINED, *UNTRAINED])
     parser.add_argument("seed", nargs="?", type=int)
-    parser.add_argument("--seeds", type=int, default=5, help="how many, without a method and a seed")
+    parser.add_argument(
+        "--seeds", type=int, default=5, help="how many, without a method and a seed"
+    )
     args = parser.parse_args()
     chosen = [args.method] if args.method else [*TRAINED, "base"]
     for seed in range(args.seeds) if args.seed is None else [args.seed]:

@@ -23,7 +23,12 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from experiments.claims.summary import grid
-from mar.advantages import best_of_k_advantages, token_advantages, with_kl_cost, with_truncation_rule
+from mar.advantages import (
+    best_of_k_advantages,
+    token_advantages,
+    with_kl_cost,
+    with_truncation_rule,
+)
 from mar.batch import Batch, make_batch
 from mar.fetch import environment
 from mar.grammar import Grammar
@@ -84,9 +89,18 @@ ESTIMATORS = {
 class Toy:
     """The policy and all n completions. `answers` x `confidences` choices in each of two slots; `well_formed` is the log-odds against a break."""
 
-    def __init__(self, layout: str, spec: RewardSpec, answers: int = 4, confidences: int = 3, well_formed: float = 1.0):
+    def __init__(
+        self,
+        layout: str,
+        spec: RewardSpec,
+        answers: int = 4,
+        confidences: int = 3,
+        well_formed: float = 1.0,
+    ):
         self.grammar, self.spec = Grammar("rlcr_multi", 2, layout, thinking=False), spec
-        written = [[f"<answer{k}>{chr(97 + i)}</answer{k}>" for i in range(answers)] for k in (1, 2)]
+        written = [
+            [f"<answer{k}>{chr(97 + i)}</answer{k}>" for i in range(answers)] for k in (1, 2)
+        ]
         levels = (0.5, 0.9, 0.1)[:confidences]
         said = [[f"<confidence{k}>{q}</confidence{k}>" for q in levels] for k in (1, 2)]
         a, b, c, d = (
@@ -117,15 +131,23 @@ class Toy:
         logits = np.full((len(self.prefixes), width), -np.inf)
         for prefix, state in self.prefixes.items():
             size = len(self.steps[len(prefix)])
-            logits[state, :size] = rng.normal(size=size) + well_formed * (np.arange(size) < size - 1)
-        last = [state for prefix, state in self.prefixes.items() if len(prefix) == len(self.steps) - 1]
+            logits[state, :size] = rng.normal(size=size) + well_formed * (
+                np.arange(size) < size - 1
+            )
+        last = [
+            state for prefix, state in self.prefixes.items() if len(prefix) == len(self.steps) - 1
+        ]
         logits[last, 0] += well_formed  # the stop token stands first
         logits[last, 1] -= well_formed
         self.logits = torch.from_numpy(logits).requires_grad_()
         T = len(self.steps)
-        self.states, self.actions = (torch.zeros(len(self.sequences), T, dtype=torch.int64) for _ in range(2))
+        self.states, self.actions = (
+            torch.zeros(len(self.sequences), T, dtype=torch.int64) for _ in range(2)
+        )
         for i, actions in enumerate(self.sequences):
-            self.states[i, : len(actions)] = torch.tensor([self.prefixes[actions[:t]] for t in range(len(actions))])
+            self.states[i, : len(actions)] = torch.tensor(
+                [self.prefixes[actions[:t]] for t in range(len(actions))]
+            )
             self.actions[i, : len(actions)] = torch.tensor(actions)
 
     def rollouts(self) -> list[Rollout]:
@@ -136,7 +158,9 @@ class Toy:
         done = []
         for i, actions in enumerate(self.sequences):
             ids = np.array([self.offsets[t] + a for t, a in enumerate(actions)])
-            reason = {"": "stop", "<confidence2>0.": "length"}.get(self.texts[ids[-1]], "stop_string")
+            reason = {"": "stop", "<confidence2>0.": "length"}.get(
+                self.texts[ids[-1]], "stop_string"
+            )
             drawn = columns[i, : len(ids)].copy()
             done.append(Completion(i, ids, drawn, drawn, reason))
         return judge_groups([prompt], [done], self.grammar, self.spec, "text", self._decode)[0]
@@ -161,12 +185,16 @@ class Toy:
 
     def exact(self, estimator: Estimator) -> Tensor:
         """The gradient of the expected objective in the logits [S, A], by differentiating the enumerated expectation."""
-        kept = with_truncation_rule(self.batch, estimator.truncated if not estimator.biased else "keep", MAX_TOKENS, 0)
+        kept = with_truncation_rule(
+            self.batch, estimator.truncated if not estimator.biased else "keep", MAX_TOKENS, 0
+        )
         mask, rewards = kept.completion_mask, kept.totals
         logprobs = self.logprobs()
         chance = torch.where(mask, logprobs, 0.0).sum(1).exp()  # [n]
         if estimator.target == "best":
-            value = (chance[:, None] * chance * torch.maximum(rewards[:, None], rewards)).sum()  # E[max of 2], any G
+            value = (
+                chance[:, None] * chance * torch.maximum(rewards[:, None], rewards)
+            ).sum()  # E[max of 2], any G
         elif estimator.target == "kl":
             cost = (torch.where(mask, logprobs - self.reference, 0.0)).sum(1)
             value = (chance * (rewards - KL_COEF * cost)).sum()
@@ -239,11 +267,15 @@ def measure(e: Estimator, toy: Toy, groups: Groups, size: int) -> dict[str, floa
     row_ids = torch.arange(len(mask))[:, None].expand_as(mask)[mask]
     loss = LOSSES[e.loss](leaf, advantages[mask], weights[mask], old, row_ids, 0.2, 0.2)
     (slope,) = torch.autograd.grad(loss, leaf)
-    coefficients = torch.zeros(mask.shape, dtype=torch.float64).masked_scatter(mask, -slope)  # [rows, T]
+    coefficients = torch.zeros(mask.shape, dtype=torch.float64).masked_scatter(
+        mask, -slope
+    )  # [rows, T]
     weighted = coefficients * chance.repeat_interleave(size)[:, None]
     per_completion = torch.zeros(len(toy.sequences), mask.shape[1], dtype=torch.float64)
     per_completion.index_add_(0, groups.rows, weighted)
-    (mean,) = torch.autograd.grad((per_completion * toy.logprobs() * toy.batch.completion_mask).sum(), toy.logits)
+    (mean,) = torch.autograd.grad(
+        (per_completion * toy.logprobs() * toy.batch.completion_mask).sum(), toy.logits
+    )
     exact = toy.exact(e)
     cosine = ((mean * exact).sum() / (mean.norm() * exact.norm())).item()
     best = ((mean * exact).sum() / exact.square().sum()).item()
@@ -274,7 +306,9 @@ def squared_norms(coefficients: Tensor, toy: Toy, groups: Groups, size: int) -> 
     return total
 
 
-def report(toy: Toy, size: int, chosen: Callable[[str], bool] = lambda _: True) -> dict[str, dict[str, float | bool]]:
+def report(
+    toy: Toy, size: int, chosen: Callable[[str], bool] = lambda _: True
+) -> dict[str, dict[str, float | bool]]:
     groups = Groups.of(toy, size)
     assert math.isclose(groups.chance.sum().item(), 1.0, rel_tol=1e-12)
     return {name: measure(e, toy, groups, size) for name, e in ESTIMATORS.items() if chosen(name)}
@@ -305,11 +339,23 @@ def cases(quick: bool, answers: int) -> list[tuple[str, Toy, int]]:
     if not quick:
         out += [
             ("interleaved, format gate only", Toy("interleaved", RewardSpec(), answers), 2),
-            ("interleaved, format gate only, mostly well-formed", Toy("interleaved", RewardSpec(), answers, well_formed=4.0), 2),
+            (
+                "interleaved, format gate only, mostly well-formed",
+                Toy("interleaved", RewardSpec(), answers, well_formed=4.0),
+                2,
+            ),
             ("split, all gates", Toy("split", GATED, answers), 2),
             ("split, no gate", Toy("split", UNGATED, answers), 2),
-            ("interleaved, all gates, mostly well-formed", Toy("interleaved", GATED, answers, well_formed=4.0), 2),
-            ("interleaved, no gate, mostly well-formed", Toy("interleaved", UNGATED, answers, well_formed=4.0), 2),
+            (
+                "interleaved, all gates, mostly well-formed",
+                Toy("interleaved", GATED, answers, well_formed=4.0),
+                2,
+            ),
+            (
+                "interleaved, no gate, mostly well-formed",
+                Toy("interleaved", UNGATED, answers, well_formed=4.0),
+                2,
+            ),
             ("interleaved, all gates, G=3", Toy("interleaved", GATED, 2, 1), 3),
         ]
     return out
@@ -318,11 +364,17 @@ def cases(quick: bool, answers: int) -> list[tuple[str, Toy, int]]:
 def expectation() -> str:
     """README's first table: cosine / relative error / variance of each estimator, those that are biased in italics."""
     cases = json.loads(RESULTS.read_text())["cases"]
-    names = [f"{layout}, {gates}" for layout in ("interleaved", "split") for gates in ("all gates", "no gate")]
+    names = [
+        f"{layout}, {gates}"
+        for layout in ("interleaved", "split")
+        for gates in ("all gates", "no gate")
+    ]
     rows = []
     for estimator, row in cases[names[0]]["estimators"].items():
         found = [cases[name]["estimators"][estimator] for name in names]
-        cells = [f"{f['cosine']:.4f} / {f['relative_error']:.0e} / {f['variance']:.2f}" for f in found]
+        cells = [
+            f"{f['cosine']:.4f} / {f['relative_error']:.0e} / {f['variance']:.2f}" for f in found
+        ]
         rows.append([f"*{estimator}*" if row["biased"] else estimator, *cells])
     return grid(["estimator", *names], rows)
 
@@ -331,28 +383,56 @@ def variances() -> str:
     """README's second table."""
     facts = ("well_formed", "truncated", "repeating")
     cases = json.loads(RESULTS.read_text())["cases"].items()
-    rows = [[n, *(f"{c[f]:.3f}" for f in facts), str(c["num_completions"]), f"{c['variance_ratio']:.3f}"] for n, c in cases]
-    return grid(["case", "well-formed", "truncated", "repeating", "completions", "variance to_go / set"], rows)
+    rows = [
+        [
+            n,
+            *(f"{c[f]:.3f}" for f in facts),
+            str(c["num_completions"]),
+            f"{c['variance_ratio']:.3f}",
+        ]
+        for n, c in cases
+    ]
+    return grid(
+        ["case", "well-formed", "truncated", "repeating", "completions", "variance to_go / set"],
+        rows,
+    )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="the two interleaved cases only, at most 60 s")
+    parser.add_argument(
+        "--quick", action="store_true", help="the two interleaved cases only, at most 60 s"
+    )
     parser.add_argument("--answers", type=int, default=4, help="different answers of a slot")
     args = parser.parse_args()
     began, document = time.perf_counter(), {}
     for name, toy, size in cases(args.quick, args.answers):
         few = "only" in name or (args.quick and "no gate" in name)
-        rows = report(toy, size, lambda estimator, few=few: not few or estimator in ("to_go", "set"))
+        rows = report(
+            toy, size, lambda estimator, few=few: not few or estimator in ("to_go", "set")
+        )
         ratio = rows["to_go"]["variance"] / rows["set"]["variance"]
-        document[name] = {"group_size": size, **facts(toy), "variance_ratio": ratio, "estimators": rows}
+        document[name] = {
+            "group_size": size,
+            **facts(toy),
+            "variance_ratio": ratio,
+            "estimators": rows,
+        }
         about = ", ".join(f"{k} {v:.3g}" for k, v in facts(toy).items())
         print(f"\n{name} (G={size}; {about}; variance to_go/set {ratio:.3f})\n")
-        print("| estimator | expected | cosine | relative_error | variance |\n|---|---|---|---|---|")
+        print(
+            "| estimator | expected | cosine | relative_error | variance |\n|---|---|---|---|---|"
+        )
         for estimator, row in rows.items():
             kind = "biased" if row["biased"] else "exact"
-            print(f"| {estimator} | {kind} | {row['cosine']:.6f} | {row['relative_error']:.1e} | {row['variance']:.4f} |")
-    whole = {"commit": environment()["commit"], "seconds": round(time.perf_counter() - began, 1), "cases": document}
+            print(
+                f"| {estimator} | {kind} | {row['cosine']:.6f} | {row['relative_error']:.1e} | {row['variance']:.4f} |"
+            )
+    whole = {
+        "commit": environment()["commit"],
+        "seconds": round(time.perf_counter() - began, 1),
+        "cases": document,
+    }
     if not args.quick and args.answers == 4:
         RESULTS.write_text(json.dumps(whole, indent=1) + "\n")
     print(json.dumps(whole))

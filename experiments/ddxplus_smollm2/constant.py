@@ -23,22 +23,33 @@ from mar.records import Example
 RESULT = Path(__file__).parent / "constant.json"
 
 
-def covered(train: Sequence[Example], held_out: Sequence[Example], k: int) -> tuple[float, list[str]]:
+def covered(
+    train: Sequence[Example], held_out: Sequence[Example], k: int
+) -> tuple[float, list[str]]:
     """Mean number of golds that the k most frequent ones of training hit, and which these are."""
     counts = Counter(gold.name for example in train for gold in example.targets())
     said = [name for name, _ in counts.most_common(k)]
-    return sum(len(set(said) & {gold.name for gold in e.targets()}) for e in held_out) / len(held_out), said
+    return sum(len(set(said) & {gold.name for gold in e.targets()}) for e in held_out) / len(
+        held_out
+    ), said
 
 
 def markdown() -> str:
     """A line for each seed."""
     found = json.loads(RESULT.read_text(encoding="utf-8"))
-    lines = [[seed, str(row["patients"]), *(f"{value:.3f}" for value in row["covered"].values())] for seed, row in found["seeds"].items()]
-    return grid(["the same to all, seed", "patients", *(f"coverage@{k}" for k in found["ks"])], lines)
+    lines = [
+        [seed, str(row["patients"]), *(f"{value:.3f}" for value in row["covered"].values())]
+        for seed, row in found["seeds"].items()
+    ]
+    return grid(
+        ["the same to all, seed", "patients", *(f"coverage@{k}" for k in found["ks"])], lines
+    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("data", type=Path, help="folder of DDXPlus")
     data = parser.parse_args().data
     warm_up(data / PATIENTS)
@@ -46,12 +57,22 @@ def main() -> None:
     display.console.quiet = True
     ks, seeds = [1, 3, ANSWERS], {}
     for seed in range(2):
-        config = compose([*SHARED, f"data.path={data / PATIENTS}", "reward=multi_rlcr", f"seed={seed}"])
+        config = compose(
+            [*SHARED, f"data.path={data / PATIENTS}", "reward=multi_rlcr", f"seed={seed}"]
+        )
         with tempfile.TemporaryDirectory() as folder:
-            job = build_job(config, Path(folder), resolve_model("folder", "hf", config.model.path)[0], display)
-        train, held_out = ([p.example for p in prompts] for prompts in (job.prompts, job.protocol.prompts))
+            job = build_job(
+                config, Path(folder), resolve_model("folder", "hf", config.model.path)[0], display
+            )
+        train, held_out = (
+            [p.example for p in prompts] for prompts in (job.prompts, job.protocol.prompts)
+        )
         values = {str(k): covered(train, held_out, k)[0] for k in ks}
-        seeds[str(seed)] = {"patients": len(held_out), "covered": values, "said": covered(train, held_out, 3)[1]}
+        seeds[str(seed)] = {
+            "patients": len(held_out),
+            "covered": values,
+            "said": covered(train, held_out, 3)[1],
+        }
     write_json(RESULT, {"ks": ks, "seeds": seeds})
     print(markdown())
 

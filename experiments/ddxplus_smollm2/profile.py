@@ -40,7 +40,9 @@ from mar_kernels import reference
 RESULT = Path(__file__).parent / "profile.json"
 LAUNCH = 5e-6  # assumed: what a host needs to issue one operator to a GPU
 Meter = Callable[[], AbstractContextManager[Callable[[], float]]]
-PARTS: dict[str, list[tuple[Any, str]]] = {  # part -> the functions whose time it is, none inside another of them
+PARTS: dict[
+    str, list[tuple[Any, str]]
+] = {  # part -> the functions whose time it is, none inside another of them
     "packing weights": [(mar.model, "pack"), (mar.sampler, "pack")],
     "prefill": [(mar.sampler._Slots, "prefill")],
     "decoding": [(mar.sampler._Slots, "feed")],
@@ -51,7 +53,11 @@ PARTS: dict[str, list[tuple[Any, str]]] = {  # part -> the functions whose time 
     "optimizer": [(mar.update, "_apply")],
 }
 # one kernel each on CUDA (FlexAttention, Triton), where a CPU has many operators
-KERNELS = [(owner, way) for owner in (mar.attention._GroupAttention, reference._LinearLogprobs) for way in ("forward", "backward")]
+KERNELS = [
+    (owner, way)
+    for owner in (mar.attention._GroupAttention, reference._LinearLogprobs)
+    for way in ("forward", "backward")
+]
 
 
 @contextmanager
@@ -102,22 +108,32 @@ def take_cuda_paths() -> None:
         setattr(owner, way, staticmethod(one(getattr(owner, way))))
 
 
-def work_of(job: Job, prompt_tokens: int, tokens: int, decode_steps: int) -> dict[str, dict[str, float]]:
+def work_of(
+    job: Job, prompt_tokens: int, tokens: int, decode_steps: int
+) -> dict[str, dict[str, float]]:
     """Part -> its floating-point operations in matrix products (attention is not counted) and the bytes of weights that it has to read."""
     model, head = job.model, job.model.head_weight.numel()
     blocks = sum(p.numel() for p in model.blocks.parameters() if p.ndim == 2)
     matrices = [[p for p in block.parameters() if p.ndim == 2] for block in model.blocks]
     trained = sum(p.numel() for block in matrices for p in block if p.requires_grad)
     first = next(i for i, block in enumerate(matrices) if any(p.requires_grad for p in block))
-    passed = sum(p.numel() for block in matrices[first:] for p in block)  # gradients of what goes in, trained or not
+    passed = sum(
+        p.numel() for block in matrices[first:] for p in block
+    )  # gradients of what goes in, trained or not
     width = job.model.head_weight.element_size()
     return {
         "prefill": {"flops": 2.0 * blocks * prompt_tokens, "bytes": width * blocks},
         "decoding": {"flops": 2.0 * blocks * tokens, "bytes": width * blocks * decode_steps},
         "drawing": {"flops": 2.0 * head * tokens, "bytes": width * head * decode_steps},
-        "forward": {"flops": 2.0 * (blocks * (prompt_tokens + tokens) + head * tokens), "bytes": width * (blocks + head)},
+        "forward": {
+            "flops": 2.0 * (blocks * (prompt_tokens + tokens) + head * tokens),
+            "bytes": width * (blocks + head),
+        },
         # logits are computed again for the gradient of what goes into the head
-        "backward": {"flops": 2.0 * ((trained + passed) * (prompt_tokens + tokens) + 2 * head * tokens), "bytes": width * (passed + head)},
+        "backward": {
+            "flops": 2.0 * ((trained + passed) * (prompt_tokens + tokens) + 2 * head * tokens),
+            "bytes": width * (passed + head),
+        },
     }
 
 
@@ -127,7 +143,10 @@ def products(job: Job, rows: int) -> dict[str, list[float]]:
     for name, layer in job.model.blocks[0].named_modules():
         if isinstance(layer, mar.model.Linear):
             x, weight = torch.randn(rows, layer.in_features), layer.weight.detach()
-            times = [seconds(lambda w=w: mar.model.project(x, weight, None, w), 7) for w in (None, mar.model.pack(weight))]  # noqa: B023
+            times = [
+                seconds(lambda w=w: mar.model.project(x, weight, None, w), 7)
+                for w in (None, mar.model.pack(weight))
+            ]  # noqa: B023
             found[name] = [2 * rows * weight.numel() / s for s in times]
     return found
 
@@ -141,12 +160,21 @@ def measure(data: Path, steps: int) -> dict[str, Any]:
     config = compose([*SHARED, f"data.path={data / PATIENTS}", "reward=multi_rlcr"])
     square, big = torch.randn(2048, 2048), torch.randn(1 << 26)
     packed = mar.model.pack(square)
-    fastest = 2 * 2048**3 / min(seconds(lambda w=w: mar.model.project(square, square, None, w), 5) for w in (None, packed))
+    fastest = (
+        2
+        * 2048**3
+        / min(
+            seconds(lambda w=w: mar.model.project(square, square, None, w), 5)
+            for w in (None, packed)
+        )
+    )
     bandwidth = big.numel() * 4 / seconds(big.sum, 5)
     spent: dict[str, float] = defaultdict(float)
     rows, sizes = [], []
     with tempfile.TemporaryDirectory() as folder:
-        job = build_job(config, Path(folder), resolve_model("folder", "hf", config.model.path)[0], display)
+        job = build_job(
+            config, Path(folder), resolve_model("folder", "hf", config.model.path)[0], display
+        )
         mar.train.train_step(job, 0)
         watch(spent, clock)
         with peak_bytes() as peak:
@@ -157,7 +185,13 @@ def measure(data: Path, steps: int) -> dict[str, Any]:
                 row = dict(spent) | {"step": time.perf_counter() - began}
                 rows.append(row | {"rest": row["step"] - sum(spent.values())})
                 prompts = {r.prompt.id: len(r.prompt.ids) for r in rollouts}
-                sizes.append((sum(prompts.values()), sum(len(r.completion.ids) for r in rollouts), metrics["sampler/decode_steps"]))
+                sizes.append(
+                    (
+                        sum(prompts.values()),
+                        sum(len(r.completion.ids) for r in rollouts),
+                        metrics["sampler/decode_steps"],
+                    )
+                )
         operators: dict[str, float] = defaultdict(float)
         watch(operators, computing)
         take_cuda_paths()
@@ -169,12 +203,18 @@ def measure(data: Path, steps: int) -> dict[str, Any]:
     work = work_of(job, prompt_tokens, tokens, decode_steps)
     parts = {}
     for part in (*PARTS, "rest", "step"):
-        found = {"seconds": rows[middle][part]} | ({"operators": int(operators[part])} if part in operators else {})
+        found = {"seconds": rows[middle][part]} | (
+            {"operators": int(operators[part])} if part in operators else {}
+        )
         if part in work:
             w = work[part]
             found |= {"least_here": max(w["flops"] / peak_flops, w["bytes"] / bandwidth)}
             # two bytes a weight there
-            found |= {"on_a_gpu": max(w["flops"] / (PEAK_FLOPS * MFU), w["bytes"] / 2 / (BANDWIDTH * BANDWIDTH_USED))}
+            found |= {
+                "on_a_gpu": max(
+                    w["flops"] / (PEAK_FLOPS * MFU), w["bytes"] / 2 / (BANDWIDTH * BANDWIDTH_USED)
+                )
+            }
         parts[part] = found
     all_of = sum(p.numel() for p in job.model.parameters())
     trained = sum(p.numel() for p in job.model.parameters() if p.requires_grad)
@@ -187,34 +227,71 @@ def measure(data: Path, steps: int) -> dict[str, Any]:
         "optimizer": 8 * trained,
         "KV cache in use": kv,
     }
-    told = {"threads": torch.get_num_threads(), "peak_flops": peak_flops, "bandwidth": bandwidth, **environment()}
-    shape = {"prompt_tokens": prompt_tokens, "tokens": tokens, "decode_steps": decode_steps, "steps": steps}
+    told = {
+        "threads": torch.get_num_threads(),
+        "peak_flops": peak_flops,
+        "bandwidth": bandwidth,
+        **environment(),
+    }
+    shape = {
+        "prompt_tokens": prompt_tokens,
+        "tokens": tokens,
+        "decode_steps": decode_steps,
+        "steps": steps,
+    }
     told |= {"products": speeds, "counted_decode_steps": counted}
-    return {**told, **shape, "parts": parts, "memory": memory | {"rise of the peak in a step": peak[0]}}
+    return {
+        **told,
+        **shape,
+        "parts": parts,
+        "memory": memory | {"rise of the peak in a step": peak[0]},
+    }
 
 
 def markdown() -> str:
     """Seconds of each part of a step, the least that they could take, and a GPU's by the planner's assumptions."""
     document = json.loads(RESULT.read_text(encoding="utf-8"))
-    lines = [["part", "seconds", "share", "least here", "of the roofline", "operators on CUDA", "an H100: roofline", "issued one by one"]]
+    lines = [
+        [
+            "part",
+            "seconds",
+            "share",
+            "least here",
+            "of the roofline",
+            "operators on CUDA",
+            "an H100: roofline",
+            "issued one by one",
+        ]
+    ]
     lines.append(["---"] * len(lines[0]))
     whole = document["parts"]["step"]["seconds"]
     for name, part in document["parts"].items():
         least, gpu = part.get("least_here"), part.get("on_a_gpu")
         here = [f"{least:.2f}", f"{least / part['seconds']:.0%}"] if least else ["–"] * 2
-        issued = [f"{part['operators']:,}", f"{1000 * LAUNCH * part['operators']:.1f} ms"] if part.get("operators") else ["–"] * 2
+        issued = (
+            [f"{part['operators']:,}", f"{1000 * LAUNCH * part['operators']:.1f} ms"]
+            if part.get("operators")
+            else ["–"] * 2
+        )
         there = [issued[0], f"{1000 * gpu:.1f} ms" if gpu else "–", issued[1]]
-        lines.append([name, f"{part['seconds']:.2f}", f"{part['seconds'] / whole:.0%}", *here, *there])
+        lines.append(
+            [name, f"{part['seconds']:.2f}", f"{part['seconds'] / whole:.0%}", *here, *there]
+        )
     held = ", ".join(f"{name} {size / 2**20:,.0f}" for name, size in document["memory"].items())
     table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
-    speeds = ", ".join(f"{name} {plain / 1e9:.0f} / {packed / 1e9:.0f}" for name, (plain, packed) in document["products"].items())
+    speeds = ", ".join(
+        f"{name} {plain / 1e9:.0f} / {packed / 1e9:.0f}"
+        for name, (plain, packed) in document["products"].items()
+    )
     rows = document["prompt_tokens"] + document["tokens"]
     fastest = f"fastest product {document['peak_flops'] / 1e9:.0f} GFLOP/s, memory {document['bandwidth'] / 1e9:.0f} GB/s"
     return f"{table}\n\nMiB: {held}.\n\nHere: {fastest}; a block's products with {rows} rows, GFLOP/s, as training / as sampling: {speeds}."
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("data", type=Path, help="folder of DDXPlus")
     parser.add_argument("--steps", type=int, default=3)
     args = parser.parse_args()

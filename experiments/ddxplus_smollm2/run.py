@@ -29,7 +29,10 @@ ANSWERS, PATIENTS = 9, "patients_all49_en.jsonl"
 WARMUP = ["--mixture", "short", "--prompts", "3", "--rows", "4", "--lr", "4e-4", "--log-every", "5"]
 METHODS = {
     "multi_rlcr": ["reward=multi_rlcr"],
-    "rlvr_single": ["reward=rlvr_single", "model.max_prompt_tokens=386"],  # its question is 62 tokens shorter: the same patients fit
+    "rlvr_single": [
+        "reward=rlvr_single",
+        "model.max_prompt_tokens=386",
+    ],  # its question is 62 tokens shorter: the same patients fit
 }
 VARIANTS = {  # what keeps confidences from sinking? Seed 1
     "multi_rlcr_low_rate": ["reward=multi_rlcr", "model.lr=2e-5"],
@@ -53,7 +56,9 @@ SHARED = [
 ]
 
 
-def warm_up(rows: Path, task: str = "ddxplus", steps: int = 80, runs: Path = RUNS, logs: Path = LOGS) -> Path:
+def warm_up(
+    rows: Path, task: str = "ddxplus", steps: int = 80, runs: Path = RUNS, logs: Path = LOGS
+) -> Path:
     """The folder of the policy that every method starts from, made of the task's training rows unless it is there; its log beside the others."""
     warm = runs / "warmup"
     if (warm / "model.safetensors").exists():
@@ -62,13 +67,27 @@ def warm_up(rows: Path, task: str = "ddxplus", steps: int = 80, runs: Path = RUN
     logs.mkdir(exist_ok=True)
     runs.mkdir(parents=True, exist_ok=True)
     model, _ = resolve_model("wheel", SMOLLM2, None)
-    words = ["--task", task, "--model", str(model), "--path", str(rows), "--out", str(unfinished), "--steps", str(steps), *WARMUP]
+    words = [
+        "--task",
+        task,
+        "--model",
+        str(model),
+        "--path",
+        str(rows),
+        "--out",
+        str(unfinished),
+        "--steps",
+        str(steps),
+        *WARMUP,
+    ]
     with printed.open("w") as log:
         done = subprocess.run([sys.executable, "-m", "mar.sft", *words], stdout=log, check=False)
     if done.returncode:
         sys.exit(f"mar.sft {' '.join(words)} ended with {done.returncode}")
     told = [json.loads(line) for line in printed.read_text().splitlines()]
-    kept_rows = [{k: v for k, v in row.items() if k not in ("path", "model", "out")} for row in told]  # places of this machine
+    kept_rows = [
+        {k: v for k, v in row.items() if k not in ("path", "model", "out")} for row in told
+    ]  # places of this machine
     (logs / "warmup.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kept_rows))
     unfinished.rename(warm)
     return warm
@@ -79,10 +98,17 @@ def to_read(folder: Path, patients: int = 6) -> list[dict[str, Any]]:
     rows = [row for row in read_jsonl(folder / "completions.jsonl")[0] if row["stage"] == "eval"]
     first, last = min(row["step"] for row in rows), max(row["step"] for row in rows)
     before = {row["id"]: row for row in rows if row["step"] == first}
-    items = [row for row in read_jsonl(folder / "eval_items.jsonl")[0] if row.get("arm") == "policy"][:patients]
+    items = [
+        row for row in read_jsonl(folder / "eval_items.jsonl")[0] if row.get("arm") == "policy"
+    ][:patients]
     names = ("answers", "confidences", "hits", "repeated", "reason")
     return [
-        {"step": step, "id": item["id"], **{name: told[name] for name in names}, "golds": item["num_golds"]}
+        {
+            "step": step,
+            "id": item["id"],
+            **{name: told[name] for name in names},
+            "golds": item["num_golds"],
+        }
         for item in items
         for step, told in ((first, before[item["id"]]), *((last, told) for told in item["sets"]))
     ]
@@ -99,12 +125,21 @@ def one(data: Path, method: str, seed: int, stop_at: int | None, again: bool) ->
         folder = RUNS / f"base_seed{seed}"
         if log.exists():
             shutil.rmtree(folder, ignore_errors=True)  # mar.evaluate would keep what is there
-        evaluate_s = command("mar.evaluate", "base", *words, *sizes, f"out={folder}", "arms=policy,single")
+        evaluate_s = command(
+            "mar.evaluate", "base", *words, *sizes, f"out={folder}", "arms=policy,single"
+        )
         arms, train_s, more = {"base": "policy", "single": "single"}, 0.0, {}
     else:
         folder = RUNS / method / f"seed{seed}"
         stop = [f"train.stop_at={stop_at}"] if stop_at else []
-        train_s = trained(folder, *words, f"name={method}", *{**METHODS, **VARIANTS}[method], *stop, again=log.exists() and stop_at is None)
+        train_s = trained(
+            folder,
+            *words,
+            f"name={method}",
+            *{**METHODS, **VARIANTS}[method],
+            *stop,
+            again=log.exists() and stop_at is None,
+        )
         if stop:
             return
         evaluate_s = command("mar.evaluate", str(folder), *sizes, "arms=policy")
@@ -114,12 +149,19 @@ def one(data: Path, method: str, seed: int, stop_at: int | None, again: bool) ->
     document = json.loads((folder / "evaluation.json").read_text())
     for name, arm in arms.items():
         told = {"method": name, "seed": seed, **environment(), "num_items": document["num_items"]}
-        told |= {"train_s": train_s, "evaluate_s": evaluate_s, **kept(document["arms"][arm]), **more}
+        told |= {
+            "train_s": train_s,
+            "evaluate_s": evaluate_s,
+            **kept(document["arms"][arm]),
+            **more,
+        }
         (LOGS / f"{name}_seed{seed}.json").write_text(json.dumps(told) + "\n")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("data", type=Path, help="folder of DDXPlus")
     parser.add_argument("method", nargs="?", choices=[*METHODS, *VARIANTS, "base"])
     parser.add_argument("seed", nargs="?", type=int)
@@ -128,11 +170,17 @@ def main() -> None:
     args = parser.parse_args()
     warm_up(args.data / PATIENTS)
     seeds = range(args.seeds) if args.seed is None else [args.seed]
-    jobs = [(method, seed) for seed in seeds for method in ([args.method] if args.method else [*METHODS, "base"])]
+    jobs = [
+        (method, seed)
+        for seed in seeds
+        for method in ([args.method] if args.method else [*METHODS, "base"])
+    ]
     if not args.method and args.seed is None:
         jobs += [(method, 1) for method in VARIANTS]
     for method, seed in jobs:
-        one(args.data, method, seed, args.stop_at, again=bool(args.method) and args.seed is not None)
+        one(
+            args.data, method, seed, args.stop_at, again=bool(args.method) and args.seed is not None
+        )
 
 
 if __name__ == "__main__":

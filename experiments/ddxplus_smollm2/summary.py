@@ -7,7 +7,16 @@ from pathlib import Path
 
 import numpy as np
 
-from experiments.claims.summary import Columns, Log, averaged, grid, grouped, lines_of, metric, on_curve
+from experiments.claims.summary import (
+    Columns,
+    Log,
+    averaged,
+    grid,
+    grouped,
+    lines_of,
+    metric,
+    on_curve,
+)
 from mar import plots
 
 HERE = Path(__file__).parent
@@ -28,9 +37,14 @@ def read_steps(folder: Path) -> dict[str, list[list[Log]]]:
 
 def held_out(folder: Path, answers: int, more: Sequence[str] = OF_SETS) -> str:
     """A line for each method with a log in the folder: what 3 and what `answers` answers cover, and metrics of one completion."""
-    columns = {f"coverage@{k}": lambda log, k=k: on_curve(log, "coverage", k) for k in dict.fromkeys((3, answers))}
+    columns = {
+        f"coverage@{k}": lambda log, k=k: on_curve(log, "coverage", k)
+        for k in dict.fromkeys((3, answers))
+    }
     columns[f"unique@{answers}"] = lambda log: on_curve(log, "unique", answers)
-    return lines_of(grouped(folder, "method", ORDER), columns | {name: metric(name) for name in more}, "method")
+    return lines_of(
+        grouped(folder, "method", ORDER), columns | {name: metric(name) for name in more}, "method"
+    )
 
 
 def calibration(folder: Path) -> str:
@@ -39,10 +53,18 @@ def calibration(folder: Path) -> str:
     rows = {f"{method}, {log['seed']}": [log] for method, logs in of_all.items() for log in logs}
 
     def mean_of(value: Callable[[Log], float]) -> Callable[[Log], float]:
-        return lambda log: sum(b["count"] * value(b) for b in log["reliability"]) / sum(b["count"] for b in log["reliability"])
+        return lambda log: (
+            sum(b["count"] * value(b) for b in log["reliability"])
+            / sum(b["count"] for b in log["reliability"])
+        )
 
-    columns: Columns = {"mean confidence": mean_of(lambda b: b["said"]), "right": mean_of(lambda b: b["right"][0])}
-    columns |= {name: metric(name) for name in ("ece", "auroc", "brier")} | {"coverage@3": lambda log: on_curve(log, "coverage", 3)}
+    columns: Columns = {
+        "mean confidence": mean_of(lambda b: b["said"]),
+        "right": mean_of(lambda b: b["right"][0]),
+    }
+    columns |= {name: metric(name) for name in ("ece", "auroc", "brier")} | {
+        "coverage@3": lambda log: on_curve(log, "coverage", 3)
+    }
     return lines_of(rows, columns, "method, seed")
 
 
@@ -50,15 +72,23 @@ def _shown(row: Log) -> str:
     """A set: right answers in bold, repeats struck out, confidences behind them."""
     if row["reason"]:
         return f"*{row['reason']}*"
-    marks = ["**" if hit else "~~" if again else "" for hit, again in zip(row["hits"], row["repeated"], strict=True)]
+    marks = [
+        "**" if hit else "~~" if again else ""
+        for hit, again in zip(row["hits"], row["repeated"], strict=True)
+    ]
     slots = zip(marks, row["answers"], row["confidences"], strict=True)
     return " · ".join(f"{mark}{answer}{mark} {q:.2f}" for mark, answer, q in slots)
 
 
 def _counted(rows: Sequence[Log]) -> str:
     """Single answers and how often each came, the right ones in bold."""
-    said = Counter(f"*{row['reason']}*" if row["reason"] else "**" * bool(row["hits"][0]) + row["answers"][0] for row in rows)
-    return " · ".join(f"{n} x {answer}{'**' * answer.startswith('**')}" for answer, n in said.most_common())
+    said = Counter(
+        f"*{row['reason']}*" if row["reason"] else "**" * bool(row["hits"][0]) + row["answers"][0]
+        for row in rows
+    )
+    return " · ".join(
+        f"{n} x {answer}{'**' * answer.startswith('**')}" for answer, n in said.most_common()
+    )
 
 
 def to_read(sets: Path, single: Path) -> str:
@@ -68,9 +98,13 @@ def to_read(sets: Path, single: Path) -> str:
         for line in file.read_text(encoding="utf-8").splitlines():
             found.setdefault((row := json.loads(line))["id"], []).append(row)
     lines = [
-        [str(rows[0]["golds"]), _shown(rows[0]), _shown(rows[1]), _counted(by_patient[1][name][1:])] for name, rows in by_patient[0].items()
+        [str(rows[0]["golds"]), _shown(rows[0]), _shown(rows[1]), _counted(by_patient[1][name][1:])]
+        for name, rows in by_patient[0].items()
     ]
-    return grid(["right ones", "before training, a set", "Multi-RLCR, a set", "RLVR-Single, nine answers"], lines)
+    return grid(
+        ["right ones", "before training, a set", "Multi-RLCR, a set", "RLVR-Single, nine answers"],
+        lines,
+    )
 
 
 def extremes(values: Sequence[float]) -> dict[str, float]:
@@ -80,18 +114,43 @@ def extremes(values: Sequence[float]) -> dict[str, float]:
 
 def write() -> None:
     """coverage.png: what held-out patients get, at equal answers and at equal tokens."""
-    arms = {method: averaged(logs, extremes) for method, logs in grouped(HERE / "logs", "method", ORDER).items()}
+    arms = {
+        method: averaged(logs, extremes)
+        for method, logs in grouped(HERE / "logs", "method", ORDER).items()
+    }
     plots.save({"coverage": plots.coverage(arms, None)}, HERE)
     (HERE / "coverage.svg").unlink()
 
 
 def learning(folder: Path) -> str:
     """Training patients, at temperature 1: means over the first and the last steps of each run."""
-    names = ("reward/total", "train/top1", "train/ece", "train/format_rate", "perf/sample_s", "perf/update_s")
+    names = (
+        "reward/total",
+        "train/top1",
+        "train/ece",
+        "train/format_rate",
+        "perf/sample_s",
+        "perf/update_s",
+    )
     lines = []
     for method, seeds in read_steps(folder).items():
         for seed, rows in enumerate(seeds):
             ends = (rows[:WINDOW], rows[-WINDOW:])
-            means = [[np.mean([row[name] for row in part if row.get(name) is not None] or [np.nan]) for part in ends] for name in names]
-            lines.append([f"{method}, {seed}", str(len(rows)), *("–" if np.isnan(a) else f"{a:.3f} → {b:.3f}" for a, b in means)])
-    return grid(["method, seed", "steps", *(f"{name}, first {WINDOW} → last {WINDOW}" for name in names)], lines)
+            means = [
+                [
+                    np.mean([row[name] for row in part if row.get(name) is not None] or [np.nan])
+                    for part in ends
+                ]
+                for name in names
+            ]
+            lines.append(
+                [
+                    f"{method}, {seed}",
+                    str(len(rows)),
+                    *("–" if np.isnan(a) else f"{a:.3f} → {b:.3f}" for a, b in means),
+                ]
+            )
+    return grid(
+        ["method, seed", "steps", *(f"{name}, first {WINDOW} → last {WINDOW}" for name in names)],
+        lines,
+    )

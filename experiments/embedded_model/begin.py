@@ -16,9 +16,7 @@ from mar.tasks import clinic
 from mar.weights import save_model
 
 VOCABULARY = 2048  # at most
-CHAT_TEMPLATE = (
-    "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
-)
+CHAT_TEMPLATE = "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
 
 
 def train_tokenizer(examples: Sequence[Example], noun: str, vocab_size: int, folder: Path) -> None:
@@ -27,22 +25,43 @@ def train_tokenizer(examples: Sequence[Example], noun: str, vocab_size: int, fol
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
-    rng, texts, names = np.random.default_rng(0), [], [gold.name for example in examples for gold in example.golds]
+    rng, texts, names = (
+        np.random.default_rng(0),
+        [],
+        [gold.name for example in examples for gold in example.golds],
+    )
     for example in examples:
         grammar, style = draw_grammar(rng)
-        texts += [example.question, instructions(grammar, noun, style), text_of(demonstration(example, grammar, names, rng))]
+        texts += [
+            example.question,
+            instructions(grammar, noun, style),
+            text_of(demonstration(example, grammar, names, rng)),
+        ]
     tokenizer = Tokenizer(models.BPE())
-    pieces = Regex(r"[0-9]+>(?:</?[a-z]+)?|>?</?[a-z]+|0?\.(?=[0-9])|[0-9]| ?[A-Za-z]+|\n| ?[^\sA-Za-z0-9<>]+|\s|.")
+    pieces = Regex(
+        r"[0-9]+>(?:</?[a-z]+)?|>?</?[a-z]+|0?\.(?=[0-9])|[0-9]| ?[A-Za-z]+|\n| ?[^\sA-Za-z0-9<>]+|\s|."
+    )
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(pieces, "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+        [
+            pre_tokenizers.Split(pieces, "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
     )
     tokenizer.decoder = decoders.ByteLevel()
     special = ["<|pad|>", "<|end|>", "<|user|>", "<|assistant|>", "<|system|>"]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     tokenizer.train_from_iterator(
-        texts, trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
+        texts,
+        trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            special_tokens=special,
+            initial_alphabet=alphabet,
+            show_progress=False,
+        ),
     )
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>", pad_token="<|pad|>")
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<|end|>", pad_token="<|pad|>"
+    )
     fast.chat_template = CHAT_TEMPLATE
     fast.save_pretrained(folder)
 

@@ -31,11 +31,21 @@ FORMS: list[tuple[str, Grammar, str]] = [
     ("rlvr_single, thinking", Grammar("rlvr_single", 1), "ranked"),
     ("rlcr_single", Grammar("rlcr_single", 1, thinking=False), "ranked"),
     ("rlcr_single, thinking, analysis", Grammar("rlcr_single", 1, analysis=True), "ranked"),
-    *((f"rlvr_multi, K={k}", Grammar("rlvr_multi", k, thinking=False), "ranked") for k in (1, 3, 10)),
-    *((f"rlcr_multi, K={k}", Grammar("rlcr_multi", k, thinking=False), "ranked") for k in range(1, 11)),
+    *(
+        (f"rlvr_multi, K={k}", Grammar("rlvr_multi", k, thinking=False), "ranked")
+        for k in (1, 3, 10)
+    ),
+    *(
+        (f"rlcr_multi, K={k}", Grammar("rlcr_multi", k, thinking=False), "ranked")
+        for k in range(1, 11)
+    ),
     ("rlcr_multi, K=3, thinking", Grammar("rlcr_multi", 3), "ranked"),
     ("rlcr_multi, K=3, split", Grammar("rlcr_multi", 3, "split", thinking=False), "ranked"),
-    ("rlcr_multi, K=3, split, thinking, analysis", Grammar("rlcr_multi", 3, "split", analysis=True), "ranked"),
+    (
+        "rlcr_multi, K=3, split, thinking, analysis",
+        Grammar("rlcr_multi", 3, "split", analysis=True),
+        "ranked",
+    ),
     ("rlcr_multi, K=3, `<other>`", Grammar("rlcr_multi", 3, thinking=False, other=True), "ranked"),
     ("prompted-for-K, K=3", Grammar("rlvr_multi", 3, thinking=False), "prompted_k"),
     ("verbalised sampling, K=3", Grammar("rlcr_multi", 3, thinking=False), "verbalized"),
@@ -56,13 +66,18 @@ def slot_correlations(rollouts: list[Rollout]) -> list[float]:
     pairs = []
     for rollout in (r for r in rollouts if r.reason is None):
         probability = {gold.name: gold.probability for gold in rollout.prompt.example.golds}
-        truth = [0.0 if again else probability.get(a, 0.0) for a, again in zip(rollout.answers, rollout.repeated, strict=True)]
+        truth = [
+            0.0 if again else probability.get(a, 0.0)
+            for a, again in zip(rollout.answers, rollout.repeated, strict=True)
+        ]
         pairs.append((rollout.confidences, truth))
     confidences, truths = np.array(pairs, dtype=np.float64).transpose(1, 2, 0)  # [K, rollouts] each
     return [float(np.corrcoef(q, p)[0, 1]) for q, p in zip(confidences, truths, strict=True)]
 
 
-def run(model: Decoder, tokenizer: Any, examples: list[Example], grammar: Grammar, style: str) -> tuple[dict[str, Any], list[Rollout]]:
+def run(
+    model: Decoder, tokenizer: Any, examples: list[Example], grammar: Grammar, style: str
+) -> tuple[dict[str, Any], list[Rollout]]:
     """One set for each example."""
     protocol = Protocol(
         prompts=tuple(build_prompt(e, grammar, tokenizer, clinic.NOUN, style) for e in examples),
@@ -78,26 +93,46 @@ def run(model: Decoder, tokenizer: Any, examples: list[Example], grammar: Gramma
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--items", type=int, default=200)
-    parser.add_argument("--model", type=Path, default=resolve_model("embedded", "embedded", None)[0])
+    parser.add_argument(
+        "--model", type=Path, default=resolve_model("embedded", "embedded", None)[0]
+    )
     parser.add_argument("--confidences", action="store_true")
     args = parser.parse_args()
     model, tokenizer = load_model(args.model), load_tokenizer(args.model)
     examples = clinic.load("validation", args.items)
     if args.confidences:
-        metrics, rollouts = run(model, tokenizer, examples, Grammar("rlcr_multi", 3, thinking=False), "ranked")
+        metrics, rollouts = run(
+            model, tokenizer, examples, Grammar("rlcr_multi", 3, thinking=False), "ranked"
+        )
         found = " / ".join(f"{r:.2f}" for r in slot_correlations(rollouts))
-        print(f"correlation in slots 1 / 2 / 3: {found}; q_mse {metrics['q_mse']:.3f}, ECE {metrics['ece']:.3f}")
+        print(
+            f"correlation in slots 1 / 2 / 3: {found}; q_mse {metrics['q_mse']:.3f}, ECE {metrics['ece']:.3f}"
+        )
         return
-    posterior = np.array([[gold.probability for gold in example.golds] for example in examples], dtype=np.float64)
+    posterior = np.array(
+        [[gold.probability for gold in example.golds] for example in examples], dtype=np.float64
+    )
     print(f"KL to the posterior, one answer: {posterior_kl(model, tokenizer, examples):.3f} nats\n")
-    print("| form | format rate | coverage@K | floor | repeats per set | tokens per set |\n|---|---|---|---|---|---|")
+    print(
+        "| form | format rate | coverage@K | floor | repeats per set | tokens per set |\n|---|---|---|---|---|---|"
+    )
     for name, grammar, style in FORMS:
         metrics, _ = run(model, tokenizer, examples, grammar, style)
         K = grammar.num_answers
-        row = [metrics["format_rate"], metrics[f"coverage@{K}"], floor_coverage(posterior, K).mean(), metrics["repeats_per_set"]]
-        print(f"| {name} | {' | '.join(f'{x:.3f}' for x in row)} | {metrics['tokens_per_set']:.1f} |", flush=True)
+        row = [
+            metrics["format_rate"],
+            metrics[f"coverage@{K}"],
+            floor_coverage(posterior, K).mean(),
+            metrics["repeats_per_set"],
+        ]
+        print(
+            f"| {name} | {' | '.join(f'{x:.3f}' for x in row)} | {metrics['tokens_per_set']:.1f} |",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

@@ -22,7 +22,16 @@ WORDS = {
 _PAIRS = WORDS.get(platform.machine(), "").split()
 NAMES = dict(zip(map(int, _PAIRS[::2]), _PAIRS[1::2], strict=True))
 OPENS, RENAMES = {"open", "creat", "openat"}, {"rename", "renameat", "renameat2"}
-BY_HANDLE = {"write": 0, "pwrite64": 0, "writev": 0, "pwritev": 0, "sendfile": 0, "copy_file_range": 2, "ftruncate": 0, "fallocate": 0}
+BY_HANDLE = {
+    "write": 0,
+    "pwrite64": 0,
+    "writev": 0,
+    "pwritev": 0,
+    "sendfile": 0,
+    "copy_file_range": 2,
+    "ftruncate": 0,
+    "fallocate": 0,
+}
 BY_HANDLE |= {"fsync": 0, "fdatasync": 0}
 BY_FOLDER = {"openat", "mkdirat", "unlinkat", "renameat", "renameat2"}
 WRITES = BY_HANDLE.keys() - {"fsync", "fdatasync"} | OPENS | {"truncate"}
@@ -93,13 +102,17 @@ def _call(pid: int) -> Call | None:
     relative = name in BY_FOLDER
     path = _at(pid, _number(a[0]) if relative else AT_FDCWD, a[relative])
     if name in RENAMES:
-        return Call(name, path, _at(pid, _number(a[2]) if relative else AT_FDCWD, a[3 if relative else 1]))
+        return Call(
+            name, path, _at(pid, _number(a[2]) if relative else AT_FDCWD, a[3 if relative else 1])
+        )
     if name in OPENS and name != "creat" and not a[1 + relative] & WRITING:
         return None
     return Call(name, path)
 
 
-def run(work: Callable[[], object], below: Path, kill_at: int | None = None) -> tuple[list[Call], int]:
+def run(
+    work: Callable[[], object], below: Path, kill_at: int | None = None
+) -> tuple[list[Call], int]:
     """Do `work` in a forked child. Returns its calls on files below a folder, in order, and how it ended (-9: killed). With `kill_at` n it is killed
     when it is about to make the n-th of them (from 0); that call is the last of the list and does not happen."""
     pid = os.fork()
@@ -127,7 +140,10 @@ def run(work: Callable[[], object], below: Path, kill_at: int | None = None) -> 
         stopped_by, deliver = os.WSTOPSIG(status), 0
         if stopped_by == signal.SIGTRAP | 0x80:
             call = _call(thread)
-            if call and str(below) in (call.path[: len(str(below))], call.target[: len(str(below))]):
+            if call and str(below) in (
+                call.path[: len(str(below))],
+                call.target[: len(str(below))],
+            ):
                 calls.append(call)
                 if len(calls) - 1 == kill_at:
                     os.kill(pid, signal.SIGKILL)
@@ -141,7 +157,11 @@ def disorder(calls: list[Call], temporary: Path, target: Path) -> list[str]:
     """What a power cut could spoil: `target` appears by one rename of `temporary`, after an fsync of everything that was written and of the folder
     itself; the folder above is synced next; and only then is anything published removed."""
     found, folder = [], target.parent
-    renames = [i for i, call in enumerate(calls) if call.name in RENAMES and (call.path, call.target) == (str(temporary), str(target))]
+    renames = [
+        i
+        for i, call in enumerate(calls)
+        if call.name in RENAMES and (call.path, call.target) == (str(temporary), str(target))
+    ]
     if len(renames) != 1:
         return [f"{len(renames)} renames of {temporary.name} to {target.name}"]
     published = renames[0]
@@ -150,13 +170,24 @@ def disorder(calls: list[Call], temporary: Path, target: Path) -> list[str]:
     for i, call in enumerate(calls):
         if call.name in WRITES:
             last_write[moved.get(call.path, call.path)] = i
-    synced = {moved.get(c.path, c.path): i for i, c in enumerate(calls[:published]) if c.name in ("fsync", "fdatasync")}
+    synced = {
+        moved.get(c.path, c.path): i
+        for i, c in enumerate(calls[:published])
+        if c.name in ("fsync", "fdatasync")
+    }
     for path, i in {**last_write, str(temporary): max(last_write.values())}.items():
         if i > published:
             found.append(f"{path} is written after the rename")
         elif synced.get(path, -1) < i:
             found.append(f"{path} is not synced between its last write and the rename")
-    durable = next((i for i, call in enumerate(calls) if i > published and (call.name, call.path) == ("fsync", str(folder))), len(calls))
+    durable = next(
+        (
+            i
+            for i, call in enumerate(calls)
+            if i > published and (call.name, call.path) == ("fsync", str(folder))
+        ),
+        len(calls),
+    )
     for call in calls[:durable]:
         if call.name in REMOVES and not Path(call.path).is_relative_to(temporary):
             found.append(f"{call.path} is removed before {target.name} is durable")
@@ -172,5 +203,8 @@ def unsynced(calls: list[Call]) -> set[str]:
         elif call.name in ("fsync", "fdatasync"):
             dirty.discard(call.path)
         elif call.name in RENAMES:
-            dirty = {p.replace(call.path, call.target, 1) if Path(p).is_relative_to(call.path) else p for p in dirty}
+            dirty = {
+                p.replace(call.path, call.target, 1) if Path(p).is_relative_to(call.path) else p
+                for p in dirty
+            }
     return dirty

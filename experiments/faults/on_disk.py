@@ -32,7 +32,18 @@ from mar import batch, checkpoint, rundir
 from mar.model import Decoder, ModelConfig
 from mar.optim import make_optimizer
 
-SMALL = ModelConfig("Qwen3ForCausalLM", 64, 16, 24, 1, 2, num_kv_heads=1, head_dim=8, qk_norm=True, tied_embeddings=True)
+SMALL = ModelConfig(
+    "Qwen3ForCausalLM",
+    64,
+    16,
+    24,
+    1,
+    2,
+    num_kv_heads=1,
+    head_dim=8,
+    qk_norm=True,
+    tied_embeddings=True,
+)
 NEW, AGAIN, MEND = "a new step", "the same step again", "a step whose checkpoint is damaged"
 
 
@@ -51,16 +62,26 @@ def _power_cut(calls: list[kill_points.Call], folder: Path) -> None:
     for path in kill_points.unsynced(calls):
         if os.path.isfile(path):
             os.truncate(path, 0)
-    synced = max((i for i, call in enumerate(calls) if (call.name, call.path) == ("fsync", str(folder))), default=-1)
+    synced = max(
+        (i for i, call in enumerate(calls) if (call.name, call.path) == ("fsync", str(folder))),
+        default=-1,
+    )
     for call in reversed(calls[synced + 1 :]):
-        if call.name in kill_points.RENAMES and Path(call.path).parent == folder and os.path.exists(call.target):
+        if (
+            call.name in kill_points.RENAMES
+            and Path(call.path).parent == folder
+            and os.path.exists(call.target)
+        ):
             os.rename(call.target, call.path)
 
 
 def save_killed(lab: Lab, row: Row) -> None:
     """For every n, a save killed when it is about to make its n-th call that changes files; then also as after a power cut."""
     old, new = _trained(0), _trained(1)
-    known = [state(checkpoint.save(lab.folder / "known", step, *pair, 9).result()) for step, pair in ((2, old), (4, new))]
+    known = [
+        state(checkpoint.save(lab.folder / "known", step, *pair, 9).result())
+        for step, pair in ((2, old), (4, new))
+    ]
     counts: list[str] = []
     whole: dict[str, bool] = {}
     for variant, step in ((NEW, 4), (AGAIN, 2), (MEND, 4)):
@@ -87,11 +108,14 @@ def save_killed(lab: Lab, row: Row) -> None:
                 if cut:
                     _power_cut(made[:-1], folder)
                 found = checkpoint.newest(folder, lambda _: None)
-                content = (found.path / checkpoint.MANIFEST).read_text() if found else ""  # a valid checkpoint is as its manifest says
+                content = (
+                    (found.path / checkpoint.MANIFEST).read_text() if found else ""
+                )  # a valid checkpoint is as its manifest says
                 if found and content not in whole:
                     whole[content] = any(same(state(found.path), one) for one in known)
                 row.check(
-                    whole.get(content, False), f"{variant}, before call {n} ({made[-1]}){', power cut' * cut}: no checkpoint is whole"
+                    whole.get(content, False),
+                    f"{variant}, before call {n} ({made[-1]}){', power cut' * cut}: no checkpoint is whole",
                 )
         shutil.rmtree(folder)
         counts.append(f"{len(calls)} for {variant}")
@@ -185,7 +209,10 @@ def two_starts(lab: Lab, row: Row) -> None:
     """The same command twice at once: the second waits before the lock while the first is killed in step 4, then goes on."""
     out = lab.folder / "run"
     second = begin(out, [], at_call(rundir, "lock", 1, signal_itself(signal.SIGSTOP)))
-    until(lambda: Path(f"/proc/{second.pid}/stat").read_text().rpartition(")")[2].split()[0] == "T", "the second run's start")
+    until(
+        lambda: Path(f"/proc/{second.pid}/stat").read_text().rpartition(")")[2].split()[0] == "T",
+        "the second run's start",
+    )
     _stopped_after(lab, 3)
     row.steps_lost = steps_written(out) - steps_saved(out)
     os.kill(second.pid, signal.SIGCONT)
@@ -217,7 +244,9 @@ def read_only_at_start(lab: Lab, row: Row) -> None:
     ended = train(parent / "run", fault=_without_privileges)
     parent.chmod(0o755)
     row.struck(ended, 2, "^error: .*Permission denied")
-    row.check("step 1/" not in ended.out and "eval before" not in ended.out, "it trains before it says so")
+    row.check(
+        "step 1/" not in ended.out and "eval before" not in ended.out, "it trains before it says so"
+    )
     row.goes_on(lab.whole(), parent / "run")
 
 
@@ -272,7 +301,11 @@ def disk_full_at_a_line(lab: Lab, row: Row) -> None:
                     return
 
     with _mounted(disk, "size=60m"):
-        row.struck(train(disk / "run", fault=at_call(batch, "make_batch", 3, fill)), 2, "^error: .*No space left")
+        row.struck(
+            train(disk / "run", fault=at_call(batch, "make_batch", 3, fill)),
+            2,
+            "^error: .*No space left",
+        )
         (disk / "filler").unlink()
         row.goes_on(lab.whole(), disk / "run")
 
@@ -298,6 +331,14 @@ def read_only_mount(lab: Lab, row: Row) -> None:
     _refused_at_start(lab, row, "ro", "Read-only file system", "rw,size=100m")
 
 
-CASES = (corrupted_shard, missing_manifest, no_valid_checkpoint, truncated_line, half_written_folder, two_runs, two_starts)
+CASES = (
+    corrupted_shard,
+    missing_manifest,
+    no_valid_checkpoint,
+    truncated_line,
+    half_written_folder,
+    two_runs,
+    two_starts,
+)
 CASES += (file_size_limit, read_only_at_start, read_only_in_mid_run, save_killed)
 MOUNTED = (disk_full_at_a_save, disk_full_at_a_line, disk_full_at_start, read_only_mount)

@@ -44,7 +44,9 @@ def selected(quick: bool, only: Sequence[str]) -> list[Case]:
     cases = [*(() if quick else on_disk.MOUNTED), *on_disk.CASES, *in_process.CASES]
     known = {case.__name__ for case in cases}
     if unknown := [name for name in only if name not in known]:
-        sys.exit(f"error: unknown fault {', '.join(unknown)}: choose from {', '.join(sorted(known))}")
+        sys.exit(
+            f"error: unknown fault {', '.join(unknown)}: choose from {', '.join(sorted(known))}"
+        )
     return [case for case in cases if not only or case.__name__ in only]
 
 
@@ -87,34 +89,75 @@ def summary(rows: Sequence[Row], made_with: dict[str, Any]) -> dict[str, Any]:
 def page(results: dict[str, Any]) -> str:
     """README.md from results.json."""
     head = "{survived} of {faults_tried} faults survived, at most {steps_lost_max} steps lost, {n} mismatched; {commit}, {machine}, {seconds} s."
-    lines = [INTRODUCTION.format(steps=STEPS, every=EVERY), head.format(n=len(results["mismatched"]), **results), ""]
-    lines += ["| fault | what was done | exit | steps lost | equal | survived | what it said |", "|:--|:--|--:|--:|:--|:--|:--|"]
+    lines = [
+        INTRODUCTION.format(steps=STEPS, every=EVERY),
+        head.format(n=len(results["mismatched"]), **results),
+        "",
+    ]
+    lines += [
+        "| fault | what was done | exit | steps lost | equal | survived | what it said |",
+        "|:--|:--|--:|--:|:--|:--|:--|",
+    ]
     for row in results["faults"]:
         equal = {True: "yes", False: "**no**", None: "–"}[row["equal"]]
-        end = f"skipped: {row['skipped']}" if row["skipped"] else "yes" if not row["problems"] else f"**no**: {row['problems'][0]}"
-        cells = [row["fault"], row["what"], "–" if row["exit"] is None else row["exit"], row["steps_lost"], equal, end, row["said"]]
-        lines.append("| " + " | ".join(" ".join(str(cell).replace("|", "\\|").split()) for cell in cells) + " |")
+        end = (
+            f"skipped: {row['skipped']}"
+            if row["skipped"]
+            else "yes"
+            if not row["problems"]
+            else f"**no**: {row['problems'][0]}"
+        )
+        cells = [
+            row["fault"],
+            row["what"],
+            "–" if row["exit"] is None else row["exit"],
+            row["steps_lost"],
+            equal,
+            end,
+            row["said"],
+        ]
+        lines.append(
+            "| "
+            + " | ".join(" ".join(str(cell).replace("|", "\\|").split()) for cell in cells)
+            + " |"
+        )
     return "\n".join(lines) + "\n"
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="without what needs root and a mount; writes nothing here")
-    parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="these faults; writes nothing here")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="without what needs root and a mount; writes nothing here",
+    )
+    parser.add_argument(
+        "--only", nargs="+", default=[], metavar="NAME", help="these faults; writes nothing here"
+    )
     options = parser.parse_args()
     torch.set_num_threads(1)
-    rows, made_with = [], {key: environment()[key] for key in ("commit", "torch")}  # before anything is written
+    rows, made_with = (
+        [],
+        {key: environment()[key] for key in ("commit", "torch")},
+    )  # before anything is written
     with tempfile.TemporaryDirectory(prefix="faults-") as base:
         tempfile.tempdir = base
         lab = Lab(Path(base).resolve())
         for case in selected(options.quick, options.only):
             rows.append(attempt(case, lab))
             row = rows[-1]
-            print(f"{row.seconds:6.1f} s  {row.fault:28} {row.skipped or ('survived' if not row.problems else 'NOT SURVIVED')}", flush=True)
+            print(
+                f"{row.seconds:6.1f} s  {row.fault:28} {row.skipped or ('survived' if not row.problems else 'NOT SURVIVED')}",
+                flush=True,
+            )
             for problem in row.problems:
                 print(f"          {problem}", flush=True)
             results = summary(rows, made_with)
-            if not options.quick and not options.only:  # after each, so that what was found is kept however this ends
+            if (
+                not options.quick and not options.only
+            ):  # after each, so that what was found is kept however this ends
                 (HERE / "results.json").write_text(json.dumps(results, indent=2) + "\n")
                 (HERE / "README.md").write_text(page(results))
     print(json.dumps(results))

@@ -48,13 +48,21 @@ class Ended:
     def last(self) -> str:
         """The error that it ended with, or the last line of stderr."""
         lines = [line for line in self.err.splitlines() if line.strip()]
-        return next((line for line in reversed(lines) if re.match(r"[\w.]*(Error|Exception|error)\b", line)), lines[-1] if lines else "")[
-            :300
-        ]
+        return next(
+            (
+                line
+                for line in reversed(lines)
+                if re.match(r"[\w.]*(Error|Exception|error)\b", line)
+            ),
+            lines[-1] if lines else "",
+        )[:300]
 
     def said(self, pattern: str) -> str:
         """The first line that matches, errors first; "" if there is none."""
-        return next((line for line in f"{self.err}\n{self.out}".splitlines() if re.search(pattern, line)), "")
+        return next(
+            (line for line in f"{self.err}\n{self.out}".splitlines() if re.search(pattern, line)),
+            "",
+        )
 
 
 @dataclass(frozen=True)
@@ -72,10 +80,14 @@ class Begun:
             os.kill(self.pid, signal.SIGKILL)
         _, status = os.waitpid(self.pid, 0)
         out, err = (file.read_text(errors="replace") for file in self.files)
-        return Ended(os.waitstatus_to_exitcode(status), out, err + f"\nno end within {PATIENCE:.0f} s" * late)
+        return Ended(
+            os.waitstatus_to_exitcode(status), out, err + f"\nno end within {PATIENCE:.0f} s" * late
+        )
 
 
-def begin(out: Path, words: Sequence[str] = (), fault: Fault | None = None, common: Sequence[str] = WORDS) -> Begun:
+def begin(
+    out: Path, words: Sequence[str] = (), fault: Fault | None = None, common: Sequence[str] = WORDS
+) -> Begun:
     """`python -m mar.train` in a forked child, after `fault` has prepared there what is to happen."""
     files = [Path(tempfile.mkstemp(prefix=f"faults-{name}-")[1]) for name in ("out", "err")]
     sys.stdout.flush()
@@ -102,7 +114,9 @@ def begin(out: Path, words: Sequence[str] = (), fault: Fault | None = None, comm
     os._exit(code)
 
 
-def train(out: Path, words: Sequence[str] = (), fault: Fault | None = None, common: Sequence[str] = WORDS) -> Ended:
+def train(
+    out: Path, words: Sequence[str] = (), fault: Fault | None = None, common: Sequence[str] = WORDS
+) -> Ended:
     began = begin(out, words, fault, common)
     ended = began.wait()
     for file in began.files:
@@ -110,7 +124,9 @@ def train(out: Path, words: Sequence[str] = (), fault: Fault | None = None, comm
     return ended
 
 
-def before_call(module: types.ModuleType, name: str, n: int, action: Callable[..., object]) -> Fault:
+def before_call(
+    module: types.ModuleType, name: str, n: int, action: Callable[..., object]
+) -> Fault:
     """A fault for `begin`: right before the n-th call (from 1) of a function, `action` is given its arguments."""
 
     def fault() -> None:
@@ -174,7 +190,9 @@ def same(a: Any, b: Any) -> bool:
     if isinstance(a, torch.Tensor):
         return isinstance(b, torch.Tensor) and a.dtype == b.dtype and torch.equal(a, b)
     if isinstance(a, dict):
-        return isinstance(b, dict) and a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+        return (
+            isinstance(b, dict) and a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+        )
     if isinstance(a, list | tuple):
         return isinstance(b, list | tuple) and len(a) == len(b) and all(map(same, a, b))
     return bool(a == b)
@@ -183,7 +201,13 @@ def same(a: Any, b: Any) -> bool:
 def differences(whole: Path, other: Path) -> list[str]:
     """In what a run differs from an uninterrupted one; perf/* are times."""
     found, folders = [], (run_dir(whole), run_dir(other))
-    rows = [[{k: v for k, v in row.items() if not k.startswith("perf/")} for row in read_jsonl(f / "metrics.jsonl")[0]] for f in folders]
+    rows = [
+        [
+            {k: v for k, v in row.items() if not k.startswith("perf/")}
+            for row in read_jsonl(f / "metrics.jsonl")[0]
+        ]
+        for f in folders
+    ]
     if rows[0] != rows[1] or len(rows[0]) != STEPS:
         found.append("metrics.jsonl")
     if len({(folder / "completions.jsonl").read_bytes() for folder in folders}) > 1:
@@ -191,7 +215,9 @@ def differences(whole: Path, other: Path) -> list[str]:
     if not same(*(json.loads((folder / "eval.json").read_text()) for folder in folders)):
         found.append("eval.json")
     last = [checkpoint.newest(folder / "checkpoints", lambda _: None) for folder in folders]
-    if not all(one and one.step == STEPS for one in last) or not same(*(state(one.path) for one in last if one)):
+    if not all(one and one.step == STEPS for one in last) or not same(
+        *(state(one.path) for one in last if one)
+    ):
         found.append("parameters or moments")
     return found
 
@@ -201,7 +227,9 @@ class Lab:
 
     def __init__(self, base: Path) -> None:
         compose(WORDS)  # what these import, some seconds of it, is then there for all children
-        load_tokenizer(EMBEDDED).apply_chat_template([{"role": "user", "content": "?"}], tokenize=False)
+        load_tokenizer(EMBEDDED).apply_chat_template(
+            [{"role": "user", "content": "?"}], tokenize=False
+        )
         model = torch.nn.Linear(2, 2, bias=False)
         model.weight.grad = torch.zeros(2, 2)
         optimizer = torch.optim.AdamW(model.parameters())
@@ -217,7 +245,9 @@ class Lab:
             out = self.base / f"whole{len(self._whole)}"
             ended = train(out, words)
             if ended.code:
-                raise RuntimeError(f"a run without any fault ends with {ended.code}: {ended.err[-2000:]}")
+                raise RuntimeError(
+                    f"a run without any fault ends with {ended.code}: {ended.err[-2000:]}"
+                )
             self._whole[key] = out
         return self._whole[key]
 

@@ -17,7 +17,11 @@ LOGS = Path(__file__).parent / "logs"
 SHIFTS = {  # name -> the words that ask for it
     "ddxplus": ["data.path=ddxplus/" + PATIENTS, "eval.num_items=64"],
     "ddxplus_19": ["data.path=ddxplus/patients_19path_dro_validate_en.jsonl", "eval.num_items=150"],
-    "medqa": ["data.path=medqa/medqa_usmle_4opt_dev.jsonl", "data.task=medqa", "eval.num_items=150"],
+    "medqa": [
+        "data.path=medqa/medqa_usmle_4opt_dev.jsonl",
+        "data.task=medqa",
+        "eval.num_items=150",
+    ],
 }
 METRICS = ("top1", "brier", "ece", "auroc", "set_ece", "format_rate", "repeats_per_set")
 METHODS = ("multi_rlcr", "multi_rlcr_own", "base")
@@ -30,12 +34,25 @@ def one(data: Path, shift: str, seed: int, method: str) -> None:
     path, *words = SHIFTS[shift]
     where = path.replace("=", f"={data}/", 1)
     seconds = command(
-        "mar.evaluate", str(RUNS / method / f"seed{seed}"), where, *words, "k=3", "num_answers=", f"arms={','.join(arms)}", f"out={out}"
+        "mar.evaluate",
+        str(RUNS / method / f"seed{seed}"),
+        where,
+        *words,
+        "k=3",
+        "num_answers=",
+        f"arms={','.join(arms)}",
+        f"out={out}",
     )
     document = json.loads((out / "evaluation.json").read_text())
     LOGS.mkdir(exist_ok=True)
     for arm, name in arms.items():
-        told = {"shift": shift, "method": name, "seed": seed, **environment(), "num_items": document["num_items"]}
+        told = {
+            "shift": shift,
+            "method": name,
+            "seed": seed,
+            **environment(),
+            "num_items": document["num_items"],
+        }
         (LOGS / f"{shift}_{name}_seed{seed}.json").write_text(
             json.dumps(told | {"evaluate_s": seconds, **kept(document["arms"][arm])}) + "\n"
         )
@@ -44,13 +61,22 @@ def one(data: Path, shift: str, seed: int, method: str) -> None:
 def markdown() -> str:
     """A line for each distribution and model: one set of three a question."""
     by_shift = grouped(LOGS, "shift", SHIFTS)
-    found = {f"{s}, {m}": [log for log in logs if log["method"] == m] for s, logs in by_shift.items() for m in METHODS}
-    columns = {"questions": lambda log: log["num_items"], "coverage@3": lambda log: on_curve(log, "coverage", 3)}
+    found = {
+        f"{s}, {m}": [log for log in logs if log["method"] == m]
+        for s, logs in by_shift.items()
+        for m in METHODS
+    }
+    columns = {
+        "questions": lambda log: log["num_items"],
+        "coverage@3": lambda log: on_curve(log, "coverage", 3),
+    }
     return lines_of(found, columns | {name: metric(name) for name in METRICS}, "asked, model")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("data", type=Path)
     parser.add_argument("seed", nargs="?", type=int, default=0)
     parser.add_argument("method", nargs="?", default="multi_rlcr", choices=METHODS[:-1])

@@ -38,7 +38,9 @@ from mar_kernels import linear_logprobs
 
 ROOT = Path(__file__).resolve().parents[2]
 REPORT = Path(__file__).with_name("TESTED_ON.md")
-NO_DEVICE = "first_hour measures a CUDA device and torch sees none here: nothing was measured or written."
+NO_DEVICE = (
+    "first_hour measures a CUDA device and torch sees none here: nothing was measured or written."
+)
 N, D, V = 4096, 2048, 151_936  # tokens; Qwen3-1.7B
 VLLM = """import sys
 from vllm import LLM, SamplingParams
@@ -47,13 +49,26 @@ print("TOKENS", len(model.generate("A patient", SamplingParams(temperature=0, ma
 TRAINED = ("Qwen/Qwen3-0.6B", "Qwen/Qwen3-1.7B")
 STEPS = 20
 QWEN3 = ModelConfig(
-    "Qwen3ForCausalLM", V, 1024, 3072, 28, 16, 8, 128, rope_theta=1e6, max_positions=40_960, qk_norm=True, tied_embeddings=True
+    "Qwen3ForCausalLM",
+    V,
+    1024,
+    3072,
+    28,
+    16,
+    8,
+    128,
+    rope_theta=1e6,
+    max_positions=40_960,
+    qk_norm=True,
+    tied_embeddings=True,
 )
 PROMPT, GROUP, COMPLETION = 512, 8, 64
 Found = dict[str, float | str]
 
 
-def timed(work: Callable[[], object], runs: int, clock: Callable[[], float], wait: Callable[[], object]) -> float:
+def timed(
+    work: Callable[[], object], runs: int, clock: Callable[[], float], wait: Callable[[], object]
+) -> float:
     """Median seconds of `runs` calls after one that is not counted; `wait` returns when the device has nothing left to do."""
     times = []
     for _ in range(runs + 1):
@@ -69,10 +84,15 @@ def on_device(work: Callable[[], object], runs: int = 5) -> float:
     return timed(work, runs, time.perf_counter, torch.cuda.synchronize)
 
 
-def attainable(num_tokens: int, width: int, vocab: int, itemsize: int, flops: float, bandwidth: float) -> float:
+def attainable(
+    num_tokens: int, width: int, vocab: int, itemsize: int, flops: float, bandwidth: float
+) -> float:
     """Seconds below which no forward and backward of linear_logprobs can come: three products of 2NVD FLOPs, or hidden, weight and their gradients
     moved once; at `flops` per second and `bandwidth` bytes per second."""
-    return max(6 * num_tokens * width * vocab / flops, 2 * itemsize * width * (num_tokens + vocab) / bandwidth)
+    return max(
+        6 * num_tokens * width * vocab / flops,
+        2 * itemsize * width * (num_tokens + vocab) / bandwidth,
+    )
 
 
 def limits(device: str) -> tuple[float, float]:
@@ -80,7 +100,9 @@ def limits(device: str) -> tuple[float, float]:
     a, b = (torch.randn(8192, 8192, device=device, dtype=torch.bfloat16) for _ in range(2))
     source = torch.empty(1 << 30, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    return 2 * 8192**3 / on_device(lambda: a @ b), 2 * source.numel() / on_device(lambda: target.copy_(source))
+    return 2 * 8192**3 / on_device(lambda: a @ b), 2 * source.numel() / on_device(
+        lambda: target.copy_(source)
+    )
 
 
 def full_logits(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -109,7 +131,10 @@ def kernels(device: str) -> Found:
     flops, bandwidth = limits(device)
     found: Found = {"product, TFLOP/s": flops / 1e12, "copy, GB/s": bandwidth / 1e9}
     least = attainable(N, D, V, 2, flops, bandwidth)
-    hidden, weight = (torch.randn(n, D, device=device, dtype=torch.bfloat16).mul_(D**-0.25).requires_grad_() for n in (N, V))
+    hidden, weight = (
+        torch.randn(n, D, device=device, dtype=torch.bfloat16).mul_(D**-0.25).requires_grad_()
+        for n in (N, V)
+    )
     targets = torch.randint(V, (N,), device=device)
     for name, side in logprob_sides().items():
 
@@ -131,17 +156,32 @@ def kernels(device: str) -> Found:
 def requests(vocab: int, num_prompts: int, prompt_tokens: int, group_size: int) -> list[Request]:
     rng = np.random.default_rng(0)
     prompts = [tuple(rng.integers(0, vocab, prompt_tokens).tolist()) for _ in range(num_prompts)]
-    return [Request(p, tuple(stream_key("first_hour", i, g) for g in range(group_size))) for i, p in enumerate(prompts)]
+    return [
+        Request(p, tuple(stream_key("first_hour", i, g) for g in range(group_size)))
+        for i, p in enumerate(prompts)
+    ]
 
 
-def mismatch(model: Decoder, num_prompts: int = 2, prompt_tokens: int = PROMPT, group_size: int = GROUP, tokens: int = COMPLETION) -> Found:
+def mismatch(
+    model: Decoder,
+    num_prompts: int = 2,
+    prompt_tokens: int = PROMPT,
+    group_size: int = GROUP,
+    tokens: int = COMPLETION,
+) -> Found:
     """max and mean |full_logprobs of the sampler - log-probability of the training pass| over sampled tokens, at temperature 1."""
     asked = requests(model.config.vocab_size, num_prompts, prompt_tokens, group_size)
     groups = generate(model, asked, SamplingParams(tokens), 10**7).groups
-    packed = pack_groups([r.prompt_ids for r in asked], [[s.ids.tolist() for s in g] for g in groups], model.head_weight.device)
+    packed = pack_groups(
+        [r.prompt_ids for r in asked],
+        [[s.ids.tolist() for s in g] for g in groups],
+        model.head_weight.device,
+    )
     with torch.no_grad():
         trained = model(packed)[0].double().cpu()
-    sampled = torch.from_numpy(np.concatenate([s.full_logprobs for g in groups for s in g])).double()
+    sampled = torch.from_numpy(
+        np.concatenate([s.full_logprobs for g in groups for s in g])
+    ).double()
     gap = (sampled - trained).abs()
     return {"max": gap.max().item(), "mean": gap.mean().item(), "tokens": len(gap)}
 
@@ -165,8 +205,12 @@ def graphs(device: str) -> Found:
             generate(model, asked, SamplingParams(8, 0.0), 10**7)
             torch.cuda.synchronize()
             began = time.perf_counter()
-            rows[name] = [s for group in generate(model, asked, params, 10**7).groups for s in group]
-            found[f"{name}, tokens/s"] = sum(len(s.ids) for s in rows[name]) / (time.perf_counter() - began)
+            rows[name] = [
+                s for group in generate(model, asked, params, 10**7).groups for s in group
+            ]
+            found[f"{name}, tokens/s"] = sum(len(s.ids) for s in rows[name]) / (
+                time.perf_counter() - began
+            )
     pairs = list(zip(*rows.values(), strict=True))
     alike = [(a, b) for a, b in pairs if np.array_equal(a.ids, b.ids)]
     found["rows with the same tokens"] = f"{len(alike)} of {len(pairs)}"
@@ -179,13 +223,18 @@ def graphs(device: str) -> Found:
 def memory(device: str) -> Found:
     """Peak memory of a training step's forward and backward beyond the weights."""
     model = random_qwen3(device)
-    prompt, *completions = (torch.randint(V, (n,)).tolist() for n in (PROMPT, *[COMPLETION] * GROUP))
+    prompt, *completions = (
+        torch.randint(V, (n,)).tolist() for n in (PROMPT, *[COMPLETION] * GROUP)
+    )
     packed = pack_groups([prompt], [completions], device)
     model(packed)[0].mean().backward()  # compiles; the gradients are there from now on
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     model(packed)[0].mean().backward()
-    return {"weights and gradients, MiB": before / 2**20, "peak beyond them, MiB": (torch.cuda.max_memory_allocated() - before) / 2**20}
+    return {
+        "weights and gradients, MiB": before / 2**20,
+        "peak beyond them, MiB": (torch.cuda.max_memory_allocated() - before) / 2**20,
+    }
 
 
 def last_line(done: subprocess.CompletedProcess[str]) -> str:
@@ -193,20 +242,30 @@ def last_line(done: subprocess.CompletedProcess[str]) -> str:
     return lines[-1] if lines else f"exit code {done.returncode}"
 
 
-def read_by_vllm(run_dir: Path, run: Callable[..., subprocess.CompletedProcess[str]] = subprocess.run) -> str:
+def read_by_vllm(
+    run_dir: Path, run: Callable[..., subprocess.CompletedProcess[str]] = subprocess.run
+) -> str:
     """How many tokens vLLM, in a process of its own, writes with the exported policy of a run; or why it does not."""
     if importlib.util.find_spec("vllm") is None:
         return "vllm is not installed"
     options: dict[str, Any] = {"cwd": ROOT, "capture_output": True, "text": True, "check": False}
     exported = str(run_dir.with_name("exported"))
-    for command in ([sys.executable, "-m", "mar.export", str(run_dir), exported], [sys.executable, "-c", VLLM, exported]):
+    for command in (
+        [sys.executable, "-m", "mar.export", str(run_dir), exported],
+        [sys.executable, "-c", VLLM, exported],
+    ):
         done = run(command, **options)
         if done.returncode:
             return last_line(done)
-    return next((line for line in done.stdout.splitlines() if line.startswith("TOKENS ")), "it wrote nothing")
+    return next(
+        (line for line in done.stdout.splitlines() if line.startswith("TOKENS ")),
+        "it wrote nothing",
+    )
 
 
-def train(model: str, run: Callable[..., subprocess.CompletedProcess[str]] = subprocess.run) -> Found:
+def train(
+    model: str, run: Callable[..., subprocess.CompletedProcess[str]] = subprocess.run
+) -> Found:
     """Some steps of the clinic with a model of the hub, by mar.train in a process of its own."""
     options: dict[str, Any] = {"cwd": ROOT, "capture_output": True, "text": True, "check": False}
     fetched = run([sys.executable, "-m", "mar.fetch", model], **options)
@@ -222,7 +281,9 @@ def train(model: str, run: Callable[..., subprocess.CompletedProcess[str]] = sub
         (file,) = Path(scratch).rglob("metrics.jsonl")
         steps = [json.loads(line) for line in file.read_text().splitlines()]
         read = read_by_vllm(file.parent, run)
-    parts = [sum(step[f"perf/{part}_s"] for part in ("sample", "verify", "update")) for step in steps]
+    parts = [
+        sum(step[f"perf/{part}_s"] for part in ("sample", "verify", "update")) for step in steps
+    ]
     return {
         "steps": len(steps),
         "seconds a step, median": statistics.median(parts),
@@ -234,7 +295,13 @@ def train(model: str, run: Callable[..., subprocess.CompletedProcess[str]] = sub
 
 def gpu_tests(run: Callable[..., subprocess.CompletedProcess[str]] = subprocess.run) -> Found:
     """The tests marked `gpu`: kernels compiled, not interpreted, and what must agree with the CPU."""
-    done = run([sys.executable, "-m", "pytest", "-q", "-m", "gpu"], cwd=ROOT, capture_output=True, text=True, check=False)
+    done = run(
+        [sys.executable, "-m", "pytest", "-q", "-m", "gpu"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     said = (done.stdout.strip() or last_line(done)).splitlines()[-1]
     if done.returncode:
         raise RuntimeError(said)
@@ -244,7 +311,9 @@ def gpu_tests(run: Callable[..., subprocess.CompletedProcess[str]] = subprocess.
 PARTS: dict[str, Callable[[str], Found]] = {
     "tests that need a device": lambda device: gpu_tests(),
     f"linear_logprobs forward and backward, bf16, N {N}, D {D}, V {V}": kernels,
-    "sampler against trainer, bf16, Qwen3-0.6B shape, random weights": lambda device: mismatch(random_qwen3(device)),
+    "sampler against trainer, bf16, Qwen3-0.6B shape, random weights": lambda device: mismatch(
+        random_qwen3(device)
+    ),
     "CUDA graphs against eager decoding, the same model": graphs,
     f"training pass of one group, the same model, P{PROMPT} G{GROUP} R{COMPLETION}": memory,
     **{f"{STEPS} steps of {model}": lambda device, model=model: train(model) for model in TRAINED},
@@ -285,7 +354,9 @@ def environment() -> dict[str, str]:
         "device": torch.cuda.get_device_name(),
         "driver": said("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
         "torch": torch.__version__,
-        "triton": importlib.import_module("triton").__version__ if importlib.util.find_spec("triton") else "not installed",
+        "triton": importlib.import_module("triton").__version__
+        if importlib.util.find_spec("triton")
+        else "not installed",
         "date": str(date.today()),
         "commit": said("git", "describe", "--always", "--dirty", "--exclude=*"),
     }
@@ -293,7 +364,12 @@ def environment() -> dict[str, str]:
 
 def render(document: Mapping[str, Any]) -> str:
     """TESTED_ON.md of {"environment": {name: text}, "parts": {name: {"found": {...}} or {"reason": text}}}."""
-    lines = ["# Tested on", "", "Written by `python experiments/gpu/first_hour.py` (`make gpu`).", ""]
+    lines = [
+        "# Tested on",
+        "",
+        "Written by `python experiments/gpu/first_hour.py` (`make gpu`).",
+        "",
+    ]
     lines += [f"- {name}: {value}" for name, value in document["environment"].items()]
     lines += ["", "| part | what | measured |", "| --- | --- | --- |"]
     for part, result in document["parts"].items():

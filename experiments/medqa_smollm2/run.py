@@ -33,26 +33,45 @@ WORDS = [
     "eval.num_items=100",
     "checkpoint.every=5",
 ]
-ARMS = {"policy": "multi_rlcr", "base": "base", "single": "single"}  # of the evaluation -> of the table
+ARMS = {
+    "policy": "multi_rlcr",
+    "base": "base",
+    "single": "single",
+}  # of the evaluation -> of the table
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("rows", type=Path)
     parser.add_argument("seed", nargs="?", type=int, default=0)
     parser.add_argument("--stop-at", type=int, help="train so many steps only, as if interrupted")
     args = parser.parse_args()
     warm_up(args.rows, "medqa", WARM_STEPS, RUNS, LOGS)
-    words = [*WORDS, f"data.path={args.rows}", f"seed={args.seed}", f"out={RUNS}", "name=multi_rlcr"]
+    words = [
+        *WORDS,
+        f"data.path={args.rows}",
+        f"seed={args.seed}",
+        f"out={RUNS}",
+        "name=multi_rlcr",
+    ]
     folder = RUNS / "multi_rlcr" / f"seed{args.seed}"
     train_s = trained(folder, *words, *([f"train.stop_at={args.stop_at}"] if args.stop_at else []))
     if args.stop_at:
         return
-    evaluate_s = command("mar.evaluate", str(folder), "k=3", "num_answers=", "arms=" + ",".join(ARMS))
+    evaluate_s = command(
+        "mar.evaluate", str(folder), "k=3", "num_answers=", "arms=" + ",".join(ARMS)
+    )
     document = json.loads((folder / "evaluation.json").read_text())
     shutil.copy(folder / "metrics.jsonl", LOGS / f"multi_rlcr_seed{args.seed}.jsonl")
     for arm, method in ARMS.items():
-        told = {"method": method, "seed": args.seed, **environment(), "num_items": document["num_items"]}
+        told = {
+            "method": method,
+            "seed": args.seed,
+            **environment(),
+            "num_items": document["num_items"],
+        }
         told |= {"train_s": train_s, "evaluate_s": evaluate_s, **kept(document["arms"][arm])}
         (LOGS / f"{method}_seed{args.seed}.json").write_text(json.dumps(told) + "\n")
 

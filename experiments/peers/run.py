@@ -65,9 +65,16 @@ def trl(job: Job, out: Path) -> Curve:
     def reward(completion_ids: list[list[int]], place: list[int], **_: Any) -> list[float]:
         groups = []
         for ids, i in zip(completion_ids, place, strict=True):
-            zeros, stopped = np.zeros(len(ids), np.float32), bool(ids) and ids[-1] in p.params.stop_ids
+            zeros, stopped = (
+                np.zeros(len(ids), np.float32),
+                bool(ids) and ids[-1] in p.params.stop_ids,
+            )
             done = Completion(0, np.array(ids), zeros, zeros, "stop" if stopped else "length")
-            groups.append(judge_groups([asked[i]], [[done]], p.grammar, p.spec, p.verifier, p.decode)[0][0].total)
+            groups.append(
+                judge_groups([asked[i]], [[done]], p.grammar, p.spec, p.verifier, p.decode)[0][
+                    0
+                ].total
+            )
         rewards.append(float(np.mean(groups)))
         return groups
 
@@ -87,9 +94,16 @@ def trl(job: Job, out: Path) -> Curve:
         seed=job.config.seed, save_strategy="no", report_to="none", logging_strategy="no", disable_tqdm=True,
     )  # fmt: skip
     model = transformers.AutoModelForCausalLM.from_pretrained(EMBEDDED, dtype=torch.float32)
-    data = datasets.Dataset.from_dict({"prompt": [prompt.text for prompt in asked], "place": list(range(len(asked)))})
+    data = datasets.Dataset.from_dict(
+        {"prompt": [prompt.text for prompt in asked], "place": list(range(len(asked)))}
+    )
     trainer = GRPOTrainer(
-        model=model, reward_funcs=reward, args=options, train_dataset=data, processing_class=tokenizer, callbacks=[Clock()]
+        model=model,
+        reward_funcs=reward,
+        args=options,
+        train_dataset=data,
+        processing_class=tokenizer,
+        callbacks=[Clock()],
     )
     trainer.train()
     model.save_pretrained(out / "trained")
@@ -98,24 +112,42 @@ def trl(job: Job, out: Path) -> Curve:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("side", choices=("ours", "trl"))
     parser.add_argument("seed", type=int)
     args = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        job = build_job(compose([*WORDS, f"seed={args.seed}"]), Path(folder), EMBEDDED, Display("plain", 0, STEPS))
+        job = build_job(
+            compose([*WORDS, f"seed={args.seed}"]),
+            Path(folder),
+            EMBEDDED,
+            Display("plain", 0, STEPS),
+        )
         rewards, seconds = ours(job) if args.side == "ours" else trl(job, Path(folder))
         with job.sampler() as policy:
             after, _ = measure(policy, job.protocol)
-    document = {"side": args.side, "seed": args.seed, **environment(), "rewards": rewards, "seconds": seconds, "after": after}
+    document = {
+        "side": args.side,
+        "seed": args.seed,
+        **environment(),
+        "rewards": rewards,
+        "seconds": seconds,
+        "after": after,
+    }
     if args.side == "trl":
         from importlib.metadata import version
 
         document["trl"] = version("trl")
     (HERE / "logs").mkdir(exist_ok=True)
-    (HERE / "logs" / f"{args.side}_seed{args.seed}.json").write_text(json.dumps(plain(document)) + "\n")
-    print(f"{args.side} {args.seed}: {np.mean(rewards[-10:]):.3f} after {np.mean(rewards[:10]):.3f}, {np.median(seconds):.2f} s a step")
+    (HERE / "logs" / f"{args.side}_seed{args.seed}.json").write_text(
+        json.dumps(plain(document)) + "\n"
+    )
+    print(
+        f"{args.side} {args.seed}: {np.mean(rewards[-10:]):.3f} after {np.mean(rewards[:10]):.3f}, {np.median(seconds):.2f} s a step"
+    )
 
 
 if __name__ == "__main__":

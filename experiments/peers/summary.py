@@ -26,11 +26,26 @@ def read_logs() -> Logs:
 
 def markdown() -> str:
     """One line a side. Lines: what a user writes beside the reward, `trl()` of run.py, and the words of our command."""
-    header = ["side", "seeds", f"reward, first {ENDS} steps", f"last {ENDS} steps", "coverage@3 after", "ece after", "s a step", "written"]
+    header = [
+        "side",
+        "seeds",
+        f"reward, first {ENDS} steps",
+        f"last {ENDS} steps",
+        "coverage@3 after",
+        "ece after",
+        "s a step",
+        "written",
+    ]
     lines = []
-    written = {"ours": f"1 command of {len(run.WORDS)} words", "trl": f"{len(inspect.getsource(run.trl).splitlines())} lines"}
+    written = {
+        "ours": f"1 command of {len(run.WORDS)} words",
+        "trl": f"{len(inspect.getsource(run.trl).splitlines())} lines",
+    }
     for side, logs in read_logs().items():
-        ends = [[float(np.mean(log["rewards"][part])) for log in logs] for part in (slice(ENDS), slice(-ENDS, None))]
+        ends = [
+            [float(np.mean(log["rewards"][part])) for log in logs]
+            for part in (slice(ENDS), slice(-ENDS, None))
+        ]
         after = [[log["after"][name] for log in logs] for name in ("coverage@3", "ece")]
         seconds = float(np.median([s for log in logs for s in log["seconds"]]))
         name = f"TRL {logs[0]['trl']}" if side == "trl" else "mar"
@@ -44,12 +59,20 @@ def write() -> None:
     with rc_context(STYLE):
         figure = Figure(figsize=(7, 3.6), layout="constrained")
         axes = figure.subplots()
-        for (side, logs), (colour, style) in zip(read_logs().items(), (("#0072b2", "-"), ("#d55e00", "--")), strict=False):
+        for (side, logs), (colour, style) in zip(
+            read_logs().items(), (("#0072b2", "-"), ("#d55e00", "--")), strict=False
+        ):
             kernel = np.ones(SMOOTH) / SMOOTH
             curves = np.array([np.convolve(log["rewards"], kernel, "valid") for log in logs])
             steps = np.arange(SMOOTH, SMOOTH + curves.shape[1])
             axes.fill_between(steps, curves.min(0), curves.max(0), color=colour, alpha=0.2, lw=0)
-            axes.plot(steps, curves.mean(0), color=colour, ls=style, label=f"{'TRL' if side == 'trl' else 'mar'}, {len(logs)} seeds")
+            axes.plot(
+                steps,
+                curves.mean(0),
+                color=colour,
+                ls=style,
+                label=f"{'TRL' if side == 'trl' else 'mar'}, {len(logs)} seeds",
+            )
         axes.set(xlabel="step", ylabel=f"reward, mean of {SMOOTH} steps")
         axes.legend(frameon=False)
         figure.savefig(HERE / "curves.png", dpi=150)

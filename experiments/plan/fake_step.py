@@ -51,10 +51,14 @@ class Peaks(FSDPMemTracker):
         self.phases: dict[str, dict[str, int]] = {}
 
     def _update_peak_stats(self, peak_state: Any) -> None:
-        phase = "optimizer" if self._in_opt else "backward" if self._mod_tracker.is_bw else "forward"
+        phase = (
+            "optimizer" if self._in_opt else "backward" if self._mod_tracker.is_bw else "forward"
+        )
         for held in self._curr_mem_snap.values():
             if phase not in self.phases or held["Total"] > self.phases[phase]["Total"]:
-                self.phases[phase] = {str(getattr(kind, "value", kind)): int(size) for kind, size in held.items()}
+                self.phases[phase] = {
+                    str(getattr(kind, "value", kind)): int(size) for kind, size in held.items()
+                }
 
 
 class _FusedNorm(torch.autograd.Function):
@@ -80,10 +84,16 @@ class _NoKernel:
 
 @contextmanager
 def as_on_a_gpu() -> Iterator[None]:
-    def norm(x: Tensor, shape: Any, weight: Tensor | None = None, eps: float | None = None) -> Tensor:
+    def norm(
+        x: Tensor, shape: Any, weight: Tensor | None = None, eps: float | None = None
+    ) -> Tensor:
         return _FusedNorm.apply(x, weight)
 
-    launches = {"sums_kernel": _NoKernel(), "grads_kernel": _NoKernel(), "tiles_for": lambda x, weight: triton_logprobs.TILES[x.dtype, 90]}
+    launches = {
+        "sums_kernel": _NoKernel(),
+        "grads_kernel": _NoKernel(),
+        "tiles_for": lambda x, weight: triton_logprobs.TILES[x.dtype, 90],
+    }
     with (
         mock.patch.object(F, "rms_norm", norm),
         mock.patch.object(mar_kernels, "linear_logprobs", triton_logprobs.linear_logprobs),
@@ -97,15 +107,23 @@ def packed(tokens: int) -> PackedGroups:
     return pack_groups([[0] * prompt], [[[0] * ((tokens - prompt) // ROWS + 1)] * ROWS])
 
 
-def tracked(shape: ModelConfig, ranks: int, tokens: int, lora_rank: int, checkpointed: bool, dtype: str) -> dict[str, dict[str, int]]:
+def tracked(
+    shape: ModelConfig, ranks: int, tokens: int, lora_rank: int, checkpointed: bool, dtype: str
+) -> dict[str, dict[str, int]]:
     """Phase -> bytes of rank 0 at its peak, by the tracker's kinds."""
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
     with FakeTensorMode() as mode:
-        model = adapted(Decoder(shape), ModelOptions(name="fake", source="hub", lr=1e-6, lora_rank=lora_rank))
+        model = adapted(
+            Decoder(shape), ModelOptions(name="fake", source="hub", lr=1e-6, lora_rank=lora_rank)
+        )
         model.checkpoint_blocks = checkpointed
-    shard(model, World(0, ranks), ScaleOptions(name="fake", dtype=dtype))  # a device mesh reads real ranks; its parameters stay fake
+    shard(
+        model, World(0, ranks), ScaleOptions(name="fake", dtype=dtype)
+    )  # a device mesh reads real ranks; its parameters stay fake
     with mode:
-        optimizer = make_optimizer(model, 1e-6, (0.9, 0.999), 1e-8, 0.0, "lora_" if lora_rank else "")
+        optimizer = make_optimizer(
+            model, 1e-6, (0.9, 0.999), 1e-8, 0.0, "lora_" if lora_rank else ""
+        )
         for p in model.parameters():
             p.grad = torch.zeros_like(p) if p.requires_grad else None
         optimizer.step()
@@ -120,13 +138,21 @@ def tracked(shape: ModelConfig, ranks: int, tokens: int, lora_rank: int, checkpo
 
 
 def fake_step(
-    shape: ModelConfig, ranks: int, tokens: int, lora_rank: int, checkpointed: bool, cpu_paths: bool = False, dtype: str = "bfloat16"
+    shape: ModelConfig,
+    ranks: int,
+    tokens: int,
+    lora_rank: int,
+    checkpointed: bool,
+    cpu_paths: bool = False,
+    dtype: str = "bfloat16",
 ) -> dict[str, Any]:
     """Bytes of rank 0 by mar.plan's parts: at the tracked peak, and planned. `pass` is all that is neither resident nor gathered parameters."""
     with nullcontext() if cpu_paths else as_on_a_gpu():
         phases = tracked(shape, ranks, tokens, lora_rank, checkpointed, dtype)
     peak = max(phases.values(), key=lambda held: held["Total"])
-    said = {part: peak[kind] for part, kind in RESIDENT.items()} | {"gathered": peak["Unsharded Param"] + peak["All Gather"]}
+    said = {part: peak[kind] for part, kind in RESIDENT.items()} | {
+        "gathered": peak["Unsharded Param"] + peak["All Gather"]
+    }
     said |= {"pass": peak["Total"] - sum(said.values()), "total": peak["Total"]}
     with torch.device("meta"):
         model = Decoder(shape)
@@ -134,13 +160,17 @@ def fake_step(
     make_optimizer(model, 1e-6, (0.9, 0.999), 1e-8, 0.0, "lora_" if lora_rank else "")
     size = getattr(torch, dtype).itemsize
     parts = update_memory(model, tokens, ranks, checkpointed, size, max(4, size))
-    planned = {part: parts[part] for part in (*RESIDENT, "gathered")} | {"total": sum(parts.values())}
+    planned = {part: parts[part] for part in (*RESIDENT, "gathered")} | {
+        "total": sum(parts.values())
+    }
     planned["pass"] = sum(parts[part] for part in ("activations", "backward", "reduce"))
     return {"tracked": said, "planned": planned, "phases": phases}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", default="Qwen/Qwen3-8B", choices=SHAPES)
     parser.add_argument("--ranks", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=16384)
@@ -149,9 +179,23 @@ def main() -> None:
     parser.add_argument("--cpu-paths", action="store_true")
     args = parser.parse_args()
     began = time.perf_counter()
-    document = fake_step(SHAPES[args.model], args.ranks, args.tokens, args.lora_rank, not args.no_checkpointing, args.cpu_paths)
-    for side, parts in {"tracked": document["tracked"], "planned": document["planned"], **document["phases"]}.items():
-        print(f"{side:9} GiB:", ", ".join(f"{name} {value / 2**30:.2f}" for name, value in parts.items()))
+    document = fake_step(
+        SHAPES[args.model],
+        args.ranks,
+        args.tokens,
+        args.lora_rank,
+        not args.no_checkpointing,
+        args.cpu_paths,
+    )
+    for side, parts in {
+        "tracked": document["tracked"],
+        "planned": document["planned"],
+        **document["phases"],
+    }.items():
+        print(
+            f"{side:9} GiB:",
+            ", ".join(f"{name} {value / 2**30:.2f}" for name, value in parts.items()),
+        )
     print(json.dumps({**vars(args), **document, "wall_s": round(time.perf_counter() - began, 1)}))
 
 

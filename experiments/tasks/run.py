@@ -32,7 +32,10 @@ def texts_per_s() -> float:
     rng, grammar = np.random.default_rng(0), Grammar("rlcr_multi", 3, thinking=False)
     patients = clinic.load("validation", NUM_TEXTS)
     names = [g.name for g in patients[0].golds]
-    texts = [render(grammar, list(rng.choice(names, 3, replace=False)), [0.5, 0.3, 0.1]) for _ in patients]
+    texts = [
+        render(grammar, list(rng.choice(names, 3, replace=False)), [0.5, 0.3, 0.1])
+        for _ in patients
+    ]
     began = time.perf_counter()
     for patient, text in zip(patients, texts, strict=True):
         parsed = parse(text, grammar)
@@ -43,7 +46,10 @@ def texts_per_s() -> float:
 
 def outcomes(jobs: Sequence[tuple[str, Tests]]) -> list[str]:
     """What became of programs that ran side by side."""
-    runner, asked = Runner(), [(Example("", "mbpp", "?", (), "rule", tests=tests), program) for program, tests in jobs]
+    runner, asked = (
+        Runner(),
+        [(Example("", "mbpp", "?", (), "rule", tests=tests), program) for program, tests in jobs],
+    )
     runner.ask(asked)
     return [runner.verdict(*pair).outcome for pair in asked]
 
@@ -67,26 +73,36 @@ def references(file: Path, most: int | None) -> tuple[int, int, int, float]:
 def attacks() -> dict[str, list[str]]:
     """The names of the hostile programs and answers, and of those that were paid."""
     ended = outcomes([(program, hostile.TESTS) for program in hostile.PROGRAMS.values()])
-    won = [name for name, outcome in zip(hostile.PROGRAMS, ended, strict=True) if outcome == "passed"]
+    won = [
+        name for name, outcome in zip(hostile.PROGRAMS, ended, strict=True) if outcome == "passed"
+    ]
     for name, (text, most) in hostile_answers.ANSWERS.items():
         parsed = parse(text, hostile_answers.GRAMMAR)
         hits, _ = matching_increments(parsed.answers, hostile_answers.GOLDS)
         again = repeats(parsed.answers, hostile_answers.GOLDS)
-        earned = reward(parsed, hits, again, len(hostile_answers.GOLDS), hostile_answers.GRAMMAR, RewardSpec())
+        earned = reward(
+            parsed, hits, again, len(hostile_answers.GOLDS), hostile_answers.GRAMMAR, RewardSpec()
+        )
         won += [name] if earned.parts["coverage"] > most else []
     return {"tried": [*hostile.PROGRAMS, *hostile_answers.ANSWERS], "succeeded": won}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--quick", action="store_true", help="100 reference programs (the default)")
     parser.add_argument("--bars", action="store_true", help="all reference programs")
-    parser.add_argument("--data", type=Path, default=Path("../shared/data/mbpp/mbpp.jsonl"), help="MBPP's jsonl")
+    parser.add_argument(
+        "--data", type=Path, default=Path("../shared/data/mbpp/mbpp.jsonl"), help="MBPP's jsonl"
+    )
     args = parser.parse_args(arguments)
     require()
     found: dict[str, object] = {"text_verified_per_s": round(texts_per_s())}
     if args.data.is_file():
-        tried, passed, left_out, speed = references(args.data, None if args.bars else QUICK_PROGRAMS)
+        tried, passed, left_out, speed = references(
+            args.data, None if args.bars else QUICK_PROGRAMS
+        )
         found |= {
             "references_tried": tried,
             "references_passed": passed,

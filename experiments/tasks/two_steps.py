@@ -33,7 +33,13 @@ SMALL = f"""model=smollm2-135m model.max_prompt_tokens=2048 model.max_completion
 
 def words(task: str, data: str, out: str) -> list[str]:
     """The command line of one task."""
-    return [f"+experiment={task}", "data.source=path", f"data.path={data}/{FILES[task]}", *SMALL, f"out={out}"]
+    return [
+        f"+experiment={task}",
+        "data.source=path",
+        f"data.path={data}/{FILES[task]}",
+        *SMALL,
+        f"out={out}",
+    ]
 
 
 def measured(task: str, data: Path) -> dict[str, Any]:
@@ -41,7 +47,10 @@ def measured(task: str, data: Path) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as out:
         began = time.monotonic()
         done = subprocess.run(
-            [sys.executable, "-m", "mar.train", *words(task, str(data.resolve()), out)], stdout=subprocess.PIPE, text=True, check=False
+            [sys.executable, "-m", "mar.train", *words(task, str(data.resolve()), out)],
+            stdout=subprocess.PIPE,
+            text=True,
+            check=False,
         )
         if done.returncode:
             sys.exit(f"{task} ended with code {done.returncode}: {done.stdout[-300:]}")
@@ -75,14 +84,19 @@ def markdown() -> str:
         cells = [
             f"`{task}`",
             row["prompts"],
-            *(shown(row[key]) for key in ("reward", "format", "tokens", "sample_s", "verify_ms", "update_s")),
+            *(
+                shown(row[key])
+                for key in ("reward", "format", "tokens", "sample_s", "verify_ms", "update_s")
+            ),
         ]
         lines.append("| " + " | ".join([*cells, f"{row['seconds']}"]) + " |")
     return "\n".join(lines)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--only", nargs="+", choices=FILES, default=list(FILES), metavar="TASK")
     options = parser.parse_args()
@@ -90,7 +104,10 @@ def main() -> None:
     for task in options.only:
         found[task] = measured(task, options.data)
         print(task, json.dumps(found[task]), flush=True)
-        RESULTS.write_text(json.dumps({name: found[name] for name in FILES if name in found}, indent=2) + "\n", encoding="utf-8")
+        RESULTS.write_text(
+            json.dumps({name: found[name] for name in FILES if name in found}, indent=2) + "\n",
+            encoding="utf-8",
+        )
 
 
 if __name__ == "__main__":

@@ -24,10 +24,16 @@ def _problem(module: str, tensors: tuple[Tensor, ...]) -> str | None:
     if len(kinds := {x.dtype for x in tensors}) > 1 or kinds.isdisjoint(known):
         return f"takes tensors all of {known[0]} or all of {known[1]}, not of {' and '.join(sorted(map(str, kinds)))}"
     if all(x.is_cuda for x in tensors):
-        ampere = torch.version.hip is None and torch.cuda.get_device_capability(tensors[0].device) >= (8, 0)
+        ampere = torch.version.hip is None and torch.cuda.get_device_capability(
+            tensors[0].device
+        ) >= (8, 0)
         return None if ampere else "needs an NVIDIA GPU of compute capability 8.0 or newer"
     interpreted = import_module("triton").knobs.runtime.interpret
-    return None if interpreted else "needs tensors on a GPU, or TRITON_INTERPRET=1 before Python starts"
+    return (
+        None
+        if interpreted
+        else "needs tensors on a GPU, or TRITON_INTERPRET=1 before Python starts"
+    )
 
 
 def _choose(module: str, backend: str, *tensors: Tensor) -> ModuleType:
@@ -43,7 +49,12 @@ def _choose(module: str, backend: str, *tensors: Tensor) -> ModuleType:
 
 
 def linear_logprobs(
-    hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float = 1.0, *, backend: str = "auto"
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    temperature: float = 1.0,
+    *,
+    backend: str = "auto",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Log-probability of `targets`, entropy and log-sum-exp of softmax(hidden @ weight.T / temperature): see reference.linear_logprobs."""
     ops = _choose("triton_logprobs", backend, hidden, weight)
@@ -69,4 +80,6 @@ def answer_advantages(
 ) -> Tensor:
     """One advantage per token [B, T] from the components [B, C] of each completion: see reference.answer_advantages."""
     ops = _choose("triton_advantages", backend, components, weights)
-    return ops.answer_advantages(components, weights, first_open, segment_ids, groups, credit, baseline, scale)
+    return ops.answer_advantages(
+        components, weights, first_open, segment_ids, groups, credit, baseline, scale
+    )

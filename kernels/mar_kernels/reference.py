@@ -6,7 +6,9 @@ from itertools import product
 import torch
 from torch import Tensor
 
-BLOCK_ELEMENTS = 1 << 21  # the largest block of logits ever held: 8 MiB in float32, which a cache holds between passes
+BLOCK_ELEMENTS = (
+    1 << 21
+)  # the largest block of logits ever held: 8 MiB in float32, which a cache holds between passes
 BLOCK_ROWS = 1 << 12  # tall blocks read the weight, the largest operand, the fewest times
 LEAST = -1e4  # a log-probability below it is one of exactly 0, whose product with it is 0 and not the NaN of 0 * -inf
 
@@ -28,7 +30,9 @@ class _LinearLogprobs(torch.autograd.Function):
         wide = torch.promote_types(hidden.dtype, torch.float32)
         scaled = hidden.to(wide) / temperature
         top = scaled.new_full((N,), torch.finfo(wide).min)  # the largest logit so far
-        total, moment, chosen = (scaled.new_zeros(N) for _ in range(3))  # sum e, sum e z (z = logit - top), target's logit
+        total, moment, chosen = (
+            scaled.new_zeros(N) for _ in range(3)
+        )  # sum e, sum e z (z = logit - top), target's logit
         for rows, columns in _blocks(N, V):
             logits = scaled[rows] @ weight[columns].to(wide).T
             place = targets[rows] - columns.start
@@ -39,7 +43,9 @@ class _LinearLogprobs(torch.autograd.Function):
             z = logits.sub_(higher[:, None]).clamp_(min=LEAST)
             e = z.exp()
             fall = top[rows] - higher
-            moment[rows] = (moment[rows] + fall * total[rows]) * fall.exp() + torch.linalg.vecdot(e, z)
+            moment[rows] = (moment[rows] + fall * total[rows]) * fall.exp() + torch.linalg.vecdot(
+                e, z
+            )
             total[rows] = total[rows] * fall.exp() + e.sum(1)
             top[rows] = higher
         lse = top + total.log()
@@ -51,13 +57,17 @@ class _LinearLogprobs(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_logprobs: Tensor | None, grad_entropy: Tensor | None, grad_lse: Tensor | None):  # type: ignore[no-untyped-def]
+    def backward(
+        ctx, grad_logprobs: Tensor | None, grad_entropy: Tensor | None, grad_lse: Tensor | None
+    ):  # type: ignore[no-untyped-def]
         hidden, weight, targets, entropy, lse = ctx.saved_tensors
         scaled = hidden.to(lse.dtype) / ctx.temperature
         grad_hidden = torch.zeros_like(scaled)
         grad_weight = torch.zeros_like(weight, dtype=lse.dtype) if ctx.needs_input_grad[1] else None
         of_target = torch.zeros_like(lse) if grad_logprobs is None else grad_logprobs
-        of_probs = (0 if grad_lse is None else grad_lse) - of_target  # dlse/dz = p, dlogprob/dz = onehot - p
+        of_probs = (
+            0 if grad_lse is None else grad_lse
+        ) - of_target  # dlse/dz = p, dlogprob/dz = onehot - p
         for rows, columns in _blocks(*hidden.shape[:1], *weight.shape[:1]):
             head = weight[columns].to(lse.dtype)
             logprobs = (scaled[rows] @ head.T).sub_(lse[rows, None]).clamp_(min=LEAST)
@@ -70,15 +80,24 @@ class _LinearLogprobs(torch.autograd.Function):
             place = targets[rows] - columns.start
             inside = (place >= 0) & (place < grad_logits.shape[1])
             place = place.clamp(0, grad_logits.shape[1] - 1)
-            grad_logits.scatter_add_(1, place[:, None], torch.where(inside, of_target[rows], 0)[:, None])
+            grad_logits.scatter_add_(
+                1, place[:, None], torch.where(inside, of_target[rows], 0)[:, None]
+            )
             grad_hidden[rows].addmm_(grad_logits, head)
             if grad_weight is not None:
                 grad_weight[columns].addmm_(grad_logits.T, scaled[rows])
         grad_hidden = grad_hidden.div_(ctx.temperature).to(hidden.dtype)
-        return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), None, None
+        return (
+            grad_hidden,
+            None if grad_weight is None else grad_weight.to(weight.dtype),
+            None,
+            None,
+        )
 
 
-def linear_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
+def linear_logprobs(
+    hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float = 1.0
+) -> tuple[Tensor, Tensor, Tensor]:
     """Log-probability of `targets`, entropy and log-sum-exp of softmax(hidden @ weight.T / temperature).
 
     hidden [N, D], weight [V, D], targets [N] int64 -> three tensors [N] of float32 or wider, in nats, differentiable in hidden and weight. The
@@ -136,25 +155,37 @@ def answer_advantages(
         total = weighted.sum(1)
         if scale == "group_std":
             deviation = total - _group_sums(total, groups, num_groups)[groups] / counts[:, 0]
-            variance = _group_sums(deviation**2, groups, num_groups)[groups] / (counts[:, 0] - 1).clamp(min=1)
+            variance = _group_sums(deviation**2, groups, num_groups)[groups] / (
+                counts[:, 0] - 1
+            ).clamp(min=1)
         elif scale == "batch_std":
             variance = ((total - total.mean()) ** 2).sum() / max(B - 1, 1)
         else:
             raise ValueError(f"unknown scale {scale!r}")
-        std = variance.sqrt()  # totals can all agree where components do not: nothing to divide by, then
+        std = (
+            variance.sqrt()
+        )  # totals can all agree where components do not: nothing to divide by, then
         centred = centred / torch.where(std > 1e-4, std + 1e-4, torch.ones_like(std)).reshape(-1, 1)
 
     after = torch.zeros(B, C + 1, dtype=components.dtype, device=components.device)
-    after[:, :C] = centred.flip(1).cumsum(1).flip(1)  # after[:, c]: everything decided from component c on
+    after[:, :C] = (
+        centred.flip(1).cumsum(1).flip(1)
+    )  # after[:, c]: everything decided from component c on
     start = first_open.gather(1, segment_ids)  # [B, T]
     if credit == "to_go":
         return after.gather(1, start)
     if credit == "set":
         return after[:, :1].expand(-1, segment_ids.shape[1]).clone()
     if credit == "own":
-        following = torch.cat([first_open[:, 1:], torch.full_like(first_open[:, :1], C)], dim=1).gather(1, segment_ids)
+        following = torch.cat(
+            [first_open[:, 1:], torch.full_like(first_open[:, :1], C)], dim=1
+        ).gather(1, segment_ids)
         last = torch.full_like(start, C - 1)
         decides = (following > start) & (start < C - 1)
-        own = after.gather(1, start) - after.gather(1, torch.minimum(following, last)) + after.gather(1, last)
+        own = (
+            after.gather(1, start)
+            - after.gather(1, torch.minimum(following, last))
+            + after.gather(1, last)
+        )
         return torch.where(decides, own, after.gather(1, start))
     raise ValueError(f"unknown credit {credit!r}")

@@ -8,7 +8,11 @@ import triton.language as tl
 from torch import Tensor
 
 TILE_ELEMENTS = 2048  # rows or tokens, times components, at a time: 16 numbers a thread
-CHOICES = {"baseline": ("leave_one_out", "mean", "none"), "scale": ("none", "group_std", "batch_std"), "credit": ("to_go", "set", "own")}
+CHOICES = {
+    "baseline": ("leave_one_out", "mean", "none"),
+    "scale": ("none", "group_std", "batch_std"),
+    "credit": ("to_go", "set", "own"),
+}
 
 
 @triton.jit
@@ -17,7 +21,9 @@ def _weighted(components, weights, rows, B, C, COLUMNS: tl.constexpr):
     c = tl.arange(0, COLUMNS)
     inside = (rows < B)[:, None] & (c < C)[None, :]
     found = tl.load(components + rows.to(tl.int64)[:, None] * C + c[None, :], mask=inside, other=0)
-    return (found * tl.load(weights + c, mask=c < C, other=0)[None, :]).to(components.dtype.element_ty)
+    return (found * tl.load(weights + c, mask=c < C, other=0)[None, :]).to(
+        components.dtype.element_ty
+    )
 
 
 @triton.jit(do_not_specialize=["B", "T"])
@@ -33,7 +39,9 @@ def advantages_kernel(
     total = tl.sum(own, 1)
     sums = tl.zeros([COLUMNS], dtype)
     count = tl.zeros([1], dtype)
-    pool_count = tl.zeros([1], dtype)  # the pool: whose totals are to have a standard deviation of 1
+    pool_count = tl.zeros(
+        [1], dtype
+    )  # the pool: whose totals are to have a standard deviation of 1
     pool_sum = tl.zeros([1], dtype)
     pool_squares = tl.zeros([1], dtype)
     for start in range(0, B, HEIGHT):
@@ -43,7 +51,9 @@ def advantages_kernel(
         sums += tl.sum(tl.where(mates[:, None], weighted, 0.0), 0)
         count += tl.sum(mates.to(dtype), 0)
         pool = rows < B if SCALE == "batch_std" else mates
-        deviation = tl.where(pool, tl.sum(weighted, 1) - total, 0.0)  # from one of them: equal totals give exactly 0
+        deviation = tl.where(
+            pool, tl.sum(weighted, 1) - total, 0.0
+        )  # from one of them: equal totals give exactly 0
         pool_count += tl.sum(pool.to(dtype), 0)
         pool_sum += tl.sum(deviation, 0)
         pool_squares += tl.sum(deviation * deviation, 0)
@@ -52,7 +62,9 @@ def advantages_kernel(
     elif BASELINE == "mean":
         own -= sums[None, :] / count[:, None]
     if SCALE != "none":
-        variance = (pool_squares - pool_sum * pool_sum / pool_count) / tl.maximum(pool_count - 1, 1.0)
+        variance = (pool_squares - pool_sum * pool_sum / pool_count) / tl.maximum(
+            pool_count - 1, 1.0
+        )
         std = tl.sqrt(tl.maximum(variance, 0.0, propagate_nan=tl.PropagateNan.ALL))
         own /= tl.where(std > 1e-4, std + 1e-4, 1.0)[:, None]
 
@@ -91,5 +103,7 @@ def answer_advantages(
     out = torch.empty(B, T, dtype=components.dtype, device=components.device)
     columns = triton.next_power_of_2(max(C, 1))
     sizes = {"COLUMNS": columns, "HEIGHT": max(TILE_ELEMENTS // columns, 1)}
-    advantages_kernel[(B,)](*tensors, out, B, T, C, S, CREDIT=credit, BASELINE=baseline, SCALE=scale, **sizes)
+    advantages_kernel[(B,)](
+        *tensors, out, B, T, C, S, CREDIT=credit, BASELINE=baseline, SCALE=scale, **sizes
+    )
     return out

@@ -12,10 +12,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1, as it was when the kernels below were made
+INTERPRETED = (
+    triton.knobs.runtime.interpret
+)  # TRITON_INTERPRET=1, as it was when the kernels below were made
 BLOCK_ELEMENTS = 1 << 27  # the largest block of logit gradients: 256 MiB in bfloat16
 LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
-LEAST = tl.constexpr(-1e4)  # as in the reference: what stands for the log of a probability of exactly 0
+LEAST = tl.constexpr(
+    -1e4
+)  # as in the reference: what stands for the log of a probability of exactly 0
 
 
 class Tiles(NamedTuple):
@@ -43,7 +47,9 @@ TILES = {  # none of them spills (kernels/compile_report.py): on Hopper the larg
     (torch.float32, 90): Tiles(128, 128, 128, 32, 32, 8, 2),
 }
 LOADED = Tiles(4, 512, 512, 1, 256, 4, 1)  # where there is nothing to multiply
-INTERPRETER = Tiles(32, 1 << 14, 1 << 14, 64, 4, 1, 1)  # an interpreted tile costs milliseconds, whatever its size
+INTERPRETER = Tiles(
+    32, 1 << 14, 1 << 14, 64, 4, 1, 1
+)  # an interpreted tile costs milliseconds, whatever its size
 
 
 def tiles_for(x: Tensor, weight: Tensor | None) -> Tiles:
@@ -99,7 +105,22 @@ def sums_kernel(
     left = tl.program_id(1) * SPAN * COLUMNS
     for start in range(left, tl.minimum(left + SPAN * COLUMNS, V), COLUMNS):
         columns = start + tl.arange(0, COLUMNS)
-        logits = _logits(hidden, weight, rows, columns, N, V, D, hidden_stride, weight_stride, scale, ROWS, COLUMNS, DEPTH, UPCAST)
+        logits = _logits(
+            hidden,
+            weight,
+            rows,
+            columns,
+            N,
+            V,
+            D,
+            hidden_stride,
+            weight_stride,
+            scale,
+            ROWS,
+            COLUMNS,
+            DEPTH,
+            UPCAST,
+        )
         chosen += tl.sum(tl.where(columns[None, :] == target[:, None], logits, 0.0), 1)
         higher = tl.maximum(top, tl.max(logits, 1))
         z = _at_least(logits - higher[:, None])
@@ -126,19 +147,40 @@ def grads_kernel(
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     columns = left + tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     here = rows < N
-    logits = _logits(hidden, weight, rows, columns, N, V, D, hidden_stride, weight_stride, scale, ROWS, COLUMNS, DEPTH, UPCAST)
+    logits = _logits(
+        hidden,
+        weight,
+        rows,
+        columns,
+        N,
+        V,
+        D,
+        hidden_stride,
+        weight_stride,
+        scale,
+        ROWS,
+        COLUMNS,
+        DEPTH,
+        UPCAST,
+    )
     logprobs = _at_least(logits - tl.load(lse + rows, mask=here, other=0.0)[:, None])
     slope = tl.load(of_probs + rows, mask=here, other=0.0)[:, None]
     if of_entropy is not None:  # dH/dz = -p (log p + H)
         from_entropy = tl.load(of_entropy + rows, mask=here, other=0.0)[:, None]
-        slope = slope - from_entropy * (logprobs + tl.load(entropy + rows, mask=here, other=0.0)[:, None])
+        slope = slope - from_entropy * (
+            logprobs + tl.load(entropy + rows, mask=here, other=0.0)[:, None]
+        )
     grads = tl.exp(logprobs) * slope
     if of_target is not None:
         target = tl.load(targets + rows, mask=here, other=-1)
         from_target = tl.load(of_target + rows, mask=here, other=0.0)
         grads += tl.where(columns[None, :] == target[:, None], from_target[:, None], 0.0)
     block += rows.to(tl.int64)[:, None] * block_stride + (columns - left)[None, :]
-    tl.store(block, (grads * scale).to(block.dtype.element_ty), mask=here[:, None] & (columns < V)[None, :])
+    tl.store(
+        block,
+        (grads * scale).to(block.dtype.element_ty),
+        mask=here[:, None] & (columns < V)[None, :],
+    )
 
 
 class _LinearLogprobs(torch.autograd.Function):
@@ -152,8 +194,23 @@ class _LinearLogprobs(torch.autograd.Function):
         (N, D), V = hidden.shape, len(hidden.T if weight is None else weight)
         grid = triton.cdiv(N, tiles.rows), triton.cdiv(V, tiles.columns * tiles.span)
         parts = torch.empty(4, grid[1], N, device=hidden.device)
-        sizes = (N, V, D, hidden.stride(0), 0 if weight is None else weight.stride(0), 1 / temperature)
-        sums_kernel[grid](hidden, weight, targets, parts, *sizes, SPAN=tiles.span, **tiles.constants(tiles.columns))
+        sizes = (
+            N,
+            V,
+            D,
+            hidden.stride(0),
+            0 if weight is None else weight.stride(0),
+            1 / temperature,
+        )
+        sums_kernel[grid](
+            hidden,
+            weight,
+            targets,
+            parts,
+            *sizes,
+            SPAN=tiles.span,
+            **tiles.constants(tiles.columns),
+        )
         tops, totals, moments, chosen = parts
         top = tops.amax(0)
         fall = (tops - top).clamp(min=LEAST.value)
@@ -170,10 +227,18 @@ class _LinearLogprobs(torch.autograd.Function):
     def backward(ctx, of_target: Tensor | None, of_entropy: Tensor | None, of_lse: Tensor | None):
         hidden, weight, targets, entropy, lse = ctx.saved_tensors
         (N, V, D, *strides, scale), tiles = ctx.sizes, ctx.tiles
-        of_target, of_entropy = (None if g is None else g.contiguous() for g in (of_target, of_entropy))
+        of_target, of_entropy = (
+            None if g is None else g.contiguous() for g in (of_target, of_entropy)
+        )
         of_probs = torch.zeros_like(lse) if of_lse is None else of_lse.contiguous()
-        of_probs = of_probs if of_target is None else of_probs - of_target  # dlse/dz = p, dlogprob/dz = onehot - p
-        width = V if weight is None else max(BLOCK_ELEMENTS // max(N, 1) // tiles.grad_columns, 1) * tiles.grad_columns
+        of_probs = (
+            of_probs if of_target is None else of_probs - of_target
+        )  # dlse/dz = p, dlogprob/dz = onehot - p
+        width = (
+            V
+            if weight is None
+            else max(BLOCK_ELEMENTS // max(N, 1) // tiles.grad_columns, 1) * tiles.grad_columns
+        )
         dtype = torch.float32 if INTERPRETED else hidden.dtype
         buffer = torch.empty(N, min(width, V), dtype=dtype, device=hidden.device)
         grad_hidden = buffer if weight is None else torch.zeros(N, D, device=hidden.device)
@@ -184,7 +249,15 @@ class _LinearLogprobs(torch.autograd.Function):
             grid = triton.cdiv(N, tiles.rows), triton.cdiv(block.shape[1], tiles.grad_columns)
             upstream = (lse, entropy, of_target, of_probs, of_entropy)
             sizes = (left, N, V, D, *strides, block.stride(0), scale)
-            grads_kernel[grid](hidden, weight, targets, *upstream, block, *sizes, **tiles.constants(tiles.grad_columns))
+            grads_kernel[grid](
+                hidden,
+                weight,
+                targets,
+                *upstream,
+                block,
+                *sizes,
+                **tiles.constants(tiles.grad_columns),
+            )
             if weight is not None and ctx.needs_input_grad[0]:
                 grad_hidden += _mm(block, weight[columns])
             if grad_weight is not None:
@@ -194,10 +267,16 @@ class _LinearLogprobs(torch.autograd.Function):
 
 def _mm(a: Tensor, b: Tensor) -> Tensor:
     """a @ b, summed and returned in float32; `a` is bfloat16 on a GPU only."""
-    return torch.mm(a, b.float()) if a.dtype == torch.float32 else torch.mm(a, b, out_dtype=torch.float32)
+    return (
+        torch.mm(a, b.float())
+        if a.dtype == torch.float32
+        else torch.mm(a, b, out_dtype=torch.float32)
+    )
 
 
-def linear_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
+def linear_logprobs(
+    hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float = 1.0
+) -> tuple[Tensor, Tensor, Tensor]:
     """As in the reference. Beyond outputs and gradients: 16 bytes per row and span, and in backward one block and two products of it."""
     return _LinearLogprobs.apply(hidden, weight, targets, temperature)
 

@@ -16,7 +16,9 @@ from mar.tasks.programs import Runner
 from mar.tasks.sandbox import require
 from mar.verify import Verifier, text_verifier
 
-How = str | Judge | Runner  # a key of VERIFIERS, or what has to be asked for all answers before they are compared
+How = (
+    str | Judge | Runner
+)  # a key of VERIFIERS, or what has to be asked for all answers before they are compared
 VERIFIERS: dict[str, Verifier] = {"text": text_verifier, "math": math_verifier}
 
 
@@ -35,9 +37,13 @@ class Task:
 
 def _clinic(source: Source) -> Loaded:
     if source.kind != "embedded":
-        raise UserError(f"data.source={source.kind}: the clinic's patients are drawn here, use data.source=embedded")
+        raise UserError(
+            f"data.source={source.kind}: the clinic's patients are drawn here, use data.source=embedded"
+        )
     if source.num is None:
-        raise UserError("the clinic never runs out of patients: say how many, with data.num_train=<number>")
+        raise UserError(
+            "the clinic never runs out of patients: say how many, with data.num_train=<number>"
+        )
     return Loaded(clinic.load(source.split, source.num, source.seed), Counter())
 
 
@@ -50,7 +56,9 @@ TASKS: dict[str, Task] = {
     "ddxplus_bayes": Task(load=ddxplus.load_bayes, noun="diagnosis", targets=DISTRIBUTION),
     "hotpotqa": Task(load=hotpotqa.load, noun="answer"),
     "ambigqa": Task(load=partial(load_rows, read=ambigqa.read), noun="answer"),
-    "protoqa": Task(load=partial(load_rows, read=protoqa.read), noun="answer", targets=DISTRIBUTION),
+    "protoqa": Task(
+        load=partial(load_rows, read=protoqa.read), noun="answer", targets=DISTRIBUTION
+    ),
     "mbpp": Task(load=partial(load_rows, read=mbpp.read), noun="program", verifier="program"),
     "jsonl": Task(load=partial(load_rows, read=jsonl.read), noun="answer", targets=DISTRIBUTION),
 }
@@ -70,20 +78,26 @@ def matcher(verifier: How, example: Example) -> Verifier:
     return VERIFIERS[verifier] if isinstance(verifier, str) else lambda *_: ()
 
 
-def find_verifier(task: str, asked: str, unsafe: bool, judge: tuple[str | None, str, float], judge_folder: Path) -> How:
+def find_verifier(
+    task: str, asked: str, unsafe: bool, judge: tuple[str | None, str, float], judge_folder: Path
+) -> How:
     """How the answers of a task are compared with golds; `asked` is auto or a key of VERIFIERS, `judge` its URL, model and seconds. Raises UserError
     where the sandbox, the judge or math-verify does not work here."""
     verifier, (url, model, timeout_s) = get_task(task).verifier, judge
     if verifier == "program":
         if url or asked != "auto":
-            raise UserError(f"reward.judge and data.verifier are for answers in words, and those of {task} are programs: leave them out")
+            raise UserError(
+                f"reward.judge and data.verifier are for answers in words, and those of {task} are programs: leave them out"
+            )
         require(unsafe)
         return Runner(unsafe)
     verifier = verifier if asked == "auto" else asked
     if verifier not in VERIFIERS:
         raise UserError(f"data.verifier={verifier} is unknown: choose auto, {', '.join(VERIFIERS)}")
     if url and verifier != "text":
-        raise UserError(f"reward.judge reads words and data.verifier={verifier} does not: leave one of them out")
+        raise UserError(
+            f"reward.judge reads words and data.verifier={verifier} does not: leave one of them out"
+        )
     if verifier == "math":
         require_math()
     return make_judge(url, model, timeout_s, judge_folder) if url else verifier

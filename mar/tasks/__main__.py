@@ -24,19 +24,34 @@ def main(words: list[str]) -> None:
         raise UserError("name a task: python -m mar.tasks medqa data.source=path data.path=<file>")
     name, noun, display = words[0], get_task(words[0]).noun, Display("plain", 0, 0)
     known = (CONF_DIR / "experiment" / f"{name}.yaml").exists()
-    config = compose([f"+experiment={name if known else 'jsonl'}", f"data.task={name}", "model=smollm2-135m", *words[1:]])
+    config = compose(
+        [
+            f"+experiment={name if known else 'jsonl'}",
+            f"data.task={name}",
+            "model=smollm2-135m",
+            *words[1:],
+        ]
+    )
     r = config.reward
     folder, _ = resolve_model(config.model.source, config.model.name, config.model.path)
     tokenizer = load_tokenizer(folder)
     plain = Grammar(r.form, r.num_answers, r.layout, config.model.thinking, r.analysis, r.other)
     grammar = fit_grammar(plain, tokenizer)
     prompts: list[Prompt] = []
-    for split in ("train", "validation", "test") if config.data.source == "path" else (config.data.train_split, config.data.eval_split):
+    for split in (
+        ("train", "validation", "test")
+        if config.data.source == "path"
+        else (config.data.train_split, config.data.eval_split)
+    ):
         examples = load_data(config, split, config.data.num_train, config.seed, display)
-        prompts = prompts or [build_prompt(example, grammar, tokenizer, noun) for example in examples]
+        prompts = prompts or [
+            build_prompt(example, grammar, tokenizer, noun) for example in examples
+        ]
         golds = np.array([len(example.golds) for example in examples])
         strata = Counter(example.stratum for example in examples if example.stratum)
-        display.say(f"{split}: {len(examples)} rows, golds {golds.mean():.2f} ({golds.min()} to {golds.max()}) {dict(strata) or ''}")
+        display.say(
+            f"{split}: {len(examples)} rows, golds {golds.mean():.2f} ({golds.min()} to {golds.max()}) {dict(strata) or ''}"
+        )
     lengths = np.array([len(prompt.ids) for prompt in prompts])
     low, middle, high = np.percentile(lengths, [0, 50, 100]).astype(int)
     display.say(f"prompt tokens of train ({config.model.name}): {low} to {high}, median {middle}")

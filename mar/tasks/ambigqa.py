@@ -21,9 +21,17 @@ def _readings(row: Row, place: str) -> list[list[str]]:
         pairs = note.get("qaPairs") or ()
         if isinstance(pairs, dict):
             pairs = [{"answer": answer} for answer in pairs["answer"]]
-        found += [note.get("answer")] if note.get("type") == "singleAnswer" else [p.get("answer") for p in pairs]
-    if not found or not all(isinstance(r, list) and r and all(isinstance(text, str) for text in r) for r in found):
-        raise UserError(f"{place}: 'annotations' must hold the answers of a singleAnswer or of multipleQAs, as lists")
+        found += (
+            [note.get("answer")]
+            if note.get("type") == "singleAnswer"
+            else [p.get("answer") for p in pairs]
+        )
+    if not found or not all(
+        isinstance(r, list) and r and all(isinstance(text, str) for text in r) for r in found
+    ):
+        raise UserError(
+            f"{place}: 'annotations' must hold the answers of a singleAnswer or of multipleQAs, as lists"
+        )
     return found
 
 
@@ -37,7 +45,12 @@ def merge(readings: list[list[str]]) -> list[list[str]]:
         clusters = [cluster for cluster in clusters if not cluster[0] & marks]
         if marks:
             spellings = [text for cluster in same for text in cluster[1]] + texts
-            clusters.append((set.union(marks, *(cluster[0] for cluster in same)), list(dict.fromkeys(spellings))))
+            clusters.append(
+                (
+                    set.union(marks, *(cluster[0] for cluster in same)),
+                    list(dict.fromkeys(spellings)),
+                )
+            )
     return [texts for _, texts in clusters]
 
 

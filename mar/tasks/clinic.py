@@ -47,24 +47,40 @@ def _shares(numbers: list[Any]) -> np.ndarray:
 def clinic() -> Clinic:
     """The data, read once. Raises ValueError where the file contradicts itself."""
     raw = json.loads(files("mar.tasks").joinpath("clinic.json").read_text(encoding="utf-8"))
-    leak = {finding: chance for system in raw["systems"] for finding, chance in system["findings"].items()}
+    leak = {
+        finding: chance
+        for system in raw["systems"]
+        for finding, chance in system["findings"].items()
+    }
     if len(leak) != sum(len(system["findings"]) for system in raw["systems"]):
         raise ValueError("clinic.json: a finding stands in two systems")
-    names = [name for condition in raw["conditions"] for name in (condition["name"], *condition["aliases"])]
+    names = [
+        name
+        for condition in raw["conditions"]
+        for name in (condition["name"], *condition["aliases"])
+    ]
     if len(set(names)) != len(names):
         raise ValueError("clinic.json: two conditions share a name")
-    unknown = {finding for condition in raw["conditions"] for finding in condition["findings"]} - set(leak)
+    unknown = {
+        finding for condition in raw["conditions"] for finding in condition["findings"]
+    } - set(leak)
     if unknown:
         raise ValueError(f"clinic.json: findings of no system: {sorted(unknown)}")
-    present = np.array([[condition["findings"].get(f, leak[f]) for f in leak] for condition in raw["conditions"]])
+    present = np.array(
+        [[condition["findings"].get(f, leak[f]) for f in leak] for condition in raw["conditions"]]
+    )
     if not ((present > 0) & (present < 1)).all():
         raise ValueError("clinic.json: chances of findings must lie between 0 and 1")
     return Clinic(
-        conditions=tuple((condition["name"], tuple(condition["aliases"])) for condition in raw["conditions"]),
+        conditions=tuple(
+            (condition["name"], tuple(condition["aliases"])) for condition in raw["conditions"]
+        ),
         systems=tuple((system["name"], tuple(system["findings"])) for system in raw["systems"]),
         bands=np.array([band[1:] for band in raw["bands"]]),
         prior=_shares([condition["prior"] for condition in raw["conditions"]]),
-        sex=_shares([[condition["sex"]["m"], condition["sex"]["f"]] for condition in raw["conditions"]]),
+        sex=_shares(
+            [[condition["sex"]["m"], condition["sex"]["f"]] for condition in raw["conditions"]]
+        ),
         age=_shares([condition["age"] for condition in raw["conditions"]]),
         present=present,
     )
@@ -96,12 +112,19 @@ def draw_patients(split: str, num: int, seed: int = 0) -> Patients:
         raise UserError(f"unknown split {split!r} of clinic: it has {', '.join(SPLITS)}")
     data = clinic()
     num_systems = len(data.systems)
-    u = np.random.default_rng([seed, SPLITS.index(split)]).random((num, 5 + num_systems + data.present.shape[1]))
+    u = np.random.default_rng([seed, SPLITS.index(split)]).random(
+        (num, 5 + num_systems + data.present.shape[1])
+    )
     condition = _pick(data.prior, u[:, 0])
     sex, band = _pick(data.sex[condition], u[:, 1]), _pick(data.age[condition], u[:, 2])
     first, last = data.bands[band].T
-    order, size = np.argsort(u[:, 5 : 5 + num_systems], axis=1), np.array(SIZES)[(u[:, 4] * len(SIZES)).astype(int)]
-    examined = (np.argsort(order, axis=1) < size[:, None]).repeat(data.present.shape[1] // num_systems, axis=1)
+    order, size = (
+        np.argsort(u[:, 5 : 5 + num_systems], axis=1),
+        np.array(SIZES)[(u[:, 4] * len(SIZES)).astype(int)],
+    )
+    examined = (np.argsort(order, axis=1) < size[:, None]).repeat(
+        data.present.shape[1] // num_systems, axis=1
+    )
     found = examined & (u[:, 5 + num_systems :] < data.present[condition])
     age = first + (u[:, 3] * (last - first + 1)).astype(int)
     return Patients(condition, sex, band, age, order, size, examined, found)
@@ -111,10 +134,16 @@ def posterior(patients: Patients) -> np.ndarray:
     """[n, C] exact P(condition | sex, age band, examined findings). Which systems are examined says nothing."""
     data = clinic()
     with np.errstate(divide="ignore"):  # a share of 0 rules the condition out
-        logs = np.log(data.prior) + np.log(data.sex.T)[patients.sex] + np.log(data.age.T)[patients.band]
+        logs = (
+            np.log(data.prior)
+            + np.log(data.sex.T)[patients.sex]
+            + np.log(data.age.T)[patients.band]
+        )
     absent = patients.examined & ~patients.found
     for seen, chance in ((patients.found, np.log(data.present)), (absent, np.log1p(-data.present))):
-        logs = logs + np.einsum("nf,cf->nc", seen.astype(float), chance)  # unlike `@`, a row's bits do not depend on n
+        logs = logs + np.einsum(
+            "nf,cf->nc", seen.astype(float), chance
+        )  # unlike `@`, a row's bits do not depend on n
     p = np.exp(logs - logs.max(axis=1, keepdims=True))
     return p / p.sum(axis=1, keepdims=True)
 
@@ -134,7 +163,9 @@ def vignettes(patients: Patients) -> list[str]:
         sentences, normal = [f"{article} {age}-year-old {person[sex]}."], []
         for system in order[:size]:
             name, findings = systems[system]
-            named = [finding for finding, there in zip(findings, present[system], strict=True) if there]
+            named = [
+                finding for finding, there in zip(findings, present[system], strict=True) if there
+            ]
             if named:
                 sentences.append(f"{name.capitalize()}: {', '.join(named)}.")
             else:
@@ -152,10 +183,17 @@ def load(split: str, num: int, seed: int = 0) -> list[Example]:
     """
     patients = draw_patients(split, num, seed)
     names, aliases = zip(*clinic().conditions, strict=True)
-    rows = zip(vignettes(patients), posterior(patients).tolist(), patients.condition.tolist(), strict=True)
+    rows = zip(
+        vignettes(patients), posterior(patients).tolist(), patients.condition.tolist(), strict=True
+    )
     return [
         Example(
-            f"clinic-{split}-{i:06d}", "clinic", f"{vignette} {ABSENT}", tuple(map(Gold, names, aliases, row)), "exact", drawn=condition
+            f"clinic-{split}-{i:06d}",
+            "clinic",
+            f"{vignette} {ABSENT}",
+            tuple(map(Gold, names, aliases, row)),
+            "exact",
+            drawn=condition,
         )
         for i, (vignette, row, condition) in enumerate(rows)
     ]

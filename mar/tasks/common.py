@@ -12,7 +12,11 @@ from typing import Any, NamedTuple
 from mar.records import Example, Gold, UserError
 
 Row = Mapping[str, Any]
-SPLIT_SHARES = (("test", 10), ("validation", 30), ("train", 100))  # the per cent of ids below which a split ends
+SPLIT_SHARES = (
+    ("test", 10),
+    ("validation", 30),
+    ("train", 100),
+)  # the per cent of ids below which a split ends
 VALIDATION_NAMES = ("validation", "valid", "val", "dev")
 
 
@@ -53,7 +57,9 @@ class Candidate(NamedTuple):
 
 def stable_hash(text: str) -> int:
     """64 bits that depend on the text alone: the same on every machine and in every process."""
-    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big")
+    return int.from_bytes(
+        hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big"
+    )
 
 
 def split_of(id: str) -> str:
@@ -67,14 +73,24 @@ def text_of(row: Row, key: str, place: str) -> str:
     value = row.get(key)
     if isinstance(value, str) and value.strip():
         return value.strip()
-    wrong = "missing" if value is None else "empty" if isinstance(value, str) else f"{type(value).__name__}, not a string"
+    wrong = (
+        "missing"
+        if value is None
+        else "empty"
+        if isinstance(value, str)
+        else f"{type(value).__name__}, not a string"
+    )
     raise UserError(f"{place}: {key!r} is {wrong}: give a text or remove the row")
 
 
 def id_of(row: Row, key: str, prefix: str, question: str) -> str:
     """The row's own id, else one from the question's words, so that it does not move with the row."""
     given = row.get(key)
-    return f"{prefix}-{stable_hash(' '.join(question.split())):016x}" if given is None else f"{prefix}-{given}"
+    return (
+        f"{prefix}-{stable_hash(' '.join(question.split())):016x}"
+        if given is None
+        else f"{prefix}-{given}"
+    )
 
 
 def read_json(file: Path) -> Any:
@@ -99,7 +115,9 @@ def aim(examples: list[Example], target: str) -> list[Example]:
     probabilities. Both agree in expectation."""
     known = all(example.truth in ("exact", "survey") for example in examples)
     if target == "probabilities" and not known:
-        raise UserError("data.target=probabilities: not all golds have a probability; use data.target=auto")
+        raise UserError(
+            "data.target=probabilities: not all golds have a probability; use data.target=auto"
+        )
     return [replace(e, drawn=None) for e in examples] if target == "probabilities" else examples
 
 
@@ -113,7 +131,9 @@ def read_jsonl(path: str) -> Iterator[tuple[str, Row]]:
         yield from ((f"{path}[{number}]", row) for number, row in enumerate(array))
         return
     if not file.is_file():
-        raise UserError(f"data.path={path} is {'a folder: name a file in it' if file.is_dir() else 'not there'}")
+        raise UserError(
+            f"data.path={path} is {'a folder: name a file in it' if file.is_dir() else 'not there'}"
+        )
     with file.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
@@ -121,9 +141,13 @@ def read_jsonl(path: str) -> Iterator[tuple[str, Row]]:
             try:
                 row = json.loads(line.decode("utf-8-sig"))
             except ValueError as error:
-                raise UserError(f"{path}:{number} is not valid JSON ({error}): mend or remove the line") from None
+                raise UserError(
+                    f"{path}:{number} is not valid JSON ({error}): mend or remove the line"
+                ) from None
             if not isinstance(row, dict):
-                raise UserError(f"{path}:{number} is {type(row).__name__}, not an object: each line is one row")
+                raise UserError(
+                    f"{path}:{number} is {type(row).__name__}, not an object: each line is one row"
+                )
             yield f"{path}:{number}", row
 
 
@@ -158,9 +182,15 @@ def read_hub(hub_id: str, split: str) -> tuple[Iterator[tuple[str, Row]], Callab
             "check data.hub_id and the network; offline, use data.source=path data.path=<file.jsonl>, or scale=laptop "
             "data.source=embedded for the rehearsal"
         ) from None
-    carved = split in ("train", "validation") and "train" in splits and not set(splits) & set(VALIDATION_NAMES)
+    carved = (
+        split in ("train", "validation")
+        and "train" in splits
+        and not set(splits) & set(VALIDATION_NAMES)
+    )
     if split not in splits and not carved:
-        raise UserError(f"data set {hub_id} has no split {split!r}: set data.train_split and data.eval_split to {', '.join(splits)}")
+        raise UserError(
+            f"data set {hub_id} has no split {split!r}: set data.train_split and data.eval_split to {', '.join(splits)}"
+        )
     name = "train" if carved else split
     rows = ((f"{hub_id}[{name}][{number}]", row) for number, row in enumerate(splits[name]))
     return rows, lambda id: not carved or (split_of(id) == "validation") == (split == "validation")
@@ -176,7 +206,9 @@ def rows_of(source: Source) -> tuple[Iterable[tuple[str, Row]], Callable[[str], 
         return read_jsonl(str(source.path)), lambda id: split_of(id) == source.split
     if source.kind == "hub":
         return read_hub(str(source.hub_id), source.split)
-    raise UserError(f"data.source={source.kind} has no rows of this task: use data.source=path or hub")
+    raise UserError(
+        f"data.source={source.kind} has no rows of this task: use data.source=path or hub"
+    )
 
 
 def load_rows(source: Source, read: Callable[[Row, str], Candidate]) -> Loaded:
@@ -194,12 +226,16 @@ def load_rows(source: Source, read: Callable[[Row, str], Candidate]) -> Loaded:
         try:
             example, question, reason = read(row, place)
         except (AttributeError, TypeError, ValueError, LookupError) as error:
-            raise UserError(f"{place} has another form than this task's rows ({in_a_line(error)}): mend or remove the row") from None
+            raise UserError(
+                f"{place} has another form than this task's rows ({in_a_line(error)}): mend or remove the row"
+            ) from None
         key = " ".join(question.casefold().split())
         if key in questions:
             reason = "duplicate question"
         elif example.id in places:
-            raise UserError(f"{place}: the id {example.id!r} is also that of {places[example.id]}: ids must differ")
+            raise UserError(
+                f"{place}: the id {example.id!r} is also that of {places[example.id]}: ids must differ"
+            )
         questions.add(key)
         places[example.id] = place
         if not belongs(example.id):
@@ -210,8 +246,13 @@ def load_rows(source: Source, read: Callable[[Row, str], Candidate]) -> Loaded:
             examples.append(example)
     if not examples:
         origin = source.path if source.kind == "path" else source.hub_id
-        why = ", ".join(f"{number} {reason}" for reason, number in dropped.items()) or "none of them falls into it"
-        raise UserError(f"{origin}: split {source.split!r} is empty ({len(places)} rows; {why}): use another split or file")
+        why = (
+            ", ".join(f"{number} {reason}" for reason, number in dropped.items())
+            or "none of them falls into it"
+        )
+        raise UserError(
+            f"{origin}: split {source.split!r} is empty ({len(places)} rows; {why}): use another split or file"
+        )
     if source.num is not None and source.num < len(examples):
         examples.sort(key=lambda example: stable_hash(f"{source.seed} {example.id}"))
         del examples[source.num :]

@@ -17,11 +17,28 @@ from typing import Any
 import numpy as np
 
 from mar.records import Example, Gold, UserError
-from mar.tasks.common import Candidate, Loaded, Row, Source, hub_fault, in_a_line, load_rows, read_json, split_of, stable_hash
+from mar.tasks.common import (
+    Candidate,
+    Loaded,
+    Row,
+    Source,
+    hub_fault,
+    in_a_line,
+    load_rows,
+    read_json,
+    split_of,
+    stable_hash,
+)
 
-EVIDENCES, STATISTICS = ("release_evidences_en.json", "release_evidences.json"), "evidence_given_condition_probs.json"
+EVIDENCES, STATISTICS = (
+    ("release_evidences_en.json", "release_evidences.json"),
+    "evidence_given_condition_probs.json",
+)
 NUM_ASKED = (8, 12, 20)  # findings asked for, each number equally often
-FEW, WORDS = "differential has no condition above data.min_prob", {"N": "no", "Y": "yes", "NA": "none of them"}
+FEW, WORDS = (
+    "differential has no condition above data.min_prob",
+    {"N": "no", "Y": "yes", "NA": "none of them"},
+)
 
 
 def _folder(source: Source) -> Path:
@@ -37,13 +54,20 @@ def _table(source: Source) -> dict[str, Any]:
 
         fault = hub_fault("dataset", str(source.hub_id))
         try:
-            return read_json(Path(hf_hub_download(str(source.hub_id), EVIDENCES[1], repo_type="dataset")))
+            return read_json(
+                Path(hf_hub_download(str(source.hub_id), EVIDENCES[1], repo_type="dataset"))
+            )
         except OSError as error:  # what the hub's client raises too
             raise UserError(
                 f"cannot load {EVIDENCES[1]} of {source.hub_id} from the hub ({fault or in_a_line(error)}): check the network"
             ) from None
     folder = _folder(source)
-    return read_json(next((folder / name for name in EVIDENCES if (folder / name).is_file()), folder / EVIDENCES[0]))
+    return read_json(
+        next(
+            (folder / name for name in EVIDENCES if (folder / name).is_file()),
+            folder / EVIDENCES[0],
+        )
+    )
 
 
 def _value(evidence: dict[str, Any], value: str) -> str:
@@ -59,7 +83,9 @@ def vignette(age: int, sex: str, chief: str | None, codes: list[str], table: dic
         answers.setdefault(name, []).append(_value(table[name], value) if value else "yes")
     lines = [f"Age: {age}", f"Sex: {'male' if sex == 'M' else 'female'}"]
     lines += [f"Chief complaint: {table[chief]['question_en']}"] if chief in table else []
-    return "\n".join([*lines, *(f"- {table[name]['question_en']} {', '.join(v)}" for name, v in answers.items())])
+    return "\n".join(
+        [*lines, *(f"- {table[name]['question_en']} {', '.join(v)}" for name, v in answers.items())]
+    )
 
 
 def _listed(row: Row, key: str, place: str) -> list[Any]:
@@ -83,12 +109,25 @@ def load(source: Source) -> Loaded:
         row.setdefault("differential", row.get("differential_diagnosis"))
         codes, differential = _listed(row, "evidences", place), _listed(row, "differential", place)
         if unknown := [code for code in codes if str(code).partition("_@_")[0] not in table]:
-            raise UserError(f"{place}: 'evidences' has {unknown[0]!r}, which the table of evidences does not know")
-        if type(row.get("age")) is not int or row.get("sex") not in ("M", "F") or not row.get("pathology"):
-            raise UserError(f"{place}: a patient has 'age' (a number), 'sex' (M or F) and 'pathology' (a condition)")
+            raise UserError(
+                f"{place}: 'evidences' has {unknown[0]!r}, which the table of evidences does not know"
+            )
+        if (
+            type(row.get("age")) is not int
+            or row.get("sex") not in ("M", "F")
+            or not row.get("pathology")
+        ):
+            raise UserError(
+                f"{place}: a patient has 'age' (a number), 'sex' (M or F) and 'pathology' (a condition)"
+            )
         text = vignette(row["age"], row["sex"], row.get("initial_evidence"), codes, table)
-        if not all(isinstance(pair, list | tuple) and len(pair) == 2 and isinstance(pair[1], int | float) for pair in differential):
-            raise UserError(f"{place}: 'differential' must be pairs of a condition and its probability")
+        if not all(
+            isinstance(pair, list | tuple) and len(pair) == 2 and isinstance(pair[1], int | float)
+            for pair in differential
+        ):
+            raise UserError(
+                f"{place}: 'differential' must be pairs of a condition and its probability"
+            )
         names = [name for name, p in differential if p >= source.min_prob]
         names = [row["pathology"]] if source.target == "drawn" else names
         id, several = f"ddxplus-{stable_hash(text):016x}", len(names) > 1
@@ -101,20 +140,28 @@ def load(source: Source) -> Loaded:
 
 def posterior(prior: np.ndarray, present: np.ndarray, answers: np.ndarray) -> np.ndarray:
     """P(condition | answers) [C] of answers [F] in {1: present, 0: absent, -1: not asked}: Bayes' rule."""
-    likelihood = np.where(answers == 1, present, np.where(answers == 0, 1.0 - present, 1.0)).prod(axis=1)
+    likelihood = np.where(answers == 1, present, np.where(answers == 0, 1.0 - present, 1.0)).prod(
+        axis=1
+    )
     return prior * likelihood / (prior * likelihood).sum()
 
 
 def load_bayes(source: Source) -> Loaded:
     """`num` drawn patients of a split, to which they belong by their text: no question is in two splits, whatever the seed."""
     if source.kind != "path" or source.num is None:
-        raise UserError(f"ddxplus_bayes draws patients from {STATISTICS}: use data.source=path data.path=<its folder> and data.num_train")
+        raise UserError(
+            f"ddxplus_bayes draws patients from {STATISTICS}: use data.source=path data.path=<its folder> and data.num_train"
+        )
     table, raw = _table(source), read_json(_folder(source) / STATISTICS)
     conditions, findings = raw["conditions"], raw["symptoms"]
     counts = np.array([raw["condition_counts"][c] for c in conditions], dtype=np.float64)
     prior = counts / counts.sum()  # [C]
-    present = np.array([[raw["probabilities"][c].get(f, 0.0) for f in findings] for c in conditions])  # [C, F]
-    spread = prior @ (present - prior @ present) ** 2  # findings that tell conditions apart are asked for more often
+    present = np.array(
+        [[raw["probabilities"][c].get(f, 0.0) for f in findings] for c in conditions]
+    )  # [C, F]
+    spread = (
+        prior @ (present - prior @ present) ** 2
+    )  # findings that tell conditions apart are asked for more often
     rng = np.random.default_rng(source.seed)
     examples: list[Example] = []
     seen: set[str] = set()
@@ -124,7 +171,9 @@ def load_bayes(source: Source) -> Loaded:
         asked = np.sort(rng.choice(len(findings), size, replace=False, p=spread / spread.sum()))
         answers = np.full(len(findings), -1)
         answers[asked] = rng.random(size) < present[condition, asked]
-        lines = [f"- {table[findings[f]]['question_en']} {'yes' if answers[f] else 'no'}" for f in asked]
+        lines = [
+            f"- {table[findings[f]]['question_en']} {'yes' if answers[f] else 'no'}" for f in asked
+        ]
         text = "A patient was asked:\n" + "\n".join(lines)
         if split_of(text) != source.split:
             continue
@@ -132,7 +181,24 @@ def load_bayes(source: Source) -> Loaded:
             dropped["duplicate question"] += 1
             continue
         seen.add(text)
-        golds = tuple(map(Gold, conditions, [()] * len(conditions), posterior(prior, present, answers).tolist()))
+        golds = tuple(
+            map(
+                Gold,
+                conditions,
+                [()] * len(conditions),
+                posterior(prior, present, answers).tolist(),
+            )
+        )
         id = f"ddxplus_bayes-{source.split}-{len(examples):06d}"
-        examples.append(Example(id, "ddxplus_bayes", text, golds, "exact", drawn=int(condition), stratum=f"asked{size}"))
+        examples.append(
+            Example(
+                id,
+                "ddxplus_bayes",
+                text,
+                golds,
+                "exact",
+                drawn=int(condition),
+                stratum=f"asked{size}",
+            )
+        )
     return Loaded(examples, dropped)

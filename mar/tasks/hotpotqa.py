@@ -19,7 +19,8 @@ def _pairs(value: Any, key: str, columns: tuple[str, str], place: str) -> list[t
     if isinstance(value, dict) and set(columns) <= value.keys():
         value = list(zip(value[columns[0]], value[columns[1]], strict=True))
     if not isinstance(value, list) or not all(
-        isinstance(pair, list | tuple) and len(pair) == 2 and isinstance(pair[0], str) for pair in value
+        isinstance(pair, list | tuple) and len(pair) == 2 and isinstance(pair[0], str)
+        for pair in value
     ):
         raise UserError(f"{place}: {key!r} must be a list of pairs that begin with a title")
     return [(pair[0], pair[1]) for pair in value]
@@ -40,11 +41,20 @@ def load(source: Source) -> Loaded:
             return Candidate(Example(id, "hotpotqa", question, (Gold(answer),)), question, reason)
         rng = np.random.default_rng(stable_hash(f"hotpotqa {source.data_seed} {id}"))
         num_gold = int(rng.integers(NUM_REMOVED + 1))
-        removed = {*rng.permutation(gold)[:num_gold], *rng.permutation(filler)[: NUM_REMOVED - num_gold]}
-        kept = [f"{t}: {''.join(sentences).strip()}" for n, (t, sentences) in enumerate(context) if n not in removed]
+        removed = {
+            *rng.permutation(gold)[:num_gold],
+            *rng.permutation(filler)[: NUM_REMOVED - num_gold],
+        }
+        kept = [
+            f"{t}: {''.join(sentences).strip()}"
+            for n, (t, sentences) in enumerate(context)
+            if n not in removed
+        ]
         text = "\n".join(kept)
         shown = f"{text}\n\nParagraphs may be missing. {question}"
         example = Example(id, "hotpotqa", shown, (Gold(answer),), stratum=f"removed{num_gold}")
-        return Candidate(example, question, "paragraphs too long" if len(text) >= MAX_CHARACTERS else None)
+        return Candidate(
+            example, question, "paragraphs too long" if len(text) >= MAX_CHARACTERS else None
+        )
 
     return load_rows(source, read)

@@ -21,11 +21,17 @@ def _gold(raw: Any, place: str) -> Gold:
     if isinstance(raw, str):
         raw = {"name": raw}
     if not isinstance(raw, dict) or raw.keys() - GOLD_KEYS:
-        raise UserError(f"{place}: {raw!r} is no gold: give a text, or an object of {', '.join(sorted(GOLD_KEYS))}")
+        raise UserError(
+            f"{place}: {raw!r} is no gold: give a text, or an object of {', '.join(sorted(GOLD_KEYS))}"
+        )
     aliases, probability = raw.get("aliases") or [], raw.get("probability")
-    if not isinstance(aliases, list) or not all(isinstance(alias, str) and alias.strip() for alias in aliases):
+    if not isinstance(aliases, list) or not all(
+        isinstance(alias, str) and alias.strip() for alias in aliases
+    ):
         raise UserError(f"{place}: 'aliases' must be a list of texts, not {aliases!r}")
-    if probability is not None and (type(probability) not in (int, float) or not 0 <= probability <= 1):
+    if probability is not None and (
+        type(probability) not in (int, float) or not 0 <= probability <= 1
+    ):
         raise UserError(f"{place}: 'probability' must be a number from 0 to 1, not {probability!r}")
     return Gold(text_of(raw, "name", f"{place}: 'golds'"), tuple(aliases), probability)
 
@@ -43,7 +49,9 @@ def _truth(row: Row, golds: tuple[Gold, ...], place: str) -> str:
     if truth in ("exact", "survey") and not known:
         raise UserError(f"{place}: 'truth' is {truth!r}, which needs a 'probability' on every gold")
     if truth in ("single", "uniform") and (known or (truth == "single" and len(golds) > 1)):
-        raise UserError(f"{place}: 'truth' is {truth!r}, which the 'golds' contradict: drop the key or mend them")
+        raise UserError(
+            f"{place}: 'truth' is {truth!r}, which the 'golds' contradict: drop the key or mend them"
+        )
     return truth
 
 
@@ -56,4 +64,7 @@ def read(row: Row, place: str) -> Candidate:
     truth, id, drawn = _truth(row, golds, place), id_of(row, "id", "jsonl", question), None
     if golds[0].probability is not None:
         drawn = draw_label(id, golds)
-    return Candidate(Example(id, "jsonl", question, golds, truth, drawn is None and len(golds) > 1, drawn), question)
+    return Candidate(
+        Example(id, "jsonl", question, golds, truth, drawn is None and len(golds) > 1, drawn),
+        question,
+    )

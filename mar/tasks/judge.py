@@ -52,11 +52,17 @@ class Judge:
 
     def ask(self, answers: Iterable[tuple[Example, str]]) -> None:
         """Judge all that is not known yet, side by side."""
-        new = [a for a in dict.fromkeys(self.about(*pair) for pair in answers) if a is not None and a not in self.known]
+        new = [
+            a
+            for a in dict.fromkeys(self.about(*pair) for pair in answers)
+            if a is not None and a not in self.known
+        ]
         until = time.monotonic() + PATIENCE * self.timeout_s
         with ThreadPoolExecutor(WORKERS) as pool:
             replies = pool.map(lambda a: self._reply(a, until), new)
-            found = {a: reply for a, reply in zip(new, replies, strict=True) if isinstance(reply, int)}
+            found = {
+                a: reply for a, reply in zip(new, replies, strict=True) if isinstance(reply, int)
+            }
         self.known.update({a: number - 1 if number else None for a, number in found.items()})
         with self.file.open("a", encoding="utf-8") as file:
             file.writelines(json.dumps([a, number]) + "\n" for a, number in found.items())
@@ -72,7 +78,11 @@ class Judge:
         if asked is None:
             return text_verifier(answer, among)
         meant = self.known.get(asked)
-        return () if meant is None else tuple(i for i, gold in enumerate(among) if gold == example.golds[meant])
+        return (
+            ()
+            if meant is None
+            else tuple(i for i, gold in enumerate(among) if gold == example.golds[meant])
+        )
 
     def _reply(self, asked: Asked, until: float = math.inf) -> int | str:
         """The number that the model says, or why there is none."""
@@ -80,18 +90,31 @@ class Judge:
         listed = "\n".join(f"{i}. {name}" for i, name in enumerate(golds, 1))
         text = f"Question:\n{question}\n\nReference answers:\n{listed}\n\nAnswer (JSON string): {json.dumps(answer)}"
         told = [{"role": "system", "content": INSTRUCTION}, {"role": "user", "content": text}]
-        body = json.dumps({"model": self.model, "messages": told, "temperature": 0, "max_tokens": 8}).encode()
-        headers = {"Content-Type": "application/json", "Authorization": f"Bearer {os.environ.get('OPENAI_API_KEY', 'none')}"}
+        body = json.dumps(
+            {"model": self.model, "messages": told, "temperature": 0, "max_tokens": 8}
+        ).encode()
+        headers = {
+            "Content-Type": "application/json",
+            "Authorization": f"Bearer {os.environ.get('OPENAI_API_KEY', 'none')}",
+        }
         why = "no time was left"
         for attempt in range(TRIES):
             if time.monotonic() > until:
                 break
             time.sleep(0.5 * attempt)
-            request = urllib.request.Request(f"{self.url.rstrip('/')}/chat/completions", body, headers)
+            request = urllib.request.Request(
+                f"{self.url.rstrip('/')}/chat/completions", body, headers
+            )
             try:
                 with urllib.request.urlopen(request, timeout=self.timeout_s) as reply:
                     said = json.load(reply)["choices"][0]["message"]["content"]
-            except (OSError, http.client.HTTPException, ValueError, LookupError, TypeError) as error:  # network, or server
+            except (
+                OSError,
+                http.client.HTTPException,
+                ValueError,
+                LookupError,
+                TypeError,
+            ) as error:  # network, or server
                 why = in_a_line(error)
                 continue
             number = re.fullmatch(r"\s*(\d{1,4})\.?\s*", said) if isinstance(said, str) else None
@@ -114,7 +137,9 @@ def make_judge(url: str, model: str, timeout_s: float, folder: Path) -> Judge:
         folder.mkdir(parents=True, exist_ok=True)
         file.touch()
     except OSError as error:
-        raise UserError(f"cannot keep verdicts in {folder} ({error}): set MAR_CACHE to a folder with room") from None
+        raise UserError(
+            f"cannot keep verdicts in {folder} ({error}): set MAR_CACHE to a folder with room"
+        ) from None
     for line in file.read_text(encoding="utf-8").splitlines():
         with suppress(ValueError, TypeError):  # half a line, where a process was killed
             (question, answer, golds), number = json.loads(line)

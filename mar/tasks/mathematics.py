@@ -34,14 +34,18 @@ for line in sys.stdin:
 def require_math() -> None:
     """UserError where math-verify is not installed."""
     if importlib.util.find_spec("math_verify") is None:
-        raise UserError("data.verifier=math needs the package math-verify: pip install -e '.[eval]'")
+        raise UserError(
+            "data.verifier=math needs the package math-verify: pip install -e '.[eval]'"
+        )
 
 
 @lru_cache(maxsize=1)
 def _child() -> subprocess.Popen[str]:
     """The one that waits for questions; it ends with this process, whose pipe it reads."""
     pipe = subprocess.PIPE
-    child = subprocess.Popen([sys.executable, "-c", CHILD], stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True)
+    child = subprocess.Popen(
+        [sys.executable, "-c", CHILD], stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True
+    )
     if _line(child, START_S) != "ready\n":
         raise UserError("math-verify does not start: run python -c 'import math_verify'")
     return child
@@ -78,6 +82,8 @@ def math_verifier(answer: str, golds: Sequence[Gold]) -> tuple[int, ...]:
     """The golds that the answer equals, in words or in value. What math-verify cannot decide in time is none."""
     named = tuple(tuple(map(_bare, (gold.name, *gold.aliases))) for gold in golds)
     said = re.sub(r"^[A-Za-z]\s*=(?!=)", "", _bare(answer)).strip()  # x = 3
-    several = "$" in said or ("=" in said and not any("=" in name for names in named for name in names))
+    several = "$" in said or (
+        "=" in said and not any("=" in name for names in named for name in names)
+    )
     found = () if several or not 0 < len(said) <= MAX_ANSWER else _equal(said, named)
     return tuple(sorted({*found, *text_verifier(answer, golds)}))

@@ -25,5 +25,13 @@ def read(row: Row, place: str) -> Candidate:
         reason = "tests that no plain value can be compared with"
     shown = f"{text}\nFor example:\n{tests[0].strip()}\nAnswer with the Python source of the whole function."
     golds = (Gold("a program that passes its tests"),)
-    example = Example(id_of(row, "task_id", "mbpp", f"{text} {tests[0]}"), "mbpp", shown, golds, "rule", multi_label=True, tests=statements)
+    example = Example(
+        id_of(row, "task_id", "mbpp", f"{text} {tests[0]}"),
+        "mbpp",
+        shown,
+        golds,
+        "rule",
+        multi_label=True,
+        tests=statements,
+    )
     return Candidate(example, f"{text}\n{tests[0]}", reason)

@@ -24,7 +24,10 @@ _END = r"\s*(?: [?.,:;\"”] | $ | (?:if|in|from|on|at|for|to|during|after)\b )"
 _WHICH = r"\bwhich(?:\ one)?\ of\ the\ following(?:\ options|\ choices)?\b"
 _NOUN = rf"(?: (?!{_VERB}|of\b)[\w-]+\  ){{0,3}}? (?!{_VERB}) [\w-]+ (?<![usi])s"
 _OPENINGS = (
-    (r"\bof\ the\ following(?:\ options|\ choices)?,\ (?:which|what)(?:\ one)?\b", "which of the following"),
+    (
+        r"\bof\ the\ following(?:\ options|\ choices)?,\ (?:which|what)(?:\ one)?\b",
+        "which of the following",
+    ),
     (rf"(?: {_WHICH} | \bwhat\ of\ the\ following ),? (?= {_END} | \ {_VERB} )", "what"),
     (rf"{_WHICH}\ ({_NOUN}) (?= {_END} | \ (?:{_SINGULAR}|\w+s)\b )", "which "),
     (_WHICH, "which"),
@@ -35,8 +38,12 @@ _COMPARES = re.compile(  # what only a look at the options can answer
     r"|(?:is|are|was|be|best|most|has|have|does|do|would) (?:not|true|false|(?:in)?correct|accurate))\b",
     re.I,
 )
-_POINTS = re.compile(r"\b(?:except|options|choices)\b|\bof the (?:\w+ below|following)\b|\| A[).]", re.I)
-_ABOVE = re.compile(r"\b(?:all|none|both|neither|any) (?:of )?(?:the )?(?:above|these|options|answers)\b", re.I)
+_POINTS = re.compile(
+    r"\b(?:except|options|choices)\b|\bof the (?:\w+ below|following)\b|\| A[).]", re.I
+)
+_ABOVE = re.compile(
+    r"\b(?:all|none|both|neither|any) (?:of )?(?:the )?(?:above|these|options|answers)\b", re.I
+)
 _ABBREVIATION = re.compile(r" \((?=[^()]*[A-Z][^()]*[A-Z])([A-Za-z0-9-]{2,8})\)")  # " (AFP)"
 
 
@@ -54,7 +61,9 @@ def open_question(question: str) -> str | None:
 
         question = re.compile(pattern, re.I | re.X).sub(replace, question)
     last = re.split(r"(?<=[.?!])\s+", question.strip())[-1]
-    return None if _POINTS.search(last) or "which of the following" in question.lower() else question
+    return (
+        None if _POINTS.search(last) or "which of the following" in question.lower() else question
+    )
 
 
 def chance_line(num_answers: int, num_options: int) -> str:
@@ -76,9 +85,13 @@ def _options(row: Row, place: str) -> tuple[dict[str, str], str]:
     if letter is None:
         letter = next((key for key, text in texts.items() if text == answer), None)
     if not isinstance(letter, str) or letter not in texts:
-        raise UserError(f"{place}: 'answer_idx' ({letter!r}) names none of the options {', '.join(texts)}")
+        raise UserError(
+            f"{place}: 'answer_idx' ({letter!r}) names none of the options {', '.join(texts)}"
+        )
     if answer is not None and answer not in (letter, texts[letter]):
-        raise UserError(f"{place}: 'answer' ({answer!r}) is not option {letter} ({texts[letter]!r})")
+        raise UserError(
+            f"{place}: 'answer' ({answer!r}) is not option {letter} ({texts[letter]!r})"
+        )
     return {key: text.strip() for key, text in texts.items()}, letter
 
 
@@ -89,27 +102,40 @@ def load(source: Source) -> Loaded:
     def read(row: Row, place: str) -> Candidate:
         question, (options, letter) = text_of(row, "question", place), _options(row, place)
         context = row.get("context") or []
-        if not isinstance(context, list) or not all(isinstance(sentence, str) for sentence in context):
+        if not isinstance(context, list) or not all(
+            isinstance(sentence, str) for sentence in context
+        ):
             raise UserError(f"{place}: 'context' must be a list of sentences, not {context!r}")
         if source.max_sentences is not None and "context" not in row:
-            raise UserError(f"{place}: data.max_sentences needs rows with 'context', as mediQ has them")
+            raise UserError(
+                f"{place}: data.max_sentences needs rows with 'context', as mediQ has them"
+            )
         asked = " ".join([*context[: source.max_sentences], question])
-        question = " ".join([*context, question])  # what tells rows apart, however much of it is shown
+        question = " ".join(
+            [*context, question]
+        )  # what tells rows apart, however much of it is shown
         answer, shown, reason = options[letter], asked, None
         short = _ABBREVIATION.sub("", answer)
         aliases = {short, *(_ABBREVIATION.findall(answer) if answer.endswith(")") else ())}
         if source.show_options:
             counts.add(len(options))
             shown += "\n" + "\n".join(f"{key}. {text}" for key, text in options.items())
-            aliases |= {f"{letter}. {answer}"} | ({letter} - {text.upper() for text in options.values()})
+            aliases |= {f"{letter}. {answer}"} | (
+                {letter} - {text.upper() for text in options.values()}
+            )
         else:
             opened = None if _ABOVE.search(answer) else open_question(asked)
             shown, reason = opened or asked, None if opened else NEEDS_OPTIONS
             reason = LONG_GOLD if len(short.split()) > source.max_gold_words else reason
-        gold, id = Gold(answer, tuple(sorted(aliases - {answer}))), id_of(row, "realidx", "medqa", question)
+        gold, id = (
+            Gold(answer, tuple(sorted(aliases - {answer}))),
+            id_of(row, "realidx", "medqa", question),
+        )
         return Candidate(Example(id, "medqa", shown, (gold,)), question, reason)
 
     loaded = load_rows(source, read)
     if len(counts) > 1:
-        raise UserError(f"data.show_options=true: rows have {sorted(counts)} options, all must have the same number")
+        raise UserError(
+            f"data.show_options=true: rows have {sorted(counts)} options, all must have the same number"
+        )
     return Loaded(loaded.examples, loaded.dropped, counts.pop() if counts else None)

@@ -42,7 +42,12 @@ class Suite:
     def passed(self, values: Sequence[Any]) -> bool:
         try:
             return all(check(values) for check in self.checks)
-        except (TypeError, ValueError, ArithmeticError, RecursionError):  # such as a list where a number is compared
+        except (
+            TypeError,
+            ValueError,
+            ArithmeticError,
+            RecursionError,
+        ):  # such as a list where a number is compared
             return False
 
 
@@ -55,16 +60,26 @@ def _take_apart(node: ast.expr, probes: list[str]) -> Check:
             sides.append(_take_apart(side, probes))
             pairs.append(len(probes) > before)
         if sum(pairs) > 1:
-            raise UserError(f"the test {ast.unparse(node)!r} compares the program with itself: give the expected value")
-        steps = [(OPERATORS[type(op)], a, b) for op, a, b in zip(node.ops, sides, sides[1:], strict=False)]
+            raise UserError(
+                f"the test {ast.unparse(node)!r} compares the program with itself: give the expected value"
+            )
+        steps = [
+            (OPERATORS[type(op)], a, b)
+            for op, a, b in zip(node.ops, sides, sides[1:], strict=False)
+        ]
         return lambda values: all(op(a(values), b(values)) for op, a, b in steps)
     if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not):
         inner = _take_apart(node.operand, probes)
         return lambda values: not inner(values)
     if isinstance(node, ast.Call) and ast.unparse(node.func) in FUNCTIONS:
-        function, given = FUNCTIONS[ast.unparse(node.func)], [_take_apart(a, probes) for a in node.args]
+        function, given = (
+            FUNCTIONS[ast.unparse(node.func)],
+            [_take_apart(a, probes) for a in node.args],
+        )
         named = {k.arg or "": _take_apart(k.value, probes) for k in node.keywords}
-        return lambda values: function(*(a(values) for a in given), **{k: a(values) for k, a in named.items()})
+        return lambda values: function(
+            *(a(values) for a in given), **{k: a(values) for k, a in named.items()}
+        )
     try:
         constant = ast.literal_eval(node)
         return lambda values: constant
@@ -84,7 +99,9 @@ def take_apart(tests: Tests) -> Suite:
         try:
             body = ast.parse(text).body
         except SyntaxError as error:
-            raise UserError(f"the test {text!r} is no Python ({error.msg}): mend or remove its row") from None
+            raise UserError(
+                f"the test {text!r} is no Python ({error.msg}): mend or remove its row"
+            ) from None
         for statement in body:
             if not isinstance(statement, ast.Assert):
                 setup.append(ast.unparse(statement))
@@ -92,7 +109,9 @@ def take_apart(tests: Tests) -> Suite:
             before = len(probes)
             checks.append(_take_apart(statement.test, probes))
             if len(probes) == before:
-                raise UserError(f"the test {text!r} asks nothing of the program: mend or remove its row")
+                raise UserError(
+                    f"the test {text!r} asks nothing of the program: mend or remove its row"
+                )
     if not checks:
         raise UserError("an item whose answers are programs has no assertion: remove its row")
     return Suite("\n".join(setup), tuple(probes), tuple(checks))
@@ -138,7 +157,9 @@ class Runner:
     def ask(self, answers: Iterable[tuple[Example, str]]) -> None:
         for example, program in answers:
             if (program, example.tests) not in self.running:
-                self.running[program, example.tests] = self.pool.submit(verify_program, program, example.tests, self.unsafe)
+                self.running[program, example.tests] = self.pool.submit(
+                    verify_program, program, example.tests, self.unsafe
+                )
 
     def verdict(self, example: Example, program: str) -> Verdict:
         return self.running[program, example.tests].result()

@@ -20,19 +20,33 @@ def _clusters(row: Row, place: str) -> list[tuple[int, list[str]]]:
         found = list(zip(raw["count"], raw["answers"], strict=True))
     else:
         found = [(count, [text]) for text, count in raw.items()]
-    found = [(n, [text for text in texts if text.strip()]) for n, texts in found if isinstance(texts, list) and type(n) is int and n > 0]
-    found = [cluster for cluster in found if cluster[1]]  # a few rows have an answer of no text or of nobody
+    found = [
+        (n, [text for text in texts if text.strip()])
+        for n, texts in found
+        if isinstance(texts, list) and type(n) is int and n > 0
+    ]
+    found = [
+        cluster for cluster in found if cluster[1]
+    ]  # a few rows have an answer of no text or of nobody
     if not found:
-        raise UserError(f"{place}: 'answers' must give a number of people to each answer, or clusters of count and answers")
+        raise UserError(
+            f"{place}: 'answers' must give a number of people to each answer, or clusters of count and answers"
+        )
     return sorted(found, key=lambda cluster: -cluster[0])
 
 
 def read(row: Row, place: str) -> Candidate:
     """One row. Raises UserError naming place and key where it is malformed."""
     clusters, raw = _clusters(row, place), row.get("question")
-    question = text_of(raw, "normalized", place) if isinstance(raw, dict) else text_of(row, "question", place)
+    question = (
+        text_of(raw, "normalized", place)
+        if isinstance(raw, dict)
+        else text_of(row, "question", place)
+    )
     people = sum(count for count, _ in clusters)
     golds = tuple(Gold(texts[0], tuple(texts[1:]), count / people) for count, texts in clusters)
     id = id_of(row.get("metadata") or row, "id", "protoqa", question)
     shown = f"{question[0].upper()}{question[1:]}\n(What would most people answer?)"
-    return Candidate(Example(id, "protoqa", shown, golds, "survey", drawn=draw_label(id, golds)), question)
+    return Candidate(
+        Example(id, "protoqa", shown, golds, "survey", drawn=draw_label(id, golds)), question
+    )

@@ -27,7 +27,14 @@ MAX_BYTES = 1 << 20  # of the reply, of each file
 MAX_HEAD = 1 << 16  # what the pipe holds
 MAX_PROGRAM = 1 << 16  # characters
 MAX_DEPTH = 60  # of nested containers in a value
-LIMITS = {"RLIMIT_CPU": CPU_S, "RLIMIT_AS": 256 << 20, "RLIMIT_FSIZE": MAX_BYTES, "RLIMIT_NPROC": 8, "RLIMIT_NOFILE": 32, "RLIMIT_CORE": 0}
+LIMITS = {
+    "RLIMIT_CPU": CPU_S,
+    "RLIMIT_AS": 256 << 20,
+    "RLIMIT_FSIZE": MAX_BYTES,
+    "RLIMIT_NPROC": 8,
+    "RLIMIT_NOFILE": 32,
+    "RLIMIT_CORE": 0,
+}
 KINDS: dict[str, Any] = {
     **{kind.__name__: kind for kind in (list, tuple, set, frozenset, dict, bytes, bytearray)},
     "complex": lambda parts: complex(*parts),
@@ -55,16 +62,35 @@ def _command(unsafe: bool) -> tuple[str, ...]:
         return run
     prefix = os.path.realpath(sys.base_prefix)
     shown = prefix if prefix != "/usr" else python
-    words = ["bwrap", "--unshare-ipc", "--unshare-pid", "--unshare-net", "--unshare-uts", "--unshare-cgroup-try"]
+    words = [
+        "bwrap",
+        "--unshare-ipc",
+        "--unshare-pid",
+        "--unshare-net",
+        "--unshare-uts",
+        "--unshare-cgroup-try",
+    ]
     words += ["--die-with-parent", "--new-session", "--clearenv", "--setenv", "PYTHONHASHSEED", "0"]
     # root needs no user namespace, and a user id mapped from root's would not be counted by RLIMIT_NPROC
     keep = ["--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"]
-    words += ["--cap-drop", "ALL", *keep] if os.geteuid() == 0 else ["--unshare-user", "--uid", "65534"]
+    words += (
+        ["--cap-drop", "ALL", *keep] if os.geteuid() == 0 else ["--unshare-user", "--uid", "65534"]
+    )
     for folder in ("/dev", "/usr", *map(str, reversed(Path(shown).parents[:-1]))):
         words += ["--dir", folder]  # a parent made by the way would be closed to all but root
     for folder in ("/lib", "/lib64", "/usr/lib", "/usr/lib64", shown):
         words += ["--ro-bind-try", folder, folder]
-    words += ["--dev-bind", "/dev/null", "/dev/null", "--size", str(16 * MAX_BYTES), "--perms", "1777", "--tmpfs", "/tmp"]
+    words += [
+        "--dev-bind",
+        "/dev/null",
+        "/dev/null",
+        "--size",
+        str(16 * MAX_BYTES),
+        "--perms",
+        "1777",
+        "--tmpfs",
+        "/tmp",
+    ]
     return (*words, "--chdir", "/tmp", "--remount-ro", "/", *run)
 
 
@@ -77,10 +103,18 @@ def require(unsafe: bool = False) -> None:
         )
     reply = evaluate("x = 1", ["x"], unsafe=unsafe)
     if reply.values != (1,):
-        raise UserError(f"the sandbox does not start here ({reply.detail or reply.outcome}): reward.sandbox=unsafe runs without it")
+        raise UserError(
+            f"the sandbox does not start here ({reply.detail or reply.outcome}): reward.sandbox=unsafe runs without it"
+        )
 
 
-def evaluate(program: str, expressions: Sequence[str], setup: str = "", unsafe: bool = False, wall_s: float | None = None) -> Reply:
+def evaluate(
+    program: str,
+    expressions: Sequence[str],
+    setup: str = "",
+    unsafe: bool = False,
+    wall_s: float | None = None,
+) -> Reply:
     """Run a program, then trusted `setup`, and bring the values of trusted `expressions` out as plain data.
 
     `failed`: the program raised, died, or returned something that is not plain or above 1 MiB; `timeout`: it was killed after
@@ -88,17 +122,33 @@ def evaluate(program: str, expressions: Sequence[str], setup: str = "", unsafe: 
     """
     if len(program) > MAX_PROGRAM:
         return Reply("failed")
-    uid = 1_000_000 + int.from_bytes(os.urandom(3), "big") if os.geteuid() == 0 and not unsafe else 0
+    uid = (
+        1_000_000 + int.from_bytes(os.urandom(3), "big") if os.geteuid() == 0 and not unsafe else 0
+    )
     limits = {name: value for name, value in LIMITS.items() if not unsafe or name != "RLIMIT_NPROC"}
-    request = {"program": program, "setup": setup, "expressions": [*expressions], "uid": uid, "limits": limits}
+    request = {
+        "program": program,
+        "setup": setup,
+        "expressions": [*expressions],
+        "uid": uid,
+        "limits": limits,
+    }
     with tempfile.TemporaryFile() as given, tempfile.TemporaryFile() as written:
         given.write(marshal.dumps(request))
         given.seek(0)
-        child = subprocess.Popen(_command(unsafe), stdin=given, stdout=written, stderr=subprocess.PIPE, start_new_session=True)
+        child = subprocess.Popen(
+            _command(unsafe),
+            stdin=given,
+            stdout=written,
+            stderr=subprocess.PIPE,
+            start_new_session=True,
+        )
         ended = os.pidfd_open(child.pid)
         late = not select.select([ended], [], [], wall_s or WALL_S)[0]
         os.close(ended)
-        os.killpg(child.pid, signal.SIGKILL)  # bubblewrap takes all processes of its namespace with it
+        os.killpg(
+            child.pid, signal.SIGKILL
+        )  # bubblewrap takes all processes of its namespace with it
         child.wait()
         assert child.stderr
         with child.stderr as pipe:
@@ -114,7 +164,13 @@ def evaluate(program: str, expressions: Sequence[str], setup: str = "", unsafe: 
         return Reply("timeout", key=digest)
     try:
         return Reply("returned", tuple(_plain(value) for value in json.loads(body)), digest)
-    except (ValueError, TypeError, LookupError, OverflowError, RecursionError):  # what a program wrote, or half of it
+    except (
+        ValueError,
+        TypeError,
+        LookupError,
+        OverflowError,
+        RecursionError,
+    ):  # what a program wrote, or half of it
         return Reply("failed", key=digest)
 
 
@@ -124,7 +180,9 @@ def _plain(value: Any, depth: int = 0) -> Any:
         raise ValueError("nested too deeply")
     if isinstance(value, list):
         kind, items = value
-        return KINDS[kind](items if kind == "float" else [_plain(item, depth + 1) for item in items])
+        return KINDS[kind](
+            items if kind == "float" else [_plain(item, depth + 1) for item in items]
+        )
     if isinstance(value, dict):
         raise TypeError("an untagged object")
     return value

@@ -22,7 +22,11 @@ PLAIN = (list, tuple, set, frozenset, bytes, bytearray)
 def _walk(node: object) -> Iterator[_ast.AST]:
     if isinstance(node, _ast.AST):
         yield node
-    for part in node if isinstance(node, list) else [getattr(node, f, None) for f in getattr(node, "_fields", ())]:
+    for part in (
+        node
+        if isinstance(node, list)
+        else [getattr(node, f, None) for f in getattr(node, "_fields", ())]
+    ):
         yield from _walk(part)
 
 
@@ -32,8 +36,12 @@ def _names(tree: _ast.AST) -> dict[str, str]:
     for node in _walk(tree):
         if isinstance(node, _ast.alias):
             names.setdefault(node.asname or node.name, node.name)
-        elif isinstance(node, BINDING) or (isinstance(node, _ast.Name) and isinstance(node.ctx, _ast.Store)):
-            names.setdefault(getattr(node, "id", None) or getattr(node, "name", None) or "", f"v{len(names)}")
+        elif isinstance(node, BINDING) or (
+            isinstance(node, _ast.Name) and isinstance(node.ctx, _ast.Store)
+        ):
+            names.setdefault(
+                getattr(node, "id", None) or getattr(node, "name", None) or "", f"v{len(names)}"
+            )
         elif isinstance(node, _ast.arg):
             names.setdefault(node.arg, f"v{len(names)}")
     return names
@@ -42,8 +50,16 @@ def _names(tree: _ast.AST) -> dict[str, str]:
 def _text(node: object, names: dict[str, str]) -> str:
     """A syntax tree as text, without what makes no program new."""
     if isinstance(node, list):
-        idle = [isinstance(n, _ast.Pass) or (isinstance(n, _ast.Expr) and isinstance(n.value, _ast.Constant)) for n in node]
-        return "[" + ",".join(_text(n, names) for n, skip in zip(node, idle, strict=True) if not skip) + "]"
+        idle = [
+            isinstance(n, _ast.Pass)
+            or (isinstance(n, _ast.Expr) and isinstance(n.value, _ast.Constant))
+            for n in node
+        ]
+        return (
+            "["
+            + ",".join(_text(n, names) for n, skip in zip(node, idle, strict=True) if not skip)
+            + "]"
+        )
     if not isinstance(node, _ast.AST):
         return repr(node)
     out = type(node).__name__
@@ -61,7 +77,9 @@ def _text(node: object, names: dict[str, str]) -> str:
 def canonical(program: str) -> str:
     """A digest of the syntax tree that renaming, comments, docstrings, annotations, `pass` and import aliases leave as it is."""
     tree = compile(program, "<program>", "exec", _ast.PyCF_ONLY_AST)
-    return blake2b(_text(tree, _names(tree)).encode("utf-8", "surrogatepass"), digest_size=32).hexdigest()
+    return blake2b(
+        _text(tree, _names(tree)).encode("utf-8", "surrogatepass"), digest_size=32
+    ).hexdigest()
 
 
 def tagged(value: object) -> str:
