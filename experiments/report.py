@@ -26,8 +26,8 @@ from experiments.peers import summary as peers
 from experiments.plan import run as plans
 from experiments.sweeps import summary as sweeps
 from experiments.tasks import two_steps
-from mar.log import shown
-from mar.metrics import SHOWN_METRICS
+from mar.measure.metrics import SHOWN_METRICS
+from mar.run.console import shown
 
 ROOT = Path(__file__).resolve().parents[1]
 BLOCK = re.compile(

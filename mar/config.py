@@ -1,6 +1,6 @@
 """The typed schema of `conf/`, its defaults and each field's names or range. YAML only overrides what stands here.
 
-Hydra composes a command line onto these dataclasses, so a misspelt key or a wrong type fails there; `mar.compose` then
+Hydra composes a command line onto these dataclasses, so a misspelt key or a wrong type fails there; `mar.run.compose` then
 refuses what cannot work together. Below `train.main` the dataclasses travel, never a DictConfig.
 """
 
@@ -12,13 +12,15 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, OmegaConf
 
-from mar.losses import AGGREGATIONS, KL_ESTIMATORS, LOSSES
-from mar.rewards import COVERAGES, DUPLICATES
-
 
 def one_of(*names: str, default: str | None = None) -> Any:
     """A field that holds one of these names; the first is the default."""
     return field(default=names[0] if default is None else default, metadata={"names": names})
+
+
+def registered(registry: str, default: str) -> Any:
+    """A field that holds a name of a registry; `mar.run.compose` knows the registries."""
+    return field(default=default, metadata={"registry": registry})
 
 
 def number(
@@ -37,7 +39,7 @@ class ModelOptions:
     path: str | None = None  # a folder, or a hub id
     lr: float = number(MISSING, low=0, above=True)
     trainable: str = ""  # a regular expression that finds the parameters to train; empty: the adapters, without any: all
-    lora_rank: int = number(0, low=0)  # of adapters (mar/lora.py); 0: none
+    lora_rank: int = number(0, low=0)  # of adapters (mar/policy/lora.py); 0: none
     lora_scale: float = number(2.0, low=0, above=True)  # of what they add: alpha / rank elsewhere
     lora_layers: str = ""  # a regular expression that finds the linear layers that get one; empty: all of the blocks
     max_prompt_tokens: int = number(MISSING, low=1)  # a longer prompt is dropped and counted
@@ -102,16 +104,16 @@ class AlgoOptions:
     baseline: str = one_of("leave_one_out", "matched", "mean", "none", "value")  # value: a critic
     scale_by: str = one_of("none", "group_std", "batch_std", "whiten")
     pass_k: int = number(1, low=1)  # train the best of so many samples (pass@k) instead of the mean
-    loss: str = one_of(*LOSSES)
+    loss: str = registered("losses", "reinforce")
     clip_low: float = number(0.2, low=0, high=1)  # ratios from 1 - clip_low
     clip_high: float = number(0.2, low=0)  # to 1 + clip_high
-    aggregation: str = one_of(*AGGREGATIONS)
+    aggregation: str = registered("aggregations", "token_mean")
     epochs: int = number(1, low=1)  # passes over each rollout batch
     minibatches: int = number(1, low=1)  # optimizer steps per pass, on whole groups
     importance: str = one_of("none", "truncated")  # weights of trainer against sampler
     importance_cap: float = number(2.0, low=1)
-    kl: str = one_of(
-        *KL_ESTIMATORS
+    kl: str = registered(
+        "kl_estimators", "k3"
     )  # against the first policy: k1 in the reward, k2 and k3 in the loss
     kl_coef: float = number(0.0, low=0)  # 0: no reference model
     entropy_coef: float = number(0.0, low=0)
@@ -128,22 +130,22 @@ class AlgoOptions:
 
 @dataclass
 class RewardOptions:
-    """`conf/reward/*.yaml`: what a completion must look like and what it earns (mar/grammar.py, mar/rewards.py)."""
+    """`conf/reward/*.yaml`: what a completion must look like and what it earns (mar/answers/grammar.py, mar/answers/rewards.py)."""
 
     objective: str = one_of("multi_rlcr", "multi_rlvr", "rlcr_single", "rlvr_single")
     num_answers: int = number(3, low=1, high=10)
     layout: str = one_of("interleaved", "split")
     analysis: bool = False  # <analysis> between answers and confidences
     other: bool = False  # <other>: the probability that no answer is right
-    coverage: str = one_of(*COVERAGES)
+    coverage: str = registered("coverages", "sum")
     coverage_weight: float = number(1.0, low=0)
     brier: str = one_of("paper", "released")
     brier_weight: float = number(1.0, low=0)
     format_weight: float = number(0.5, low=0)
     gate: bool = True  # a format failure cancels the answer reward
     sum_rule: bool = False  # confidences that sum to more than 1 are paid as a format failure: for single-label tasks only
-    duplicates: str = one_of(
-        *DUPLICATES
+    duplicates: str = registered(
+        "duplicates", "per_slot"
     )  # a repeat earns nothing, or zeroes the whole answer reward
     sandbox: str = one_of(
         "bubblewrap", "unsafe"
@@ -285,4 +287,5 @@ def _checkpoint_source(path: str | None) -> str:
 
 
 OmegaConf.register_new_resolver("checkpoint_source", _checkpoint_source, replace=True)
+
 ConfigStore.instance().store(name="schema", node=Config)

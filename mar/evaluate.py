@@ -21,23 +21,25 @@ from typing import Any
 
 import torch
 
-from mar import checkpoint
-from mar.arms import Arm, arms_of, compared, document_of, show
-from mar.compose import compose, load_config
+from mar.answers.grammar import Grammar
+from mar.answers.prompts import fit_grammar, load_tokenizer
+from mar.answers.rewards import RewardSpec
 from mar.config import Config
-from mar.fetch import resolve_model
-from mar.grammar import Grammar
-from mar.itemstats import Item, item_of, read_item
-from mar.job import adapted, announce, load_data, make_prompts, sampling_params, verifier_of
-from mar.log import Display, append_jsonl, plain, read_jsonl, write_json, write_jsonl
-from mar.model import Decoder
-from mar.prompts import fit_grammar, load_tokenizer
-from mar.records import Prompt, UserError, exit_code
-from mar.rewards import RewardSpec
-from mar.rollout import judge_groups, make_decode, sample
-from mar.tasks.common import stable_hash
-from mar.tasks.programs import Runner
-from mar.weights import load_model
+from mar.errors import UserError, exit_code
+from mar.files import append_jsonl, plain, read_jsonl, stable_hash, write_json, write_jsonl
+from mar.measure.answer_sets import Item, item_of, read_item
+from mar.measure.baselines import Arm, arms_of, compared, document_of
+from mar.policy.model import Decoder
+from mar.policy.sources import resolve_model
+from mar.policy.weights import load_model
+from mar.records import Prompt
+from mar.run import checkpoint
+from mar.run.compose import compose, load_config
+from mar.run.console import Display
+from mar.run.setup import adapted, announce, load_data, make_prompts, sampling_params, verifier_of
+from mar.run.summary import show
+from mar.sample.rollout import judge_groups, make_decode, sample
+from mar.verify.programs import Runner
 
 OPTIONS = {
     "k": "30",
@@ -47,6 +49,7 @@ OPTIONS = {
     "against": "",
     "out": "",
 }
+
 ROWS_AT_ONCE = 512  # completions between two writes
 
 

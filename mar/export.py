@@ -13,17 +13,17 @@ from typing import Any
 
 import torch
 
-from mar import checkpoint
-from mar.compose import load_config
+from mar.answers.grammar import Grammar
+from mar.answers.prompts import fit_grammar, instructions, load_tokenizer
 from mar.config import Config
-from mar.fetch import resolve_model
-from mar.grammar import Grammar
-from mar.job import STOP_TOKENS, adapted
-from mar.lora import merge, save_adapters
-from mar.prompts import fit_grammar, instructions, load_tokenizer
-from mar.records import UserError, exit_code
-from mar.tasks import get_task
-from mar.weights import load_model, save_model
+from mar.errors import UserError, exit_code
+from mar.policy.lora import merge, save_adapters
+from mar.policy.sources import resolve_model
+from mar.policy.weights import load_model, save_model
+from mar.run import checkpoint
+from mar.run.compose import load_config
+from mar.run.setup import STOP_TOKENS, adapted
+from mar.tasks.registry import get_task
 
 CARD = """---
 library_name: transformers

@@ -1,29 +1,10 @@
 """The records that travel from the task files to the loss. A field means one thing for ever; nothing here imports torch."""
 
-import signal
-import sys
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
 
 TRUTHS = ("exact", "survey", "uniform", "single", "rule")
-
-
-class UserError(Exception):
-    """A mistake of the person at the keyboard: shown as one sentence, without a traceback."""
-
-
-def exit_code(command: Callable[[], object], interrupted: str = "interrupted") -> int:
-    """Run a command: its own code if it returns one, else 0; 2 for a user's mistake, 130 for Ctrl-C, each said in one sentence."""
-    if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        code = command()
-        return code if isinstance(code, int) else 0
-    except (UserError, KeyboardInterrupt) as error:
-        print(f"error: {error}" if isinstance(error, UserError) else interrupted, file=sys.stderr)
-        return 2 if isinstance(error, UserError) else 130
 
 
 @dataclass(frozen=True)

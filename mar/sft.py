@@ -3,7 +3,7 @@
     python -m mar.sft --task clinic --model FOLDER --out FOLDER      (any supported checkpoint)
 
 experiments/embedded_model/recreate.sh makes the embedded model out of such stages. The result knows the grammar and the task's answers, but does
-not rank them, and rates them only as far as --hint says: the rest is left to the reward. `mar/lessons.py` says what is taught.
+not rank them, and rates them only as far as --hint says: the rest is left to the reward. `mar/learn/demonstrations.py` says what is taught.
 """
 
 import argparse
@@ -16,79 +16,23 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
-import mar_kernels
-from mar.attention import group_attention
-from mar.lessons import MIXTURES, Hint, Lesson, make_encode, make_lesson
-from mar.model import Decoder
-from mar.optim import set_learning_rate
-from mar.prompts import load_tokenizer
-from mar.records import Example, exit_code
-from mar.tasks import get_task
-from mar.tasks.common import Source
-from mar.weights import load_model, save_model
+from mar.answers.prompts import load_tokenizer
+from mar.errors import exit_code
+from mar.learn.demonstrations import MIXTURES, Hint, lesson_loss, make_encode, make_lesson
+from mar.learn.optim import make_optimizers, set_learning_rate
+from mar.policy.model import Decoder
+from mar.policy.weights import load_model, save_model
+from mar.records import Example
+from mar.tasks.loading import Source
+from mar.tasks.registry import get_task
 
 STEPS_PER_LOAD, SFT_SEED = 200, 1_000_000
+
 LR, DECAY = (
     1e-3,
     0.7,
 )  # a low rate, and most of the way spent lowering it, did better than a higher one
-
-
-def lesson_loss(model: Decoder, lesson: Lesson) -> torch.Tensor:
-    """Mean cross-entropy (nats a counted token) to the exact distributions: -sum_v q(v) log p(v) = log sum exp - h . sum_v q(v) w_v."""
-    packed, head = lesson.packed, model.head_weight
-    hidden = model.hidden(packed.ids, packed.positions, group_attention(packed))[
-        packed.predict_from
-    ]
-    _, _, lse = mar_kernels.linear_logprobs(hidden, head, packed.targets)
-    rows = F.embedding_bag(
-        lesson.alternatives,
-        head,
-        lesson.starts,
-        mode="sum",
-        per_sample_weights=lesson.weights.to(head.dtype),
-    )
-    counts = lesson.counts.to(lse.dtype)
-    return (counts * lse - (hidden * rows).sum(-1)).sum() / counts.sum()
-
-
-class Muon(torch.optim.Optimizer):
-    """Momentum, orthogonalised by Newton-Schulz (Jordan et al. 2024, kellerjordan.github.io/posts/muon), in float32: torch.optim.Muon
-    computes in bfloat16, which a CPU does far slower. From scratch it needs fewer steps than AdamW to learn which finding speaks for what."""
-
-    def __init__(
-        self, parameters: list[torch.nn.Parameter], lr: float, momentum: float = 0.95
-    ) -> None:
-        super().__init__(parameters, {"lr": lr, "momentum": momentum})
-
-    @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
-        for group in self.param_groups:
-            for p in group["params"]:
-                momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
-                momentum.lerp_(p.grad, 1 - group["momentum"])
-                x = p.grad.lerp(momentum, group["momentum"])
-                x = x / (x.norm() + 1e-7)
-                x = x.T if (tall := x.shape[0] > x.shape[1]) else x
-                for _ in range(5):
-                    square = x @ x.T
-                    x = 3.4445 * x + (2.0315 * square @ square - 4.7750 * square) @ x
-                p.add_(
-                    x.T if tall else x,
-                    alpha=-group["lr"] * max(1.0, p.shape[0] / p.shape[1]) ** 0.5,
-                )
-
-
-def make_optimizers(
-    model: Decoder, lr: float, muon: bool
-) -> list[tuple[torch.optim.Optimizer, float]]:
-    """Optimizers with their peak rates: AdamW for all, or Muon for the matrices inside the blocks."""
-    inside = [p for p in model.blocks.parameters() if p.ndim == 2] if muon else []
-    rest = [p for p in model.parameters() if not any(p is q for q in inside)]
-    adamw = torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.95), weight_decay=0.0)
-    return [(adamw, lr), (Muon(inside, lr=10 * lr), 10 * lr)] if muon else [(adamw, lr)]
 
 
 def train(

@@ -12,13 +12,15 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from mar.log import read_jsonl
-from mar.records import UserError, exit_code
+from mar.errors import UserError, exit_code
+from mar.files import read_jsonl
 
 KEYS = set(
     "step stage id sample question targets text answers confidences hits reason reward parts".split()
 )
+
 COLOURS = {"right": "bold green", "wrong": "red", "repeated": "magenta"}
+
 FIRST_PROMPTS = 3
 
 

@@ -4,13 +4,10 @@ One step: sample G completions of P prompts, verify and pay them, one advantage 
 is the default; ratios, a critic, a reference model and several updates per batch are switches (conf/algo/). There is no replay.
 """
 
-import json
-import signal
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, wait
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,24 +16,32 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mar import checkpoint, rundir
-from mar.advantages import zero_group_frac
-from mar.batch import make_batch
-from mar.compose import compose, from_omegaconf, validate
 from mar.config import Config
-from mar.distributed import World, join
-from mar.fetch import environment, resolve_model
-from mar.itemstats import set_metrics
-from mar.job import Job, announce, build_job
-from mar.log import Display, completion_row, plain, truncate_jsonl, write_json
-from mar.metrics import known_bounds
-from mar.mirror import Mirror
-from mar.model import Decoder
-from mar.protocol import close, measure, summary
-from mar.records import Rollout, UserError, exit_code
-from mar.rollout import beginner, judge_groups, judged_only, sample
-from mar.update import prepare, update
-from mar.variance import variance_ratio
+from mar.errors import UserError, exit_code
+from mar.files import plain, write_json
+from mar.learn.advantages import zero_group_frac
+from mar.learn.batch import make_batch
+from mar.learn.gradient_variance import variance_ratio
+from mar.learn.learner import Job
+from mar.learn.update import prepare, update
+from mar.measure.answer_sets import set_metrics
+from mar.measure.bounds import known_bounds
+from mar.measure.held_out import measure
+from mar.policy.distributed import join
+from mar.policy.model import Decoder
+from mar.policy.sources import environment, resolve_model
+from mar.records import Rollout
+from mar.run import checkpoint
+from mar.run import folder as rundir
+from mar.run.completions import completion_row
+from mar.run.compose import compose, from_omegaconf, validate
+from mar.run.console import Display
+from mar.run.interrupts import Interrupts
+from mar.run.resume import resume
+from mar.run.setup import announce, build_job
+from mar.run.summary import close, summary
+from mar.run.wandb_mirror import Mirror
+from mar.sample.rollout import beginner, judge_groups, judged_only, sample
 
 
 def refill(job: Job, policy: Decoder, step: int, groups: list[list[Rollout]]) -> int:
@@ -133,40 +138,6 @@ def skipped(
         f"step {step}: a loss or gradient is not finite, {number} updates were left out; completions in {file}"
     )
     return True
-
-
-class Interrupts:
-    """SIGINT, SIGTERM and SIGUSR1 wait for the end of a training step, so that no checkpoint is of half an update; elsewhere they stop at once."""
-
-    def __init__(self, leads: bool) -> None:
-        self.inside, self.since, self.leads = False, 0.0, leads
-        for kind in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(kind, self._receive)
-
-    def _receive(self, *_: object) -> None:
-        before, self.since = self.since, time.monotonic()
-        if self.since > before + 1 if before else not self.inside:
-            raise KeyboardInterrupt
-        if (
-            not before and self.leads
-        ):  # else the same one: a cluster signals every process, and torchrun passes it on
-            print(
-                "\nstopping after this step (again, later: stop at once, back to the last checkpoint)",
-                file=sys.stderr,
-                flush=True,
-            )
-
-    def agreed(self, world: World) -> bool:
-        """Whether to stop, on all ranks the same: a signal to one is one to all, and one that comes later waits for the next step."""
-        return world.reduce((self.since,), largest=True) != [0.0]
-
-    @contextmanager
-    def held(self) -> Iterator[None]:
-        self.inside = True
-        try:
-            yield
-        finally:
-            self.inside = False
 
 
 def train(job: Job, first_step: int, display: Display, document: dict[str, Any]) -> str:
@@ -335,27 +306,22 @@ def run(config: Config) -> int:
         display.mirror = Mirror(config.logger.wandb, folder, plain(config.to_dict()), display.say)
     outcome = train(job, first_step, display, document)
     if outcome == "finished" and world.leads:
-        close(document, config.reward.num_answers, folder, display, time.perf_counter() - began)
+        close(
+            document,
+            config.reward.num_answers,
+            folder,
+            display,
+            time.perf_counter() - began,
+            pictures,
+        )
     return 130 if outcome == "interrupted" else 0
 
 
-def resume(job: Job, document: dict[str, Any], display: Display) -> int:
-    """Restore the newest valid checkpoint; returns the number of updates it holds (0: there is none)."""
-    found = checkpoint.newest(job.folder / "checkpoints", display.say)
-    step = found.step if found else 0
-    if found:
-        checkpoint.restore(found, job.model, job.optimizer, job.critic, job.world)
-        display.say(f"resuming after step {step} from {found.path}")
-    for name in ("metrics.jsonl", "completions.jsonl", "skipped.jsonl") if job.world.leads else ():
-        truncate_jsonl(job.folder / name, step)
-    if (job.folder / "eval.json").exists():
-        old: Mapping[str, Any] = json.loads((job.folder / "eval.json").read_text())
-        if old.get("before"):
-            document |= {
-                "before": old["before"],
-                "history": [h for h in old.get("history", []) if h["step"] <= step],
-            }
-    return step
+def pictures(folder: Path) -> Mapping[str, Path]:
+    """The run's figures, as files in its folder."""
+    from mar.figures import plots  # matplotlib is an extra
+
+    return plots.save(plots.of_run(folder), folder / "plots")
 
 
 @hydra.main(config_path="../conf", config_name="config", version_base="1.3")

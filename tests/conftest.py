@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from mar.model import Decoder, ModelConfig
+from mar.policy.model import Decoder, ModelConfig
 
 SHAPES = {
     "LlamaForCausalLM": {"tied_embeddings": True},

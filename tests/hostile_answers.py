@@ -3,7 +3,7 @@
 (completion, the most coverage it may be paid). Confidences are written honestly unless they are the attack.
 """
 
-from mar.grammar import Grammar, render
+from mar.answers.grammar import Grammar, render
 from mar.records import Gold
 
 GRAMMAR = Grammar("rlcr_multi", 3)

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from mar.advantages import token_advantages
-from mar.grammar import Grammar, decode_with_starts, parse
+from mar.answers.grammar import Grammar, decode_with_starts, parse
+from mar.answers.rewards import RewardSpec, first_open, reward
+from mar.learn.advantages import token_advantages
 from mar.records import Gold
-from mar.rewards import RewardSpec, first_open, reward
-from mar.verify import matching_increments, repeats
+from mar.verify.matching import matching_increments, repeats
 from mar_kernels import answer_advantages, linear_logprobs, reference, selected_logprobs
 
 F64 = torch.float64

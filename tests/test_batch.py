@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 import torch
 
-from mar.advantages import token_advantages, zero_group_frac
-from mar.batch import make_batch, micro_batches
-from mar.compose import compose
-from mar.distributed import ALONE
-from mar.job import Job
-from mar.losses import AGGREGATIONS, reinforce, token_weights
+from mar.learn.advantages import token_advantages, zero_group_frac
+from mar.learn.batch import make_batch, micro_batches
+from mar.learn.learner import Job
+from mar.learn.losses import AGGREGATIONS, reinforce, token_weights
+from mar.learn.update import update
+from mar.policy.distributed import ALONE
 from mar.records import Completion, Example, Prompt, Rollout
-from mar.update import update
+from mar.run.compose import compose
 
 FIRST_OPEN = np.array([0, 1, 2])  # three components, three segments
 PROMPTS, LENGTHS = (6, 1, 11), ((5, 1, 9, 3), (2, 7, 4, 4), (1, 1, 12, 6))

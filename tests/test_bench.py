@@ -5,8 +5,8 @@ import torch
 import transformers
 
 from experiments.bench import sampler
-from mar.fetch import resolve_model
-from mar.weights import load_model
+from mar.policy.sources import resolve_model
+from mar.policy.weights import load_model
 
 
 @pytest.mark.slow

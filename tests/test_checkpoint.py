@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from mar import checkpoint
-from mar.optim import make_optimizer
-from mar.records import UserError
+from mar.errors import UserError
+from mar.learn.optim import make_optimizer
+from mar.run import checkpoint
 
 
 def trained(tiny_model, updates, seed=0):

@@ -10,17 +10,17 @@ import torch
 
 from experiments.claims import confidences, probe, run, summary
 from experiments.report import ROOT
-from mar.attention import pack_groups
-from mar.compose import compose
-from mar.fetch import resolve_model
-from mar.itemstats import AnswerSet, Item
-from mar.job import build_job
-from mar.log import Display
-from mar.lora import merge
-from mar.prompts import build_prompt, load_tokenizer
-from mar.tasks import get_task
-from mar.tasks.common import Source
-from mar.weights import load_model
+from mar.answers.prompts import build_prompt, load_tokenizer
+from mar.measure.answer_sets import AnswerSet, Item
+from mar.policy.attention import pack_groups
+from mar.policy.lora import merge
+from mar.policy.sources import resolve_model
+from mar.policy.weights import load_model
+from mar.run.compose import compose
+from mar.run.console import Display
+from mar.run.setup import build_job
+from mar.tasks.loading import Source
+from mar.tasks.registry import get_task
 
 
 def log(method: str, seed: int, coverage: list[float], K: int) -> dict:

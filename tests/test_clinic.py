@@ -9,8 +9,8 @@ from importlib.resources import files
 import numpy as np
 import pytest
 
-from mar import metrics as bars
-from mar.records import UserError
+from mar.errors import UserError
+from mar.measure import bounds as bars
 from mar.tasks import clinic
 
 RAW = json.loads(files("mar.tasks").joinpath("clinic.json").read_text(encoding="utf-8"))

@@ -11,10 +11,10 @@ from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from omegaconf import OmegaConf
 
-from mar import grammar, rewards
-from mar.compose import CONF_DIR, compose, from_omegaconf, validate
+from mar.answers import grammar, rewards
 from mar.config import Config, RewardOptions
-from mar.records import UserError
+from mar.errors import UserError
+from mar.run.compose import CONF_DIR, compose, from_omegaconf, validate
 
 LR = {"embedded": 1.5e-1, "smollm2-135m": 1e-5, "qwen3-1.7b": 2e-6, "qwen3-8b": 1e-6, "hf": 1e-6}
 MODEL_SOURCE = {"embedded": "embedded", "hf": "hub"}
@@ -173,8 +173,8 @@ def test_the_schema_knows_the_names_that_the_code_knows() -> None:
 
 
 def test_the_schema_knows_the_names_of_the_learning_side() -> None:
-    from mar import optim
     from mar.config import OptimOptions
+    from mar.learn import optim
 
     schedule = next(item for item in fields(OptimOptions) if item.name == "schedule")
     assert set(schedule.metadata["names"]) == set(optim.SCHEDULES)

@@ -10,14 +10,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from mar import checkpoint
-from mar.compose import load_config
 from mar.config import ScaleOptions
-from mar.distributed import World, join
-from mar.fetch import resolve_model
-from mar.job import Job, adapted
-from mar.records import UserError
-from mar.weights import load_model
+from mar.errors import UserError
+from mar.learn.learner import Job
+from mar.policy.distributed import World, join
+from mar.policy.sources import resolve_model
+from mar.policy.weights import load_model
+from mar.run import checkpoint
+from mar.run.compose import load_config
+from mar.run.setup import adapted
 
 ROOT = Path(__file__).resolve().parents[1]
 WORDS = """+experiment=clinic train.steps=5 eval.num_items=3 algo.prompts_per_step=3 algo.group_size=3 model.lora_rank=0

@@ -5,7 +5,7 @@ import pytest
 import torch
 from scipy.stats import chisquare
 
-from mar.draw import (
+from mar.sample.draws import (
     BLOCK,
     Truncation,
     draw_tokens,

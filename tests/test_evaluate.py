@@ -8,14 +8,15 @@ import pytest
 import torch
 
 from mar import evaluate
-from mar.arms import arms_of, at_tokens
-from mar.compose import compose
-from mar.grammar import Grammar, render
-from mar.job import build_job
-from mar.log import Display
-from mar.prompts import load_tokenizer
-from mar.protocol import measure
-from mar.records import Completion, UserError
+from mar.answers.grammar import Grammar, render
+from mar.answers.prompts import load_tokenizer
+from mar.errors import UserError
+from mar.measure.baselines import arms_of, at_tokens
+from mar.measure.held_out import measure
+from mar.records import Completion
+from mar.run.compose import compose
+from mar.run.console import Display
+from mar.run.setup import build_job
 
 EMBEDDED = Path("mar/embedded/model").absolute()
 DISPLAY = Display("plain", 0, 0)

@@ -8,15 +8,15 @@ import pytest
 import torch
 import transformers
 
-from mar import checkpoint
-from mar.compose import compose
+from mar.errors import UserError
 from mar.export import export
-from mar.fetch import resolve_model
-from mar.job import adapted
-from mar.lora import merged
-from mar.records import UserError
+from mar.policy.lora import merged
+from mar.policy.sources import resolve_model
+from mar.policy.weights import load_model
+from mar.run import checkpoint
+from mar.run.compose import compose
+from mar.run.setup import adapted
 from mar.train import run
-from mar.weights import load_model
 
 WORDS = "+experiment=clinic train.steps=1 eval.num_items=2 algo.prompts_per_step=1 algo.group_size=2 logger.console=plain"
 

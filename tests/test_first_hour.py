@@ -149,9 +149,11 @@ def test_vllm_reads_the_export_in_a_process_of_its_own(monkeypatch, tmp_path):
     assert first_hour.read_by_vllm(tmp_path / "seed0", run) == "TOKENS 8"
     assert calls[0][1:] == ["-m", "mar.export", str(tmp_path / "seed0"), str(tmp_path / "exported")]
     assert calls[1][-1] == str(tmp_path / "exported") and "vllm" in calls[1][2]
-    failing = lambda command, **_: subprocess.CompletedProcess(
-        command, 1, "", "Traceback\nValueError: no such shape\n"
-    )  # noqa: E731
+
+    def failing(command, **_):
+        error = "Traceback\nValueError: no such shape\n"
+        return subprocess.CompletedProcess(command, 1, "", error)
+
     assert first_hour.read_by_vllm(tmp_path / "seed0", failing) == "ValueError: no such shape"
 
 

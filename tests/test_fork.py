@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from mar.compose import compose
 from mar.records import Example, Gold
-from mar.tasks import TASKS, Loaded, Source, Task
+from mar.run.compose import compose
 from mar.tasks.__main__ import main as look
+from mar.tasks.loading import Loaded, Source
+from mar.tasks.registry import TASKS, Task
 from mar.train import run
 
 
@@ -56,8 +57,9 @@ def test_a_task_is_a_function_and_an_entry(
 def test_losses_and_coverages_are_a_function_and_an_entry() -> None:
     """The schema reads their names off the dictionaries; in a process of its own, where nothing has read them yet."""
     code = """if 1:
-        from mar import losses, rewards
+        from mar.answers import rewards
+        from mar.learn import losses
         losses.LOSSES["mine"], rewards.COVERAGES["mine"] = losses.reinforce, rewards.COVERAGES["sum"]
-        from mar.compose import compose
+        from mar.run.compose import compose
         compose(["+experiment=clinic", "algo.loss=mine", "reward.coverage=mine"])"""
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

@@ -12,16 +12,16 @@ import numpy as np
 import pytest
 import torch
 
-from mar.attention import pack_groups
-from mar.batch import make_batch
-from mar.compose import CONF_DIR, compose
-from mar.critic import Critic
-from mar.distributed import ALONE
-from mar.job import Job
-from mar.losses import reinforce, token_weights
-from mar.model import Decoder, ModelConfig
+from mar.learn.batch import make_batch
+from mar.learn.learner import Job
+from mar.learn.losses import reinforce, token_weights
+from mar.learn.update import prepare, update
+from mar.policy.attention import pack_groups
+from mar.policy.critic import Critic
+from mar.policy.distributed import ALONE
+from mar.policy.model import Decoder, ModelConfig
 from mar.records import Completion, Example, Prompt, Rollout
-from mar.update import prepare, update
+from mar.run.compose import CONF_DIR, compose
 from mar_kernels import answer_advantages
 
 FILE = Path(__file__).with_name("golden.json")

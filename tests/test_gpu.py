@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import torch
 
-from mar import sampler
-from mar.attention import pack_groups
-from mar.compose import compose
-from mar.draw import SamplingParams, stream_key
-from mar.sampler import Request, generate
+from mar.policy.attention import pack_groups
+from mar.run.compose import compose
+from mar.sample import engine as sampler
+from mar.sample.draws import SamplingParams, stream_key
+from mar.sample.engine import Request, generate
 from mar.train import run
 
 pytestmark = pytest.mark.gpu

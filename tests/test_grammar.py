@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mar.grammar import FORMS, RESERVED_TAG, Grammar, decode_with_starts, parse, render
+from mar.answers.grammar import FORMS, RESERVED_TAG, Grammar, decode_with_starts, parse, render
 
 WORDS = st.text(st.characters(exclude_categories=["Cs"]), max_size=12).map(str.strip)
 PROSE = WORDS.filter(lambda text: not RESERVED_TAG.search(text))

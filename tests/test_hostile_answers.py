@@ -4,9 +4,9 @@ import time
 
 import pytest
 
-from mar.grammar import parse
-from mar.rewards import RewardSpec, reward
-from mar.verify import matching_increments, repeats
+from mar.answers.grammar import parse
+from mar.answers.rewards import RewardSpec, reward
+from mar.verify.matching import matching_increments, repeats
 from tests.hostile_answers import ANSWERS, GOLDS, GRAMMAR, HONEST, RIGHT, SUM_RULE, write
 
 

@@ -9,27 +9,25 @@ import pytest
 from rouge_score.rouge_scorer import RougeScorer
 from sklearn.metrics import roc_auc_score
 
-from mar.arms import Arm, measured
-from mar.grammar import Grammar, render
-from mar.itemstats import (
+from mar.answers.grammar import Grammar, render
+from mar.answers.rewards import RewardSpec
+from mar.measure.answer_sets import (
     Item,
     auroc_of,
     curves,
-    difference,
-    estimate,
-    mean_of,
     read_item,
-    resamples,
     rouge_l,
     set_metrics,
     shared,
     statistics,
     words,
 )
-from mar.metrics import bars, ceiling_value, floor_coverage, set_value, tv_distance, union_curve
+from mar.measure.baselines import Arm, measured
+from mar.measure.bootstrap import difference, estimate, mean_of, resamples
+from mar.measure.bounds import bars, ceiling_value, floor_coverage
+from mar.measure.metrics import set_value, tv_distance, union_curve
 from mar.records import Completion, Example, Gold, Prompt
-from mar.rewards import RewardSpec
-from mar.rollout import judge_groups
+from mar.sample.rollout import judge_groups
 
 GRAMMAR = Grammar("rlcr_multi", 2, thinking=False)
 NAMES = ("asthma", "flu", "gout", "migraine", "anaemia")

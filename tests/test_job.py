@@ -4,13 +4,13 @@ import shutil
 
 import pytest
 
-from mar.compose import compose
-from mar.fetch import environment, resolve_model
-from mar.grammar import Grammar
-from mar.job import sampling_params
-from mar.prompts import load_tokenizer
-from mar.records import UserError
-from mar.rollout import make_decode
+from mar.answers.grammar import Grammar
+from mar.answers.prompts import load_tokenizer
+from mar.errors import UserError
+from mar.policy.sources import environment, resolve_model
+from mar.run.compose import compose
+from mar.run.setup import sampling_params
+from mar.sample.rollout import make_decode
 
 
 def test_a_machine_without_git_has_no_commit(monkeypatch):

@@ -9,12 +9,14 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import numpy as np
 import pytest
 
-from mar.grammar import Grammar, render
-from mar.itemstats import read_item
-from mar.records import Completion, Example, Gold, Prompt, UserError
-from mar.rewards import RewardSpec
-from mar.rollout import judge_groups, judged_only
-from mar.tasks import find_verifier, judge
+from mar.answers.grammar import Grammar, render
+from mar.answers.rewards import RewardSpec
+from mar.errors import UserError
+from mar.measure.answer_sets import read_item
+from mar.records import Completion, Example, Gold, Prompt
+from mar.sample.rollout import judge_groups, judged_only
+from mar.verify import judge
+from mar.verify.verifiers import find_verifier
 
 GRAMMAR = Grammar("rlvr_multi", 2, thinking=False)
 FLU = Example(
@@ -61,7 +63,7 @@ def no_pause(monkeypatch):
 
 
 def make(url, folder, timeout_s=5.0):
-    return find_verifier("medqa", "auto", False, (url, "m", timeout_s), folder)
+    return find_verifier("medqa", "text", "auto", False, (url, "m", timeout_s), folder)
 
 
 def rollout(verifier, *answers):
@@ -145,11 +147,11 @@ def test_what_does_not_fit_is_refused(tmp_path):
     with pytest.raises(UserError, match="reward.judge_model=m.* gives no verdict"):
         make("http://127.0.0.1:9/v1", tmp_path)
     with pytest.raises(UserError, match="data.verifier=math"):
-        find_verifier("medqa", "math", False, ("http://127.0.0.1:9/v1", "", 1.0), tmp_path)
+        find_verifier("medqa", "text", "math", False, ("http://127.0.0.1:9/v1", "", 1.0), tmp_path)
     with pytest.raises(UserError, match="choose auto, text, math"):
-        find_verifier("medqa", "maths", False, (None, "", 1.0), tmp_path)
+        find_verifier("medqa", "text", "maths", False, (None, "", 1.0), tmp_path)
     with pytest.raises(UserError, match="are programs"):
-        find_verifier("mbpp", "math", False, (None, "", 1.0), tmp_path)
+        find_verifier("mbpp", "program", "math", False, (None, "", 1.0), tmp_path)
     with server(lambda _: "0") as (url, _), pytest.raises(UserError, match="MAR_CACHE"):
         (tmp_path / "file").write_text("")
         make(url, tmp_path / "file" / "judge")

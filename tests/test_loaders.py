@@ -8,16 +8,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mar.compose import compose
-from mar.grammar import Grammar, parse, render
-from mar.job import load_data
-from mar.log import Display
-from mar.records import Example, Gold, UserError
-from mar.rewards import RewardSpec, reward
-from mar.tasks import TASKS, ddxplus, get_task
+from mar.answers.grammar import Grammar, parse, render
+from mar.answers.rewards import RewardSpec, reward
+from mar.errors import UserError
+from mar.records import Example, Gold
+from mar.run.compose import compose
+from mar.run.console import Display
+from mar.run.setup import load_data
+from mar.tasks import ddxplus
 from mar.tasks.ambigqa import merge
-from mar.tasks.common import Source, aim, split_of
-from mar.verify import matching_increments, probabilities
+from mar.tasks.loading import Source, aim, split_of
+from mar.tasks.registry import TASKS, get_task
+from mar.verify.matching import matching_increments, probabilities
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 SPLITS = ("train", "validation", "test")

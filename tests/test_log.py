@@ -8,17 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from mar.log import (
-    Display,
-    append_jsonl,
-    completion_row,
-    plain,
-    read_jsonl,
-    runs_of,
-    truncate_jsonl,
-    write_json,
-)
+from mar.files import append_jsonl, plain, read_jsonl, truncate_jsonl, write_json
 from mar.records import Completion, Example, Gold, Prompt, Rollout
+from mar.run.completions import completion_row, runs_of
+from mar.run.console import Display
 
 ODD = "a\u2028b\u0085c\x0bd\ne\r\x1cf\ufffd é"  # all that str.splitlines splits at
 
@@ -149,7 +142,7 @@ def test_display_survives_missing_metrics(mode, capsys):
 
 def test_time_left_never_says_sixty_seconds(monkeypatch, capsys):
     clock = iter([0.0, 0.0, 59.9])
-    monkeypatch.setattr("mar.log.time.perf_counter", lambda: next(clock))
+    monkeypatch.setattr("mar.run.console.time.perf_counter", lambda: next(clock))
     with Display("plain", 0, 2) as display:
         display.step(1, {})
     assert "1:00 left" in capsys.readouterr().out

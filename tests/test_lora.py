@@ -7,18 +7,18 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mar import checkpoint
-from mar.attention import pack_groups
-from mar.compose import compose
+from mar.errors import UserError
 from mar.evaluate import Target, load_weights
 from mar.export import export
-from mar.fetch import resolve_model
-from mar.job import adapted
-from mar.lora import adapt, merge, save_adapters
-from mar.model import Decoder, ModelConfig
-from mar.records import UserError
+from mar.policy.attention import pack_groups
+from mar.policy.lora import adapt, merge, save_adapters
+from mar.policy.model import Decoder, ModelConfig
+from mar.policy.sources import resolve_model
+from mar.policy.weights import layout, load_model, split_state
+from mar.run import checkpoint
+from mar.run.compose import compose
+from mar.run.setup import adapted
 from mar.train import run
-from mar.weights import layout, load_model, split_state
 
 EMBEDDED = resolve_model("embedded", "embedded", None)[0]
 WORDS = """+experiment=clinic train.steps=2 eval.num_items=2 algo.prompts_per_step=2 algo.group_size=3 logger.console=plain

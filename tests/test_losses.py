@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from experiments.credit.run import ESTIMATORS, GATED, UNGATED, Toy, facts, report
-from mar.losses import (
+from mar.learn.losses import (
     KL_ESTIMATORS,
     LOSSES,
     diagnostics,

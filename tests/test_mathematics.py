@@ -5,8 +5,8 @@ import time
 import pytest
 
 from mar.records import Gold
-from mar.tasks import mathematics
-from mar.tasks.mathematics import math_verifier
+from mar.verify import mathematics
+from mar.verify.mathematics import math_verifier
 
 pytest.importorskip("math_verify")
 

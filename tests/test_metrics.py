@@ -9,11 +9,12 @@ from scipy import stats
 from sklearn.calibration import calibration_curve
 from sklearn.metrics import brier_score_loss
 
-from mar.itemstats import ece_of, set_metrics
-from mar.metrics import gap_closed, known_bounds, student
+from mar.measure.answer_sets import ece_of, set_metrics
+from mar.measure.bootstrap import student
+from mar.measure.bounds import gap_closed, known_bounds
 from mar.records import Completion, Example, Gold, Prompt, Rollout
-from mar.tasks import VERIFIERS
-from mar.verify import matching_increments, repeats
+from mar.verify.matching import matching_increments, repeats
+from mar.verify.verifiers import VERIFIERS
 
 NAN = float("nan")
 

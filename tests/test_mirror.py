@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from mar import mirror
-from mar.compose import compose
-from mar.mirror import Mirror
+from mar.run import wandb_mirror as mirror
+from mar.run.compose import compose
+from mar.run.wandb_mirror import Mirror
 from mar.train import run
 
 wandb = pytest.importorskip("wandb")

@@ -6,11 +6,11 @@ import pytest
 import torch
 import transformers
 
-from mar import model as decoder
-from mar.attention import group_attention, pack_groups
-from mar.model import LARGE_WEIGHT, Decoder, ModelConfig, pack, project
-from mar.records import UserError
-from mar.weights import load_model, save_model
+from mar.errors import UserError
+from mar.policy import model as decoder
+from mar.policy.attention import group_attention, pack_groups
+from mar.policy.model import LARGE_WEIGHT, Decoder, ModelConfig, pack, project
+from mar.policy.weights import load_model, save_model
 
 LLAMA3 = {
     "rope_type": "llama3",

@@ -5,14 +5,15 @@ import pytest
 import torch
 from torch import nn
 
-from mar.advantages import token_advantages
-from mar.attention import pack_groups
-from mar.batch import make_batch, micro_batches
-from mar.draw import SamplingParams
-from mar.losses import reinforce, token_weights
-from mar.optim import SCHEDULES, learning_rate, make_optimizer, set_learning_rate
-from mar.records import Completion, Example, Prompt, Rollout, UserError
-from mar.rollout import sample
+from mar.errors import UserError
+from mar.learn.advantages import token_advantages
+from mar.learn.batch import make_batch, micro_batches
+from mar.learn.losses import reinforce, token_weights
+from mar.learn.optim import SCHEDULES, learning_rate, make_optimizer, set_learning_rate
+from mar.policy.attention import pack_groups
+from mar.records import Completion, Example, Prompt, Rollout
+from mar.sample.draws import SamplingParams
+from mar.sample.rollout import sample
 
 
 def rates(steps, warmup, schedule):

@@ -7,10 +7,10 @@ import string
 
 import pytest
 
-from mar.grammar import Grammar, parse, render
+from mar.answers.grammar import Grammar, parse, render
+from mar.answers.rewards import RewardSpec, reward
 from mar.records import Gold
-from mar.rewards import RewardSpec, reward
-from mar.verify import matching_increments, repeats
+from mar.verify.matching import matching_increments, repeats
 
 WORDS = ["flu", "Flu.", "the flu", "influenza", "cold", "Cold!", "gout", "mumps", "a cold", "lupus"]
 POOL = (("flu", "influenza"), ("cold", "influenza"), ("gout",), ("mumps", "gout"))

@@ -14,11 +14,20 @@ from torch import nn
 from experiments import report
 from experiments.plan.run import RESULTS, words_of
 from experiments.plan.run import planned as planned_parts
-from mar.compose import compose
 from mar.config import ModelOptions
-from mar.model import Decoder, ModelConfig
-from mar.plan import SHAPES, count, main, plan, policy_of, saved_per_token, shape_of, update_memory
-from mar.records import UserError
+from mar.errors import UserError
+from mar.plan import main
+from mar.policy.model import Decoder, ModelConfig
+from mar.run.compose import compose
+from mar.run.planning import (
+    SHAPES,
+    count,
+    plan,
+    policy_of,
+    saved_per_token,
+    shape_of,
+    update_memory,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 PUBLISHED = {
@@ -219,7 +228,7 @@ def test_fsdp_holds_what_is_planned():
         import json
         from dataclasses import replace
         from experiments.plan.fake_step import fake_step
-        from mar.plan import SHAPES
+        from mar.run.planning import SHAPES
         shape = replace(SHAPES["Qwen/Qwen3-1.7B"], num_layers=4)
         for rank, checkpointed in ((0, True), (0, False), (16, True)):
             print(json.dumps({"checkpointed": checkpointed, **fake_step(shape, 2, 8192, rank, checkpointed)}))"""

@@ -6,12 +6,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from mar.grammar import Grammar, render
-from mar.records import Completion, Example, Prompt, UserError
-from mar.rewards import RewardSpec
-from mar.rollout import judge_groups, judged_only
-from mar.tasks import programs
-from mar.tasks.programs import Runner, Verdict, take_apart
+from mar.answers.grammar import Grammar, render
+from mar.answers.rewards import RewardSpec
+from mar.errors import UserError
+from mar.records import Completion, Example, Prompt
+from mar.sample.rollout import judge_groups, judged_only
+from mar.verify import programs
+from mar.verify.programs import Runner, Verdict, take_apart
 from tests.hostile import HONEST, TESTS
 
 GRAMMAR = Grammar("rlvr_multi", 3, thinking=False)

@@ -6,11 +6,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mar.grammar import Grammar, parse, render
+from mar.answers.grammar import Grammar, parse, render
+from mar.answers.rewards import RewardSpec, reward
 from mar.records import Gold
-from mar.rewards import RewardSpec, reward
-from mar.tasks import VERIFIERS
-from mar.verify import matching_increments, normalise, repeats, text_verifier
+from mar.verify.matching import matching_increments, normalise, repeats, text_verifier
+from mar.verify.verifiers import VERIFIERS
 from mar_kernels import answer_advantages
 
 GRAMMAR, SPEC = Grammar("rlcr_multi", 3), RewardSpec()

@@ -12,10 +12,13 @@ import numpy as np
 import pytest
 
 pytest.importorskip("matplotlib", reason="figures need matplotlib: pip install 'mar[eval]'")
-from mar import evaluate, plots, report, show
-from mar.compose import compose
-from mar.log import Display
-from mar.records import UserError
+from mar import evaluate, show
+from mar import report as report_command
+from mar.errors import UserError
+from mar.figures import page as report_page
+from mar.figures import plots
+from mar.run.compose import compose
+from mar.run.console import Display
 from mar.train import run
 
 CHROMIUM = next(
@@ -75,7 +78,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 @pytest.fixture(scope="module")
 def page(runs: list[Path]) -> Path:
-    return report.report([runs[0]], None)
+    return report_page.report([runs[0]], None)
 
 
 def data_of(file: Path) -> dict:
@@ -174,20 +177,22 @@ def test_rollouts_carry_advantages_and_named_components(page: Path) -> None:
 
 
 def test_pairs_and_sweeps(runs: list[Path], tmp_path: Path) -> None:
-    pair = data_of(report.report([runs[0], runs[2]], tmp_path / "pair.html"))
+    pair = data_of(report_page.report([runs[0], runs[2]], tmp_path / "pair.html"))
     assert table(pair, "What differs")["rows"] == [
         ["eval.every", "2", "0"],
         ["reward.objective", "multi_rlcr", "multi_rlvr"],
     ]
     assert set(pair["figures"]) >= {"learning curves", "coverage"} and pair["rollouts"] is None
-    sweep = table(data_of(report.report([runs[1].parents[2]], tmp_path / "sweep.html")), "Settings")
+    sweep = table(
+        data_of(report_page.report([runs[1].parents[2]], tmp_path / "sweep.html")), "Settings"
+    )
     assert [row[1] for row in sweep["rows"]] == [1, 1, 1]  # eval.every differs too
     shutil.copytree(runs[1], tmp_path / "again/seed1")
     shutil.copytree(runs[1], tmp_path / "again/seed1~1")
     assert (
-        table(data_of(report.report([tmp_path / "again"], tmp_path / "again.html")), "Settings")[
-            "rows"
-        ][0][1]
+        table(
+            data_of(report_page.report([tmp_path / "again"], tmp_path / "again.html")), "Settings"
+        )["rows"][0][1]
         == 1
     )  # one seed
     for other in (
@@ -197,29 +202,29 @@ def test_pairs_and_sweeps(runs: list[Path], tmp_path: Path) -> None:
         (tmp_path / other).mkdir(parents=True)
         (tmp_path / other / "config.yaml").write_text("wandb: 1\n")
     assert (
-        table(data_of(report.report([tmp_path / "again"], tmp_path / "again.html")), "Settings")[
-            "rows"
-        ][0][1]
+        table(
+            data_of(report_page.report([tmp_path / "again"], tmp_path / "again.html")), "Settings"
+        )["rows"][0][1]
         == 1
     )
     (
         tmp_path / "again/seed1/eval.json"
     ).unlink()  # unfinished: the finished one of the same seed stands for both
     assert (
-        table(data_of(report.report([tmp_path / "again"], tmp_path / "again.html")), "Settings")[
-            "rows"
-        ][0][1]
+        table(
+            data_of(report_page.report([tmp_path / "again"], tmp_path / "again.html")), "Settings"
+        )["rows"][0][1]
         == 1
     )
-    same = [report.read_run(r) for r in (runs[1], runs[1])]
-    mean, low, high = report.over_seeds(same, "top1")
+    same = [report_page.read_run(r) for r in (runs[1], runs[1])]
+    mean, low, high = report_page.over_seeds(same, "top1")
     assert mean == low == high == same[0].document["after"]["top1"]
-    two = [report.Run(Path(), {}, [], {"after": {"x": v}}, {}, []) for v in (1.0, 3.0)]
-    assert report.over_seeds(two, "x") == pytest.approx(
+    two = [report_page.Run(Path(), {}, [], {"after": {"x": v}}, {}, []) for v in (1.0, 3.0)]
+    assert report_page.over_seeds(two, "x") == pytest.approx(
         [2, 2 - 12.71, 2 + 12.71]
     )  # t = 12.71, standard error 1
-    many = [report.Run(Path(), {}, [], {"after": {"x": float(v)}}, {}, []) for v in range(21)]
-    assert report.over_seeds(many, "x") == pytest.approx(
+    many = [report_page.Run(Path(), {}, [], {"after": {"x": float(v)}}, {}, []) for v in range(21)]
+    assert report_page.over_seeds(many, "x") == pytest.approx(
         [10, 10 - 2.086 * 1.354, 10 + 2.086 * 1.354], abs=0.01
     )
 
@@ -284,7 +289,7 @@ def test_in_a_browser(width: int, page: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["script", "quote"])
 def test_no_text_leaves_its_element(name: str, tmp_path: Path) -> None:
     text = {"script": "</SCRIPT >", "quote": "\"'`${x}&lt;\ud800"}[name]
-    report.write({"title": text}, tmp_path / "r.html")
+    report_page.write({"title": text}, tmp_path / "r.html")
     written = (tmp_path / "r.html").read_text(encoding="utf-8")
     assert Scripts(written).tags.count("script") == 2 and "</SCRIPT" not in written
     assert data_of(tmp_path / "r.html")["title"] == text.replace("\ud800", "?")
@@ -344,7 +349,7 @@ def test_mistakes_are_one_sentence(
     tmp_path: Path, runs: list[Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     for name, (paths, expected) in faults(tmp_path, runs[0]).items():
-        assert report.main([*map(str, paths), "--out", str(tmp_path / "r.html")]) == 2, name
+        assert report_command.main([*map(str, paths), "--out", str(tmp_path / "r.html")]) == 2, name
         said = capsys.readouterr().err
         assert said.startswith("error: ") and said.count("\n") == 1 and expected in said, (
             name,
@@ -355,7 +360,7 @@ def test_mistakes_are_one_sentence(
 
 def test_an_unfinished_run_says_so(tmp_path: Path) -> None:
     folder = train(tmp_path, "train.stop_at=2", "eval.every=1")
-    data = data_of(report.report([folder], None))
+    data = data_of(report_page.report([folder], None))
     assert any("unfinished: step 2 of 3" in note for note in data["notes"])
     assert table(data, "Headline")["columns"] == ["", "floor", "before", "latest", "ceiling"]
 

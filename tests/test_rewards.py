@@ -9,11 +9,8 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from mar.compose import compose
-from mar.grammar import Grammar, parse, render
-from mar.job import reward_of
-from mar.records import Gold, UserError
-from mar.rewards import (
+from mar.answers.grammar import Grammar, parse, render
+from mar.answers.rewards import (
     BRIERS,
     COVERAGES,
     DUPLICATES,
@@ -22,7 +19,11 @@ from mar.rewards import (
     first_open,
     reward,
 )
-from mar.verify import matching_increments, repeats
+from mar.errors import UserError
+from mar.records import Gold
+from mar.run.compose import compose
+from mar.run.setup import reward_of
+from mar.verify.matching import matching_increments, repeats
 
 GOLDS = (Gold("flu", ("influenza",)), Gold("cold"), Gold("gout"), Gold("mumps"))
 

@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 
 from experiments.embedded_model.begin import train_tokenizer
-from mar.draw import SamplingParams
-from mar.grammar import Grammar, render
-from mar.prompts import build_prompt, load_tokenizer
+from mar.answers.grammar import Grammar, render
+from mar.answers.prompts import build_prompt, load_tokenizer
+from mar.answers.rewards import RewardSpec, first_open
 from mar.records import Completion, Example, Gold, Prompt
-from mar.rewards import RewardSpec, first_open
-from mar.rollout import judge_groups, make_decode, sample
+from mar.sample.draws import SamplingParams
+from mar.sample.rollout import judge_groups, make_decode, sample
 
 GRAMMAR, SPEC = Grammar("rlcr_multi", 2, thinking=False), RewardSpec()
 

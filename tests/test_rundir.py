@@ -14,10 +14,10 @@ import yaml
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from mar.compose import CONF_DIR, compose
 from mar.config import Config
-from mar.records import UserError
-from mar.rundir import RunDir, differing_keys, find, lock, prepare, variant
+from mar.errors import UserError
+from mar.run.compose import CONF_DIR, compose
+from mar.run.folder import RunDir, differing_keys, find, lock, prepare, variant
 
 
 @cache
@@ -112,8 +112,8 @@ def test_multirun_by_hydra_itself(tmp_path: Path) -> None:
     script = tmp_path / "main.py"
     script.write_text(
         "import hydra\n"
-        "from mar.compose import from_omegaconf, validate\n"
-        "from mar.rundir import prepare\n"
+        "from mar.run.compose import from_omegaconf, validate\n"
+        "from mar.run.folder import prepare\n"
         f"@hydra.main(config_path={str(CONF_DIR)!r}, config_name='config', version_base='1.3')\n"
         "def main(tree): prepare(validate(from_omegaconf(tree)).to_dict())\n"
         "main()\n"
@@ -217,7 +217,7 @@ def test_the_resolver_is_silent_outside_hydra_main() -> None:
 def test_two_processes_never_share_a_folder(tmp_path: Path) -> None:
     """The kernel keeps the lock: of a process that was killed nothing is left to clear away."""
     folder = tmp_path / "runs" / "clinic" / "seed0"
-    script = f"import pathlib, time, mar.rundir as r; held = r.lock(pathlib.Path({str(folder)!r})); print(1, flush=True); time.sleep(60)"
+    script = f"import pathlib, time, mar.run.folder as r; held = r.lock(pathlib.Path({str(folder)!r})); print(1, flush=True); time.sleep(60)"
     other = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
     try:
         assert other.stdout is not None and other.stdout.readline() == "1\n"

@@ -11,12 +11,13 @@ import torch
 from scipy.stats import chisquare
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mar import cache as kv_cache
-from mar import model as decoder
-from mar import sampler
-from mar.attention import group_attention, pack_groups
-from mar.cache import KVCache, capacity
-from mar.draw import (
+from mar.errors import UserError
+from mar.policy import model as decoder
+from mar.policy.attention import group_attention, pack_groups
+from mar.policy.model import ARCHITECTURES
+from mar.sample import engine as sampler
+from mar.sample import kv_cache
+from mar.sample.draws import (
     SamplingParams,
     Truncation,
     draw_tokens,
@@ -24,9 +25,8 @@ from mar.draw import (
     truncated_logprobs,
     uniforms,
 )
-from mar.model import ARCHITECTURES
-from mar.records import UserError
-from mar.sampler import Request
+from mar.sample.engine import Request
+from mar.sample.kv_cache import KVCache, capacity
 from mar_kernels import graphs
 
 PLENTY = 10**6

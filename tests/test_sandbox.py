@@ -9,10 +9,11 @@ import time
 
 import pytest
 
-from mar.records import Example, UserError
-from mar.tasks import programs, sandbox
-from mar.tasks.programs import Runner, Verdict, take_apart, verify_program
-from mar.tasks.sandbox import evaluate, require
+from mar.errors import UserError
+from mar.records import Example
+from mar.verify import programs, sandbox
+from mar.verify.programs import Runner, Verdict, take_apart, verify_program
+from mar.verify.sandbox import evaluate, require
 from tests.hostile import HONEST, PROBES, PROGRAMS, TESTS
 
 needs_bubblewrap = pytest.mark.skipif(

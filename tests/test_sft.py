@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,13 +11,15 @@ import pytest
 import torch
 
 from experiments.embedded_model.begin import embedded_config
-from mar import lessons, sft
-from mar.attention import group_attention
-from mar.fetch import resolve_model
-from mar.grammar import Grammar, parse
-from mar.model import Decoder
-from mar.prompts import load_tokenizer
-from mar.records import Example, Gold, UserError
+from mar import sft
+from mar.answers.grammar import Grammar, parse
+from mar.answers.prompts import load_tokenizer
+from mar.errors import UserError
+from mar.learn import demonstrations as lessons
+from mar.policy.attention import group_attention
+from mar.policy.model import Decoder
+from mar.policy.sources import resolve_model
+from mar.records import Example, Gold
 from mar.tasks import clinic
 
 PIECES = [
@@ -39,9 +42,9 @@ def tokenizer():
 
 def test_targets_are_the_enumerated_next_token_distribution():
     options = [
-        [(p, 1.0)] if isinstance(p, str) else list(zip(p.candidates, p.probabilities))
+        [(p, 1.0)] if isinstance(p, str) else list(zip(p.candidates, p.probabilities, strict=True))
         for p in PIECES
-    ]  # noqa: B905
+    ]
     texts: dict[str, float] = {}
     for choice in itertools.product(*options):
         text = "".join(part for part, _ in choice)
@@ -246,13 +249,15 @@ def test_a_file_is_taught_as_a_whole(monkeypatch):
         asked.clear()
         rows = 20 if path else 4
         with pytest.raises(InterruptedError):
-            load = lambda chunk, rows=rows: [
-                Example(f"{chunk}.{i}", "t", "?", ()) for i in range(rows)
-            ]  # noqa: E731
+            load = partial(chunk_of, rows=rows)
             sft.train(
                 torch.nn.Linear(1, 1), None, load, "answer", SimpleNamespace(**words, path=path)
             )
         assert asked == expected
+
+
+def chunk_of(chunk: int, rows: int) -> list[Example]:
+    return [Example(f"{chunk}.{i}", "t", "?", ()) for i in range(rows)]
 
 
 def test_a_tokenizer_whose_pieces_do_not_join_is_refused():

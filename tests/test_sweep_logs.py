@@ -8,7 +8,7 @@ import pytest
 from experiments.algorithms import run as algorithms_run
 from experiments.algorithms import summary as algorithms
 from experiments.sweeps import run, summary
-from mar.compose import compose
+from mar.run.compose import compose
 from mar.tasks import clinic
 
 

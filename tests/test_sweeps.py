@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from mar.compose import compose
-from mar.rundir import variant
+from mar.run.compose import compose
+from mar.run.folder import variant
 
 SWEEPS = sorted(Path("conf/sweep").glob("*.yaml"))
 

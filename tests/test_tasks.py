@@ -7,10 +7,13 @@ from pathlib import Path
 import datasets
 import pytest
 
-from mar.records import Gold, UserError
-from mar.tasks import common, ddxplus, get_task, jsonl, medqa
-from mar.tasks.common import Source, split_of
-from mar.verify import matching_increments
+from mar.errors import UserError
+from mar.records import Gold
+from mar.tasks import ddxplus, jsonl, medqa
+from mar.tasks import loading as common
+from mar.tasks.loading import Source, chance_line, split_of
+from mar.tasks.registry import get_task
+from mar.verify.matching import matching_increments
 
 REAL = (
     Path(__file__).resolve().parents[2] / "shared" / "data" / "medqa" / "medqa_usmle_4opt_dev.jsonl"
@@ -372,8 +375,8 @@ def test_a_letter_that_is_also_a_text_is_no_alias(tmp_path):
 
 
 def test_chance_line():
-    assert medqa.chance_line(3, 4) == "chance, 4 options shown: coverage@3 0.750, top-1 0.250"
-    assert "coverage@5 1.000" in medqa.chance_line(5, 4)
+    assert chance_line(3, 4) == "chance, 4 options shown: coverage@3 0.750, top-1 0.250"
+    assert "coverage@5 1.000" in chance_line(5, 4)
 
 
 def test_shown_options_must_be_equally_many(tmp_path):

@@ -18,14 +18,16 @@ import torch
 from torch.utils.checkpoint import checkpoint as recompute
 
 from experiments.embedded_model.begin import train_tokenizer
-from mar import batch, checkpoint, losses
-from mar.compose import compose
-from mar.model import Decoder, ModelConfig
-from mar.optim import make_optimizer
-from mar.records import UserError
+from mar.errors import UserError
+from mar.learn import batch, losses
+from mar.learn.optim import make_optimizer
+from mar.policy.model import Decoder, ModelConfig
+from mar.policy.weights import load_model, save_model
+from mar.run import checkpoint
+from mar.run.compose import compose
+from mar.run.interrupts import Interrupts
 from mar.tasks import clinic
-from mar.train import Interrupts, evaluate, refuse_unknown_words, run, train_step
-from mar.weights import load_model, save_model
+from mar.train import evaluate, refuse_unknown_words, run, train_step
 
 SHAPE = {
     "architectures": ["Qwen3ForCausalLM"],
@@ -72,7 +74,7 @@ def test_checkpointed_activations_train_the_same_policy(
         calls.append(block)
         return recompute(block, *inputs, **options)
 
-    monkeypatch.setattr("mar.model.checkpoint", counted)
+    monkeypatch.setattr("mar.policy.model.checkpoint", counted)
     for name, switch in (("kept", "false"), ("recomputed", "true")):
         before = len(calls)
         switched = (f"train.checkpoint_activations={switch}", "train.steps=2")

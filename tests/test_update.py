@@ -11,23 +11,24 @@ import numpy as np
 import pytest
 import torch
 
-from mar import checkpoint
-from mar.advantages import (
+from mar.learn.advantages import (
     best_of_k_advantages,
     token_advantages,
     whiten,
     with_kl_cost,
     with_truncation_rule,
 )
-from mar.batch import make_batch, micro_batches
-from mar.compose import compose
-from mar.critic import Critic, explained_variance, gae, token_rewards
-from mar.distributed import ALONE
-from mar.job import Job
-from mar.losses import reinforce
-from mar.optim import make_optimizer
-from mar.update import _minibatches, entropy_coef, one_pass, prepare, update
-from mar.variance import variance_ratio
+from mar.learn.batch import make_batch, micro_batches
+from mar.learn.gae import explained_variance, gae, token_rewards
+from mar.learn.gradient_variance import variance_ratio
+from mar.learn.learner import Job
+from mar.learn.losses import reinforce
+from mar.learn.optim import make_optimizer
+from mar.learn.update import _minibatches, entropy_coef, one_pass, prepare, update
+from mar.policy.critic import Critic
+from mar.policy.distributed import ALONE
+from mar.run import checkpoint
+from mar.run.compose import compose
 from tests.test_batch import FIRST_OPEN, fake_groups
 
 F64 = torch.float64

@@ -8,8 +8,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from mar.records import Gold
-from mar.tasks import VERIFIERS
-from mar.verify import matching_increments, normalise, repeats, text_verifier
+from mar.verify.matching import matching_increments, normalise, repeats, text_verifier
+from mar.verify.verifiers import VERIFIERS
 
 TEXT = st.text(
     st.characters(exclude_categories=["Cs"]) | st.sampled_from(".,-+#%^'5aA é½⁵the "), max_size=12

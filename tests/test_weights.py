@@ -6,9 +6,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mar.model import Decoder, ModelConfig
-from mar.records import UserError
-from mar.weights import load_model, save_model
+from mar.errors import UserError
+from mar.policy.model import Decoder, ModelConfig
+from mar.policy.weights import load_model, save_model
 
 TIED = ModelConfig(
     "Qwen2ForCausalLM", 31, 24, 40, 2, 3, 1, 8, attention_bias=True, tied_embeddings=True

@@ -11,8 +11,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from mar.fetch import environment
-from mar.log import read_jsonl
+from mar.files import read_jsonl
+from mar.policy.sources import environment
 
 HERE = Path(__file__).parent
 RUNS, LOGS = Path("runs/algorithms"), HERE / "logs"

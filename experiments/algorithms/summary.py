@@ -8,7 +8,7 @@ import numpy as np
 
 from experiments.algorithms.run import CURVES, SETTINGS
 from experiments.claims.summary import grid, grouped, interval, lines_of
-from mar import plots
+from mar.figures import plots
 
 HERE = Path(__file__).parent
 METRICS = ("gap_closed", "coverage@3", "top1", "ece", "q_mse", "repeats_per_set")

@@ -16,14 +16,14 @@ from typing import Any
 import torch
 
 from experiments.bench.common import reset_peak, resident_bytes
-from mar.attention import pack_groups
-from mar.compose import compose
-from mar.draw import SamplingParams, stream_key
-from mar.fetch import resolve_model
-from mar.losses import reinforce
-from mar.model import Decoder, ModelConfig
-from mar.sampler import Request, generate
-from mar.weights import load_model, save_model
+from mar.learn.losses import reinforce
+from mar.policy.attention import pack_groups
+from mar.policy.model import Decoder, ModelConfig
+from mar.policy.sources import resolve_model
+from mar.policy.weights import load_model, save_model
+from mar.run.compose import compose
+from mar.sample.draws import SamplingParams, stream_key
+from mar.sample.engine import Request, generate
 from mar_kernels import answer_advantages
 
 VOCAB, LR, BETAS, CLIP = 8192, 1e-4, (0.9, 0.999), 1.0

@@ -26,13 +26,13 @@ from torch.utils.flop_counter import FlopCounterMode
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from experiments.bench.common import alternate, quiet_machine, record, seconds
-from mar.draw import SamplingParams, stream_key
-from mar.fetch import resolve_model
-from mar.grammar import Grammar
-from mar.prompts import build_prompt, load_tokenizer
-from mar.sampler import Generation, Request, generate
+from mar.answers.grammar import Grammar
+from mar.answers.prompts import build_prompt, load_tokenizer
+from mar.policy.sources import resolve_model
+from mar.policy.weights import load_model
+from mar.sample.draws import SamplingParams, stream_key
+from mar.sample.engine import Generation, Request, generate
 from mar.tasks import clinic
-from mar.weights import load_model
 
 RESULTS = Path(__file__).parent / "results" / "sampler.csv"
 BARS = {"embedded_16x8": 2.5, "embedded_ragged": 3.0, "smollm2_2x16": 4.0, "smollm2_16x1": 1.3}

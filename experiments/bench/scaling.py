@@ -20,12 +20,12 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from experiments.bench.common import quiet_machine, record
-from mar.compose import compose
 from mar.config import Config
-from mar.distributed import join
-from mar.fetch import resolve_model
-from mar.job import announce, build_job
-from mar.log import Display
+from mar.policy.distributed import join
+from mar.policy.sources import resolve_model
+from mar.run.compose import compose
+from mar.run.console import Display
+from mar.run.setup import announce, build_job
 from mar.train import train_step
 
 WORDS = (

@@ -22,24 +22,27 @@ import numpy as np
 import torch
 
 from experiments.claims.summary import grid
-from mar import checkpoint
-from mar.attention import pack_groups
-from mar.compose import load_config
-from mar.fetch import environment, resolve_model
-from mar.grammar import Grammar, render
-from mar.itemstats import Item, item_of, read_item, statistics
-from mar.job import Job, build_job
-from mar.log import Display, read_jsonl, write_jsonl
-from mar.lora import merge
-from mar.metrics import bars, gap_closed
-from mar.model import Decoder
-from mar.optim import clip_gradients, learning_rate, make_optimizer, set_learning_rate
-from mar.prompts import build_prompt, load_tokenizer
-from mar.records import Example, Prompt, UserError, exit_code
-from mar.rollout import judge_groups, sample
-from mar.tasks import get_task
-from mar.verify import normalise
-from mar.weights import load_model
+from mar.answers.grammar import Grammar, render
+from mar.answers.prompts import build_prompt, load_tokenizer
+from mar.errors import UserError, exit_code
+from mar.files import read_jsonl, write_jsonl
+from mar.learn.learner import Job
+from mar.learn.optim import clip_gradients, learning_rate, make_optimizer, set_learning_rate
+from mar.measure.answer_sets import Item, item_of, read_item, statistics
+from mar.measure.bounds import bars, gap_closed
+from mar.policy.attention import pack_groups
+from mar.policy.lora import merge
+from mar.policy.model import Decoder
+from mar.policy.sources import environment, resolve_model
+from mar.policy.weights import load_model
+from mar.records import Example, Prompt
+from mar.run import checkpoint
+from mar.run.compose import load_config
+from mar.run.console import Display
+from mar.run.setup import build_job
+from mar.sample.rollout import judge_groups, sample
+from mar.tasks.registry import get_task
+from mar.verify.matching import normalise
 
 RESULT = Path(__file__).parent / "confidences.jsonl"
 WHOLE = ("gap_closed", "coverage@3", "coverage@30", "ece", "q_mse", "tv_distance")

@@ -15,16 +15,16 @@ import torch
 from torch import Tensor, nn
 
 from experiments.claims.summary import grid
-from mar.attention import chunks, pack_groups
-from mar.fetch import environment, resolve_model
-from mar.grammar import Grammar
-from mar.log import write_json
-from mar.model import Decoder
-from mar.prompts import build_prompt, load_tokenizer
+from mar.answers.grammar import Grammar
+from mar.answers.prompts import build_prompt, load_tokenizer
+from mar.files import write_json
+from mar.policy.attention import chunks, pack_groups
+from mar.policy.model import Decoder
+from mar.policy.sources import environment, resolve_model
+from mar.policy.weights import load_model
 from mar.records import Example
-from mar.tasks import get_task
-from mar.tasks.common import Source
-from mar.weights import load_model
+from mar.tasks.loading import Source
+from mar.tasks.registry import get_task
 
 RESULT = Path(__file__).parent / "probe.json"
 TRAINING, HELD_OUT, SEED = (

@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from mar.fetch import environment
+from mar.policy.sources import environment
 
 HERE = Path(__file__).parent
 RUNS, LOGS = Path("runs/claims"), HERE / "logs"

@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from mar.metrics import gap_closed, student
+from mar.measure.bootstrap import student
+from mar.measure.bounds import gap_closed
 
 HERE = Path(__file__).parent
 ORDER = (
@@ -208,7 +209,7 @@ def predicted(first: int = 3) -> str:
 def averaged(
     logs: Sequence[Log], spread: Callable[[Sequence[float]], Mapping[str, Any]] = interval
 ) -> dict[str, Any]:
-    """One arm as `mar.plots` draws it: curves as means with the seeds' spread, answers of all seeds together, confidences of the first."""
+    """One arm as `mar.figures.plots` draws it: curves as means with the seeds' spread, answers of all seeds together, confidences of the first."""
     first, curve = (
         logs[0],
         {
@@ -248,7 +249,7 @@ def averaged(
 
 def figures(logs: Mapping[str, Sequence[Log]]) -> dict[str, Any]:
     """coverage, reliability (first seed), unique answers and tokens per answer."""
-    from mar import plots
+    from mar.figures import plots
 
     arms = {
         method: averaged(own) for method, own in logs.items() if not any(map(str.isdigit, method))
@@ -292,7 +293,7 @@ def stale() -> bool:
 
 
 def write() -> None:
-    from mar import plots
+    from mar.figures import plots
 
     logs = read_logs()
     document = {"logs": fingerprint(), **results(logs)}

@@ -23,19 +23,19 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from experiments.claims.summary import grid
-from mar.advantages import (
+from mar.answers.grammar import Grammar
+from mar.answers.rewards import RewardSpec, first_open
+from mar.learn.advantages import (
     best_of_k_advantages,
     token_advantages,
     with_kl_cost,
     with_truncation_rule,
 )
-from mar.batch import Batch, make_batch
-from mar.fetch import environment
-from mar.grammar import Grammar
-from mar.losses import LOSSES, kl_k1, token_weights
+from mar.learn.batch import Batch, make_batch
+from mar.learn.losses import LOSSES, kl_k1, token_weights
+from mar.policy.sources import environment
 from mar.records import Completion, Example, Gold, Prompt, Rollout
-from mar.rewards import RewardSpec, first_open
-from mar.rollout import judge_groups
+from mar.sample.rollout import judge_groups
 
 MAX_TOKENS = 5
 RESULTS = Path(__file__).with_name("results.json")

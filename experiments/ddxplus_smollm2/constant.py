@@ -14,11 +14,12 @@ from pathlib import Path
 
 from experiments.claims.summary import grid
 from experiments.ddxplus_smollm2.run import ANSWERS, PATIENTS, SHARED, warm_up
-from mar.compose import compose
-from mar.fetch import resolve_model
-from mar.job import build_job
-from mar.log import Display, write_json
+from mar.files import write_json
+from mar.policy.sources import resolve_model
 from mar.records import Example
+from mar.run.compose import compose
+from mar.run.console import Display
+from mar.run.setup import build_job
 
 RESULT = Path(__file__).parent / "constant.json"
 

@@ -14,27 +14,28 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from functools import wraps
+from functools import partial, wraps
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-import mar.attention
-import mar.cache
-import mar.model
-import mar.sampler
+import mar.learn.update
+import mar.policy.attention
+import mar.policy.model
+import mar.sample.engine
+import mar.sample.kv_cache
 import mar.train
-import mar.update
 from experiments.bench.common import peak_bytes, quiet_machine, seconds
 from experiments.bench.sampler import CountOps
 from experiments.ddxplus_smollm2.run import PATIENTS, SHARED, warm_up
-from mar.compose import compose
-from mar.fetch import environment, resolve_model
-from mar.job import Job, build_job
-from mar.log import Display
-from mar.plan import BANDWIDTH, BANDWIDTH_USED, MFU, PEAK_FLOPS
+from mar.learn.learner import Job
+from mar.policy.sources import environment, resolve_model
+from mar.run.compose import compose
+from mar.run.console import Display
+from mar.run.planning import BANDWIDTH, BANDWIDTH_USED, MFU, PEAK_FLOPS
+from mar.run.setup import build_job
 from mar_kernels import reference
 
 RESULT = Path(__file__).parent / "profile.json"
@@ -43,19 +44,19 @@ Meter = Callable[[], AbstractContextManager[Callable[[], float]]]
 PARTS: dict[
     str, list[tuple[Any, str]]
 ] = {  # part -> the functions whose time it is, none inside another of them
-    "packing weights": [(mar.model, "pack"), (mar.sampler, "pack")],
-    "prefill": [(mar.sampler._Slots, "prefill")],
-    "decoding": [(mar.sampler._Slots, "feed")],
-    "drawing": [(mar.sampler._Slots, "draw")],
+    "packing weights": [(mar.policy.model, "pack"), (mar.sample.engine, "pack")],
+    "prefill": [(mar.sample.engine._Slots, "prefill")],
+    "decoding": [(mar.sample.engine._Slots, "feed")],
+    "drawing": [(mar.sample.engine._Slots, "draw")],
     "verification": [(mar.train, "judge_groups")],
-    "forward": [(mar.model.Decoder, "forward")],
+    "forward": [(mar.policy.model.Decoder, "forward")],
     "backward": [(torch.Tensor, "backward")],
-    "optimizer": [(mar.update, "_apply")],
+    "optimizer": [(mar.learn.update, "_apply")],
 }
 # one kernel each on CUDA (FlexAttention, Triton), where a CPU has many operators
 KERNELS = [
     (owner, way)
-    for owner in (mar.attention._GroupAttention, reference._LinearLogprobs)
+    for owner in (mar.policy.attention._GroupAttention, reference._LinearLogprobs)
     for way in ("forward", "backward")
 ]
 
@@ -103,7 +104,7 @@ def take_cuda_paths() -> None:
 
         return call
 
-    mar.cache._mix_cpu = mar.cache._mix
+    mar.sample.kv_cache._mix_cpu = mar.sample.kv_cache._mix
     for owner, way in KERNELS:
         setattr(owner, way, staticmethod(one(getattr(owner, way))))
 
@@ -141,12 +142,12 @@ def products(job: Job, rows: int) -> dict[str, list[float]]:
     """Layer of a block -> FLOP/s of its product with `rows` rows, as training computes it and with packed weights, as sampling does."""
     found = {}
     for name, layer in job.model.blocks[0].named_modules():
-        if isinstance(layer, mar.model.Linear):
+        if isinstance(layer, mar.policy.model.Linear):
             x, weight = torch.randn(rows, layer.in_features), layer.weight.detach()
             times = [
-                seconds(lambda w=w: mar.model.project(x, weight, None, w), 7)
-                for w in (None, mar.model.pack(weight))
-            ]  # noqa: B023
+                seconds(partial(mar.policy.model.project, x, weight, None, packed), 7)
+                for packed in (None, mar.policy.model.pack(weight))
+            ]
             found[name] = [2 * rows * weight.numel() / s for s in times]
     return found
 
@@ -159,12 +160,12 @@ def measure(data: Path, steps: int) -> dict[str, Any]:
     display.console.quiet = True
     config = compose([*SHARED, f"data.path={data / PATIENTS}", "reward=multi_rlcr"])
     square, big = torch.randn(2048, 2048), torch.randn(1 << 26)
-    packed = mar.model.pack(square)
+    packed = mar.policy.model.pack(square)
     fastest = (
         2
         * 2048**3
         / min(
-            seconds(lambda w=w: mar.model.project(square, square, None, w), 5)
+            seconds(lambda w=w: mar.policy.model.project(square, square, None, w), 5)
             for w in (None, packed)
         )
     )

@@ -20,8 +20,8 @@ from typing import Any
 
 from experiments.claims.run import command, kept, trained
 from experiments.sweeps.run import by_steps
-from mar.fetch import SMOLLM2, environment, resolve_model
-from mar.log import read_jsonl, write_jsonl
+from mar.files import read_jsonl, write_jsonl
+from mar.policy.sources import SMOLLM2, environment, resolve_model
 
 HERE = Path(__file__).parent
 RUNS, LOGS = Path("runs/ddxplus_smollm2"), HERE / "logs"

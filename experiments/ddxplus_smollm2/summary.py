@@ -17,7 +17,7 @@ from experiments.claims.summary import (
     metric,
     on_curve,
 )
-from mar import plots
+from mar.figures import plots
 
 HERE = Path(__file__).parent
 ORDER = ("multi_rlcr", "rlvr_single", "base", "single")

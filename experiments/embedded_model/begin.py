@@ -7,16 +7,19 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from mar.lessons import demonstration, draw_grammar, text_of
-from mar.model import Decoder, ModelConfig
-from mar.prompts import instructions, load_tokenizer
+from mar.answers.prompts import instructions, load_tokenizer
+from mar.learn.demonstrations import demonstration, draw_grammar, text_of
+from mar.policy.model import Decoder, ModelConfig
+from mar.policy.weights import save_model
 from mar.records import Example
 from mar.sft import SFT_SEED
 from mar.tasks import clinic
-from mar.weights import save_model
 
 VOCABULARY = 2048  # at most
-CHAT_TEMPLATE = "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
 
 
 def train_tokenizer(examples: Sequence[Example], noun: str, vocab_size: int, folder: Path) -> None:

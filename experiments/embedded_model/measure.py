@@ -11,20 +11,20 @@ from typing import Any
 import numpy as np
 import torch
 
-from mar.draw import SamplingParams
-from mar.fetch import resolve_model
-from mar.grammar import Grammar
-from mar.lessons import make_encode, make_lesson
-from mar.metrics import floor_coverage
-from mar.model import Decoder
-from mar.prompts import build_prompt, load_tokenizer
-from mar.protocol import Protocol, measure
+from mar.answers.grammar import Grammar
+from mar.answers.prompts import build_prompt, load_tokenizer
+from mar.answers.rewards import RewardSpec
+from mar.learn.demonstrations import lesson_loss, make_encode, make_lesson
+from mar.measure.bounds import floor_coverage
+from mar.measure.held_out import Protocol, measure
+from mar.policy.model import Decoder
+from mar.policy.sources import resolve_model
+from mar.policy.weights import load_model
 from mar.records import Example, Rollout
-from mar.rewards import RewardSpec
-from mar.rollout import make_decode
-from mar.sft import lesson_loss
-from mar.tasks import clinic, get_task
-from mar.weights import load_model
+from mar.sample.draws import SamplingParams
+from mar.sample.rollout import make_decode
+from mar.tasks import clinic
+from mar.tasks.registry import get_task
 
 FORMS: list[tuple[str, Grammar, str]] = [
     ("rlvr_single", Grammar("rlvr_single", 1, thinking=False), "ranked"),

@@ -34,9 +34,11 @@ from experiments.faults.runs import (
     train,
     until,
 )
-from mar import batch, checkpoint, mirror, update
-from mar.log import read_jsonl
-from mar.tasks import sandbox
+from mar.files import read_jsonl
+from mar.learn import batch, update
+from mar.run import checkpoint
+from mar.run import wandb_mirror as mirror
+from mar.verify import sandbox
 
 PPO = (
     "algo=ppo",
@@ -120,7 +122,7 @@ def power_cut(lab: Lab, row: Row) -> None:
 
 
 def _in_this_process(out: Path, fault: Any) -> None:
-    from mar.compose import compose
+    from mar.run.compose import compose
     from mar.train import run
 
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
@@ -263,7 +265,7 @@ def _apart(
 
 
 def wandb_down(lab: Lab, row: Row) -> None:
-    """wandb's server takes connections and never answers (the patience of mar/mirror.py set to 3 s)."""
+    """wandb's server takes connections and never answers (the patience of mar/run/wandb_mirror.py set to 3 s)."""
     out = lab.folder / "run"
     with _silent_server() as port:
 

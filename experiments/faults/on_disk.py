@@ -28,9 +28,11 @@ from experiments.faults.runs import (
     train,
     until,
 )
-from mar import batch, checkpoint, rundir
-from mar.model import Decoder, ModelConfig
-from mar.optim import make_optimizer
+from mar.learn import batch
+from mar.learn.optim import make_optimizer
+from mar.policy.model import Decoder, ModelConfig
+from mar.run import checkpoint
+from mar.run import folder as rundir
 
 SMALL = ModelConfig(
     "Qwen3ForCausalLM",

@@ -21,7 +21,7 @@ import torch
 
 from experiments.faults import in_process, on_disk
 from experiments.faults.runs import EVERY, STEPS, Lab, Row
-from mar.fetch import environment
+from mar.policy.sources import environment
 
 HERE = Path(__file__).parent
 Case = Callable[[Lab, Row], None]

@@ -20,11 +20,11 @@ from typing import Any
 import torch
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
-from mar import checkpoint, job, mirror, protocol, update  # noqa: F401  (imported once for all children; mar.train itself is run, not imported)
-from mar.compose import compose
-from mar.fetch import EMBEDDED
-from mar.log import read_jsonl
-from mar.prompts import load_tokenizer
+from mar.answers.prompts import load_tokenizer
+from mar.files import read_jsonl
+from mar.policy.sources import EMBEDDED
+from mar.run import checkpoint
+from mar.run.compose import compose
 
 STEPS, EVERY, PATIENCE = 5, 2, 120.0
 WORDS = f"""+experiment=clinic train.steps={STEPS} checkpoint.every={EVERY} checkpoint.keep=2 algo.prompts_per_step=2 algo.group_size=2

@@ -11,7 +11,7 @@ from pathlib import Path
 from experiments.claims.run import command, kept
 from experiments.claims.summary import grouped, lines_of, metric, on_curve
 from experiments.ddxplus_smollm2.run import PATIENTS, RUNS
-from mar.fetch import environment
+from mar.policy.sources import environment
 
 LOGS = Path(__file__).parent / "logs"
 SHIFTS = {  # name -> the words that ask for it

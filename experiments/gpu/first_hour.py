@@ -29,11 +29,11 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from mar import sampler
-from mar.attention import pack_groups
-from mar.draw import SamplingParams, stream_key
-from mar.model import Decoder, ModelConfig
-from mar.sampler import Request, generate
+from mar.policy.attention import pack_groups
+from mar.policy.model import Decoder, ModelConfig
+from mar.sample import engine as sampler
+from mar.sample.draws import SamplingParams, stream_key
+from mar.sample.engine import Request, generate
 from mar_kernels import linear_logprobs
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from experiments.claims.run import command, kept, trained
 from experiments.ddxplus_smollm2.run import warm_up
-from mar.fetch import environment
+from mar.policy.sources import environment
 
 RUNS, LOGS = Path("runs/medqa_smollm2"), Path(__file__).parent / "logs"
 WARM_STEPS = 40

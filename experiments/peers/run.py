@@ -16,16 +16,18 @@ from typing import Any
 import numpy as np
 import torch
 
-from mar.compose import compose
-from mar.fetch import EMBEDDED, environment
-from mar.job import Job, build_job
-from mar.log import Display, plain
-from mar.prompts import load_tokenizer
-from mar.protocol import measure
+from mar.answers.prompts import load_tokenizer
+from mar.files import plain
+from mar.learn.learner import Job
+from mar.measure.held_out import measure
+from mar.policy.sources import EMBEDDED, environment
+from mar.policy.weights import load_model
 from mar.records import Completion
-from mar.rollout import judge_groups
+from mar.run.compose import compose
+from mar.run.console import Display
+from mar.run.setup import build_job
+from mar.sample.rollout import judge_groups
 from mar.train import train_step
-from mar.weights import load_model
 
 HERE = Path(__file__).parent
 STEPS, LR = 60, 4e-4

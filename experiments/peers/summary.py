@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from experiments.claims.summary import grid, grouped, told
 from experiments.peers import run
-from mar.plots import STYLE
+from mar.figures.plots import STYLE
 
 HERE = Path(__file__).parent
 ENDS = 10  # steps whose mean the table shows

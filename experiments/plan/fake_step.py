@@ -2,7 +2,7 @@
 
     python experiments/plan/fake_step.py [--model Qwen/Qwen3-8B] [--ranks 8] [--tokens 16384] [--lora-rank 16] [--no-checkpointing] [--cpu-paths]
 
-Runs mar.distributed.shard, the decoder over packed groups, the log-probabilities, backward and AdamW, with gradients and optimizer state of an
+Runs mar.policy.distributed.shard, the decoder over packed groups, the log-probabilities, backward and AdamW, with gradients and optimizer state of an
 earlier step already there. Fake tensors of a CPU take the CPU's paths; two of them hold other things than a GPU's and make way for it: norms hold
 what CUDA's fused kernel does (their input and one number a row), and log-probabilities are the Triton module's own code, whose kernels are not
 launched, so that it needs triton. `--cpu-paths` leaves both as they are.
@@ -30,13 +30,13 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import mar_kernels
-from mar.attention import PackedGroups, pack_groups
 from mar.config import ModelOptions, ScaleOptions
-from mar.distributed import World, shard
-from mar.job import adapted
-from mar.model import Decoder, ModelConfig
-from mar.optim import make_optimizer
-from mar.plan import SHAPES, update_memory
+from mar.learn.optim import make_optimizer
+from mar.policy.attention import PackedGroups, pack_groups
+from mar.policy.distributed import World, shard
+from mar.policy.model import Decoder, ModelConfig
+from mar.run.planning import SHAPES, update_memory
+from mar.run.setup import adapted
 from mar_kernels import triton_logprobs
 
 ROWS = 8  # of the one group; its prompt has a quarter of the tokens

@@ -13,8 +13,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from mar.compose import compose
-from mar.plan import plan
+from mar.run.compose import compose
+from mar.run.planning import plan
 
 HERE = Path(__file__).resolve().parent
 RESULTS, SIZES, RANKS, GIB = HERE / "results.json", ("0.6B", "1.7B", "4B", "8B"), (0, 16), 2**30

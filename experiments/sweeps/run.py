@@ -16,10 +16,9 @@ from typing import Any
 import numpy as np
 
 from experiments.claims.run import command, kept, trained
-from mar.fetch import environment
-from mar.log import read_jsonl
+from mar.files import read_jsonl, stable_hash
+from mar.policy.sources import environment
 from mar.tasks import clinic
-from mar.tasks.common import stable_hash
 
 EXPERIMENTS, RUNS = Path(__file__).parents[1], Path("runs/sweeps")
 VISITS = RUNS / "visits6.jsonl"  # the multi-label variant

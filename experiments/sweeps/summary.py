@@ -10,8 +10,8 @@ from experiments.algorithms import summary as algorithms
 from experiments.claims import summary as claims
 from experiments.claims.summary import Columns, Log, grid, lines_of, metric, told
 from experiments.sweeps.run import EXPERIMENTS, SIZES, SWEEPS, WINDOW
-from mar.metrics import gap_closed
-from mar.plots import STYLE
+from mar.figures.plots import STYLE
+from mar.measure.bounds import gap_closed
 
 HERE = EXPERIMENTS / "k_sweep"  # where the figure is
 SECONDS = (60, 120, 180)

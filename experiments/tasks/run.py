@@ -15,13 +15,14 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from mar.grammar import Grammar, parse, render
-from mar.records import Example, UserError
-from mar.rewards import RewardSpec, reward
+from mar.answers.grammar import Grammar, parse, render
+from mar.answers.rewards import RewardSpec, reward
+from mar.errors import UserError
+from mar.records import Example
 from mar.tasks import clinic
-from mar.tasks.programs import Runner, Tests, take_apart
-from mar.tasks.sandbox import require
-from mar.verify import matching_increments, repeats
+from mar.verify.matching import matching_increments, repeats
+from mar.verify.programs import Runner, Tests, take_apart
+from mar.verify.sandbox import require
 from tests import hostile, hostile_answers
 
 NUM_TEXTS, QUICK_PROGRAMS = 1000, 100

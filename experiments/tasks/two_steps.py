@@ -13,8 +13,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from mar.fetch import environment
-from mar.log import read_jsonl, shown
+from mar.files import read_jsonl
+from mar.policy.sources import environment
+from mar.run.console import shown
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "two_steps.json"

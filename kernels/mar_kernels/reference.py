@@ -57,9 +57,9 @@ class _LinearLogprobs(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(
+    def backward(  # type: ignore[no-untyped-def]
         ctx, grad_logprobs: Tensor | None, grad_entropy: Tensor | None, grad_lse: Tensor | None
-    ):  # type: ignore[no-untyped-def]
+    ):
         hidden, weight, targets, entropy, lse = ctx.saved_tensors
         scaled = hidden.to(lse.dtype) / ctx.temperature
         grad_hidden = torch.zeros_like(scaled)

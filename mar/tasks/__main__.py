@@ -9,14 +9,15 @@ from collections import Counter
 
 import numpy as np
 
-from mar.compose import CONF_DIR, compose
-from mar.fetch import resolve_model
-from mar.grammar import Grammar
-from mar.job import load_data
-from mar.log import Display
-from mar.prompts import build_prompt, fit_grammar, load_tokenizer
-from mar.records import Prompt, UserError, exit_code
-from mar.tasks import get_task
+from mar.answers.grammar import Grammar
+from mar.answers.prompts import build_prompt, fit_grammar, load_tokenizer
+from mar.errors import UserError, exit_code
+from mar.policy.sources import resolve_model
+from mar.records import Prompt
+from mar.run.compose import CONF_DIR, compose
+from mar.run.console import Display
+from mar.run.setup import load_data
+from mar.tasks.registry import get_task
 
 
 def main(words: list[str]) -> None:

@@ -6,9 +6,10 @@ Golds are the readings of all annotators; what shares a spelling is one gold, so
 
 from typing import Any
 
-from mar.records import Example, Gold, UserError
-from mar.tasks.common import Candidate, Row, id_of, text_of
-from mar.verify import normalise
+from mar.errors import UserError
+from mar.records import Example, Gold
+from mar.tasks.loading import Candidate, Row, id_of, text_of
+from mar.verify.matching import normalise
 
 
 def _readings(row: Row, place: str) -> list[list[str]]:

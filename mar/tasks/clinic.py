@@ -14,12 +14,17 @@ from typing import Any
 
 import numpy as np
 
-from mar.records import Example, Gold, UserError
+from mar.errors import UserError
+from mar.records import Example, Gold
 
 NOUN = "diagnosis"
+
 ABSENT = "Findings that are not named there are absent."
+
 SPLITS = ("train", "validation", "test")
+
 SIZES = (7, 8, 9)  # how many systems are examined, each equally often
+
 FIRST_ADULT_AGE = 18
 
 

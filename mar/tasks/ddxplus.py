@@ -16,25 +16,18 @@ from typing import Any
 
 import numpy as np
 
-from mar.records import Example, Gold, UserError
-from mar.tasks.common import (
-    Candidate,
-    Loaded,
-    Row,
-    Source,
-    hub_fault,
-    in_a_line,
-    load_rows,
-    read_json,
-    split_of,
-    stable_hash,
-)
+from mar.errors import UserError, in_a_line
+from mar.files import hub_fault, stable_hash
+from mar.records import Example, Gold
+from mar.tasks.loading import Candidate, Loaded, Row, Source, load_rows, read_json, split_of
 
 EVIDENCES, STATISTICS = (
     ("release_evidences_en.json", "release_evidences.json"),
     "evidence_given_condition_probs.json",
 )
+
 NUM_ASKED = (8, 12, 20)  # findings asked for, each number equally often
+
 FEW, WORDS = (
     "differential has no condition above data.min_prob",
     {"N": "no", "Y": "yes", "NA": "none of them"},

@@ -8,8 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from mar.records import Example, Gold, UserError
-from mar.tasks.common import Candidate, Loaded, Row, Source, id_of, load_rows, stable_hash, text_of
+from mar.errors import UserError
+from mar.files import stable_hash
+from mar.records import Example, Gold
+from mar.tasks.loading import Candidate, Loaded, Row, Source, id_of, load_rows, text_of
 
 NUM_PARAGRAPHS, NUM_REMOVED, MAX_CHARACTERS = 10, 2, 6000
 

@@ -11,8 +11,9 @@ people). Without "id" the question's words make one. The id decides the split: o
 
 from typing import Any
 
-from mar.records import TRUTHS, Example, Gold, UserError
-from mar.tasks.common import Candidate, Row, draw_label, id_of, text_of
+from mar.errors import UserError
+from mar.records import TRUTHS, Example, Gold
+from mar.tasks.loading import Candidate, Row, draw_label, id_of, text_of
 
 GOLD_KEYS = {"name", "aliases", "probability"}
 

@@ -4,9 +4,10 @@ Rows are {text or prompt, test_list, test_setup_code or test_imports}. The first
 unseen. Each distinct program that passes is a hit, so coverage is the number of DISTINCT correct programs.
 """
 
-from mar.records import Example, Gold, UserError
-from mar.tasks.common import Candidate, Row, id_of, text_of
-from mar.tasks.programs import take_apart
+from mar.errors import UserError
+from mar.records import Example, Gold
+from mar.tasks.loading import Candidate, Row, id_of, text_of
+from mar.verify.programs import take_apart
 
 
 def read(row: Row, place: str) -> Candidate:

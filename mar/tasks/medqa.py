@@ -10,19 +10,25 @@ sentences in `context`; the first `max_sentences` of them are shown (null: all):
 import re
 from string import ascii_uppercase
 
-from mar.records import Example, Gold, UserError
-from mar.tasks.common import Candidate, Loaded, Row, Source, id_of, load_rows, text_of
+from mar.errors import UserError
+from mar.records import Example, Gold
+from mar.tasks.loading import Candidate, Loaded, Row, Source, id_of, load_rows, text_of
 
 NEEDS_OPTIONS, LONG_GOLD = "question needs its options", "answer too long for an open question"
 
 # "Which of the following" is rewritten by what comes next: a verb or the end ("What is ...", "... shows what?"), a
 # plural noun with a singular verb ("Which drug is ..."), or anything else ("Which findings are ...").
 _SINGULAR = "is|was|has|does|did|had|best|most|would|will|should|could|can|may|might|must"
+
 _VERB = rf"""(?:{_SINGULAR}|are|were|have|do|also|likely|correctly|describes|explains|represents|indicates|confirms
     |correlates|helps|accounts|causes|constitutes)\b"""
+
 _END = r"\s*(?: [?.,:;\"”] | $ | (?:if|in|from|on|at|for|to|during|after)\b )"
+
 _WHICH = r"\bwhich(?:\ one)?\ of\ the\ following(?:\ options|\ choices)?\b"
+
 _NOUN = rf"(?: (?!{_VERB}|of\b)[\w-]+\  ){{0,3}}? (?!{_VERB}) [\w-]+ (?<![usi])s"
+
 _OPENINGS = (
     (
         r"\bof\ the\ following(?:\ options|\ choices)?,\ (?:which|what)(?:\ one)?\b",
@@ -32,18 +38,23 @@ _OPENINGS = (
     (rf"{_WHICH}\ ({_NOUN}) (?= {_END} | \ (?:{_SINGULAR}|\w+s)\b )", "which "),
     (_WHICH, "which"),
 )
+
 _PLURALS = ((r"ies$", "y"), (r"(?<=agno)ses$", "sis"), (r"(ss|ch|sh|x|us)es$", r"\1"), (r"s$", ""))
+
 _COMPARES = re.compile(  # what only a look at the options can answer
     r"of the following\b[^?.]{0,60}\b(?:statements?|except|least|closest|(?:sets?|pairs?) of"
     r"|(?:is|are|was|be|best|most|has|have|does|do|would) (?:not|true|false|(?:in)?correct|accurate))\b",
     re.I,
 )
+
 _POINTS = re.compile(
     r"\b(?:except|options|choices)\b|\bof the (?:\w+ below|following)\b|\| A[).]", re.I
 )
+
 _ABOVE = re.compile(
     r"\b(?:all|none|both|neither|any) (?:of )?(?:the )?(?:above|these|options|answers)\b", re.I
 )
+
 _ABBREVIATION = re.compile(r" \((?=[^()]*[A-Z][^()]*[A-Z])([A-Za-z0-9-]{2,8})\)")  # " (AFP)"
 
 
@@ -64,12 +75,6 @@ def open_question(question: str) -> str | None:
     return (
         None if _POINTS.search(last) or "which of the following" in question.lower() else question
     )
-
-
-def chance_line(num_answers: int, num_options: int) -> str:
-    """What guessing is worth: of n options shown, K different ones hold the right one with chance K/n."""
-    coverage, top1 = min(1.0, num_answers / num_options), 1 / num_options
-    return f"chance, {num_options} options shown: coverage@{num_answers} {coverage:.3f}, top-1 {top1:.3f}"
 
 
 def _options(row: Row, place: str) -> tuple[dict[str, str], str]:

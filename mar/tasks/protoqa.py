@@ -6,8 +6,9 @@ on the hub columns in `answer-clusters`. The shares are the truth, `survey`; one
 
 from typing import Any
 
-from mar.records import Example, Gold, UserError
-from mar.tasks.common import Candidate, Row, draw_label, id_of, text_of
+from mar.errors import UserError
+from mar.records import Example, Gold
+from mar.tasks.loading import Candidate, Row, draw_label, id_of, text_of
 
 
 def _clusters(row: Row, place: str) -> list[tuple[int, list[str]]]:

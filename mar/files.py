@@ -1,0 +1,94 @@
+"""Files: jsonl, atomic writes, hashes, the cache folder.."""
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from mar.errors import in_a_line
+
+
+def plain(value: Any) -> Any:
+    """A value as JSON can hold it: no nan, no numpy, floats to six significant digits."""
+    if isinstance(value, Mapping):
+        return {k: plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(v) for v in value]
+    if hasattr(value, "item"):
+        value = value.item()
+    if isinstance(value, float):
+        return float(f"{value:.6g}") if math.isfinite(value) else None
+    return value
+
+
+def read_jsonl(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
+    """The rows of a file, and `file:line` of every line that is no JSON object (a crash, a full disk): these are skipped."""
+    rows, broken = [], []
+    for number, line in enumerate(
+        path.read_text(encoding="utf-8", errors="replace").split("\n"), 1
+    ):
+        try:
+            row = json.loads(line) if line.strip() else None
+        except json.JSONDecodeError:
+            row = line
+        if isinstance(row, dict):
+            rows.append(row)
+        elif row is not None:
+            broken.append(f"{path}:{number}")
+    return rows, broken
+
+
+def append_jsonl(
+    path: Path, rows: Iterable[Mapping[str, Any]], mode: str = "a", indent: int | None = None
+) -> None:
+    """Append rows, one JSON document a line, and wait until they are on the disk."""
+    with path.open(mode, encoding="utf-8") as file:
+        file.writelines(
+            json.dumps(plain(row), ensure_ascii=False, indent=indent) + "\n" for row in rows
+        )
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]], indent: int | None = None) -> None:
+    """Write a file of rows so that a reader never sees half of it."""
+    append_jsonl(path.with_suffix(".tmp"), rows, "w", indent)
+    path.with_suffix(".tmp").replace(path)
+
+
+def truncate_jsonl(path: Path, last_step: int) -> None:
+    """Forget what a run wrote after the checkpoint it resumes from, and any half line."""
+    if path.exists():
+        write_jsonl(path, [row for row in read_jsonl(path)[0] if row.get("step", 0) <= last_step])
+
+
+def write_json(path: Path, document: Mapping[str, Any]) -> None:
+    """Write one JSON document so that a reader never sees half of it."""
+    write_jsonl(path, [document], indent=2)
+
+
+def stable_hash(text: str) -> int:
+    """64 bits that depend on the text alone: the same on every machine and in every process."""
+    return int.from_bytes(
+        hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big"
+    )
+
+
+def hub_fault(kind: str, hub_id: str) -> str:
+    """Why the hub does not show a `model` or `dataset`, "" where it does. Without it this process reads the hub's caches alone from here on: its
+    libraries would try again for half a minute, or wait for ever."""
+    from huggingface_hub import HfApi, constants
+
+    try:
+        HfApi().repo_info(hub_id, repo_type=kind, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+    except Exception as error:  # many kinds: connection, missing repository, no permission
+        constants.HF_HUB_OFFLINE = True
+        return in_a_line(error)
+    return ""
+
+
+def cache() -> Path:
+    return Path(os.environ.get("MAR_CACHE") or "~/.cache/mar").expanduser()

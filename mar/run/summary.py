@@ -1,0 +1,80 @@
+"""run.summary."""
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from mar.files import plain
+from mar.measure.bounds import gap_closed
+from mar.measure.metrics import SHOWN_METRICS
+from mar.run.console import Display
+
+
+def summary(document: Mapping[str, Any], num_answers: int) -> dict[str, Any]:
+    """The part of `eval.json` that goes on the last line of stdout: four policies and how much of the gap is closed."""
+    key = f"coverage@{num_answers}"
+    columns = {name: document.get(name) for name in ("floor", "before", "after", "ceiling")}
+    out: dict[str, Any] = {
+        name: None if c is None else {k: c.get(k) for k in (key, *SHOWN_METRICS)}
+        for name, c in columns.items()
+    }
+    known = columns["floor"] and columns["ceiling"] and columns["after"]
+    out["gap_closed"] = (
+        gap_closed(document["after"][key], document["floor"][key], document["ceiling"][key])
+        if known
+        else None
+    )
+    return out
+
+
+def close(
+    document: Mapping[str, Any],
+    num_answers: int,
+    folder: Path,
+    display: Display,
+    seconds: float,
+    pictures: Callable[[Path], Mapping[str, Path]],
+) -> None:
+    """The table that a run ends with, the paths of what it wrote, and one JSON line for programs."""
+    end = summary(document, num_answers)
+    rows = (f"coverage@{num_answers}", *SHOWN_METRICS)
+    display.table(
+        f"{document['task']}, {document['num_items']} held-out items",
+        {n: end[n] for n in ("floor", "before", "after", "ceiling")},
+        rows,
+    )
+    if end["gap_closed"] is not None:
+        display.say(
+            f"gap closed: {end['gap_closed']:.3f}  (0: K draws from the posterior, 1: its K most probable answers)"
+        )
+    if display.mirror:
+        display.mirror.close(plain(end), lambda: pictures(folder))
+    for name in ("config.yaml", "metrics.jsonl", "completions.jsonl", "eval.json", "checkpoints"):
+        display.say(f"  {folder / name}")
+    print(
+        json.dumps(plain({"run_dir": str(folder), "job_s": round(seconds, 1), **end})), flush=True
+    )
+
+
+SHOWN = "top1 brier ece auroc q_mse tv_distance regret format_rate repeats_per_set tokens_per_set".split()
+
+
+def show(document: Mapping[str, Any], display: Display) -> None:
+    """The table of the arms, without those of other sizes, and what the pairs say of coverage."""
+    K = document["arms"]["policy"]["num_answers"]
+    columns = {n: a["metrics"] for n, a in document["arms"].items() if not n.startswith("K=")}
+    most = max(a["num_answers"] * a["num_sets"] for a in document["arms"].values())
+    names = (f"coverage@{K}", f"coverage@{most}", f"unique@{most}", *SHOWN)
+    display.table(
+        f"{document['task']}, {document['num_items']} items, ± half of the 95 % interval",
+        columns,
+        names,
+    )
+    for pair, values in document["paired"].items():
+        key = next((n for n in values if n.startswith("coverage@")), None)
+        if key and values[key][0] is not None:
+            value, low, high = values[key]
+            display.say(
+                f"{pair}: {key} {value:+.3f} [{low:+.3f}, {high:+.3f}] on {values['num_items']} items"
+            )
