@@ -23,7 +23,8 @@ from mar.tasks import clinic
 from mar.verify.matching import matching_increments, repeats
 from mar.verify.programs import Runner, Tests, take_apart
 from mar.verify.sandbox import require
-from tests import hostile, hostile_answers
+from tests.helpers import hostile_answers
+from tests.helpers import hostile_programs as hostile
 
 NUM_TEXTS, QUICK_PROGRAMS = 1000, 100
 

@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import mar_kernels
 from mar_kernels import answer_advantages, linear_logprobs, reference, selected_logprobs
-from tests.test_advantages import batch_of, loop_advantages
+from tests.learn.test_advantages import batch_of, loop_advantages
 
 if find_spec("triton") is None:
     pytest.skip(

@@ -20,7 +20,7 @@ from mar.run import checkpoint
 from mar.run.compose import load_config
 from mar.run.setup import adapted
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 WORDS = """+experiment=clinic train.steps=5 eval.num_items=3 algo.prompts_per_step=3 algo.group_size=3 model.lora_rank=0
 model.trainable= model.lr=1e-3 scale.dtype=float64 logger.console=plain train.micro_batch_tokens=256
 checkpoint.every=1 optim.grad_clip=0.01""".split()

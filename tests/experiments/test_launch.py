@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).resolve().parents[1] / "experiments/launch/train.sbatch"
+SCRIPT = Path(__file__).resolve().parents[2] / "experiments/launch/train.sbatch"
 STUBS = {
     # as srun: a TERM kills the step, nothing is passed on
     "srun": 'shift\n"$@" &\nchild=$!\ntrap "kill -KILL $child" TERM\nwait $child',

@@ -13,7 +13,7 @@ from mar.records import Completion, Example, Prompt
 from mar.sample.rollout import judge_groups, judged_only
 from mar.verify import programs
 from mar.verify.programs import Runner, Verdict, take_apart
-from tests.hostile import HONEST, TESTS
+from tests.helpers.hostile_programs import HONEST, TESTS
 
 GRAMMAR = Grammar("rlvr_multi", 3, thinking=False)
 TWICE, RENAMED, WRONG = (

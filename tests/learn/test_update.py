@@ -29,7 +29,7 @@ from mar.policy.critic import Critic
 from mar.policy.distributed import ALONE
 from mar.run import checkpoint
 from mar.run.compose import compose
-from tests.test_batch import FIRST_OPEN, fake_groups
+from tests.learn.test_batch import FIRST_OPEN, fake_groups
 
 F64 = torch.float64
 SIZES = [

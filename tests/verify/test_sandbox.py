@@ -14,7 +14,7 @@ from mar.records import Example
 from mar.verify import programs, sandbox
 from mar.verify.programs import Runner, Verdict, take_apart, verify_program
 from mar.verify.sandbox import evaluate, require
-from tests.hostile import HONEST, PROBES, PROGRAMS, TESTS
+from tests.helpers.hostile_programs import HONEST, PROBES, PROGRAMS, TESTS
 
 needs_bubblewrap = pytest.mark.skipif(
     not shutil.which("bwrap"), reason="no bubblewrap here (apt-get install bubblewrap)"

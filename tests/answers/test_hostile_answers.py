@@ -7,7 +7,7 @@ import pytest
 from mar.answers.grammar import parse
 from mar.answers.rewards import RewardSpec, reward
 from mar.verify.matching import matching_increments, repeats
-from tests.hostile_answers import ANSWERS, GOLDS, GRAMMAR, HONEST, RIGHT, SUM_RULE, write
+from tests.helpers.hostile_answers import ANSWERS, GOLDS, GRAMMAR, HONEST, RIGHT, SUM_RULE, write
 
 
 def earn(text, spec=None):

@@ -21,7 +21,7 @@ from mar.tasks.loading import Source, aim, split_of
 from mar.tasks.registry import TASKS, get_task
 from mar.verify.matching import matching_increments, probabilities
 
-DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
 SPLITS = ("train", "validation", "test")
 EVIDENCES = {
     "E_1": {"question_en": "Do you have a fever?", "value_meaning": {}},

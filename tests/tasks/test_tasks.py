@@ -16,7 +16,7 @@ from mar.tasks.registry import get_task
 from mar.verify.matching import matching_increments
 
 REAL = (
-    Path(__file__).resolve().parents[2] / "shared" / "data" / "medqa" / "medqa_usmle_4opt_dev.jsonl"
+    Path(__file__).resolve().parents[3] / "shared" / "data" / "medqa" / "medqa_usmle_4opt_dev.jsonl"
 )
 SPLITS = ("train", "validation", "test")
 OPTIONS = {"A": "Asthma", "B": "Pneumonia", "C": "Sarcoidosis", "D": "Tuberculosis"}

@@ -1,6 +1,6 @@
 """Programs that want to be paid without being right, or to do harm. The task: `def double(x)`, twice its argument.
 
-One line each, so some are long. Each is text that only ever runs inside the sandbox (tests/test_sandbox.py, experiments/tasks). None may pass.
+One line each, so some are long. Each is text that only ever runs inside the sandbox (tests/verify/test_sandbox.py, experiments/tasks). None may pass.
 """
 # ruff: noqa: E501
 
