@@ -26,7 +26,15 @@ from mar.answers.prompts import fit_grammar, load_tokenizer
 from mar.answers.rewards import RewardSpec
 from mar.config import Config
 from mar.errors import UserError, exit_code
-from mar.files import append_jsonl, plain, read_jsonl, stable_hash, write_json, write_jsonl
+from mar.files import (
+    append_jsonl,
+    jsonable,
+    read_jsonl,
+    skipped_lines,
+    stable_hash,
+    write_json,
+    write_jsonl,
+)
 from mar.measure.answer_sets import Item, item_of, read_item
 from mar.measure.baselines import Arm, arms_of, compared, document_of
 from mar.policy.model import Decoder
@@ -197,7 +205,7 @@ def kept_rows(
     done: dict[str, list[Item]] = defaultdict(list)
     rows, broken = read_jsonl(path) if path.exists() else ([], [])
     if broken:
-        display.say(f"skipped {len(broken)} broken line(s): {', '.join(broken[:3])}")
+        display.say(skipped_lines(broken))
     if rows and rows[0] == {"protocol": protocol}:
         for row in rows[1:]:
             items = done[row.pop("arm")]
@@ -262,7 +270,7 @@ def answer_all(
         for start in range(len(items), len(ids), chunk[arm.name]):
             prompts = questions.prompts[arm.name][start : start + chunk[arm.name]]
             rows = [
-                plain(asdict(i))
+                jsonable(asdict(i))
                 for i in questions.sampled(arm, prompts, policy if arm.trained else base)
             ]
             append_jsonl(path, [{"arm": arm.name, **row} for row in rows])
@@ -285,7 +293,7 @@ def read_completions(
         )
     rows, broken = read_jsonl(file)
     if broken:
-        display.say(f"skipped {len(broken)} broken line(s): {', '.join(broken[:3])}")
+        display.say(skipped_lines(broken))
     if not rows or any(not isinstance(row.get("text"), str) or "id" not in row for row in rows):
         raise UserError(
             f"{file} needs the keys id and text in every row: id is that of the question, e.g. {questions.examples[0].id}"
@@ -314,7 +322,7 @@ def read_completions(
     judged = (
         read_item(p, t, arm.grammar, questions.verifier) for p, t in zip(prompts, read, strict=True)
     )
-    items = [Item.from_row(plain(asdict(item))) for item in judged]
+    items = [Item.from_row(jsonable(asdict(item))) for item in judged]
     return replace(
         arm, says=f"{num_sets} texts a question from {file.name}", num_sets=num_sets
     ), items

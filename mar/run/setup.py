@@ -16,7 +16,7 @@ from mar.answers.prompts import build_prompt, fit_grammar, load_tokenizer
 from mar.answers.rewards import RewardSpec
 from mar.config import Config, ModelOptions, RewardOptions
 from mar.errors import UserError
-from mar.files import cache as cache_folder
+from mar.files import cache_folder
 from mar.learn.learner import Learner
 from mar.learn.optim import make_optimizer
 from mar.measure.held_out import HeldOut

@@ -183,7 +183,7 @@ def verify_words(reading: Reading, verifier: How) -> Verified:
     takes = matcher(verifier, example)
     repeated = repeats(answers, example.golds, takes)
     targets = example.targets()
-    paid_in_expectation = example.drawn is None and example.truth in ("exact", "survey")
+    paid_in_expectation = example.label is None and example.truth in ("exact", "survey")
     if paid_in_expectation:  # data.target=probabilities: one gold is right, nobody drew which
         return Verified(probabilities(answers, targets, takes), repeated, num_golds=1)
     hits, _ = matching_increments(answers, targets, takes)

@@ -18,7 +18,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from mar.errors import UserError, in_a_line
+from mar.errors import UserError, one_line
 from mar.files import stable_hash
 from mar.records import Example, Gold
 from mar.verify.matching import normalise, text_verifier
@@ -120,7 +120,7 @@ class Judge:
                 LookupError,
                 TypeError,
             ) as error:  # network, or server
-                why = in_a_line(error)
+                why = one_line(error)
                 continue
             number = re.fullmatch(r"\s*(\d{1,4})\.?\s*", said) if isinstance(said, str) else None
             if number and int(number[1]) <= len(golds):

@@ -158,7 +158,7 @@ def test_people_are_probabilities(tmp_path):
         assert (
             (e.golds[0].name, *e.golds[0].aliases) == first
             and e.truth == "survey"
-            and e.drawn is not None
+            and e.label is not None
         )
         assert [g.probability for g in e.golds] == pytest.approx(
             [0.6, 0.4] if row is SURVEY else [0.7, 0.3]
@@ -214,8 +214,8 @@ def test_probabilities_are_the_expectation_over_labels():
 
 
 def test_a_target_is_for_tasks_that_have_it():
-    label = Example("e", "t", "?", (Gold("a", (), 0.5), Gold("b", (), 0.5)), "exact", drawn=1)
-    assert aim([label], "probabilities") == [replace(label, drawn=None)] and aim(
+    label = Example("e", "t", "?", (Gold("a", (), 0.5), Gold("b", (), 0.5)), "exact", label=1)
+    assert aim([label], "probabilities") == [replace(label, label=None)] and aim(
         [label], "drawn"
     ) == [label]
     with pytest.raises(UserError, match="data.target=probabilities"):
