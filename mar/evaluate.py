@@ -47,7 +47,7 @@ from mar.run.console import Display
 from mar.run.setup import adapted, announce, load_data, make_prompts, sampling_params, verifier_of
 from mar.run.summary import show
 from mar.sample.rollout import Scorer, judge_groups, make_decode, sample
-from mar.verify.programs import Runner
+from mar.verify.programs import ProgramRunner
 
 OPTIONS = {
     "k": "30",
@@ -287,7 +287,7 @@ def read_completions(
     """Texts written elsewhere, judged like our own. Every item keeps as many samples as the one with the fewest."""
     if not file.is_file():
         raise UserError(f"completions={file}: there is no such file")
-    if isinstance(questions.verifier, Runner):
+    if isinstance(questions.verifier, ProgramRunner):
         raise UserError(
             f"completions=<file> takes answers in words, and those of {questions.config.data.task} are programs"
         )

@@ -55,7 +55,7 @@ class Judge:
             return None
         return example.question, said, tuple(gold.name for gold in example.golds)
 
-    def ask(self, answers: Iterable[tuple[Example, str]]) -> None:
+    def submit(self, answers: Iterable[tuple[Example, str]]) -> None:
         """Judge all that is not known yet, side by side."""
         new = [
             a
@@ -72,7 +72,7 @@ class Judge:
         with self.file.open("a", encoding="utf-8") as file:
             file.writelines(json.dumps([a, number]) + "\n" for a, number in found.items())
 
-    def judged(self, example: Example, answer: str) -> bool:
+    def has_verdict(self, example: Example, answer: str) -> bool:
         """Whether there is a verdict."""
         asked = self.about(example, answer)
         return asked is None or asked in self.known

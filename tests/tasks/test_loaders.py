@@ -19,7 +19,7 @@ from mar.tasks import ddxplus
 from mar.tasks.ambigqa import merge
 from mar.tasks.loading import Source, aim, split_of
 from mar.tasks.registry import TASKS, get_task
-from mar.verify.matching import matching_increments, probabilities
+from mar.verify.matching import expected_hits, matching_increments
 
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
 SPLITS = ("train", "validation", "test")
@@ -202,7 +202,7 @@ def test_probabilities_are_the_expectation_over_labels():
         golds = tuple(Gold(name, (), x) for name, x in zip("abcd", p, strict=True))
         answers, said = list(rng.choice(list("abcdx"), 3)), list(rng.integers(0, 30, 3) / 100)
         parsed = parse(render(grammar, answers, said, other=0.1), grammar, False)
-        exact = reward(parsed, probabilities(answers, golds), (False,) * 3, 1, grammar, spec)
+        exact = reward(parsed, expected_hits(answers, golds), (False,) * 3, 1, grammar, spec)
         total = sum(
             x
             * reward(
