@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from mar.answers.grammar import Grammar
+from mar.answers.grammar import grammar_of
 from mar.answers.prompts import fit_grammar, load_tokenizer
 from mar.answers.rewards import RewardSpec
 from mar.config import Config
@@ -352,11 +352,9 @@ def run(words: Sequence[str], display: Display) -> Path:
     target = find_target(name, settings, options["out"], options["completions"], display)
     if not re.fullmatch(r"[1-9]\d{0,3}", options["k"]):
         raise UserError(f"k={options['k']} is no whole number from 1 to 9999")
-    r, model, k = target.config.reward, target.config.model, int(options["k"])
+    k = int(options["k"])
     tokenizer = load_tokenizer(target.model_folder)
-    grammar = fit_grammar(
-        Grammar(r.form, r.num_answers, r.layout, model.thinking, r.analysis, r.other), tokenizer
-    )
+    grammar = fit_grammar(grammar_of(target.config), tokenizer)
     arms = arms_of(grammar, k, sizes_of(options["num_answers"]), target.run is not None)
     chosen = options["arms"].split(",") if options["arms"] else [a.name for a in arms]
     if unknown := sorted(set(chosen) - {a.name for a in arms}):

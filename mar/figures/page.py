@@ -20,7 +20,7 @@ import yaml
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
-from mar.answers.grammar import Grammar
+from mar.answers.grammar import grammar_of
 from mar.answers.rewards import RewardSpec, component_layout
 from mar.errors import UserError
 from mar.figures import plots
@@ -232,14 +232,9 @@ def browser(run: Run) -> tuple[Table, list[str]]:
          "rows": [{k: row[k] for k in kept if k in row} for row in group]}
         for (step, id), group in sorted(groups.items()) if step in wanted
     ]  # fmt: skip
-    r = load_config(run.path / "config.yaml").reward
-    grammar = Grammar(r.form, r.num_answers, r.layout, False, r.analysis, r.other)
-    names = [
-        name
-        for name, _ in component_layout(
-            grammar, RewardSpec(brier=r.brier if r.confident else "none")
-        )
-    ]
+    config = load_config(run.path / "config.yaml")
+    brier = config.reward.brier if config.reward.confident else "none"
+    names = [name for name, _ in component_layout(grammar_of(config), RewardSpec(brier=brier))]
     return {"groups": shown[:NUM_PROMPTS], "components": names}, faults
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from mar.answers.grammar import Grammar, render
+from mar.answers.grammar import Grammar, grammar_of, render
 from mar.answers.prompts import build_prompt, fit_grammar, load_tokenizer
 from mar.answers.rewards import RewardSpec
 from mar.config import Config, ModelOptions, RewardOptions
@@ -268,15 +268,7 @@ def build_training(
     held_out = load_data(config, data.eval_split, data.num_eval, 0, display)
 
     tokenizer = load_tokenizer(model_folder)
-    asked = Grammar(
-        reward.form,
-        reward.num_answers,
-        reward.layout,
-        options.thinking,
-        reward.analysis,
-        reward.other,
-    )
-    grammar = fit_grammar(asked, tokenizer)
+    grammar = fit_grammar(grammar_of(config), tokenizer)
     scorer = Scorer(grammar, reward_of(reward), verifier, make_decode(tokenizer))
     prompts = make_prompts(config, train, grammar, tokenizer, data.train_split, display)
     # Refuses a budget below one group, before the model is loaded.
