@@ -56,7 +56,7 @@ class Run:
         return bool(self.document.get("after"))
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_document(path: Path) -> dict[str, Any]:
     try:
         return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
     except (ValueError, TypeError):
@@ -85,8 +85,8 @@ def read_run(path: Path) -> Run:
         path,
         config,
         metrics,
-        read_json(path / "eval.json"),
-        read_json(path / "evaluation.json"),
+        read_document(path / "eval.json"),
+        read_document(path / "evaluation.json"),
         faults,
     )
 

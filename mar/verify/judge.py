@@ -77,13 +77,14 @@ class Judge:
         until = time.monotonic() + PATIENCE * self.timeout_s
         with ThreadPoolExecutor(WORKERS) as pool:
             replies = list(pool.map(lambda case: self._ask(case, until), new))
-        found = {
-            case: reply for case, reply in zip(new, replies, strict=True) if isinstance(reply, int)
-        }
-        for case, number in found.items():
-            self._remember(case, number)
+
+        lines = []
+        for case, reply in zip(new, replies, strict=True):
+            if isinstance(reply, int):
+                self._remember(case, reply)
+                lines.append(json.dumps([case, reply]) + "\n")
         with self.file.open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps([case, number]) + "\n" for case, number in found.items())
+            file.writelines(lines)
 
     def has_verdict(self, example: Example, answer: str) -> bool:
         """Whether it is known what an answer means."""
