@@ -22,7 +22,7 @@ thinking, as they are being written:
                                                  follows is segment 2, behind the last element
 
 So a value that is read from a prefix is a function of the prefix alone (a stopping time). Credit
-for single answers is unbiased only because of that (METHOD 8, `mar.learn.advantages`).
+for single answers is unbiased only because of that (`mar.learn.advantages`).
 """
 
 import re

@@ -1,18 +1,21 @@
-"""What one completion earns (METHOD 2), split into components (METHOD 8). Pure functions.
+"""What one completion earns, split into the components that credit needs. Pure functions.
 
-Given the hits y_k (1 where answer k takes a gold that no earlier answer took), the confidences q_k
-and K answers, the reward of a completion is
+The objectives are those of "Reaching Beyond the Mode" (arXiv 2603.24844). A completion has K
+answers, with hits y_k (1 where answer k takes a gold that no earlier answer took) and confidences
+q_k. Its reward is
 
     RLVR-Single, Multi-RLVR     format + coverage
     RLCR-Single, Multi-RLCR     format + coverage - Brier
 
-    format    format_weight if the text follows the grammar, else 0
+    format    format_weight if the text follows the grammar and the sum rule, else 0
     coverage  coverage_weight * sum_k y_k    (`sum`; COVERAGES has others)
     Brier     brier_weight * (1/K) sum_k (q_k - y_k)^2
 
 This is `brier=paper`. What the authors released pays the complement instead, `brier=released`:
 
-    format + coverage + brier_weight * [1 - (1/K) sum_k (q_k - y_k)^2], [...] = 0 on a format failure
+    format + coverage + brier_weight * [1 - (1/K) sum_k (q_k - y_k)^2]
+
+where the bracket is 0 on a format failure.
 
 Why Multi-RLCR is honest: with p_k the probability of y_k = 1 the Brier term is best at q_k = p_k.
 The slot is then worth p_k - p_k (1 - p_k) / K, which grows with p_k: the best set is the K most

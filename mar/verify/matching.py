@@ -1,7 +1,7 @@
 """Does this answer mean that gold, and how many golds does a list of answers hit?
 
 One normaliser, used for matching, repeats and metrics alike, and a maximum matching of answers and
-golds (METHOD 2).
+golds.
 """
 
 import json

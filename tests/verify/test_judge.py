@@ -1,4 +1,7 @@
-"""A judge behind a stub of an OpenAI-compatible server, on loopback: what it is asked, what its reply is worth, and what happens without one."""
+"""A judge behind a stub of an OpenAI-compatible server, on this machine.
+
+What it is asked, what its reply is worth, and what happens without one.
+"""
 
 import json
 import threading
@@ -32,9 +35,8 @@ def server(reply):
 
     class Stub(BaseHTTPRequestHandler):
         def do_POST(self):
-            text = json.loads(self.rfile.read(int(self.headers["Content-Length"])))["messages"][1][
-                "content"
-            ]
+            body = self.rfile.read(int(self.headers["Content-Length"]))
+            text = json.loads(body)["messages"][1]["content"]
             asked.append(text)
             said = "1" if "capital of France" in text else reply(text)
             self.send_response(200 if isinstance(said, str) else said)
@@ -76,27 +78,24 @@ def checker(task_verifier="text", verifier="auto", url=None, model="m", timeout_
 
 
 def rollout(verifier, *answers):
-    text = render(GRAMMAR, list(answers), [None] * 2)
-    ids = np.array([0, 1])
-    done = Completion(0, ids, np.zeros(2, np.float32), np.zeros(2, np.float32), "stop")
-    return judge_groups(
-        [Prompt(FLU, "?", (1,))],
-        [[done]],
-        Scorer(GRAMMAR, RewardSpec(brier="none"), verifier, lambda ids: text if ids else ""),
-    )[0][0]
+    text = render(GRAMMAR, answers)
+    zeros = np.zeros(2, np.float32)
+    done = Completion(0, np.array([0, 1]), zeros, zeros, "stop")
+    scorer = Scorer(GRAMMAR, RewardSpec(brier="none"), verifier, lambda ids: text if ids else "")
+    ((found,),) = judge_groups([Prompt(FLU, "?", (1,))], [[done]], scorer)
+    return found
 
 
 def test_a_meant_gold_is_a_hit_and_words_are_not_asked_about(tmp_path):
     with server(about("grippe")) as (url, asked):
         verifier = checker(url=url)
-        got = rollout(verifier, "La Grippe".removeprefix("La "), "the flu")
+        got = rollout(verifier, "Grippe", "the flu")
         assert (got.hits, got.repeated, got.unjudged) == ((1.0, 0.0), (False, True), 0)
-        assert (
-            len(asked) == 2
-            and "1. influenza\n2. common cold" in asked[1]
-            and "What is it?" in asked[1]
-        )
-        assert rollout(verifier, "flu", "x" * 201).hits == (1.0, 0.0) and len(asked) == 2
+        assert len(asked) == 2
+        assert "1. influenza\n2. common cold" in asked[1]
+        assert "What is it?" in asked[1]
+        assert rollout(verifier, "flu", "x" * 201).hits == (1.0, 0.0)
+        assert len(asked) == 2
 
 
 def test_it_is_asked_once_and_its_verdicts_stay_on_disk(tmp_path):
@@ -140,13 +139,10 @@ def test_a_server_that_died_does_not_hold_up_the_run(tmp_path, monkeypatch):
 
 def test_texts_from_elsewhere_are_judged_too(tmp_path):
     with server(about("grippe")) as (url, _):
-        item = read_item(
-            Prompt(FLU, "?", (1,)),
-            [(render(GRAMMAR, ["grippe", "cold"], [None] * 2), 9)],
-            GRAMMAR,
-            checker(url=url),
-        )
-        assert item.sets[0].hits == (1.0, 0.0) and item.sets[0].keys == ("influenza", "cold")
+        text = render(GRAMMAR, ["grippe", "cold"])
+        item = read_item(Prompt(FLU, "?", (1,)), [(text, 9)], GRAMMAR, checker(url=url))
+        assert item.sets[0].hits == (1.0, 0.0)
+        assert item.sets[0].keys == ("influenza", "cold")
 
 
 def test_what_does_not_fit_is_refused(tmp_path, monkeypatch):
