@@ -60,10 +60,10 @@ def skipped_lines(broken: Sequence[str]) -> str:
     return f"Skipped {len(broken)} broken line(s): {', '.join(broken[:NUM_NAMED_LINES])}"
 
 
-def append_jsonl(
-    path: Path, rows: Iterable[Mapping[str, Any]], mode: str = "a", indent: int | None = None
+def _write_rows(
+    path: Path, mode: str, rows: Iterable[Mapping[str, Any]], indent: int | None = None
 ) -> None:
-    """Append rows, one JSON document a line, and wait until they are on the disk."""
+    """Write JSON documents, each with a line end, and wait until they are on the disk."""
     with path.open(mode, encoding="utf-8") as file:
         for row in rows:
             file.write(json.dumps(jsonable(row), ensure_ascii=False, indent=indent) + "\n")
@@ -71,16 +71,23 @@ def append_jsonl(
         os.fsync(file.fileno())
 
 
-def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]], indent: int | None = None) -> None:
+def append_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Append rows, one JSON document a line, and wait until they are on the disk."""
+    _write_rows(path, "a", rows)
+
+
+def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """Write a file of rows so that a reader sees the old file or the new one, never half of it."""
     temporary = path.with_suffix(".tmp")
-    append_jsonl(temporary, rows, "w", indent)
+    _write_rows(temporary, "w", rows)
     temporary.replace(path)
 
 
 def write_json(path: Path, document: Mapping[str, Any]) -> None:
     """Write one JSON document, likewise."""
-    write_jsonl(path, [document], indent=2)
+    temporary = path.with_suffix(".tmp")
+    _write_rows(temporary, "w", [document], indent=2)
+    temporary.replace(path)
 
 
 def truncate_jsonl(path: Path, last_step: int) -> None:

@@ -10,16 +10,17 @@
 T is text, P a plain decimal in [0, 1]. `<think>` and `<analysis>` can be left out, and
 `<other>P</other>` may close a form that has confidences. White space between elements is free.
 
-**The parser is incremental.** It reads once, from left to right, and an element is decided where
-its closing tag ends. What is decided never changes, whatever follows. Two answers without
+**The parser is incremental.** It reads once, from left to right. An element is decided where its
+closing tag ends, and what is decided never changes, whatever follows. Two answers without
 thinking, as they are being written:
 
-    text so far                                  decided                    token belongs to
-    <answer1>flu                                 nothing: "flu shot"?       segment 0, answer1
-    <answer1>flu</answer1>                       answer1 = flu              segment 1, answer2 ...
-    <answer1>flu</answer1> <ans                  nothing new: it may still become <answer2>
-    <answer1>flu</answer1> <answer3              violation, certain at the character 3: whatever
-                                                 follows is segment 2, behind the last element
+    text so far                        decided so far             where the next token belongs
+    <answer1>flu                       nothing, "flu shot"?       segment 0, answer1
+    <answer1>flu</answer1>             answer1 = flu              segment 1, answer2
+    <answer1>flu</answer1> <ans        answer1 = flu              segment 1, still a right text
+    <answer1>flu</answer1> <answer3    answer1 = flu, violation   segment 2, behind all elements
+
+The violation is certain at the character 3, and what follows it cannot mend it.
 
 So a value that is read from a prefix is a function of the prefix alone (a stopping time). Credit
 for single answers is unbiased only because of that (`mar.learn.advantages`).
