@@ -163,12 +163,18 @@ class Questions:
 
     def sampled(self, arm: Arm, prompts: Sequence[Prompt], model: Decoder) -> list[Item]:
         """The arm's sets for some of its prompts. More answers than in training get room in proportion."""
-        params = sampling_params(self.config, arm.grammar, self.tokenizer, self.decode)
+        params = sampling_params(self.config, arm.grammar, self.tokenizer)
         room = max(1.0, arm.grammar.num_answers / self.config.reward.num_answers)
         params = replace(params, max_tokens=int(params.max_tokens * room))
         identity = (self.config.seed, "eval", 0)
         groups, _ = sample(
-            model, prompts, arm.num_sets, params, self.config.sampler.kv_budget_tokens, identity
+            model,
+            prompts,
+            arm.num_sets,
+            params,
+            self.config.sampler.kv_budget_tokens,
+            identity,
+            decode=self.decode,
         )
         spec = RewardSpec(
             brier="paper" if arm.grammar.confident else "none"

@@ -43,9 +43,9 @@ PARTS: dict[
     str, list[tuple[Any, str]]
 ] = {  # part -> the functions whose time it is, none inside another of them
     "packing weights": [(mar.policy.model, "pack"), (mar.sample.engine, "pack")],
-    "prefill": [(mar.sample.engine._Slots, "prefill")],
-    "decoding": [(mar.sample.engine._Slots, "feed")],
-    "drawing": [(mar.sample.engine._Slots, "draw")],
+    "prefill": [(mar.sample.engine.Engine, "prefill")],
+    "decoding": [(mar.sample.engine.Engine, "feed")],
+    "drawing": [(mar.sample.engine.Engine, "draw")],
     "verification": [(mar.train, "judge_groups")],
     "forward": [(mar.policy.model.Decoder, "forward")],
     "backward": [(torch.Tensor, "backward")],

@@ -30,7 +30,7 @@ from mar.run.console import Display
 from mar.sample.draws import SamplingParams, Truncation
 from mar.sample.kv_cache import capacity
 from mar.sample.prompt_order import PromptOrder
-from mar.sample.rollout import Decode, Scorer, make_decode
+from mar.sample.rollout import Scorer, make_decode
 from mar.tasks.loading import Source, aim, chance_line
 from mar.tasks.registry import get_task
 from mar.verify.verifiers import How, find_verifier
@@ -144,9 +144,7 @@ def verifier_of(config: Config) -> How:
     )
 
 
-def sampling_params(
-    config: Config, grammar: Grammar, tokenizer: Any, decode: Decode
-) -> SamplingParams:
+def sampling_params(config: Config, grammar: Grammar, tokenizer: Any) -> SamplingParams:
     """How completions are drawn. Raises UserError where the thinking budget leaves no room for the
     answers."""
     algo = config.algo
@@ -162,7 +160,6 @@ def sampling_params(
         stop_strings=tuple(config.sampler.stop_strings),
         think_budget=config.sampler.think_budget,
         think_close=think_close,
-        decode=decode,
     )
 
 
@@ -287,7 +284,7 @@ def build_training(
         config.sampler.kv_budget_tokens,
     )
     learner = build_learner(config, model_folder, world)
-    params = sampling_params(config, grammar, tokenizer, scorer.decode)
+    params = sampling_params(config, grammar, tokenizer)
     return Training(
         config=config,
         learner=learner,

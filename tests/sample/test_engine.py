@@ -38,8 +38,8 @@ def slots_for(asked, max_tokens, budget):
     )
 
 
-def generate(*args):
-    return sampler.generate(*args).groups
+def generate(*args, **options):
+    return sampler.generate(*args, **options).groups
 
 
 def requests(lengths, group_size, vocab=23):
@@ -186,7 +186,7 @@ def test_probabilities_that_are_no_numbers_are_refused(tiny_model):
     model = tiny_model()
     with torch.no_grad():
         model.blocks[0].down.weight[0, 0] = torch.nan
-    with pytest.raises(UserError, match="no finite numbers"):
+    with pytest.raises(UserError, match="not finite numbers"):
         generate(model, requests((3,), 2), SamplingParams(2), PLENTY)
 
 
@@ -225,8 +225,9 @@ def test_rows_stop_where_they_should_and_leave_the_others_alone(every, budget, t
     model, asked, longest = tiny_model(seed=5), requests((5, 17, 2, 9), (5, 1, 3, 1)), 40
     stops = (3, 5)
     endless = generate(model, asked, SamplingParams(longest), PLENTY)
-    late = {"stop_strings": ("never",), "decode": lambda ids: "x" * len(ids)} if every > 1 else {}
-    stopped = generate(model, asked, SamplingParams(longest, 1.0, stops, **late), budget)
+    late = {"stop_strings": ("never",)} if every > 1 else {}
+    params = SamplingParams(longest, 1.0, stops, **late)
+    stopped = generate(model, asked, params, budget, decode=lambda ids: "x" * len(ids))
     for whole, cut in zip(itertools.chain(*endless), itertools.chain(*stopped), strict=True):
         assert len(whole.ids) == longest and whole.finish_reason == "length"
         found = np.flatnonzero(np.isin(whole.ids, stops))
@@ -249,11 +250,11 @@ def spell(ids):
 def test_a_stop_string_ends_a_row_at_the_token_that_completes_it(tiny_model):
     model, asked = tiny_model(vocab=3, seed=2), requests((5, 2), 40, vocab=3)
     endless = generate(model, asked, SamplingParams(60), PLENTY)
-    params = SamplingParams(60, stop_strings=("abca", "ccc"), decode=spell)
+    params = SamplingParams(60, stop_strings=("abca", "ccc"))
     reasons = set()
     for whole, cut in zip(
         itertools.chain(*endless),
-        itertools.chain(*generate(model, asked, params, 2500)),
+        itertools.chain(*generate(model, asked, params, 2500, decode=spell)),
         strict=True,
     ):
         text = spell(whole.ids)
@@ -271,8 +272,9 @@ def test_a_thinking_budget_puts_in_the_closing_tag_and_nothing_else(tiny_model):
     def decode(ids):  # token 3 is what the model itself closes its thoughts with
         return "".join("</think>" if i == 3 else "." for i in ids)
 
-    params = SamplingParams(20, think_budget=6, think_close=close, decode=decode)
-    groups = generate(model, asked, params, 24 * 20 + 2 * 11)  # slots are used again
+    params = SamplingParams(20, think_budget=6, think_close=close)
+    # slots are used again
+    groups = generate(model, asked, params, 24 * 20 + 2 * 11, decode=decode)
     kinds = set()
     for whole, sampled in zip(itertools.chain(*free), itertools.chain(*groups), strict=True):
         np.testing.assert_array_equal(sampled.ids[:6], whole.ids[:6])
@@ -387,20 +389,21 @@ def test_the_decode_step_compiles_whole_and_never_again(tiny_model):
         SamplingParams(12, 0.0),
     )
     eager = generate(model, asked, params, PLENTY)
-    slots = sampler._Slots(model, asked, params, PLENTY)
+    engine = sampler.Engine(model, asked, params, PLENTY)
     torch._dynamo.reset()
     compiled = torch.compile(sampler.decode_step, fullgraph=True)
     with torch.inference_mode(), torch._dynamo.config.patch(error_on_recompile=True):
-        slots.admit()
-        for _ in range(
-            params.max_tokens - 1
-        ):  # the width is that of the whole buffer, so that no shape changes
-            slots.rows["hidden"] = compiled(model, slots.cache, slots.draw(), params.max_tokens)
-            slots.cache.own_lengths += 1
-        slots.draw()
-        slots.retire()
+        engine.admit()
+        for _ in range(params.max_tokens - 1):
+            engine.draw()
+            # the width is that of the whole buffer, so that no shape changes
+            hidden = compiled(model, engine.cache, engine.rows.last_tokens, params.max_tokens)
+            engine.rows.hidden = hidden
+            engine.cache.own_lengths += 1
+        engine.draw()
+        engine.retire()
     for ours, theirs in zip(
-        itertools.chain(*slots.result().groups), itertools.chain(*eager), strict=True
+        itertools.chain(*engine.result().groups), itertools.chain(*eager), strict=True
     ):
         np.testing.assert_array_equal(ours.ids, theirs.ids)
         np.testing.assert_allclose(ours.full_logprobs, theirs.full_logprobs, atol=1e-4)
@@ -539,4 +542,10 @@ def test_limits_that_do_not_fit_the_keys_are_refused(limits):
 )
 def test_options_that_cannot_work_are_refused(options):
     with pytest.raises(ValueError, match="stop string|think_budget"):
-        SamplingParams(10, decode=spell, **options)
+        SamplingParams(10, **options)
+
+
+def test_options_that_read_text_need_a_decode(tiny_model):
+    params = SamplingParams(10, stop_strings=("a",))
+    with pytest.raises(ValueError, match="they need decode"):
+        generate(tiny_model(), requests((3,), 2), params, PLENTY)
