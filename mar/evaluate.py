@@ -29,6 +29,7 @@ from mar.errors import UserError, exit_code
 from mar.files import append_jsonl, plain, read_jsonl, stable_hash, write_json, write_jsonl
 from mar.measure.answer_sets import Item, item_of, read_item
 from mar.measure.baselines import Arm, arms_of, compared, document_of
+from mar.policy.lora import adapted
 from mar.policy.model import Decoder
 from mar.policy.sources import resolve_model
 from mar.policy.weights import load_model
@@ -36,7 +37,7 @@ from mar.records import Prompt
 from mar.run import checkpoint
 from mar.run.compose import compose, load_config
 from mar.run.console import Display
-from mar.run.setup import adapted, announce, load_data, make_prompts, sampling_params, verifier_of
+from mar.run.setup import announce, load_data, make_prompts, sampling_params, verifier_of
 from mar.run.summary import show
 from mar.sample.rollout import Scorer, judge_groups, make_decode, sample
 from mar.verify.programs import Runner

@@ -14,7 +14,7 @@ import torch
 from mar.answers.grammar import Grammar, render
 from mar.answers.prompts import build_prompt, fit_grammar, load_tokenizer
 from mar.answers.rewards import RewardSpec
-from mar.config import Config, ModelOptions, RewardOptions
+from mar.config import Config, RewardOptions
 from mar.errors import UserError
 from mar.files import cache as cache_folder
 from mar.learn.learner import Learner
@@ -22,7 +22,7 @@ from mar.learn.optim import make_optimizer
 from mar.measure.held_out import HeldOut
 from mar.policy.critic import Critic
 from mar.policy.distributed import ALONE, World, shard
-from mar.policy.lora import adapt
+from mar.policy.lora import adapted, trainable_pattern
 from mar.policy.model import Decoder
 from mar.policy.weights import load_model
 from mar.records import Example, Prompt
@@ -199,13 +199,6 @@ def _encode(tokenizer: Any, text: str) -> tuple[int, ...]:
 # --- models ----------------------------------------------------------------------------------
 
 
-def adapted(model: Decoder, options: ModelOptions) -> Decoder:
-    """The same model, with the adapters that the config asks for."""
-    if options.lora_rank:
-        adapt(model, options.lora_rank, options.lora_scale, options.lora_layers)
-    return model
-
-
 def build_learner(config: Config, model_folder: Path, world: World) -> Learner:
     """The policy, the models beside it, and their optimizers."""
     algo = config.algo
@@ -230,7 +223,7 @@ def build_learner(config: Config, model_folder: Path, world: World) -> Learner:
 
     optim = config.optim
     betas = (optim.betas[0], optim.betas[1])
-    trainable = options.trainable or ("lora_" if options.lora_rank else "")
+    trainable = trainable_pattern(options)
     optimizer = make_optimizer(policy, optim.lr, betas, optim.eps, optim.weight_decay, trainable)
     critic_optimizer = None
     if critic is not None:

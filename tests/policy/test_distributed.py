@@ -14,11 +14,11 @@ from mar.config import ScaleOptions
 from mar.errors import UserError
 from mar.learn.learner import Learner
 from mar.policy.distributed import World, join
+from mar.policy.lora import adapted
 from mar.policy.sources import resolve_model
 from mar.policy.weights import load_model
 from mar.run import checkpoint
 from mar.run.compose import load_config
-from mar.run.setup import adapted
 
 ROOT = Path(__file__).resolve().parents[2]
 WORDS = """+experiment=clinic train.steps=5 eval.num_items=3 algo.prompts_per_step=3 algo.group_size=3 model.lora_rank=0

@@ -11,13 +11,12 @@ from mar.errors import UserError
 from mar.evaluate import Target, load_weights
 from mar.export import export
 from mar.policy.attention import pack_groups
-from mar.policy.lora import adapt, merge, save_adapters
+from mar.policy.lora import adapted, add_adapters, merge, save_adapters
 from mar.policy.model import Decoder, ModelConfig
 from mar.policy.sources import resolve_model
 from mar.policy.weights import layout, load_model, split_state
 from mar.run import checkpoint
 from mar.run.compose import compose
-from mar.run.setup import adapted
 from mar.train import run
 
 EMBEDDED = resolve_model("embedded", "embedded", None)[0]
@@ -46,7 +45,7 @@ def shape(architecture: str) -> ModelConfig:
 def with_random_adapters(config: ModelConfig, where: str) -> Decoder:
     torch.manual_seed(0)
     model = Decoder(config).double()
-    adapt(model, 3, 0.7, where)
+    add_adapters(model, 3, 0.7, where)
     for name, parameter in model.named_parameters():
         if "lora_b" in name or name.endswith("bias"):
             parameter.data.normal_()
@@ -59,7 +58,7 @@ def columns(model: Decoder) -> tuple[torch.Tensor, ...]:
 
 def test_adapters_change_nothing_before_they_are_trained():
     plain, model = load_model(EMBEDDED), load_model(EMBEDDED)
-    adapt(model, 4, 2.0, "")
+    add_adapters(model, 4, 2.0, "")
     assert (
         sum("lora_a" in name for name, _ in model.named_parameters()) == 4 * plain.config.num_layers
     )
