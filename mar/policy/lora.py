@@ -117,7 +117,7 @@ def _unsharded(parameter: Tensor) -> Tensor:
 
 
 def merge(model: Decoder) -> Decoder:
-    """A decoder without adapters that computes the same. Parameters without an adapter are shared."""
+    """A decoder without adapters that computes the same; it shares what had no adapter."""
     with torch.device("meta"):
         plain = Decoder(model.config)
     state = {name: value.detach() for name, value in merged_parameters(model)}

@@ -27,7 +27,7 @@ BLOCK = 256
 
 
 def stream_key(*identity: int | str) -> int:
-    """A signed 64-bit key for one stream of draws; different identities give independent streams."""
+    """A signed 64-bit key for one stream of draws; other identities give independent streams."""
     # quotes and escapes: no two identities share one text
     text = ascii(identity)
     digest = hashlib.blake2b(text.encode(), digest_size=8).digest()

@@ -47,10 +47,11 @@ GRAPHED = ("cuda",)
 # entries a row
 GRAPH_WIDTH = 128
 
-NO_SLOT = -1
-
 # when nothing waits any more, free slots are dropped once fewer than this share are in use
 WORTH_SHRINKING = 7 / 8
+
+# of a completion that is not in a row, and of a prompt that is not in the cache
+NO_SLOT = -1
 
 
 @dataclass(frozen=True)
@@ -223,7 +224,7 @@ class Engine:
         head_weight = model.head_weight
         self.device = head_weight.device
         self.head_weight = head_weight
-        self.packed_head = pack(head_weight)
+        self.reordered_head = pack(head_weight)
         self.cache = KVCache.allocate(
             config=model.config,
             num_prompts=num_prompt_slots,
@@ -318,7 +319,7 @@ class Engine:
             self.close_thoughts(self.params.think_budget)
         rows = self.rows
         positions = self.cache.own_lengths
-        logits = project(rows.hidden, self.head_weight, None, self.packed_head)
+        logits = project(rows.hidden, self.head_weight, None, self.reordered_head)
         logits = logits.to(rows.full_logprobs.dtype)
         uniform = uniforms(rows.stream_keys, positions)
         drawn = draw_tokens(logits, uniform, self.params.temperature, self.params.truncation)

@@ -228,7 +228,7 @@ class KVCache:
 
 
 def _refilled(buffer: Tensor, values: Sequence[int] | Sequence[Sequence[int]]) -> Tensor:
-    """The buffer with new values, a new one where the shape changed: CUDA graphs read its address."""
+    """The buffer with new values: CUDA graphs read its address. A new one if the shape changed."""
     new = torch.tensor(values, device=buffer.device)
     if new.shape != buffer.shape:
         return new

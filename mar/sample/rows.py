@@ -1,4 +1,4 @@
-"""The device tensors of the sampler's row slots: what each row draws from, has written, and ends at."""
+"""The device tensors of the sampler's row slots: what each row draws from, writes, and ends at."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
@@ -84,7 +84,7 @@ class Rows:
     def record(
         self, positions: Int64[Tensor, " B"], drawn: DrawnTokens, stop_ids: Int64[Tensor, " n"]
     ) -> None:
-        """Write one token of every row at its position; end those at a stop token or their limit."""
+        """Write one token of every row at its position; end rows at a stop token or their limit."""
         column = torch.where(self.done, self.max_tokens, positions)[:, None]
         self.tokens.scatter_(1, column, drawn.tokens[:, None])
         self.sampler_logprobs.scatter_(1, column, drawn.sampler_logprobs[:, None])
