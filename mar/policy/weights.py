@@ -126,7 +126,7 @@ def save_model(
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json_object(path: Path) -> dict[str, Any]:
     """One JSON object of a checkpoint folder. Raises UserError naming the file."""
     try:
         content = json.loads(path.read_text())
@@ -150,7 +150,7 @@ def load_model(
     unexpected or of another shape.
     """
     folder = Path(folder)
-    config = ModelConfig.from_hf(read_json(folder / "config.json"))
+    config = ModelConfig.from_hf(read_json_object(folder / "config.json"))
     found = _read_tensors(folder)
     state: dict[str, Tensor] = {}
     for ours, parts in layout(config).items():
@@ -194,7 +194,7 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
     """All tensors of `model.safetensors`, or of the files that the index names."""
     files = [SINGLE]
     if (folder / INDEX).exists():
-        files = sorted(set(read_json(folder / INDEX).get("weight_map", {}).values()))
+        files = sorted(set(read_json_object(folder / INDEX).get("weight_map", {}).values()))
     tensors: dict[str, Tensor] = {}
     for file in files:
         path = folder / file

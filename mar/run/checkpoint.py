@@ -164,7 +164,12 @@ def _write(state: Any, folder: Path, step: int, keep: int, world: World) -> Path
         temporary.mkdir(parents=True)
     world.wait(world.checkpoint_group)
     try:
-        dcp.save(state, checkpoint_id=temporary, no_dist=world.size == 1, process_group=world.checkpoint_group)
+        dcp.save(
+            state,
+            checkpoint_id=temporary,
+            no_dist=world.size == 1,
+            process_group=world.checkpoint_group,
+        )
     except CheckpointException as error:
         # Not an Exception, a page long, and it hides a full disk behind an unexpected position.
         cause = next(iter(error.failures.values()))[0]
