@@ -37,6 +37,7 @@ from mar.files import (
 )
 from mar.measure.answer_sets import Item, item_of, read_item
 from mar.measure.baselines import Arm, arms_of, compared, document_of
+from mar.policy.lora import adapted
 from mar.policy.model import Decoder
 from mar.policy.sources import resolve_model
 from mar.policy.weights import load_model
@@ -44,7 +45,7 @@ from mar.records import Prompt
 from mar.run import checkpoint
 from mar.run.compose import compose, load_config
 from mar.run.console import Display
-from mar.run.setup import adapted, announce, load_data, make_prompts, sampling_params, verifier_of
+from mar.run.setup import announce, load_data, make_prompts, sampling_params, verifier_of
 from mar.run.summary import show
 from mar.sample.rollout import Scorer, judge_groups, make_decode, sample
 from mar.verify.programs import ProgramRunner
@@ -171,12 +172,18 @@ class Questions:
 
     def sampled(self, arm: Arm, prompts: Sequence[Prompt], model: Decoder) -> list[Item]:
         """The arm's sets for some of its prompts. More answers than in training get room in proportion."""
-        params = sampling_params(self.config, arm.grammar, self.tokenizer, self.decode)
+        params = sampling_params(self.config, arm.grammar, self.tokenizer)
         room = max(1.0, arm.grammar.num_answers / self.config.reward.num_answers)
         params = replace(params, max_tokens=int(params.max_tokens * room))
         identity = (self.config.seed, "eval", 0)
         groups, _ = sample(
-            model, prompts, arm.num_sets, params, self.config.sampler.kv_budget_tokens, identity
+            model,
+            prompts,
+            arm.num_sets,
+            params,
+            self.config.sampler.kv_budget_tokens,
+            identity,
+            decode=self.decode,
         )
         spec = RewardSpec(
             brier="paper" if arm.grammar.confident else "none"

@@ -76,7 +76,13 @@ def written(
     p = training.held_out
     params = replace(p.params, temperature=temperature)
     groups, _ = sample(
-        model, prompts, num_sets, params, p.kv_budget_tokens, (training.config.seed, stage, step)
+        model,
+        prompts,
+        num_sets,
+        params,
+        p.kv_budget_tokens,
+        (training.config.seed, stage, step),
+        decode=p.scorer.decode,
     )
     judged = judge_groups(prompts, groups, p.scorer)
     return [

@@ -42,6 +42,7 @@ def measure(
         kv_budget_tokens=held_out.kv_budget_tokens,
         identity=(held_out.seed, "eval", 0),
         share=world.share,
+        decode=scorer.decode,
     )
     judged = judge_groups(prompts[world.share], completions, scorer)
     rollouts = [group[0] for group in judged_only(world.gather(judged))]

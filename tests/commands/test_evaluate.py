@@ -418,7 +418,7 @@ def test_programs_are_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     )
     right, wrong = "def f(x):\n    return x * x", "def f(x):\n    return x + x"
 
-    def write(model, prompts, num_sets, params, *_):
+    def write(model, prompts, num_sets, params, *_, **__):
         group = []
         for g in range(num_sets):
             first, second = (right, right.replace("x", "y"))[:: 1 if g % 2 == 0 else -1]
