@@ -11,9 +11,11 @@ from mar import evaluate
 from mar.answers.grammar import Grammar, render
 from mar.answers.prompts import load_tokenizer
 from mar.errors import UserError
-from mar.measure.baselines import arms_of, at_tokens
+from mar.measure.baselines import build_arms
+from mar.measure.comparison import coverage_at_tokens
 from mar.measure.held_out import measure
 from mar.records import Completion
+from mar.run import answering
 from mar.run.compose import compose
 from mar.run.console import Display
 from mar.run.setup import build_training
@@ -90,7 +92,7 @@ def test_an_evaluation_holds_what_it_says(base: Path) -> None:
     equal = found["equal_tokens"][0]
     assert equal["policy"] == policy["curve"]["coverage"][0][0]
     assert equal["single"] == pytest.approx(
-        at_tokens(single["curve"], policy["curve"]["tokens"][0])
+        coverage_at_tokens(single["curve"], policy["curve"]["tokens"][0])
     )
 
 
@@ -111,7 +113,7 @@ def test_the_first_set_is_what_training_measures(base: Path, tmp_path: Path) -> 
 def test_an_interrupted_evaluation_goes_on(
     cut: str, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(evaluate, "ROWS_AT_ONCE", 4)  # two items of the policy at a time
+    monkeypatch.setattr(answering, "COMPLETIONS_PER_WRITE", 4)  # two items of the policy at a time
     evaluate.run(["base", *FEW, f"out={tmp_path / 'whole'}"], DISPLAY)
     expected = (tmp_path / "whole/eval_items.jsonl").read_bytes()
     lines = expected.splitlines(keepends=True)
@@ -119,11 +121,11 @@ def test_an_interrupted_evaluation_goes_on(
     kept = b"".join(lines[:4]) + lines[4][:40] if cut == "middle of a line" else b"".join(lines[:9])
     (tmp_path / "cut/eval_items.jsonl").write_bytes(kept)
     asked = []
-    sampled = evaluate.Questions.sampled
+    sample_items = answering.sample_items
     monkeypatch.setattr(
-        evaluate.Questions,
-        "sampled",
-        lambda self, arm, *rest: asked.append(arm.name) or sampled(self, arm, *rest),
+        answering,
+        "sample_items",
+        lambda arm, **rest: asked.append(arm.name) or sample_items(arm, **rest),
     )
     evaluate.run(["base", *FEW, f"out={tmp_path / 'cut'}"], DISPLAY)
     assert (tmp_path / "cut/eval_items.jsonl").read_bytes() == expected
@@ -311,14 +313,16 @@ def test_the_same_coverage_through_transformers_generate(tmp_path: Path) -> None
 
 
 def test_arms() -> None:
-    multi = {a.name: a for a in arms_of(Grammar("rlcr_multi", 3), 30, [1, 3, 5], trained=True)}
+    multi = {a.name: a for a in build_arms(Grammar("rlcr_multi", 3), 30, [1, 3, 5], trained=True)}
     assert list(multi) == ["policy", "base", "single", "prompted_k", "verbalized", "K=1", "K=5"]
     assert [a.num_sets for a in multi.values()] == [10, 1, 30, 1, 1, 1, 1]
     assert [n for n, a in multi.items() if a.trained] == ["policy", "K=1", "K=5"] and multi[
         "prompted_k"
     ].style == "prompted_k"
     assert multi["K=1"].grammar == Grammar("rlcr_multi", 1)
-    single = {a.name: a for a in arms_of(Grammar("rlvr_single", 1), 30, [1, 3, 5], trained=False)}
+    single = {
+        a.name: a for a in build_arms(Grammar("rlvr_single", 1), 30, [1, 3, 5], trained=False)
+    }
     assert (
         list(single) == ["policy", "prompted_k", "verbalized"] and single["policy"].num_sets == 30
     )
@@ -340,15 +344,15 @@ def test_words(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         ["eval.num_items=5", "+experiment=clinic"],
     )
     assert (
-        evaluate.sizes_of("2..4") == [2, 3, 4]
-        and evaluate.sizes_of("2,5") == [2, 5]
-        and evaluate.sizes_of("") == []
+        evaluate.parse_sizes("2..4") == [2, 3, 4]
+        and evaluate.parse_sizes("2,5") == [2, 5]
+        and evaluate.parse_sizes("") == []
     )
     curve = {"tokens": [10.0, 20.0], "coverage": [[0.5, 0, 1], [0.7, 0, 1]]}
     assert (
-        at_tokens(curve, 15) == pytest.approx(0.6)
-        and at_tokens(curve, 5) is None
-        and at_tokens(curve, 21) is None
+        coverage_at_tokens(curve, 15) == pytest.approx(0.6)
+        and coverage_at_tokens(curve, 5) is None
+        and coverage_at_tokens(curve, 21) is None
     )
 
 
@@ -402,7 +406,7 @@ def test_mistakes_are_one_sentence(
 
 def test_nothing_of_a_resampled_interval_depends_on_the_order_of_arms(base: Path) -> None:
     with pytest.raises(UserError, match="other questions"):
-        evaluate.compare_with(base, [], True)
+        answering.compare_with(base, [], True)
     assert np.isfinite(document(base)["arms"]["policy"]["metrics"]["coverage@3"]).all()
 
 
@@ -418,9 +422,9 @@ def test_programs_are_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     )
     right, wrong = "def f(x):\n    return x * x", "def f(x):\n    return x + x"
 
-    def write(model, prompts, num_sets, params, *_, **__):
+    def write(model, prompts, group_size, **_):
         group = []
-        for g in range(num_sets):
+        for g in range(group_size):
             first, second = (right, right.replace("x", "y"))[:: 1 if g % 2 == 0 else -1]
             ids = np.array(
                 tokenizer(
@@ -435,7 +439,7 @@ def test_programs_are_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         return [group for _ in prompts], None
 
     tokenizer = load_tokenizer(EMBEDDED)
-    monkeypatch.setattr("mar.evaluate.sample", write)
+    monkeypatch.setattr("mar.measure.baselines.sample", write)
     words = f"base +experiment=mbpp model=embedded data.source=path data.path={data} eval.num_items=3 k=6 num_answers= arms=policy"
     words += " reward.sandbox=unsafe"
     out = evaluate.run([*words.split(), f"out={tmp_path / 'out'}"], DISPLAY)

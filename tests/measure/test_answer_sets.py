@@ -11,21 +11,23 @@ from sklearn.metrics import roc_auc_score
 
 from mar.answers.grammar import Grammar, render
 from mar.answers.rewards import RewardSpec
-from mar.measure.answer_sets import (
-    Item,
-    auroc_of,
-    curves,
-    read_item,
+from mar.measure.answer_sets import Item, item_of_texts
+from mar.measure.baselines import Arm
+from mar.measure.bootstrap import mean_of, paired_difference, resample_weights, with_interval
+from mar.measure.bounds import ceiling_value, coverage_bounds, floor_coverage
+from mar.measure.comparison import summarise_arm
+from mar.measure.metrics import (
+    AnswerArrays,
+    compute_metrics,
+    ngram_jaccard,
+    plain_words,
+    ranking_quality,
     rouge_l,
     set_metrics,
-    shared,
-    statistics,
-    words,
+    set_value,
+    tv_distance,
+    union_curve,
 )
-from mar.measure.baselines import Arm, measured
-from mar.measure.bootstrap import difference, estimate, mean_of, resamples
-from mar.measure.bounds import bars, ceiling_value, floor_coverage
-from mar.measure.metrics import set_value, tv_distance, union_curve
 from mar.records import Completion, Example, Gold, Prompt
 from mar.sample.rollout import Scorer, judge_groups
 
@@ -57,7 +59,7 @@ def texts(rng, num=4, grammar=GRAMMAR):
 def items(seed=0, num=40, truth="exact", sets=4):
     rng = np.random.default_rng(seed + 1)
     return [
-        read_item(p, list(texts(rng, sets)), GRAMMAR, "text") for p in prompts(num, truth=truth)
+        item_of_texts(p, list(texts(rng, sets)), GRAMMAR, "text") for p in prompts(num, truth=truth)
     ]
 
 
@@ -77,7 +79,7 @@ def test_union_curve_is_the_mean_over_all_choices():
 
 
 def auroc(mass, q):
-    return value(auroc_of(mass, q))
+    return value(ranking_quality(mass, q))
 
 
 def test_auroc_agrees_with_scikit_learn():
@@ -105,16 +107,18 @@ def test_rouge_l_agrees_with_rouge_score():
             " ".join(rng.choice(["the", "Flu,", "gout", "0.35", "x-ray"], size=rng.integers(0, 12)))
             for _ in range(2)
         )
-        assert rouge_l(words(a), words(b)) == pytest.approx(
+        assert rouge_l(plain_words(a), plain_words(b)) == pytest.approx(
             scorer.score(a, b)["rougeL"].fmeasure, abs=1e-12
         )
 
 
 def test_overlap_by_hand():
-    assert shared("a b c d".split(), "b c d e".split()) == 3 / 5
-    assert shared("a b c d".split(), "b c d e".split(), 3) == 1 / 3
-    assert math.isnan(shared(["a"], ["b"], 3))
-    assert words("<think>No!</think><answer1>Gout</answer1><confidence1>0.5</confidence1>") == [
+    assert ngram_jaccard("a b c d".split(), "b c d e".split()) == 3 / 5
+    assert ngram_jaccard("a b c d".split(), "b c d e".split(), 3) == 1 / 3
+    assert math.isnan(ngram_jaccard(["a"], ["b"], 3))
+    assert plain_words(
+        "<think>No!</think><answer1>Gout</answer1><confidence1>0.5</confidence1>"
+    ) == [
         "no",
         "gout",
         "0",
@@ -137,7 +141,7 @@ def test_regret_is_zero_for_the_best_set_alone():
     for p in prompts(20):
         best = sorted(p.example.golds, key=lambda g: -g.probability)[:2]
         exact = np.array([[g.probability for g in best]])
-        item = read_item(
+        item = item_of_texts(
             p, [(render(GRAMMAR, [g.name for g in best], [0.5, 0.5]), 9)], GRAMMAR, "text"
         )
         all_masses = np.array([[g.probability for g in p.example.golds]])
@@ -147,7 +151,9 @@ def test_regret_is_zero_for_the_best_set_alone():
             == ceiling_value(all_masses, 2).item()
         )
         found.append(item)
-    assert value(statistics(found, True)["regret"]) > 0  # right answers, dishonest confidences
+    assert (
+        value(compute_metrics(AnswerArrays(found, True))["regret"]) > 0
+    )  # right answers, dishonest confidences
     assert set_value(np.array([[0.5, 0.0]]), np.array([[0.5, np.nan]])) == pytest.approx(
         [0.5 - (0.25 + 1) / 2]
     )
@@ -165,8 +171,8 @@ def test_one_set_an_item_measures_what_training_measures(truth):
                 [p], [[done]], Scorer(GRAMMAR, RewardSpec(), "text", lambda i: "".join(map(chr, i)))
             )[0][0]
         )
-        found.append(read_item(p, [(text, len(text))], GRAMMAR, "text"))
-    new = {name: value(s) for name, s in statistics(found, True).items()}
+        found.append(item_of_texts(p, [(text, len(text))], GRAMMAR, "text"))
+    new = {name: value(s) for name, s in compute_metrics(AnswerArrays(found, True)).items()}
     assert set_metrics(rollouts, "text", True)[0] == pytest.approx(new, abs=1e-12)
     assert ("q_mse" in new) == (truth == "exact")
     assert new["format_rate"] < 1
@@ -176,13 +182,13 @@ def test_a_format_failure_is_wrong_in_every_metric():
     p = next(iter(prompts(1)))
     target = p.example.targets()[0].name
     good = render(GRAMMAR, [target, "x"], [0.9, 0.1])
-    item = read_item(p, [(good + " trailing", 9), (good, 9)], GRAMMAR, "text")
+    item = item_of_texts(p, [(good + " trailing", 9), (good, 9)], GRAMMAR, "text")
     assert (
         item.sets[0].reason == "trailing_text"
         and item.sets[0].hits == (0, 0)
         and item.sets[0].mass == (0, 0)
     )
-    found = {n: value(s) for n, s in statistics([item], True).items()}
+    found = {n: value(s) for n, s in compute_metrics(AnswerArrays([item], True)).items()}
     assert (
         found["format_rate"] == 0.5
         and found["recall@2"] == 0.5
@@ -201,15 +207,15 @@ def test_coverage_and_unique_answers_of_several_sets():
         Example("e", "t", "?", (Gold("flu", ("grippe",)), Gold("gout")), "uniform", True), "?", (1,)
     )
     sets = [("flu", "x"), ("Grippe!", "gout"), ("x", "the X")]
-    item = read_item(p, [(render(GRAMMAR, s, (0.5, 0.5)), 3) for s in sets], GRAMMAR, "text")
-    each = curves([item])
-    assert each["coverage"][0] == pytest.approx(
+    item = item_of_texts(p, [(render(GRAMMAR, s, (0.5, 0.5)), 3) for s in sets], GRAMMAR, "text")
+    each = AnswerArrays([item], True)
+    assert each.coverage_curve[0] == pytest.approx(
         [(1 + 2 + 0) / 3, (2 + 1 + 2) / 3, 2]
     )  # aliases are one gold
-    assert each["unique"][0] == pytest.approx([(2 + 2 + 1) / 3, (3 + 2 + 3) / 3, 3])
-    assert each["pass"][0] == pytest.approx([2 / 3, 1, 1])
+    assert each.unique_curve[0] == pytest.approx([(2 + 2 + 1) / 3, (3 + 2 + 3) / 3, 3])
+    assert each.pass_curve[0] == pytest.approx([2 / 3, 1, 1])
     assert [s.repeated for s in item.sets] == [(False, False), (False, False), (False, True)]
-    found = {n: value(s) for n, s in statistics([item], True).items()}
+    found = {n: value(s) for n, s in compute_metrics(AnswerArrays([item], True)).items()}
     assert (
         found["recall@2"] == pytest.approx(0.5)
         and found["precision"] == pytest.approx(3 / 6)
@@ -219,24 +225,26 @@ def test_coverage_and_unique_answers_of_several_sets():
 
 def test_set_ece_and_top1_conf():
     p = Prompt(Example("e", "t", "?", (Gold("flu"),), "single"), "?", (1,))
-    item = read_item(p, [(render(GRAMMAR, ("x", "flu"), (0.15, 0.8)), 3)], GRAMMAR, "text")
-    found = {n: value(s) for n, s in statistics([item], True).items()}
+    item = item_of_texts(p, [(render(GRAMMAR, ("x", "flu"), (0.15, 0.8)), 3)], GRAMMAR, "text")
+    found = {n: value(s) for n, s in compute_metrics(AnswerArrays([item], True)).items()}
     assert (
         found["top1"] == 0 and found["top1_conf"] == 1 and found["ece_top1"] == pytest.approx(0.15)
     )
     assert found["set_ece"] == pytest.approx(0.05)  # says .95 that one of them is right
-    assert not {"brier", "ece", "auroc", "value"} & set(statistics([item], False))
+    assert not {"brier", "ece", "auroc", "value"} & set(
+        compute_metrics(AnswerArrays([item], False))
+    )
 
 
 def test_a_resample_is_the_metric_of_the_resampled_items():
     found = items()
-    counts = resamples(len(found))[:5]
+    counts = resample_weights(len(found))[:5]
     again = [
         [item for item, n in zip(found, row, strict=True) for _ in range(int(n))] for row in counts
     ]
-    original = statistics(found, True)
+    original = compute_metrics(AnswerArrays(found, True))
     for row, repeated in zip(counts, again, strict=True):
-        for name, statistic in statistics(repeated, True).items():
+        for name, statistic in compute_metrics(AnswerArrays(repeated, True)).items():
             assert original[name].value(row @ original[name].columns).item() == pytest.approx(
                 value(statistic), nan_ok=True
             ), name
@@ -246,17 +254,17 @@ def test_a_resample_is_the_metric_of_the_resampled_items():
 def test_intervals_cover_and_pairing_narrows_them():
     rng = np.random.default_rng(5)
     x, noise = rng.normal(size=500), rng.normal(size=500) * 0.1
-    weights, a, b = resamples(500), mean_of(x), mean_of(x + 0.05 + noise)
-    middle, low, high = estimate(a, weights)
+    weights, a, b = resample_weights(500), mean_of(x), mean_of(x + 0.05 + noise)
+    middle, low, high = with_interval(a, weights)
     assert middle == pytest.approx(x.mean()) and (high - low) / 2 == pytest.approx(
         1.96 / math.sqrt(500), rel=0.1
     )
-    gap, low, high = difference(b, a, weights)
+    gap, low, high = paired_difference(b, a, weights)
     assert 0 < low < gap < high < 0.1 and gap == pytest.approx(0.05 + noise.mean())
-    np.testing.assert_array_equal(weights, resamples(500))
+    np.testing.assert_array_equal(weights, resample_weights(500))
     assert (
         weights.sum(1) == pytest.approx(500)
-        and estimate(mean_of(np.full(3, np.nan)), resamples(3)) == [None] * 3
+        and with_interval(mean_of(np.full(3, np.nan)), resample_weights(3)) == [None] * 3
     )
 
 
@@ -269,7 +277,7 @@ def test_rows_come_back():
 
 def test_what_is_said_of_an_arm_by_hand():
     found = items(num=60)
-    said = measured(Arm("policy", "", GRAMMAR, 4), found)
+    said = summarise_arm(Arm("policy", "", GRAMMAR, 4), found)
     slots = [
         pair
         for i in found
@@ -297,10 +305,10 @@ def test_what_is_said_of_an_arm_by_hand():
 def test_bars_agree_with_the_exact_floor():
     examples = [p.example for p in prompts(300)]
     p = np.array([[g.probability for g in e.golds] for e in examples])
-    found = bars(examples, 7)
+    found = coverage_bounds(examples, 7)
     exact = [floor_coverage(p, k).mean() for k in range(1, 6)]
     assert found["floor"][:5] == pytest.approx(exact, abs=0.003) and found["floor"][
         4:
     ] == pytest.approx([1] * 3)
     assert found["ceiling"][1] == pytest.approx(np.sort(p)[:, -2:].sum(1).mean())
-    assert bars([next(iter(prompts(1, truth="uniform"))).example], 3) is None
+    assert coverage_bounds([next(iter(prompts(1, truth="uniform"))).example], 3) is None

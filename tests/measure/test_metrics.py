@@ -9,9 +9,9 @@ from scipy import stats
 from sklearn.calibration import calibration_curve
 from sklearn.metrics import brier_score_loss
 
-from mar.measure.answer_sets import ece_of, set_metrics
-from mar.measure.bootstrap import student
+from mar.measure.bootstrap import student_t_95
 from mar.measure.bounds import gap_closed, known_bounds
+from mar.measure.metrics import calibration_error, set_metrics
 from mar.records import Completion, Example, Gold, Prompt, Rollout
 from mar.verify.matching import matching_increments, repeats
 from mar.verify.verifiers import VERIFIERS
@@ -60,7 +60,7 @@ def measured(rollouts, confident=True):
 
 
 def ece(mass, confidence):
-    statistic = ece_of(mass, confidence)
+    statistic = calibration_error(mass, confidence)
     return statistic.value(statistic.columns.sum(0)).item()
 
 
@@ -241,4 +241,4 @@ def test_slots_are_judged_against_their_own_item():
 
 
 def test_students_point_is_right_to_two_hundredths():
-    assert max(abs(student(n) - stats.t.ppf(0.975, n)) for n in range(1, 200)) < 0.02
+    assert max(abs(student_t_95(n) - stats.t.ppf(0.975, n)) for n in range(1, 200)) < 0.02

@@ -9,7 +9,6 @@ import torch
 from safetensors.torch import load_file
 
 from mar.errors import UserError
-from mar.evaluate import Target, load_weights
 from mar.export import export
 from mar.policy.attention import pack_groups
 from mar.policy.lora import adapted, add_adapters, merge, save_adapters, trainable_pattern
@@ -18,6 +17,8 @@ from mar.policy.sources import resolve_model
 from mar.policy.weights import layout, load_model, split_state
 from mar.run import checkpoint
 from mar.run.compose import compose
+from mar.run.answering import Target, load_weights
+from mar.run.setup import adapted
 from mar.train import run
 
 EMBEDDED = resolve_model("embedded", "embedded", None)[0]
