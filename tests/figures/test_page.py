@@ -15,8 +15,9 @@ pytest.importorskip("matplotlib", reason="figures need matplotlib: pip install '
 from mar import evaluate, show
 from mar import report as report_command
 from mar.errors import UserError
-from mar.figures import page as report_page
 from mar.figures import plots
+from mar.figures.page import fill_template, write_report
+from mar.figures.runs import Run, over_seeds, read_run
 from mar.run.compose import compose
 from mar.run.console import Display
 from mar.train import run
@@ -78,7 +79,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 @pytest.fixture(scope="module")
 def page(runs: list[Path]) -> Path:
-    return report_page.report([runs[0]], None)
+    return write_report([runs[0]], None)
 
 
 def data_of(file: Path) -> dict:
@@ -177,22 +178,20 @@ def test_rollouts_carry_advantages_and_named_components(page: Path) -> None:
 
 
 def test_pairs_and_sweeps(runs: list[Path], tmp_path: Path) -> None:
-    pair = data_of(report_page.report([runs[0], runs[2]], tmp_path / "pair.html"))
+    pair = data_of(write_report([runs[0], runs[2]], tmp_path / "pair.html"))
     assert table(pair, "What differs")["rows"] == [
         ["eval.every", "2", "0"],
         ["reward.objective", "multi_rlcr", "multi_rlvr"],
     ]
     assert set(pair["figures"]) >= {"learning curves", "coverage"} and pair["rollouts"] is None
-    sweep = table(
-        data_of(report_page.report([runs[1].parents[2]], tmp_path / "sweep.html")), "Settings"
-    )
+    sweep = table(data_of(write_report([runs[1].parents[2]], tmp_path / "sweep.html")), "Settings")
     assert [row[1] for row in sweep["rows"]] == [1, 1, 1]  # eval.every differs too
     shutil.copytree(runs[1], tmp_path / "again/seed1")
     shutil.copytree(runs[1], tmp_path / "again/seed1~1")
     assert (
-        table(
-            data_of(report_page.report([tmp_path / "again"], tmp_path / "again.html")), "Settings"
-        )["rows"][0][1]
+        table(data_of(write_report([tmp_path / "again"], tmp_path / "again.html")), "Settings")[
+            "rows"
+        ][0][1]
         == 1
     )  # one seed
     for other in (
@@ -202,29 +201,29 @@ def test_pairs_and_sweeps(runs: list[Path], tmp_path: Path) -> None:
         (tmp_path / other).mkdir(parents=True)
         (tmp_path / other / "config.yaml").write_text("wandb: 1\n")
     assert (
-        table(
-            data_of(report_page.report([tmp_path / "again"], tmp_path / "again.html")), "Settings"
-        )["rows"][0][1]
+        table(data_of(write_report([tmp_path / "again"], tmp_path / "again.html")), "Settings")[
+            "rows"
+        ][0][1]
         == 1
     )
     (
         tmp_path / "again/seed1/eval.json"
     ).unlink()  # unfinished: the finished one of the same seed stands for both
     assert (
-        table(
-            data_of(report_page.report([tmp_path / "again"], tmp_path / "again.html")), "Settings"
-        )["rows"][0][1]
+        table(data_of(write_report([tmp_path / "again"], tmp_path / "again.html")), "Settings")[
+            "rows"
+        ][0][1]
         == 1
     )
-    same = [report_page.read_run(r) for r in (runs[1], runs[1])]
-    mean, low, high = report_page.over_seeds(same, "top1")
+    same = [read_run(r) for r in (runs[1], runs[1])]
+    mean, low, high = over_seeds(same, "top1")
     assert mean == low == high == same[0].document["after"]["top1"]
-    two = [report_page.Run(Path(), {}, [], {"after": {"x": v}}, {}, []) for v in (1.0, 3.0)]
-    assert report_page.over_seeds(two, "x") == pytest.approx(
+    two = [Run(Path(), {}, [], {"after": {"x": v}}, {}, []) for v in (1.0, 3.0)]
+    assert over_seeds(two, "x") == pytest.approx(
         [2, 2 - 12.71, 2 + 12.71]
     )  # t = 12.71, standard error 1
-    many = [report_page.Run(Path(), {}, [], {"after": {"x": float(v)}}, {}, []) for v in range(21)]
-    assert report_page.over_seeds(many, "x") == pytest.approx(
+    many = [Run(Path(), {}, [], {"after": {"x": float(v)}}, {}, []) for v in range(21)]
+    assert over_seeds(many, "x") == pytest.approx(
         [10, 10 - 2.086 * 1.354, 10 + 2.086 * 1.354], abs=0.01
     )
 
@@ -289,7 +288,7 @@ def test_in_a_browser(width: int, page: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["script", "quote"])
 def test_no_text_leaves_its_element(name: str, tmp_path: Path) -> None:
     text = {"script": "</SCRIPT >", "quote": "\"'`${x}&lt;\ud800"}[name]
-    report_page.write({"title": text}, tmp_path / "r.html")
+    fill_template({"title": text}, tmp_path / "r.html")
     written = (tmp_path / "r.html").read_text(encoding="utf-8")
     assert Scripts(written).tags.count("script") == 2 and "</SCRIPT" not in written
     assert data_of(tmp_path / "r.html")["title"] == text.replace("\ud800", "?")
@@ -360,7 +359,7 @@ def test_mistakes_are_one_sentence(
 
 def test_an_unfinished_run_says_so(tmp_path: Path) -> None:
     folder = train(tmp_path, "train.stop_at=2", "eval.every=1")
-    data = data_of(report_page.report([folder], None))
+    data = data_of(write_report([folder], None))
     assert any("unfinished: step 2 of 3" in note for note in data["notes"])
     assert table(data, "Headline")["columns"] == ["", "floor", "before", "latest", "ceiling"]
 
@@ -390,9 +389,9 @@ def test_every_arm_has_a_look_of_its_own() -> None:
         "K=2",
         "multi_rlcr",
     )
-    looks = {name: look for look, name, _ in plots._arms(dict.fromkeys(names, {}))}
+    looks = {name: look for name, _, look in plots._with_looks(dict.fromkeys(names, {}))}
     assert len({tuple(sorted(look.items())) for look in looks.values()}) == len(names)
-    alone = {name: look for look, name, _ in plots._arms({"single": {}, "multi_rlcr": {}})}
+    alone = {name: look for name, _, look in plots._with_looks({"single": {}, "multi_rlcr": {}})}
     assert all(looks[name] == alone[name] for name in alone), (
         "a method looks the same in every figure"
     )
