@@ -438,7 +438,7 @@ def test_show_marks_what_is_right(tmp_path: Path) -> None:
         "parts": {"format": 0.5},
         "sample": 0,
     }
-    text = show.shown(row)
+    text = show.render_completion(row)
     assert [show.verdict(row, k) for k in range(3)] == ["right", "repeated", "wrong"]
     assert (
         "\x1b" not in text.plain
