@@ -85,10 +85,7 @@ def of_one(end: dict[str, Any]) -> str:
     coverage = next(iter(end["floor"]))
     return table(
         ["", *stages],
-        [
-            [m, *(format_metric(end[stage][m]) for stage in stages)]
-            for m in (coverage, *HEADLINE)
-        ],
+        [[m, *(format_metric(end[stage][m]) for stage in stages)] for m in (coverage, *HEADLINE)],
     )
 
 

@@ -34,7 +34,6 @@ from mar.files import write_json
 from mar.measure.answer_sets import Item
 from mar.measure.baselines import Arm, build_arms
 from mar.measure.comparison import compare_arms
-from mar.run.console import Display
 from mar.run.answering import (
     answer_questions,
     compare_with,
@@ -42,6 +41,7 @@ from mar.run.answering import (
     prepare_questions,
     read_given_texts,
 )
+from mar.run.console import Display
 from mar.run.summary import show_evaluation
 
 # Option -> its default.

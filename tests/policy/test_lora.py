@@ -16,8 +16,8 @@ from mar.policy.model import Decoder, ModelConfig
 from mar.policy.sources import resolve_model
 from mar.policy.weights import layout, load_model, split_state
 from mar.run import checkpoint
-from mar.run.compose import compose
 from mar.run.answering import Target, load_weights
+from mar.run.compose import compose
 from mar.run.setup import adapted
 from mar.train import run
 
