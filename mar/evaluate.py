@@ -17,8 +17,8 @@ Options:
     against=<folder>   a paired comparison with another evaluation
 All other words are settings, e.g. eval.num_items=500.
 
-It writes `eval_items.jsonl`, one line per arm and item, and `evaluation.json`. The same command goes
-on where it was interrupted; draws depend on seed and item alone.
+It writes `eval_items.jsonl`, one line per arm and item, and `evaluation.json`. The same command
+goes on where it was interrupted; draws depend on seed and item alone.
 """
 
 import re

@@ -1,8 +1,8 @@
 """One self-contained HTML file about runs:  python -m mar.report RUN | FOLDER | RUN_A RUN_B
 
-A run: its headline with intervals, figures, rollouts with their advantages, config, environment. Two
-runs: what differs, and their curves in the same figures. A folder of runs: one line for each setting
-with mean, interval and number of seeds. The file needs no network.
+A run: its headline with intervals, figures, rollouts with their advantages, config, environment.
+Two runs: what differs, and their curves in the same figures. A folder of runs: one line for each
+setting with mean, interval and number of seeds. The file needs no network.
 """
 
 import argparse

@@ -1,7 +1,7 @@
 """The report: one self-contained HTML file about a run, two runs, or a folder of runs.
 
-`page_data` collects what the template report.html shows; `write_report` reads the runs and fills it.
-The file needs no network. What a model wrote reaches the page as text only.
+`page_data` collects what the template report.html shows; `write_report` reads the runs and fills
+it. The file needs no network. What a model wrote reaches the page as text only.
 """
 
 import base64
@@ -73,11 +73,7 @@ def page_data(runs: Sequence[Run], title: str) -> dict[str, Any]:
     """Everything that the template shows."""
     groups = group_by_setting(runs)
     faults = [fault for run in runs for fault in run.faults]
-    notes = [
-        f"{run.path} is unfinished: step {run.metrics[-1]['step']} of {run.config['train']['steps']}"
-        for run in runs
-        if not run.finished
-    ]
+    notes = [_unfinished_note(run) for run in runs if not run.finished]
     rollouts = None
     if len(runs) == 1:
         tables = [headline(runs[0])]
@@ -109,6 +105,11 @@ def page_data(runs: Sequence[Run], title: str) -> dict[str, Any]:
     }
     filled: dict[str, Any] = plain(data)
     return filled
+
+
+def _unfinished_note(run: Run) -> str:
+    step, num_steps = run.metrics[-1]["step"], run.config["train"]["steps"]
+    return f"{run.path} is unfinished: step {step} of {num_steps}"
 
 
 def browser_data(run: Run) -> tuple[dict[str, Any], list[str]]:
@@ -200,7 +201,7 @@ def data_url(figure: Figure) -> str:
 
 
 def fill_template(data: Mapping[str, Any], path: Path) -> None:
-    """Put the data into a script element of the template. Escaping `<` keeps them from ending it."""
+    """Put the data into a script element of the template; escaping `<` keeps it from ending."""
     text = json.dumps(data, ensure_ascii=False, allow_nan=False)
     for sign in "<>&\u2028\u2029":
         text = text.replace(sign, f"\\u{ord(sign):04x}")

@@ -75,18 +75,22 @@ def read_run(folder: Path) -> Run:
 
 
 def group_by_setting(runs: Sequence[Run]) -> dict[str, list[Run]]:
-    """Runs whose configs differ by their seed alone, under a name that says what is special here."""
+    """Runs whose configs differ by their seed alone, under a name that says what is special."""
     keys = _distinguishing_keys(runs)
     groups: dict[str, dict[int, Run]] = defaultdict(dict)
     for run in runs:
         config = flatten(run.config)
-        special = [f"{key.rpartition('.')[2]}={config.get(key)}" for key in keys]
+        special = [f"{_last_part(key)}={config.get(key)}" for key in keys]
         setting = ", ".join(special) or str(run.config["name"])
         # A seed counts once. Of seed0 and seed0~1, an older run of the same, the finished one does.
         other = groups[setting].get(config["seed"])
         if other is None or (run.finished and not other.finished):
             groups[setting][config["seed"]] = run
     return {setting: list(by_seed.values()) for setting, by_seed in groups.items()}
+
+
+def _last_part(key: str) -> str:
+    return key.rpartition(".")[2]
 
 
 def _distinguishing_keys(runs: Sequence[Run]) -> list[str]:

@@ -1,7 +1,7 @@
 """What a policy is compared with: the same model untrained, and other ways of asking for answers.
 
-An *arm*, as of a clinical trial, is one of the conditions that an evaluation compares: the policy as
-it was trained to answer, each of its baselines, and the policy asked for sets of another size.
+An *arm*, as of a clinical trial, is one of the conditions that an evaluation compares: the policy
+as it was trained to answer, each of its baselines, and the policy asked for sets of another size.
 """
 
 from collections.abc import Sequence
@@ -36,8 +36,9 @@ class Arm:
 def build_arms(grammar: Grammar, k: int, sizes: Sequence[int], trained: bool) -> list[Arm]:
     """The policy (always first), its baselines, and sets of other sizes.
 
-    Each question gets k answers: k // K sets of a policy that gives K answers at once, k completions
-    of a single one. trained: there is a trained policy; else all arms have the same weights.
+    Each question gets k answers: k // K sets of a policy that gives K answers at once, k
+    completions of a single one. trained: there is a trained policy; else all arms have the same
+    weights.
     """
     K = grammar.num_answers
     confident = grammar.confident
@@ -78,7 +79,8 @@ def build_arms(grammar: Grammar, k: int, sizes: Sequence[int], trained: bool) ->
     )
     prompted = Arm(
         name="prompted_k",
-        description=f"{untrained}, prompted for K: asked only to list {several.num_answers} answers",
+        description=f"{untrained}, prompted for K: "
+        f"asked only to list {several.num_answers} answers",
         grammar=several,
         num_sets=1,
         style="prompted_k",
@@ -142,8 +144,8 @@ def sample_items(
     unjudged = sum(rollout.unjudged > 0 for group in rollouts for rollout in group)
     if unjudged:
         raise UserError(
-            f"{unjudged} completions could not be judged, the sandbox or judge has stopped working: "
-            "the same command goes on"
+            f"{unjudged} completions could not be judged, "
+            "the sandbox or judge has stopped working: the same command goes on"
         )
     return [
         item_of_rollouts(prompt, group, verifier)

@@ -67,7 +67,7 @@ def with_interval(statistic: Statistic, weights: np.ndarray) -> list[float | Non
 
 
 def paired_difference(a: Statistic, b: Statistic, weights: np.ndarray) -> list[float | None]:
-    """[a - b, low, high] of two policies on the same items, both resampled with the same weights."""
+    """[a - b, low, high] of two policies on the same items, both resampled together."""
     value = (a.value(a.columns.sum(0)) - b.value(b.columns.sum(0))).item()
     resampled = a.value(weights @ a.columns) - b.value(weights @ b.columns)
     return [_none_if_nan(value), *_percentile_interval(resampled)]

@@ -1,7 +1,7 @@
 """Floor and ceiling of a task whose posterior is known exactly.
 
-Floor: K distinct answers drawn from the posterior. Ceiling: its K most probable answers, with honest
-confidences. `p` [P, golds] holds the probability that each gold is the label of each item.
+Floor: K distinct answers drawn from the posterior. Ceiling: its K most probable answers, with
+honest confidences. `p` [P, golds] holds the probability that each gold is the label of each item.
 """
 
 from collections.abc import Sequence
@@ -56,8 +56,8 @@ def inclusion_probabilities(p: np.ndarray, k: int) -> np.ndarray:
     """P(a gold is among the first k draws without replacement), in proportion to `p`.
 
     p [golds] or [P, golds]; the result has the same shape and its rows sum to k. These are
-    Plackett-Luce draws. Let gold i arrive after an exponential time of rate p_i: golds arrive in the
-    order of the draws, so
+    Plackett-Luce draws. Let gold i arrive after an exponential time of rate p_i: golds arrive in
+    the order of the draws, so
         P(i) = integral of p_i exp(-p_i t) P(fewer than k others arrived by t) dt.
     With t = exp(x) the integrand is analytic and the trapezoidal rule converges exponentially: the
     error is below 1e-9. Golds of probability 0 come after all others, at equal chance. Raises

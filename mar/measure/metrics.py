@@ -1,7 +1,7 @@
 """Every metric of answer sets: one function and one entry in METRICS each.
 
-To add a metric, write a function from `AnswerArrays` to a `Statistic` and enter it in METRICS: it is
-then logged at every training step (`train/...`), in `eval.json` with its interval, and by
+To add a metric, write a function from `AnswerArrays` to a `Statistic` and enter it in METRICS: it
+is then logged at every training step (`train/...`), in `eval.json` with its interval, and by
 `mar.evaluate`. README.md says what each one means.
 
 Shapes: P prompts (the items), G sets of each item, K answers in a set. A format failure counts as
@@ -219,7 +219,7 @@ def overlap(a: AnswerArrays, similarity: Callable[[Words, Words], float]) -> Sta
 
 
 def plain_words(text: str) -> list[str]:
-    """Lower-case words and numbers of a completion without its tags, cut as rouge-score cuts them."""
+    """Lower-case words and numbers of a completion without its tags, as rouge-score cuts them."""
     return re.findall("[a-z0-9]+", RESERVED_TAG.sub(" ", text).lower())
 
 
@@ -291,7 +291,7 @@ def set_ece(a: AnswerArrays) -> Statistic:
 
 
 def brier_loss(mass: np.ndarray, confidence: np.ndarray) -> np.ndarray:
-    """E(q - y)^2 of each slot, where y = 1 with probability `mass`; 1 without a confidence (nan)."""
+    """E(q - y)^2 of each slot, where y = 1 with probability `mass`; 1 without a confidence."""
     loss = mass * (confidence - 1) ** 2 + (1 - mass) * confidence**2
     return np.where(np.isnan(confidence), 1.0, loss)
 
@@ -489,7 +489,7 @@ def compute_metrics(arrays: AnswerArrays) -> dict[str, Statistic]:
 def set_metrics(
     rollouts: Sequence[Rollout], verifier: How, confident: bool
 ) -> tuple[dict[str, float | None], dict[str, Statistic]]:
-    """Every metric of rollouts, one set each: its value, None where undefined, and its statistic."""
+    """Every metric of rollouts, one set each: values (None where undefined) and statistics."""
     items = [item_of_rollouts(r.prompt, [r], verifier) for r in rollouts]
     statistics = compute_metrics(AnswerArrays(items, confident))
     values = {name: point_estimate(statistic) for name, statistic in statistics.items()}

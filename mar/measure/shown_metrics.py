@@ -48,7 +48,7 @@ def headline_metrics(num_answers: int) -> tuple[str, ...]:
 
 
 def evaluation_metrics(num_answers: int, most_answers: int) -> tuple[str, ...]:
-    """Coverage of one set and of all sets of an item, distinct answers in these, then EVALUATION."""
+    """Coverage of one set and of all sets of an item, unique answers of all, then EVALUATION."""
     return (
         f"coverage@{num_answers}",
         f"coverage@{most_answers}",

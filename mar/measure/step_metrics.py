@@ -1,4 +1,4 @@
-"""What is logged of one training step, besides what the updates say themselves (learn/update.py)."""
+"""What is logged of one training step, beside what the updates say (learn/update.py)."""
 
 from collections.abc import Sequence
 from typing import Any

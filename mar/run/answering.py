@@ -143,7 +143,8 @@ def prepare_questions(
     examples = load_data(config, split, config.data.num_eval, 0, display)
     if not examples:
         raise UserError(
-            f"the evaluation set is empty: data.eval_split={split} of {config.data.task} has no rows"
+            "the evaluation set is empty: "
+            f"data.eval_split={split} of {config.data.task} has no rows"
         )
     asked: dict[str, dict[str, Prompt]] = {}
     for arm in arms:

@@ -1,4 +1,5 @@
-"""The command on the embedded model: the same bytes again, after an interruption too; texts from outside; every mistake in one sentence."""
+"""`mar.evaluate` on the embedded model: the same bytes again, also after an interruption; texts
+from outside; every mistake in one sentence."""
 
 import json
 from pathlib import Path
@@ -130,9 +131,8 @@ def test_an_interrupted_evaluation_goes_on(
     evaluate.run(["base", *FEW, f"out={tmp_path / 'cut'}"], DISPLAY)
     assert (tmp_path / "cut/eval_items.jsonl").read_bytes() == expected
     assert document(tmp_path / "cut") == document(tmp_path / "whole")
-    assert asked.count("policy") == (
-        2 if cut == "middle of a line" else 0
-    )  # the third item is half a chunk: asked again
+    # The third item is half a chunk: it is asked again.
+    assert asked.count("policy") == (2 if cut == "middle of a line" else 0)
     assert [row["metrics"] for row in document(base)["arms"].values()] == [
         row["metrics"] for row in document(tmp_path / "cut")["arms"].values()
     ]
@@ -146,9 +146,8 @@ def test_an_item_that_is_too_long_for_one_arm_is_asked_of_none(base: Path, tmp_p
     }
     limit = sorted(lengths["policy"].values())[2]
     kept = [id for id, length in lengths["policy"].items() if length <= limit]
-    assert (
-        len(kept) < 5 and max(lengths["single"].values()) <= limit
-    )  # asked for one answer, all would fit
+    assert len(kept) < 5
+    assert max(lengths["single"].values()) <= limit  # asked for one answer, all would fit
     evaluate.run(["base", *FEW, f"model.max_prompt_tokens={limit}", f"out={tmp_path}"], DISPLAY)
     again = [
         json.loads(line) for line in (tmp_path / "eval_items.jsonl").read_text().splitlines()[1:]
@@ -165,10 +164,8 @@ def test_another_evaluation_is_not_mixed_in(
     evaluate.run(words, DISPLAY)
     evaluate.run([*words, "seed=1"], Display("plain", 0, 0))
     assert "belongs to another evaluation" in capsys.readouterr().out
-    assert (
-        json.loads((tmp_path / "eval_items.jsonl").read_text().splitlines()[0])["protocol"]["seed"]
-        == 1
-    )
+    header = json.loads((tmp_path / "eval_items.jsonl").read_text().splitlines()[0])
+    assert header["protocol"]["seed"] == 1
 
 
 def test_completions_of_others_measure_alike(
@@ -189,19 +186,15 @@ def test_completions_of_others_measure_alike(
         Display("plain", 0, 0),
     )
     said = " ".join(capsys.readouterr().out.split())
-    assert (
-        "10 of 11 texts: 2 for each of 5 of 7 questions" in said
-        and "Skipped 1 broken line(s)" in said
-        and ":12" in said
-    )
-    ours, theirs = (
-        document(base)["arms"]["policy"]["metrics"],
-        document(tmp_path)["arms"]["policy"]["metrics"],
-    )
+    assert "10 of 11 texts: 2 for each of 5 of 7 questions" in said
+    assert "skipped 1 broken line(s)" in said
+    assert ":12" in said
+    ours = document(base)["arms"]["policy"]["metrics"]
+    theirs = document(tmp_path)["arms"]["policy"]["metrics"]
     for name in ours:
         if name != "tokens_per_set":
             assert theirs[name] == ours[name], name
-    # a stop token is no text: one token a set less, when counted from the text
+    # The stop token is no text: one token a set less when counted from the text.
     assert theirs["tokens_per_set"][0] == pytest.approx(ours["tokens_per_set"][0] - 1, abs=0.5)
 
 
@@ -228,7 +221,7 @@ def test_a_run_against_its_untrained_self(
         for line in (out / "eval_items.jsonl").read_text().splitlines()
         if "arm" in (row := json.loads(line))
     }
-    assert rows["policy"]["sets"] != rows["base"]["sets"]  # a step of lr .1 did change it
+    assert rows["policy"]["sets"] != rows["base"]["sets"]  # the step has changed the policy
     middle, low, high = found["paired"]["policy - base"]["coverage@3"]
     arms = found["arms"]
     assert middle == pytest.approx(
@@ -316,24 +309,24 @@ def test_arms() -> None:
     multi = {a.name: a for a in build_arms(Grammar("rlcr_multi", 3), 30, [1, 3, 5], trained=True)}
     assert list(multi) == ["policy", "base", "single", "prompted_k", "verbalized", "K=1", "K=5"]
     assert [a.num_sets for a in multi.values()] == [10, 1, 30, 1, 1, 1, 1]
-    assert [n for n, a in multi.items() if a.trained] == ["policy", "K=1", "K=5"] and multi[
-        "prompted_k"
-    ].style == "prompted_k"
+    assert [n for n, a in multi.items() if a.trained] == ["policy", "K=1", "K=5"]
+    assert multi["prompted_k"].style == "prompted_k"
     assert multi["K=1"].grammar == Grammar("rlcr_multi", 1)
     single = {
         a.name: a for a in build_arms(Grammar("rlvr_single", 1), 30, [1, 3, 5], trained=False)
     }
-    assert (
-        list(single) == ["policy", "prompted_k", "verbalized"] and single["policy"].num_sets == 30
-    )
+    assert list(single) == ["policy", "prompted_k", "verbalized"]
+    assert single["policy"].num_sets == 30
     assert single["prompted_k"].grammar == Grammar("rlvr_multi", 3)
 
 
 def test_words(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    training = tmp_path / "algo.credit=own/seed0"
-    training.mkdir(parents=True)
-    assert evaluate.split_words([str(training), "seed=1"])[::2] == (str(training), ["seed=1"])
-    assert evaluate.main(["--help"]) == 0 and "completions=file.jsonl" in capsys.readouterr().out
+    run_of_sweep = tmp_path / "algo.credit=own/seed0"
+    run_of_sweep.mkdir(parents=True)
+    target, _, settings = evaluate.split_words([str(run_of_sweep), "seed=1"])
+    assert (target, settings) == (str(run_of_sweep), ["seed=1"])
+    assert evaluate.main(["--help"]) == 0
+    assert "completions=file.jsonl" in capsys.readouterr().out
     name, options, settings = evaluate.split_words(
         ["runs/x", "k=6", "eval.num_items=5", "+experiment=clinic", "completions="]
     )
@@ -343,17 +336,13 @@ def test_words(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         "",
         ["eval.num_items=5", "+experiment=clinic"],
     )
-    assert (
-        evaluate.parse_sizes("2..4") == [2, 3, 4]
-        and evaluate.parse_sizes("2,5") == [2, 5]
-        and evaluate.parse_sizes("") == []
-    )
+    assert evaluate.parse_sizes("2..4") == [2, 3, 4]
+    assert evaluate.parse_sizes("2,5") == [2, 5]
+    assert evaluate.parse_sizes("") == []
     curve = {"tokens": [10.0, 20.0], "coverage": [[0.5, 0, 1], [0.7, 0, 1]]}
-    assert (
-        coverage_at_tokens(curve, 15) == pytest.approx(0.6)
-        and coverage_at_tokens(curve, 5) is None
-        and coverage_at_tokens(curve, 21) is None
-    )
+    assert coverage_at_tokens(curve, 15) == pytest.approx(0.6)
+    assert coverage_at_tokens(curve, 5) is None
+    assert coverage_at_tokens(curve, 21) is None
 
 
 def broken_inputs(tmp_path: Path, trained: Path) -> dict[str, tuple[list[str], str]]:
@@ -411,7 +400,8 @@ def test_nothing_of_a_resampled_interval_depends_on_the_order_of_arms(base: Path
 
 
 def test_programs_are_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first answer of every set passes, the second is the same with another name, the third is wrong; sets begin with either name."""
+    """The first answer of every set passes, the second is the same with another name, the third is
+    wrong. Every other set begins with the second."""
     row = {"text": "Square a number.", "test_list": ["assert f(2) == 4", "assert f(3) == 9"]}
     data = tmp_path / "mbpp.jsonl"
     data.write_text(
@@ -440,9 +430,16 @@ def test_programs_are_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
     tokenizer = load_tokenizer(EMBEDDED)
     monkeypatch.setattr("mar.measure.baselines.sample", write)
-    words = f"base +experiment=mbpp model=embedded data.source=path data.path={data} eval.num_items=3 k=6 num_answers= arms=policy"
-    words += " reward.sandbox=unsafe"
-    out = evaluate.run([*words.split(), f"out={tmp_path / 'out'}"], DISPLAY)
+    settings = [
+        "+experiment=mbpp",
+        "model=embedded",
+        "data.source=path",
+        f"data.path={data}",
+        "reward.sandbox=unsafe",
+        "eval.num_items=3",
+    ]
+    words = [*settings, "k=6", "num_answers=", "arms=policy"]
+    out = evaluate.run(["base", *words, f"out={tmp_path / 'out'}"], DISPLAY)
     metrics = document(out)["arms"]["policy"]["metrics"]
     expected = {
         "coverage@3": 1,
@@ -457,4 +454,4 @@ def test_programs_are_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     texts = tmp_path / "texts.jsonl"
     texts.write_text(json.dumps({"id": "mbpp-1", "text": "x"}))
     with pytest.raises(UserError, match="answers in words"):
-        evaluate.run([f"completions={texts}", *words.split()[1:], f"out={tmp_path / 'b'}"], DISPLAY)
+        evaluate.run([f"completions={texts}", *words, f"out={tmp_path / 'b'}"], DISPLAY)

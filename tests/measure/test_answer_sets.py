@@ -1,5 +1,5 @@
-"""Metrics of several sets an item: against enumeration, scikit-learn and rouge-score. The bootstrap:
-against resampling by hand."""
+"""Metrics of several sets an item: against enumeration, scikit-learn and rouge-score. The
+bootstrap: against resampling by hand."""
 
 import itertools
 import json

@@ -1,5 +1,5 @@
-"""Metrics against their definitions: by hand, by scikit-learn, and by enumeration of the labels that
-could have been drawn. Floor and ceiling: by enumeration of the draws."""
+"""Metrics against their definitions: by hand, by scikit-learn, and by enumeration of the labels
+that could have been drawn. Floor and ceiling: by enumeration of the draws."""
 
 import itertools
 import math
@@ -62,7 +62,7 @@ def ece(mass, confidence):
 
 
 def random_slots(n=400):
-    """Hits and confidences [n, 3], and the rollouts that say so. Each answer has a gold of its own."""
+    """Hits and confidences [n, 3], and the rollouts that say so. Each answer has its own gold."""
     rng = np.random.default_rng(0)
     confidence = rng.uniform(size=(n, 3))
     right = rng.uniform(size=(n, 3)) < confidence**1.5
