@@ -27,7 +27,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mar.answers.grammar import Grammar
+from mar.answers.grammar import grammar_of
 from mar.answers.prompts import fit_grammar, load_tokenizer
 from mar.errors import UserError, exit_code
 from mar.files import write_json
@@ -114,11 +114,7 @@ def run(words: Sequence[str], display: Display) -> Path:
     config = target.config
 
     tokenizer = load_tokenizer(target.model_folder)
-    r = config.reward
-    grammar = fit_grammar(
-        Grammar(r.form, r.num_answers, r.layout, config.model.thinking, r.analysis, r.other),
-        tokenizer,
-    )
+    grammar = fit_grammar(grammar_of(config), tokenizer)
     sizes = parse_sizes(options["num_answers"])
     arms = build_arms(grammar, k, sizes, trained=target.run is not None)
     arms = choose_arms(arms, options["arms"])

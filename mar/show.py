@@ -110,9 +110,7 @@ def show(run: Path, step: int | None, prompt: str, console: Console) -> None:
             f"{path} is of another version of mar: its rows have no {', '.join(missing)}"
         )
     if broken:
-        console.print(
-            f"skipped {len(broken)} broken line(s): {', '.join(broken[:3])}", style="yellow"
-        )
+        console.print(skipped_lines(broken), style="yellow")
     for group in choose_groups(rows, step, prompt):
         first = group[0]
         title = f"\n{first['id']}  step {first['step']}, {first['stage']}"

@@ -24,7 +24,7 @@ from mar.errors import UserError
 from mar.figures import plots
 from mar.figures.runs import Run, group_by_setting, read_run
 from mar.figures.tables import differences_table, evaluation_tables, headline, settings_table
-from mar.files import plain, read_jsonl
+from mar.files import jsonable, read_jsonl, skipped_lines
 from mar.run.compose import load_config
 
 MAX_PROMPTS = 200  # in the rollout browser
@@ -92,7 +92,7 @@ def page_data(runs: Sequence[Run], title: str) -> dict[str, Any]:
             tables.append(differences_table(*runs))
             tables += [headline(run, title=f"Headline of {run.path}") for run in runs]
     if faults:
-        notes.append(f"Skipped {len(faults)} broken line(s): {', '.join(faults[:5])}")
+        notes.append(skipped_lines(faults))
     figures = figures_of_runs(groups)
     data = {
         "title": title,
@@ -103,7 +103,7 @@ def page_data(runs: Sequence[Run], title: str) -> dict[str, Any]:
         "configs": {str(run.path): yaml.safe_dump(run.config, sort_keys=False) for run in runs},
         "provenance": runs[0].config.get("provenance", {}),
     }
-    filled: dict[str, Any] = plain(data)
+    filled: dict[str, Any] = jsonable(data)
     return filled
 
 
@@ -148,12 +148,9 @@ def _spread_steps(step_of_group: Sequence[int]) -> set[int]:
 
 def _component_names(run: Run) -> list[str]:
     """What the reward's components are called, in their order."""
-    r = load_config(run.path / "config.yaml").reward
-    grammar = Grammar(
-        r.form, r.num_answers, r.layout, thinking=False, analysis=r.analysis, other=r.other
-    )
-    spec = RewardSpec(brier=r.brier if r.confident else "none")
-    return [name for name, _ in component_layout(grammar, spec)]
+    config = load_config(run.path / "config.yaml")
+    brier = config.reward.brier if config.reward.confident else "none"
+    return [name for name, _ in component_layout(grammar_of(config), RewardSpec(brier=brier))]
 
 
 def figures_of_runs(groups: Mapping[str, Sequence[Run]]) -> dict[str, Figure]:

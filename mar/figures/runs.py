@@ -37,7 +37,7 @@ class Run:
         return bool(self.document.get("after"))
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_document(path: Path) -> dict[str, Any]:
     """A JSON object, {} where there is no such file."""
     try:
         return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
@@ -68,8 +68,8 @@ def read_run(folder: Path) -> Run:
         path=folder,
         config=config,
         metrics=metrics,
-        document=read_json(folder / "eval.json"),
-        evaluation=read_json(folder / "evaluation.json"),
+        document=read_document(folder / "eval.json"),
+        evaluation=read_document(folder / "evaluation.json"),
         faults=faults,
     )
 

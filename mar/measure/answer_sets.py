@@ -14,7 +14,7 @@ from mar.measure.bounds import ceiling_value, posteriors
 from mar.records import Example, Gold, Prompt, Rollout
 from mar.verify.judge import Judge
 from mar.verify.matching import Verifier, matching_increments, normalise, repeats
-from mar.verify.verifiers import How, matcher
+from mar.verify.verifiers import AnswerChecker, verifier_for
 
 Keys = tuple[str | None, ...]
 
@@ -63,9 +63,9 @@ def _tuples(fields: Mapping[str, Any]) -> dict[str, Any]:
     return {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
 
 
-def item_of_rollouts(prompt: Prompt, rollouts: Sequence[Rollout], verifier: How) -> Item:
+def item_of_rollouts(prompt: Prompt, rollouts: Sequence[Rollout], verifier: AnswerChecker) -> Item:
     """An item from rollouts of its prompt; the rollout has matched their answers already."""
-    verify = _remembering(matcher(verifier, prompt.example))
+    verify = _remembering(verifier_for(verifier, prompt.example))
     sets = [
         _answer_set(
             said=rollout,
@@ -83,7 +83,7 @@ def item_of_rollouts(prompt: Prompt, rollouts: Sequence[Rollout], verifier: How)
 
 
 def item_of_texts(
-    prompt: Prompt, texts: Sequence[tuple[str, int]], grammar: Grammar, verifier: How
+    prompt: Prompt, texts: Sequence[tuple[str, int]], grammar: Grammar, verifier: AnswerChecker
 ) -> Item:
     """An item from texts that nobody has read yet, (text, number of tokens) each.
 
@@ -93,7 +93,7 @@ def item_of_texts(
     readings = [parse(text, grammar, prompt.think_open) for text, _ in texts]
     if isinstance(verifier, Judge):
         _ask_judge(verifier, example, readings)
-    verify = _remembering(matcher(verifier, example))
+    verify = _remembering(verifier_for(verifier, example))
     sets = []
     for parsed, (text, num_tokens) in zip(readings, texts, strict=True):
         hits, _ = matching_increments(parsed.answers, example.targets(), verify)
@@ -116,8 +116,8 @@ def _ask_judge(judge: Judge, example: Example, readings: Sequence[Parsed]) -> No
     written = [
         (example, answer) for parsed in readings for answer in parsed.answers if answer is not None
     ]
-    judge.ask(written)
-    if not all(judge.judged(*pair) for pair in written):
+    judge.submit(written)
+    if not all(judge.has_verdict(*pair) for pair in written):
         raise UserError(
             f"{example.id}: the judge gives no verdict on all of its answers; "
             "the same command goes on"

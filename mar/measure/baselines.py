@@ -15,7 +15,7 @@ from mar.policy.model import Decoder
 from mar.records import Prompt
 from mar.sample.draws import SamplingParams
 from mar.sample.rollout import Decode, Scorer, judge_groups, sample
-from mar.verify.verifiers import How
+from mar.verify.verifiers import AnswerChecker
 
 # What a policy of single answers is compared with: the same model asked for so many at once.
 SET_SIZE_OF_BASELINES = 3
@@ -122,7 +122,7 @@ def sample_items(
     params: SamplingParams,
     kv_budget_tokens: int,
     seed: int,
-    verifier: How,
+    verifier: AnswerChecker,
     decode: Decode,
 ) -> list[Item]:
     """Sample and judge an arm's sets for some of its prompts. Draws depend on seed and item alone.

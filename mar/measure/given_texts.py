@@ -7,17 +7,17 @@ from typing import Any
 
 from mar.answers.grammar import Grammar
 from mar.errors import UserError
-from mar.files import read_jsonl
+from mar.files import read_jsonl, skipped_lines
 from mar.measure.answer_sets import Item, item_of_texts
 from mar.records import Prompt
-from mar.verify.verifiers import How
+from mar.verify.verifiers import AnswerChecker
 
 
 def items_of_file(
     file: Path,
     prompts: Sequence[Prompt],
     grammar: Grammar,
-    verifier: How,
+    verifier: AnswerChecker,
     tokenizer: Any,
     task: str,
     say: Callable[[str], None],
@@ -30,7 +30,7 @@ def items_of_file(
     """
     rows, broken = read_jsonl(file)
     if broken:
-        say(f"skipped {len(broken)} broken line(s): {', '.join(broken[:3])}")
+        say(skipped_lines(broken))
     if not rows or not all(_is_complete(row) for row in rows):
         raise UserError(
             f"{file} needs the keys id and text in every row: "

@@ -20,7 +20,7 @@ from mar.answers.grammar import RESERVED_TAG
 from mar.measure.answer_sets import AnswerSet, Item, item_of_rollouts
 from mar.measure.bootstrap import Statistic, divide_or_nan, mean_of, point_estimate
 from mar.records import Rollout
-from mar.verify.verifiers import How
+from mar.verify.verifiers import AnswerChecker
 
 NUM_BINS = 10  # of confidence, equally wide
 
@@ -487,7 +487,7 @@ def compute_metrics(arrays: AnswerArrays) -> dict[str, Statistic]:
 
 
 def set_metrics(
-    rollouts: Sequence[Rollout], verifier: How, confident: bool
+    rollouts: Sequence[Rollout], verifier: AnswerChecker, confident: bool
 ) -> tuple[dict[str, float | None], dict[str, Statistic]]:
     """Every metric of rollouts, one set each: values (None where undefined) and statistics."""
     items = [item_of_rollouts(r.prompt, [r], verifier) for r in rollouts]

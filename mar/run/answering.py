@@ -15,7 +15,7 @@ import torch
 
 from mar.config import Config
 from mar.errors import UserError
-from mar.files import append_jsonl, plain, read_jsonl, stable_hash, write_jsonl
+from mar.files import append_jsonl, jsonable, read_jsonl, skipped_lines, stable_hash, write_jsonl
 from mar.measure.answer_sets import Item
 from mar.measure.baselines import Arm, sample_items
 from mar.measure.comparison import paired_differences
@@ -30,8 +30,8 @@ from mar.run.console import Display
 from mar.run.setup import adapted, announce, load_data, make_prompts, sampling_params, verifier_of
 from mar.sample.draws import SamplingParams
 from mar.sample.rollout import Decode, make_decode
-from mar.verify.programs import Runner
-from mar.verify.verifiers import How
+from mar.verify.programs import ProgramRunner
+from mar.verify.verifiers import AnswerChecker
 
 ITEMS_FILE = "eval_items.jsonl"
 
@@ -129,7 +129,7 @@ class Questions:
 
     examples: list[Example]
     prompts: dict[str, list[Prompt]]  # by the arm's name, in the order of `examples`
-    verifier: How
+    verifier: AnswerChecker
     tokenizer: Any
     decode: Decode
 
@@ -227,7 +227,7 @@ def _as_written(item: Item) -> dict[str, Any]:
 
     A resumed command reads these, so an uninterrupted one computes with them too.
     """
-    row: dict[str, Any] = plain(asdict(item))
+    row: dict[str, Any] = jsonable(asdict(item))
     return row
 
 
@@ -260,7 +260,7 @@ def _resume(
     done: dict[str, list[Item]] = defaultdict(list)
     rows, broken = read_jsonl(path) if path.exists() else ([], [])
     if broken:
-        display.say(f"skipped {len(broken)} broken line(s): {', '.join(broken[:3])}")
+        display.say(skipped_lines(broken))
     if rows and rows[0] != header:
         display.say(f"{path} belongs to another evaluation and is written anew")
         rows = []
@@ -286,7 +286,7 @@ def read_given_texts(
     task = target.config.data.task
     if not file.is_file():
         raise UserError(f"completions={file}: there is no such file")
-    if isinstance(questions.verifier, Runner):
+    if isinstance(questions.verifier, ProgramRunner):
         raise UserError(
             f"completions=<file> takes answers in words, and those of {task} are programs"
         )

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TimeRemainingColumn
 from rich.table import Table
 
-from mar.files import plain
+from mar.files import jsonable
 from mar.measure.shown_metrics import PROGRESS
 from mar.run.wandb_mirror import Mirror
 

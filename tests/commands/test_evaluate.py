@@ -187,7 +187,7 @@ def test_completions_of_others_measure_alike(
     )
     said = " ".join(capsys.readouterr().out.split())
     assert "10 of 11 texts: 2 for each of 5 of 7 questions" in said
-    assert "skipped 1 broken line(s)" in said
+    assert "Skipped 1 broken line(s)" in said
     assert ":12" in said
     ours = document(base)["arms"]["policy"]["metrics"]
     theirs = document(tmp_path)["arms"]["policy"]["metrics"]

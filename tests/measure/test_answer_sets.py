@@ -53,7 +53,7 @@ def prompts(num=40, seed=0, truth="exact"):
             golds=golds,
             truth=truth,
             multi_label=truth == "uniform",
-            drawn=drawn,
+            label=drawn,
         )
         yield Prompt(example, "?", (1,) * (5 + i % 3))
 

@@ -24,7 +24,7 @@ def example(p=(0.5, 0.3, 0.2), drawn=0, truth="exact"):
     golds = tuple(
         Gold(name, (f"alias of {name}",), x) for name, x in zip("abcdefgh", p, strict=False)
     )
-    return Example("e", "test", "?", golds, truth, drawn=drawn)
+    return Example("e", "test", "?", golds, truth, label=drawn)
 
 
 def rollout(asked, answers, confidences, reason=None, num_tokens=4):

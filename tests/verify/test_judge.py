@@ -119,7 +119,7 @@ def test_a_reply_that_is_no_number_of_a_gold_is_no_verdict(tmp_path, said):
         prompt = Prompt(FLU, "?", (1,))
         with pytest.raises(UserError, match="gives no verdict"):
             item_of_texts(prompt, [(got.text, 3)], GRAMMAR, verifier)
-    assert next(tmp_path.glob("*.jsonl")).read_text() == ""
+    assert next(tmp_path.glob("judge/*.jsonl")).read_text() == ""
 
 
 def test_a_server_that_hangs_costs_its_timeout(tmp_path):
@@ -139,13 +139,10 @@ def test_a_server_that_died_does_not_hold_up_the_run(tmp_path, monkeypatch):
 
 def test_texts_from_elsewhere_are_judged_too(tmp_path):
     with server(about("grippe")) as (url, _):
-        item = item_of_texts(
-            Prompt(FLU, "?", (1,)),
-            [(render(GRAMMAR, ["grippe", "cold"], [None] * 2), 9)],
-            GRAMMAR,
-            make(url, tmp_path),
-        )
-        assert item.sets[0].hits == (1.0, 0.0) and item.sets[0].keys == ("influenza", "cold")
+        text = render(GRAMMAR, ["grippe", "cold"])
+        item = item_of_texts(Prompt(FLU, "?", (1,)), [(text, 9)], GRAMMAR, checker(url=url))
+        assert item.sets[0].hits == (1.0, 0.0)
+        assert item.sets[0].keys == ("influenza", "cold")
 
 
 def test_what_does_not_fit_is_refused(tmp_path, monkeypatch):
