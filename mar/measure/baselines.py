@@ -136,6 +136,7 @@ def sample_items(
         params=params,
         kv_budget_tokens=kv_budget_tokens,
         identity=(seed, "eval", 0),
+        decode=decode,
     )
     # What an answer earns is not looked at, but a reward with Brier terms needs confidences.
     reward = RewardSpec(brier="paper" if arm.grammar.confident else "none")

@@ -20,6 +20,7 @@ from mar.measure.answer_sets import Item
 from mar.measure.baselines import Arm, sample_items
 from mar.measure.comparison import paired_differences
 from mar.measure.given_texts import items_of_file
+from mar.policy.lora import adapted
 from mar.policy.model import Decoder
 from mar.policy.sources import resolve_model
 from mar.policy.weights import load_model
@@ -27,7 +28,7 @@ from mar.records import Example, Prompt
 from mar.run import checkpoint
 from mar.run.compose import compose, load_config
 from mar.run.console import Display
-from mar.run.setup import adapted, announce, load_data, make_prompts, sampling_params, verifier_of
+from mar.run.setup import announce, load_data, make_prompts, sampling_params, verifier_of
 from mar.sample.draws import SamplingParams
 from mar.sample.rollout import Decode, make_decode
 from mar.verify.programs import ProgramRunner
@@ -217,7 +218,7 @@ def answer_questions(
 
 def _sampling_params(config: Config, arm: Arm, questions: Questions) -> SamplingParams:
     """As in training; more answers than in training get room in proportion."""
-    params = sampling_params(config, arm.grammar, questions.tokenizer, questions.decode)
+    params = sampling_params(config, arm.grammar, questions.tokenizer)
     room = max(1.0, arm.grammar.num_answers / config.reward.num_answers)
     return replace(params, max_tokens=int(params.max_tokens * room))
 

@@ -18,7 +18,6 @@ from mar.policy.weights import layout, load_model, split_state
 from mar.run import checkpoint
 from mar.run.answering import Target, load_weights
 from mar.run.compose import compose
-from mar.run.setup import adapted
 from mar.train import run
 
 EMBEDDED = resolve_model("embedded", "embedded", None)[0]
