@@ -1,9 +1,9 @@
-"""The schema of `conf/`: every key of a configuration, its type, its default, and its names or range.
+"""The schema of `conf/`: every key of a configuration, its type, default, and names or range.
 
-The classes follow conf's groups. YAML only overrides what stands here. Hydra composes a command line
-onto these dataclasses, so a misspelt key or a wrong type fails there; `mar.run.compose` then checks
-names and ranges, and refuses settings that cannot work together. Below `train.main` these dataclasses
-travel, never a DictConfig.
+The classes follow conf's groups. YAML only overrides what stands here. Hydra composes a command
+line onto these dataclasses, so a misspelt key or a wrong type fails there; `mar.run.compose` then
+checks names and ranges, and refuses settings that cannot work together. Below `train.main` these
+dataclasses travel, never a DictConfig.
 """
 
 import math
@@ -35,7 +35,7 @@ def number(
     return field(default=default, metadata={"low": low, "high": high, "above": above})
 
 
-# ----------------------------------------------------------------------------- conf's groups
+# ---------------------------------------------------------------------- conf's groups
 
 
 @dataclass
@@ -57,7 +57,7 @@ class ModelOptions:
     lora_rank: int = number(0, low=0)
     # What the adapters add is multiplied by this (alpha / rank elsewhere).
     lora_scale: float = number(2.0, low=0, above=True)
-    # A regular expression that finds the linear layers that get an adapter. Empty: all of the blocks.
+    # A regular expression that finds the linear layers with an adapter. Empty: all of the blocks.
     lora_layers: str = ""
     # A longer prompt is dropped and counted.
     max_prompt_tokens: int = number(MISSING, low=1)
@@ -141,7 +141,8 @@ class AlgoOptions:
     importance: str = one_of("none", "truncated")
     importance_cap: float = number(2.0, low=1)
 
-    # KL to the first policy: k1 in the reward, k2 and k3 in the loss. kl_coef=0: no reference model.
+    # KL to the first policy: k1 in the reward, k2 and k3 in the loss. At kl_coef=0 there is no
+    # reference model.
     kl: str = registered("kl_estimators", "k3")
     kl_coef: float = number(0.0, low=0)
     entropy_coef: float = number(0.0, low=0)
@@ -191,7 +192,8 @@ class RewardOptions:
     # A repeated answer earns nothing, or zeroes the whole answer reward.
     duplicates: str = registered("duplicates", "per_slot")
 
-    # How answers are checked. Model-written programs run in a sandbox; unsafe: as you, on this machine.
+    # How answers are checked. Model-written programs run in a sandbox, or with `unsafe` as you, on
+    # this machine.
     sandbox: str = one_of("bubblewrap", "unsafe")
     # An OpenAI-compatible URL up to /v1, asked about answers that are no gold by their words.
     judge: str | None = None
@@ -256,7 +258,7 @@ class ScaleOptions:
     micro_batch_tokens: int = number(MISSING, low=1)
 
 
-# ----------------------------------------------------------------------------- sections without files
+# ---------------------------------------------------------------------- sections without files
 
 
 @dataclass
@@ -338,7 +340,7 @@ class Config:
         return asdict(self)
 
 
-# ----------------------------------------------------------------------------- for Hydra
+# ---------------------------------------------------------------------- for Hydra
 
 
 def _checkpoint_source(path: str | None) -> str:
