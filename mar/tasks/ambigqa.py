@@ -8,11 +8,11 @@ from typing import Any
 
 from mar.errors import UserError
 from mar.records import Example, Gold
-from mar.tasks.loading import Candidate, Row, id_of, text_of
+from mar.tasks.loading import Candidate, Row, example_id, required_text
 from mar.verify.matching import normalise
 
 
-def _readings(row: Row, place: str) -> list[list[str]]:
+def _readings(row: Row, where: str) -> list[list[str]]:
     """The spellings of every reading of every annotator."""
     raw: Any = row.get("annotations")
     if isinstance(raw, dict):  # the hub keeps columns
@@ -31,7 +31,7 @@ def _readings(row: Row, place: str) -> list[list[str]]:
         isinstance(r, list) and r and all(isinstance(text, str) for text in r) for r in found
     ):
         raise UserError(
-            f"{place}: 'annotations' must hold the answers of a singleAnswer or of multipleQAs, as lists"
+            f"{where}: 'annotations' must hold the answers of a singleAnswer or of multipleQAs, as lists"
         )
     return found
 
@@ -55,11 +55,11 @@ def merge(readings: list[list[str]]) -> list[list[str]]:
     return [texts for _, texts in clusters]
 
 
-def read(row: Row, place: str) -> Candidate:
-    """One row. Raises UserError naming place and key where it is malformed."""
-    question, clusters = text_of(row, "question", place), merge(_readings(row, place))
+def read(row: Row, where: str) -> Candidate:
+    """One row. Raises UserError naming where and key where it is malformed."""
+    question, clusters = required_text(row, "question", where), merge(_readings(row, where))
     golds = tuple(Gold(texts[0], tuple(texts[1:])) for texts in clusters)
     several = len(golds) > 1
-    id = id_of(row, "id", "ambigqa", question)
+    id = example_id(row, "id", "ambigqa", question)
     example = Example(id, "ambigqa", question, golds, "uniform" if several else "single", several)
     return Candidate(example, question, None if golds else "no readable answer")

@@ -81,7 +81,7 @@ def vignette(age: int, sex: str, chief: str | None, codes: list[str], table: dic
     )
 
 
-def _listed(row: Row, key: str, place: str) -> list[Any]:
+def _listed(row: Row, key: str, where: str) -> list[Any]:
     """A list of the row; the hub writes it as the text of a Python list."""
     value = row.get(key)
     try:
@@ -89,7 +89,7 @@ def _listed(row: Row, key: str, place: str) -> list[Any]:
     except (ValueError, SyntaxError):
         value = None
     if not isinstance(value, list) or not value:
-        raise UserError(f"{place}: {key!r} must be a list that is not empty")
+        raise UserError(f"{where}: {key!r} must be a list that is not empty")
     return value
 
 
@@ -97,13 +97,13 @@ def load(source: Source) -> Loaded:
     """The patients of a split. Raises UserError naming file, line and key of a malformed row."""
     table = _table(source)
 
-    def read(row: Row, place: str) -> Candidate:
+    def read(row: Row, where: str) -> Candidate:
         row = {key.lower(): value for key, value in row.items()}
         row.setdefault("differential", row.get("differential_diagnosis"))
-        codes, differential = _listed(row, "evidences", place), _listed(row, "differential", place)
+        codes, differential = _listed(row, "evidences", where), _listed(row, "differential", where)
         if unknown := [code for code in codes if str(code).partition("_@_")[0] not in table]:
             raise UserError(
-                f"{place}: 'evidences' has {unknown[0]!r}, which the table of evidences does not know"
+                f"{where}: 'evidences' has {unknown[0]!r}, which the table of evidences does not know"
             )
         if (
             type(row.get("age")) is not int
@@ -111,7 +111,7 @@ def load(source: Source) -> Loaded:
             or not row.get("pathology")
         ):
             raise UserError(
-                f"{place}: a patient has 'age' (a number), 'sex' (M or F) and 'pathology' (a condition)"
+                f"{where}: a patient has 'age' (a number), 'sex' (M or F) and 'pathology' (a condition)"
             )
         text = vignette(row["age"], row["sex"], row.get("initial_evidence"), codes, table)
         if not all(
@@ -119,7 +119,7 @@ def load(source: Source) -> Loaded:
             for pair in differential
         ):
             raise UserError(
-                f"{place}: 'differential' must be pairs of a condition and its probability"
+                f"{where}: 'differential' must be pairs of a condition and its probability"
             )
         names = [name for name, p in differential if p >= source.min_prob]
         names = [row["pathology"]] if source.target == "drawn" else names

@@ -11,12 +11,12 @@ import numpy as np
 from mar.errors import UserError
 from mar.files import stable_hash
 from mar.records import Example, Gold
-from mar.tasks.loading import Candidate, Loaded, Row, Source, id_of, load_rows, text_of
+from mar.tasks.loading import Candidate, Loaded, Row, Source, example_id, load_rows, required_text
 
 NUM_PARAGRAPHS, NUM_REMOVED, MAX_CHARACTERS = 10, 2, 6000
 
 
-def _pairs(value: Any, key: str, columns: tuple[str, str], place: str) -> list[tuple[str, Any]]:
+def _pairs(value: Any, key: str, columns: tuple[str, str], where: str) -> list[tuple[str, Any]]:
     """[(title, what belongs to it)] from pairs, or from the columns of the hub."""
     if isinstance(value, dict) and set(columns) <= value.keys():
         value = list(zip(value[columns[0]], value[columns[1]], strict=True))
@@ -24,18 +24,18 @@ def _pairs(value: Any, key: str, columns: tuple[str, str], place: str) -> list[t
         isinstance(pair, list | tuple) and len(pair) == 2 and isinstance(pair[0], str)
         for pair in value
     ):
-        raise UserError(f"{place}: {key!r} must be a list of pairs that begin with a title")
+        raise UserError(f"{where}: {key!r} must be a list of pairs that begin with a title")
     return [(pair[0], pair[1]) for pair in value]
 
 
 def load(source: Source) -> Loaded:
     """The questions of a split. Raises UserError naming file, line and key of a malformed row."""
 
-    def read(row: Row, place: str) -> Candidate:
-        question, answer = text_of(row, "question", place), text_of(row, "answer", place)
-        context = _pairs(row.get("context"), "context", ("title", "sentences"), place)
-        facts = _pairs(row.get("supporting_facts"), "supporting_facts", ("title", "sent_id"), place)
-        id, titles = id_of(row, "id", "hotpotqa", question), {title for title, _ in facts}
+    def read(row: Row, where: str) -> Candidate:
+        question, answer = required_text(row, "question", where), required_text(row, "answer", where)
+        context = _pairs(row.get("context"), "context", ("title", "sentences"), where)
+        facts = _pairs(row.get("supporting_facts"), "supporting_facts", ("title", "sent_id"), where)
+        id, titles = example_id(row, "id", "hotpotqa", question), {title for title, _ in facts}
         gold = [n for n, (title, _) in enumerate(context) if title in titles]
         filler = [n for n in range(len(context)) if n not in gold]
         if len(context) != NUM_PARAGRAPHS or len(gold) != NUM_REMOVED:

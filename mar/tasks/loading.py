@@ -64,8 +64,8 @@ def split_of(id: str) -> str:
     return next(split for split, below in SPLIT_SHARES if point < below)
 
 
-def text_of(row: Row, key: str, place: str) -> str:
-    """The text of a row's key, stripped. UserError names place and key where it is missing, empty or no string."""
+def required_text(row: Row, key: str, where: str) -> str:
+    """The text of a row's key, stripped. UserError names where and key where it is missing, empty or no string."""
     value = row.get(key)
     if isinstance(value, str) and value.strip():
         return value.strip()
@@ -76,10 +76,10 @@ def text_of(row: Row, key: str, place: str) -> str:
         if isinstance(value, str)
         else f"{type(value).__name__}, not a string"
     )
-    raise UserError(f"{place}: {key!r} is {wrong}: give a text or remove the row")
+    raise UserError(f"{where}: {key!r} is {wrong}: give a text or remove the row")
 
 
-def id_of(row: Row, key: str, prefix: str, question: str) -> str:
+def example_id(row: Row, key: str, prefix: str, question: str) -> str:
     """The row's own id, else one from the question's words, so that it does not move with the row."""
     given = row.get(key)
     return (
@@ -106,7 +106,7 @@ def draw_label(id: str, golds: Sequence[Gold]) -> int:
     return next(index for index, edge in enumerate(edges) if point < edge)
 
 
-def aim(examples: list[Example], target: str) -> list[Example]:
+def apply_target(examples: list[Example], target: str) -> list[Example]:
     """The examples with what the reward pays for: a drawn label, or where the golds form a distribution and `target` says so its
     probabilities. Both agree in expectation."""
     known = all(example.truth in ("exact", "survey") for example in examples)
@@ -117,7 +117,7 @@ def aim(examples: list[Example], target: str) -> list[Example]:
     return [replace(e, label=None) for e in examples] if target == "probabilities" else examples
 
 
-def read_jsonl(path: str) -> Iterator[tuple[str, Row]]:
+def rows_of_file(path: str) -> Iterator[tuple[str, Row]]:
     """(`file:line`, row) for every line, or (`file[n]`, row) of one array in a .json file; what cannot be read is named."""
     file = Path(path).expanduser()
     if file.suffix == ".json":
@@ -147,7 +147,7 @@ def read_jsonl(path: str) -> Iterator[tuple[str, Row]]:
             yield f"{path}:{number}", row
 
 
-def read_hub(hub_id: str, split: str) -> tuple[Iterator[tuple[str, Row]], Callable[[str], bool]]:
+def rows_of_hub(hub_id: str, split: str) -> tuple[Iterator[tuple[str, Row]], Callable[[str], bool]]:
     """The rows (`id[split][row]`, row) of a data set on the Hugging Face hub, and which ids of them are in the split."""
     import datasets
 
@@ -175,16 +175,16 @@ def read_hub(hub_id: str, split: str) -> tuple[Iterator[tuple[str, Row]], Callab
     return rows, lambda id: not carved or (split_of(id) == "validation") == (split == "validation")
 
 
-def rows_of(source: Source) -> tuple[Iterable[tuple[str, Row]], Callable[[str], bool]]:
-    """The rows of a source, each with its place for error messages, and the test whether an id belongs to the split.
+def rows_of_source(source: Source) -> tuple[Iterable[tuple[str, Row]], Callable[[str], bool]]:
+    """The rows of a source, each with its where for error messages, and the test whether an id belongs to the split.
 
     A file is cut by `split_of(id)`. The hub has splits of its own; only where none is for validation, `validation` is
     the share of its train that `split_of` says, and `train` the rest.
     """
     if source.kind == "path":
-        return read_jsonl(str(source.path)), lambda id: split_of(id) == source.split
+        return rows_of_file(str(source.path)), lambda id: split_of(id) == source.split
     if source.kind == "hub":
-        return read_hub(str(source.hub_id), source.split)
+        return rows_of_hub(str(source.hub_id), source.split)
     raise UserError(
         f"data.source={source.kind} has no rows of this task: use data.source=path or hub"
     )
@@ -196,27 +196,27 @@ def load_rows(source: Source, read: Callable[[Row, str], Candidate]) -> Loaded:
     A question that stood before is dropped, whatever its split; an id that stood before with another question is an
     error. `num` takes those with the smallest hash of seed and id: a random sample, not the head of the file.
     """
-    rows, belongs = rows_of(source)
+    rows, belongs = rows_of_source(source)
     examples: list[Example] = []
     dropped: Counter[str] = Counter()
-    places: dict[str, str] = {}
+    seen_at: dict[str, str] = {}
     questions: set[str] = set()
-    for place, row in rows:
+    for where, row in rows:
         try:
-            example, question, reason = read(row, place)
+            example, question, reason = read(row, where)
         except (AttributeError, TypeError, ValueError, LookupError) as error:
             raise UserError(
-                f"{place} has another form than this task's rows ({one_line(error)}): mend or remove the row"
+                f"{where} has another form than this task's rows ({in_a_line(error)}): mend or remove the row"
             ) from None
         key = " ".join(question.casefold().split())
         if key in questions:
             reason = "duplicate question"
-        elif example.id in places:
+        elif example.id in seen_at:
             raise UserError(
-                f"{place}: the id {example.id!r} is also that of {places[example.id]}: ids must differ"
+                f"{where}: the id {example.id!r} is also that of {seen_at[example.id]}: ids must differ"
             )
         questions.add(key)
-        places[example.id] = place
+        seen_at[example.id] = where
         if not belongs(example.id):
             continue
         if reason:
@@ -230,7 +230,7 @@ def load_rows(source: Source, read: Callable[[Row, str], Candidate]) -> Loaded:
             or "none of them falls into it"
         )
         raise UserError(
-            f"{origin}: split {source.split!r} is empty ({len(places)} rows; {why}): use another split or file"
+            f"{origin}: split {source.split!r} is empty ({len(seen_at)} rows; {why}): use another split or file"
         )
     if source.num is not None and source.num < len(examples):
         examples.sort(key=lambda example: stable_hash(f"{source.seed} {example.id}"))

@@ -6,18 +6,18 @@ unseen. Each distinct program that passes is a hit, so coverage is the number of
 
 from mar.errors import UserError
 from mar.records import Example, Gold
-from mar.tasks.loading import Candidate, Row, id_of, text_of
-from mar.verify.programs import parse_tests
+from mar.tasks.loading import Candidate, Row, example_id, required_text
+from mar.verify.programs import take_apart
 
 
-def read(row: Row, place: str) -> Candidate:
-    """One row. Raises UserError naming place and key where it is malformed."""
-    text, tests = text_of(row, "text" if "text" in row else "prompt", place), row.get("test_list")
+def read(row: Row, where: str) -> Candidate:
+    """One row. Raises UserError naming where and key where it is malformed."""
+    text, tests = required_text(row, "text" if "text" in row else "prompt", where), row.get("test_list")
     if not isinstance(tests, list) or not tests or not all(isinstance(test, str) for test in tests):
-        raise UserError(f"{place}: 'test_list' must be a list of asserts that is not empty")
+        raise UserError(f"{where}: 'test_list' must be a list of asserts that is not empty")
     imports = row.get("test_imports") or []
     if not isinstance(imports, list):
-        raise UserError(f"{place}: 'test_imports' must be a list of statements")
+        raise UserError(f"{where}: 'test_imports' must be a list of statements")
     setup = "\n".join([*imports, row.get("test_setup_code") or ""]).strip()
     statements, reason = (*([setup] if setup else []), *tests), None
     try:
@@ -27,7 +27,7 @@ def read(row: Row, place: str) -> Candidate:
     shown = f"{text}\nFor example:\n{tests[0].strip()}\nAnswer with the Python source of the whole function."
     golds = (Gold("a program that passes its tests"),)
     example = Example(
-        id_of(row, "task_id", "mbpp", f"{text} {tests[0]}"),
+        example_id(row, "task_id", "mbpp", f"{text} {tests[0]}"),
         "mbpp",
         shown,
         golds,

@@ -12,7 +12,7 @@ from string import ascii_uppercase
 
 from mar.errors import UserError
 from mar.records import Example, Gold
-from mar.tasks.loading import Candidate, Loaded, Row, Source, id_of, load_rows, text_of
+from mar.tasks.loading import Candidate, Loaded, Row, Source, example_id, load_rows, required_text
 
 NEEDS_OPTIONS, LONG_GOLD = "question needs its options", "answer too long for an open question"
 
@@ -77,25 +77,25 @@ def open_question(question: str) -> str | None:
     )
 
 
-def _options(row: Row, place: str) -> tuple[dict[str, str], str]:
+def _options(row: Row, where: str) -> tuple[dict[str, str], str]:
     """({letter: text}, the right letter)."""
     options, letter, answer = row.get("options"), row.get("answer_idx"), row.get("answer")
     if isinstance(options, list):
         options = dict(zip(ascii_uppercase, options, strict=False))
     texts = options if isinstance(options, dict) else {}
     if len(texts) < 2 or not all(isinstance(text, str) and text.strip() for text in texts.values()):
-        raise UserError(f"{place}: 'options' must hold two or more texts, as a list or by letter")
+        raise UserError(f"{where}: 'options' must hold two or more texts, as a list or by letter")
     if isinstance(letter, int) and 0 <= letter < len(texts):
         letter = list(texts)[letter]
     if letter is None:
         letter = next((key for key, text in texts.items() if text == answer), None)
     if not isinstance(letter, str) or letter not in texts:
         raise UserError(
-            f"{place}: 'answer_idx' ({letter!r}) names none of the options {', '.join(texts)}"
+            f"{where}: 'answer_idx' ({letter!r}) names none of the options {', '.join(texts)}"
         )
     if answer is not None and answer not in (letter, texts[letter]):
         raise UserError(
-            f"{place}: 'answer' ({answer!r}) is not option {letter} ({texts[letter]!r})"
+            f"{where}: 'answer' ({answer!r}) is not option {letter} ({texts[letter]!r})"
         )
     return {key: text.strip() for key, text in texts.items()}, letter
 
@@ -104,16 +104,16 @@ def load(source: Source) -> Loaded:
     """The questions of a split of the hub or of a file. Raises UserError naming file, line and key."""
     counts = set()
 
-    def read(row: Row, place: str) -> Candidate:
-        question, (options, letter) = text_of(row, "question", place), _options(row, place)
+    def read(row: Row, where: str) -> Candidate:
+        question, (options, letter) = required_text(row, "question", where), _options(row, where)
         context = row.get("context") or []
         if not isinstance(context, list) or not all(
             isinstance(sentence, str) for sentence in context
         ):
-            raise UserError(f"{place}: 'context' must be a list of sentences, not {context!r}")
+            raise UserError(f"{where}: 'context' must be a list of sentences, not {context!r}")
         if source.max_sentences is not None and "context" not in row:
             raise UserError(
-                f"{place}: data.max_sentences needs rows with 'context', as mediQ has them"
+                f"{where}: data.max_sentences needs rows with 'context', as mediQ has them"
             )
         asked = " ".join([*context[: source.max_sentences], question])
         question = " ".join(
@@ -134,7 +134,7 @@ def load(source: Source) -> Loaded:
             reason = LONG_GOLD if len(short.split()) > source.max_gold_words else reason
         gold, id = (
             Gold(answer, tuple(sorted(aliases - {answer}))),
-            id_of(row, "realidx", "medqa", question),
+            example_id(row, "realidx", "medqa", question),
         )
         return Candidate(Example(id, "medqa", shown, (gold,)), question, reason)
 

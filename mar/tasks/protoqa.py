@@ -8,10 +8,10 @@ from typing import Any
 
 from mar.errors import UserError
 from mar.records import Example, Gold
-from mar.tasks.loading import Candidate, Row, draw_label, id_of, text_of
+from mar.tasks.loading import Candidate, Row, draw_label, example_id, required_text
 
 
-def _clusters(row: Row, place: str) -> list[tuple[int, list[str]]]:
+def _clusters(row: Row, where: str) -> list[tuple[int, list[str]]]:
     """(people, spellings) of each cluster, the most frequent first."""
     given = row.get("answers") or row.get("answer-clusters")
     raw: dict[str, Any] = given if isinstance(given, dict) else {}
@@ -31,22 +31,22 @@ def _clusters(row: Row, place: str) -> list[tuple[int, list[str]]]:
     ]  # a few rows have an answer of no text or of nobody
     if not found:
         raise UserError(
-            f"{place}: 'answers' must give a number of people to each answer, or clusters of count and answers"
+            f"{where}: 'answers' must give a number of people to each answer, or clusters of count and answers"
         )
     return sorted(found, key=lambda cluster: -cluster[0])
 
 
-def read(row: Row, place: str) -> Candidate:
-    """One row. Raises UserError naming place and key where it is malformed."""
-    clusters, raw = _clusters(row, place), row.get("question")
+def read(row: Row, where: str) -> Candidate:
+    """One row. Raises UserError naming where and key where it is malformed."""
+    clusters, raw = _clusters(row, where), row.get("question")
     question = (
-        text_of(raw, "normalized", place)
+        required_text(raw, "normalized", where)
         if isinstance(raw, dict)
-        else text_of(row, "question", place)
+        else required_text(row, "question", where)
     )
     people = sum(count for count, _ in clusters)
     golds = tuple(Gold(texts[0], tuple(texts[1:]), count / people) for count, texts in clusters)
-    id = id_of(row.get("metadata") or row, "id", "protoqa", question)
+    id = example_id(row.get("metadata") or row, "id", "protoqa", question)
     shown = f"{question[0].upper()}{question[1:]}\n(What would most people answer?)"
     return Candidate(
         Example(id, "protoqa", shown, golds, "survey", label=draw_label(id, golds)), question
