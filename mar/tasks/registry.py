@@ -1,7 +1,7 @@
 """The dictionary of tasks.
 
-To add a task, write `load(source) -> Loaded` in a file of its own and one entry here. For the rows of
-a file or of the hub `read(row, where) -> Candidate` is enough: `load_rows` does the rest.
+To add a task, write `load(source) -> Loaded` in a file of its own and one entry here. For the rows
+of a file or of the hub `read(row, where) -> Candidate` is enough: `load_rows` does the rest.
 """
 
 from collections import Counter
@@ -47,9 +47,7 @@ def _load_clinic(source: Source) -> Loaded:
 DISTRIBUTION = ("auto", "drawn", "probabilities")
 
 TASKS: dict[str, Task] = {
-    "clinic": Task(
-        load=_load_clinic, noun=clinic.NOUN, targets=DISTRIBUTION, embedded=True
-    ),
+    "clinic": Task(load=_load_clinic, noun=clinic.NOUN, targets=DISTRIBUTION, embedded=True),
     "medqa": Task(load=medqa.load, noun="answer"),
     "ddxplus": Task(load=ddxplus.load, noun="diagnosis", targets=("auto", "set", "drawn")),
     "ddxplus_bayes": Task(load=ddxplus.load_bayes, noun="diagnosis", targets=DISTRIBUTION),
