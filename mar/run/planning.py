@@ -1,4 +1,4 @@
-"""What a run will need: memory by part and seconds by part, computed without a GPU and without weights.
+"""What a run will need: memory and seconds by part, computed without a GPU and without weights.
 
 All of it holds for the worst case: every prompt and completion as long as the config allows. The
 shape of the model comes from a folder's config.json, or SHAPES has it. `experiments/plan` compares
