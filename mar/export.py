@@ -99,9 +99,7 @@ def export(run: Path, folder: Path, dtype: str, adapters: bool = False) -> Path:
     tokenizer.save_pretrained(folder)
     token_ids = _special_token_ids(tokenizer)
     _save_generation_config(folder, config, token_ids)
-    r = config.reward
-    plain = Grammar(r.form, r.num_answers, r.layout, config.model.thinking, r.analysis, r.other)
-    grammar = fit_grammar(plain, tokenizer)
+    grammar = fit_grammar(grammar_of(config), tokenizer)
     measured = json.loads((run / "eval.json").read_text()) if (run / "eval.json").exists() else {}
     (folder / "README.md").write_text(card(config, grammar, saved.step, dtype, measured))
     save_model(merge(model), folder, getattr(torch, dtype), extra=token_ids)

@@ -90,7 +90,7 @@ def _local_model(folder: Path, source: str, origin: str) -> tuple[Path, dict[str
 def cached_folder(name: str, hub_id: str) -> Path:
     """The folder of the cache that a model belongs in; both sources of smollm2-135m share one."""
     is_smollm2 = name == SMOLLM2 and hub_id in (name, SMOLLM2_HUB)
-    return cache() / "models" / (SMOLLM2 if is_smollm2 else hub_id.replace("/", "--"))
+    return cache_folder() / "models" / (SMOLLM2 if is_smollm2 else hub_id.replace("/", "--"))
 
 
 def weight_hashes(folder: Path) -> dict[str, str]:
@@ -182,7 +182,7 @@ def from_hub(folder: Path, hub_id: str, copy: bool) -> str:
         snapshot = Path(snapshot_download(hub_id, allow_patterns=FILES, ignore_patterns=["*/*"]))
     except Exception as error:  # many kinds: not in the hub's own cache, a connection that breaks
         raise UserError(
-            f"cannot fetch {hub_id} from the hub ({fault or in_a_line(error)}): check the id and "
+            f"cannot fetch {hub_id} from the hub ({fault or one_line(error)}): check the id and "
             f"the network; {OFFLINE}"
         ) from None
     copy_function = shutil.copy2 if copy else os.symlink

@@ -23,7 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from mar.answers.rewards import COVERAGES, DUPLICATES
 from mar.config import AlgoOptions, Config, DataOptions, ModelOptions, OptimOptions, RewardOptions
-from mar.errors import UserError
+from mar.errors import UserError, one_line
 from mar.learn.losses import AGGREGATIONS, KL_ESTIMATORS, LOSSES
 from mar.run import folder as rundir
 

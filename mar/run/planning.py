@@ -81,10 +81,10 @@ SHAPES["HuggingFaceTB/SmolLM2-135M-Instruct"] = ModelConfig(
 def model_shape(options: ModelOptions) -> ModelConfig:
     """The shape of the config's model. Raises UserError for a hub id that SHAPES does not have."""
     if options.source == "embedded":
-        return ModelConfig.from_hf(read_json(EMBEDDED / "config.json"))
+        return ModelConfig.from_hf(read_json_object(EMBEDDED / "config.json"))
     if options.source == "folder":
         folder = Path(str(options.path)).expanduser()
-        return ModelConfig.from_hf(read_json(folder / "config.json"))
+        return ModelConfig.from_hf(read_json_object(folder / "config.json"))
     if options.path not in SHAPES:
         raise UserError(
             f"model.path={options.path}: shape unknown here; give a folder with its config.json, "

@@ -37,9 +37,7 @@ def main(words: Sequence[str]) -> None:
     display = Display("plain", 0, 0)
     folder, _ = resolve_model(config.model.source, config.model.name, config.model.path)
     tokenizer = load_tokenizer(folder)
-    r = config.reward
-    plain = Grammar(r.form, r.num_answers, r.layout, config.model.thinking, r.analysis, r.other)
-    grammar = fit_grammar(plain, tokenizer)
+    grammar = fit_grammar(grammar_of(config), tokenizer)
 
     prompts: list[Prompt] = []
     for split in _splits(config):

@@ -3,7 +3,7 @@
 A patient's condition is drawn from the prior; sex, age band and 84 findings depend on it alone and
 not on each other (naive Bayes). Some of 12 body systems, picked without a look at the patient, are
 examined, and each finding of these is known to be present or absent. The golds are all conditions
-with their exact posterior given sex, age band and the examined findings; `drawn` is the patient's
+with their exact posterior given sex, age band and the examined findings; `label` is the patient's
 own. The numbers (clinic.json) are made up: plausible enough to read, no medical advice.
 """
 
@@ -247,7 +247,7 @@ def load(split: str, num: int, seed: int = 0) -> list[Example]:
             question=f"{vignette} {ABSENT}",
             golds=tuple(map(Gold, names, aliases, probabilities)),
             truth="exact",
-            drawn=condition,
+            label=condition,
         )
         for i, (vignette, probabilities, condition) in enumerate(rows)
     ]

@@ -62,7 +62,7 @@ def _evidences_of_hub(hub_id: str) -> Path:
         return Path(hf_hub_download(hub_id, EVIDENCES[1], repo_type="dataset"))
     except OSError as error:  # what the hub's client raises too
         raise UserError(
-            f"cannot load {EVIDENCES[1]} of {hub_id} from the hub ({fault or in_a_line(error)}): "
+            f"cannot load {EVIDENCES[1]} of {hub_id} from the hub ({fault or one_line(error)}): "
             "check the network"
         ) from None
 
@@ -236,7 +236,7 @@ def load_bayes(source: Source) -> Loaded:
             question=text,
             golds=tuple(golds),
             truth="exact",
-            drawn=int(condition),
+            label=int(condition),
             stratum=f"asked{num_asked}",
         )
         examples.append(example)

@@ -39,7 +39,7 @@ def read(row: Row, where: str) -> Candidate:
         golds=golds,
         truth=_truth(row, golds, where),
         multi_label=len(golds) > 1 and not is_distribution,
-        drawn=draw_label(id, golds) if is_distribution else None,
+        label=draw_label(id, golds) if is_distribution else None,
     )
     return Candidate(example, question)
 

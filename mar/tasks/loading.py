@@ -166,7 +166,7 @@ def rows_of_hub(hub_id: str, split: str) -> tuple[Iterator[tuple[str, Row]], Cal
         splits = datasets.load_dataset(name, *configuration)
     except Exception as error:  # many kinds: not in the cache, bad files
         raise UserError(
-            f"cannot load data set {hub_id} from the hub ({fault or in_a_line(error)}): check "
+            f"cannot load data set {hub_id} from the hub ({fault or one_line(error)}): check "
             "data.hub_id and the network; offline, use data.source=path data.path=<file.jsonl>, "
             "or scale=laptop data.source=embedded for the rehearsal"
         ) from None
@@ -251,7 +251,7 @@ def _read_row(read: Callable[[Row, str], Candidate], row: Row, where: str) -> Ca
         return read(row, where)
     except (AttributeError, TypeError, ValueError, LookupError) as error:
         raise UserError(
-            f"{where} has another form than this task's rows ({in_a_line(error)}): mend or remove "
+            f"{where} has another form than this task's rows ({one_line(error)}): mend or remove "
             "the row"
         ) from None
 
@@ -281,7 +281,7 @@ def apply_target(examples: list[Example], target: str) -> list[Example]:
         raise UserError(
             "data.target=probabilities: not all golds have a probability; use data.target=auto"
         )
-    return [replace(example, drawn=None) for example in examples]
+    return [replace(example, label=None) for example in examples]
 
 
 def chance_line(num_answers: int, num_options: int) -> str:

@@ -8,7 +8,7 @@ distinct program that passes is a hit, so coverage is the number of DISTINCT cor
 from mar.errors import UserError
 from mar.records import Example, Gold
 from mar.tasks.loading import Candidate, Row, example_id, required_text
-from mar.verify.programs import take_apart
+from mar.verify.programs import parse_tests
 
 
 def read(row: Row, where: str) -> Candidate:

@@ -29,7 +29,7 @@ def read(row: Row, where: str) -> Candidate:
         question=f"{question[0].upper()}{question[1:]}\n(What would most people answer?)",
         golds=golds,
         truth="survey",
-        drawn=draw_label(id, golds),
+        label=draw_label(id, golds),
     )
     return Candidate(example, question)
 
