@@ -19,13 +19,13 @@ from mar.answers.grammar import Grammar, grammar_of
 from mar.answers.prompts import fit_grammar, instructions, load_tokenizer
 from mar.config import Config
 from mar.errors import UserError, exit_code
-from mar.policy.lora import merge, save_adapters
+from mar.policy.lora import adapted, is_adapter, merge, save_adapters, trainable_pattern
 from mar.policy.model import Decoder
 from mar.policy.sources import resolve_model
 from mar.policy.weights import load_model, save_model
 from mar.run import checkpoint
 from mar.run.compose import load_config
-from mar.run.setup import STOP_TOKENS, adapted
+from mar.run.setup import STOP_TOKENS
 from mar.tasks.registry import get_task
 
 CARD = """---
@@ -110,9 +110,9 @@ def _require_only_adapters(run: Path, config: Config, model: Decoder) -> None:
     """Raises UserError where a run trained something beside its adapters, or has none."""
     if not config.model.lora_rank:
         raise UserError(f"{run} has no adapters: export without --adapters")
-    trainable = config.model.trainable or "lora_"
+    trainable = trainable_pattern(config.model)
     for name, _ in model.named_parameters():
-        if re.search(trainable, name) and ".lora_" not in name:
+        if re.search(trainable, name) and not is_adapter(name):
             raise UserError(f"{run} trained {name} too: export without --adapters")
 
 

@@ -19,10 +19,10 @@ from torch import nn
 from mar.config import Config, ModelOptions
 from mar.errors import UserError
 from mar.learn.optim import make_optimizer
+from mar.policy.lora import adapted, trainable_pattern
 from mar.policy.model import Decoder, ModelConfig
 from mar.policy.sources import EMBEDDED
 from mar.policy.weights import read_json_object
-from mar.run.setup import adapted
 from mar.sample.kv_cache import capacity
 
 # ---------------------------------------------------------------------- what is assumed
@@ -102,7 +102,7 @@ def empty_model(shape: ModelConfig) -> Decoder:
 def empty_policy(config: Config) -> Decoder:
     """The policy without memory, with its adapters; what is not trained needs no gradient."""
     model = adapted(empty_model(model_shape(config.model)), config.model)
-    trainable = config.model.trainable or ("lora_" if config.model.lora_rank else "")
+    trainable = trainable_pattern(config.model)
     make_optimizer(model, 0.0, (0.0, 0.0), 0.0, 0.0, trainable)  # freezes the others
     return model
 
