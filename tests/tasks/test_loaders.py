@@ -214,8 +214,8 @@ def test_probabilities_are_the_expectation_over_labels():
 
 
 def test_a_target_is_for_tasks_that_have_it():
-    label = Example("e", "t", "?", (Gold("a", (), 0.5), Gold("b", (), 0.5)), "exact", drawn=1)
-    assert apply_target([label], "probabilities") == [replace(label, drawn=None)] and apply_target(
+    label = Example("e", "t", "?", (Gold("a", (), 0.5), Gold("b", (), 0.5)), "exact", label=1)
+    assert apply_target([label], "probabilities") == [replace(label, label=None)] and apply_target(
         [label], "drawn"
     ) == [label]
     with pytest.raises(UserError, match="data.target=probabilities"):
