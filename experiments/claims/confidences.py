@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from experiments.claims.summary import grid
+from experiments.common.tables import markdown_table
 from mar.answers.grammar import Grammar, render
 from mar.answers.prompts import build_prompt, load_tokenizer
 from mar.errors import UserError, exit_code
@@ -303,7 +303,7 @@ def markdown(file: Path = RESULT) -> str:
                 ),
             ]
         )
-    return grid(("run", "policy", *columns), lines)
+    return markdown_table(("run", "policy", *columns), lines)
 
 
 def main() -> None:

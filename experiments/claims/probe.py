@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from experiments.claims.summary import grid
+from experiments.common.tables import markdown_table
 from mar.answers.grammar import Grammar
 from mar.answers.prompts import build_prompt, load_tokenizer
 from mar.files import write_json
@@ -146,7 +146,7 @@ def markdown(file: Path = RESULT) -> str:
         [str(row["layer"] or "embedding"), *(f"{row[key]:.3f}" for key in columns)]
         for row in layers
     ]
-    return grid(("after layer", *columns.values()), lines)
+    return markdown_table(("after layer", *columns.values()), lines)
 
 
 def main() -> None:

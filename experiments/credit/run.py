@@ -22,7 +22,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from experiments.claims.summary import grid
+from experiments.common.tables import markdown_table
 from mar.answers.grammar import Grammar
 from mar.answers.rewards import RewardSpec, first_open
 from mar.learn.advantages import (
@@ -378,7 +378,7 @@ def expectation() -> str:
             f"{f['cosine']:.4f} / {f['relative_error']:.0e} / {f['variance']:.2f}" for f in found
         ]
         rows.append([f"*{estimator}*" if row["biased"] else estimator, *cells])
-    return grid(["estimator", *names], rows)
+    return markdown_table(["estimator", *names], rows)
 
 
 def variances() -> str:
@@ -394,7 +394,7 @@ def variances() -> str:
         ]
         for n, c in cases
     ]
-    return grid(
+    return markdown_table(
         ["case", "well-formed", "truncated", "repeating", "completions", "variance to_go / set"],
         rows,
     )

@@ -28,7 +28,7 @@ import mar.sample.kv_cache
 import mar.train
 from experiments.bench.common import peak_bytes, quiet_machine, seconds
 from experiments.bench.sampler import CountOps
-from experiments.ddxplus_smollm2.run import PATIENTS, SHARED, warm_up
+from experiments.ddxplus_smollm2.run import PATIENTS, SHARED, warmed_up
 from mar.policy.sources import environment, resolve_model
 from mar.run.compose import compose
 from mar.run.console import Display
@@ -156,7 +156,7 @@ def products(training: Training, rows: int) -> dict[str, list[float]]:
 def measure(data: Path, steps: int) -> dict[str, Any]:
     """Seconds of each part of the step that took the median time of `steps`, after one to warm up, its least seconds here, and what is held in
     memory."""
-    warm_up(data / PATIENTS)
+    warmed_up(data)
     display = Display("plain", 0, 0)
     display.console.quiet = True
     config = compose([*SHARED, f"data.path={data / PATIENTS}", "reward=multi_rlcr"])

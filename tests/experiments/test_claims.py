@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from experiments.claims import confidences, probe, run, summary
+from experiments.common import commands
+from experiments.common.tables import arm_over_seeds
 from experiments.report import ROOT
 from mar.answers.prompts import build_prompt, load_tokenizer
 from mar.measure.answer_sets import AnswerSet, Item
@@ -87,11 +89,11 @@ def test_numbers_and_intervals_by_hand():
         and found["floor"]["ece"]["mean"] is None
         and found["floor"]["top1"]["mean"] == 0.3
     )
-    line = next(row for row in summary.table(found).splitlines() if row.startswith("| multi_rlcr"))
+    line = next(row for row in summary.table(logs).splitlines() if row.startswith("| multi_rlcr"))
     assert (
-        line.startswith("| multi_rlcr | 2 | 0.550 ±") and line.count("–") == 4
+        line.startswith("| multi_rlcr | 2 | 0.500, 0.600 |") and line.count("–") == 4
     )  # coverage@30, unique@30, q_mse and tv_distance
-    assert summary.averaged(logs["multi_rlcr"])["unique_histogram"] == {"3": 10, "4": 12}
+    assert arm_over_seeds(logs["multi_rlcr"])["unique_histogram"] == {"3": 10, "4": 12}
 
 
 def test_other_logs_make_results_stale(tmp_path, monkeypatch):
@@ -136,7 +138,8 @@ def test_what_is_named_is_trained_anew(tmp_path, monkeypatch):
         )
         return 1.0
 
-    monkeypatch.setattr(run, "command", command)
+    monkeypatch.setattr(run, "run_module", command)
+    monkeypatch.setattr(commands, "run_module", command)
     monkeypatch.setattr(run, "RUNS", tmp_path / "runs")
     monkeypatch.setattr(run, "LOGS", tmp_path / "logs")
     both = ["mar.train", "mar.evaluate"]

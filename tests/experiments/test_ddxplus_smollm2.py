@@ -100,7 +100,7 @@ def test_mean_confidence_weighs_bins_by_their_answers(tmp_path):
 def test_committed_logs_are_of_the_same_patients():
     logs = [
         log
-        for own in summary.grouped(summary.HERE / "logs", "method", summary.ORDER).values()
+        for own in summary.read_logs_by(summary.HERE / "logs", "method", summary.ORDER).values()
         for log in own
     ]
     assert len(logs) == 8 and len({log["num_items"] for log in logs}) == 1
