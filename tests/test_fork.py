@@ -55,7 +55,9 @@ def test_a_task_is_a_function_and_an_entry(
 
 
 def test_losses_and_coverages_are_a_function_and_an_entry() -> None:
-    """The schema reads their names off the dictionaries; in a process of its own, where nothing has read them yet."""
+    """The schema reads their names off the dictionaries; in a process of its own, where nothing has
+    read them yet.
+    """
     code = """if 1:
         from mar.answers import rewards
         from mar.learn import losses

@@ -1,10 +1,13 @@
-"""linear_logprobs of the CPU (mar_kernels.reference) against log_softmax of full logits: forward and backward, time, memory, gradient error.
+"""linear_logprobs of the CPU (mar_kernels.reference) against log_softmax of full logits: forward
+and backward, time, memory, gradient error.
 
     python experiments/bench/logprob.py [--quick | --bars] [--runs 1]
 
---quick: a small vocabulary (its ratios are not those of the bars). --bars: 4,096 tokens of SmolLM2's width over Qwen3's vocabulary (the default).
-Logits are peaked like a language model's, float32, on one thread. Every measurement is its own process and the sides alternate; memory is the peak
-of resident memory (VmHWM) beyond the inputs and the two gradients. Appends to results/logprob.csv; the last line of stdout is one JSON document.
+--quick: a small vocabulary (its ratios are not those of the bars). --bars: 4,096 tokens of
+SmolLM2's width over Qwen3's vocabulary (the default). Logits are peaked like a language model's,
+float32, on one thread. Every measurement is its own process and the sides alternate; memory is the
+peak of resident memory (VmHWM) beyond the inputs and the two gradients. Appends to
+results/logprob.csv; the last line of stdout is one JSON document.
 """
 
 import argparse
@@ -39,7 +42,9 @@ ERROR_ROWS = 128  # of a block of the float64 gradients
 
 
 def inputs(num_tokens: int, width: int, vocab: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """hidden [N, D], weight [V, D], targets [N] and what arrives from above [N]: logits of spread 3, a target that leads by less or more."""
+    """hidden [N, D], weight [V, D], targets [N] and what arrives from above [N]: logits of spread
+    3, a target that leads by less or more.
+    """
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(vocab, width, generator=generator).mul_(width**-0.5)
     targets = torch.randint(vocab, (num_tokens,), generator=generator)
@@ -97,7 +102,9 @@ def measure(side: str, with_entropy: bool, size: str) -> dict[str, float]:
 
 
 def gradient_error(size: str) -> dict[str, float]:
-    """Largest |ours - exact| over largest |exact| of either gradient, entropy included; exact: log_softmax in float64. And FLOPs."""
+    """Largest |ours - exact| over largest |exact| of either gradient, entropy included; exact:
+    log_softmax in float64. And FLOPs.
+    """
     hidden, weight, targets, upstream = inputs(*SIZES[size])
     exact = [x.double().requires_grad_() for x in (hidden, weight)]
     num_tokens = len(targets)

@@ -1,7 +1,10 @@
-"""One side of the comparison of whole RL steps (sample, verify, update):  python -m experiments.bench.rl_step ours|trl random|smollm2 P G R RUNS
+"""One side of the comparison of whole RL steps (sample, verify, update).
 
-Says {"ready": ...} when it is warm, then makes one step for each line of its input and answers with {"seconds": ..., "bytes": ...}: how long it took,
-and the peak of resident memory in it over what was resident before the warm-up (optimizer state, activations, caches). `step.py` asks both in turn.
+    python -m experiments.bench.rl_step ours|trl random|smollm2 P G R RUNS
+
+Says {"ready": ...} when it is warm, then makes one step for each line of its input and answers with
+{"seconds": ..., "bytes": ...}: how long it took, and the peak of resident memory in it over what
+was resident before the warm-up (optimizer state, activations, caches). `step.py` asks both in turn.
 """
 
 import json
@@ -128,7 +131,9 @@ def word_tokenizer(vocab: int) -> Any:
 
 
 def steps_of_trl(folder: Path, P: int, G: int, R: int, runs: int) -> None:
-    """TRL at its best CPU settings: float32, no activation checkpointing, no reference model, one update a batch."""
+    """TRL at its best CPU settings: float32, no activation checkpointing, no reference model, one
+    update a batch.
+    """
     import datasets
     import transformers
     import trl

@@ -1,10 +1,12 @@
-"""The training step: prompts shared against a copy of the prompt per row, and the whole RL step against TRL's GRPOTrainer.
+"""The training step: prompts shared against a copy of the prompt per row, and the whole RL step
+against TRL's GRPOTrainer.
 
     python experiments/bench/step.py [--quick | --bars] [--runs 2]
 
---quick: FLOPs and the smallest case. --bars: every case (the default); TRL's where `trl` is installed (pip install -e '.[bench]'). A random Qwen3 of
-6.8M parameters, and SmolLM2-135M; float32, one thread, lengths forced to be equal. TRL's resolved configuration goes to results/trl_config.json.
-Appends to results/step.csv; the last line of stdout is one JSON document.
+--quick: FLOPs and the smallest case. --bars: every case (the default); TRL's where `trl` is
+installed (pip install -e '.[bench]'). A random Qwen3 of 6.8M parameters, and SmolLM2-135M; float32,
+one thread, lengths forced to be equal. TRL's resolved configuration goes to
+results/trl_config.json. Appends to results/step.csv; the last line of stdout is one JSON document.
 """
 
 import argparse

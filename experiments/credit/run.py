@@ -242,7 +242,9 @@ class Toy:
 
 @dataclass(frozen=True)
 class Groups:
-    """All ordered groups of G completions as one batch: rows [n^G * G], and the probability of each group."""
+    """All ordered groups of G completions as one batch: rows [n^G * G], and the probability of each
+    group.
+    """
 
     rows: Tensor
     batch: Batch

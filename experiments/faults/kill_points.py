@@ -1,7 +1,9 @@
-"""Every change that a piece of work makes to files, seen from outside by ptrace, and death before any one of them. Linux.
+"""Every change that a piece of work makes to files, seen from outside by ptrace, and death before
+any one of them. Linux.
 
-The kernel stops the traced child at the entry of each system call, so calls of Python, of torch's C++ and of other threads are all seen, and a
-SIGKILL at that moment means that the call never happens. Not covered: pages written through mmap (nothing here maps a file for writing).
+The kernel stops the traced child at the entry of each system call, so calls of Python, of torch's
+C++ and of other threads are all seen, and a SIGKILL at that moment means that the call never
+happens. Not covered: pages written through mmap (nothing here maps a file for writing).
 """
 
 import ctypes
@@ -57,7 +59,9 @@ class _Info(ctypes.Structure):
 
 @dataclass(frozen=True)
 class Call:
-    """One system call that changes files or makes a change durable; `target` is the new name of a rename."""
+    """One system call that changes files or makes a change durable; `target` is the new name of a
+    rename.
+    """
 
     name: str
     path: str
@@ -91,7 +95,9 @@ def _at(pid: int, handle: int, address: int) -> str:
 
 
 def _call(pid: int) -> Call | None:
-    """The call that a stopped process is about to make, if it is one of NAMES and its file is not only read."""
+    """The call that a stopped process is about to make, if it is one of NAMES and its file is not
+    only read.
+    """
     info = _Info()
     _ptrace(GET_SYSCALL_INFO, pid, ctypes.sizeof(info), ctypes.addressof(info))
     name, a = NAMES.get(info.number, ""), info.arguments
@@ -113,8 +119,12 @@ def _call(pid: int) -> Call | None:
 def run(
     work: Callable[[], object], below: Path, kill_at: int | None = None
 ) -> tuple[list[Call], int]:
-    """Do `work` in a forked child. Returns its calls on files below a folder, in order, and how it ended (-9: killed). With `kill_at` n it is killed
-    when it is about to make the n-th of them (from 0); that call is the last of the list and does not happen."""
+    """Do `work` in a forked child.
+
+    Returns its calls on files below a folder, in order, and how it ended (-9: killed). With
+    `kill_at` n it is killed when it is about to make the n-th of them (from 0); that call is the
+    last of the list and does not happen.
+    """
     pid = os.fork()
     if pid == 0:
         try:
@@ -154,8 +164,10 @@ def run(
 
 
 def disorder(calls: list[Call], temporary: Path, target: Path) -> list[str]:
-    """What a power cut could spoil: `target` appears by one rename of `temporary`, after an fsync of everything that was written and of the folder
-    itself; the folder above is synced next; and only then is anything published removed."""
+    """What a power cut could spoil: `target` appears by one rename of `temporary`, after an fsync
+    of everything that was written and of the folder itself; the folder above is synced next; and
+    only then is anything published removed.
+    """
     found, folder = [], target.parent
     renames = [
         i
@@ -195,7 +207,9 @@ def disorder(calls: list[Call], temporary: Path, target: Path) -> list[str]:
 
 
 def unsynced(calls: list[Call]) -> set[str]:
-    """The files whose last write was followed by no fsync, under the names that they have after `calls`: what a power cut may empty."""
+    """The files whose last write was followed by no fsync, under the names that they have after
+    `calls`: what a power cut may empty.
+    """
     dirty: set[str] = set()
     for call in calls:
         if call.name in WRITES:

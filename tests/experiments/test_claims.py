@@ -1,4 +1,6 @@
-"""The summary of the comparison on clinic: intervals by hand, holes stay holes, stale results are seen."""
+"""The summary of the comparison on clinic: intervals by hand, holes stay holes, stale results are
+seen.
+"""
 
 import copy
 import json
@@ -162,7 +164,9 @@ def a_set(
 
 
 def test_error_of_confidences_by_hand():
-    """Drawn and expected parts, with a patient's other answers, format failures and answers given once set apart."""
+    """Drawn and expected parts, with a patient's other answers, format failures and answers given
+    once set apart.
+    """
     sets = (
         a_set("flu", 0.2, 0.5),
         a_set("flu", 0.4, 0.5),
@@ -226,7 +230,9 @@ def test_tables_of_confidences_and_probes_have_a_cell_for_each_column(tmp_path):
 
 
 def test_states_and_probabilities_are_those_of_the_place():
-    """The state before the first answer predicts its first token; the last layer's, normed, gives the probability that is returned."""
+    """The state before the first answer predicts its first token; the last layer's, normed, gives
+    the probability that is returned.
+    """
     folder, _ = resolve_model("embedded", "embedded", None)
     model, tokenizer = load_model(folder), load_tokenizer(folder)
     model.norm.weight.data.mul_(
@@ -339,7 +345,9 @@ def test_teaching_leaves_the_teacher_alone_and_moves_what_is_named(tmp_path, mon
 
 
 def test_scripts_that_are_run_by_path_find_the_experiments():
-    """`python experiments/x/run.py` has the script's folder on its path, not the repository's, which what imports `experiments` needs, or `-m`."""
+    """`python experiments/x/run.py` has the script's folder on its path, not the repository's,
+    which what imports `experiments` needs, or `-m`.
+    """
     texts = [
         *ROOT.glob("README.md"),
         *ROOT.glob("experiments/*/README.md"),

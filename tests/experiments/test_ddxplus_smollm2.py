@@ -1,4 +1,6 @@
-"""What the experiment on DDXPlus computes beside the runs: the constant answer, completions to read, the calibration table."""
+"""What the experiment on DDXPlus computes beside the runs: the constant answer, completions to
+read, the calibration table.
+"""
 
 import json
 
@@ -27,7 +29,9 @@ def test_the_most_frequent_golds_of_training_said_to_all():
 
 def test_completions_to_read(tmp_path):
     def kept(folder, *sets):
-        """What is kept of a run that wrote these sets, (answers, confidences, reason) each, for its first patient after training."""
+        """What is kept of a run that wrote these sets, (answers, confidences, reason) each, for its
+        first patient after training.
+        """
 
         def told(answers, confidences, reason):
             hits, again = (
