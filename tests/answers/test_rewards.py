@@ -18,11 +18,11 @@ from mar.answers.rewards import (
     component_layout,
     first_open,
     reward,
+    reward_of,
 )
 from mar.errors import UserError
 from mar.records import Gold
 from mar.run.compose import compose
-from mar.run.setup import reward_of
 from mar.verify.matching import matching_increments, repeats
 
 GOLDS = (Gold("flu", ("influenza",)), Gold("cold"), Gold("gout"), Gold("mumps"))
