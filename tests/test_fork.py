@@ -1,5 +1,6 @@
 """What the README's table of forks promises: one function and one dictionary entry."""
 
+import json
 import subprocess
 import sys
 from collections import Counter
@@ -7,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from mar.answers.reward_terms import REWARD_TERMS, Judged, Term, TermValue
+from mar.errors import UserError
 from mar.records import Example, Gold
 from mar.run.compose import compose
 from mar.tasks.__main__ import main as look
@@ -57,10 +60,42 @@ def test_a_task_is_a_function_and_an_entry(
 def test_losses_and_coverages_are_a_function_and_an_entry() -> None:
     """Their names are read off the dictionaries, here in a process where nothing has read them."""
     code = """if 1:
-        from mar.answers import rewards
+        from mar.answers import reward_spec
         from mar.learn import losses
         losses.LOSSES["mine"] = losses.reinforce
-        rewards.COVERAGES["mine"] = rewards.COVERAGES["sum"]
+        reward_spec.COVERAGES["mine"] = reward_spec.COVERAGES["sum"]
         from mar.run.compose import compose
         compose(["+experiment=clinic", "algo.loss=mine", "reward.coverage=mine"])"""
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def first_step(tmp_path: Path, *words: str) -> dict[str, float]:
+    """The metrics of one real step of the clinic with a small batch."""
+    small = ["train.steps=1", "algo.group_size=4", "algo.prompts_per_step=2", "eval.num_items=2"]
+    fixed = ["+experiment=clinic", "algo=rloo", *small, "logger.console=plain", f"out={tmp_path}"]
+    assert run(compose([*fixed, *words])) == 0
+    return json.loads((tmp_path / "clinic/seed0/metrics.jsonl").read_text().splitlines()[0])
+
+
+def test_a_reward_term_is_a_function_and_an_entry(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is paid, logged and trained on; one that changes its mind stops the run before it starts."""
+
+    def vowels(judged: Judged, weight: float) -> TermValue:
+        counts = [sum(c in "aeiou" for c in answer or "") for answer in judged.parsed.answers]
+        return TermValue(answers=[weight * count for count in counts])
+
+    monkeypatch.setitem(REWARD_TERMS, "vowels", Term(vowels, decides=("answer",)))
+    usual = first_step(tmp_path / "usual")
+    own = first_step(tmp_path / "own", "reward.terms.vowels=0.5")
+    assert "reward/vowels" not in usual and own["reward/vowels"] > 0
+    assert own["reward/total"] == pytest.approx(usual["reward/total"] + own["reward/vowels"])
+    assert own["optim/grad_norm"] != pytest.approx(usual["optim/grad_norm"], rel=1e-3)
+
+    def last_first(judged: Judged, weight: float) -> TermValue:
+        return TermValue(answers=[weight * sum(judged.hits), 0.0, 0.0])
+
+    monkeypatch.setitem(REWARD_TERMS, "vowels", Term(last_first, decides=("answer",)))
+    with pytest.raises(UserError, match="reward term vowels changes its mind"):
+        first_step(tmp_path / "refused", "reward.terms.vowels=0.5")

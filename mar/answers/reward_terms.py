@@ -27,14 +27,11 @@ one completion writes then changes the reward of the others, and so their mean, 
 import math
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from mar.answers.grammar import Element, Grammar, Parsed
-
-if TYPE_CHECKING:
-    from mar.answers.rewards import RewardSpec
+from mar.answers.reward_spec import COVERAGES, RewardSpec
 
 # of the sum rule: 0.33 + 0.33 + 0.34 must pass
 SUM_TOLERANCE = 1e-6
@@ -51,7 +48,7 @@ class Judged:
     repeated: Sequence[bool]
     num_golds: int
     grammar: Grammar
-    spec: "RewardSpec"
+    spec: RewardSpec
 
     # without the stop token
     text: str = ""
@@ -130,22 +127,6 @@ def format_term(judged: Judged, weight: float) -> TermValue:
     if judged.failed:
         return TermValue(whole=0.0)
     return TermValue(whole=weight)
-
-
-def any_hit(hits: Sequence[float], num_golds: int) -> list[float]:
-    """The first hit is worth 1, further ones nothing."""
-    covered = np.minimum(np.cumsum(hits), 1.0)
-    return np.diff(covered, prepend=0.0).tolist()
-
-
-# name -> what each answer adds to the coverage [K], given all hits [K] and the number of golds.
-# The value of answer k may look at the hits up to k only: it is decided when answer k is
-COVERAGES: dict[str, Callable[[Sequence[float], int], Sequence[float]]] = {
-    "sum": lambda hits, num_golds: hits,
-    "any": any_hit,
-    "fraction_golds": lambda hits, num_golds: [hit / max(num_golds, 1) for hit in hits],
-    "fraction_answers": lambda hits, num_golds: [hit / len(hits) for hit in hits],
-}
 
 
 def coverage_term(judged: Judged, weight: float) -> TermValue:

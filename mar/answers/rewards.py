@@ -49,7 +49,8 @@ from functools import lru_cache
 import numpy as np
 
 from mar.answers.grammar import Element, Grammar, Parsed
-from mar.answers.reward_terms import COVERAGES, REWARD_TERMS, Judged
+from mar.answers.reward_spec import RewardSpec
+from mar.answers.reward_terms import REWARD_TERMS, Judged
 from mar.config import RewardOptions
 from mar.errors import UserError
 
@@ -58,65 +59,6 @@ PAPER_TERMS = ("format", "coverage", "brier")
 
 # what is logged beside the terms, under names that no term can have
 LOGGED = ("total", "sum_rule_breach", "repeats")
-
-BRIERS = ("none", "paper", "released")
-
-DUPLICATES = ("per_slot", "gate")
-
-
-@dataclass(frozen=True)
-class RewardSpec:
-    """Which reward. Hashable; raises UserError for names that do not exist."""
-
-    # a key of COVERAGES
-    coverage: str = "sum"
-
-    # one of BRIERS
-    brier: str = "paper"
-
-    # confidences, `<other>` included, that sum to more than 1 are a format failure. Right where
-    # one gold is, wrong where several may be
-    sum_rule: bool = False
-
-    # `per_slot`: a repeated answer earns nothing. `gate`: any repeat cancels the coverage of the
-    # completion; its Brier term stays, so that repeating is no way out of it
-    duplicates: str = "per_slot"
-
-    # a format failure cancels the coverage and is charged the whole Brier term
-    gate: bool = True
-
-    # w_1 >= w_2 >= ... on the coverage of each answer, never on its Brier term; empty: all 1
-    rank_weights: tuple[float, ...] = ()
-
-    format_weight: float = 0.5
-    coverage_weight: float = 1.0
-    brier_weight: float = 1.0
-
-    # further terms and their weights, keys of REWARD_TERMS
-    terms: tuple[tuple[str, float], ...] = ()
-
-    def __post_init__(self) -> None:
-        known = (
-            self.coverage in COVERAGES and self.brier in BRIERS and self.duplicates in DUPLICATES
-        )
-        if not known:
-            raise UserError(
-                f"{self}: coverage is one of {', '.join(COVERAGES)}, brier of {BRIERS}, "
-                f"duplicates of {DUPLICATES}"
-            )
-
-    @property
-    def weights(self) -> dict[str, float]:
-        """The weight of each term that is paid, by its name in REWARD_TERMS."""
-        weights = {"format": self.format_weight, "coverage": self.coverage_weight}
-        if self.brier != "none":
-            weights["brier"] = self.brier_weight
-        return weights | dict(self.terms)
-
-    @property
-    def needs_group(self) -> bool:
-        """A term looks at the other completions of the prompt."""
-        return any("group" in REWARD_TERMS[name].needs for name in self.weights)
 
 
 def reward_of(options: RewardOptions) -> RewardSpec:
@@ -127,6 +69,11 @@ def reward_of(options: RewardOptions) -> RewardSpec:
     values["rank_weights"] = tuple(options.rank_weights or ())
     values["terms"] = tuple(options.terms.items())
     return RewardSpec(**values)
+
+
+def needs_group(spec: RewardSpec) -> bool:
+    """A term of it looks at the other completions of the prompt."""
+    return any("group" in REWARD_TERMS[name].needs for name in spec.weights)
 
 
 def term_faults(terms: Mapping[str, float], confident: bool, other: bool) -> Iterator[str]:

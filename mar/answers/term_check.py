@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from mar.answers.grammar import Grammar, parse, render
+from mar.answers.reward_spec import RewardSpec
 from mar.answers.reward_terms import REWARD_TERMS, Judged, TermValue
-from mar.answers.rewards import RewardSpec
 from mar.errors import UserError
 
 NUM_TEXTS = 40

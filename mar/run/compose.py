@@ -21,8 +21,9 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from mar.answers.reward_terms import COVERAGES, REWARD_TERMS
-from mar.answers.rewards import DUPLICATES, term_faults
+from mar.answers.reward_spec import COVERAGES, DUPLICATES
+from mar.answers.reward_terms import REWARD_TERMS
+from mar.answers.rewards import term_faults
 from mar.config import AlgoOptions, Config, DataOptions, ModelOptions, OptimOptions, RewardOptions
 from mar.errors import UserError, one_line
 from mar.learn.losses import AGGREGATIONS, KL_ESTIMATORS, LOSSES

@@ -10,7 +10,7 @@ import numpy as np
 
 from mar.answers.grammar import Grammar, Parsed, decode_with_starts, parse
 from mar.answers.reward_terms import Judged
-from mar.answers.rewards import RewardSpec, first_open, pay_terms
+from mar.answers.rewards import RewardSpec, first_open, needs_group, pay_terms
 from mar.errors import UserError
 from mar.policy.model import Decoder
 from mar.records import Completion, Gold, Prompt, Rollout
@@ -223,10 +223,10 @@ def judge_group(
             text=reading.text,
             num_tokens=len(reading.completion.ids),
         )
-        if scorer.reward.needs_group:
+        if needs_group(scorer.reward):
             judged = replace(judged, meanings=meanings(reading, verified, scorer.verifier))
         group.append(judged)
-    if not scorer.reward.needs_group:
+    if not needs_group(scorer.reward):
         return group
     return [replace(judged, others=(*group[:i], *group[i + 1 :])) for i, judged in enumerate(group)]
 

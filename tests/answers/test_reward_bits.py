@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from hashlib import sha256
 
 from mar.answers.grammar import Grammar, parse, render
-from mar.answers.rewards import BRIERS, COVERAGES, DUPLICATES, RewardSpec, reward
+from mar.answers.reward_spec import BRIERS, COVERAGES, DUPLICATES, RewardSpec
+from mar.answers.rewards import reward
 from mar.records import Gold
 from mar.verify.matching import expected_hits, matching_increments, repeats
 

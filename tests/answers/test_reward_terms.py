@@ -2,7 +2,9 @@
 
 import itertools
 import math
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,21 +13,9 @@ from hypothesis import strategies as st
 
 from experiments.credit.run import GATED, UNGATED, Toy, facts, report
 from mar.answers.grammar import Grammar, parse, render
-from mar.answers.reward_terms import (
-    COVERAGES,
-    PREFERENCES,
-    REWARD_TERMS,
-    Judged,
-    Term,
-    TermValue,
-)
-from mar.answers.rewards import (
-    PAPER_TERMS,
-    RewardSpec,
-    component_layout,
-    first_open,
-    pay_terms,
-)
+from mar.answers.reward_spec import COVERAGES, RewardSpec
+from mar.answers.reward_terms import PREFERENCES, REWARD_TERMS, Judged, Term, TermValue
+from mar.answers.rewards import PAPER_TERMS, component_layout, first_open, pay_terms
 from mar.answers.term_check import check_terms, prefix_fault
 from mar.errors import UserError
 from mar.records import Completion, Example, Gold, Prompt
@@ -349,6 +339,13 @@ def test_a_term_in_hindsight_would_bias_the_gradient(monkeypatch):
     rows = report(toy, 2, ("to_go", "set"))
     assert rows["to_go"]["relative_error"] > 1e-3
     assert rows["set"]["relative_error"] < 1e-10  # which looks at totals alone
+
+
+def test_the_settings_page_says_which_terms_there_are_and_which_are_exact():
+    page = (Path(__file__).resolve().parents[2] / "conf/README.md").read_text(encoding="utf-8")
+    rows = dict(re.findall(r"^\| `(\w+)` \| .* \| (exact|not exact: .*) \|$", page, re.MULTILINE))
+    assert list(rows) == FURTHER
+    assert [name for name in rows if rows[name] == "exact"] == [n for n in FURTHER if n in EXACT]
 
 
 # --- refusals ------------------------------------------------------------------------------------
