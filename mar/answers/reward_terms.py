@@ -27,6 +27,7 @@ one completion writes then changes the reward of the others, and so their mean, 
 import math
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -60,12 +61,12 @@ class Judged:
     meanings: tuple[Hashable, ...] = ()
     others: tuple["Judged", ...] = ()
 
-    @property
+    @cached_property
     def breaks_sum_rule(self) -> bool:
         said = [q for q in (*self.parsed.confidences, self.parsed.other) if q is not None]
         return self.spec.sum_rule and math.fsum(said) > 1.0 + SUM_TOLERANCE
 
-    @property
+    @cached_property
     def failed(self) -> bool:
         """The whole text is not of the form asked for."""
         return self.parsed.reason is not None or self.breaks_sum_rule
