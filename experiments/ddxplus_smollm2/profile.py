@@ -44,7 +44,7 @@ Meter = Callable[[], AbstractContextManager[Callable[[], float]]]
 PARTS: dict[
     str, list[tuple[Any, str]]
 ] = {  # part -> the functions whose time it is, none inside another of them
-    "packing weights": [(mar.policy.model, "pack"), (mar.sample.engine, "pack")],
+    "packing weights": [(mar.policy.model, "reorder_weight"), (mar.sample.engine, "reorder_weight")],
     "prefill": [(mar.sample.engine._Slots, "prefill")],
     "decoding": [(mar.sample.engine._Slots, "feed")],
     "drawing": [(mar.sample.engine._Slots, "draw")],
@@ -146,7 +146,7 @@ def products(job: Job, rows: int) -> dict[str, list[float]]:
             x, weight = torch.randn(rows, layer.in_features), layer.weight.detach()
             times = [
                 seconds(partial(mar.policy.model.project, x, weight, None, packed), 7)
-                for packed in (None, mar.policy.model.pack(weight))
+                for packed in (None, mar.policy.model.reorder_weight(weight))
             ]
             found[name] = [2 * rows * weight.numel() / s for s in times]
     return found
@@ -160,7 +160,7 @@ def measure(data: Path, steps: int) -> dict[str, Any]:
     display.console.quiet = True
     config = compose([*SHARED, f"data.path={data / PATIENTS}", "reward=multi_rlcr"])
     square, big = torch.randn(2048, 2048), torch.randn(1 << 26)
-    packed = mar.policy.model.pack(square)
+    packed = mar.policy.model.reorder_weight(square)
     fastest = (
         2
         * 2048**3

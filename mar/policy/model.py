@@ -33,7 +33,7 @@ HF_NAMES = {name: name for name in SAME_NAMES} | {
     "tied_embeddings": "tie_word_embeddings",
 }
 
-LARGE_WEIGHT, PACKED_FOR = (
+LARGE_WEIGHT, REORDERED_FOR = (
     1 << 18,
     16,
 )  # elements from which a weight is packed, rows that it is laid out for (it serves any number)
@@ -171,7 +171,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
 
 
-def pack(weight: Tensor) -> Tensor | None:
+def reorder_weight(weight: Tensor) -> Tensor | None:
     """A copy of a weight in the layout that oneDNN wants, None where that gains nothing. On a CPU a product with few rows, as in decoding,
     takes about half as long with it, one with thousands nine tenths (experiments/bench)."""
     gains = (
@@ -180,24 +180,24 @@ def pack(weight: Tensor) -> Tensor | None:
         and weight.numel() >= LARGE_WEIGHT
     )
     return (
-        torch.ops.mkldnn._reorder_linear_weight(weight, PACKED_FOR)
+        torch.ops.mkldnn._reorder_linear_weight(weight, REORDERED_FOR)
         if gains and torch.backends.mkldnn.is_available()
         else None
     )
 
 
-def project(x: Tensor, weight: Tensor, bias: Tensor | None, packed: Tensor | None) -> Tensor:
-    """x [N, in] @ weight [out, in].T + bias -> [N, out]. `packed`: what `pack` made of the weight."""
-    if packed is None:
+def project(x: Tensor, weight: Tensor, bias: Tensor | None, reordered: Tensor | None) -> Tensor:
+    """x [N, in] @ weight [out, in].T + bias -> [N, out]. `reordered`: what `reorder_weight` made of the weight."""
+    if reordered is None:
         return F.linear(x, weight, bias)
-    return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+    return torch.ops.mkldnn._linear_pointwise(x, reordered, bias, "none", [], "")
 
 
 class Linear(nn.Linear):
-    packed: Tensor | None = None
+    reordered: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        return project(x, self.weight, self.bias, self.packed)
+        return project(x, self.weight, self.bias, self.reordered)
 
 
 class Block(nn.Module):
@@ -277,16 +277,16 @@ class Decoder(nn.Module):
         return self.embed.weight if self.head is None else self.head.weight
 
     @contextmanager
-    def packed(self) -> Iterator[None]:
-        """For as long as no weight changes and no gradient is asked for: every linear layer of the blocks uses `pack` of its weight."""
+    def reordered_weights(self) -> Iterator[None]:
+        """For as long as no weight changes and no gradient is asked for: every linear layer of the blocks uses `reorder_weight` of its weight."""
         layers = [module for module in self.blocks.modules() if isinstance(module, Linear)]
         try:
             for layer in layers:
-                layer.packed = pack(layer.weight)
+                layer.reordered = reorder_weight(layer.weight)
             yield
         finally:
             for layer in layers:
-                layer.packed = None
+                layer.reordered = None
 
     def rope(self, positions: Int64[Tensor, " n"], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """cos and signed sin [N, 1, head_dim], computed in float32 or wider."""

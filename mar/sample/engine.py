@@ -15,7 +15,7 @@ from torch import Tensor
 from mar.answers.grammar import decode_with_starts
 from mar.errors import UserError
 from mar.policy.attention import chunks
-from mar.policy.model import Decoder, pack, project
+from mar.policy.model import Decoder, project, reorder_weight
 from mar.sample.draws import SamplingParams, draw_tokens, uniforms
 from mar.sample.kv_cache import KVCache, capacity
 from mar_kernels.graphs import capture
@@ -93,7 +93,7 @@ def generate(
     if not requests:
         return Generation([], 0, None, 0)
     slots = _Slots(model, requests, params, kv_budget_tokens)
-    with model.packed():
+    with model.reordered_weights():
         while slots.waiting or (slots.held >= 0).any():
             slots.admit()
             tokens = slots.draw()
@@ -150,7 +150,7 @@ class _Slots:
         size, precise = weight.shape[1], torch.promote_types(weight.dtype, torch.float32)
         self.stops = torch.tensor(params.stop_ids, dtype=torch.int64, device=self.device)
         self.close = torch.tensor(params.think_close, dtype=torch.int64, device=self.device)
-        self.head = (weight, None, pack(weight))
+        self.head = (weight, None, reorder_weight(weight))
         self.prompt_hidden = weight.new_zeros(num_prompts, size)
         self.rows = {  # one entry per row slot; column R of the [S, R + 1] ones takes what a finished row still writes
             "key": torch.zeros(num_rows, dtype=torch.int64, device=self.device),

@@ -9,7 +9,7 @@ import transformers
 from mar.errors import UserError
 from mar.policy import model as decoder
 from mar.policy.attention import group_attention, pack_groups
-from mar.policy.model import LARGE_WEIGHT, Decoder, ModelConfig, pack, project
+from mar.policy.model import LARGE_WEIGHT, Decoder, ModelConfig, project, reorder_weight
 from mar.policy.weights import load_model, save_model
 
 LLAMA3 = {
@@ -158,34 +158,35 @@ def test_mistral_without_the_key_has_its_default_window():
 
 @pytest.mark.parametrize("rows", [1, 16, 300])
 @pytest.mark.parametrize("biased", [False, True])
-def test_a_packed_weight_gives_the_same_product(rows, biased):
+def test_a_reordered_weight_gives_the_same_product(rows, biased):
     torch.manual_seed(0)
     x, weight = torch.randn(rows, 512), torch.randn(LARGE_WEIGHT // 512, 512)
     bias = torch.randn(len(weight)) if biased else None
     expected = x.double() @ weight.double().T + (bias if biased else 0)
-    packed = pack(weight)
-    assert packed is not None and packed.layout == torch._mkldnn
+    reordered = reorder_weight(weight)
+    assert reordered is not None and reordered.layout == torch._mkldnn
     with torch.inference_mode():
-        out = project(x, weight, bias, packed)
+        out = project(x, weight, bias, reordered)
     torch.testing.assert_close(
         out.double(), expected, rtol=0, atol=2e-4
     )  # as far off as x @ weight.T in float32
     assert out.is_contiguous()
 
 
-def test_only_large_float32_weights_are_packed_and_only_for_a_while(tiny_model, monkeypatch):
+def test_only_large_float32_weights_are_reordered_and_only_for_a_while(tiny_model, monkeypatch):
     assert (
-        pack(torch.zeros(LARGE_WEIGHT - 1, 1)) is None
-        and pack(torch.zeros(LARGE_WEIGHT, 1, dtype=torch.float64)) is None
+        reorder_weight(torch.zeros(LARGE_WEIGHT - 1, 1)) is None
+        and reorder_weight(torch.zeros(LARGE_WEIGHT, 1, dtype=torch.float64)) is None
     )
     monkeypatch.setattr(decoder, "LARGE_WEIGHT", 0)
     model = tiny_model(dtype=torch.float32)
     state = {name: value.clone() for name, value in model.state_dict().items()}
     layers = [module for module in model.modules() if isinstance(module, decoder.Linear)]
-    with pytest.raises(KeyboardInterrupt), model.packed():
-        assert all(layer.packed is not None for layer in layers)
+    with pytest.raises(KeyboardInterrupt), model.reordered_weights():
+        assert all(layer.reordered is not None for layer in layers)
         raise KeyboardInterrupt
     assert (
-        all(layer.packed is None for layer in layers) and len(layers) == 4 * model.config.num_layers
+        all(layer.reordered is None for layer in layers)
+        and len(layers) == 4 * model.config.num_layers
     )
     torch.testing.assert_close(model.state_dict(), state, rtol=0, atol=0)
