@@ -1,14 +1,17 @@
-"""Attention over shared prompts: a group's prompt is one segment, each of its rows another; no prompt is repeated.
+"""Attention over shared prompts: each is computed once, and all rows of its group attend to it.
 
-A token attends causally inside its own segment; a row's token also attends to its whole prompt. On a CPU the two parts are separate calls, merged
-by their log-sum-exps; on CUDA they are one FlexAttention call with a BlockMask. No tensor has T^2 elements for T packed tokens.
+A prompt is one segment of the packed tokens and each of its rows another. A token attends causally
+inside its own segment; a row's token also attends to its whole prompt. `pack_groups` lays the
+tokens out (start there), `group_attention` computes the attention: on a CPU in two parts that are
+merged, on CUDA in one FlexAttention call. No tensor has N^2 elements for N packed tokens.
+
+Letters: N packed tokens, M trained tokens, H query heads, Hkv key heads, d = head_dim.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
-from itertools import chain
-from typing import TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from einops import rearrange
@@ -16,51 +19,71 @@ from jaxtyping import Int64
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-# (layer, q [N, H, D], k [N, Hkv, D], v [N, Hkv, D]) -> [N, H, D]; q and k are rotated, the scale is 1 / sqrt(D)
+# (layer, q [N, H, d], k [N, Hkv, d], v [N, Hkv, d]) -> [N, H, d].
+# q and k are rotated already; the scale is 1 / sqrt(d).
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
 Tokens = Sequence[int]
 
 Item = TypeVar("Item")
 
-# the query heads of one key head go to the token axis, so that a prompt's keys are not repeated
-FOLD, UNFOLD = "n (h r) ... -> 1 h (n r) ...", "1 h (n r) ... -> n (h r) ..."
 
-_attention_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-
-_compile: Callable = cache(torch.compile)  # one compiled function per process
+# --- the layout of the tokens ---------------------------------------------------------------------
 
 
-def _side_by_side(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
+class PromptSpan(NamedTuple):
+    """The packed tokens of one prompt."""
+
+    start: int
+    length: int
+
+    @property
+    def end(self) -> int:
+        return self.start + self.length
 
 
-def cpu_attention(
-    q: Tensor, k: Tensor, v: Tensor, causal: bool, bias: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """PyTorch's own CPU attention with its log-sum-exp, which the public function does not return. q [B, H, M, D], k and v [B, Hkv, N, D].
+class RowSpan(NamedTuple):
+    """The packed tokens of one row: a completion without its last token, so it may be empty.
 
-    The operator takes it for granted that channels lie side by side, and returns rubbish where they do not (in a transposed product): copies then.
+    `prompt` is the index of its prompt.
     """
-    q, k, v = map(_side_by_side, (q, k, v))
-    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        q, k, v, 0.0, causal, attn_mask=bias
-    )
+
+    start: int
+    length: int
+    prompt: int
+
+    @property
+    def end(self) -> int:
+        return self.start + self.length
+
+
+Span = PromptSpan | RowSpan
 
 
 @dataclass(frozen=True)
 class PackedGroups:
-    """N input tokens of whole groups in one line, and the M completion tokens that they predict.
+    """N input tokens of whole groups, without padding, and the M completion tokens they predict.
 
-    `prompts` are (start, length); `rows` are (start, length, index of the prompt), each prompt's rows contiguous and right after it. A completion of
-    R tokens is a row of R - 1 (its last token is a target only), so a row may be empty. `predict_from[m]` is the index of the input token whose
-    hidden state predicts `targets[m]`: for a completion's first token the prompt's last. The M tokens are in the order of the rows.
+    One group with the prompt `a b c` and the completions `x y z`, `u v` and `w`:
+
+                      prompt   row 0  row 1 row 2
+        ids          [a  b  c] [x  y] [u]   []     without the last token of each completion
+        positions     0  1  2   3  4   3           each row continues its prompt
+        index         0  1  2   3  4   5           (of the line; the next group starts at 6)
+
+                      row 0     row 1   row 2
+        targets       x  y  z   u  v    w          every token of each completion
+        predict_from  2  3  4   2  5    2          index of the hidden state that predicts it
+
+    `predict_from` is the token shift: a completion's first token is predicted from the last token
+    of its prompt, each other token from the one before it. A completion's last token predicts
+    nothing, so it is a target but not an input.
     """
 
     ids: Int64[Tensor, " n"]
     positions: Int64[Tensor, " n"]
-    prompts: tuple[tuple[int, int], ...]
-    rows: tuple[tuple[int, int, int], ...]
+    prompts: tuple[PromptSpan, ...]
+    rows: tuple[RowSpan, ...]
     predict_from: Int64[Tensor, " m"]
     targets: Int64[Tensor, " m"]
 
@@ -70,34 +93,55 @@ def pack_groups(
     completions: Sequence[Sequence[Tokens]],
     device: torch.device | str = "cpu",
 ) -> PackedGroups:
-    """Token ids of each prompt and of its completions, none of them empty. A prompt may have no completions."""
-    lines: list[list[int]] = [[], [], [], []]
-    ids, positions, predict_from, targets = lines
-    spans, rows = [], []
+    """Lay out the token ids of each prompt and of its completions as `PackedGroups` draws it.
+
+    No prompt and no completion may be empty (ValueError); a prompt may have no completions.
+    """
+    ids: list[int] = []
+    positions: list[int] = []
+    predict_from: list[int] = []
+    targets: list[int] = []
+    prompt_spans: list[PromptSpan] = []
+    row_spans: list[RowSpan] = []
+
     for index, (prompt, group) in enumerate(zip(prompts, completions, strict=True)):
-        if not all(map(len, (prompt, *group))):
+        if min(len(tokens) for tokens in (prompt, *group)) == 0:
             raise ValueError(f"group {index} has an empty prompt or an empty completion")
-        spans.append((len(ids), len(prompt)))
-        positions.extend(range(len(prompt)))
+        prompt_spans.append(PromptSpan(len(ids), len(prompt)))
         ids.extend(prompt)
-        last = len(ids) - 1
+        positions.extend(range(len(prompt)))
+        last_of_prompt = len(ids) - 1
+
         for completion in group:
-            start, length = len(ids), len(completion) - 1
-            rows.append((start, length, index))
-            positions.extend(range(len(prompt), len(prompt) + length))
+            row = RowSpan(start=len(ids), length=len(completion) - 1, prompt=index)
+            row_spans.append(row)
             ids.extend(completion[:-1])
-            predict_from.extend((last, *range(start, start + length)))
+            positions.extend(range(len(prompt), len(prompt) + row.length))
+            # the token shift, once and for all
+            predict_from.append(last_of_prompt)
+            predict_from.extend(range(row.start, row.end))
             targets.extend(completion)
-    tensors = [torch.tensor(line, dtype=torch.int64, device=device) for line in lines]
-    return PackedGroups(tensors[0], tensors[1], tuple(spans), tuple(rows), tensors[2], tensors[3])
+
+    integers = partial(torch.tensor, dtype=torch.int64, device=device)
+    return PackedGroups(
+        ids=integers(ids),
+        positions=integers(positions),
+        prompts=tuple(prompt_spans),
+        rows=tuple(row_spans),
+        predict_from=integers(predict_from),
+        targets=integers(targets),
+    )
 
 
-def chunks(items: Sequence[Item], sizes: Sequence[int], most: int) -> list[list[Item]]:
-    """Consecutive items whose sizes add up to at most `most` (or one larger item)."""
+def chunks(items: Sequence[Item], sizes: Sequence[int], max_size: int) -> list[list[Item]]:
+    """Cut into runs of consecutive items whose sizes add up to at most `max_size`.
+
+    An item larger than that is a run of its own.
+    """
     out: list[list[Item]] = []
     total = 0
     for item, size in zip(items, sizes, strict=True):
-        if not out or total + size > most:
+        if not out or total + size > max_size:
             out.append([])
             total = 0
         out[-1].append(item)
@@ -106,166 +150,381 @@ def chunks(items: Sequence[Item], sizes: Sequence[int], most: int) -> list[list[
 
 
 def group_attention(packed: PackedGroups) -> Attend:
-    """The `attend` of `Decoder.hidden` for these groups; the gradient of a prompt sums what all its rows send back."""
+    """The `attend` of `Decoder.hidden` for these groups.
+
+    The keys and values of a prompt receive the gradients of all its rows.
+    """
     if packed.ids.device.type == "cuda":
         return _flex_attend(packed)
-    plan = _plan(packed)
+    plan = _cpu_plan(packed)
     return lambda layer, q, k, v: _GroupAttention.apply(q, k, v, plan)
 
 
-@dataclass(frozen=True)
-class _Block:
-    """Segments of similar length. Token `tokens[i]` of the line sits at `slots[i]` of the flattened [rows, length]."""
+# --- CPU: own part and prompt part, merged by their log-sum-exps ----------------------------------
 
-    rows: int
+
+def _with_contiguous_channels(x: Tensor) -> Tensor:
+    """`x`, or a copy of it where its last axis is strided (as after a transposed product).
+
+    The CPU operators below take contiguous channels for granted, forward and backward, and return
+    wrong numbers for others.
+    """
+    if x.stride(-1) == 1:
+        return x
+    return x.contiguous()
+
+
+def cpu_attention(
+    q: Tensor, k: Tensor, v: Tensor, causal: bool, bias: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """PyTorch's own CPU attention with its log-sum-exp, which the public function does not return.
+
+    q [batch, H, queries, d]; k, v [batch, Hkv, keys, d]
+    -> output like q, log-sum-exp [batch, H, queries].
+    """
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        _with_contiguous_channels(q),
+        _with_contiguous_channels(k),
+        _with_contiguous_channels(v),
+        dropout_p=0.0,
+        is_causal=causal,
+        attn_mask=bias,
+    )
+
+
+def _cpu_attention_backward(
+    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v. `out` and `lse` are what the forward pass returned.
+
+    The operator computes p = exp(score - lse), and from it the gradient of the scores:
+    p (grad_out . v - grad_out . out).
+    """
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        grad_out, q, k, v, out, lse, dropout_p=0.0, is_causal=causal
+    )
+
+
+@dataclass(frozen=True)
+class _PaddedSegments:
+    """Segments of similar length, padded to [segments, length], so that one call serves them all.
+
+    Packed token `tokens[i]` sits at `slots[i]` of the flattened [segments * length].
+    """
+
+    num_segments: int
     length: int
     tokens: Tensor
     slots: Tensor
 
     def pad(self, x: Tensor, repeat: int = 1) -> Tensor:
-        """[N, H, ...] -> [rows, H * repeat, length, ...], zero where there is no token."""
-        flat = x.new_zeros(self.rows * self.length, *x.shape[1:])
+        """[N, H, ...] -> [segments, H * repeat, length, ...], zero where there is no token."""
+        flat = x.new_zeros(self.num_segments * self.length, *x.shape[1:])
         flat[self.slots] = x[self.tokens]
-        padded = flat.unflatten(0, (self.rows, self.length)).transpose(1, 2)
-        return padded.repeat_interleave(repeat, 1) if repeat > 1 else padded
+        padded = flat.unflatten(0, (self.num_segments, self.length)).transpose(1, 2)
+        if repeat == 1:
+            return padded
+        return padded.repeat_interleave(repeat, 1)
 
     def unpad(self, x: Tensor) -> Tensor:
-        """[rows, H, length, ...] -> one entry per token of `tokens`."""
+        """[segments, H, length, ...] -> [len(tokens), H, ...]."""
         return x.transpose(1, 2).flatten(0, 1)[self.slots]
 
 
-def _plan(packed: PackedGroups) -> tuple[list[_Block], list[tuple[slice, slice]]]:
-    """Blocks of segments, and (a prompt's tokens, the tokens of all its rows). Lengths alone decide: once per pass."""
-    segments = [
-        (start, length) for start, length, *_ in chain(packed.prompts, packed.rows) if length
-    ]
-    similar: list[list[tuple[int, int]]] = []
-    for start, length in sorted(segments, key=lambda segment: -segment[1]):
-        if (
-            not similar or length < 0.75 * similar[-1][0][1]
-        ):  # at most a quarter of a block is padding
-            similar.append([])
-        similar[-1].append((start, length))
-    blocks = []
-    for members in similar:
-        longest = members[0][1]
-        tokens = [token for start, n in members for token in range(start, start + n)]
-        slots = [
-            slot for i, (_, n) in enumerate(members) for slot in range(i * longest, i * longest + n)
-        ]
-        index = (torch.tensor(line, device=packed.ids.device) for line in (tokens, slots))
-        blocks.append(_Block(len(members), longest, *index))
-    ends = [start for start, _ in packed.prompts[1:]] + [packed.ids.shape[0]]  # of each group
-    shared = [
-        (slice(s, s + n), slice(s + n, end))
-        for (s, n), end in zip(packed.prompts, ends, strict=True)
-    ]
-    return blocks, [(prompt, rows) for prompt, rows in shared if rows.stop > rows.start]
+@dataclass(frozen=True)
+class _SharedPrompt:
+    """The packed tokens of a prompt, and those of all its rows, which lie right behind it."""
+
+    prompt: slice
+    rows: slice
+
+
+@dataclass(frozen=True)
+class _CpuPlan:
+    """The calls of cpu_attention for some groups: one per entry of `own` and of `shared`."""
+
+    own: list[_PaddedSegments]
+    shared: list[_SharedPrompt]
+
+
+def _cpu_plan(packed: PackedGroups) -> _CpuPlan:
+    """Lengths alone decide it, so it is made once and serves every layer, forward and backward."""
+    segments: list[Span] = [*packed.prompts, *packed.rows]
+    spans = [span for span in segments if span.length > 0]
+    device = packed.ids.device
+    own = [_pad_together(similar, device) for similar in _by_similar_length(spans)]
+    return _CpuPlan(own, _shared_prompts(packed))
+
+
+def _by_similar_length(spans: Sequence[Span]) -> list[list[Span]]:
+    """Longest first; the shortest of a list has three quarters of its longest, so at most a quarter
+    is padding.
+    """
+    lists: list[list[Span]] = []
+    longest = 0
+    for span in sorted(spans, key=lambda span: -span.length):
+        if not lists or span.length < 0.75 * longest:
+            lists.append([])
+            longest = span.length
+        lists[-1].append(span)
+    return lists
+
+
+def _pad_together(spans: Sequence[Span], device: torch.device) -> _PaddedSegments:
+    """The longest comes first."""
+    longest = spans[0].length
+    tokens: list[int] = []
+    slots: list[int] = []
+    for i, span in enumerate(spans):
+        tokens.extend(range(span.start, span.end))
+        slots.extend(range(i * longest, i * longest + span.length))
+    return _PaddedSegments(
+        num_segments=len(spans),
+        length=longest,
+        tokens=torch.tensor(tokens, device=device),
+        slots=torch.tensor(slots, device=device),
+    )
+
+
+def _shared_prompts(packed: PackedGroups) -> list[_SharedPrompt]:
+    """Each prompt with its rows, if these have any tokens; a group ends where the next begins."""
+    group_ends = [prompt.start for prompt in packed.prompts[1:]]
+    group_ends.append(len(packed.ids))
+    shared = []
+    for prompt, group_end in zip(packed.prompts, group_ends, strict=True):
+        if group_end > prompt.end:
+            tokens = slice(prompt.start, prompt.end)
+            shared.append(_SharedPrompt(tokens, rows=slice(prompt.end, group_end)))
+    return shared
+
+
+# For the prompt part, the query heads that read one key head move to the token axis, so that the
+# prompt's keys and values are read as they are instead of being repeated for every query head.
+FOLD = "n (h r) ... -> 1 h (n r) ..."
+UNFOLD = "1 h (n r) ... -> n (h r) ..."
+
+
+def _as_batch_of_one(x: Tensor) -> Tensor:
+    """[tokens, Hkv, d] -> [1, Hkv, tokens, d]."""
+    return x.transpose(0, 1)[None]
+
+
+def _merge(
+    own_out: Tensor, own_lse: Tensor, prompt_out: Tensor, prompt_lse: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Attention over the keys of both parts, from the attention over each.
+
+        lse = log(exp(own_lse) + exp(prompt_lse))
+        out = exp(own_lse - lse) own_out + exp(prompt_lse - lse) prompt_out
+
+    exp(part_lse - lse) is the share of the whole softmax that falls on the keys of that part.
+    Outputs are [tokens, H, d], log-sum-exps [tokens, H].
+    """
+    lse = torch.logaddexp(own_lse, prompt_lse)
+    own_share = (own_lse - lse).exp_()[..., None]
+    prompt_share = (prompt_lse - lse).exp_()[..., None]
+    out = own_out * own_share + prompt_out * prompt_share
+    return out.to(own_out.dtype), lse
 
 
 class _GroupAttention(torch.autograd.Function):
-    """Own part and prompt part. The backward of each takes the MERGED output and log-sum-exp, as in ring attention
-    (arXiv:2310.01889): its probabilities are then those of the whole softmax, and the parts' gradients add up."""
+    """Attention of packed groups on a CPU, in parts whose keys do not overlap.
+
+    Own part: each segment attends causally to itself. Prompt part: the rows of a group attend to
+    their prompt, all together in one call. Where a token has both, `_merge` joins them.
+
+    Backward takes each part again, but hands the operator the MERGED output and log-sum-exp (as in
+    ring attention, arXiv:2310.01889). The probabilities that it computes from them are then those
+    of the softmax over all keys, and so is grad_out . out. Each part gives the exact gradient of
+    its keys and values and a summand of the gradient of the queries: the parts add up.
+    """
 
     @staticmethod
-    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, plan):  # type: ignore[no-untyped-def]
-        (blocks, shared), kv_heads, repeat = plan, k.shape[1], q.shape[1] // k.shape[1]
-        q, k, v = map(_side_by_side, (q, k, v))  # the backward operator wants that too
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, plan: _CpuPlan) -> Tensor:
+        q = _with_contiguous_channels(q)
+        k = _with_contiguous_channels(k)
+        v = _with_contiguous_channels(v)
+        num_kv_heads = k.shape[1]
+        heads_per_key = q.shape[1] // num_kv_heads
         out = torch.empty_like(q)
         lse = q.new_empty(q.shape[:2], dtype=torch.promote_types(q.dtype, torch.float32))
-        for block in blocks:
-            own = cpu_attention(block.pad(q), block.pad(k, repeat), block.pad(v, repeat), True)
-            out[block.tokens], lse[block.tokens] = block.unpad(own[0]), block.unpad(own[1])
-        for prompt, rows in shared:
-            keys, values = (x[prompt].transpose(0, 1)[None] for x in (k, v))
-            parts = cpu_attention(rearrange(q[rows], FOLD, h=kv_heads), keys, values, False)
-            shared_out, shared_lse = (rearrange(part, UNFOLD, r=repeat) for part in parts)
-            own_lse, lse[rows] = lse[rows].clone(), torch.logaddexp(lse[rows], shared_lse)
-            own_share, shared_share = (own_lse - lse[rows]).exp_(), (shared_lse - lse[rows]).exp_()
-            out[rows] = (
-                out[rows] * own_share[..., None] + shared_out * shared_share[..., None]
-            ).to(out.dtype)
+
+        for segments in plan.own:
+            own_out, own_lse = cpu_attention(
+                segments.pad(q),
+                segments.pad(k, heads_per_key),
+                segments.pad(v, heads_per_key),
+                causal=True,
+            )
+            out[segments.tokens] = segments.unpad(own_out)
+            lse[segments.tokens] = segments.unpad(own_lse)
+
+        for group in plan.shared:
+            prompt_out, prompt_lse = cpu_attention(
+                rearrange(q[group.rows], FOLD, h=num_kv_heads),
+                _as_batch_of_one(k[group.prompt]),
+                _as_batch_of_one(v[group.prompt]),
+                causal=False,
+            )
+            out[group.rows], lse[group.rows] = _merge(
+                out[group.rows],
+                lse[group.rows],
+                rearrange(prompt_out, UNFOLD, r=heads_per_key),
+                rearrange(prompt_lse, UNFOLD, r=heads_per_key),
+            )
+
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.plan = plan
         return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_out: Tensor):  # type: ignore[no-untyped-def]
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         q, k, v, out, lse = ctx.saved_tensors
-        (blocks, shared), kv_heads, repeat = ctx.plan, k.shape[1], q.shape[1] // k.shape[1]
-        dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-        for block in blocks:  # a padded query has grad_out = out = 0: it sends nothing back
-            inputs = (
-                block.pad(q),
-                block.pad(k, repeat),
-                block.pad(v, repeat),
-                block.pad(out),
-                block.pad(lse),
+        plan: _CpuPlan = ctx.plan
+        num_kv_heads = k.shape[1]
+        heads_per_key = q.shape[1] // num_kv_heads
+        dq = torch.empty_like(q)
+        dk = torch.empty_like(k)
+        dv = torch.empty_like(v)
+
+        # every token is in exactly one segment, so this fills dq, dk and dv;
+        # a padded query has grad_out = out = 0 and sends nothing back
+        for segments in plan.own:
+            own_dq, own_dk, own_dv = _cpu_attention_backward(
+                segments.pad(grad_out),
+                segments.pad(q),
+                segments.pad(k, heads_per_key),
+                segments.pad(v, heads_per_key),
+                segments.pad(out),
+                segments.pad(lse),
+                causal=True,
             )
-            grads = [
-                block.unpad(x) for x in _attention_backward(block.pad(grad_out), *inputs, 0.0, True)
-            ]
-            dq[block.tokens] = grads[0]
-            for total, grad in zip((dk, dv), grads[1:], strict=True):
-                total[block.tokens] = grad.unflatten(1, (kv_heads, repeat)).sum(2)
-        for prompt, rows in shared:
-            keys, values = (x[prompt].transpose(0, 1)[None] for x in (k, v))
-            grad, queries, merged, merged_lse = (
-                rearrange(x[rows], FOLD, h=kv_heads) for x in (grad_out, q, out, lse)
+            # `pad` repeated each key head for its query heads: their gradients sum to its own
+            per_key = (num_kv_heads, heads_per_key)
+            dq[segments.tokens] = segments.unpad(own_dq)
+            dk[segments.tokens] = segments.unpad(own_dk).unflatten(1, per_key).sum(2)
+            dv[segments.tokens] = segments.unpad(own_dv).unflatten(1, per_key).sum(2)
+
+        for group in plan.shared:
+            prompt_dq, prompt_dk, prompt_dv = _cpu_attention_backward(
+                rearrange(grad_out[group.rows], FOLD, h=num_kv_heads),
+                rearrange(q[group.rows], FOLD, h=num_kv_heads),
+                _as_batch_of_one(k[group.prompt]),
+                _as_batch_of_one(v[group.prompt]),
+                rearrange(out[group.rows], FOLD, h=num_kv_heads),
+                rearrange(lse[group.rows], FOLD, h=num_kv_heads),
+                causal=False,
             )
-            grads = _attention_backward(grad, queries, keys, values, merged, merged_lse, 0.0, False)
-            dq[rows] += rearrange(grads[0], UNFOLD, r=repeat)
-            dk[prompt] += grads[1][0].transpose(0, 1)
-            dv[prompt] += grads[2][0].transpose(0, 1)
+            dq[group.rows] += rearrange(prompt_dq, UNFOLD, r=heads_per_key)
+            dk[group.prompt] += prompt_dk[0].transpose(0, 1)
+            dv[group.prompt] += prompt_dv[0].transpose(0, 1)
         return dq, dk, dv, None
 
 
-def _block_mask(packed: PackedGroups, size: int = 128) -> BlockMask:
-    """FlexAttention's mask: for each block of `size` queries the key blocks it sees in part, and those it sees whole."""
-    segments = [
-        (s, n, s, s) for s, n in packed.prompts
-    ]  # (start, length, first shared key, end of the shared keys)
-    segments += [
-        (s, n, packed.prompts[i][0], sum(packed.prompts[i])) for s, n, i in packed.rows if n
-    ]
-    bounds = [
-        (start, low, high) for start, length, low, high in sorted(segments) for _ in range(length)
-    ]
-    num_blocks = -(-len(bounds) // size)
+# --- CUDA: one FlexAttention call with a block mask -----------------------------------------------
+
+# one compiled function per process
+_compile: Callable = cache(torch.compile)
+
+
+class _Visible(NamedTuple):
+    """The tokens [start, end) of one segment, and the keys of the prompt that all of them see.
+
+    For the tokens of a prompt itself that range is empty.
+    """
+
+    start: int
+    end: int
+    prompt_start: int
+    prompt_end: int
+
+
+def _visible_segments(packed: PackedGroups) -> list[_Visible]:
+    """All segments with tokens, in the order of the tokens."""
+    segments = [_Visible(prompt.start, prompt.end, 0, 0) for prompt in packed.prompts]
+    for row in packed.rows:
+        if row.length > 0:
+            prompt = packed.prompts[row.prompt]
+            segments.append(_Visible(row.start, row.end, prompt.start, prompt.end))
+    return sorted(segments)
+
+
+def _blocks_touched(start: int, end: int, size: int) -> Iterable[int]:
+    """The blocks of `size` tokens that hold some token of [start, end)."""
+    if start == end:
+        return ()
+    return range(start // size, -(-end // size))
+
+
+def _blocks_inside(start: int, end: int, size: int) -> Iterable[int]:
+    """The blocks of `size` tokens all of whose tokens are in [start, end)."""
+    return range(-(-start // size), end // size)
+
+
+def _key_blocks(
+    segments: Sequence[_Visible], num_blocks: int, size: int
+) -> tuple[list[set[int]], list[set[int]]]:
+    """For each block of queries: the key blocks that it sees in part, and those it sees whole.
+
+    Whole: every query of the block sees every key. In part: some query sees some key.
+    """
     seen: list[set[int]] = [set() for _ in range(num_blocks)]
     whole = [set(range(num_blocks)) for _ in range(num_blocks)]
-    for start, length, low, high in segments:
-        for block in range(start // size, (start + length - 1) // size + 1):
-            first, end = (
-                max(start, block * size),
-                min(start + length, (block + 1) * size),
-            )  # its queries in this block
-            seen[block] |= {
-                *range(start // size, -(-end // size)),
-                *range(low // size, -(-high // size)),
-            }
-            whole[block] &= {
-                *range(-(-start // size), (first + 1) // size),
-                *range(-(-low // size), high // size),
-            }
-    index = partial(torch.tensor, dtype=torch.int32, device=packed.ids.device)
-    starts, lows, highs = index(bounds).T.contiguous()
+    for segment in segments:
+        of_prompt = _blocks_inside(segment.prompt_start, segment.prompt_end, size)
+        for block in _blocks_touched(segment.start, segment.end, size):
+            # of the queries in this block, the last one sees most of the segment, the first least
+            first_query = max(segment.start, block * size)
+            last_query = min(segment.end, (block + 1) * size) - 1
+            seen[block].update(_blocks_touched(segment.start, last_query + 1, size))
+            seen[block].update(_blocks_touched(segment.prompt_start, segment.prompt_end, size))
+            of_own = _blocks_inside(segment.start, first_query + 1, size)
+            whole[block] &= {*of_own, *of_prompt}
+    partial_blocks = [some - every for some, every in zip(seen, whole, strict=True)]
+    return partial_blocks, whole
 
-    def counts_and_keys(keys: list[set[int]]) -> tuple[Tensor, Tensor]:
-        return index([[[*map(len, keys)]]]), index(
-            [[[sorted(row) + [0] * (num_blocks - len(row)) for row in keys]]]
-        )
 
-    def allowed(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return ((key >= starts[query]) & (key <= query)) | (
-            (key >= lows[query]) & (key < highs[query])
-        )
+def _block_mask(packed: PackedGroups, size: int = 128) -> BlockMask:
+    """FlexAttention's mask: the key blocks that each block of `size` queries reads, and the rule.
 
-    part = counts_and_keys([s - w for s, w in zip(seen, whole, strict=True)])
-    lengths = (len(bounds), len(bounds))
+    A query sees a key in its own segment  if own_start <= key <= query,
+                       in its prompt       if prompt_start <= key < prompt_end.
+    """
+    segments = _visible_segments(packed)
+    num_tokens = len(packed.ids)
+    num_blocks = -(-num_tokens // size)
+    integers = partial(torch.tensor, dtype=torch.int32, device=packed.ids.device)
+
+    # the bounds of each token, [3, N]
+    bounds: list[tuple[int, int, int]] = []
+    for segment in segments:
+        of_segment = (segment.start, segment.prompt_start, segment.prompt_end)
+        bounds.extend([of_segment] * (segment.end - segment.start))
+    own_start, prompt_start, prompt_end = integers(bounds).T.contiguous()
+
+    def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        in_own_segment = (key >= own_start[query]) & (key <= query)
+        in_prompt = (key >= prompt_start[query]) & (key < prompt_end[query])
+        return in_own_segment | in_prompt
+
+    def table(blocks: list[set[int]]) -> tuple[Tensor, Tensor]:
+        """Counts of key blocks [1, 1, blocks], and which, padded with 0 [1, 1, blocks, blocks]."""
+        counts = [len(keys) for keys in blocks]
+        padded = [sorted(keys) + [0] * (num_blocks - len(keys)) for keys in blocks]
+        return integers([[counts]]), integers([[padded]])
+
+    partial_blocks, whole_blocks = _key_blocks(segments, num_blocks, size)
+    kv_num_blocks, kv_indices = table(partial_blocks)
+    full_kv_num_blocks, full_kv_indices = table(whole_blocks)
     return BlockMask.from_kv_blocks(
-        *part, *counts_and_keys(whole), size, allowed, seq_lengths=lengths
+        kv_num_blocks=kv_num_blocks,
+        kv_indices=kv_indices,
+        full_kv_num_blocks=full_kv_num_blocks,
+        full_kv_indices=full_kv_indices,
+        BLOCK_SIZE=size,
+        mask_mod=sees,
+        seq_lengths=(num_tokens, num_tokens),
     )
 
 
@@ -273,8 +532,9 @@ def _flex_attend(packed: PackedGroups) -> Attend:
     mask = _block_mask(packed)
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        q, k, v = (rearrange(x, "n h d -> 1 h n d") for x in (q, k, v))
         flex = _compile(flex_attention) if q.is_cuda else flex_attention
-        return rearrange(flex(q, k, v, block_mask=mask, enable_gqa=True), "1 h n d -> n h d")
+        queries, keys, values = (rearrange(x, "n h d -> 1 h n d") for x in (q, k, v))
+        out = flex(queries, keys, values, block_mask=mask, enable_gqa=True)
+        return rearrange(out, "1 h n d -> n h d")
 
     return attend
