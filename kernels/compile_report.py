@@ -240,7 +240,7 @@ def work(launch: Launch) -> list[str]:
         again = -(-columns // a["COLUMNS"]) * size["hidden"] + -(-N // a["ROWS"]) * size["weight"]
         loaded = sum(size.values()) - size["hidden"] - size["weight"] + again
     elif "components" in a:
-        loaded += (B - 1) * (size["components"] + size["groups"])
+        loaded += (B - 1) * (size["components"] + size["group_ids"])
     once = sum(size.values())
     seconds = max(flops / FLOPS.get(next(iter(tensors.values())).dtype, 1), once / HBM, loaded / L2)
     model = f"{seconds * 1e3:.3f}" if launch.capability == 90 else ""

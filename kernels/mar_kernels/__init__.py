@@ -1,7 +1,11 @@
-"""The operations that are worth a kernel. `reference.py` is their specification, in plain PyTorch, and what a CPU runs.
+"""The operations that are worth a kernel, and one dispatch.
 
-`backend` of a call is `reference`, `triton` (a RuntimeError says why where that cannot be) or `auto`: Triton for tensors on an NVIDIA GPU, Ampere or
-newer, where the package is installed and has a kernel for their type. Nothing but the call decides; triton is imported when it is first needed.
+`reference.py` is their specification in plain PyTorch and what a CPU runs; read it first. The
+`triton_*.py` are their kernels for NVIDIA GPUs.
+
+`backend` of a call is `reference`, `triton` (a RuntimeError says why where that cannot be) or
+`auto`: Triton for tensors on an NVIDIA GPU, Ampere or newer, where the package is installed and has
+a kernel for their type. Nothing but the call decides; triton is imported when it is first needed.
 """
 
 from importlib import import_module
@@ -15,37 +19,46 @@ from . import reference
 
 __all__ = ["answer_advantages", "linear_logprobs", "selected_logprobs"]
 
+# module -> the types of tensors that its kernels take, one at a time
+DTYPES = {
+    "triton_logprobs": (torch.float32, torch.bfloat16),
+    "triton_advantages": (torch.float32, torch.float64),
+}
+
 
 def _problem(module: str, tensors: tuple[Tensor, ...]) -> str | None:
-    """Why the kernels of a module cannot take these tensors."""
+    """Why the kernels of a module cannot take these tensors, None where they can."""
     if find_spec("triton") is None:
         return "needs the package triton, which is not installed"
-    known = (torch.float32, torch.float64 if module == "triton_advantages" else torch.bfloat16)
-    if len(kinds := {x.dtype for x in tensors}) > 1 or kinds.isdisjoint(known):
-        return f"takes tensors all of {known[0]} or all of {known[1]}, not of {' and '.join(sorted(map(str, kinds)))}"
-    if all(x.is_cuda for x in tensors):
-        ampere = torch.version.hip is None and torch.cuda.get_device_capability(
-            tensors[0].device
-        ) >= (8, 0)
-        return None if ampere else "needs an NVIDIA GPU of compute capability 8.0 or newer"
-    interpreted = import_module("triton").knobs.runtime.interpret
-    return (
-        None
-        if interpreted
-        else "needs tensors on a GPU, or TRITON_INTERPRET=1 before Python starts"
-    )
+    dtypes = {x.dtype for x in tensors}
+    first, second = DTYPES[module]
+    if len(dtypes) > 1 or dtypes.isdisjoint(DTYPES[module]):
+        found = " and ".join(sorted(str(dtype) for dtype in dtypes))
+        return f"takes tensors all of {first} or all of {second}, not of {found}"
+    if not all(x.is_cuda for x in tensors):
+        if import_module("triton").knobs.runtime.interpret:
+            return None
+        return "needs tensors on a GPU, or TRITON_INTERPRET=1 before Python starts"
+    is_nvidia = torch.version.hip is None
+    if not is_nvidia or torch.cuda.get_device_capability(tensors[0].device) < (8, 0):
+        return "needs an NVIDIA GPU of compute capability 8.0 or newer"
+    return None
 
 
 def _choose(module: str, backend: str, *tensors: Tensor) -> ModuleType:
     """The reference or one of the Triton modules."""
     if backend not in ("auto", "reference", "triton"):
         raise ValueError(f"unknown backend {backend!r}; known: auto, reference, triton")
-    if backend == "reference" or (backend == "auto" and not tensors[0].is_cuda):
+    if backend == "reference":
+        return reference
+    if backend == "auto" and not tensors[0].is_cuda:
         return reference
     problem = _problem(module, tensors)
-    if problem and backend == "triton":
+    if problem is None:
+        return import_module(f".{module}", __name__)
+    if backend == "triton":
         raise RuntimeError(f"backend=triton {problem}")
-    return reference if problem else import_module(f".{module}", __name__)
+    return reference
 
 
 def linear_logprobs(
@@ -56,13 +69,16 @@ def linear_logprobs(
     *,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-probability of `targets`, entropy and log-sum-exp of softmax(hidden @ weight.T / temperature): see reference.linear_logprobs."""
+    """Log-probability of `targets`, entropy and log-sum-exp, without the logits in memory.
+
+    See reference.linear_logprobs.
+    """
     ops = _choose("triton_logprobs", backend, hidden, weight)
     return ops.linear_logprobs(hidden, weight, targets, temperature)
 
 
 def selected_logprobs(logits: Tensor, targets: Tensor, *, backend: str = "auto") -> Tensor:
-    """log_softmax(logits [N, V]) at targets [N] -> [N]: see reference.selected_logprobs."""
+    """log_softmax(logits [M, V]) at targets [M] -> [M]: see reference.selected_logprobs."""
     return _choose("triton_logprobs", backend, logits).selected_logprobs(logits, targets)
 
 
@@ -71,15 +87,18 @@ def answer_advantages(
     weights: Tensor,
     first_open: Tensor,
     segment_ids: Tensor,
-    groups: Tensor,
+    group_ids: Tensor,
     credit: str = "to_go",
     baseline: str = "leave_one_out",
     scale: str = "none",
     *,
     backend: str = "auto",
 ) -> Tensor:
-    """One advantage per token [B, T] from the components [B, C] of each completion: see reference.answer_advantages."""
+    """One advantage per token [B, T] from the components [B, C] of each completion.
+
+    See reference.answer_advantages.
+    """
     ops = _choose("triton_advantages", backend, components, weights)
     return ops.answer_advantages(
-        components, weights, first_open, segment_ids, groups, credit, baseline, scale
+        components, weights, first_open, segment_ids, group_ids, credit, baseline, scale
     )

@@ -1,8 +1,11 @@
-"""The log-probability kernels in Triton, for float32 and bfloat16. What they compute is defined by `reference.py`.
+"""The log-probability kernels in Triton, for float32 and bfloat16. What they compute is defined by
+`reference.py`.
 
-Logits exist only as tiles in registers, of which online-softmax sums are kept (arXiv:1805.02867). The backward of `linear_logprobs` also writes one
-bounded block of the logits' gradient, which cuBLAS multiplies. Each number is written by one program and summed in a fixed order, without atomics.
-Row offsets are 64 bits wide before they are multiplied. A kernel given no weight reads its logits instead of computing them.
+Logits exist only as tiles in registers, of which online-softmax sums are kept (arXiv:1805.02867).
+The backward of `linear_logprobs` also writes one bounded block of the logits' gradient, which
+cuBLAS multiplies. Each number is written by one program and summed in a fixed order, without
+atomics. Row offsets are 64 bits wide before they are multiplied. A kernel given no weight reads its
+logits instead of computing them.
 """
 
 from typing import NamedTuple
@@ -23,8 +26,9 @@ LEAST = tl.constexpr(
 
 
 class Tiles(NamedTuple):
-    """What a program has at a time: rows x columns of logits, `depth` of D in each tl.dot. Forward, a program takes `span` such tiles of a row;
-    backward, one, of `grad_columns`."""
+    """What a program has at a time: rows x columns of logits, `depth` of D in each tl.dot. Forward,
+    a program takes `span` such tiles of a row; backward, one, of `grad_columns`.
+    """
 
     rows: int
     columns: int
@@ -69,7 +73,9 @@ def _logits(
     hidden, weight, rows, columns, N, V, D, hidden_stride, weight_stride, scale,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """The tile [ROWS, COLUMNS] of hidden @ weight.T * scale in float32, -inf past the end of the vocabulary."""
+    """The tile [ROWS, COLUMNS] of hidden @ weight.T * scale in float32, -inf past the end of the
+    vocabulary.
+    """
     hidden += rows.to(tl.int64)[:, None] * hidden_stride
     if weight is None:
         inside = (rows < N)[:, None] & (columns < V)[None, :]
@@ -94,8 +100,9 @@ def sums_kernel(
     hidden, weight, targets, parts, N, V, D, hidden_stride, weight_stride, scale,
     SPAN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """Over one span of the vocabulary: the largest logit, the sums of e = exp(z) and of e z (z = logit - largest), the target's logit -> parts
-    [4, spans, N]."""
+    """Over one span of the vocabulary: the largest logit, the sums of e = exp(z) and of e z (z =
+    logit - largest), the target's logit -> parts [4, spans, N].
+    """
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     target = tl.load(targets + rows, mask=rows < N, other=-1)
     top = tl.full([ROWS], LOWEST, tl.float32)
@@ -277,7 +284,9 @@ def _mm(a: Tensor, b: Tensor) -> Tensor:
 def linear_logprobs(
     hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float = 1.0
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As in the reference. Beyond outputs and gradients: 16 bytes per row and span, and in backward one block and two products of it."""
+    """As in the reference. Beyond outputs and gradients: 16 bytes per row and span, and in backward
+    one block and two products of it.
+    """
     return _LinearLogprobs.apply(hidden, weight, targets, temperature)
 
 

@@ -1,4 +1,4 @@
-"""The value model of PPO: a decoder of its own with a scalar head, started from the policy, and generalised advantage estimation."""
+"""Generalised advantage estimation with a value model, the baseline of PPO."""
 
 import torch
 from torch import Tensor
@@ -7,35 +7,41 @@ from mar.learn.batch import Batch
 
 
 def token_rewards(batch: Batch, credit: str) -> Tensor:
-    """The components as rewards [B, T] float64 at the token that decides each (`to_go`), or their sum at the last token (`set`).
+    """The reward components as rewards [B, T] of single tokens, float64.
 
-    A component is decided by the last token in whose segment it is still open, so with gamma = lambda = 1 and V = 0 the advantages of `gae` are
-    those of answer_advantages without a baseline.
+    `to_go`: each component at the token that decides it, which is the last one in whose segment it
+    is still open. `set`: their sum at the last token of the completion.
+
+    With gamma = lambda = 1 and V = 0 the advantages of `gae` are then those of answer_advantages
+    without a baseline.
     """
-    last = batch.completion_mask.sum(1, keepdim=True) - 1
-    rewards = torch.zeros(
-        batch.completion_mask.shape, dtype=batch.components.dtype, device=batch.components.device
-    )
+    rewards = batch.components.new_zeros(batch.completion_mask.shape)
     if credit == "set":
-        return rewards.scatter_add(1, last, batch.totals[:, None])
-    start = batch.first_open.gather(1, batch.segment_ids)  # [B, T]
-    component = torch.arange(batch.components.shape[1], device=start.device)
-    is_open = (start[..., None] <= component) & batch.completion_mask[..., None]  # [B, T, C]
-    return rewards.scatter_add(1, is_open.sum(1) - 1, batch.components)
+        last_token = batch.completion_mask.sum(1, keepdim=True) - 1
+        return rewards.scatter_add(1, last_token, batch.totals[:, None])
+    first_open = batch.first_open.gather(1, batch.segment_ids)  # [B, T]
+    component = torch.arange(batch.components.shape[1], device=first_open.device)  # [C]
+    is_open = (first_open[..., None] <= component) & batch.completion_mask[..., None]  # [B, T, C]
+    deciding_token = is_open.sum(1) - 1  # [B, C]
+    return rewards.scatter_add(1, deciding_token, batch.components)
 
 
 def gae(rewards: Tensor, values: Tensor, mask: Tensor, lam: float) -> tuple[Tensor, Tensor]:
-    """Advantages and returns [B, T] of undiscounted episodes that end with the last token of `mask` (Schulman et al. 2016, arXiv 1506.02438, eq. 16):
+    """Advantages and returns of undiscounted episodes (Schulman et al. 2016).
 
-    A_t = d_t + lam A_{t+1},   d_t = r_t + V_{t+1} - V_t,   returns = A + V.   All [B, T], zero outside `mask`.
+        d_t = r_t + V_{t+1} - V_t
+        A_t = d_t + lam A_{t+1}
+        returns = A + V                     arXiv:1506.02438, eq. 16
+
+    All tensors [B, T], zero outside `mask`. An episode ends with the last token of `mask`, after
+    which V is 0.
     """
     values = values.to(rewards.dtype) * mask
-    following = torch.cat(
-        [values[:, 1:], torch.zeros_like(values[:, :1])], 1
-    )  # zero after the last token
-    errors = (rewards + following - values) * mask
-    advantages, running = torch.zeros_like(errors), torch.zeros_like(errors[:, 0])
-    for t in range(errors.shape[1] - 1, -1, -1):
+    next_values = torch.cat([values[:, 1:], torch.zeros_like(values[:, :1])], 1)
+    errors = (rewards + next_values - values) * mask
+    advantages = torch.zeros_like(errors)
+    running = torch.zeros_like(errors[:, 0])
+    for t in reversed(range(errors.shape[1])):
         running = errors[:, t] + lam * running
         advantages[:, t] = running
     return advantages * mask, (advantages + values) * mask
@@ -44,4 +50,7 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, lam: float) -> tuple[Tens
 def explained_variance(values: Tensor, returns: Tensor) -> float | None:
     """1 - Var(returns - values) / Var(returns) of [M] tokens; None where the returns do not vary."""
     spread = returns.var(correction=0)
-    return 1 - ((returns - values).var(correction=0) / spread).item() if spread > 0 else None
+    # NaN where there are no tokens
+    if not spread > 0:
+        return None
+    return 1 - ((returns - values).var(correction=0) / spread).item()
