@@ -23,7 +23,7 @@ CHOICES = {
 
 @triton.jit
 def _weighted(components, weights, rows, B, C, COLUMNS: tl.constexpr):
-    """Weighted components [rows, COLUMNS] of some completions, 0 past the last row and component."""
+    """Weighted components [rows, COLUMNS] of some completions, 0 past the last row or component."""
     c = tl.arange(0, COLUMNS)
     inside = (rows < B)[:, None] & (c < C)[None, :]
     at = rows.to(tl.int64)[:, None] * C + c[None, :]
