@@ -27,7 +27,7 @@ from experiments.plan import run as plans
 from experiments.sweeps import summary as sweeps
 from experiments.tasks import two_steps
 from mar.measure.metrics import SHOWN_METRICS
-from mar.run.console import shown
+from mar.run.console import format_metric
 
 ROOT = Path(__file__).resolve().parents[1]
 BLOCK = re.compile(
@@ -85,7 +85,10 @@ def of_one(end: dict[str, Any]) -> str:
     coverage = next(iter(end["floor"]))
     return table(
         ["", *stages],
-        [[m, *(shown(end[stage][m]) for stage in stages)] for m in (coverage, *SHOWN_METRICS)],
+        [
+            [m, *(format_metric(end[stage][m]) for stage in stages)]
+            for m in (coverage, *SHOWN_METRICS)
+        ],
     )
 
 
@@ -95,8 +98,8 @@ def of_several(ends: dict[str, dict[str, Any]]) -> str:
     rows = [
         [
             log,
-            shown(end["gap_closed"]),
-            *(shown(end["after"][m]) for m in metrics),
+            format_metric(end["gap_closed"]),
+            *(format_metric(end["after"][m]) for m in metrics),
             f"{end['job_s']:.0f}",
         ]
         for log, end in ends.items()

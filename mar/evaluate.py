@@ -38,7 +38,7 @@ from mar.run.compose import compose, load_config
 from mar.run.console import Display
 from mar.run.setup import adapted, announce, load_data, make_prompts, sampling_params, verifier_of
 from mar.run.summary import show
-from mar.sample.rollout import judge_groups, make_decode, sample
+from mar.sample.rollout import Scorer, judge_groups, make_decode, sample
 from mar.verify.programs import Runner
 
 OPTIONS = {
@@ -173,7 +173,9 @@ class Questions:
         spec = RewardSpec(
             brier="paper" if arm.grammar.confident else "none"
         )  # what an answer earns is not looked at
-        rollouts = judge_groups(prompts, groups, arm.grammar, spec, self.verifier, self.decode)
+        rollouts = judge_groups(
+            prompts, groups, Scorer(arm.grammar, spec, self.verifier, self.decode)
+        )
         if broken := sum(r.unjudged > 0 for group in rollouts for r in group):
             raise UserError(
                 f"{broken} completions could not be judged, the sandbox or judge has stopped working: the same command goes on"

@@ -6,19 +6,17 @@
 import difflib
 import json
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 from mar.learn.batch import make_batch
-from mar.learn.learner import Job
+from mar.learn.learner import Learner
 from mar.learn.losses import reinforce, token_weights
-from mar.learn.update import prepare, update
+from mar.learn.update import compute_advantages, update
 from mar.policy.attention import pack_groups
 from mar.policy.critic import Critic
-from mar.policy.distributed import ALONE
 from mar.policy.model import Decoder, ModelConfig
 from mar.records import Completion, Example, Prompt, Rollout
 from mar.run.compose import CONF_DIR, compose
@@ -116,12 +114,17 @@ def preset_step(preset: str) -> dict[str, float]:
     sgd = torch.optim.SGD(model.parameters(), 1e-2)
     reference = tiny(0.9) if config.algo.kl_coef else None
     critic = Critic(model) if config.algo.baseline == "value" else None
-    trained = (critic, torch.optim.SGD(critic.parameters(), 1e-2)) if critic else None
+    critic_optimizer = torch.optim.SGD(critic.parameters(), 1e-2) if critic else None
     opens = np.arange(4)
-    job = Job(
-        config, Path(), model, sgd, (), SimpleNamespace(), opens, ALONE, None, reference, trained
-    )  # type: ignore[arg-type]
-    metrics = update(job, *prepare(job, make_batch(groups, opens)), 0)
+    learner = Learner(
+        config,
+        model,
+        sgd,
+        reference=reference,
+        critic=critic,
+        critic_optimizer=critic_optimizer,
+    )
+    metrics = update(learner, *compute_advantages(learner, make_batch(groups, opens)), 0)
     kept = {"loss": "policy/loss", "grad_norm": "optim/grad_norm", "value_loss": "value/loss"}
     return {name: metrics[key] for name, key in kept.items() if key in metrics}
 

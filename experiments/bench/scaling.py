@@ -12,7 +12,6 @@ import os
 import statistics
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 import torch
@@ -25,7 +24,7 @@ from mar.policy.distributed import join
 from mar.policy.sources import resolve_model
 from mar.run.compose import compose
 from mar.run.console import Display
-from mar.run.setup import announce, build_job
+from mar.run.setup import announce, build_training
 from mar.train import train_step
 
 WORDS = (
@@ -44,14 +43,13 @@ def worker(steps: int) -> None:
         display,
     )
     world = join("cpu", config.scale)
-    with tempfile.TemporaryDirectory() as folder:
-        job = build_job(
-            config, Path(folder), resolve_model("embedded", "embedded", None)[0], display, world
-        )
-        rows = [train_step(job, step)[0] for step in range(steps + 2)][2:]
-        with torch.profiler.profile() as profile:
-            for step in (steps + 2, steps + 3):
-                train_step(job, step)
+    training = build_training(
+        config, resolve_model("embedded", "embedded", None)[0], display, world
+    )
+    rows = [train_step(training, step).metrics for step in range(steps + 2)][2:]
+    with torch.profiler.profile() as profile:
+        for step in (steps + 2, steps + 3):
+            train_step(training, step)
     talked = (
         sum(event.cpu_time_total for event in profile.events() if event.name.startswith("gloo:"))
         / 2e6

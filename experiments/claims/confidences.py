@@ -26,7 +26,6 @@ from mar.answers.grammar import Grammar, render
 from mar.answers.prompts import build_prompt, load_tokenizer
 from mar.errors import UserError, exit_code
 from mar.files import read_jsonl, write_jsonl
-from mar.learn.learner import Job
 from mar.learn.optim import clip_gradients, learning_rate, make_optimizer, set_learning_rate
 from mar.measure.answer_sets import Item, item_of, read_item, statistics
 from mar.measure.bounds import bars, gap_closed
@@ -39,7 +38,7 @@ from mar.records import Example, Prompt
 from mar.run import checkpoint
 from mar.run.compose import load_config
 from mar.run.console import Display
-from mar.run.setup import build_job
+from mar.run.setup import Training, build_training
 from mar.sample.rollout import judge_groups, sample
 from mar.tasks.registry import get_task
 from mar.verify.matching import normalise
@@ -65,7 +64,7 @@ def whole(items: Sequence[Item], examples: Sequence[Example]) -> dict[str, float
 
 @torch.no_grad()
 def written(
-    job: Job,
+    training: Training,
     model: Decoder,
     prompts: Sequence[Prompt],
     num_sets: int,
@@ -74,14 +73,14 @@ def written(
     temperature: float = 1.0,
 ) -> list[Item]:
     """Sets that the model writes, judged; each answer with its exact probability."""
-    p = job.protocol
+    p = training.held_out
     params = replace(p.params, temperature=temperature)
     groups, _ = sample(
-        model, prompts, num_sets, params, p.kv_budget_tokens, (job.config.seed, stage, step)
+        model, prompts, num_sets, params, p.kv_budget_tokens, (training.config.seed, stage, step)
     )
-    judged = judge_groups(prompts, groups, p.grammar, p.spec, p.verifier, p.decode)
+    judged = judge_groups(prompts, groups, p.scorer)
     return [
-        item_of(i, [(r, r.text, len(r.completion.ids)) for r in g], p.verifier)
+        item_of(i, [(r, r.text, len(r.completion.ids)) for r in g], p.scorer.verifier)
         for i, g in zip(prompts, judged, strict=True)
     ]
 
@@ -114,15 +113,22 @@ def parts(items: Sequence[Item], slots: Sequence[int]) -> dict[str, float | None
 
 
 def teach(
-    job: Job, student: Decoder, trainable: str, peak: float, steps: int, tokenizer: Any
+    training: Training, student: Decoder, trainable: str, peak: float, steps: int, tokenizer: Any
 ) -> None:
     """Cross-entropy to sets of the run's policy with exact confidences; as many patients and sets a step as the run had. Answers are taught
     along: left alone they would drift."""
     optimizer = make_optimizer(student, peak, (0.9, 0.95), 1e-8, 0.0, trainable)
-    grammar, stop = job.protocol.grammar, tokenizer.eos_token_id
+    grammar, stop = training.scorer.grammar, tokenizer.eos_token_id
     for step in range(steps):
-        prompts = job.prompts_of(step)
-        items = written(job, job.model, prompts, job.config.algo.group_size, "taught", step)
+        prompts = training.prompts.of_step(step)
+        items = written(
+            training,
+            training.learner.policy,
+            prompts,
+            training.config.algo.group_size,
+            "taught",
+            step,
+        )
         texts = [
             [render(grammar, [*map(str, s.answers)], s.mass) for s in item.sets if s.reason is None]
             for item in items
@@ -142,10 +148,15 @@ def teach(
 
 
 @torch.no_grad()
-def known(job: Job, base: Decoder, tokenizer: Any) -> list[dict[str, float]]:
+def known(training: Training, base: Decoder, tokenizer: Any) -> list[dict[str, float]]:
     """For each held-out patient the probability that the untrained model, asked for one answer, gives to each condition."""
-    single, noun = Grammar("rlvr_single", 1, thinking=False), get_task(job.config.data.task).noun
-    names = sorted({gold.name for prompt in job.protocol.prompts for gold in prompt.example.golds})
+    single, noun = (
+        Grammar("rlvr_single", 1, thinking=False),
+        get_task(training.config.data.task).noun,
+    )
+    names = sorted(
+        {gold.name for prompt in training.held_out.prompts for gold in prompt.example.golds}
+    )
     rows = [
         [
             *tokenizer(render(single, [name]), add_special_tokens=False)["input_ids"],
@@ -154,7 +165,7 @@ def known(job: Job, base: Decoder, tokenizer: Any) -> list[dict[str, float]]:
         for name in names
     ]
     out = []
-    for prompt in job.protocol.prompts:
+    for prompt in training.held_out.prompts:
         logprobs = base(
             pack_groups([build_prompt(prompt.example, single, tokenizer, noun).ids], [rows])
         )[0]
@@ -187,18 +198,19 @@ def rated(items: Sequence[Item], beliefs: Sequence[dict[str, float]]) -> list[It
     return out
 
 
-def most_probable(job: Job, beliefs: Sequence[dict[str, float]]) -> list[Item]:
+def most_probable(training: Training, beliefs: Sequence[dict[str, float]]) -> list[Item]:
     """One set a patient: the answers that the model finds the most probable, with these probabilities."""
-    p = job.protocol
+    p = training.held_out
     chosen = [
-        sorted(belief, key=belief.__getitem__)[::-1][: p.grammar.num_answers] for belief in beliefs
+        sorted(belief, key=belief.__getitem__)[::-1][: p.scorer.grammar.num_answers]
+        for belief in beliefs
     ]
     texts = [
-        render(p.grammar, names, [belief[name] for name in names])
+        render(p.scorer.grammar, names, [belief[name] for name in names])
         for names, belief in zip(chosen, beliefs, strict=True)
     ]
     return [
-        read_item(prompt, [(text, 0)], p.grammar, p.verifier)
+        read_item(prompt, [(text, 0)], p.scorer.grammar, p.scorer.verifier)
         for prompt, text in zip(p.prompts, texts, strict=True)
     ]
 
@@ -212,31 +224,36 @@ def policies(folder: Path, steps: int) -> Iterator[tuple[str, int, list[Item], l
         config, seed=config.seed + FRESH, train=replace(config.train, steps=max(1, steps))
     )
     base, _ = resolve_model(config.model.source, config.model.name, config.model.path)
-    job, tokenizer, found = (
-        build_job(fresh, folder, base, display),
+    training, tokenizer, found = (
+        build_training(fresh, base, display),
         load_tokenizer(base),
         checkpoint.newest(folder / "checkpoints"),
     )
-    if found is None or not (job.protocol.grammar.confident and job.protocol.grammar.multi):
+    if found is None or not (training.scorer.grammar.confident and training.scorer.grammar.multi):
         raise UserError(
             f"{folder} has no checkpoint, or a policy without sets and confidences: take a finished run of multi_rlcr"
         )
-    checkpoint.restore_weights(found, job.model)
-    prompts = job.protocol.prompts
+    checkpoint.restore_weights(found, training.learner.policy)
+    prompts = training.held_out.prompts
     examples = [p.example for p in prompts]
     items, beliefs = (
-        written(job, job.model, prompts, SETS, "held out", 0),
-        known(job, load_model(base), tokenizer),
+        written(training, training.learner.policy, prompts, SETS, "held out", 0),
+        known(training, load_model(base), tokenizer),
     )
     yield "as trained", 0, items, examples
     yield (
         f"as trained, temperature {COOL}",
         0,
-        written(job, job.model, prompts, SETS, "held out", 0, COOL),
+        written(training, training.learner.policy, prompts, SETS, "held out", 0, COOL),
         examples,
     )
     yield "rated by the untrained model's answers", 0, rated(items, beliefs), examples
-    yield "the untrained model's most probable answers", 0, most_probable(job, beliefs), examples
+    yield (
+        "the untrained model's most probable answers",
+        0,
+        most_probable(training, beliefs),
+        examples,
+    )
     rates = {
         "same parameters": (config.model.lr, config.model.trainable),
         "all parameters": (4e-4, ""),
@@ -244,15 +261,15 @@ def policies(folder: Path, steps: int) -> Iterator[tuple[str, int, list[Item], l
     for name, (peak, trainable) in rates.items() if steps else ():
         print(name, flush=True)
         student = (
-            copy.deepcopy(job.model)
+            copy.deepcopy(training.learner.policy)
             if name == "same parameters"
-            else merge(copy.deepcopy(job.model))
+            else merge(copy.deepcopy(training.learner.policy))
         )
-        teach(job, student, trainable, peak, steps, tokenizer)
+        teach(training, student, trainable, peak, steps, tokenizer)
         yield (
             f"taught, {name}",
             steps,
-            written(job, student, prompts, SETS, "held out", 0),
+            written(training, student, prompts, SETS, "held out", 0),
             examples,
         )
 

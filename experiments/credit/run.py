@@ -35,7 +35,7 @@ from mar.learn.batch import Batch, make_batch
 from mar.learn.losses import LOSSES, kl_k1, token_weights
 from mar.policy.sources import environment
 from mar.records import Completion, Example, Gold, Prompt, Rollout
-from mar.sample.rollout import judge_groups
+from mar.sample.rollout import Scorer, judge_groups
 
 MAX_TOKENS = 5
 RESULTS = Path(__file__).with_name("results.json")
@@ -163,7 +163,9 @@ class Toy:
             )
             drawn = columns[i, : len(ids)].copy()
             done.append(Completion(i, ids, drawn, drawn, reason))
-        return judge_groups([prompt], [done], self.grammar, self.spec, "text", self._decode)[0]
+        return judge_groups(
+            [prompt], [done], Scorer(self.grammar, self.spec, "text", self._decode)
+        )[0]
 
     def _decode(self, ids: tuple[int, ...]) -> str:
         return "".join(self.texts[i] for i in ids)

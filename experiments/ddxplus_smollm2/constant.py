@@ -7,7 +7,6 @@ A policy that covers no more has learnt which conditions are frequent, not what 
 
 import argparse
 import json
-import tempfile
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,7 +18,7 @@ from mar.policy.sources import resolve_model
 from mar.records import Example
 from mar.run.compose import compose
 from mar.run.console import Display
-from mar.run.setup import build_job
+from mar.run.setup import build_training
 
 RESULT = Path(__file__).parent / "constant.json"
 
@@ -61,12 +60,12 @@ def main() -> None:
         config = compose(
             [*SHARED, f"data.path={data / PATIENTS}", "reward=multi_rlcr", f"seed={seed}"]
         )
-        with tempfile.TemporaryDirectory() as folder:
-            job = build_job(
-                config, Path(folder), resolve_model("folder", "hf", config.model.path)[0], display
-            )
+        training = build_training(
+            config, resolve_model("folder", "hf", config.model.path)[0], display
+        )
         train, held_out = (
-            [p.example for p in prompts] for prompts in (job.prompts, job.protocol.prompts)
+            [p.example for p in prompts]
+            for prompts in (training.prompts.prompts, training.held_out.prompts)
         )
         values = {str(k): covered(train, held_out, k)[0] for k in ks}
         seeds[str(seed)] = {

@@ -9,7 +9,6 @@ planner's assumptions and from LAUNCH seconds an operator. Writes profile.json; 
 
 import argparse
 import json
-import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -30,12 +29,11 @@ import mar.train
 from experiments.bench.common import peak_bytes, quiet_machine, seconds
 from experiments.bench.sampler import CountOps
 from experiments.ddxplus_smollm2.run import PATIENTS, SHARED, warm_up
-from mar.learn.learner import Job
 from mar.policy.sources import environment, resolve_model
 from mar.run.compose import compose
 from mar.run.console import Display
 from mar.run.planning import BANDWIDTH, BANDWIDTH_USED, MFU, PEAK_FLOPS
-from mar.run.setup import build_job
+from mar.run.setup import Training, build_training
 from mar_kernels import reference
 
 RESULT = Path(__file__).parent / "profile.json"
@@ -51,7 +49,7 @@ PARTS: dict[
     "verification": [(mar.train, "judge_groups")],
     "forward": [(mar.policy.model.Decoder, "forward")],
     "backward": [(torch.Tensor, "backward")],
-    "optimizer": [(mar.learn.update, "_apply")],
+    "optimizer": [(mar.learn.update, "_clip_and_step")],
 }
 # one kernel each on CUDA (FlexAttention, Triton), where a CPU has many operators
 KERNELS = [
@@ -110,10 +108,10 @@ def take_cuda_paths() -> None:
 
 
 def work_of(
-    job: Job, prompt_tokens: int, tokens: int, decode_steps: int
+    training: Training, prompt_tokens: int, tokens: int, decode_steps: int
 ) -> dict[str, dict[str, float]]:
     """Part -> its floating-point operations in matrix products (attention is not counted) and the bytes of weights that it has to read."""
-    model, head = job.model, job.model.head_weight.numel()
+    model, head = training.learner.policy, training.learner.policy.head_weight.numel()
     blocks = sum(p.numel() for p in model.blocks.parameters() if p.ndim == 2)
     matrices = [[p for p in block.parameters() if p.ndim == 2] for block in model.blocks]
     trained = sum(p.numel() for block in matrices for p in block if p.requires_grad)
@@ -121,7 +119,7 @@ def work_of(
     passed = sum(
         p.numel() for block in matrices[first:] for p in block
     )  # gradients of what goes in, trained or not
-    width = job.model.head_weight.element_size()
+    width = training.learner.policy.head_weight.element_size()
     return {
         "prefill": {"flops": 2.0 * blocks * prompt_tokens, "bytes": width * blocks},
         "decoding": {"flops": 2.0 * blocks * tokens, "bytes": width * blocks * decode_steps},
@@ -138,10 +136,10 @@ def work_of(
     }
 
 
-def products(job: Job, rows: int) -> dict[str, list[float]]:
+def products(training: Training, rows: int) -> dict[str, list[float]]:
     """Layer of a block -> FLOP/s of its product with `rows` rows, as training computes it and with packed weights, as sampling does."""
     found = {}
-    for name, layer in job.model.blocks[0].named_modules():
+    for name, layer in training.learner.policy.blocks[0].named_modules():
         if isinstance(layer, mar.policy.model.Linear):
             x, weight = torch.randn(rows, layer.in_features), layer.weight.detach()
             times = [
@@ -172,36 +170,34 @@ def measure(data: Path, steps: int) -> dict[str, Any]:
     bandwidth = big.numel() * 4 / seconds(big.sum, 5)
     spent: dict[str, float] = defaultdict(float)
     rows, sizes = [], []
-    with tempfile.TemporaryDirectory() as folder:
-        job = build_job(
-            config, Path(folder), resolve_model("folder", "hf", config.model.path)[0], display
-        )
-        mar.train.train_step(job, 0)
-        watch(spent, clock)
-        with peak_bytes() as peak:
-            for step in range(1, steps + 1):
-                spent.clear()
-                began = time.perf_counter()
-                metrics, rollouts, _ = mar.train.train_step(job, step)
-                row = dict(spent) | {"step": time.perf_counter() - began}
-                rows.append(row | {"rest": row["step"] - sum(spent.values())})
-                prompts = {r.prompt.id: len(r.prompt.ids) for r in rollouts}
-                sizes.append(
-                    (
-                        sum(prompts.values()),
-                        sum(len(r.completion.ids) for r in rollouts),
-                        metrics["sampler/decode_steps"],
-                    )
+    training = build_training(config, resolve_model("folder", "hf", config.model.path)[0], display)
+    mar.train.train_step(training, 0)
+    watch(spent, clock)
+    with peak_bytes() as peak:
+        for step in range(1, steps + 1):
+            spent.clear()
+            began = time.perf_counter()
+            done = mar.train.train_step(training, step)
+            metrics, rollouts = done.metrics, done.rollouts
+            row = dict(spent) | {"step": time.perf_counter() - began}
+            rows.append(row | {"rest": row["step"] - sum(spent.values())})
+            prompts = {r.prompt.id: len(r.prompt.ids) for r in rollouts}
+            sizes.append(
+                (
+                    sum(prompts.values()),
+                    sum(len(r.completion.ids) for r in rollouts),
+                    metrics["sampler/decode_steps"],
                 )
-        operators: dict[str, float] = defaultdict(float)
-        watch(operators, computing)
-        take_cuda_paths()
-        counted = mar.train.train_step(job, steps + 1)[0]["sampler/decode_steps"]
+            )
+    operators: dict[str, float] = defaultdict(float)
+    watch(operators, computing)
+    take_cuda_paths()
+    counted = mar.train.train_step(training, steps + 1).metrics["sampler/decode_steps"]
     middle = sorted(range(steps), key=lambda i: rows[i]["step"])[steps // 2]
     prompt_tokens, tokens, decode_steps = sizes[middle]
-    speeds = products(job, prompt_tokens + tokens)
+    speeds = products(training, prompt_tokens + tokens)
     peak_flops = max(fastest, *(flops for layer in speeds.values() for flops in layer))
-    work = work_of(job, prompt_tokens, tokens, decode_steps)
+    work = work_of(training, prompt_tokens, tokens, decode_steps)
     parts = {}
     for part in (*PARTS, "rest", "step"):
         found = {"seconds": rows[middle][part]} | (
@@ -217,9 +213,9 @@ def measure(data: Path, steps: int) -> dict[str, Any]:
                 )
             }
         parts[part] = found
-    all_of = sum(p.numel() for p in job.model.parameters())
-    trained = sum(p.numel() for p in job.model.parameters() if p.requires_grad)
-    c = job.model.config
+    all_of = sum(p.numel() for p in training.learner.policy.parameters())
+    trained = sum(p.numel() for p in training.learner.policy.parameters() if p.requires_grad)
+    c = training.learner.policy.config
     kv = 2 * 4 * c.num_layers * c.num_kv_heads * c.head_dim * (prompt_tokens + tokens)
     memory = {
         "weights": 4 * all_of,

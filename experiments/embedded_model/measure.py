@@ -16,13 +16,13 @@ from mar.answers.prompts import build_prompt, load_tokenizer
 from mar.answers.rewards import RewardSpec
 from mar.learn.demonstrations import lesson_loss, make_encode, make_lesson
 from mar.measure.bounds import floor_coverage
-from mar.measure.held_out import Protocol, measure
+from mar.measure.held_out import HeldOut, measure
 from mar.policy.model import Decoder
 from mar.policy.sources import resolve_model
 from mar.policy.weights import load_model
 from mar.records import Example, Rollout
 from mar.sample.draws import SamplingParams
-from mar.sample.rollout import make_decode
+from mar.sample.rollout import Scorer, make_decode
 from mar.tasks import clinic
 from mar.tasks.registry import get_task
 
@@ -79,17 +79,20 @@ def run(
     model: Decoder, tokenizer: Any, examples: list[Example], grammar: Grammar, style: str
 ) -> tuple[dict[str, Any], list[Rollout]]:
     """One set for each example."""
-    protocol = Protocol(
+    scorer = Scorer(
+        grammar,
+        RewardSpec(brier="paper" if grammar.confident else "none"),
+        get_task("clinic").verifier,
+        make_decode(tokenizer),
+    )
+    held_out = HeldOut(
         prompts=tuple(build_prompt(e, grammar, tokenizer, clinic.NOUN, style) for e in examples),
-        grammar=grammar,
-        spec=RewardSpec(brier="paper" if grammar.confident else "none"),
-        verifier=get_task("clinic").verifier,
-        decode=make_decode(tokenizer),
+        scorer=scorer,
         params=SamplingParams(320, 1.0, (tokenizer.eos_token_id,)),
         kv_budget_tokens=65536,
         seed=0,
     )
-    return measure(model, protocol)
+    return measure(model, held_out)
 
 
 def main() -> None:

@@ -270,7 +270,7 @@ def wandb_down(lab: Lab, row: Row) -> None:
     with _silent_server() as port:
 
         def fault() -> None:
-            mirror.PATIENCE = 3.0
+            mirror.PATIENCE_S = 3.0
             os.environ |= {
                 "WANDB_BASE_URL": f"http://127.0.0.1:{port}",
                 "WANDB_API_KEY": "0" * 40,

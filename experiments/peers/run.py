@@ -1,7 +1,9 @@
-"""One learning curve of ours or of TRL's GRPOTrainer on the same job:  python -m experiments.peers.run ours|trl SEED
+"""One learning curve of ours or of TRL's GRPOTrainer on the same job:
 
-The job is the clinic's, with the embedded model: the same weights, prompts in the same order, rewards (judged by the same code), group size, learning
-rate, AdamW, clipping of gradients, temperature and length limit; Dr. GRPO in both (credit `set`, the group's mean as baseline, no division by its
+    python -m experiments.peers.run ours|trl SEED
+
+The job is the clinic's, with the embedded model: the same weights, prompts in the same order,
+rewards (judged by the same code), group size, learning rate, AdamW, clipping of gradients, temperature and length limit; Dr. GRPO in both (credit `set`, the group's mean as baseline, no division by its
 spread, every token 1 / the longest allowed length), one update a batch, all parameters, one thread. What differs is the random draws and the code.
 TRL needs `pip install -e '.[bench]'`. Writes logs/<side>_seed<SEED>.json.
 """
@@ -18,14 +20,13 @@ import torch
 
 from mar.answers.prompts import load_tokenizer
 from mar.files import plain
-from mar.learn.learner import Job
 from mar.measure.held_out import measure
 from mar.policy.sources import EMBEDDED, environment
 from mar.policy.weights import load_model
 from mar.records import Completion
 from mar.run.compose import compose
 from mar.run.console import Display
-from mar.run.setup import build_job
+from mar.run.setup import Training, build_training
 from mar.sample.rollout import judge_groups
 from mar.train import train_step
 
@@ -45,23 +46,23 @@ WORDS = (
 Curve = tuple[list[float], list[float]]  # mean reward and seconds of each step
 
 
-def ours(job: Job) -> Curve:
+def ours(training: Training) -> Curve:
     rewards, seconds = [], []
     for step in range(STEPS):
         began = time.perf_counter()
-        rewards.append(train_step(job, step)[0]["reward/total"])
+        rewards.append(train_step(training, step).metrics["reward/total"])
         seconds.append(time.perf_counter() - began)
     return rewards, seconds
 
 
-def trl(job: Job, out: Path) -> Curve:
-    """TRL with the same numbers; its policy is left in `job.model`, to be measured as ours is."""
+def trl(training: Training, out: Path) -> Curve:
+    """TRL with the same numbers; its policy is left in `training.learner.policy`, to be measured as ours is."""
     import datasets
     import transformers
     from trl import GRPOConfig, GRPOTrainer
 
-    algo, p, tokenizer = job.config.algo, job.protocol, load_tokenizer(EMBEDDED)
-    asked = [prompt for step in range(STEPS) for prompt in job.prompts_of(step)]
+    algo, p, tokenizer = training.config.algo, training.held_out, load_tokenizer(EMBEDDED)
+    asked = [prompt for step in range(STEPS) for prompt in training.prompts.of_step(step)]
     rewards, seconds, clock = list[float](), list[float](), list[float]()
 
     def reward(completion_ids: list[list[int]], place: list[int], **_: Any) -> list[float]:
@@ -72,11 +73,7 @@ def trl(job: Job, out: Path) -> Curve:
                 bool(ids) and ids[-1] in p.params.stop_ids,
             )
             done = Completion(0, np.array(ids), zeros, zeros, "stop" if stopped else "length")
-            groups.append(
-                judge_groups([asked[i]], [[done]], p.grammar, p.spec, p.verifier, p.decode)[0][
-                    0
-                ].total
-            )
+            groups.append(judge_groups([asked[i]], [[done]], p.scorer)[0][0].total)
         rewards.append(float(np.mean(groups)))
         return groups
 
@@ -93,7 +90,7 @@ def trl(job: Job, out: Path) -> Curve:
         num_generations=algo.group_size, per_device_train_batch_size=rows, gradient_accumulation_steps=1, max_steps=STEPS,
         max_completion_length=p.params.max_tokens, temperature=algo.temperature, top_k=0, top_p=1.0, scale_rewards="none", shuffle_dataset=False,
         learning_rate=LR, adam_beta1=0.9, adam_beta2=0.999, weight_decay=0.0, max_grad_norm=1.0, lr_scheduler_type="constant",
-        seed=job.config.seed, save_strategy="no", report_to="none", logging_strategy="no", disable_tqdm=True,
+        seed=training.config.seed, save_strategy="no", report_to="none", logging_strategy="no", disable_tqdm=True,
     )  # fmt: skip
     model = transformers.AutoModelForCausalLM.from_pretrained(EMBEDDED, dtype=torch.float32)
     data = datasets.Dataset.from_dict(
@@ -109,7 +106,7 @@ def trl(job: Job, out: Path) -> Curve:
     )
     trainer.train()
     model.save_pretrained(out / "trained")
-    job.model.load_state_dict(load_model(out / "trained").state_dict())
+    training.learner.policy.load_state_dict(load_model(out / "trained").state_dict())
     return rewards, seconds
 
 
@@ -122,15 +119,14 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        job = build_job(
+        training = build_training(
             compose([*WORDS, f"seed={args.seed}"]),
-            Path(folder),
             EMBEDDED,
             Display("plain", 0, STEPS),
         )
-        rewards, seconds = ours(job) if args.side == "ours" else trl(job, Path(folder))
-        with job.sampler() as policy:
-            after, _ = measure(policy, job.protocol)
+        rewards, seconds = ours(training) if args.side == "ours" else trl(training, Path(folder))
+        with training.learner.sampling_policy() as policy:
+            after, _ = measure(policy, training.held_out)
     document = {
         "side": args.side,
         "seed": args.seed,

@@ -15,7 +15,7 @@ from typing import Any
 
 from mar.files import read_jsonl
 from mar.policy.sources import environment
-from mar.run.console import shown
+from mar.run.console import format_metric
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "two_steps.json"
@@ -86,7 +86,7 @@ def markdown() -> str:
             f"`{task}`",
             row["prompts"],
             *(
-                shown(row[key])
+                format_metric(row[key])
                 for key in ("reward", "format", "tokens", "sample_s", "verify_ms", "update_s")
             ),
         ]

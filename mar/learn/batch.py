@@ -1,6 +1,6 @@
-"""Rollouts to the tensors of one optimizer step, and that step cut into micro-batches of whole groups.
+"""Rollouts to the tensors of one optimizer step, and that step cut into micro-batches.
 
-Tokens are shifted once, in `pack_groups`; denominators are counted once, here, over the whole step.
+Tokens are shifted once, in `pack_groups`; denominators are counted once, over the whole step.
 """
 
 from bisect import bisect_left
@@ -10,14 +10,20 @@ from dataclasses import dataclass, fields, replace
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from mar.policy.attention import PackedGroups, chunks, pack_groups
 from mar.records import Rollout
 
+Rollouts = Sequence[Rollout]
+
 
 @dataclass(frozen=True)
 class Batch:
-    """One step: B = all rows of all groups, T = the longest completion, C components, S segments."""
+    """One step: B rows of all groups, T tokens of the longest completion, C components, S segments.
+
+    `first_open[b, s]` is the first reward component that is still open in segment s (rewards.py).
+    """
 
     groups: tuple[tuple[Rollout, ...], ...]
     group_ids: Tensor  # [B]
@@ -26,8 +32,8 @@ class Batch:
     segment_ids: Tensor  # [B, T]
     completion_mask: Tensor  # [B, T] bool
     loss_mask: Tensor  # [B, T] bool: drawn tokens only, without those that the sampler put in
-    sampler_logprobs: Tensor  # [B, T]
-    full_logprobs: Tensor  # [B, T]
+    sampler_logprobs: Tensor  # [B, T] of the distribution that was drawn from
+    full_logprobs: Tensor  # [B, T] of temperature alone
 
     @property
     def num_tokens(self) -> int:
@@ -35,76 +41,114 @@ class Batch:
 
     @property
     def totals(self) -> Tensor:
-        """Reward of each completion [B]."""
+        """The reward of each completion [B]."""
         return self.components.sum(1)
 
     def take(self, chosen: Sequence[int]) -> tuple["Batch", Tensor]:
         """The batch of some of its groups, in this order, and which rows they are [b]."""
         ends = np.cumsum([len(group) for group in self.groups])
-        rows = [row for i in chosen for row in range(ends[i] - len(self.groups[i]), ends[i])]
+        rows: list[int] = []
+        for i in chosen:
+            rows += range(ends[i] - len(self.groups[i]), ends[i])
         index = torch.tensor(rows, device=self.group_ids.device)
-        tensors = {f.name: getattr(self, f.name)[index] for f in fields(self) if f.name != "groups"}
-        return replace(self, groups=tuple(self.groups[i] for i in chosen), **tensors), index
+        tensors = {}
+        for field in fields(self):
+            if field.name != "groups":
+                tensors[field.name] = getattr(self, field.name)[index]
+        groups = tuple(self.groups[i] for i in chosen)
+        return replace(self, groups=groups, **tensors), index
 
 
 def make_batch(
-    groups: Sequence[Sequence[Rollout]], first_open: np.ndarray, device: torch.device | str = "cpu"
+    groups: Sequence[Rollouts], first_open: np.ndarray, device: torch.device | str = "cpu"
 ) -> Batch:
-    """Pad the per-token columns of all rollouts to [B, T]; `first_open` [S] is the grammar's (rewards.first_open)."""
+    """The tensors of a step; what is per token is padded to [B, T].
+
+    first_open [S] is that of the grammar and the reward (`Scorer.first_open`).
+    """
     rows = [rollout for group in groups for rollout in group]
-    lengths = torch.tensor([len(r.completion.ids) for r in rows])
+    completions = [rollout.completion for rollout in rows]
+    lengths = torch.tensor([len(completion.ids) for completion in completions])
     positions = torch.arange(int(lengths.max()))
-    mask = positions < lengths[:, None]
-    start, end = torch.tensor([r.completion.inserted for r in rows]).T[..., None]
+    completion_mask = positions < lengths[:, None]
+    inserted = torch.tensor([completion.inserted for completion in completions])
+    start, end = inserted[:, :1], inserted[:, 1:]
+    put_in_by_sampler = (positions >= start) & (positions < end)
+    group_sizes = torch.tensor([len(group) for group in groups])
 
     def padded(columns: list[np.ndarray]) -> Tensor:
-        tensors = [torch.from_numpy(np.ascontiguousarray(c)) for c in columns]
-        return torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True).to(device)
+        tensors = [torch.from_numpy(np.ascontiguousarray(column)) for column in columns]
+        return pad_sequence(tensors, batch_first=True).to(device)
 
     return Batch(
         groups=tuple(tuple(group) for group in groups),
-        group_ids=torch.repeat_interleave(
-            torch.arange(len(groups)), torch.tensor([len(g) for g in groups])
-        ).to(device),
+        group_ids=torch.repeat_interleave(torch.arange(len(groups)), group_sizes).to(device),
         components=torch.from_numpy(np.stack([r.components for r in rows])).to(device),
         first_open=torch.from_numpy(first_open).expand(len(rows), -1).to(device),
-        segment_ids=padded([r.segment_ids for r in rows]),
-        completion_mask=mask.to(device),
-        loss_mask=(mask & ~((positions >= start) & (positions < end))).to(device),
-        sampler_logprobs=padded([r.completion.sampler_logprobs for r in rows]),
-        full_logprobs=padded([r.completion.full_logprobs for r in rows]),
+        segment_ids=padded([rollout.segment_ids for rollout in rows]),
+        completion_mask=completion_mask.to(device),
+        loss_mask=(completion_mask & ~put_in_by_sampler).to(device),
+        sampler_logprobs=padded([completion.sampler_logprobs for completion in completions]),
+        full_logprobs=padded([completion.full_logprobs for completion in completions]),
     )
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Some whole groups: packed tokens for the model, and which rows of the batch they are."""
+    """Some whole groups, or a slice of one: packed tokens for the model, and their batch rows."""
 
     packed: PackedGroups
     rows: slice
 
     def flat(self, column: Tensor, mask: Tensor) -> Tensor:
-        """The completion tokens of a [B, T] column in the order of the model's output [M]."""
+        """The completion tokens of a [B, T] column, in the order of the model's output [M]."""
         return column[self.rows][mask[self.rows]]
 
 
 def micro_batches(batch: Batch, max_tokens: int, ranks: int = 1) -> Iterator[MicroBatch]:
-    """Groups in order, as many at a time as fit `max_tokens` computed positions (at least one), or slices of a group that does not fit. For several
-    ranks as many for each, and the largest as small as that allows."""
-    pieces: list[Sequence[Rollout]] = []
-    for group in batch.groups:
-        pieces += chunks(
-            group, [len(r.completion.ids) for r in group], max_tokens - len(group[0].prompt.ids)
-        )
-    row, sizes = 0, [len(p[0].prompt.ids) + sum(len(r.completion.ids) for r in p) for p in pieces]
+    """The groups in order, as many at a time as fit `max_tokens` computed positions; at least one.
+
+    A group that does not fit is cut into slices, each with the prompt. For several ranks there are
+    as many micro-batches for each, and the largest is as small as that allows.
+    """
+    pieces = _pieces(batch.groups, max_tokens)
+    sizes = [_num_positions(piece) for piece in pieces]
     if ranks > 1:
-        most = -(-len(chunks(pieces, sizes, max_tokens)) // ranks) * ranks
-        max_tokens = bisect_left(
-            range(max_tokens), True, key=lambda limit: len(chunks(pieces, sizes, limit)) <= most
-        )
+        max_tokens = _smallest_limit(pieces, sizes, max_tokens, ranks)
+    row = 0
     for chosen in chunks(pieces, sizes, max_tokens):
-        completions = [[r.completion.ids.tolist() for r in p] for p in chosen]
-        packed = pack_groups([p[0].prompt.ids for p in chosen], completions, batch.group_ids.device)
-        count = sum(len(p) for p in chosen)
-        yield MicroBatch(packed, slice(row, row + count))
-        row += count
+        prompts = [piece[0].prompt.ids for piece in chosen]
+        completions = []
+        for piece in chosen:
+            completions.append([rollout.completion.ids.tolist() for rollout in piece])
+        num_rows = sum(len(piece) for piece in chosen)
+        packed = pack_groups(prompts, completions, batch.group_ids.device)
+        yield MicroBatch(packed, slice(row, row + num_rows))
+        row += num_rows
+
+
+def _pieces(groups: Sequence[Rollouts], max_tokens: int) -> list[Rollouts]:
+    """Whole groups, or slices of a group that does not fit."""
+    pieces: list[Rollouts] = []
+    for group in groups:
+        lengths = [len(rollout.completion.ids) for rollout in group]
+        room = max_tokens - len(group[0].prompt.ids)
+        pieces += chunks(group, lengths, room)
+    return pieces
+
+
+def _num_positions(piece: Rollouts) -> int:
+    """Computed positions: the prompt once, and every completion."""
+    return len(piece[0].prompt.ids) + sum(len(rollout.completion.ids) for rollout in piece)
+
+
+def _smallest_limit(
+    pieces: Sequence[Rollouts], sizes: Sequence[int], max_tokens: int, ranks: int
+) -> int:
+    """The smallest limit that needs no more rounds of `ranks` micro-batches than `max_tokens`."""
+    rounds = -(-len(chunks(pieces, sizes, max_tokens)) // ranks)
+
+    def fits(limit: int) -> bool:
+        return len(chunks(pieces, sizes, limit)) <= rounds * ranks
+
+    return bisect_left(range(max_tokens), True, key=fits)

@@ -1,58 +1,85 @@
 """Which credit has the lower variance, measured on the rollouts of a step (algo.variance_every)."""
 
+from collections.abc import Sequence
+
 import torch
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from mar.errors import UserError
 from mar.learn.advantages import token_advantages
 from mar.learn.batch import Batch, micro_batches
-from mar.learn.learner import Job
+from mar.learn.learner import Learner
 from mar.learn.losses import reinforce, token_weights
-from mar.learn.update import Logs, flat_columns
+from mar.learn.update import flat_columns
+
+CREDITS = ("to_go", "set")
 
 
-def variance_ratio(job: Job, batch: Batch) -> float | None:
-    """Variance of a group's policy gradient with to-go credit over that with one scalar a completion, on the same completions (constant
-    aggregation, no scaling; prompts differ, and their spread is in both). Costs two backward passes. UserError for a sharded policy."""
-    algo, longest = job.config.algo, job.config.model.max_completion_tokens
-    baseline = "leave_one_out" if algo.baseline == "value" else algo.baseline
-    parameters = [p for p in job.model.parameters() if p.requires_grad]
+class GradientSpread:
+    """Sum of squares of the gradients of single groups about their mean."""
+
+    def __init__(self, parameters: Sequence[Tensor]) -> None:
+        self.total = [torch.zeros_like(p) for p in parameters]
+        self.squares = 0.0
+        self.num_groups = 0
+
+    def add(self, gradient: Sequence[Tensor]) -> None:
+        """Count the gradient of one group."""
+        self.squares += _squared_norm(gradient)
+        self.num_groups += 1
+        for total, part in zip(self.total, gradient, strict=True):
+            total += part
+
+    def value(self) -> float:
+        return self.squares - _squared_norm(self.total) / self.num_groups
+
+
+def _squared_norm(tensors: Sequence[Tensor]) -> float:
+    return sum(t.double().square().sum().item() for t in tensors)
+
+
+def variance_ratio(learner: Learner, batch: Batch) -> float | None:
+    """Variance of a group's policy gradient with to-go credit over that with one scalar per
+    completion, on the same completions.
+
+    Constant aggregation, no scaling. Prompts differ, and their spread is in both. None where the
+    scalar has no variance. Costs two backward passes. Raises UserError for a sharded policy.
+    """
+    algo = learner.config.algo
+    parameters = [p for p in learner.policy.parameters() if p.requires_grad]
     if any(isinstance(p, DTensor) for p in parameters):
         raise UserError(
-            "algo.variance_every is for one process on a CPU, whose parameters are in one piece: set it to 0"
+            "algo.variance_every is for one process on a CPU, whose parameters are in one piece: "
+            "set it to 0"
         )
-    credits = ("to_go", "set")
-    columns = {credit: token_advantages(batch, credit, baseline, "none") for credit in credits}
-    total, square = (
-        {credit: [torch.zeros_like(p) for p in parameters] for credit in credits},
-        Logs(float),
-    )
-    for i in range(len(batch.groups)):
-        part, rows = batch.take([i])
-        weights = token_weights(part.loss_mask, "constant", longest)
-        own = {credit: [torch.zeros_like(p) for p in parameters] for credit in credits}
-        for micro in micro_batches(part, job.config.train.micro_batch_tokens):
-            logprobs = job.model(micro.packed, algo.temperature)[0]
-            c = flat_columns(
-                micro,
-                part,
-                {"weights": weights, **{n: a[rows] for n, a in columns.items()}},
-                logprobs.dtype,
-            )
-            for credit in credits:
-                loss = reinforce(logprobs, c[credit], c["weights"])
-                for held, g in zip(
-                    own[credit],
-                    torch.autograd.grad(loss, parameters, retain_graph=True),
-                    strict=True,
-                ):
-                    held += g
-        for credit in credits:
-            square[credit] += sum(g.double().square().sum().item() for g in own[credit])
-            for held, g in zip(total[credit], own[credit], strict=True):
-                held += g
-    spread = {
-        c: square[c] - sum(g.double().square().sum().item() for g in total[c]) / len(batch.groups)
-        for c in credits
-    }
-    return spread["to_go"] / spread["set"] if spread["set"] > 0 else None
+    baseline = "leave_one_out" if algo.baseline == "value" else algo.baseline
+    advantages = {credit: token_advantages(batch, credit, baseline, "none") for credit in CREDITS}
+    spread = {credit: GradientSpread(parameters) for credit in CREDITS}
+    for index in range(len(batch.groups)):
+        group, rows = batch.take([index])
+        columns = {credit: advantages[credit][rows] for credit in CREDITS}
+        gradients = _group_gradients(learner, group, columns, parameters)
+        for credit in CREDITS:
+            spread[credit].add(gradients[credit])
+    of_set = spread["set"].value()
+    return spread["to_go"].value() / of_set if of_set > 0 else None
+
+
+def _group_gradients(
+    learner: Learner, group: Batch, advantages: dict[str, Tensor], parameters: Sequence[Tensor]
+) -> dict[str, list[Tensor]]:
+    """The REINFORCE gradient of one group under each credit."""
+    config = learner.config
+    longest = config.model.max_completion_tokens
+    weights = token_weights(group.loss_mask, "constant", longest)
+    gradients = {credit: [torch.zeros_like(p) for p in parameters] for credit in advantages}
+    for micro in micro_batches(group, config.train.micro_batch_tokens):
+        logprobs = learner.policy(micro.packed, config.algo.temperature)[0]
+        columns = flat_columns(micro, group, {"weights": weights, **advantages}, logprobs.dtype)
+        for credit, gradient in gradients.items():
+            loss = reinforce(logprobs, columns[credit], columns["weights"])
+            parts = torch.autograd.grad(loss, parameters, retain_graph=True)
+            for total, part in zip(gradient, parts, strict=True):
+                total += part
+    return gradients

@@ -1,7 +1,11 @@
-"""From one rollout batch to optimizer steps: what stays fixed for the rollout, its advantages, then epochs of minibatches.
+"""From a batch of rollouts to optimizer steps.
 
-Columns are [B, T] tensors by name, next to those of the batch: `advantages`, and where the algorithm has them `old_logprobs`, `ref_logprobs`,
-`values` and `returns`. Without `old_logprobs` there is one update, by the policy that sampled, and the ratio is 1.
+First what stays fixed for the whole batch is computed once (`compute_advantages`), then `update`
+makes the optimizer steps: `algo.epochs` passes of `algo.minibatches` updates.
+
+Columns are [B, T] tensors by name, beside those of the batch: `advantages`, and where the algorithm
+has them `old_logprobs`, `ref_logprobs`, `values` and `returns`. Without `old_logprobs` there is one
+update, by the policy that sampled, and the ratio is 1.
 """
 
 from collections import defaultdict
@@ -22,7 +26,7 @@ from mar.learn.advantages import (
 )
 from mar.learn.batch import Batch, MicroBatch, micro_batches
 from mar.learn.gae import explained_variance, gae, token_rewards
-from mar.learn.learner import Job
+from mar.learn.learner import Learner
 from mar.learn.losses import (
     KL_ESTIMATORS,
     LOSSES,
@@ -37,152 +41,231 @@ from mar.policy.attention import PackedGroups
 from mar.policy.distributed import World
 
 Columns = dict[str, Tensor]
-
 Logs = defaultdict[str, float]
 
-MAXIMA = ("ratio_max", "sampler_mismatch_max")  # of what is logged; the rest are sums
+MAXIMA = ("ratio_max", "sampler_mismatch_max")  # logged as the largest; everything else as a sum
+
+
+# --- once per batch --------------------------------------------------------------------------
+
+
+def compute_advantages(learner: Learner, batch: Batch) -> tuple[Batch, Columns]:
+    """The batch under the rule for truncated completions, and the columns that its updates share:
+    the advantages and what they are computed from."""
+    config = learner.config
+    algo = config.algo
+    longest = config.model.max_completion_tokens
+    batch = with_truncation_rule(batch, algo.truncated, longest, algo.overlong_tokens)
+    columns = score_before_updates(learner, batch)
+    return batch, columns | advantage_columns(algo, batch, columns)
+
+
+def score_before_updates(learner: Learner, batch: Batch) -> Columns:
+    """Log-probabilities before the first update and of the reference, and values: each only where
+    it is needed."""
+    config = learner.config
+    algo = config.algo
+    max_tokens = config.train.micro_batch_tokens
+
+    def logprobs_of(model: nn.Module) -> Callable[[PackedGroups], Tensor]:
+        return lambda packed: model(packed, algo.temperature)[0]
+
+    columns = {}
+    if algo.epochs * algo.minibatches > 1:
+        run = logprobs_of(learner.policy)
+        columns["old_logprobs"] = one_pass(run, batch, max_tokens, learner.world)
+    if learner.reference is not None:
+        run = logprobs_of(learner.reference)
+        columns["ref_logprobs"] = one_pass(run, batch, max_tokens, learner.world)
+    if learner.critic is not None:
+        columns["values"] = one_pass(learner.critic, batch, max_tokens, learner.world)
+    return columns
 
 
 @torch.no_grad()
 def one_pass(
     run: Callable[[PackedGroups], Tensor], batch: Batch, max_tokens: int, world: World
 ) -> Tensor:
-    """What `run` says of each completion token, [B, T], zero elsewhere."""
-    said = [
-        (run(micro.packed).cpu(), factor)
-        for micro, factor in world.deal(list(micro_batches(batch, max_tokens, world.size)))
-    ]
-    flat = torch.cat(world.gather([part for part, factor in said if factor])).to(
-        batch.completion_mask.device
-    )
-    return flat.new_zeros(batch.completion_mask.shape).masked_scatter(batch.completion_mask, flat)
+    """What `run` returns for each completion token, as [B, T] with zeros elsewhere."""
+    mask = batch.completion_mask
+    mine = []
+    for micro, factor in world.deal(list(micro_batches(batch, max_tokens, world.size))):
+        values = run(micro.packed).cpu()
+        if factor:
+            mine.append(values)
+    flat = torch.cat(world.gather(mine)).to(mask.device)
+    return flat.new_zeros(mask.shape).masked_scatter(mask, flat)
 
 
-def rollout_columns(job: Job, batch: Batch) -> Columns:
-    """Log-probabilities before the first update and of the reference, and values: each only where it is needed."""
-    algo, limit, world = job.config.algo, job.config.train.micro_batch_tokens, job.world
-    columns = {}
-    if algo.epochs * algo.minibatches > 1:
-        columns["old_logprobs"] = one_pass(
-            lambda packed: job.model(packed, algo.temperature)[0], batch, limit, world
-        )
-    if job.reference is not None:
-        reference = job.reference
-        columns["ref_logprobs"] = one_pass(
-            lambda packed: reference(packed, algo.temperature)[0], batch, limit, world
-        )
-    if job.critic:
-        columns["values"] = one_pass(job.critic[0], batch, limit, world)
-    return columns
-
-
-def estimate(algo: AlgoOptions, batch: Batch, columns: Columns) -> Columns:
-    """The advantages of the whole step, with a critic also its returns."""
+def advantage_columns(algo: AlgoOptions, batch: Batch, columns: Columns) -> Columns:
+    """The advantages of the whole step; with a critic also its returns."""
     if algo.kl == "k1" and "ref_logprobs" in columns:
-        old = columns.get("old_logprobs", batch.full_logprobs)
-        batch = with_kl_cost(batch, kl_k1(old, columns["ref_logprobs"]), algo.kl_coef)
+        old_logprobs = columns.get("old_logprobs", batch.full_logprobs)
+        kl = kl_k1(old_logprobs, columns["ref_logprobs"])
+        batch = with_kl_cost(batch, kl, algo.kl_coef)
     if algo.pass_k > 1:
         return {"advantages": best_of_k_advantages(batch, algo.pass_k)}
     if algo.baseline != "value":
         return {"advantages": token_advantages(batch, algo.credit, algo.baseline, algo.scale_by)}
     rewards = token_rewards(batch, algo.credit)
-    advantages, returns = gae(rewards, columns["values"], batch.completion_mask, algo.gae_lambda)
+    values = columns["values"]
+    advantages, returns = gae(rewards, values, batch.completion_mask, algo.gae_lambda)
     if algo.scale_by == "whiten":
         advantages = whiten(advantages, batch.loss_mask) * batch.completion_mask
     return {"advantages": advantages, "returns": returns}
 
 
-def prepare(job: Job, batch: Batch) -> tuple[Batch, Columns]:
-    """The batch under the rule for truncated completions, and everything that its updates share."""
-    algo, longest = job.config.algo, job.config.model.max_completion_tokens
-    batch = with_truncation_rule(batch, algo.truncated, longest, algo.overlong_tokens)
-    columns = rollout_columns(job, batch)
-    return batch, columns | estimate(algo, batch, columns)
+# --- the updates -----------------------------------------------------------------------------
+
+
+def update(learner: Learner, batch: Batch, columns: Columns, step: int) -> dict[str, Any]:
+    """All optimizer steps of one batch, each with one denominator. Returns what is logged."""
+    config = learner.config
+    algo = config.algo
+    optim = config.optim
+    num_steps = config.train.steps
+    lr = learning_rate(step, num_steps, optim.lr, optim.warmup_frac, optim.schedule)
+    critic_lr = learning_rate(step, num_steps, algo.critic_lr, optim.warmup_frac, optim.schedule)
+    bonus = entropy_coef(algo, step, num_steps)
+
+    logs = []
+    skipped = 0
+    for minibatch, own_columns in _minibatches(learner, batch, columns, step):
+        sums = Logs(float)
+        if step >= algo.critic_warmup:
+            learner.optimizer.zero_grad()
+            sums = _policy_gradients(learner, minibatch, own_columns, bonus)
+            sums["grad_norm"], finite = _clip_and_step(
+                learner.policy, learner.optimizer, sums["loss"], lr, optim.grad_clip
+            )
+            skipped += not finite
+        if learner.critic is not None and learner.critic_optimizer is not None:
+            learner.critic_optimizer.zero_grad()
+            sums |= _critic_gradients(learner, learner.critic, minibatch, own_columns)
+            sums["critic_grad_norm"], finite = _clip_and_step(
+                learner.critic,
+                learner.critic_optimizer,
+                sums["value_loss"],
+                critic_lr,
+                optim.grad_clip,
+            )
+            skipped += not finite
+        logs.append(sums)
+    metrics = _update_metrics(learner, batch, columns, logs)
+    return metrics | {"optim/lr": lr, "optim/skipped": skipped}
 
 
 def entropy_coef(algo: AlgoOptions, step: int, num_steps: int) -> float:
     """The weight of the entropy bonus in update `step` (from 0)."""
-    return algo.entropy_coef * (1 - step / num_steps if algo.entropy_decay else 1)
+    if algo.entropy_decay:
+        return algo.entropy_coef * (1 - step / num_steps)
+    return algo.entropy_coef
+
+
+def _minibatches(
+    learner: Learner, batch: Batch, columns: Columns, step: int
+) -> Sequence[tuple[Batch, Columns]]:
+    """The parts of `batch` that make one update each: whole groups; where there are several parts,
+    in a new order every epoch."""
+    config = learner.config
+    algo = config.algo
+    longest = config.model.max_completion_tokens
+    num_groups = len(batch.groups)
+    parts = []
+    for epoch in range(algo.epochs):
+        order = np.arange(num_groups)
+        if algo.minibatches > 1:
+            order = np.random.default_rng([config.seed, step, epoch]).permutation(order)
+        for chosen in np.array_split(order, min(algo.minibatches, num_groups)):
+            part, rows = batch.take(chosen.tolist())
+            own_columns = {name: column[rows] for name, column in columns.items()}
+            own_columns["weights"] = token_weights(part.loss_mask, algo.aggregation, longest)
+            parts.append((part, own_columns))
+    return parts
+
+
+def _policy_gradients(learner: Learner, batch: Batch, columns: Columns, bonus: float) -> Logs:
+    """Gradients of one minibatch, in micro-batches that add up to the same however it is cut."""
+    config = learner.config
+    algo = config.algo
+    world = learner.world
+    max_tokens = config.train.micro_batch_tokens
+    logs: list[dict[str, float]] = []
+    for micro, factor in world.deal(list(micro_batches(batch, max_tokens, world.size))):
+        logprobs, entropy, _ = learner.policy(micro.packed, algo.temperature)
+        flat = {"old_logprobs": logprobs.detach()}
+        flat |= flat_columns(micro, batch, columns, logprobs.dtype)
+        loss = policy_loss(algo, logprobs, entropy, flat, bonus)
+        (factor * loss).backward()
+        if factor:
+            logs.append(_policy_logs(algo, logprobs, entropy, flat, loss))
+    return _joined(world, logs)
+
+
+def flat_columns(micro: MicroBatch, batch: Batch, columns: Columns, dtype: torch.dtype) -> Columns:
+    """The micro-batch's part of every column, [M]; `rows` says which completion a token is of."""
+    mask = batch.completion_mask
+    sampled = {"sampler_logprobs": batch.sampler_logprobs, "full_logprobs": batch.full_logprobs}
+    flat = {}
+    for name, column in (columns | sampled).items():
+        flat[name] = micro.flat(column, mask).to(dtype)
+    own_mask = mask[micro.rows]
+    row_of_token = torch.arange(len(own_mask), device=mask.device)[:, None].expand_as(own_mask)
+    flat["rows"] = row_of_token[own_mask]
+    return flat
 
 
 def policy_loss(
-    algo: AlgoOptions, logprobs: Tensor, entropy: Tensor, c: Columns, bonus: float
+    algo: AlgoOptions, logprobs: Tensor, entropy: Tensor, columns: Columns, bonus: float
 ) -> Tensor:
-    """The loss of a micro-batch's tokens: the policy gradient, plus KL to the reference, minus the entropy bonus. `c` holds [M] columns."""
-    weights = c["weights"]
+    """The loss of a micro-batch's tokens: the policy gradient, plus KL to the reference, minus the
+    entropy bonus. All columns are [M]."""
+    weights = columns["weights"]
     trusted = weights
     if algo.importance == "truncated":
-        trusted = weights * importance_weights(
-            c["old_logprobs"], c["sampler_logprobs"], algo.importance_cap
-        )
-    bounds = (algo.clip_low, algo.clip_high)
+        old, sampled = columns["old_logprobs"], columns["sampler_logprobs"]
+        trusted = weights * importance_weights(old, sampled, algo.importance_cap)
     loss = LOSSES[algo.loss](
-        logprobs, c["advantages"], trusted, c["old_logprobs"], c["rows"], *bounds
+        logprobs,
+        columns["advantages"],
+        trusted,
+        columns["old_logprobs"],
+        columns["rows"],
+        algo.clip_low,
+        algo.clip_high,
     )
-    if "ref_logprobs" in c and algo.kl != "k1":
-        loss = (
-            loss
-            + algo.kl_coef * (weights * KL_ESTIMATORS[algo.kl](logprobs, c["ref_logprobs"])).sum()
-        )
+    if "ref_logprobs" in columns and algo.kl != "k1":
+        kl = KL_ESTIMATORS[algo.kl](logprobs, columns["ref_logprobs"])
+        loss = loss + algo.kl_coef * (weights * kl).sum()
     if bonus:
         loss = loss - bonus * (weights * entropy).sum()
     return loss
 
 
-def flat_columns(micro: MicroBatch, batch: Batch, columns: Columns, dtype: torch.dtype) -> Columns:
-    """The micro-batch's part of every column, [M]."""
-    mask = batch.completion_mask
-    columns = columns | {
-        "sampler_logprobs": batch.sampler_logprobs,
-        "full_logprobs": batch.full_logprobs,
-    }
-    out = {name: micro.flat(column, mask).to(dtype) for name, column in columns.items()}
-    own = mask[micro.rows]
-    return out | {"rows": torch.arange(len(own), device=mask.device)[:, None].expand_as(own)[own]}
+def _policy_logs(
+    algo: AlgoOptions, logprobs: Tensor, entropy: Tensor, columns: Columns, loss: Tensor
+) -> dict[str, float]:
+    """What a micro-batch says of itself: sums over its tokens, and maxima."""
+    counted = columns["weights"] != 0
+    logs = diagnostics(logprobs, columns, algo.loss == "gspo", algo.clip_low, algo.clip_high)
+    logs["loss"] = loss.item()
+    logs["entropy"] = entropy.detach()[counted].sum().item()
+    if "ref_logprobs" in columns:
+        kl = KL_ESTIMATORS[algo.kl](logprobs.detach(), columns["ref_logprobs"])
+        logs["ref_kl"] = kl[counted].sum().item()
+    return logs
 
 
-def _joined(world: World, logs: list[dict[str, float]]) -> Logs:
-    """What the micro-batches of all ranks say, summed or the largest."""
-    out = Logs(float)
-    for said in world.gather(logs):
-        for name, value in said.items():
-            out[name] = max(out[name], value) if name in MAXIMA else out[name] + value
-    return out
-
-
-def _policy_pass(job: Job, batch: Batch, columns: Columns, bonus: float) -> Logs:
-    """Gradients of one minibatch, in micro-batches that add up to the same whatever the cut; what is logged."""
-    algo, world, logs = job.config.algo, job.world, list[dict[str, float]]()
-    for micro, factor in world.deal(
-        list(micro_batches(batch, job.config.train.micro_batch_tokens, world.size))
-    ):
-        logprobs, entropy, _ = job.model(micro.packed, algo.temperature)
-        c = flat_columns(micro, batch, columns, logprobs.dtype)
-        c = {"old_logprobs": logprobs.detach(), **c}
-        loss = policy_loss(algo, logprobs, entropy, c, bonus)
-        (factor * loss).backward()
-        if not factor:
-            continue
-        kept = c["weights"] != 0
-        said = diagnostics(logprobs, c, algo.loss == "gspo", algo.clip_low, algo.clip_high)
-        said |= {"loss": loss.item(), "entropy": entropy.detach()[kept].sum().item()}
-        if "ref_logprobs" in c:
-            said["ref_kl"] = (
-                KL_ESTIMATORS[algo.kl](logprobs.detach(), c["ref_logprobs"])[kept].sum().item()
-            )
-        logs.append(said)
-    return _joined(world, logs)
-
-
-def _critic_pass(job: Job, critic: nn.Module, batch: Batch, columns: Columns) -> Logs:
-    world, logs = job.world, list[dict[str, float]]()
-    for micro, factor in world.deal(
-        list(micro_batches(batch, job.config.train.micro_batch_tokens, world.size))
-    ):
+def _critic_gradients(learner: Learner, critic: nn.Module, batch: Batch, columns: Columns) -> Logs:
+    config = learner.config
+    world = learner.world
+    max_tokens = config.train.micro_batch_tokens
+    logs: list[dict[str, float]] = []
+    for micro, factor in world.deal(list(micro_batches(batch, max_tokens, world.size))):
         values = critic(micro.packed)
-        c = flat_columns(micro, batch, columns, values.dtype)
+        flat = flat_columns(micro, batch, columns, values.dtype)
         loss = value_loss(
-            values, c["values"], c["returns"], c["weights"], job.config.algo.value_clip
+            values, flat["values"], flat["returns"], flat["weights"], config.algo.value_clip
         )
         (factor * loss).backward()
         if factor:
@@ -190,11 +273,21 @@ def _critic_pass(job: Job, critic: nn.Module, batch: Batch, columns: Columns) ->
     return _joined(world, logs)
 
 
-def _apply(
-    model: nn.Module, optimizer: torch.optim.Optimizer, loss: float, lr: float, clip: float
+def _joined(world: World, logs: list[dict[str, float]]) -> Logs:
+    """What the micro-batches of all ranks say: summed, or the largest."""
+    joined = Logs(float)
+    for micro_batch in world.gather(logs):
+        for name, value in micro_batch.items():
+            joined[name] = max(joined[name], value) if name in MAXIMA else joined[name] + value
+    return joined
+
+
+def _clip_and_step(
+    model: nn.Module, optimizer: torch.optim.Optimizer, loss: float, lr: float, max_norm: float
 ) -> tuple[float, bool]:
-    """Clip and step; a loss or gradient that is not finite leaves everything as it is. Returns the norm and whether it stepped."""
-    norm = clip_gradients(model, clip)
+    """Clip the gradients and step. A loss or gradient that is not finite leaves everything as it
+    is. Returns the gradient norm before clipping, and whether it stepped."""
+    norm = clip_gradients(model, max_norm)
     finite = bool(np.isfinite([loss, norm]).all())
     if finite:
         set_learning_rate(optimizer, lr)
@@ -202,72 +295,28 @@ def _apply(
     return norm, finite
 
 
-def _minibatches(
-    job: Job, batch: Batch, columns: Columns, step: int
-) -> Sequence[tuple[Batch, Columns]]:
-    """The parts of `batch` that each make one update: whole groups, in a new order every epoch if there are several."""
-    algo, parts = job.config.algo, []
-    for epoch in range(algo.epochs):
-        order = np.arange(len(batch.groups))
-        if algo.minibatches > 1:
-            order = np.random.default_rng([job.config.seed, step, epoch]).permutation(order)
-        for chosen in np.array_split(order, min(algo.minibatches, len(order))):
-            part, rows = batch.take(chosen.tolist())
-            weights = token_weights(
-                part.loss_mask, algo.aggregation, job.config.model.max_completion_tokens
-            )
-            parts.append(
-                (
-                    part,
-                    {name: column[rows] for name, column in columns.items()} | {"weights": weights},
-                )
-            )
-    return parts
+def _update_metrics(
+    learner: Learner, batch: Batch, columns: Columns, logs: Sequence[Logs]
+) -> dict[str, Any]:
+    """Losses and norms as means over the updates, the rest as means over the tokens of all updates,
+    and maxima."""
+    mean_over_updates = {"policy/loss": "loss", "optim/grad_norm": "grad_norm"}
+    mean_over_tokens = ["entropy", "approx_kl", "clip_frac", "sampler_kl"]
+    metrics: dict[str, Any] = {}
+    if learner.reference is not None:
+        mean_over_tokens.append("ref_kl")
+    if learner.critic is not None:
+        mean_over_updates["value/loss"] = "value_loss"
+        mean_over_updates["optim/critic_grad_norm"] = "critic_grad_norm"
+        values = columns["values"][batch.loss_mask].double()
+        returns = columns["returns"][batch.loss_mask].double()
+        metrics["value/explained_variance"] = explained_variance(values, returns)
 
-
-def update(job: Job, batch: Batch, columns: Columns, step: int) -> dict[str, Any]:
-    """All optimizer steps of one rollout batch: algo.epochs passes of algo.minibatches updates, each with one denominator."""
-    config, algo, o = job.config, job.config.algo, job.config.optim
-    plan = (step, config.train.steps)
-    lr, critic_lr = (
-        learning_rate(*plan, rate, o.warmup_frac, o.schedule) for rate in (o.lr, algo.critic_lr)
-    )
-    logs, skipped = [], 0
-    for part, own in _minibatches(job, batch, columns, step):
-        sums = Logs(float)
-        if step >= algo.critic_warmup:
-            job.optimizer.zero_grad()
-            sums = _policy_pass(job, part, own, entropy_coef(algo, *plan))
-            sums["grad_norm"], finite = _apply(
-                job.model, job.optimizer, sums["loss"], lr, o.grad_clip
-            )
-            skipped += not finite
-        if job.critic:
-            critic, optimizer = job.critic
-            optimizer.zero_grad()
-            sums |= _critic_pass(job, critic, part, own)
-            sums["critic_grad_norm"], finite = _apply(
-                critic, optimizer, sums["value_loss"], critic_lr, o.grad_clip
-            )
-            skipped += not finite
-        logs.append(sums)
-    return _metrics(job, batch, columns, logs) | {"optim/lr": lr, "optim/skipped": skipped}
-
-
-def _metrics(job: Job, batch: Batch, columns: Columns, logs: Sequence[Logs]) -> dict[str, Any]:
-    """Means over the tokens of all updates, of losses and norms over the updates, and maxima."""
-    num = max(sum(sums["num"] for sums in logs), 1)
-    by_update = {"policy/loss": "loss", "optim/grad_norm": "grad_norm"}
-    by_token = {
-        f"policy/{name}": name for name in ("entropy", "approx_kl", "clip_frac", "sampler_kl")
-    }
-    if job.reference is not None:
-        by_token["policy/ref_kl"] = "ref_kl"
-    out: dict[str, Any] = {}
-    if job.critic:
-        by_update |= {"value/loss": "value_loss", "optim/critic_grad_norm": "critic_grad_norm"}
-        seen = [columns[name][batch.loss_mask].double() for name in ("values", "returns")]
-        out["value/explained_variance"] = explained_variance(*seen)
-    out |= {key: sum(sums[name] for sums in logs) / len(logs) for key, name in by_update.items()}
-    out |= {key: sum(sums[name] for sums in logs) / num for key, name in by_token.items()}
-    return out | {f"policy/{name}": max(sums[name] for sums in logs) for name in MAXIMA}
+    num_tokens = max(sum(sums["num"] for sums in logs), 1)
+    for key, name in mean_over_updates.items():
+        metrics[key] = sum(sums[name] for sums in logs) / len(logs)
+    for name in mean_over_tokens:
+        metrics[f"policy/{name}"] = sum(sums[name] for sums in logs) / num_tokens
+    for name in MAXIMA:
+        metrics[f"policy/{name}"] = max(sums[name] for sums in logs)
+    return metrics

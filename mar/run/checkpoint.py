@@ -1,7 +1,9 @@
-"""Save and resume: torch.distributed.checkpoint into a temporary directory, a manifest with checksums last, then one rename. A run copies its state
-and writes the copy behind its back, while the next step runs.
+"""Save and resume.
 
-A run directory's newest valid checkpoint is what counts; a folder without a manifest, or whose files differ from it, is named and passed over.
+A save copies the state to CPU memory; a thread writes the copy while the next step runs:
+torch.distributed.checkpoint into a temporary directory, a manifest with checksums last, then one
+rename. What counts is the newest valid checkpoint of a run. A folder without a manifest, or whose
+files differ from it, is named and passed over.
 """
 
 import hashlib
@@ -10,7 +12,7 @@ import os
 import shutil
 import warnings
 from collections.abc import Callable, Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,17 +30,16 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.optim import Optimizer
 
 from mar.errors import UserError
+from mar.learn.learner import Learner
 from mar.policy.distributed import ALONE, World
 
 MANIFEST = "manifest.json"
-
-STEP = "step" + "[0-9]" * 6
+STEP = "step" + "[0-9]" * 6  # a glob: the name of a checkpoint's folder
 
 Trained = tuple[nn.Module, Optimizer]
 
-warnings.filterwarnings(
-    "ignore", "torch.distributed is disabled", UserWarning
-)  # one process is one process
+# Expected: a single process saves without torch.distributed.
+warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
 
 
 @dataclass(frozen=True)
@@ -49,32 +50,62 @@ class Found:
     step: int
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+# --- saving ----------------------------------------------------------------------------------
 
 
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+class CheckpointWriter:
+    """The checkpoints of a run. At most one is being written at a time, behind the training."""
+
+    def __init__(
+        self, folder: Path, learner: Learner, keep: int, say: Callable[[str], object]
+    ) -> None:
+        self.folder = folder
+        self.learner = learner
+        self.keep = keep
+        self.say = say
+        self.pending: Future[Path] | None = None
+
+    def save(self, step: int) -> None:
+        """Start to write the state after `step` updates."""
+        learner = self.learner
+        self.pending = save(
+            self.folder,
+            step,
+            learner.policy,
+            learner.optimizer,
+            self.keep,
+            critic_of(learner),
+            learner.world,
+        )
+
+    def finish(self) -> None:
+        """Wait for the write in progress. Raises its OSError."""
+        if self.pending:
+            self.pending.result()
+
+    def last_step(self, reported: OSError | None = None) -> int:
+        """The step that the same command goes on from. An error of the write in progress is said,
+        unless it is `reported` already."""
+        if self.pending:
+            error = self.pending.exception()
+            if error is None:
+                return int(self.pending.result().name[-6:])
+            if error is not reported:
+                self.say(f"a checkpoint could not be written: {error}")
+        found = newest(self.folder, self.say)
+        return found.step if found else 0
+
+    def close(self) -> None:
+        """Wait for the write in progress, however it ends."""
+        if self.pending:
+            wait([self.pending])
 
 
-def _state(model: nn.Module, optimizer: Optimizer, critic: Trained | None) -> dict[str, Any]:
-    parts = {"": (model, optimizer)} | ({"critic_": critic} if critic else {})
-    unused = [o for _, o in parts.values() if not o.state]
-    states = {prefix: get_state_dict(*part) for prefix, part in parts.items()}
-    for entry in (entry for optimizer in unused for entry in optimizer.state.values()):
-        entry[
-            "step"
-        ].zero_()  # get_state_dict makes a step of an optimizer that has made none, which would count in AdamW's correction
-    return {
-        f"{p}{name}": s
-        for p, pair in states.items()
-        for name, s in zip(("model", "optimizer"), pair, strict=True)
-    }
+def critic_of(learner: Learner) -> Trained | None:
+    """The critic and its optimizer, where there is one."""
+    if learner.critic is None or learner.critic_optimizer is None:
+        return None
+    return learner.critic, learner.critic_optimizer
 
 
 def save(
@@ -86,31 +117,60 @@ def save(
     critic: Trained | None = None,
     world: World = ALONE,
 ) -> "Future[Path]":
-    """Copy the state after `step` updates; a thread writes it as `folder/step<step>` and keeps the newest `keep`. One at a time. A crash at any point
-    leaves the older ones usable. Every rank writes its shards, rank 0 publishes them. Its result is the path, or an OSError where the disk is full,
-    read-only or broken."""
-    copied = DefaultStager(StagingOptions(False, False, False, False)).stage(
-        _state(model, optimizer, critic)
-    )  # in CPU memory
+    """Copy the state after `step` updates, and let a thread write it as `folder/step<step>`.
+
+    The newest `keep` checkpoints stay. A crash at any point leaves the older ones usable. Every
+    rank writes its shards, rank 0 publishes them. The future's result is the path, or an OSError
+    where the disk is full, read-only or broken. Start no second save before the first has ended.
+    """
+    stager = DefaultStager(
+        StagingOptions(
+            use_pinned_memory=False,
+            use_shared_memory=False,
+            use_async_staging=False,
+            use_non_blocking_copy=False,
+        )
+    )
+    copied = stager.stage(_state(model, optimizer, critic))
     thread = ThreadPoolExecutor(1, "checkpoint")
     future = thread.submit(_write, copied, folder, step, keep, world)
     thread.shutdown(wait=False)
     return future
 
 
+def _state(model: nn.Module, optimizer: Optimizer, critic: Trained | None) -> dict[str, Any]:
+    """Weights and optimizer state by name; those of the critic begin with `critic_`."""
+    parts = {"": (model, optimizer)}
+    if critic:
+        parts["critic_"] = critic
+    state: dict[str, Any] = {}
+    for prefix, (part_model, part_optimizer) in parts.items():
+        has_stepped = bool(part_optimizer.state)
+        weights, moments = get_state_dict(part_model, part_optimizer)
+        state[f"{prefix}model"] = weights
+        state[f"{prefix}optimizer"] = moments
+        if not has_stepped:
+            # get_state_dict has just made a step of it, which AdamW's bias correction would count
+            for entry in part_optimizer.state.values():
+                entry["step"].zero_()
+    return state
+
+
 def _write(state: Any, folder: Path, step: int, keep: int, world: World) -> Path:
-    target, temporary = folder / f"step{step:06d}", folder / f"step{step:06d}.tmp"
+    target = folder / f"step{step:06d}"
+    temporary = folder / f"step{step:06d}.tmp"
     if world.leads:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
     world.wait(world.files)
     try:
         dcp.save(state, checkpoint_id=temporary, no_dist=world.size == 1, process_group=world.files)
-    except CheckpointException as error:  # no Exception, a page long, and of a full disk torch says that a position is unexpected
-        fault = next(iter(error.failures.values()))[0]
-        while fault.__context__:
-            fault = fault.__context__
-        raise OSError(f"cannot write {temporary}: {fault}") from None
+    except CheckpointException as error:
+        # Not an Exception, a page long, and it hides a full disk behind an unexpected position.
+        cause = next(iter(error.failures.values()))[0]
+        while cause.__context__:
+            cause = cause.__context__
+        raise OSError(f"cannot write {temporary}: {cause}") from None
     if world.leads:
         _publish(temporary, target, step, keep)
     world.wait(world.files)
@@ -118,12 +178,12 @@ def _write(state: Any, folder: Path, step: int, keep: int, world: World) -> Path
 
 
 def _publish(temporary: Path, target: Path, step: int, keep: int) -> None:
-    """Manifest, fsyncs, rename; then the oldest go, and what is left of saves that were cut off."""
+    """Manifest, fsyncs, rename. Then remove old checkpoints, and the remains of saves that were cut
+    off."""
     folder = target.parent
-    files = sorted(p for p in temporary.iterdir() if p.is_file())
-    (temporary / MANIFEST).write_text(
-        json.dumps({"step": step, "files": {p.name: _sha256(p) for p in files}}, indent=2)
-    )
+    files = sorted(path for path in temporary.iterdir() if path.is_file())
+    manifest = {"step": step, "files": {path.name: _sha256(path) for path in files}}
+    (temporary / MANIFEST).write_text(json.dumps(manifest, indent=2))
     for path in (*files, temporary / MANIFEST, temporary):
         _sync(path)
     if target.exists():
@@ -132,16 +192,50 @@ def _publish(temporary: Path, target: Path, step: int, keep: int) -> None:
         target.rename(aside)
     temporary.rename(target)
     _sync(folder)
-    kept = [path for path in sorted(folder.glob(STEP)) if path <= target][-keep:]
-    for path in sorted(
-        {path for kind in (STEP, f"{STEP}.tmp", f"old.{STEP}") for path in folder.glob(kind)}
-        - {*kept}
-    ):
+
+    up_to_this = [path for path in sorted(folder.glob(STEP)) if path <= target]
+    kept = set(up_to_this[-keep:])
+    there = {path for kind in (STEP, f"{STEP}.tmp", f"old.{STEP}") for path in folder.glob(kind)}
+    for path in sorted(there - kept):
         shutil.rmtree(path)
 
 
+def require_room(folder: Path, models: Iterable[nn.Module]) -> None:
+    """Raises UserError where the disk of `folder` has no room for one checkpoint: the weights, and
+    two moments of those that are trained."""
+    needed = 0
+    for model in models:
+        for parameter in model.parameters():
+            copies = 3 if parameter.requires_grad else 1
+            needed += copies * parameter.numel() * parameter.element_size()
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise UserError(
+            f"{folder} has room for {free / 1e6:.0f} of a checkpoint's {needed / 1e6:.0f} MB: "
+            "make room, or take another out="
+        )
+
+
+# --- finding ---------------------------------------------------------------------------------
+
+
+def newest(folder: Path, say: Callable[[str], object] = warnings.warn) -> Found | None:
+    """The newest valid checkpoint of a run, if there is one. `say` hears which newer ones are
+    passed over, and why."""
+
+    def age(path: Path) -> tuple[str, str]:
+        return path.name[-6:], path.name
+
+    for path in sorted(folder.glob(f"*{STEP}"), key=age, reverse=True):
+        fault = _fault(path)
+        if fault is None:
+            return Found(path, int(path.name[-6:]))
+        say(f"passed over a checkpoint: {fault}")
+    return None
+
+
 def _fault(path: Path) -> str | None:
-    """What is wrong with a checkpoint folder, None if every file is as its manifest says."""
+    """What is wrong with a checkpoint's folder; None where every file is as its manifest says."""
     try:
         manifest = json.loads((path / MANIFEST).read_text())
         if not manifest["files"]:
@@ -156,28 +250,7 @@ def _fault(path: Path) -> str | None:
     return None
 
 
-def newest(folder: Path, say: Callable[[str], object] = warnings.warn) -> Found | None:
-    """The newest valid checkpoint of a run, if there is one; `say` hears which newer ones are passed over, and why."""
-    for path in sorted(
-        folder.glob(f"*{STEP}"), key=lambda path: (path.name[-6:], path.name), reverse=True
-    ):
-        if (fault := _fault(path)) is None:
-            return Found(path, int(path.name[-6:]))
-        say(f"passed over a checkpoint: {fault}")
-    return None
-
-
-def require_room(folder: Path, parts: Iterable[nn.Module]) -> None:
-    """UserError where the disk that `folder` is on cannot take one checkpoint: weights, and two moments of those that are trained."""
-    needed = sum(
-        p.numel() * p.element_size() * (3 if p.requires_grad else 1)
-        for part in parts
-        for p in part.parameters()
-    )
-    if (free := shutil.disk_usage(folder).free) < needed:
-        raise UserError(
-            f"{folder} has room for {free / 1e6:.0f} of a checkpoint's {needed / 1e6:.0f} MB: make room, or take another out="
-        )
+# --- restoring -------------------------------------------------------------------------------
 
 
 def restore(
@@ -187,7 +260,8 @@ def restore(
     critic: Trained | None = None,
     world: World = ALONE,
 ) -> None:
-    """Load weights and optimizer state in place, of a run with a critic also the critic's, whatever the number of ranks that wrote them."""
+    """Load weights and optimizer state in place, also the critic's where there is one, whatever
+    the number of ranks that wrote them."""
     state = _state(model, optimizer, critic)
     dcp.load(state, checkpoint_id=found.path, no_dist=world.size == 1)
     set_state_dict(
@@ -206,3 +280,16 @@ def restore_weights(found: Found, model: nn.Module) -> None:
     state: dict[str, Any] = {"model": get_model_state_dict(model)}
     dcp.load(state, checkpoint_id=found.path, no_dist=True)
     set_model_state_dict(model, state["model"])
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

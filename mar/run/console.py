@@ -1,4 +1,4 @@
-"""What a run writes and shows: `metrics.jsonl` is the record, `completions.jsonl` the text, the console a view of them."""
+"""What a person sees of a run: a live bar on a terminal, plain lines elsewhere, tables."""
 
 import sys
 import time
@@ -13,31 +13,36 @@ from mar.files import plain
 from mar.run.wandb_mirror import Mirror
 
 
-def shown(value: float | Sequence[float | None] | None) -> str:
+def format_metric(value: float | Sequence[float | None] | None) -> str:
     """A metric in a table; [value, low, high] with half of its interval."""
+    if value is None:
+        return "–"
     if isinstance(value, Sequence):
         middle, low, high = value
-        return shown(middle) + (
-            "" if low is None or high is None else f" ±{shown((high - low) / 2)}"
-        )
-    return "–" if value is None else f"{value:.1f}" if abs(value) >= 10 else f"{value:.3f}"
+        if low is None or high is None:
+            return format_metric(middle)
+        return f"{format_metric(middle)} ±{format_metric((high - low) / 2)}"
+    return f"{value:.1f}" if abs(value) >= 10 else f"{value:.3f}"
 
 
 class Display:
-    """Progress of a run: a live bar on a terminal, plain lines elsewhere. Goes to stderr-free stdout; the last line is the caller's JSON."""
+    """Progress of a run, on stdout. The last line is left to the command: its JSON document."""
 
-    SHOWN = {
+    # label -> the metric that is shown after each step
+    STEP_METRICS = {
         "reward": "reward/total",
         "coverage": "reward/coverage",
         "ece": "train/ece",
         "format": "train/format_rate",
+        "tok/s": "perf/tokens_per_s",
     }
-    SHOWN |= {"tok/s": "perf/tokens_per_s"}
 
     def __init__(self, mode: str, first_step: int, num_steps: int):
         self.console = Console()
         self.live = mode == "rich" or (mode == "auto" and sys.stdout.isatty())
-        self.first_step, self.num_steps, self.began = first_step, num_steps, time.perf_counter()
+        self.first_step = first_step
+        self.num_steps = num_steps
+        self.began = time.perf_counter()
         self.progress: Progress | None = None
         self.mirror: Mirror | None = None
 
@@ -47,13 +52,13 @@ class Display:
     def __enter__(self) -> "Display":
         self.began = time.perf_counter()  # loading and the evaluation before are no steps
         if self.live:
-            columns = (
+            self.progress = Progress(
                 "step {task.completed:.0f}/{task.total:.0f}",
                 BarColumn(),
                 "{task.fields[line]}",
                 TimeRemainingColumn(),
+                console=self.console,
             )
-            self.progress = Progress(*columns, console=self.console)
             self.task = self.progress.add_task(
                 "train", total=self.num_steps, completed=self.first_step, line=""
             )
@@ -68,19 +73,22 @@ class Display:
         """Show the metrics of a finished step (counted from 1)."""
         if self.mirror:
             self.mirror.step(step, plain(metrics))
-        values = {
-            label: metrics[key] for label, key in self.SHOWN.items() if metrics.get(key) is not None
-        }
-        line = "  ".join(
-            f"{label} {value:,.0f}" if label == "tok/s" else f"{label} {value:.3f}"
-            for label, value in values.items()
-        )
+        line = self._step_line(metrics)
         if self.progress:
             self.progress.update(self.task, completed=step, line=line)
             return
-        rate = (time.perf_counter() - self.began) / (step - self.first_step)
-        left = round(rate * (self.num_steps - step))
-        self.say(f"step {step}/{self.num_steps}  {line}  {left // 60}:{left % 60:02} left")
+        seconds_per_step = (time.perf_counter() - self.began) / (step - self.first_step)
+        minutes, seconds = divmod(round(seconds_per_step * (self.num_steps - step)), 60)
+        self.say(f"step {step}/{self.num_steps}  {line}  {minutes}:{seconds:02} left")
+
+    def _step_line(self, metrics: Mapping[str, Any]) -> str:
+        parts = []
+        for label, key in self.STEP_METRICS.items():
+            value = metrics.get(key)
+            if value is not None:
+                number = f"{value:,.0f}" if label == "tok/s" else f"{value:.3f}"
+                parts.append(f"{label} {number}")
+        return "  ".join(parts)
 
     def table(
         self, title: str, columns: Mapping[str, Mapping[str, Any] | None], rows: Sequence[str]
@@ -92,5 +100,5 @@ class Display:
             table.add_column(name, justify="right", overflow="fold")
         for row in rows:
             values = [(column or {}).get(row) for column in columns.values()]
-            table.add_row(row, *map(shown, values))
+            table.add_row(row, *map(format_metric, values))
         self.console.print(table)

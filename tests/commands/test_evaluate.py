@@ -16,7 +16,7 @@ from mar.measure.held_out import measure
 from mar.records import Completion
 from mar.run.compose import compose
 from mar.run.console import Display
-from mar.run.setup import build_job
+from mar.run.setup import build_training
 
 EMBEDDED = Path("mar/embedded/model").absolute()
 DISPLAY = Display("plain", 0, 0)
@@ -95,10 +95,10 @@ def test_an_evaluation_holds_what_it_says(base: Path) -> None:
 
 
 def test_the_first_set_is_what_training_measures(base: Path, tmp_path: Path) -> None:
-    job = build_job(
-        compose(["+experiment=clinic", "eval.num_items=5"]), tmp_path, EMBEDDED, DISPLAY
+    training = build_training(
+        compose(["+experiment=clinic", "eval.num_items=5"]), EMBEDDED, DISPLAY
     )
-    metrics, rollouts = measure(job.model, job.protocol)
+    metrics, rollouts = measure(training.learner.policy, training.held_out)
     rows = [json.loads(line) for line in (base / "eval_items.jsonl").read_text().splitlines()]
     first = [row["sets"][0]["text"] for row in rows if row.get("arm") == "policy"]
     assert first == [r.text for r in rollouts]
@@ -257,19 +257,19 @@ def test_the_same_coverage_through_transformers_generate(tmp_path: Path) -> None
 
     words = ["+experiment=clinic", "eval.num_items=150", "k=3", "num_answers=", "arms=policy"]
     ours = document(evaluate.run(["base", *words, f"out={tmp_path / 'ours'}"], DISPLAY))
-    job = build_job(
-        compose(["+experiment=clinic", "eval.num_items=150"]), tmp_path, EMBEDDED, DISPLAY
+    training = build_training(
+        compose(["+experiment=clinic", "eval.num_items=150"]), EMBEDDED, DISPLAY
     )
     tokenizer = AutoTokenizer.from_pretrained(EMBEDDED, padding_side="left")
     model = AutoModelForCausalLM.from_pretrained(EMBEDDED, dtype=torch.float32)
     torch.manual_seed(0)
     inputs = tokenizer(
-        [p.text for p in job.protocol.prompts],
+        [p.text for p in training.held_out.prompts],
         return_tensors="pt",
         padding=True,
         add_special_tokens=False,
     )
-    stops = list(job.protocol.params.stop_ids)
+    stops = list(training.held_out.params.stop_ids)
     ids = model.generate(
         **inputs,
         do_sample=True,
@@ -285,7 +285,7 @@ def test_the_same_coverage_through_transformers_generate(tmp_path: Path) -> None
     file.write_text(
         "".join(
             json.dumps({"id": p.id, "text": t}) + "\n"
-            for p, t in zip(job.protocol.prompts, texts, strict=True)
+            for p, t in zip(training.held_out.prompts, texts, strict=True)
         )
     )
     theirs = document(
@@ -326,9 +326,9 @@ def test_arms() -> None:
 
 
 def test_words(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    job = tmp_path / "algo.credit=own/seed0"
-    job.mkdir(parents=True)
-    assert evaluate.split_words([str(job), "seed=1"])[::2] == (str(job), ["seed=1"])
+    training = tmp_path / "algo.credit=own/seed0"
+    training.mkdir(parents=True)
+    assert evaluate.split_words([str(training), "seed=1"])[::2] == (str(training), ["seed=1"])
     assert evaluate.main(["--help"]) == 0 and "completions=file.jsonl" in capsys.readouterr().out
     name, options, settings = evaluate.split_words(
         ["runs/x", "k=6", "eval.num_items=5", "+experiment=clinic", "completions="]

@@ -18,7 +18,7 @@ from mar.policy.sources import resolve_model
 from mar.policy.weights import load_model
 from mar.run.compose import compose
 from mar.run.console import Display
-from mar.run.setup import build_job
+from mar.run.setup import build_training
 from mar.tasks.loading import Source
 from mar.tasks.registry import get_task
 
@@ -261,15 +261,18 @@ def test_states_and_probabilities_are_those_of_the_place():
 def test_what_the_model_knows_and_the_sets_made_of_it(tmp_path):
     config = compose(["+experiment=clinic", "train.steps=1", "eval.num_items=2"])
     folder, _ = resolve_model("embedded", "embedded", None)
-    job, model, tokenizer = (
-        build_job(config, tmp_path, folder, Display("plain", 0, 0)),
+    training, model, tokenizer = (
+        build_training(config, folder, Display("plain", 0, 0)),
         load_model(folder),
         load_tokenizer(folder),
     )
-    beliefs = confidences.known(job, model, tokenizer)
+    beliefs = confidences.known(training, model, tokenizer)
     assert [sum(belief.values()) for belief in beliefs] == pytest.approx([1.0, 1.0], abs=0.02)
     for prompt, belief, item in zip(
-        job.protocol.prompts, beliefs, confidences.most_probable(job, beliefs), strict=True
+        training.held_out.prompts,
+        beliefs,
+        confidences.most_probable(training, beliefs),
+        strict=True,
     ):
         best = sorted(belief, key=belief.__getitem__, reverse=True)[:3]
         exact = {gold.name: gold.probability for gold in prompt.example.golds}
@@ -283,7 +286,13 @@ def test_what_the_model_knows_and_the_sets_made_of_it(tmp_path):
 
     def different(temperature: float) -> int:
         items = confidences.written(
-            job, job.model, job.protocol.prompts, 6, "held out", 0, temperature
+            training,
+            training.learner.policy,
+            training.held_out.prompts,
+            6,
+            "held out",
+            0,
+            temperature,
         )
         return sum(len({s.text for s in item.sets}) for item in items)
 
@@ -295,7 +304,7 @@ def test_teaching_leaves_the_teacher_alone_and_moves_what_is_named(tmp_path, mon
     monkeypatch.setattr(
         confidences,
         "written",
-        lambda job, model, *more: writers.append(model) or written(job, model, *more),
+        lambda training, model, *more: writers.append(model) or written(training, model, *more),
     )
     config = compose(
         [
@@ -307,21 +316,23 @@ def test_teaching_leaves_the_teacher_alone_and_moves_what_is_named(tmp_path, mon
         ]
     )
     folder, _ = resolve_model("embedded", "embedded", None)
-    job, tokenizer = (
-        build_job(config, tmp_path, folder, Display("plain", 0, 0)),
+    training, tokenizer = (
+        build_training(config, folder, Display("plain", 0, 0)),
         load_tokenizer(folder),
     )
-    before = {name: p.detach().clone() for name, p in job.model.named_parameters()}
+    before = {name: p.detach().clone() for name, p in training.learner.policy.named_parameters()}
     for named, student in (
-        (config.model.trainable, copy.deepcopy(job.model)),
-        ("", merge(copy.deepcopy(job.model))),
+        (config.model.trainable, copy.deepcopy(training.learner.policy)),
+        ("", merge(copy.deepcopy(training.learner.policy))),
     ):
         start = {name: p.detach().clone() for name, p in student.named_parameters()}
-        confidences.teach(job, student, named, 1e-2, 2, tokenizer)
+        confidences.teach(training, student, named, 1e-2, 2, tokenizer)
         moved = {name for name, p in student.named_parameters() if not torch.equal(p, start[name])}
         assert moved == {name for name in start if re.search(named, name)}
-        assert all(torch.equal(p, before[name]) for name, p in job.model.named_parameters())
-    assert writers == [job.model] * 4
+        assert all(
+            torch.equal(p, before[name]) for name, p in training.learner.policy.named_parameters()
+        )
+    assert writers == [training.learner.policy] * 4
 
 
 def test_scripts_that_are_run_by_path_find_the_experiments():

@@ -1,8 +1,6 @@
 """One step is the same step however it is cut into micro-batches."""
 
 from dataclasses import replace
-from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,10 +8,9 @@ import torch
 
 from mar.learn.advantages import token_advantages, zero_group_frac
 from mar.learn.batch import make_batch, micro_batches
-from mar.learn.learner import Job
+from mar.learn.learner import Learner
 from mar.learn.losses import AGGREGATIONS, reinforce, token_weights
 from mar.learn.update import update
-from mar.policy.distributed import ALONE
 from mar.records import Completion, Example, Prompt, Rollout
 from mar.run.compose import compose
 
@@ -88,10 +85,7 @@ def test_tokens_that_the_sampler_put_in_are_not_trained_on(tiny_model):
             ["algo.temperature=0.7", "train.micro_batch_tokens=20", "optim.grad_clip=1e9"]
         )
         sgd = torch.optim.SGD(model.parameters(), 0.0)
-        job = Job(
-            config, Path(), model, sgd, (), SimpleNamespace(), FIRST_OPEN, ALONE, None, None, None
-        )
-        update(job, batch, {"advantages": advantages + change}, 0)
+        update(Learner(config, model, sgd), batch, {"advantages": advantages + change}, 0)
         return torch.cat([p.grad.flatten() for p in model.parameters()])
 
     advantages = token_advantages(batch, "to_go", "leave_one_out", "none")

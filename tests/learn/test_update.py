@@ -4,8 +4,6 @@ import itertools
 import json
 import math
 from dataclasses import replace
-from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,10 +19,10 @@ from mar.learn.advantages import (
 from mar.learn.batch import make_batch, micro_batches
 from mar.learn.gae import explained_variance, gae, token_rewards
 from mar.learn.gradient_variance import variance_ratio
-from mar.learn.learner import Job
+from mar.learn.learner import Learner
 from mar.learn.losses import reinforce
 from mar.learn.optim import make_optimizer
-from mar.learn.update import _minibatches, entropy_coef, one_pass, prepare, update
+from mar.learn.update import _minibatches, compute_advantages, entropy_coef, one_pass, update
 from mar.policy.critic import Critic
 from mar.policy.distributed import ALONE
 from mar.run import checkpoint
@@ -40,25 +38,13 @@ SIZES = [
 ]
 
 
-def job_of(model, *words):
-    """A job on random completions whose log-probabilities are the model's own."""
+def learner_of(model, *words):
+    """A learner on random completions whose log-probabilities are the model's own."""
     config = compose([*SIZES, "optim.lr=1e-2", "optim.warmup_frac=0", *words])
     critic = Critic(model) if config.algo.baseline == "value" else None
-    trained = (critic, make_optimizer(critic, 1e-2, (0.9, 0.95), 1e-8, 0.0)) if critic else None
+    critic_optimizer = make_optimizer(critic, 1e-2, (0.9, 0.95), 1e-8, 0.0) if critic else None
     optimizer = make_optimizer(model, 1e-2, (0.9, 0.95), 1e-8, 0.0)
-    return Job(
-        config,
-        Path(),
-        model,
-        optimizer,
-        (),
-        SimpleNamespace(),
-        FIRST_OPEN,
-        ALONE,
-        None,
-        None,
-        trained,
-    )
+    return Learner(config, model, optimizer, critic=critic, critic_optimizer=critic_optimizer)
 
 
 def batch_of(model, temperature=1.0):
@@ -191,12 +177,12 @@ def test_the_critic_learns_the_returns_and_leaves_the_policy_alone(tiny_model):
         "algo.gae_lambda=1",
         "algo.value_clip=100",
     ]  # plain regression on fixed returns
-    job = job_of(model, *words, "train.steps=300")
+    learner = learner_of(model, *words, "train.steps=300")
     before, batch = [p.clone() for p in model.parameters()], batch_of(model)
     seen = []
     for step in range(60):
-        batch_now, columns = prepare(job, batch)
-        seen.append(update(job, batch_now, columns, step))
+        batch_now, columns = compute_advantages(learner, batch)
+        seen.append(update(learner, batch_now, columns, step))
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
     assert seen[0]["value/explained_variance"] == pytest.approx(0, abs=1e-9)  # a head of zeros
     assert (
@@ -210,7 +196,7 @@ def test_the_critic_learns_the_returns_and_leaves_the_policy_alone(tiny_model):
         and (first[:, 0] - earned.mean(1)).abs().max() < 0.25
     )
     assert earned.mean(1).max() - earned.mean(1).min() > 0.5
-    update(job, *prepare(job, batch), 60)
+    update(learner, *compute_advantages(learner, batch), 60)
     assert any(not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 
 
@@ -222,8 +208,8 @@ def test_one_update_of_every_loss_is_reinforce(tiny_model):
     gradients = {}
     for loss in ("reinforce", "ppo", "gspo", "cispo"):
         model = tiny_model()
-        job = job_of(model, f"algo.loss={loss}", "optim.grad_clip=1e9")
-        metrics = update(job, *prepare(job, batch_of(model)), 0)
+        learner = learner_of(model, f"algo.loss={loss}", "optim.grad_clip=1e9")
+        metrics = update(learner, *compute_advantages(learner, batch_of(model)), 0)
         gradients[loss] = torch.cat([p.grad.flatten() for p in model.parameters()])
         assert (
             metrics["policy/ratio_max"] == 1
@@ -239,13 +225,13 @@ def test_one_update_of_every_loss_is_reinforce(tiny_model):
 
 def test_several_updates_use_the_ratio_to_the_policy_that_sampled(tiny_model):
     model = tiny_model()
-    job = job_of(model, "algo.loss=ppo", "algo.epochs=3", "algo.minibatches=2")
+    learner = learner_of(model, "algo.loss=ppo", "algo.epochs=3", "algo.minibatches=2")
     batch = batch_of(model)
-    own, columns = prepare(job, batch)
+    own, columns = compute_advantages(learner, batch)
     torch.testing.assert_close(
         columns["old_logprobs"], batch.full_logprobs.to(columns["old_logprobs"].dtype)
     )
-    metrics = update(job, own, columns, 0)
+    metrics = update(learner, own, columns, 0)
     assert metrics["policy/ratio_max"] > 1.001 and metrics["policy/approx_kl"] > 1e-6
     assert (
         metrics["policy/sampler_mismatch_max"] < 1e-9
@@ -254,11 +240,13 @@ def test_several_updates_use_the_ratio_to_the_policy_that_sampled(tiny_model):
 
 def test_minibatches_are_whole_groups_in_an_order_of_the_step(tiny_model):
     model = tiny_model()
-    job = job_of(
+    learner = learner_of(
         model, "algo.loss=ppo", "algo.minibatches=3", "algo.epochs=4", "algo.aggregation=token_mean"
     )
     batch = make_batch(fake_groups(), FIRST_OPEN)
-    parts = _minibatches(job, batch, {"advantages": torch.arange(12)[:, None].expand(-1, 12)}, 5)
+    parts = _minibatches(
+        learner, batch, {"advantages": torch.arange(12)[:, None].expand(-1, 12)}, 5
+    )
     rows = [c["advantages"][:, 0].tolist() for _, c in parts]
     assert len(rows) == 12 and all(
         sorted(sum(rows[i : i + 3], [])) == list(range(12)) for i in range(0, 12, 3)
@@ -273,9 +261,11 @@ def test_minibatches_are_whole_groups_in_an_order_of_the_step(tiny_model):
 
 
 def test_fewer_groups_than_minibatches_make_fewer_updates(tiny_model):
-    job = job_of(tiny_model(), "algo.loss=ppo", "algo.prompts_per_step=5", "algo.minibatches=5")
+    learner = learner_of(
+        tiny_model(), "algo.loss=ppo", "algo.prompts_per_step=5", "algo.minibatches=5"
+    )
     assert (
-        len(_minibatches(job, make_batch(fake_groups(), FIRST_OPEN), {}, 0)) == 3
+        len(_minibatches(learner, make_batch(fake_groups(), FIRST_OPEN), {}, 0)) == 3
     )  # groups that could not be judged are gone
 
 
@@ -291,9 +281,11 @@ def test_truncated_importance_weights_correct_the_sampler(tiny_model):
         ("by hand", [], (-shift).exp().clamp(max=2.0)),
     ):
         model = tiny_model()
-        job = job_of(model, "optim.grad_clip=1e9", *words)
-        own, columns = prepare(job, replace(batch, sampler_logprobs=batch.full_logprobs + shift))
-        update(job, own, columns | {"advantages": columns["advantages"] * factor}, 0)
+        learner = learner_of(model, "optim.grad_clip=1e9", *words)
+        own, columns = compute_advantages(
+            learner, replace(batch, sampler_logprobs=batch.full_logprobs + shift)
+        )
+        update(learner, own, columns | {"advantages": columns["advantages"] * factor}, 0)
         gradients[name] = torch.cat([p.grad.flatten() for p in model.parameters()])
     torch.testing.assert_close(gradients["weighted"], gradients["by hand"], atol=1e-12, rtol=1e-9)
 
@@ -302,34 +294,37 @@ def test_entropy_bonus_raises_entropy_and_decays(tiny_model):
     config = compose(["algo.entropy_coef=0.5", "algo.entropy_decay=true"])
     assert [entropy_coef(config.algo, step, 4) for step in range(4)] == [0.5, 0.375, 0.25, 0.125]
     model = tiny_model()
-    job = job_of(model, "algo.entropy_coef=10")
+    learner = learner_of(model, "algo.entropy_coef=10")
     batch = batch_of(model)
-    entropies = [update(job, *prepare(job, batch), step)["policy/entropy"] for step in range(5)]
+    entropies = [
+        update(learner, *compute_advantages(learner, batch), step)["policy/entropy"]
+        for step in range(5)
+    ]
     assert entropies[-1] > entropies[0] + 0.05
 
 
 @pytest.mark.parametrize("words", [[], ["algo=ppo", "algo.minibatches=2", "algo.kl_coef=0"]])
 def test_what_is_not_finite_is_left_out(tiny_model, words):
     model = tiny_model()
-    job = job_of(model, *words)
-    own, columns = prepare(job, batch_of(model))
+    learner = learner_of(model, *words)
+    own, columns = compute_advantages(learner, batch_of(model))
     before = {name: p.clone() for name, p in model.named_parameters()}
     broken = {name: column.clone() for name, column in columns.items()}
     for name in {"advantages", "returns"} & set(broken):
         broken[name][:, 0] = math.nan
-    metrics = update(job, own, broken, 0)
+    metrics = update(learner, own, broken, 0)
     assert metrics["optim/skipped"] == 1 if not words else 8
     assert all(torch.equal(before[name], p) for name, p in model.named_parameters())
-    assert update(job, own, columns, 0)["optim/skipped"] == 0
+    assert update(learner, own, columns, 0)["optim/skipped"] == 0
     assert any(not torch.equal(before[name], p) for name, p in model.named_parameters())
 
 
 def test_a_step_of_nothing_but_truncated_completions_changes_nothing(tiny_model):
     model = tiny_model()
-    job = job_of(model, "algo.truncated=mask", "algo.loss=gspo")
+    learner = learner_of(model, "algo.truncated=mask", "algo.loss=gspo")
     batch = cut(fake_groups(), itertools.product(range(3), range(4)))
     before = [p.clone() for p in model.parameters()]
-    metrics = update(job, *prepare(job, batch), 0)
+    metrics = update(learner, *compute_advantages(learner, batch), 0)
     assert (
         metrics["policy/loss"] == 0 == metrics["optim/grad_norm"] and metrics["optim/skipped"] == 0
     )
@@ -339,7 +334,7 @@ def test_a_step_of_nothing_but_truncated_completions_changes_nothing(tiny_model)
 
 def test_variance_ratio_is_that_of_the_groups_gradients(tiny_model):
     model = tiny_model()
-    job, batch = job_of(model), batch_of(model)
+    learner, batch = learner_of(model), batch_of(model)
     spread = []
     for credit in ("to_go", "set"):
         gradients = []
@@ -348,7 +343,7 @@ def test_variance_ratio_is_that_of_the_groups_gradients(tiny_model):
             advantages = token_advantages(
                 replace(part, group_ids=0 * part.group_ids),
                 credit,
-                job.config.algo.baseline,
+                learner.config.algo.baseline,
                 "none",
             )
             (micro,) = micro_batches(part, 10**6)
@@ -357,22 +352,28 @@ def test_variance_ratio_is_that_of_the_groups_gradients(tiny_model):
             reinforce(model(micro.packed, 1.0)[0], a, torch.ones_like(a)).backward()
             gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
         spread.append(torch.stack(gradients).var(0).sum().item())
-    assert variance_ratio(job, batch) == pytest.approx(spread[0] / spread[1], rel=1e-9)
+    assert variance_ratio(learner, batch) == pytest.approx(spread[0] / spread[1], rel=1e-9)
 
 
 def test_the_critic_and_its_moments_come_back_bit_for_bit(tiny_model, tmp_path):
-    jobs = [
-        job_of(tiny_model(), "algo=ppo", "algo.minibatches=3", "algo.kl_coef=0") for _ in range(2)
+    learners = [
+        learner_of(tiny_model(), "algo=ppo", "algo.minibatches=3", "algo.kl_coef=0")
+        for _ in range(2)
     ]
     batch = batch_of(tiny_model())
     for step in range(3):
-        update(jobs[0], *prepare(jobs[0], batch), step)
-    checkpoint.save(tmp_path, 3, jobs[0].model, jobs[0].optimizer, 2, jobs[0].critic).result()
+        update(learners[0], *compute_advantages(learners[0], batch), step)
+    checkpoint.save(
+        tmp_path, 3, learners[0].policy, learners[0].optimizer, 2, checkpoint.critic_of(learners[0])
+    ).result()
     checkpoint.restore(
-        checkpoint.newest(tmp_path), jobs[1].model, jobs[1].optimizer, jobs[1].critic
+        checkpoint.newest(tmp_path),
+        learners[1].policy,
+        learners[1].optimizer,
+        checkpoint.critic_of(learners[1]),
     )
     after = []
-    for job in jobs:
-        update(job, *prepare(job, batch), 3)
-        after.append([*job.model.parameters(), *job.critic[0].parameters()])
+    for learner in learners:
+        update(learner, *compute_advantages(learner, batch), 3)
+        after.append([*learner.policy.parameters(), *learner.critic.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*after, strict=True))

@@ -27,7 +27,7 @@ from mar.measure.bootstrap import difference, estimate, mean_of, resamples
 from mar.measure.bounds import bars, ceiling_value, floor_coverage
 from mar.measure.metrics import set_value, tv_distance, union_curve
 from mar.records import Completion, Example, Gold, Prompt
-from mar.sample.rollout import judge_groups
+from mar.sample.rollout import Scorer, judge_groups
 
 GRAMMAR = Grammar("rlcr_multi", 2, thinking=False)
 NAMES = ("asthma", "flu", "gout", "migraine", "anaemia")
@@ -162,7 +162,7 @@ def test_one_set_an_item_measures_what_training_measures(truth):
         done = Completion(0, ids, ids * 0.0, ids * 0.0, "length")
         rollouts.append(
             judge_groups(
-                [p], [[done]], GRAMMAR, RewardSpec(), "text", lambda i: "".join(map(chr, i))
+                [p], [[done]], Scorer(GRAMMAR, RewardSpec(), "text", lambda i: "".join(map(chr, i)))
             )[0][0]
         )
         found.append(read_item(p, [(text, len(text))], GRAMMAR, "text"))

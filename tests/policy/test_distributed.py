@@ -12,7 +12,7 @@ import torch
 
 from mar.config import ScaleOptions
 from mar.errors import UserError
-from mar.learn.learner import Job
+from mar.learn.learner import Learner
 from mar.policy.distributed import World, join
 from mar.policy.sources import resolve_model
 from mar.policy.weights import load_model
@@ -112,12 +112,11 @@ def test_a_run_goes_on_with_any_number_of_ranks_and_with_its_own_bit_for_bit(alo
 @pytest.mark.parametrize("kept", [True, False])
 def test_the_copy_to_sample_from_is_filled_each_time_and_freed_if_asked(tiny_model, kept):
     model, whole = tiny_model(seed=0), tiny_model(seed=1)
-    job = SimpleNamespace(
-        model=model, whole=whole, config=SimpleNamespace(scale=ScaleOptions(keep_copy=kept))
-    )
+    config = SimpleNamespace(scale=ScaleOptions(keep_copy=kept))
+    learner = Learner(config, model, None, sampling_copy=whole)
     places = set()
     for _ in range(2):
-        with Job.sampler(job) as policy:
+        with learner.sampling_policy() as policy:
             assert policy is whole
             places.add(tuple(p.data_ptr() for p in policy.parameters()))
             assert all(

@@ -10,7 +10,7 @@ import torch
 
 from mar.files import append_jsonl, plain, read_jsonl, truncate_jsonl, write_json
 from mar.records import Completion, Example, Gold, Prompt, Rollout
-from mar.run.completions import completion_row, runs_of
+from mar.run.completions import completion_row, constant_runs
 from mar.run.console import Display
 
 ODD = "a\u2028b\u0085c\x0bd\ne\r\x1cf\ufffd é"  # all that str.splitlines splits at
@@ -116,7 +116,10 @@ def test_a_completion_row_is_json_and_complete():
 
 
 def test_equal_neighbours_are_one_run():
-    assert runs_of([0, 2, 2, 5], [0.50001, 0.5, -1 / 3, -1 / 3, 9.0]) == [[0, 0.5], [2, -0.333]]
+    assert constant_runs([0, 2, 2, 5], [0.50001, 0.5, -1 / 3, -1 / 3, 9.0]) == [
+        [0, 0.5],
+        [2, -0.333],
+    ]
 
 
 def test_broken_lines_are_named_and_skipped(tmp_path):

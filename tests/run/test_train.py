@@ -25,9 +25,10 @@ from mar.policy.model import Decoder, ModelConfig
 from mar.policy.weights import load_model, save_model
 from mar.run import checkpoint
 from mar.run.compose import compose
+from mar.run.evaluations import Evaluations
 from mar.run.interrupts import Interrupts
 from mar.tasks import clinic
-from mar.train import evaluate, refuse_unknown_words, run, train_step
+from mar.train import refuse_unknown_words, run, train_step
 
 SHAPE = {
     "architectures": ["Qwen3ForCausalLM"],
@@ -415,11 +416,11 @@ def test_a_run_that_ends_by_an_error_lets_its_checkpoint_be_written_first(
         time.sleep(0.3)
         publish(*of)
 
-    def step(job: Any, number: int) -> Any:
+    def step(training: Any, number: int) -> Any:
         if number == 1:
             failed.set()
             raise UserError("no second step")
-        return train_step(job, number)
+        return train_step(training, number)
 
     monkeypatch.setattr(checkpoint, "_publish", slow)
     monkeypatch.setattr("mar.train.train_step", step)
@@ -448,13 +449,15 @@ def test_an_interrupted_run_says_that_its_last_checkpoint_was_not_written(
             raise OSError(28, "No space left on device")
         publish(temporary, target, step, keep)
 
-    def interrupted(job: Any, stage: str, step: int, *rest: Any) -> None:
+    measure = Evaluations.measure
+
+    def interrupted(evaluations: Evaluations, stage: str, step: int) -> None:
         if step == 2:
             raise KeyboardInterrupt
-        evaluate(job, stage, step, *rest)
+        measure(evaluations, stage, step)
 
     monkeypatch.setattr(checkpoint, "_publish", full)
-    monkeypatch.setattr("mar.train.evaluate", interrupted)
+    monkeypatch.setattr(Evaluations, "measure", interrupted)
     chosen = ["checkpoint.every=1", "eval.every=2", "model.max_completion_tokens=4"]
     assert run(compose(words(model_folder, tmp_path, *chosen))) == 130
     said = capsys.readouterr().out
@@ -486,13 +489,13 @@ def test_a_signal_that_arrives_twice_at_once_is_one(
             os.kill(os.getpid(), signal.SIGTERM)
 
     cases = [
-        ("make_batch", partial(in_step, 0.0), 1, 1),
-        ("measure", in_evaluation, 0, 0),
-        ("make_batch", partial(in_step, 1.1), 1, 0),
+        ("train.make_batch", partial(in_step, 0.0), 1, 1),
+        ("run.evaluations.measure", in_evaluation, 0, 0),
+        ("train.make_batch", partial(in_step, 1.1), 1, 0),
     ]
     for number, (place, signalled, step, saved) in enumerate(cases):
         with monkeypatch.context() as patched:
-            patched.setattr(f"mar.train.{place}", signalled)
+            patched.setattr(f"mar.{place}", signalled)
             assert (
                 run(
                     compose(
@@ -542,5 +545,6 @@ def test_one_rank_says_that_it_stops(leads: bool, capsys: pytest.CaptureFixture[
         for kind, handler in zip(kinds, before, strict=True):
             signal.signal(kind, handler)
     assert (
-        capsys.readouterr().err.count("stopping after this step") == leads and interrupts.since > 0
+        capsys.readouterr().err.count("stopping after this step") == leads
+        and interrupts.received_at
     )

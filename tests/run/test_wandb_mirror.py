@@ -98,7 +98,7 @@ def test_a_run_and_its_mirror(tmp_path: Path, capsys: pytest.CaptureFixture[str]
 def test_a_fault_is_said_once_and_the_run_goes_on(
     fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(mirror, "PATIENCE", 0.2)
+    monkeypatch.setattr(mirror, "PATIENCE_S", 0.2)
     stop = threading.Event()
 
     def act(*_: object, **__: object) -> None:

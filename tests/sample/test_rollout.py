@@ -9,7 +9,7 @@ from mar.answers.prompts import build_prompt, load_tokenizer
 from mar.answers.rewards import RewardSpec, first_open
 from mar.records import Completion, Example, Gold, Prompt
 from mar.sample.draws import SamplingParams
-from mar.sample.rollout import judge_groups, make_decode, sample
+from mar.sample.rollout import Scorer, judge_groups, make_decode, sample
 
 GRAMMAR, SPEC = Grammar("rlcr_multi", 2, thinking=False), RewardSpec()
 
@@ -43,7 +43,9 @@ def judge(pieces, asked, finish_reason="stop", grammar=GRAMMAR, spec=SPEC):
     """The rollout of a completion with these tokens, the last of them the stop token if it stopped."""
     decode = make_decode(Pieces(*pieces))
     return judge_groups(
-        [asked], [[completion(range(len(pieces)), finish_reason)]], grammar, spec, "text", decode
+        [asked],
+        [[completion(range(len(pieces)), finish_reason)]],
+        Scorer(grammar, spec, "text", decode),
     )[0][0]
 
 
@@ -149,7 +151,7 @@ def test_each_rollout_is_judged_by_its_own_prompt():
     decode = make_decode(Pieces(*pieces, "<stop>"))
     prompts = [prompt("x", id="1"), prompt("y", id="2"), prompt("z", id="3")]
     completions = [completion([0, 2]), completion([1, 2])]
-    groups = judge_groups(prompts, [completions] * 3, GRAMMAR, SPEC, "text", decode)
+    groups = judge_groups(prompts, [completions] * 3, Scorer(GRAMMAR, SPEC, "text", decode))
     assert [[r.hits for r in group] for group in groups] == [
         [(1, 0), (0, 1)],
         [(0, 1), (1, 0)],
@@ -188,9 +190,9 @@ def test_segments_of_a_trained_tokenizer(tmp_path):
     asked = build_prompt(examples[0], grammar, tokenizer, "diagnosis")
     text = render(grammar, ["flu", "ménière", "common cold"], [0.8, 0.15, 0.05], thinking="fever")
     ids = [*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
-    got = judge_groups([asked], [[completion(ids)]], grammar, SPEC, "text", make_decode(tokenizer))[
-        0
-    ][0]
+    got = judge_groups(
+        [asked], [[completion(ids)]], Scorer(grammar, SPEC, "text", make_decode(tokenizer))
+    )[0][0]
     assert (
         got.text == text and got.reason is None and got.answers == ("flu", "ménière", "common cold")
     )
@@ -202,7 +204,9 @@ def test_segments_of_a_trained_tokenizer(tmp_path):
         crossing += any(start < e < end for e in ends)
     assert crossing > 3 and got.segment_ids[-1] == len(ends)
     longer = completion([*ids[:-1], *tokenizer.encode("<|user|>"), ids[-1]])
-    other = judge_groups([asked], [[longer]], grammar, SPEC, "text", make_decode(tokenizer))[0][0]
+    other = judge_groups(
+        [asked], [[longer]], Scorer(grammar, SPEC, "text", make_decode(tokenizer))
+    )[0][0]
     assert (
         other.text == text + "<|user|>" and other.reason == "trailing_text"
     )  # special tokens are not overlooked

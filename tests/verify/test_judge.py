@@ -14,7 +14,7 @@ from mar.answers.rewards import RewardSpec
 from mar.errors import UserError
 from mar.measure.answer_sets import read_item
 from mar.records import Completion, Example, Gold, Prompt
-from mar.sample.rollout import judge_groups, judged_only
+from mar.sample.rollout import Scorer, judge_groups, judged_only
 from mar.verify import judge
 from mar.verify.verifiers import find_verifier
 
@@ -73,10 +73,7 @@ def rollout(verifier, *answers):
     return judge_groups(
         [Prompt(FLU, "?", (1,))],
         [[done]],
-        GRAMMAR,
-        RewardSpec(brier="none"),
-        verifier,
-        lambda ids: text if ids else "",
+        Scorer(GRAMMAR, RewardSpec(brier="none"), verifier, lambda ids: text if ids else ""),
     )[0][0]
 
 

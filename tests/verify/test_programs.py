@@ -10,7 +10,7 @@ from mar.answers.grammar import Grammar, render
 from mar.answers.rewards import RewardSpec
 from mar.errors import UserError
 from mar.records import Completion, Example, Prompt
-from mar.sample.rollout import judge_groups, judged_only
+from mar.sample.rollout import Scorer, judge_groups, judged_only
 from mar.verify import programs
 from mar.verify.programs import Runner, Verdict, take_apart
 from tests.helpers.hostile_programs import HONEST, TESTS
@@ -37,10 +37,7 @@ def judge(groups, verifier=None, spec=None):
     return judge_groups(
         [prompt] * len(groups),
         groups,
-        GRAMMAR,
-        spec,
-        verifier or Runner(),
-        lambda ids: "".join(map(chr, ids)),
+        Scorer(GRAMMAR, spec, verifier or Runner(), lambda ids: "".join(map(chr, ids))),
     )
 
 
