@@ -100,9 +100,9 @@ class AlgoOptions:
     overlong_tokens: int = number(
         0, low=0
     )  # truncated=penalise grows over so many tokens before the limit
-    credit: str = one_of("to_go", "set", "own")
-    baseline: str = one_of("leave_one_out", "matched", "mean", "none", "value")  # value: a critic
-    scale_by: str = one_of("none", "group_std", "batch_std", "whiten")
+    credit: str = registered("credits", "to_go")
+    baseline: str = registered("baselines", "leave_one_out")  # value: a critic
+    scale_by: str = registered("scales", "none")
     pass_k: int = number(1, low=1)  # train the best of so many samples (pass@k) instead of the mean
     loss: str = registered("losses", "reinforce")
     clip_low: float = number(0.2, low=0, high=1)  # ratios from 1 - clip_low
@@ -110,8 +110,12 @@ class AlgoOptions:
     aggregation: str = registered("aggregations", "token_mean")
     epochs: int = number(1, low=1)  # passes over each rollout batch
     minibatches: int = number(1, low=1)  # optimizer steps per pass, on whole groups
-    importance: str = one_of("none", "truncated")  # weights of trainer against sampler
+    importance: str = registered("importance", "none")  # weights of trainer against sampler
     importance_cap: float = number(2.0, low=1)
+    importance_low: float = number(0.5, low=0, high=1)
+    importance_high: float = number(5.0, low=1)
+    importance_level: str = one_of("token", "sequence")
+    loss_options: dict[str, float] = field(default_factory=dict)
     kl: str = registered(
         "kl_estimators", "k3"
     )  # against the first policy: k1 in the reward, k2 and k3 in the loss

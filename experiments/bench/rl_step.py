@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from experiments.bench.common import reset_peak, resident_bytes
-from mar.learn.losses import reinforce
+from mar.learn.losses import policy_gradient
 from mar.policy.attention import pack_groups
 from mar.policy.model import Decoder, ModelConfig
 from mar.policy.sources import resolve_model
@@ -102,7 +102,7 @@ def steps_of_ours(folder: Path, P: int, G: int, R: int, runs: int) -> None:
         )
         logprobs, _, _ = model(pack_groups([prompt], [completions]))
         optimizer.zero_grad()
-        reinforce(
+        policy_gradient(
             logprobs, advantages.flatten().float(), torch.full_like(logprobs, 1 / (G * R))
         ).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)

@@ -42,7 +42,10 @@ Meter = Callable[[], AbstractContextManager[Callable[[], float]]]
 PARTS: dict[
     str, list[tuple[Any, str]]
 ] = {  # part -> the functions whose time it is, none inside another of them
-    "packing weights": [(mar.policy.model, "reorder_weight"), (mar.sample.engine, "reorder_weight")],
+    "packing weights": [
+        (mar.policy.model, "reorder_weight"),
+        (mar.sample.engine, "reorder_weight"),
+    ],
     "prefill": [(mar.sample.engine._Slots, "prefill")],
     "decoding": [(mar.sample.engine._Slots, "feed")],
     "drawing": [(mar.sample.engine._Slots, "draw")],

@@ -23,11 +23,16 @@ from omegaconf.errors import OmegaConfBaseException
 from mar.answers.rewards import COVERAGES, DUPLICATES
 from mar.config import AlgoOptions, Config, DataOptions, ModelOptions, RewardOptions
 from mar.errors import UserError
-from mar.learn.losses import AGGREGATIONS, KL_ESTIMATORS, LOSSES
+from mar.learn.advantages import BASELINES, CREDITS, SCALES
+from mar.learn.losses import AGGREGATIONS, IMPORTANCE, KL_ESTIMATORS, LOSSES
 from mar.run import folder as rundir
 
 # The names that the fields `config.registered` may hold.
 REGISTRIES: dict[str, Collection[str]] = {
+    "credits": CREDITS,
+    "baselines": [*BASELINES, "value"],
+    "scales": [*SCALES, "whiten"],
+    "importance": IMPORTANCE,
     "losses": LOSSES,
     "aggregations": AGGREGATIONS,
     "kl_estimators": KL_ESTIMATORS,

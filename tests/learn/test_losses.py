@@ -8,10 +8,16 @@ import torch
 
 from experiments.credit.run import ESTIMATORS, GATED, UNGATED, Toy, facts, report
 from mar.learn.losses import (
+    IMPORTANCE,
     KL_ESTIMATORS,
+    LARGEST,
     LOSSES,
+    TOKEN_MEAN,
+    ImportanceInputs,
+    LossInputs,
     diagnostics,
-    importance_weights,
+    options_of,
+    ratio_logs,
     sequence_mean_log_ratio,
     token_weights,
     value_loss,
@@ -25,7 +31,13 @@ def column(*values):
     return torch.tensor(values, dtype=F64)
 
 
-def by_hand(name, low=0.2, high=0.3):
+def run_loss(name, *tensors, low=0.2, high=0.2, **chosen):
+    """The loss on (logprobs, advantages, weights, old_logprobs, rows), and what it logs."""
+    defaults = {key: option.default for key, option in options_of(LOSSES[name]).items()}
+    return LOSSES[name](LossInputs(*tensors, low, high, defaults | chosen))
+
+
+def by_hand(name, low=0.2, high=0.3, **chosen):
     """Loss and gradient of four tokens, two completions: ratios e^.5, e^-.5 | e^.1, e^.1; advantages 2, -1 | 1, 1; weights 1, .5 | 1, 0."""
     logprobs = column(-0.5, -1.5, -0.9, -1.9).requires_grad_()
     arguments = (
@@ -34,7 +46,7 @@ def by_hand(name, low=0.2, high=0.3):
         column(-1, -1, -1, -2),
         torch.tensor([0, 0, 1, 1]),
     )
-    loss = LOSSES[name](logprobs, *arguments, low, high)
+    loss, _ = run_loss(name, logprobs, *arguments, low=low, high=high, **chosen)
     loss.backward()
     return loss.item(), logprobs.grad.tolist()
 
@@ -62,9 +74,6 @@ def test_losses_by_hand():
 
 
 def test_weights_and_kl_by_hand():
-    assert importance_weights(
-        column(-1, -1, -3), column(-1, -2, -1), 2.0
-    ).tolist() == pytest.approx([1, 2, E**-2])
     new, ref = column(-1.0, -2.0), column(-1.5, -1.0)
     for name, expected in {
         "k1": [0.5, -1],
@@ -106,18 +115,53 @@ def test_kl_estimators_have_the_gradients_that_they_state():
 def test_diagnostics_by_hand():
     new, old = column(-0.5, -1.5, -0.9, -1.9), column(-1, -1, -1, -9)
     rows, weights = torch.tensor([0, 0, 1, 1]), column(1, 0.5, 1, 0)
-    columns = {"weights": weights, "old_logprobs": old, "rows": rows, "sampler_logprobs": old - 0.1}
-    columns["full_logprobs"] = old + column(0, 0.2, 0, -0.3)
-    said = diagnostics(new, columns, False, 0.2, 0.3)
-    assert said["approx_kl"] == pytest.approx(E**0.5 - 1.5 + E**-0.5 - 0.5 + E**0.1 - 1.1)
-    assert (said["clip_frac"], said["num"], said["ratio_max"]) == (2, 3, pytest.approx(E**0.5))
-    assert said["sampler_kl"] == pytest.approx(-0.3) and said[
-        "sampler_mismatch_max"
-    ] == pytest.approx(0.3)
-    by_completion = diagnostics(new, columns, True, 0.2, 0.05)
-    assert by_completion["clip_frac"] == 1 and by_completion["ratio_max"] == pytest.approx(E**0.1)
-    nothing = diagnostics(new, {**columns, "weights": 0 * weights}, False, 0.2, 0.3)
-    assert (nothing["num"], nothing["ratio_max"]) == (0, 1.0)  # all rows truncated
+    full = old + column(0, 0.2, 0, -0.3)
+    said = diagnostics(new, old, old - 0.1, full, weights)
+    moved = E**0.5 - 1.5 + E**-0.5 - 0.5 + E**0.1 - 1.1
+    assert said["approx_kl"] == (pytest.approx(moved), TOKEN_MEAN)
+    assert said["sampler_kl"] == (pytest.approx(-0.3), TOKEN_MEAN)
+    assert said["sampler_mismatch_max"] == (pytest.approx(0.3), LARGEST)
+
+    advantages = 0 * new
+    for name, clip_frac, ratio_max in (("ppo", 2, E**0.5), ("gspo", 1, E**0.1)):
+        high = 0.3 if name == "ppo" else 0.05
+        _, logged = run_loss(name, new, advantages, weights, old, rows, high=high)
+        assert logged["clip_frac"] == (clip_frac, TOKEN_MEAN)
+        assert logged["ratio_max"] == (pytest.approx(ratio_max), LARGEST)
+    nothing = ratio_logs(LossInputs(new, advantages, 0 * weights, old, rows), new - old)
+    assert nothing["ratio_max"].value == 1.0  # all rows truncated
+
+
+def test_dppo_by_hand():
+    """Probabilities .61 from .37 with A = 2 (rose by .24); .22 from .37 with A = -1 (fell by .14);
+    .41 from .37; the last token does not count."""
+    gone = 0.001 * (0.5**2 + 0.5 * 0.5**2 + 0.1**2)
+    kept_second = 0.5 * E**-0.5 * -1 * -1.5
+    kept_third = E**0.1 * -0.9
+    loss, gradient = by_hand("dppo")  # the first is masked: it rose too far
+    assert loss == pytest.approx(-kept_second - kept_third + gone)
+    cost = [0.001, -0.001 * 0.5, 0.0002, 0]
+    assert gradient == pytest.approx([cost[0], 0.5 * E**-0.5 + cost[1], -(E**0.1) + cost[2], 0])
+    loss, gradient = by_hand("dppo", delta_low=0.1, delta_high=0.3, penalty=0.0)
+    assert gradient == pytest.approx([-2 * E**0.5, 0, -(E**0.1), 0])  # now the second fell too far
+    assert loss == pytest.approx(2 * E**0.5 * 0.5 + E**0.1 * 0.9)
+
+
+def test_importance_weights_by_hand():
+    old, sampled = column(-1, -1, -3, -1), column(-1, -2, -1, -1.5)
+    weights, rows = column(1, 1, 1, 0), torch.tensor([0, 0, 1, 1])
+
+    def factors(name, low=0.5, high=2.0, by_sequence=False):
+        inputs = ImportanceInputs(old, sampled, weights, rows, 2.0, low, high, by_sequence)
+        return IMPORTANCE[name](inputs).tolist()
+
+    assert factors("none") == [1, 1, 1, 1]
+    assert factors("truncated") == pytest.approx([1, 2, E**-2, E**0.5])
+    assert factors("masked") == pytest.approx([1, 0, 0, E**0.5])
+    assert factors("masked", low=0.1, high=3.0) == pytest.approx([1, E, E**-2, E**0.5])
+    # the mean log ratio of a completion over its tokens that count: .5 and -2
+    by_sequence = factors("masked", by_sequence=True)
+    assert by_sequence == pytest.approx([E**0.5, E**0.5, 0, 0])
 
 
 @pytest.mark.parametrize("name", LOSSES)
@@ -129,13 +173,10 @@ def test_a_token_of_weight_zero_is_not_there(name):
     gone = weights == 0
     losses = []
     for change in (0.0, 1.7):
-        losses.append(
-            LOSSES[name](
-                new + change * gone, advantages + change * gone, weights, old, rows, 0.2, 0.2
-            ).item()
-        )
+        moved = (new + change * gone, advantages + change * gone, weights, old, rows)
+        losses.append(run_loss(name, *moved).loss.item())
     assert losses[0] == losses[1] != 0.0
-    assert LOSSES[name](new, advantages, 0 * weights, old, rows, 0.2, 0.2).item() == 0.0
+    assert run_loss(name, new, advantages, 0 * weights, old, rows).loss.item() == 0.0
 
 
 # --- against TRL ------------------------------------------------------------------------------------------------------
@@ -217,9 +258,8 @@ def ours_and_inputs(match):
     weights = token_weights(mask, aggregation, 12)[mask]
     rows = torch.arange(6)[:, None].expand(-1, 9)[mask]
     flat = logprobs[mask]
-    total = LOSSES[loss](
-        flat, columns["advantages"][rows], weights, columns["old"][mask], rows, low, high
-    )
+    tensors = (flat, columns["advantages"][rows], weights, columns["old"][mask], rows)
+    total, _ = run_loss(loss, *tensors, low=low, high=high)
     total = total + beta * (weights * KL_ESTIMATORS["k3"](flat, columns["ref"][mask])).sum()
     (gradient,) = torch.autograd.grad(total, logprobs)
     return total.item(), gradient, logprobs, columns, mask
