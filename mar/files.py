@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from mar.errors import in_a_line
+from mar.errors import one_line
 
 
 def plain(value: Any) -> Any:
@@ -86,7 +86,7 @@ def hub_fault(kind: str, hub_id: str) -> str:
         HfApi().repo_info(hub_id, repo_type=kind, timeout=constants.HF_HUB_ETAG_TIMEOUT)
     except Exception as error:  # many kinds: connection, missing repository, no permission
         constants.HF_HUB_OFFLINE = True
-        return in_a_line(error)
+        return one_line(error)
     return ""
 
 
