@@ -193,9 +193,9 @@ def load_config(file: Path, overrides: Sequence[str] = ()) -> Config:
     except OSError:
         raise UserError(f"{file} cannot be read: name a folder that mar.train wrote") from None
     except (OmegaConfBaseException, yaml.YAMLError, KeyError, TypeError, ValueError) as error:
-        why = " ".join(str(error).split())[:120]
         raise UserError(
-            f"{file} is damaged, of another version of mar, or an override does not fit it: {why}"
+            f"{file} is damaged, of another version of mar, or an override does not fit it: "
+            f"{one_line(error)}"
         ) from None
     assert isinstance(tree, Config)
     return validate(tree)
