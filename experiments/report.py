@@ -26,7 +26,7 @@ from experiments.peers import summary as peers
 from experiments.plan import run as plans
 from experiments.sweeps import summary as sweeps
 from experiments.tasks import two_steps
-from mar.measure.metrics import SHOWN_METRICS
+from mar.measure.shown_metrics import HEADLINE
 from mar.run.console import format_metric
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -85,10 +85,7 @@ def of_one(end: dict[str, Any]) -> str:
     coverage = next(iter(end["floor"]))
     return table(
         ["", *stages],
-        [
-            [m, *(format_metric(end[stage][m]) for stage in stages)]
-            for m in (coverage, *SHOWN_METRICS)
-        ],
+        [[m, *(format_metric(end[stage][m]) for stage in stages)] for m in (coverage, *HEADLINE)],
     )
 
 

@@ -17,12 +17,12 @@ from mar.answers.grammar import Grammar, grammar_of
 from mar.answers.prompts import fit_grammar, instructions, load_tokenizer
 from mar.config import Config
 from mar.errors import UserError, exit_code
-from mar.policy.lora import merge, save_adapters
+from mar.policy.lora import adapted, is_adapter, merge, save_adapters, trainable_pattern
 from mar.policy.sources import resolve_model
 from mar.policy.weights import load_model, save_model
 from mar.run import checkpoint
 from mar.run.compose import load_config
-from mar.run.setup import STOP_TOKENS, adapted
+from mar.run.setup import STOP_TOKENS
 from mar.tasks.registry import get_task
 
 CARD = """---
@@ -80,9 +80,9 @@ def export(run: Path, folder: Path, dtype: str, adapters: bool = False) -> Path:
     source, _ = resolve_model(config.model.source, config.model.name, config.model.path)
     model = adapted(load_model(source), config.model)
     tokenizer = load_tokenizer(source)
-    trainable = config.model.trainable or "lora_"
+    trainable = trainable_pattern(config.model)
     others = [
-        n for n, _ in model.named_parameters() if re.search(trainable, n) and ".lora_" not in n
+        n for n, _ in model.named_parameters() if re.search(trainable, n) and not is_adapter(n)
     ]
     if adapters and (others or not config.model.lora_rank):
         what = f"trained {others[0]} too" if config.model.lora_rank else "has no adapters"

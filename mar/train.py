@@ -98,6 +98,7 @@ def sample_groups(
             kv_budget_tokens=training.config.sampler.kv_budget_tokens,
             identity=(training.config.seed, "train", *identity),
             share=training.learner.world.share,
+            decode=training.scorer.decode,
             on_completion=start_programs_early(training.scorer),
         )
 

@@ -27,8 +27,9 @@ from mar.answers.prompts import build_prompt, load_tokenizer
 from mar.errors import UserError, exit_code
 from mar.files import read_jsonl, write_jsonl
 from mar.learn.optim import clip_gradients, learning_rate, make_optimizer, set_learning_rate
-from mar.measure.answer_sets import Item, item_of, read_item, statistics
-from mar.measure.bounds import bars, gap_closed
+from mar.measure.answer_sets import Item, item_of_rollouts, item_of_texts
+from mar.measure.bounds import coverage_bounds, gap_closed
+from mar.measure.metrics import AnswerArrays, compute_metrics
 from mar.policy.attention import pack_groups
 from mar.policy.lora import merge
 from mar.policy.model import Decoder
@@ -53,9 +54,9 @@ def whole(items: Sequence[Item], examples: Sequence[Example]) -> dict[str, float
     """The metrics of WHOLE; None: one set has no coverage@30."""
     found = {
         name: statistic.value(statistic.columns.sum(0)).item()
-        for name, statistic in statistics(items, True).items()
+        for name, statistic in compute_metrics(AnswerArrays(items, True)).items()
     }
-    known = bars(examples, 3)
+    known = coverage_bounds(examples, 3)
     closed = (
         gap_closed(found["coverage@3"], known["floor"][2], known["ceiling"][2]) if known else None
     )
@@ -76,12 +77,18 @@ def written(
     p = training.held_out
     params = replace(p.params, temperature=temperature)
     groups, _ = sample(
-        model, prompts, num_sets, params, p.kv_budget_tokens, (training.config.seed, stage, step)
+        model,
+        prompts,
+        num_sets,
+        params,
+        p.kv_budget_tokens,
+        (training.config.seed, stage, step),
+        decode=p.scorer.decode,
     )
     judged = judge_groups(prompts, groups, p.scorer)
     return [
-        item_of(i, [(r, r.text, len(r.completion.ids)) for r in g], p.scorer.verifier)
-        for i, g in zip(prompts, judged, strict=True)
+        item_of_rollouts(prompt, group, p.scorer.verifier)
+        for prompt, group in zip(prompts, judged, strict=True)
     ]
 
 
@@ -210,7 +217,7 @@ def most_probable(training: Training, beliefs: Sequence[dict[str, float]]) -> li
         for names, belief in zip(chosen, beliefs, strict=True)
     ]
     return [
-        read_item(prompt, [(text, 0)], p.scorer.grammar, p.scorer.verifier)
+        item_of_texts(prompt, [(text, 0)], p.scorer.grammar, p.scorer.verifier)
         for prompt, text in zip(p.prompts, texts, strict=True)
     ]
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from mar.measure.bootstrap import student
+from mar.measure.bootstrap import student_t_95
 from mar.measure.bounds import gap_closed
 
 HERE = Path(__file__).parent
@@ -69,7 +69,7 @@ def interval(values: Sequence[float | None]) -> dict[str, Any]:
     if len(known) < len(values) or not known:
         return {"mean": None, "lo": None, "hi": None, "n": len(values)}
     mean, n = float(np.mean(known)), len(known)
-    half = student(n - 1) * float(np.std(known, ddof=1)) / math.sqrt(n) if n > 1 else None
+    half = student_t_95(n - 1) * float(np.std(known, ddof=1)) / math.sqrt(n) if n > 1 else None
     return {
         "mean": mean,
         "lo": None if half is None else mean - half,
@@ -194,7 +194,7 @@ def predicted(first: int = 3) -> str:
                 continue
             mean, half = (
                 np.mean(values[:first]),
-                student(first - 1) * np.std(values[:first], ddof=1) * math.sqrt(1 + 1 / first),
+                student_t_95(first - 1) * np.std(values[:first], ddof=1) * math.sqrt(1 + 1 / first),
             )
             missed = [
                 logs[i]["seed"] for i in range(first, len(values)) if abs(values[i] - mean) > half

@@ -34,9 +34,9 @@ from mar.config import ModelOptions, ScaleOptions
 from mar.learn.optim import make_optimizer
 from mar.policy.attention import PackedGroups, pack_groups
 from mar.policy.distributed import World, shard
+from mar.policy.lora import adapted, trainable_pattern
 from mar.policy.model import Decoder, ModelConfig
 from mar.run.planning import SHAPES, update_memory
-from mar.run.setup import adapted
 from mar_kernels import triton_logprobs
 
 ROWS = 8  # of the one group; its prompt has a quarter of the tokens
@@ -113,17 +113,15 @@ def tracked(
     """Phase -> bytes of rank 0 at its peak, by the tracker's kinds."""
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
     with FakeTensorMode() as mode:
-        model = adapted(
-            Decoder(shape), ModelOptions(name="fake", source="hub", lr=1e-6, lora_rank=lora_rank)
-        )
+        options = ModelOptions(name="fake", source="hub", lr=1e-6, lora_rank=lora_rank)
+        model = adapted(Decoder(shape), options)
         model.checkpoint_blocks = checkpointed
     shard(
         model, World(0, ranks), ScaleOptions(name="fake", dtype=dtype)
     )  # a device mesh reads real ranks; its parameters stay fake
     with mode:
-        optimizer = make_optimizer(
-            model, 1e-6, (0.9, 0.999), 1e-8, 0.0, "lora_" if lora_rank else ""
-        )
+        trainable = trainable_pattern(options)
+        optimizer = make_optimizer(model, 1e-6, (0.9, 0.999), 1e-8, 0.0, trainable)
         for p in model.parameters():
             p.grad = torch.zeros_like(p) if p.requires_grad else None
         optimizer.step()
@@ -156,8 +154,9 @@ def fake_step(
     said |= {"pass": peak["Total"] - sum(said.values()), "total": peak["Total"]}
     with torch.device("meta"):
         model = Decoder(shape)
-    model = adapted(model, ModelOptions(name="fake", source="hub", lr=1e-6, lora_rank=lora_rank))
-    make_optimizer(model, 1e-6, (0.9, 0.999), 1e-8, 0.0, "lora_" if lora_rank else "")
+    options = ModelOptions(name="fake", source="hub", lr=1e-6, lora_rank=lora_rank)
+    model = adapted(model, options)
+    make_optimizer(model, 1e-6, (0.9, 0.999), 1e-8, 0.0, trainable_pattern(options))
     size = getattr(torch, dtype).itemsize
     parts = update_memory(model, tokens, ranks, checkpointed, size, max(4, size))
     planned = {part: parts[part] for part in (*RESIDENT, "gathered")} | {

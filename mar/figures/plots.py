@@ -1,6 +1,7 @@
-"""Figures of runs and evaluations: pure functions of logged rows and `evaluation.json` to matplotlib Figures.
+"""Every figure: a function from logged rows or an `evaluation.json` to a matplotlib Figure.
 
-Colours are those of Okabe and Ito, which colour-blind readers can tell apart; every line also has its own marker or dash, so print needs no colour.
+Colours are those of Okabe and Ito, which colour-blind readers can tell apart; every line also has a
+marker or dash of its own, so that print needs no colour. A point is [value, low, high].
 """
 
 import json
@@ -17,11 +18,14 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from mar.files import read_jsonl
+from mar.measure.shown_metrics import CURVES
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
+MARKERS = "os^Dv<P"
+DASHES = ("-", "--", "-.", ":")
+GREY = "#6b7280"
 
-MARKERS, DASHES, GREY = "os^Dv<P", ("-", "--", "-.", ":"), "#6b7280"
-
+# Methods that look the same in every figure, in the order of the looks.
 METHODS = (
     "multi_rlcr",
     "rlvr_single",
@@ -30,33 +34,317 @@ METHODS = (
     "rlcr_single",
     "multi_rlvr",
     "pass_at_k",
-)  # in this order of looks
+)
 
 STYLE: Any = {
-    "font.size": 9, "font.family": "sans-serif", "axes.titlesize": 10, "axes.titlelocation": "left", "axes.spines.top": False,
-    "axes.spines.right": False, "axes.grid": True, "grid.color": "#e5e7eb", "grid.linewidth": 0.6, "axes.axisbelow": True,
-    "legend.frameon": False, "legend.fontsize": 8, "lines.linewidth": 1.6, "lines.markersize": 4, "svg.fonttype": "none", "svg.hashsalt": "mar",
-}  # fmt: skip
+    "font.size": 9,
+    "font.family": "sans-serif",
+    "axes.titlesize": 10,
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#e5e7eb",
+    "grid.linewidth": 0.6,
+    "axes.axisbelow": True,
+    "legend.frameon": False,
+    "legend.fontsize": 8,
+    "lines.linewidth": 1.6,
+    "lines.markersize": 4,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "mar",
+}
 
-PARTS = ("reward/total", "reward/format", "reward/coverage", "reward/brier")
+# The weighted terms of the reward, after their sum.
+REWARD_TERMS = ("reward/total", "reward/format", "reward/coverage", "reward/brier")
 
-BEST_IS_KNOWN = (
-    "coverage",
-    "top1",
-    "brier",
-    "ece",
-    "q_mse",
-)  # only for these do floor and ceiling say something
+# Metrics (beginning so) whose floor and ceiling are drawn.
+BOUNDED = ("coverage", "top1", "brier", "ece", "q_mse")
 
 Row = Mapping[str, Any]
+Point = Sequence[float | None]  # [value, low, high]
+
+
+# ---- Figures of a run ----
+
+
+def of_run(folder: Path) -> dict[str, Figure]:
+    """The figures of one run's folder: learning curves and reward components."""
+    rows, _ = read_jsonl(folder / "metrics.jsonl")
+    document = json.loads((folder / "eval.json").read_text(encoding="utf-8"))
+    learning = learning_curves(
+        runs={"run": [rows]},
+        evaluations={"run": document.get("history", [])},
+        metrics=learning_metrics(document, rows),
+        bounds=document,
+    )
+    return {"learning": learning, "components": components(rows)}
+
+
+def learning_metrics(document: Row, rows: Sequence[Row]) -> list[str]:
+    """The keys of metrics.jsonl that the learning curves show. document: an `eval.json`."""
+    stages = (document.get(name) for name in ("after", "before", "ceiling"))
+    stage: Row = next((s for s in stages if s), {})
+    coverages = [name for name in stage if name.startswith("coverage@")]
+    keys = ["reward/total", *(f"train/{name}" for name in [*coverages, *CURVES])]
+    return [key for key in keys if any(row.get(key) is not None for row in rows)]
+
+
+def learning_curves(
+    runs: Mapping[str, Sequence[Sequence[Row]]],
+    evaluations: Mapping[str, Sequence[Row]],
+    metrics: Sequence[str],
+    bounds: Row,
+) -> Figure:
+    """One panel for each metric of metrics.jsonl, against the step.
+
+    runs: setting -> the rows of each seed; drawn is the mean over seeds of the running mean, in a
+    band from the lowest to the highest seed. evaluations: setting -> the history of an eval.json,
+    drawn as points with intervals. bounds: an eval.json with floor and ceiling.
+    """
+    with _panels(len(metrics), 3.4, 2.5) as (figure, panels):
+        figure.get_layout_engine().set(w_pad=0.12)  # type: ignore[union-attr, call-arg]
+        for axes, metric in zip(panels, metrics, strict=True):
+            axes.set(title=metric, xlabel="step")
+            axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+            for index, (setting, seeds) in enumerate(runs.items()):
+                label = setting
+                if len(seeds) > 1:
+                    label += f" ({len(seeds)} seeds)"
+                faint = len(runs) == len(seeds) == 1
+                _seeds(axes, metric, seeds, index, label, show_single_steps=faint)
+                _evaluation_points(axes, metric, evaluations.get(setting, ()), index)
+            _bound_lines(axes, metric, bounds)
+        if len(runs) > 1:
+            handles, labels = panels[0].get_legend_handles_labels()
+            figure.legend(handles, labels, loc="outside lower center", ncols=2)
+    return figure
+
+
+def _seeds(
+    axes: Axes,
+    metric: str,
+    seeds: Sequence[Sequence[Row]],
+    index: int,
+    label: str,
+    show_single_steps: bool,
+) -> None:
+    """The mean over seeds of the running mean, up to the last step that all seeds have made."""
+    colour = COLOURS[index % 7]
+    num_rows = min(len(rows) for rows in seeds)
+    steps = [row["step"] for row in seeds[0][:num_rows]]
+    values = np.array([series(rows[:num_rows], metric) for rows in seeds])
+    curves = np.array([smoothed(row) for row in values])
+    if show_single_steps:
+        axes.plot(steps, values[0], color=colour, alpha=0.25, linewidth=0.7)
+    axes.fill_between(steps, curves.min(0), curves.max(0), color=colour, alpha=0.18, linewidth=0)
+    axes.plot(steps, curves.mean(0), color=colour, linestyle=DASHES[index % 4], label=label)
+
+
+def _evaluation_points(axes: Axes, metric: str, history: Sequence[Row], index: int) -> None:
+    """The held-out values of a `train/` metric."""
+    stage, _, name = metric.partition("/")
+    measured = [row for row in history if stage == "train" and row.get(name) is not None]
+    points = [[row[name], *row.get("interval", {}).get(name, (None, None))] for row in measured]
+    steps = [row["step"] for row in measured]
+    _points(axes, steps, points, mfc="white", linewidth=1, **_look(index))
+
+
+def _bound_lines(axes: Axes, metric: str, bounds: Row) -> None:
+    """Floor and ceiling of a `train/` metric, where they say something."""
+    stage, _, name = metric.partition("/")
+    if stage != "train" or not name.startswith(BOUNDED):
+        return
+    for bound in ("floor", "ceiling"):
+        value = (bounds.get(bound) or {}).get(name)
+        if value is None:
+            continue
+        axes.axhline(value, color=GREY, linestyle=":", linewidth=1)
+        axes.annotate(
+            bound,
+            (1, value),
+            xycoords=("axes fraction", "data"),
+            xytext=(3, 0),
+            textcoords="offset points",
+            color=GREY,
+            fontsize=7,
+            va="center",
+            annotation_clip=False,
+        )
+
+
+def components(rows: Sequence[Row]) -> Figure:
+    """The weighted reward terms of one run over time; they add up to the total."""
+    with _panels(1, 5.2, 2.8) as (figure, (axes,)):
+        axes.set(title="reward components", xlabel="step")
+        steps = [row["step"] for row in rows]
+        for name, colour, dash in zip(REWARD_TERMS, COLOURS, DASHES, strict=False):
+            values = series(rows, name)
+            axes.plot(steps, values, color=colour, alpha=0.2, linewidth=0.7)
+            axes.plot(steps, smoothed(values), color=colour, linestyle=dash, label=name)
+        figure.legend(loc="outside right center")
+    return figure
+
+
+def series(rows: Sequence[Row], key: str) -> np.ndarray:
+    """[steps] a metric, nan where a row has none."""
+    values = [row.get(key) for row in rows]
+    return np.array([np.nan if value is None else value for value in values], float)
+
+
+def smoothed(values: np.ndarray) -> np.ndarray:
+    """Running mean over the last tenth of the run; missing values do not count."""
+    width = max(1, len(values) // 10)
+    known = ~np.isnan(values)
+    # Sums and numbers of the known values up to each step, then of the last `width` steps.
+    totals = np.cumsum([np.where(known, values, 0.0), known], axis=1)
+    totals[:, width:] -= totals[:, :-width].copy()
+    mean = np.full(len(values), np.nan)
+    return np.divide(totals[0], totals[1], out=mean, where=totals[1] > 0)
+
+
+# ---- Figures of an evaluation ----
+
+
+def of_evaluation(document: Row) -> dict[str, Figure]:
+    """The figures of an `evaluation.json`, by name."""
+    arms = document["arms"]
+    bounds = document.get("bars")
+    of_one_size = {name: arm for name, arm in arms.items() if not name.startswith("K=")}
+    figures = {"coverage": coverage(of_one_size, bounds)}
+    if any(arm["reliability"] for arm in of_one_size.values()):
+        figures["reliability"] = reliability(of_one_size)
+    if len(of_one_size) < len(arms):
+        figures["sizes"] = size_sweep(arms, bounds)
+    figures["unique_answers"] = unique_answers(of_one_size)
+    figures["tokens"] = tokens_per_answer(arms)
+    return figures
+
+
+def coverage(arms: Mapping[str, Row], bounds: Row | None) -> Figure:
+    """Distinct correct answers against the number of answers k, and against tokens."""
+    with _panels(2, 4.6, 3.2, sharey=True) as (figure, (by_answers, by_tokens)):
+        if bounds:
+            _bound_curves(by_answers, bounds["k"], bounds)
+        for name, arm, look in _with_looks(arms):
+            curve = arm["curve"]
+            value, low, high = np.array(curve["coverage"], float).T
+            for axes, x in ((by_answers, curve["k"]), (by_tokens, curve["tokens"])):
+                markers = max(1, len(x) // 10)
+                axes.fill_between(x, low, high, color=look["color"], alpha=0.15, linewidth=0)
+                axes.plot(x, value, label=name, markevery=markers, **look)
+        by_answers.set(title="coverage at equal answers", xlabel="answers k", ylabel="coverage")
+        by_tokens.set(title="coverage at equal tokens", xlabel="completion tokens")
+        handles, labels = by_answers.get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside right center")
+    return figure
+
+
+def reliability(arms: Mapping[str, Row]) -> Figure:
+    """Of each arm: how often answers of each confidence bin are right, over how many there are."""
+    calibrated = {name: arm for name, arm in arms.items() if arm["reliability"]}
+    num = len(calibrated)
+    with _panels(2 * num, 2.7, 1.7, columns=num, sharex=True, height_ratios=(3, 1)) as (
+        figure,
+        panels,
+    ):
+        upper, lower = panels[:num], panels[num:]
+        for curve, histogram, (name, arm, look) in zip(
+            upper, lower, _with_looks(calibrated), strict=True
+        ):
+            bins = arm["reliability"]
+            curve.plot([0, 1], [0, 1], color=GREY, linestyle=":", linewidth=1)
+            _points(curve, [b["said"] for b in bins], [b["right"] for b in bins], **look)
+            ece = arm["metrics"]["ece"][0]
+            ece_text = "–" if ece is None else f"{ece:.3f}"
+            curve.set(title=f"{name}   ECE {ece_text}", ylim=(-0.03, 1.03), xlim=(-0.03, 1.03))
+            centres = [int(min(b["said"], 0.999) * 10) / 10 + 0.05 for b in bins]
+            histogram.bar(centres, [b["count"] for b in bins], width=0.08, color=look["color"])
+            histogram.set(xlabel="confidence")
+        upper[0].set(ylabel="share right")
+        lower[0].set(ylabel="answers")
+    return figure
+
+
+def unique_answers(arms: Mapping[str, Row]) -> Figure:
+    """How many different answers each item got, as shares of the items.
+
+    Only of the arms that give the most answers: fewer answers differ less.
+    """
+    most = max(arm["num_answers"] * arm["num_sets"] for arm in arms.values())
+    comparable = {
+        name: arm for name, arm in arms.items() if arm["num_answers"] * arm["num_sets"] == most
+    }
+    with _panels(1, 5.2, 2.8) as (figure, (axes,)):
+        for name, arm, look in _with_looks(comparable):
+            num_items = {int(unique): n for unique, n in arm["unique_histogram"].items()}
+            total = sum(num_items.values())
+            x = range(min(num_items) - 1, max(num_items) + 2)
+            axes.plot(x, [num_items.get(unique, 0) / total for unique in x], label=name, **look)
+        axes.set(
+            title=f"different answers among {most}",
+            xlabel="different answers",
+            ylabel="share of items",
+        )
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        figure.legend(loc="outside right center")
+    return figure
+
+
+def tokens_per_answer(arms: Mapping[str, Row]) -> Figure:
+    """Completion tokens for one answer: mean (dot), middle half (bar) and range (line)."""
+    with _panels(1, 5.2, 0.9 + 0.21 * len(arms)) as (figure, (axes,)):
+        for y, arm in enumerate(arms.values()):
+            tokens = np.array(arm["tokens"]) / arm["num_answers"]
+            low, first, third, high = np.quantile(tokens, [0, 0.25, 0.75, 1])
+            axes.plot([low, high], [y, y], color=GREY, linewidth=1)
+            axes.plot([first, third], [y, y], color=COLOURS[4], linewidth=6, solid_capstyle="butt")
+            axes.plot(tokens.mean(), y, "o", color=COLOURS[0])
+        axes.set_yticks(range(len(arms)), list(arms))
+        axes.set(
+            title="tokens per answer",
+            xlabel="completion tokens / K",
+            xlim=(0, None),
+            ylim=(len(arms) - 0.5, -0.5),
+        )
+    return figure
+
+
+def size_sweep(arms: Mapping[str, Row], bounds: Row | None) -> Figure:
+    """Coverage of one set and its tokens against how many answers were asked for."""
+    sizes = [arm for name, arm in arms.items() if name == "policy" or name.startswith("K=")]
+    sizes.sort(key=lambda arm: arm["num_answers"])
+    x = [arm["num_answers"] for arm in sizes]
+    covered = [arm["metrics"][f"coverage@{arm['num_answers']}"] for arm in sizes]
+    tokens = [arm["metrics"]["tokens_per_set"] for arm in sizes]
+    with _panels(2, 2.9, 2.8) as (figure, (left, right)):
+        if bounds:
+            _bound_curves(left, x, bounds)
+        _points(left, x, covered, "-", label="policy", **_look(0))
+        _points(right, x, tokens, "-", **_look(1))
+        left.set(title="coverage of one set", xlabel="answers asked for", xticks=x)
+        right.set(title="tokens of one set", xlabel="answers asked for", xticks=x, ylim=(0, None))
+        left.legend()
+    return figure
+
+
+def _bound_curves(axes: Axes, x: Sequence[int], bounds: Row) -> None:
+    """Floor and ceiling of coverage at x answers; nan beyond what is known."""
+    for name, dash in (("floor", ":"), ("ceiling", "--")):
+        known = bounds[name] + [np.nan] * max(x)
+        values = [known[k - 1] for k in x]
+        axes.plot(x, values, color=GREY, linestyle=dash, linewidth=1, label=name)
+
+
+# ---- What all figures share ----
 
 
 @contextmanager
 def _panels(
-    num: int, width: float, height: float, **options: Any
+    num: int, width: float, height: float, columns: int | None = None, **options: Any
 ) -> Iterator[tuple[Figure, list[Axes]]]:
     """A figure of `num` panels, at most three in a row, to be drawn inside in our style."""
-    columns = options.pop("columns", min(num, 3))
+    columns = columns or min(num, 3)
     rows = -(-num // columns)
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(width * columns, height * rows), layout="constrained", dpi=150)
@@ -70,289 +358,28 @@ def _look(index: int) -> dict[str, Any]:
     return {"color": COLOURS[index % 7], "marker": MARKERS[index % 7]}
 
 
-def _arms(arms: Mapping[str, Row]) -> Iterator[tuple[dict[str, Any], str, Row]]:
-    """(look, name, arm): a method has the same look in every figure, others those that are left; every other one is dashed, as curves may meet."""
+def _with_looks(arms: Mapping[str, Row]) -> Iterator[tuple[str, Row, dict[str, Any]]]:
+    """(name, arm, its look). A method has the same look in every figure, others those left over.
+
+    Every other look is dashed, as curves may lie on each other.
+    """
     taken = {METHODS.index(name) for name in arms if name in METHODS}
-    free = (i for i in count() if i not in taken)
+    free = (index for index in count() if index not in taken)
     for name, arm in arms.items():
         index = METHODS.index(name) if name in METHODS else next(free)
-        yield (
-            _look(index)
-            | ({"linestyle": "--", "mfc": "none"} if index % 2 else {"linestyle": "-"}),
-            name,
-            arm,
-        )
+        line = {"linestyle": "--", "mfc": "none"} if index % 2 else {"linestyle": "-"}
+        yield name, arm, _look(index) | line
 
 
 def _points(
-    axes: Axes, x: Any, points: Sequence[Sequence[float | None]], linestyle: str = "", **look: Any
+    axes: Axes, x: Sequence[float], points: Sequence[Point], linestyle: str = "", **look: Any
 ) -> None:
     """[value, low, high] rows as markers with their intervals."""
-    table = np.array([[np.nan if v is None else v for v in p] for p in points], float).reshape(
-        -1, 3
-    )
-    error = np.nan_to_num(np.abs(table[:, 1:] - table[:, :1])).T
-    axes.errorbar(x, table[:, 0], error, linestyle=linestyle, capsize=2, **look)
-
-
-def _bars(axes: Axes, x: Any, bars: Row | None) -> None:
-    """Floor and ceiling against the number of answers x."""
-    for name, dash in (("floor", ":"), ("ceiling", "--")) if bars else ():
-        axes.plot(
-            x,
-            [((bars or {})[name] + [np.nan] * max(x))[n - 1] for n in x],
-            color=GREY,
-            linestyle=dash,
-            linewidth=1,
-            label=name,
-        )
-
-
-def smoothed(values: np.ndarray) -> np.ndarray:
-    """Running mean over a tenth of the run; missing values do not count."""
-    seen, width = ~np.isnan(values), max(1, len(values) // 10)
-    sums = np.cumsum([np.where(seen, values, 0.0), seen], axis=1)
-    sums[:, width:] -= sums[:, :-width].copy()
-    return np.divide(sums[0], sums[1], out=np.full(len(values), np.nan), where=sums[1] > 0)
-
-
-def series(rows: Sequence[Row], key: str) -> np.ndarray:
-    return np.array([np.nan if r.get(key) is None else r[key] for r in rows], float)
-
-
-def learning_curves(
-    runs: Mapping[str, Sequence[Sequence[Row]]],
-    evals: Mapping[str, Sequence[Row]],
-    keys: Sequence[str],
-    bars: Row,
-) -> Figure:
-    """One panel a metric. runs: setting -> the rows of metrics.jsonl, one list per seed; the mean over seeds of the running mean, in a band from the
-    lowest to the highest seed. evals: setting -> history of eval.json, as points with intervals. bars: an eval.json with floor and ceiling."""
-    with _panels(len(keys), 3.4, 2.5) as (figure, panels):
-        figure.get_layout_engine().set(w_pad=0.12)  # type: ignore[union-attr, call-arg]
-        for axes, key in zip(panels, keys, strict=True):
-            axes.set(title=key, xlabel="step")
-            axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-            name = key.partition("/")[2]
-            for index, (setting, seeds) in enumerate(runs.items()):
-                last, colour = min(len(rows) for rows in seeds), COLOURS[index % 7]
-                raw, steps = (
-                    np.array([series(rows[:last], key) for rows in seeds]),
-                    [r["step"] for r in seeds[0][:last]],
-                )
-                curves = np.array([smoothed(row) for row in raw])
-                if len(runs) == len(seeds) == 1:
-                    axes.plot(steps, raw[0], color=colour, alpha=0.25, linewidth=0.7)
-                axes.fill_between(
-                    steps, curves.min(0), curves.max(0), color=colour, alpha=0.18, linewidth=0
-                )
-                label = setting + f" ({len(seeds)} seeds)" * (len(seeds) > 1)
-                axes.plot(
-                    steps, curves.mean(0), color=colour, linestyle=DASHES[index % 4], label=label
-                )
-                told = [
-                    h
-                    for h in evals.get(setting, ())
-                    if key.startswith("train/") and h.get(name) is not None
-                ]
-                points = [[h[name], *h.get("interval", {}).get(name, (None, None))] for h in told]
-                _points(
-                    axes,
-                    [h["step"] for h in told],
-                    points,
-                    mfc="white",
-                    linewidth=1,
-                    **_look(index),
-                )
-            for bar in (
-                ("floor", "ceiling")
-                if key.startswith("train/") and name.startswith(BEST_IS_KNOWN)
-                else ()
-            ):
-                value = (bars.get(bar) or {}).get(name)
-                if value is not None:
-                    axes.axhline(value, color=GREY, linestyle=":", linewidth=1)
-                    place: Any = {
-                        "xycoords": ("axes fraction", "data"),
-                        "xytext": (3, 0),
-                        "textcoords": "offset points",
-                    }
-                    axes.annotate(
-                        bar,
-                        (1, value),
-                        color=GREY,
-                        fontsize=7,
-                        va="center",
-                        annotation_clip=False,
-                        **place,
-                    )
-        if len(runs) > 1:
-            figure.legend(
-                *panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=2
-            )
-    return figure
-
-
-def components(rows: Sequence[Row]) -> Figure:
-    """The weighted reward terms of one run over time; they add up to the total."""
-    with _panels(1, 5.2, 2.8) as (figure, (axes,)):
-        axes.set(title="reward components", xlabel="step")
-        steps = [r["step"] for r in rows]
-        for name, colour, dash in zip(PARTS, COLOURS, DASHES, strict=False):
-            values = series(rows, name)
-            axes.plot(steps, values, color=colour, alpha=0.2, linewidth=0.7)
-            axes.plot(steps, smoothed(values), color=colour, linestyle=dash, label=name)
-        figure.legend(loc="outside right center")
-    return figure
-
-
-def reliability(arms: Mapping[str, Row]) -> Figure:
-    """Per arm: how often answers of each confidence bin are right, with 95 % intervals, over how many answers there are."""
-    shown = {name: arm for name, arm in arms.items() if arm["reliability"]}
-    with _panels(
-        2 * len(shown), 2.7, 1.7, columns=len(shown), sharex=True, height_ratios=(3, 1)
-    ) as (figure, axes):
-        for top, below, (look, name, arm) in zip(
-            axes, axes[len(shown) :], _arms(shown), strict=False
-        ):
-            bins = arm["reliability"]
-            top.plot([0, 1], [0, 1], color=GREY, linestyle=":", linewidth=1)
-            _points(top, [b["said"] for b in bins], [b["right"] for b in bins], **look)
-            ece = arm["metrics"]["ece"][0]
-            top.set(
-                title=f"{name}   ECE {'–' if ece is None else f'{ece:.3f}'}",
-                ylim=(-0.03, 1.03),
-                xlim=(-0.03, 1.03),
-            )
-            centres = [int(min(b["said"], 0.999) * 10) / 10 + 0.05 for b in bins]
-            below.bar(centres, [b["count"] for b in bins], width=0.08, color=look["color"])
-            below.set(xlabel="confidence")
-        axes[0].set(ylabel="share right")
-        axes[len(shown)].set(ylabel="answers")
-    return figure
-
-
-def coverage(arms: Mapping[str, Row], bars: Row | None) -> Figure:
-    """Distinct correct answers against the number of answers k, and against tokens, each with 95 % intervals."""
-    with _panels(2, 4.6, 3.2, sharey=True) as (figure, (by_answers, by_tokens)):
-        _bars(by_answers, (bars or {}).get("k"), bars)
-        for look, name, arm in _arms(arms):
-            curve = arm["curve"]
-            middle, low, high = np.array(curve["coverage"], float).T
-            for axes, x in ((by_answers, curve["k"]), (by_tokens, curve["tokens"])):
-                axes.fill_between(x, low, high, color=look["color"], alpha=0.15, linewidth=0)
-                axes.plot(x, middle, label=name, markevery=max(1, len(x) // 10), **look)
-        by_answers.set(title="coverage at equal answers", xlabel="answers k", ylabel="coverage")
-        by_tokens.set(title="coverage at equal tokens", xlabel="completion tokens")
-        figure.legend(*by_answers.get_legend_handles_labels(), loc="outside right center")
-    return figure
-
-
-def unique_answers(arms: Mapping[str, Row]) -> Figure:
-    """How many different answers each item got, as shares of the items; only arms with the most answers, as others cannot be compared."""
-    most = max(a["num_answers"] * a["num_sets"] for a in arms.values())
-    with _panels(1, 5.2, 2.8) as (figure, (axes,)):
-        shown = {n: a for n, a in arms.items() if a["num_answers"] * a["num_sets"] == most}
-        for look, name, arm in _arms(shown):
-            counts = {int(value): count for value, count in arm["unique_histogram"].items()}
-            x = range(min(counts) - 1, max(counts) + 2)
-            share = [counts.get(value, 0) / sum(counts.values()) for value in x]
-            axes.plot(x, share, label=name, **look)
-        axes.set(
-            title=f"different answers among {most}",
-            xlabel="different answers",
-            ylabel="share of items",
-        )
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        figure.legend(loc="outside right center")
-    return figure
-
-
-def tokens_per_answer(arms: Mapping[str, Row]) -> Figure:
-    """Completion tokens that each arm spends on one answer: mean (dot), middle half (bar) and range (line) over completions."""
-    with _panels(1, 5.2, 0.9 + 0.21 * len(arms)) as (figure, (axes,)):
-        for index, arm in enumerate(arms.values()):
-            each = np.array(arm["tokens"]) / arm["num_answers"]
-            low, first, third, high = np.quantile(each, [0, 0.25, 0.75, 1])
-            axes.plot([low, high], [index, index], color=GREY, linewidth=1)
-            axes.plot(
-                [first, third], [index, index], color=COLOURS[4], linewidth=6, solid_capstyle="butt"
-            )
-            axes.plot(each.mean(), index, "o", color=COLOURS[0])
-        axes.set_yticks(range(len(arms)), list(arms))
-        axes.set(
-            title="tokens per answer",
-            xlabel="completion tokens / K",
-            xlim=(0, None),
-            ylim=(len(arms) - 0.5, -0.5),
-        )
-    return figure
-
-
-def size_sweep(arms: Mapping[str, Row], bars: Row | None) -> Figure:
-    """Coverage of one set and its tokens against how many answers were asked for."""
-    sizes = sorted(
-        (a for n, a in arms.items() if n == "policy" or n.startswith("K=")),
-        key=lambda a: a["num_answers"],
-    )
-    with _panels(2, 2.9, 2.8) as (figure, (left, right)):
-        x = [a["num_answers"] for a in sizes]
-        _bars(left, x, bars)
-        _points(
-            left,
-            x,
-            [a["metrics"][f"coverage@{a['num_answers']}"] for a in sizes],
-            "-",
-            label="policy",
-            **_look(0),
-        )
-        _points(right, x, [a["metrics"]["tokens_per_set"] for a in sizes], "-", **_look(1))
-        left.set(title="coverage of one set", xlabel="answers asked for", xticks=x)
-        right.set(title="tokens of one set", xlabel="answers asked for", xticks=x, ylim=(0, None))
-        left.legend()
-    return figure
-
-
-def headline_keys(document: Row, rows: Sequence[Row]) -> list[str]:
-    """The logged metrics that the learning curves show, in order; `document` is an `eval.json`."""
-    stage: Row = next((document[s] for s in ("after", "before", "ceiling") if document.get(s)), {})
-    names = [
-        *(n for n in stage if n.startswith("coverage@")),
-        "top1",
-        "brier",
-        "ece",
-        "format_rate",
-    ]
-    return [
-        k
-        for k in ["reward/total", *(f"train/{n}" for n in names)]
-        if any(r.get(k) is not None for r in rows)
-    ]
-
-
-def of_run(folder: Path) -> dict[str, Figure]:
-    """The figures of one run's folder: learning curves and reward components."""
-    rows, _ = read_jsonl(folder / "metrics.jsonl")
-    document = json.loads((folder / "eval.json").read_text(encoding="utf-8"))
-    learning = learning_curves(
-        {"run": [rows]},
-        {"run": document.get("history", [])},
-        headline_keys(document, rows),
-        document,
-    )
-    return {"learning": learning, "components": components(rows)}
-
-
-def of_evaluation(document: Row) -> dict[str, Figure]:
-    """The figures of an `evaluation.json`, by name."""
-    arms, bars = document["arms"], document.get("bars")
-    same = {n: a for n, a in arms.items() if not n.startswith("K=")}
-    out = {"coverage": coverage(same, bars)}
-    if any(a["reliability"] for a in same.values()):
-        out["reliability"] = reliability(same)
-    if len(same) < len(arms):
-        out["sizes"] = size_sweep(arms, bars)
-    return out | {"unique_answers": unique_answers(same), "tokens": tokens_per_answer(arms)}
+    table = np.array([[np.nan if v is None else v for v in point] for point in points], float)
+    table = table.reshape(-1, 3)
+    value, low, high = table.T
+    error = np.nan_to_num(np.abs([low - value, high - value]))
+    axes.errorbar(x, value, error, linestyle=linestyle, capsize=2, **look)
 
 
 def save(figures: Mapping[str, Figure], folder: Path) -> dict[str, Path]:

@@ -48,7 +48,7 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, lam: float) -> tuple[Tens
 
 
 def explained_variance(values: Tensor, returns: Tensor) -> float | None:
-    """1 - Var(returns - values) / Var(returns) of [M] tokens; None where the returns do not vary."""
+    """1 - Var(returns - values) / Var(returns) of [M] tokens; None if the returns do not vary."""
     spread = returns.var(correction=0)
     # NaN where there are no tokens
     if not spread > 0:

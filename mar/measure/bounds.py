@@ -1,28 +1,34 @@
-"""measure.bounds."""
+"""Floor and ceiling of a task whose posterior is known exactly.
+
+Floor: K distinct answers drawn from the posterior. Ceiling: its K most probable answers, with
+honest confidences. `p` [P, golds] holds the probability that each gold is the label of each item.
+"""
 
 from collections.abc import Sequence
 
 import numpy as np
 
-from mar.measure.metrics import SHOWN_METRICS
+from mar.measure.shown_metrics import HEADLINE
 from mar.records import Example
 
-NUM_BINS, NUM_ORDERS = 10, 64
+# Orders of drawing per item that `coverage_bounds` averages over.
+NUM_ORDERS = 64
 
-LOG_START, STEP, TINY = (
-    -26.0,
-    0.3,
-    1e-18,
-)  # integration over log time; an item of p < TINY counts as TINY
+# Integration over log time: first node, distance of nodes, and the least probability of a gold.
+LOG_START = -26.0
+STEP = 0.3
+TINY = 1e-18
 
-BLOCK = 32  # rows at once: [32, 64, 250] float64 is 4 MB
+# Rows that are integrated together: [golds, BLOCK, nodes] in float64 stays at a few MB.
+BLOCK = 32
 
 
 def posteriors(examples: Sequence[Example], k: int) -> np.ndarray | None:
-    """`p` [n, N], N >= k, of examples whose posterior is known, else None."""
+    """`p` [P, golds], at least k columns wide; None unless every posterior is known."""
     if any(e.truth != "exact" for e in examples):
         return None
-    p = np.zeros((len(examples), max(k, *(len(e.golds) for e in examples))))
+    width = max(k, *(len(e.golds) for e in examples))
+    p = np.zeros((len(examples), width))
     for row, example in zip(p, examples, strict=True):
         row[: len(example.golds)] = [gold.probability or 0.0 for gold in example.golds]
     return p
@@ -33,8 +39,11 @@ def _check(p: np.ndarray, k: int) -> None:
         raise ValueError(f"k={k} distinct draws from {p.shape[-1]} items")
 
 
-def _arrivals(late: np.ndarray, k: int) -> np.ndarray:
-    """[N, k, B, Q]: P(exactly j of the items before n have arrived), j < k. `late` [N, B, Q]: P(not yet arrived)."""
+def _arrived_before(late: np.ndarray, k: int) -> np.ndarray:
+    """[golds, k, ...]: P(exactly j of the golds before this one have arrived), for j < k.
+
+    late [golds, ...]: P(this gold has not arrived yet).
+    """
     counts = np.zeros((len(late), k, *late.shape[1:]))
     counts[0, 0] = 1.0
     for n in range(len(late) - 1):
@@ -44,68 +53,75 @@ def _arrivals(late: np.ndarray, k: int) -> np.ndarray:
 
 
 def inclusion_probabilities(p: np.ndarray, k: int) -> np.ndarray:
-    """Probability [N] or [B, N] that each item is among the first k draws without replacement in proportion to `p`.
+    """P(a gold is among the first k draws without replacement), in proportion to `p`.
 
-    These are Plackett-Luce draws. Let item i arrive after an exponential time of rate p_i: items arrive in the order of
-    the draws, so
+    p [golds] or [P, golds]; the result has the same shape and its rows sum to k. These are
+    Plackett-Luce draws. Let gold i arrive after an exponential time of rate p_i: golds arrive in
+    the order of the draws, so
         P(i) = integral of p_i exp(-p_i t) P(fewer than k others arrived by t) dt.
-    With t = exp(x) the integrand is analytic and the trapezoidal rule converges exponentially: error below 1e-9. Rows
-    sum to k; items of probability 0 come after all others, at equal chance. Raises ValueError unless 1 <= k <= N.
+    With t = exp(x) the integrand is analytic and the trapezoidal rule converges exponentially: the
+    error is below 1e-9. Golds of probability 0 come after all others, at equal chance. Raises
+    ValueError unless 1 <= k <= golds.
     """
     _check(p, k)
     rows = p.reshape(-1, p.shape[-1])
     rows = np.maximum(rows / rows.sum(axis=1, keepdims=True), TINY)
     out = np.empty_like(rows)
     for start in range(0, len(rows), BLOCK):
-        block = rows[start : start + BLOCK].T[:, :, None]  # [N, B, 1]
-        slowest = np.partition(block, -k, axis=0)[
-            -k
-        ].min()  # the k most probable have all arrived by 40 / slowest
-        t = np.exp(np.arange(LOG_START, np.log(40.0 / slowest) + STEP, STEP))  # [Q]
-        rate = block * t  # [N, B, Q]
+        block = rows[start : start + BLOCK].T[:, :, None]  # [golds, rows, 1]
+        # By 40 / slowest the k most probable golds of every row have arrived.
+        slowest = np.partition(block, -k, axis=0)[-k].min()
+        t = np.exp(np.arange(LOG_START, np.log(40.0 / slowest) + STEP, STEP))  # [nodes]
+        rate = block * t  # [golds, rows, nodes]
         late = np.exp(-rate)
-        before, after = _arrivals(late, k), _arrivals(late[::-1], k)[::-1]
-        few = sum(
-            before[:, j] * after[:, : k - j].sum(axis=1) for j in range(k)
-        )  # fewer than k others, [N, B, Q]
+        before = _arrived_before(late, k)
+        after = _arrived_before(late[::-1], k)[::-1]
+        # P(fewer than k others): j of those before, and at most k - 1 - j of those after.
+        few = sum(before[:, j] * after[:, : k - j].sum(axis=1) for j in range(k))
         out[start : start + BLOCK] = STEP * (rate * late * few).sum(axis=-1).T
     return out.reshape(p.shape)
 
 
 def floor_coverage(p: np.ndarray, k: int) -> np.ndarray:
-    """Expected posterior mass [B] of k distinct draws from the posterior."""
+    """[P] expected posterior mass of k distinct draws from the posterior."""
     return (p * inclusion_probabilities(p, k)).sum(axis=-1)
 
 
 def best_masses(p: np.ndarray, k: int) -> np.ndarray:
-    """[B, k] posterior masses of the k most probable items, the largest first."""
+    """[P, k] posterior masses of the k most probable golds, the largest first."""
     _check(p, k)
     return -np.sort(-p, axis=-1)[..., :k]
 
 
 def ceiling_coverage(p: np.ndarray, k: int) -> np.ndarray:
-    """Posterior mass [B] of the k most probable items: no k answers cover more."""
+    """[P] posterior mass of the k most probable golds: no k answers cover more."""
     return best_masses(p, k).sum(axis=-1)
 
 
 def ceiling_value(p: np.ndarray, k: int) -> np.ndarray:
-    """Bayes-optimal value [B] = E[sum y - mean (q - y)^2] of k answers: the k most probable, each with q = p."""
+    """[P] Bayes-optimal value E[sum y - mean (q - y)^2] of k answers.
+
+    It is reached by the k most probable golds, each with q = p.
+    """
     best = best_masses(p, k)
     return (best - best * (1.0 - best) / k).sum(axis=-1)
 
 
-def bars(examples: Sequence[Example], k: int) -> dict[str, list[float]] | None:
-    """Floor and ceiling of coverage against 1..k answers where the posterior is known: k distinct draws from it (the mean of NUM_ORDERS orders of
-    drawing an item, so to about .001), and its k most probable answers."""
+def coverage_bounds(examples: Sequence[Example], k: int) -> dict[str, list[float]] | None:
+    """Floor and ceiling of coverage against 1..k answers; None unless the posterior is known.
+
+    The floor is the mean over NUM_ORDERS random orders of drawing each item's golds: right to about
+    0.001 over a few thousand items.
+    """
     p = posteriors(examples, k)
     if p is None:
         return None
-    rng, floor = np.random.default_rng(0), np.zeros(k)
+    rng = np.random.default_rng(0)
+    floor = np.zeros(k)
     with np.errstate(divide="ignore"):
         logs = np.log(p)
-    for _ in range(
-        NUM_ORDERS
-    ):  # draws without replacement come in the order of log p + Gumbel noise
+    # Draws without replacement come in the order of log p + Gumbel noise.
+    for _ in range(NUM_ORDERS):
         order = np.argsort(-(logs + rng.gumbel(size=p.shape)), axis=1)[:, :k]
         floor += np.take_along_axis(p, order, 1).cumsum(1).mean(0) / NUM_ORDERS
     return {
@@ -118,28 +134,38 @@ def bars(examples: Sequence[Example], k: int) -> dict[str, list[float]] | None:
 def known_bounds(
     examples: Sequence[Example], num_answers: int
 ) -> dict[str, dict[str, float | None]] | None:
-    """Floor and ceiling of the same metrics where the posterior is known, else None.
+    """Floor and ceiling of the headline metrics; None unless the posterior is known.
 
-    Floor: K distinct draws from the posterior. Ceiling: its K most probable answers with honest confidences, and their value E[sum y - mean Brier].
+    A metric that has no meaningful bound is None in both. The ceiling also has `value`.
     """
-    p, K = posteriors(examples, num_answers), num_answers
+    K = num_answers
+    p = posteriors(examples, K)
     if p is None:
         return None
-    key, best = f"coverage@{K}", best_masses(p, K)
-    both: dict[str, float | None] = dict.fromkeys((key, *SHOWN_METRICS)) | {
-        "format_rate": 1.0,
-        "repeats_per_set": 0.0,
+    best = best_masses(p, K)
+    coverage = f"coverage@{K}"
+    both: dict[str, float | None] = dict.fromkeys((coverage, *HEADLINE))
+    both |= {"format_rate": 1.0, "repeats_per_set": 0.0}
+    floor = {
+        coverage: float(floor_coverage(p, K).mean()),
+        "top1": float((p**2).sum(1).mean()),
     }
-    floor = {key: float(floor_coverage(p, K).mean()), "top1": float((p**2).sum(1).mean())}
     ceiling = {
-        key: float(ceiling_coverage(p, K).mean()),
+        coverage: float(ceiling_coverage(p, K).mean()),
         "top1": float(best[:, 0].mean()),
         "brier": float((best * (1 - best)).mean()),
+        "ece": 0.0,
+        "q_mse": 0.0,
+        "value": float(ceiling_value(p, K).mean()),
     }
-    honest = {"ece": 0.0, "q_mse": 0.0, "value": float(ceiling_value(p, K).mean())}
-    return {"floor": both | floor, "ceiling": both | ceiling | honest}
+    return {"floor": both | floor, "ceiling": both | ceiling}
 
 
 def gap_closed(after: float, floor: float, ceiling: float) -> float | None:
-    """How far coverage has come from K draws (0) to the K most probable (1); None where K answers cover all there is anyway."""
-    return (after - floor) / (ceiling - floor) if ceiling - floor > 1e-6 else None
+    """(after - floor) / (ceiling - floor): 0 for K draws, 1 for the K most probable answers.
+
+    None where any K answers cover all there is.
+    """
+    if ceiling - floor <= 1e-6:
+        return None
+    return (after - floor) / (ceiling - floor)

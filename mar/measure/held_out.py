@@ -4,8 +4,8 @@ temperature. Always the same items, and always the same random draws."""
 from dataclasses import dataclass
 from typing import Any
 
-from mar.measure.answer_sets import set_metrics
-from mar.measure.bootstrap import estimate, resamples
+from mar.measure.bootstrap import resample_weights, with_interval
+from mar.measure.metrics import set_metrics
 from mar.policy.distributed import ALONE, World
 from mar.policy.model import Decoder
 from mar.records import Prompt, Rollout
@@ -42,14 +42,15 @@ def measure(
         kv_budget_tokens=held_out.kv_budget_tokens,
         identity=(held_out.seed, "eval", 0),
         share=world.share,
+        decode=scorer.decode,
     )
     judged = judge_groups(prompts[world.share], completions, scorer)
     rollouts = [group[0] for group in judged_only(world.gather(judged))]
 
     values, statistics = set_metrics(rollouts, scorer.verifier, scorer.grammar.confident)
-    weights = resamples(len(rollouts))
+    weights = resample_weights(len(rollouts))
     intervals = {}
     for name, statistic in statistics.items():
-        _, low, high = estimate(statistic, weights)
+        _, low, high = with_interval(statistic, weights)
         intervals[name] = [low, high]
     return {**values, "interval": intervals}, rollouts

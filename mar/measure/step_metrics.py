@@ -1,4 +1,4 @@
-"""What is logged of one training step, besides what the updates say themselves (learn/update.py)."""
+"""What is logged of one training step, beside what the updates say (learn/update.py)."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -8,7 +8,7 @@ from torch import Tensor
 
 from mar.learn.advantages import zero_group_frac
 from mar.learn.batch import Batch
-from mar.measure.answer_sets import set_metrics
+from mar.measure.metrics import set_metrics
 from mar.sample.engine import Generation
 from mar.sample.rollout import Scorer
 

@@ -1,4 +1,7 @@
-"""Hugging Face checkpoints in and out: config.json and safetensors. The fused `qkv` and `gate_up` exist only in memory."""
+"""Hugging Face checkpoints in and out: config.json and safetensors.
+
+The fused `qkv` and `gate_up` exist only in memory; a checkpoint has their parts.
+"""
 
 import json
 import os
@@ -13,53 +16,68 @@ from torch import Tensor
 from mar.errors import UserError
 from mar.policy.model import Decoder, ModelConfig
 
-INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
 
-Layout = dict[
-    str, list[tuple[str, tuple[int, ...]]]
-]  # our parameter -> the checkpoint's tensors, joined along axis 0
+# our parameter -> name and shape of the checkpoint's tensors, which are joined along axis 0
+Layout = dict[str, list[tuple[str, tuple[int, ...]]]]
 
 
 def layout(config: ModelConfig) -> Layout:
     """Which tensors of a checkpoint, with their shapes, make each parameter of the decoder."""
-    size, wide, vocab = config.hidden_size, config.intermediate_size, config.vocab_size
-    query, key = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    linears = {
-        "qkv": (
-            "self_attn",
-            {"q_proj": query, "k_proj": key, "v_proj": key},
-            size,
-            config.attention_bias,
-        ),
-        "o": ("self_attn", {"o_proj": size}, query, config.output_bias),
-        "gate_up": ("mlp", {"gate_proj": wide, "up_proj": wide}, size, config.mlp_bias),
-        "down": ("mlp", {"down_proj": size}, wide, config.mlp_bias),
-    }
-    norms = {
-        "attention_norm": ("input_layernorm", size),
-        "mlp_norm": ("post_attention_layernorm", size),
-    }
-    if config.qk_norm:
-        norms |= {f"{x}_norm": (f"self_attn.{x}_norm", config.head_dim) for x in "qk"}
-    out: Layout = {
-        "embed.weight": [("model.embed_tokens.weight", (vocab, size))],
-        "norm.weight": [("model.norm.weight", (size,))],
+    embedding = (config.vocab_size, config.hidden_size)
+    parts: Layout = {
+        "embed.weight": [("model.embed_tokens.weight", embedding)],
+        "norm.weight": [("model.norm.weight", (config.hidden_size,))],
     }
     for index in range(config.num_layers):
-        ours, theirs = f"blocks.{index}", f"model.layers.{index}"
-        for name, (part, outputs, inputs, bias) in linears.items():
-            out[f"{ours}.{name}.weight"] = [
-                (f"{theirs}.{part}.{x}.weight", (n, inputs)) for x, n in outputs.items()
-            ]
-            if bias:
-                out[f"{ours}.{name}.bias"] = [
-                    (f"{theirs}.{part}.{x}.bias", (n,)) for x, n in outputs.items()
-                ]
-        for name, (theirs_norm, length) in norms.items():
-            out[f"{ours}.{name}.weight"] = [(f"{theirs}.{theirs_norm}.weight", (length,))]
+        parts |= _block_layout(config, f"blocks.{index}", f"model.layers.{index}")
     if not config.tied_embeddings:
-        out["head.weight"] = [("lm_head.weight", (vocab, size))]
-    return out
+        parts["head.weight"] = [("lm_head.weight", embedding)]
+    return parts
+
+
+def _block_layout(config: ModelConfig, ours: str, theirs: str) -> Layout:
+    """The layout of one block, which is called `ours` here and `theirs` in the checkpoint."""
+    parts: Layout = {}
+
+    def linear(name: str, outputs: dict[str, int], inputs: int, bias: bool) -> None:
+        """`outputs`: the checkpoint's layers, in our order, and how many outputs each has."""
+        parts[f"{ours}.{name}.weight"] = [
+            (f"{theirs}.{layer}.weight", (size, inputs)) for layer, size in outputs.items()
+        ]
+        if bias:
+            parts[f"{ours}.{name}.bias"] = [
+                (f"{theirs}.{layer}.bias", (size,)) for layer, size in outputs.items()
+            ]
+
+    def norm(name: str, layer: str, size: int) -> None:
+        parts[f"{ours}.{name}.weight"] = [(f"{theirs}.{layer}.weight", (size,))]
+
+    hidden = config.hidden_size
+    wide = config.intermediate_size
+    queries = config.num_heads * config.head_dim
+    keys = config.num_kv_heads * config.head_dim
+    linear(
+        "qkv",
+        outputs={"self_attn.q_proj": queries, "self_attn.k_proj": keys, "self_attn.v_proj": keys},
+        inputs=hidden,
+        bias=config.attention_bias,
+    )
+    linear("o", outputs={"self_attn.o_proj": hidden}, inputs=queries, bias=config.output_bias)
+    linear(
+        "gate_up",
+        outputs={"mlp.gate_proj": wide, "mlp.up_proj": wide},
+        inputs=hidden,
+        bias=config.mlp_bias,
+    )
+    linear("down", outputs={"mlp.down_proj": hidden}, inputs=wide, bias=config.mlp_bias)
+    norm("attention_norm", "input_layernorm", hidden)
+    norm("mlp_norm", "post_attention_layernorm", hidden)
+    if config.qk_norm:
+        norm("q_norm", "self_attn.q_norm", config.head_dim)
+        norm("k_norm", "self_attn.k_norm", config.head_dim)
+    return parts
 
 
 def split_state(config: ModelConfig, state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -67,7 +85,8 @@ def split_state(config: ModelConfig, state: dict[str, Tensor]) -> dict[str, Tens
     tensors: dict[str, Tensor] = {}
     for ours, parts in layout(config).items():
         pieces = state[ours].split([shape[0] for _, shape in parts])
-        tensors |= {name: piece for (name, _), piece in zip(parts, pieces, strict=True)}
+        for (name, _), piece in zip(parts, pieces, strict=True):
+            tensors[name] = piece
     return tensors
 
 
@@ -79,33 +98,36 @@ def save_model(
 ) -> None:
     """Write `config.json` and one `model.safetensors`, which transformers reads.
 
-    `dtype` None keeps the model's own. `extra` goes into config.json as it is (say eos_token_id).
+    `dtype` None keeps the model's own. `extra` goes into config.json as it is (`eos_token_id`).
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     dtype = dtype or model.embed.weight.dtype
-    tensors = split_state(model.config, model.state_dict())
-    tensors = {
-        name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in tensors.items()
-    }
-    unfinished = (
-        folder / f"{SINGLE}.tmp"
-    )  # an interrupted save leaves no half file under the real name
+    tensors = {}
+    for name, tensor in split_state(model.config, model.state_dict()).items():
+        tensors[name] = tensor.detach().to("cpu", dtype).contiguous()
+    # an interrupted save leaves no half file under the real name
+    unfinished = folder / f"{SINGLE}.tmp"
     save_file(tensors, unfinished, metadata={"format": "pt"})
     os.replace(unfinished, folder / SINGLE)
-    (folder / INDEX).unlink(missing_ok=True)  # of another checkpoint in this folder
-    written = str(dtype).removeprefix("torch.")
-    tokens = {
+    # a checkpoint that was here before may have had an index
+    (folder / INDEX).unlink(missing_ok=True)
+
+    dtype_name = str(dtype).removeprefix("torch.")
+    config = model.config.to_hf() | {
+        # without these two, transformers fills in the numbers of its own class
         "bos_token_id": None,
         "eos_token_id": None,
-    }  # else transformers fills in its class's own numbers
-    config = (
-        model.config.to_hf() | tokens | {"torch_dtype": written, "dtype": written} | (extra or {})
-    )
+        # transformers 4 reads the first name, transformers 5 the second
+        "torch_dtype": dtype_name,
+        "dtype": dtype_name,
+    }
+    config |= extra or {}
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
+    """One JSON object of a checkpoint folder. Raises UserError naming the file."""
     try:
         content = json.loads(path.read_text())
     except FileNotFoundError:
@@ -122,32 +144,32 @@ def read_json_object(path: Path) -> dict[str, Any]:
 def load_model(
     folder: str | Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
 ) -> Decoder:
-    """A checkpoint folder -> Decoder.
+    """A decoder with the weights of a checkpoint folder.
 
-    Raises UserError naming the file that is missing or damaged, or the tensor that is missing, unexpected or mis-shaped.
+    Raises UserError naming the file that is missing or damaged, or the tensor that is missing,
+    unexpected or of another shape.
     """
     folder = Path(folder)
-    config, found = (
-        ModelConfig.from_hf(read_json_object(folder / "config.json")),
-        _read_tensors(folder),
-    )
+    config = ModelConfig.from_hf(read_json_object(folder / "config.json"))
+    found = _read_tensors(folder)
     state: dict[str, Tensor] = {}
     for ours, parts in layout(config).items():
         pieces = [_take(found, folder, name, shape).to(device, dtype) for name, shape in parts]
+        # a single piece is not copied
         state[ours] = torch.cat(pieces) if len(pieces) > 1 else pieces[0]
-    tied_head = found.pop("lm_head.weight", None) if config.tied_embeddings else None
-    if tied_head is not None and not torch.equal(
-        tied_head.to(device, dtype), state["embed.weight"]
-    ):
-        raise UserError(
-            f"{folder}: lm_head.weight differs from the embedding, but tie_word_embeddings is true"
-        )
-    unexpected = [
-        name for name in found if not name.endswith("rotary_emb.inv_freq")
-    ]  # a buffer of old Llama files
+    if config.tied_embeddings and "lm_head.weight" in found:
+        head = found.pop("lm_head.weight").to(device, dtype)
+        if not torch.equal(head, state["embed.weight"]):
+            raise UserError(
+                f"{folder}: lm_head.weight differs from the embedding, "
+                "but tie_word_embeddings is true"
+            )
+    # old Llama files hold the buffer of their rotary positions
+    unexpected = [name for name in found if not name.endswith("rotary_emb.inv_freq")]
     if unexpected:
         raise UserError(
-            f"{folder}: {config.architecture} has no tensor {unexpected[0]} ({len(unexpected)} unexpected)"
+            f"{folder}: {config.architecture} has no tensor {unexpected[0]} "
+            f"({len(unexpected)} unexpected)"
         )
     with torch.device("meta"):
         model = Decoder(config)
@@ -156,12 +178,14 @@ def load_model(
 
 
 def _take(found: dict[str, Tensor], folder: Path, name: str, shape: tuple[int, ...]) -> Tensor:
+    """Take a tensor out of those that were found."""
     if name not in found:
         raise UserError(f"{folder}: the tensor {name} is missing")
     tensor = found.pop(name)
     if tuple(tensor.shape) != shape:
         raise UserError(
-            f"{folder}: {name} has shape {list(tensor.shape)}, but config.json asks for {list(shape)}"
+            f"{folder}: {name} has shape {list(tensor.shape)}, "
+            f"but config.json asks for {list(shape)}"
         )
     return tensor
 
@@ -172,7 +196,8 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
     if (folder / INDEX).exists():
         files = sorted(set(read_json_object(folder / INDEX).get("weight_map", {}).values()))
     tensors: dict[str, Tensor] = {}
-    for path in (folder / file for file in files):
+    for file in files:
+        path = folder / file
         if not path.exists():
             raise UserError(f"{path} does not exist: the checkpoint is incomplete")
         try:

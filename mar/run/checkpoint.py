@@ -162,9 +162,14 @@ def _write(state: Any, folder: Path, step: int, keep: int, world: World) -> Path
     if world.leads:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
-    world.wait(world.files)
+    world.wait(world.checkpoint_group)
     try:
-        dcp.save(state, checkpoint_id=temporary, no_dist=world.size == 1, process_group=world.files)
+        dcp.save(
+            state,
+            checkpoint_id=temporary,
+            no_dist=world.size == 1,
+            process_group=world.checkpoint_group,
+        )
     except CheckpointException as error:
         # Not an Exception, a page long, and it hides a full disk behind an unexpected position.
         cause = next(iter(error.failures.values()))[0]
@@ -173,7 +178,7 @@ def _write(state: Any, folder: Path, step: int, keep: int, world: World) -> Path
         raise OSError(f"cannot write {temporary}: {cause}") from None
     if world.leads:
         _publish(temporary, target, step, keep)
-    world.wait(world.files)
+    world.wait(world.checkpoint_group)
     return target
 
 

@@ -10,6 +10,7 @@ from rich.progress import BarColumn, Progress, TimeRemainingColumn
 from rich.table import Table
 
 from mar.files import jsonable
+from mar.measure.shown_metrics import PROGRESS
 from mar.run.wandb_mirror import Mirror
 
 
@@ -27,15 +28,6 @@ def format_metric(value: float | Sequence[float | None] | None) -> str:
 
 class Display:
     """Progress of a run, on stdout. The last line is left to the command: its JSON document."""
-
-    # label -> the metric that is shown after each step
-    STEP_METRICS = {
-        "reward": "reward/total",
-        "coverage": "reward/coverage",
-        "ece": "train/ece",
-        "format": "train/format_rate",
-        "tok/s": "perf/tokens_per_s",
-    }
 
     def __init__(self, mode: str, first_step: int, num_steps: int):
         self.console = Console()
@@ -83,7 +75,7 @@ class Display:
 
     def _step_line(self, metrics: Mapping[str, Any]) -> str:
         parts = []
-        for label, key in self.STEP_METRICS.items():
+        for label, key in PROGRESS.items():
             value = metrics.get(key)
             if value is not None:
                 number = f"{value:,.0f}" if label == "tok/s" else f"{value:.3f}"

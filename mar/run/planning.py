@@ -18,10 +18,10 @@ from torch import nn
 from mar.config import Config, ModelOptions
 from mar.errors import UserError
 from mar.learn.optim import make_optimizer
+from mar.policy.lora import adapted, trainable_pattern
 from mar.policy.model import Decoder, ModelConfig
 from mar.policy.sources import EMBEDDED
 from mar.policy.weights import read_json_object
-from mar.run.setup import adapted
 from mar.sample.kv_cache import capacity
 
 GPU_BYTES, USABLE = (
@@ -81,7 +81,7 @@ def policy_of(config: Config) -> Decoder:
     """The policy without memory (meta device), with its adapters; what is not trained needs no gradient."""
     with torch.device("meta"):
         model = Decoder(shape_of(config.model))
-    trainable = config.model.trainable or ("lora_" if config.model.lora_rank else "")
+    trainable = trainable_pattern(config.model)
     make_optimizer(adapted(model, config.model), 0.0, (0.0, 0.0), 0.0, 0.0, trainable)
     return model
 

@@ -14,14 +14,14 @@ import torch
 from mar.answers.grammar import Grammar, grammar_of, render
 from mar.answers.prompts import build_prompt, fit_grammar, load_tokenizer
 from mar.answers.rewards import RewardSpec
-from mar.config import Config, ModelOptions, RewardOptions
+from mar.config import Config, RewardOptions
 from mar.errors import UserError
 from mar.learn.learner import Learner
 from mar.learn.optim import make_optimizer
 from mar.measure.held_out import HeldOut
 from mar.policy.critic import Critic
 from mar.policy.distributed import ALONE, World, shard
-from mar.policy.lora import adapt
+from mar.policy.lora import adapted, trainable_pattern
 from mar.policy.model import Decoder
 from mar.policy.weights import load_model
 from mar.records import Example, Prompt
@@ -29,7 +29,7 @@ from mar.run.console import Display
 from mar.sample.draws import SamplingParams, Truncation
 from mar.sample.kv_cache import capacity
 from mar.sample.prompt_order import PromptOrder
-from mar.sample.rollout import Decode, Scorer, make_decode
+from mar.sample.rollout import Scorer, make_decode
 from mar.tasks.loading import Source, aim, chance_line
 from mar.tasks.registry import get_task
 from mar.verify.verifiers import AnswerChecker, make_answer_checker
@@ -134,9 +134,7 @@ def verifier_of(config: Config) -> AnswerChecker:
     return make_answer_checker(task_verifier, config.data, config.reward)
 
 
-def sampling_params(
-    config: Config, grammar: Grammar, tokenizer: Any, decode: Decode
-) -> SamplingParams:
+def sampling_params(config: Config, grammar: Grammar, tokenizer: Any) -> SamplingParams:
     """How completions are drawn. Raises UserError where the thinking budget leaves no room for the
     answers."""
     algo = config.algo
@@ -152,7 +150,6 @@ def sampling_params(
         stop_strings=tuple(config.sampler.stop_strings),
         think_budget=config.sampler.think_budget,
         think_close=think_close,
-        decode=decode,
     )
 
 
@@ -192,13 +189,6 @@ def _encode(tokenizer: Any, text: str) -> tuple[int, ...]:
 # --- models ----------------------------------------------------------------------------------
 
 
-def adapted(model: Decoder, options: ModelOptions) -> Decoder:
-    """The same model, with the adapters that the config asks for."""
-    if options.lora_rank:
-        adapt(model, options.lora_rank, options.lora_scale, options.lora_layers)
-    return model
-
-
 def build_learner(config: Config, model_folder: Path, world: World) -> Learner:
     """The policy, the models beside it, and their optimizers."""
     algo = config.algo
@@ -223,7 +213,7 @@ def build_learner(config: Config, model_folder: Path, world: World) -> Learner:
 
     optim = config.optim
     betas = (optim.betas[0], optim.betas[1])
-    trainable = options.trainable or ("lora_" if options.lora_rank else "")
+    trainable = trainable_pattern(options)
     optimizer = make_optimizer(policy, optim.lr, betas, optim.eps, optim.weight_decay, trainable)
     critic_optimizer = None
     if critic is not None:
@@ -269,7 +259,7 @@ def build_training(
         config.sampler.kv_budget_tokens,
     )
     learner = build_learner(config, model_folder, world)
-    params = sampling_params(config, grammar, tokenizer, scorer.decode)
+    params = sampling_params(config, grammar, tokenizer)
     return Training(
         config=config,
         learner=learner,

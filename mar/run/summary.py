@@ -7,7 +7,7 @@ from typing import Any
 
 from mar.files import jsonable
 from mar.measure.bounds import gap_closed
-from mar.measure.metrics import SHOWN_METRICS
+from mar.measure.shown_metrics import evaluation_metrics, headline_metrics
 from mar.run.console import Display
 
 COLUMNS = ("floor", "before", "after", "ceiling")
@@ -22,7 +22,7 @@ def summary(document: Mapping[str, Any], num_answers: int) -> dict[str, Any]:
     for name in COLUMNS:
         column = document.get(name)
         if column is not None:
-            column = {metric: column.get(metric) for metric in (key, *SHOWN_METRICS)}
+            column = {metric: column.get(metric) for metric in headline_metrics(num_answers)}
         columns[name] = column
     closed = None
     if columns["floor"] and columns["ceiling"] and columns["after"]:
@@ -47,7 +47,7 @@ def close(
     display.table(
         title=f"{document['task']}, {document['num_items']} held-out items",
         columns={name: end[name] for name in COLUMNS},
-        rows=(f"coverage@{num_answers}", *SHOWN_METRICS),
+        rows=headline_metrics(num_answers),
     )
     if end["gap_closed"] is not None:
         display.say(
@@ -62,24 +62,22 @@ def close(
     print(json.dumps(jsonable(line)), flush=True)
 
 
-SHOWN = "top1 brier ece auroc q_mse tv_distance regret format_rate repeats_per_set tokens_per_set".split()
-
-
-def show(document: Mapping[str, Any], display: Display) -> None:
-    """The table of the arms, without those of other sizes, and what the pairs say of coverage."""
-    K = document["arms"]["policy"]["num_answers"]
-    columns = {n: a["metrics"] for n, a in document["arms"].items() if not n.startswith("K=")}
-    most = max(a["num_answers"] * a["num_sets"] for a in document["arms"].values())
-    names = (f"coverage@{K}", f"coverage@{most}", f"unique@{most}", *SHOWN)
+def show_evaluation(document: Mapping[str, Any], display: Display) -> None:
+    """The table of an `evaluation.json`, without the arms of other sizes, and what pairs say."""
+    arms = document["arms"]
+    columns = {name: arm["metrics"] for name, arm in arms.items() if not name.startswith("K=")}
+    most = max(arm["num_answers"] * arm["num_sets"] for arm in arms.values())
     display.table(
         f"{document['task']}, {document['num_items']} items, ± half of the 95 % interval",
         columns,
-        names,
+        evaluation_metrics(arms["policy"]["num_answers"], most),
     )
-    for pair, values in document["paired"].items():
-        key = next((n for n in values if n.startswith("coverage@")), None)
-        if key and values[key][0] is not None:
-            value, low, high = values[key]
-            display.say(
-                f"{pair}: {key} {value:+.3f} [{low:+.3f}, {high:+.3f}] on {values['num_items']} items"
-            )
+    for pair, differences in document["paired"].items():
+        coverage = next((name for name in differences if name.startswith("coverage@")), None)
+        if coverage is None or differences[coverage][0] is None:
+            continue
+        value, low, high = differences[coverage]
+        display.say(
+            f"{pair}: {coverage} {value:+.3f} [{low:+.3f}, {high:+.3f}] "
+            f"on {differences['num_items']} items"
+        )

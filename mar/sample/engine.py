@@ -1,372 +1,532 @@
-"""Our sampler: rows and prompts live in fixed slots of one KV cache; a row that stops makes room for the next at once.
+"""Our sampler: continuous batching over fixed row slots, with each prompt computed once.
 
-Each prompt is computed once, for all rows of its group, whenever they run. No draw depends on the slot, the batch or the time: see draw.py.
+Completions wait until a row slot is free, run in it token by token, and make room for the next as
+soon as they are done. The rows of a group share their prompt's keys and values. No draw depends on
+the slot, the batch or the time (draws.py).
+
+Read `generate` first, then `CompletionState`, then the four steps of `Engine`.
 """
 
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from enum import Enum, auto
 
 import numpy as np
 import torch
+from jaxtyping import Float, Int64
 from torch import Tensor
 
 from mar.answers.grammar import decode_with_starts
 from mar.errors import UserError
 from mar.policy.attention import chunks
 from mar.policy.model import Decoder, project, reorder_weight
-from mar.sample.draws import SamplingParams, draw_tokens, uniforms
-from mar.sample.kv_cache import KVCache, capacity
+from mar.records import Completion
+from mar.sample.draws import DrawnTokens, SamplingParams, draw_tokens, uniforms
+from mar.sample.kv_cache import KVCache, PackedPrompt, capacity
+from mar.sample.rows import Rows
 from mar_kernels.graphs import capture
 
-RETIRE_EVERY = 8  # steps between two looks for finished rows where a look waits for the device
+# token ids to text
+Decode = Callable[[tuple[int, ...]], str]
 
-PREFILL_TOKENS = 4096  # prompts are computed this many tokens at a time: no larger activations, and on a CPU they stay near the caches
+# gets the index of a request and one of its completions, as soon as that is done
+OnDone = Callable[[int, Completion], None]
 
-GRAPHED = ("cuda",)  # devices on which decode steps are captured and replayed
+# steps between two looks for finished rows, where a look waits for the device
+RETIRE_EVERY = 8
 
-GRAPH_WIDTH = (
-    128  # widths that share a graph: fewer captures, for fewer than so many masked entries a row
-)
+# prompts are computed this many tokens at a time: bounds the activations, and on a CPU they stay
+# in the caches
+PREFILL_TOKENS = 4096
 
-WORTH_SHRINKING = (
-    7 / 8
-)  # with nothing left to admit, free slots are dropped when fewer than this are in use
+# devices on which decode steps are captured and replayed
+GRAPHED = ("cuda",)
+
+# a captured step serves the next so many widths: fewer captures, for fewer than so many masked
+# entries a row
+GRAPH_WIDTH = 128
+
+# when nothing waits any more, free slots are dropped once fewer than this share are in use
+WORTH_SHRINKING = 7 / 8
+
+# of a completion that is not in a row, and of a prompt that is not in the cache
+NO_SLOT = -1
 
 
 @dataclass(frozen=True)
 class Request:
-    """One prompt, and for each of its completions the random stream (draw.stream_key) and, where `limits` are given, its own `max_tokens`."""
+    """One prompt and its completions.
+
+    Each completion has a stream of random draws (`keys`, see draws.stream_key) and, where `limits`
+    are given, a `max_tokens` of its own.
+    """
 
     prompt_ids: tuple[int, ...]
     keys: tuple[int, ...]
     limits: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        if (
-            not self.prompt_ids
-            or (self.limits and len(self.limits) != len(self.keys))
-            or min(self.limits, default=1) < 1
-        ):
+        one_limit_per_key = not self.limits or len(self.limits) == len(self.keys)
+        if not self.prompt_ids or not one_limit_per_key or min(self.limits, default=1) < 1:
             raise ValueError(
                 "a prompt is empty, or its limits are not one number above 0 for each key"
             )
 
 
 @dataclass(frozen=True)
-class Sampled:
-    """One completion: `sampler_logprobs` of the distribution drawn from, `full_logprobs` of temperature alone (1 when greedy).
-
-    `finish_reason`: `stop` (a stop token, the last one), `stop_string` or `length`. `inserted`: the tokens [start, end) that were put in, not drawn.
-    """
-
-    ids: np.ndarray
-    sampler_logprobs: np.ndarray
-    full_logprobs: np.ndarray
-    finish_reason: str
-    inserted: tuple[int, int] = (0, 0)
-
-
-@dataclass(frozen=True)
 class Generation:
-    """Completions of every request, one per key, and how it went: decode steps, the share of row slots in use while prompts waited (None:
-    none ever did), bytes of the KV cache."""
+    """The completions of every request, one per key, and how it went."""
 
-    groups: list[list[Sampled]]
+    groups: list[list[Completion]]
     num_steps: int
+    # share of row slots in use while completions waited for one; None: none ever waited
     occupancy: float | None
     kv_bytes: int
 
 
-def decode_step(model: Decoder, cache: KVCache, tokens: Tensor, width: int) -> Tensor:
-    """Feed one token [S] to every row slot; returns the hidden states [S, d]. A function of static buffers: nothing here depends on values."""
+def decode_step(
+    model: Decoder, cache: KVCache, tokens: Int64[Tensor, " B"], width: int
+) -> Float[Tensor, "B D"]:
+    """Feed one token to every row slot; returns the hidden states after it.
+
+    A function of static buffers, fit for a CUDA graph: no branch depends on a tensor's values.
+    """
     positions = cache.prompt_lengths[cache.row_prompt] + cache.own_lengths
     return model.hidden(tokens, positions, cache.decode_attend(width))
 
 
 @torch.inference_mode()
 def generate(
-    model: Decoder, requests: Sequence[Request], params: SamplingParams, kv_budget_tokens: int
+    model: Decoder,
+    requests: Sequence[Request],
+    params: SamplingParams,
+    kv_budget_tokens: int,
+    decode: Decode | None = None,
+    on_done: OnDone | None = None,
 ) -> Generation:
-    """Sample every request. Raises UserError where a group does not fit the budget."""
+    """Sample the completions of every request.
+
+    `decode` is needed where `params` has stop strings or a thinking budget. `on_done` is called
+    with each completion as soon as it is done.
+
+    Raises UserError where a group does not fit the budget, or probabilities are not finite.
+    """
+    if params.reads_text and decode is None:
+        raise ValueError("stop_strings and think_budget read text: they need decode")
     if not requests:
-        return Generation([], 0, None, 0)
-    slots = _Slots(model, requests, params, kv_budget_tokens)
+        return Generation(groups=[], num_steps=0, occupancy=None, kv_bytes=0)
+    engine = Engine(
+        model=model,
+        requests=requests,
+        params=params,
+        kv_budget_tokens=kv_budget_tokens,
+        decode=decode,
+        on_done=on_done,
+    )
     with model.reordered_weights():
-        while slots.waiting or (slots.held >= 0).any():
-            slots.admit()
-            tokens = slots.draw()
-            if slots.num_steps % slots.retire_every == 0:
-                slots.retire()
-            if (slots.held >= 0).any():
-                slots.feed(tokens)
-    return slots.result()
+        while engine.waiting or engine.running:
+            engine.admit()
+            engine.draw()
+            engine.retire()
+            engine.feed()
+    return engine.result()
 
 
-class _Slots:
-    """The state of one `generate`. Host side: which completion each row slot holds and how old it is. Device side: everything per token."""
+class Status(Enum):
+    WAITING = auto()  # for a row slot
+    RUNNING = auto()  # in a row slot, one more token each step
+    DONE = auto()  # its result is there, its row slot free again
+
+
+@dataclass(eq=False)
+class PromptState:
+    """A request, the prompt slot it holds from its first row's entry to its last row's end, and
+    its completions."""
+
+    index: int
+    request: Request
+    slot: int = NO_SLOT
+    completions: list["CompletionState"] = field(default_factory=list)
+    num_unfinished: int = 0
+
+
+@dataclass(eq=False)
+class CompletionState:
+    """One completion, from its request to its result."""
+
+    prompt: PromptState
+    sample_index: int
+    stream_key: int
+    limit: int
+    status: Status = Status.WAITING
+    row: int = NO_SLOT  # its row slot while it runs
+    entered: int = -1  # the step at which it got that slot
+    result: Completion | None = None
+
+    def enter(self, row: int, step: int) -> None:
+        self.status = Status.RUNNING
+        self.row = row
+        self.entered = step
+
+    def finish(self, result: Completion) -> None:
+        self.status = Status.DONE
+        self.row = NO_SLOT
+        self.result = result
+        self.prompt.num_unfinished -= 1
+
+
+@dataclass(frozen=True)
+class CapturedStep:
+    """A decode step as a CUDA graph: the tokens that it reads, and its replay."""
+
+    tokens: Int64[Tensor, " B"]
+    replay: Callable[[], object]
+
+
+class Engine:
+    """The state of one `generate`: the host knows which completion is where (`waiting`, `running`,
+    free slots), the device holds everything per token (`rows`, `cache`)."""
 
     def __init__(
-        self, model: Decoder, requests: Sequence[Request], params: SamplingParams, budget: int
+        self,
+        model: Decoder,
+        requests: Sequence[Request],
+        params: SamplingParams,
+        kv_budget_tokens: int,
+        decode: Decode | None = None,
+        on_done: OnDone | None = None,
     ) -> None:
-        weight, lengths, sizes = (
-            model.head_weight,
-            [len(r.prompt_ids) for r in requests],
-            [len(r.keys) for r in requests],
+        self.model = model
+        self.params = params
+        self.decode = decode
+        self.on_done = on_done
+
+        self.prompts = [_prompt_state(i, r, params) for i, r in enumerate(requests)]
+        self.completions = [c for prompt in self.prompts for c in prompt.completions]
+        self.waiting = deque(self.completions)
+        # in the order in which they entered: the first is the oldest
+        self.running: list[CompletionState] = []
+        self.num_steps = 0
+        # the last step at which completions waited
+        self.waited_until = 0
+
+        prompt_lengths = [len(request.prompt_ids) for request in requests]
+        group_sizes = [len(request.keys) for request in requests]
+        self.largest_group = max(group_sizes)
+        num_prompt_slots, num_rows = capacity(
+            prompt_lengths, group_sizes, params.max_tokens, kv_budget_tokens
         )
-        self.model, self.requests, self.params, self.device = model, requests, params, weight.device
-        self.largest_group = max(sizes)
-        num_prompts, num_rows = capacity(lengths, sizes, params.max_tokens, budget)
         self.num_rows = num_rows
+        self.free_prompt_slots = deque(range(num_prompt_slots))
+        self.free_rows = deque(range(num_rows))
+
+        head_weight = model.head_weight
+        self.device = head_weight.device
+        self.head_weight = head_weight
+        self.reordered_head = reorder_weight(head_weight)
         self.cache = KVCache.allocate(
-            model.config, num_prompts, max(lengths), num_rows, params.max_tokens, weight
+            config=model.config,
+            num_prompts=num_prompt_slots,
+            prompt_tokens=max(prompt_lengths),
+            num_rows=num_rows,
+            row_tokens=params.max_tokens,
+            like=head_weight,
         )
         self.kv_bytes = self.cache.num_bytes
-        self.retire_every = (
-            1 if self.device.type == "cpu" and not params.stop_strings else RETIRE_EVERY
-        )
-        self.num_steps, self.waited_until = 0, 0
-        self.graphs: dict[
-            int, tuple[Tensor, Callable[[], object]]
-        ] = {}  # by width: the tokens it reads, its replay
+        self.rows = Rows.allocate(num_rows, params.max_tokens, like=head_weight)
+        # [P, D]: the state after each prompt, from which all its rows draw first
+        self.prompt_hidden = head_weight.new_zeros(num_prompt_slots, head_weight.shape[1])
+        self.stop_ids = torch.tensor(params.stop_ids, dtype=torch.int64, device=self.device)
+        self.think_close = torch.tensor(params.think_close, dtype=torch.int64, device=self.device)
+        # decode steps by their width
+        self.captured: dict[int, CapturedStep] = {}
 
-        owner = [i for i, r in enumerate(requests) for _ in r.keys]
-        self.owner, self.keys = owner, [key for r in requests for key in r.keys]
-        limits = [
-            limit for r in requests for limit in r.limits or (params.max_tokens,) * len(r.keys)
-        ]
-        self.limits = np.minimum(np.array(limits, dtype=np.int64), params.max_tokens)
-        self.waiting = deque(range(len(owner)))
-        self.entered = np.zeros(
-            len(owner), dtype=np.int64
-        )  # the step at which a completion got its slot
-        self.results: list[Sampled | None] = [None] * len(owner)
-        self.unfinished = list(sizes)
-        self.free_prompts, self.slot_of = deque(range(num_prompts)), dict[int, int]()
-        self.held = np.full(num_rows, -1)  # the completion in each row slot, -1: free
-        self.ages = np.zeros(num_rows, dtype=np.int64)  # tokens drawn
+        looks_are_free = self.device.type == "cpu" and not params.stop_strings
+        self.retire_every = 1 if looks_are_free else RETIRE_EVERY
 
-        size, precise = weight.shape[1], torch.promote_types(weight.dtype, torch.float32)
-        self.stops = torch.tensor(params.stop_ids, dtype=torch.int64, device=self.device)
-        self.close = torch.tensor(params.think_close, dtype=torch.int64, device=self.device)
-        self.head = (weight, None, reorder_weight(weight))
-        self.prompt_hidden = weight.new_zeros(num_prompts, size)
-        self.rows = {  # one entry per row slot; column R of the [S, R + 1] ones takes what a finished row still writes
-            "key": torch.zeros(num_rows, dtype=torch.int64, device=self.device),
-            "hidden": weight.new_zeros(num_rows, size),
-            "length": torch.zeros(num_rows, dtype=torch.int64, device=self.device),
-            "stopped": torch.zeros(num_rows, dtype=torch.bool, device=self.device),
-            "stop_string": torch.zeros(num_rows, dtype=torch.bool, device=self.device),
-            "done": torch.ones(num_rows, dtype=torch.bool, device=self.device),
-            "insert_at": torch.full((num_rows,), params.max_tokens, device=self.device),
-            "tokens": torch.zeros(
-                num_rows, params.max_tokens + 1, dtype=torch.int64, device=self.device
-            ),
-            "drawn": torch.zeros(
-                num_rows, params.max_tokens + 1, dtype=precise, device=self.device
-            ),
-            "full": torch.zeros(num_rows, params.max_tokens + 1, dtype=precise, device=self.device),
-        }
+    # admit: waiting -> running
 
     def admit(self) -> None:
-        """Fill free row slots with waiting completions, in order; a prompt is computed when its first row enters."""
-        if self.waiting:
-            self.waited_until = self.num_steps
-        free, placed, prompts = deque(np.flatnonzero(self.held < 0).tolist()), [], []
-        while self.waiting and free:
-            request = self.owner[self.waiting[0]]
-            if request not in self.slot_of:
-                if not self.free_prompts:
-                    break
-                self.slot_of[request] = self.free_prompts.popleft()
-                prompts.append(request)
-            placed.append(free.popleft())
-            self.held[placed[-1]] = self.waiting.popleft()
-        self.entered[self.held[placed]] = self.num_steps
-        if not placed:
+        """Let waiting completions into free row slots, in order, and compute their prompts."""
+        if not self.waiting:
             return
-        for chunk in chunks(
-            prompts, [len(self.requests[i].prompt_ids) for i in prompts], PREFILL_TOKENS
-        ):
+        self.waited_until = self.num_steps
+        entering, new_prompts = self.take_slots()
+        if not entering:
+            return
+        lengths = [len(prompt.request.prompt_ids) for prompt in new_prompts]
+        for chunk in chunks(new_prompts, lengths, PREFILL_TOKENS):
             self.prefill(chunk)
-        self.ages[placed] = 0
-        self.reassign()
-        at = torch.tensor(placed, device=self.device)
-        keys = [self.keys[i] for i in self.held[placed]]
-        self.cache.own_lengths[at] = 0
-        limits = torch.from_numpy(self.limits[self.held[placed]]).to(self.device)
-        values: dict[str, Any] = {"key": torch.tensor(keys, device=self.device), "length": limits}
-        values |= {
-            "hidden": self.prompt_hidden[self.cache.row_prompt[at]],
-            "insert_at": self.params.max_tokens,
-        }
-        for name, value in {
-            **values,
-            "stopped": False,
-            "stop_string": False,
-            "done": False,
-        }.items():
-            self.rows[name][at] = value
+        self.assign_rows()
+        rows = torch.tensor([c.row for c in entering], device=self.device)
+        self.cache.own_lengths[rows] = 0
+        self.rows.enter(
+            rows=rows,
+            stream_keys=torch.tensor([c.stream_key for c in entering], device=self.device),
+            limits=torch.tensor([c.limit for c in entering], device=self.device),
+            hidden=self.prompt_hidden[self.cache.row_prompt[rows]],
+        )
 
-    def prefill(self, chosen: Sequence[int]) -> None:
-        """Compute these requests' prompts into their slots; keep the hidden state after each, from which all its rows draw first."""
-        slots, lengths = (
-            [self.slot_of[i] for i in chosen],
-            [len(self.requests[i].prompt_ids) for i in chosen],
-        )
-        starts = np.cumsum([0, *lengths[:-1]])
-        ids = torch.tensor(
-            [token for i in chosen for token in self.requests[i].prompt_ids], device=self.device
-        )
-        positions = torch.cat([torch.arange(n) for n in lengths]).to(self.device)
-        attend = self.cache.prefill_attend(list(zip(starts.tolist(), lengths, slots, strict=True)))
-        last = torch.tensor(starts + np.array(lengths) - 1, device=self.device)
-        self.prompt_hidden[slots] = self.model.hidden(ids, positions, attend)[last]
-        self.cache.prompt_lengths[slots] = torch.tensor(lengths, device=self.device)
+    def take_slots(self) -> tuple[list[CompletionState], list[PromptState]]:
+        """Hand out slots; returns the completions that enter, and prompts that are new."""
+        entering: list[CompletionState] = []
+        new_prompts: list[PromptState] = []
+        while self.waiting and self.free_rows:
+            prompt = self.waiting[0].prompt
+            if prompt.slot == NO_SLOT:
+                if not self.free_prompt_slots:
+                    break
+                prompt.slot = self.free_prompt_slots.popleft()
+                new_prompts.append(prompt)
+            completion = self.waiting.popleft()
+            completion.enter(self.free_rows.popleft(), self.num_steps)
+            entering.append(completion)
+        self.running += entering
+        return entering, new_prompts
 
-    def draw(self) -> Tensor:
-        """Draw and record one token of every row [S]."""
-        rows, params, at = self.rows, self.params, self.cache.own_lengths
-        if params.think_budget is not None:
-            self.close_thoughts(
-                np.flatnonzero((self.held >= 0) & (self.ages == params.think_budget)).tolist()
-            )
-        logits = project(rows["hidden"], *self.head).to(rows["full"].dtype)
-        token, drawn, full = draw_tokens(
-            logits, uniforms(rows["key"], at), params.temperature, params.truncation
+    def prefill(self, prompts: Sequence[PromptState]) -> None:
+        """Compute these prompts into their slots; keep the hidden state after each."""
+        ids: list[int] = []
+        slots: list[int] = []
+        packed: list[PackedPrompt] = []
+        for prompt in prompts:
+            prompt_ids = prompt.request.prompt_ids
+            packed.append(PackedPrompt(len(ids), len(prompt_ids), prompt.slot))
+            slots.append(prompt.slot)
+            ids += prompt_ids
+        lengths = torch.tensor([p.length for p in packed], device=self.device)
+        last = torch.tensor([p.start + p.length - 1 for p in packed], device=self.device)
+        positions = torch.cat([torch.arange(p.length) for p in packed]).to(self.device)
+        hidden = self.model.hidden(
+            torch.tensor(ids, device=self.device), positions, self.cache.prefill_attend(packed)
         )
-        if len(self.close):
-            into = at - rows["insert_at"]
-            inside = (into >= 0) & (into < len(self.close))
-            token = torch.where(inside, self.close[into.clamp(0, len(self.close) - 1)], token)
-            fixed = torch.log_softmax(logits / (params.temperature or 1.0), -1).gather(
-                1, token[:, None]
-            )[:, 0]
-            drawn, full = torch.where(inside, 0.0, drawn), torch.where(inside, fixed, full)
-        column = torch.where(rows["done"], params.max_tokens, at)[:, None]
-        for name, value in (("tokens", token), ("drawn", drawn), ("full", full)):
-            rows[name].scatter_(1, column, value[:, None])
-        ends = torch.isin(token, self.stops) & ~rows["done"]
-        rows["length"].copy_(torch.where(ends, at + 1, rows["length"]))
-        rows["stopped"] |= ends
-        rows["done"] |= ends | (at + 1 >= rows["length"])
+        self.prompt_hidden[slots] = hidden[last]
+        self.cache.prompt_lengths[slots] = lengths
+
+    def assign_rows(self) -> None:
+        """Tell the cache which prompt each row reads."""
+        row_prompt = [NO_SLOT] * len(self.rows)
+        for completion in self.running:
+            row_prompt[completion.row] = completion.prompt.slot
+        self.cache.assign(row_prompt, self.largest_group)
+
+    # draw: one token of every row
+
+    def draw(self) -> None:
+        """Draw one token of every row, and record it."""
+        if self.params.think_budget is not None:
+            self.close_thoughts(self.params.think_budget)
+        rows = self.rows
+        positions = self.cache.own_lengths
+        logits = project(rows.hidden, self.head_weight, None, self.reordered_head)
+        logits = logits.to(rows.full_logprobs.dtype)
+        uniform = uniforms(rows.stream_keys, positions)
+        drawn = draw_tokens(logits, uniform, self.params.temperature, self.params.truncation)
+        if len(self.think_close):
+            drawn = self.put_in_think_close(drawn, logits, positions)
+        rows.record(positions, drawn, self.stop_ids)
         self.num_steps += 1
-        self.ages += 1
-        return token
 
-    def feed(self, tokens: Tensor) -> None:
-        """The hidden states from which the next tokens are drawn."""
-        cache, oldest = self.cache, int(self.ages[self.held >= 0].max(initial=1))
-        if len(tokens) != len(self.held):  # slots were dropped since the draw
-            tokens = self.rows["tokens"].gather(1, cache.own_lengths[:, None])[:, 0]
-        width = min(oldest, self.params.max_tokens)
-        # rows that are done, or slots that are free, write over their last entry
-        cache.own_lengths.clamp_(max=width - 1)
-        if self.device.type not in GRAPHED:
-            self.rows["hidden"] = decode_step(self.model, cache, tokens, width)
-        else:
-            width = min(-(-width // GRAPH_WIDTH) * GRAPH_WIDTH, self.params.max_tokens)
-            if width not in self.graphs:
-                fed, hidden = tokens.clone(), self.rows["hidden"]
-                self.graphs[width] = (
-                    fed,
-                    capture(lambda: hidden.copy_(decode_step(self.model, cache, fed, width))),
-                )
-            self.graphs[width][0].copy_(tokens)
-            self.graphs[width][1]()
-        cache.own_lengths += 1
+    def num_drawn(self, completion: CompletionState) -> int:
+        """Tokens that its row has drawn; a row that is done still draws until it is taken out."""
+        return self.num_steps - completion.entered
 
-    def close_thoughts(self, rows: Iterable[int]) -> None:
-        """Rows at their budget: those that still think get `think_close` as their next tokens."""
-        budget, decode = self.params.think_budget, self.params.decode
-        assert budget is not None and decode is not None
-        for row in rows:
-            if "</think>" not in decode(tuple(self.rows["tokens"][row, :budget].tolist())):
-                self.rows["insert_at"][row] = budget
+    def close_thoughts(self, think_budget: int) -> None:
+        """Rows that reach their budget, and still think, get `think_close` as their next tokens."""
+        assert self.decode is not None
+        for completion in self.running:
+            if self.num_drawn(completion) != think_budget:
+                continue
+            ids = self.rows.tokens[completion.row, :think_budget].tolist()
+            if "</think>" not in self.decode(tuple(ids)):
+                self.rows.insert_from[completion.row] = think_budget
+
+    def put_in_think_close(
+        self, drawn: DrawnTokens, logits: Float[Tensor, "B V"], positions: Int64[Tensor, " B"]
+    ) -> DrawnTokens:
+        """Replace the draws of rows that are inside `think_close`. Its tokens are certain."""
+        offset = positions - self.rows.insert_from
+        last = len(self.think_close) - 1
+        inside = (offset >= 0) & (offset <= last)
+        tokens = torch.where(inside, self.think_close[offset.clamp(0, last)], drawn.tokens)
+        logprobs = torch.log_softmax(logits / (self.params.temperature or 1.0), -1)
+        full_logprobs = logprobs.gather(1, tokens[:, None])[:, 0]
+        return DrawnTokens(
+            tokens=tokens,
+            sampler_logprobs=torch.where(inside, 0.0, drawn.sampler_logprobs),
+            full_logprobs=torch.where(inside, full_logprobs, drawn.full_logprobs),
+        )
+
+    # retire: running -> done
 
     def retire(self) -> None:
-        """Take out the rows that are done, and drop their slots when nobody waits for them."""
+        """Take out the rows that are done; drop free slots when nothing waits for them."""
+        if self.num_steps % self.retire_every != 0:
+            return
         if self.params.stop_strings:
             self.find_stop_strings()
-        done = self.rows["done"].cpu().numpy() & (self.held >= 0)
-        rows = np.flatnonzero(done).tolist()
-        if not rows:
+        done = self.rows.done.tolist()
+        finished = [c for c in self.running if done[c.row]]
+        if not finished:
             return
-        columns = ("tokens", "drawn", "full", "length", "stopped", "stop_string", "insert_at")
-        tokens, drawn, full, lengths, stopped, texts, inserts = (
-            self.rows[name][rows].cpu().numpy() for name in columns
-        )
-        for i, row in enumerate(rows):
-            completion, n, start = int(self.held[row]), int(lengths[i]), int(inserts[i])
-            reason = "stop_string" if texts[i] else "stop" if stopped[i] else "length"
-            inserted = (start, min(start + len(self.close), n)) if start < n else (0, 0)
-            columns_of_row = (tokens[i, :n].copy(), drawn[i, :n].copy(), full[i, :n].copy())
-            self.results[completion] = Sampled(*columns_of_row, reason, inserted)
-            if self.params.on_done:
-                self.params.on_done(completion, self.results[completion])
-            self.unfinished[self.owner[completion]] -= 1
-            if self.unfinished[self.owner[completion]] == 0:
-                self.free_prompts.append(self.slot_of.pop(self.owner[completion]))
-        self.held[rows] = -1
-        live = np.flatnonzero(self.held >= 0)
-        if not self.waiting and 0 < len(live) < WORTH_SHRINKING * len(self.held):
-            self.shrink(live)
-
-    def shrink(self, live: np.ndarray) -> None:
-        """Keep only the slots in use, in new buffers."""
-        self.graphs.clear()
-        prompts = sorted(self.slot_of.values())
-        rows = torch.from_numpy(live).to(self.device)
-        self.cache.keep(rows, torch.tensor(prompts, device=self.device))
-        self.rows = {name: value[rows] for name, value in self.rows.items()}
-        self.held, self.ages = self.held[live], self.ages[live]
-        self.slot_of = {request: prompts.index(slot) for request, slot in self.slot_of.items()}
-        self.largest_group = max(Counter(self.owner[i] for i in self.held).values())
-        self.reassign()
-
-    def reassign(self) -> None:
-        self.cache.assign(
-            [-1 if i < 0 else self.slot_of[self.owner[i]] for i in self.held], self.largest_group
-        )
+        finished.sort(key=lambda completion: completion.row)
+        self.running = [c for c in self.running if not done[c.row]]
+        self.free_rows = deque(sorted([*self.free_rows, *(c.row for c in finished)]))
+        self.collect(finished)
+        num_running = len(self.running)
+        if not self.waiting and 0 < num_running < WORTH_SHRINKING * len(self.rows):
+            self.shrink()
 
     def find_stop_strings(self) -> None:
-        """End rows at the token that completes a stop string; only the text that is new since the last look is read."""
-        assert self.params.decode is not None
-        reach = self.retire_every + 4 * max(
-            map(len, self.params.stop_strings)
-        )  # a character has at most four tokens
-        for row in np.flatnonzero(self.held >= 0).tolist():
-            end = int(min(self.ages[row], self.rows["length"][row].item()))
+        """End rows at the token that completes a stop string.
+
+        Only text that is new since the last look is read, and as much before it as a stop string
+        can reach back.
+        """
+        assert self.decode is not None
+        # a character has at most four tokens
+        reach = self.retire_every + 4 * max(map(len, self.params.stop_strings))
+        for completion in self.running:
+            row = completion.row
+            end = min(self.num_drawn(completion), int(self.rows.lengths[row]))
             start = max(0, end - reach)
-            text, starts = decode_with_starts(
-                self.rows["tokens"][row, start:end].tolist(), self.params.decode
-            )
-            found = [
-                text.find(stop) + len(stop) for stop in self.params.stop_strings if stop in text
-            ]
-            if found:
-                length = (
-                    start + int(np.searchsorted(np.append(starts[1:], len(text)), min(found))) + 1
-                )
-                if length < end or not self.rows["stopped"][row]:
-                    (
-                        self.rows["length"][row],
-                        self.rows["stop_string"][row],
-                        self.rows["done"][row],
-                    ) = length, True, True
+            ids = self.rows.tokens[row, start:end].tolist()
+            needed = _tokens_to_a_stop_string(ids, self.params.stop_strings, self.decode)
+            if needed is None:
+                continue
+            length = start + needed
+            # a stop token that also completes a stop string stays a stop token
+            if length < end or not self.rows.stopped[row]:
+                self.rows.end_at_stop_string(row, length)
+
+    def collect(self, finished: Sequence[CompletionState]) -> None:
+        """Read what these rows have written, hand it over, and free prompts without rows."""
+        rows = torch.tensor([c.row for c in finished], device=self.device)
+        written = self.rows.select(rows).cpu()
+        for i, completion in enumerate(finished):
+            result = written.completion(i, completion.sample_index, len(self.think_close))
+            completion.finish(result)
+            prompt = completion.prompt
+            if self.on_done is not None:
+                self.on_done(prompt.index, result)
+            if prompt.num_unfinished == 0:
+                self.free_prompt_slots.append(prompt.slot)
+                prompt.slot = NO_SLOT
+
+    def shrink(self) -> None:
+        """Keep only the slots in use, in new buffers: nothing waits, so no slot is taken again."""
+        # captured steps read the old buffers
+        self.captured.clear()
+        completions = sorted(self.running, key=lambda completion: completion.row)
+        prompts = sorted({c.prompt for c in self.running}, key=lambda prompt: prompt.slot)
+        rows = torch.tensor([c.row for c in completions], device=self.device)
+        slots = torch.tensor([p.slot for p in prompts], device=self.device)
+        self.cache.keep(rows, slots)
+        self.rows = self.rows.select(rows)
+        self.free_rows.clear()
+        self.free_prompt_slots.clear()
+        for row, completion in enumerate(completions):
+            completion.row = row
+        for slot, prompt in enumerate(prompts):
+            prompt.slot = slot
+        self.largest_group = max(Counter(c.prompt for c in self.running).values())
+        self.assign_rows()
+
+    # feed: the drawn tokens through the model
+
+    def feed(self) -> None:
+        """Feed the drawn tokens; the next ones are drawn from the hidden states after them."""
+        if not self.running:
+            return
+        cache = self.cache
+        oldest = self.running[0]
+        width = min(self.num_drawn(oldest), self.params.max_tokens)
+        # rows that are done, and free slots, write over their last entry
+        cache.own_lengths.clamp_(max=width - 1)
+        if self.device.type in GRAPHED:
+            self.replay_decode_step(width)
+        else:
+            self.rows.hidden = decode_step(self.model, cache, self.rows.last_tokens, width)
+        cache.own_lengths += 1
+
+    def replay_decode_step(self, width: int) -> None:
+        """`decode_step` as a CUDA graph, captured once for each multiple of GRAPH_WIDTH."""
+        multiple = -(-width // GRAPH_WIDTH) * GRAPH_WIDTH
+        width = min(multiple, self.params.max_tokens)
+        if width not in self.captured:
+            self.captured[width] = self.capture_decode_step(width)
+        step = self.captured[width]
+        step.tokens.copy_(self.rows.last_tokens)
+        step.replay()
+
+    def capture_decode_step(self, width: int) -> CapturedStep:
+        tokens = self.rows.last_tokens.clone()
+        hidden = self.rows.hidden
+
+        def work() -> Tensor:
+            return hidden.copy_(decode_step(self.model, self.cache, tokens, width))
+
+        return CapturedStep(tokens, capture(work))
+
+    # the end
 
     def result(self) -> Generation:
-        """In the order of the requests."""
-        ends = np.cumsum([0, *(len(r.keys) for r in self.requests)])
-        whole = [sampled for sampled in self.results if sampled is not None]
-        assert len(whole) == len(self.results)
-        if not all(np.isfinite(s.full_logprobs).all() for s in whole):
-            raise UserError(
-                "the model's probabilities are no finite numbers: weights are damaged, or training diverged (lower optim.lr)"
-            )
-        groups = [whole[a:b] for a, b in zip(ends[:-1], ends[1:], strict=True)]
-        left = np.minimum(self.entered + [len(s.ids) for s in whole], self.waited_until)
+        """Everything, in the order of the requests."""
+        groups = [[_result_of(c) for c in prompt.completions] for prompt in self.prompts]
+        for group in groups:
+            if not all(np.isfinite(completion.full_logprobs).all() for completion in group):
+                raise UserError(
+                    "the model's probabilities are not finite numbers: "
+                    "weights are damaged, or training diverged (lower optim.lr)"
+                )
+        return Generation(
+            groups=groups,
+            num_steps=self.num_steps,
+            occupancy=self.occupancy(),
+            kv_bytes=self.kv_bytes,
+        )
+
+    def occupancy(self) -> float | None:
+        """The share of row slots in use while completions waited; None: none ever waited."""
         offered = self.num_rows * self.waited_until
-        occupancy = float(np.maximum(left - self.entered, 0).sum() / offered) if offered else None
-        return Generation(groups, self.num_steps, occupancy, self.kv_bytes)
+        if not offered:
+            return None
+        used = 0
+        for completion in self.completions:
+            left = completion.entered + len(_result_of(completion).ids)
+            used += max(min(left, self.waited_until) - completion.entered, 0)
+        return used / offered
+
+
+def _prompt_state(index: int, request: Request, params: SamplingParams) -> PromptState:
+    """A request with all its completions waiting."""
+    prompt = PromptState(index, request, num_unfinished=len(request.keys))
+    limits = request.limits or (params.max_tokens,) * len(request.keys)
+    for sample_index, (stream_key, limit) in enumerate(zip(request.keys, limits, strict=True)):
+        prompt.completions.append(
+            CompletionState(
+                prompt=prompt,
+                sample_index=sample_index,
+                stream_key=stream_key,
+                limit=min(limit, params.max_tokens),
+            )
+        )
+    return prompt
+
+
+def _result_of(completion: CompletionState) -> Completion:
+    assert completion.result is not None
+    return completion.result
+
+
+def _tokens_to_a_stop_string(
+    ids: Sequence[int], stop_strings: Sequence[str], decode: Decode
+) -> int | None:
+    """How many of the tokens it takes to complete the first stop string; None: there is none."""
+    text, starts = decode_with_starts(ids, decode)
+    ends = [text.find(stop) + len(stop) for stop in stop_strings if stop in text]
+    if not ends:
+        return None
+    token_ends = np.append(starts[1:], len(text))
+    return int(np.searchsorted(token_ends, min(ends))) + 1

@@ -1,4 +1,8 @@
-"""Key/value memory of the sampler, in fixed slots: each prompt's once, each row's own beside it, and decode attention over both."""
+"""Key/value memory of the sampler, and decode attention over it.
+
+Prompts and rows live in fixed slots: each prompt's keys and values are kept once, each row's own
+beside them.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,7 +13,7 @@ from einops import rearrange
 from torch import Tensor
 
 from mar.errors import UserError
-from mar.policy.attention import cpu_attention
+from mar.policy.attention import Attend, cpu_attention
 from mar.policy.model import ModelConfig
 
 
@@ -19,45 +23,68 @@ def capacity(
     max_tokens: int,
     kv_budget_tokens: int,
 ) -> tuple[int, int]:
-    """(prompt slots, row slots) within the budget; a prompt slot is as long as the longest prompt.
+    """How many prompt slots and row slots fit into the budget.
 
-    Beside the prompts whose rows fill the row slots there is room for as many again, of which only slow rows are left. Raises UserError where
-    the largest group with the longest prompt does not fit.
+    A prompt slot is as long as the longest prompt, a row slot has `max_tokens`. There are prompt
+    slots for twice the groups that fill the row slots, and one more: a prompt whose last slow rows
+    still run keeps its slot while the next groups enter.
+
+    Raises UserError where the largest group with the longest prompt does not fit.
     """
-    num_prompts, longest, largest = len(prompt_lengths), max(prompt_lengths), max(group_sizes)
-    if (need := longest + largest * max_tokens) > kv_budget_tokens:
+    num_prompts = len(prompt_lengths)
+    longest = max(prompt_lengths)
+    largest = max(group_sizes)
+    one_group = longest + largest * max_tokens
+    if one_group > kv_budget_tokens:
         raise UserError(
-            f"one group needs {need} tokens of KV memory (prompt {longest} + {largest} x {max_tokens}): raise "
-            f"scale.kv_budget_tokens from {kv_budget_tokens}, or lower algo.group_size or model.max_completion_tokens"
+            f"one group needs {one_group} tokens of KV memory "
+            f"(prompt {longest} + {largest} x {max_tokens}): "
+            f"raise scale.kv_budget_tokens from {kv_budget_tokens}, "
+            f"or lower algo.group_size or model.max_completion_tokens"
         )
 
-    def prompts_for(rows: int) -> int:
-        return min(num_prompts, rows, 2 * -(-rows // largest) + 1)
+    def fits(num_prompt_slots: int, num_rows: int) -> bool:
+        return num_prompt_slots * longest + num_rows * max_tokens <= kv_budget_tokens
 
-    rows = sum(group_sizes)
-    if num_prompts * longest + rows * max_tokens > kv_budget_tokens:
-        rows = min(rows, kv_budget_tokens // max_tokens)
-        while rows > largest and prompts_for(rows) * longest + rows * max_tokens > kv_budget_tokens:
-            rows -= 1
-    return min(num_prompts, rows, (kv_budget_tokens - rows * max_tokens) // longest), rows
+    def prompt_slots_for(num_rows: int) -> int:
+        groups_at_once = -(-num_rows // largest)
+        return min(num_prompts, num_rows, 2 * groups_at_once + 1)
+
+    num_rows = sum(group_sizes)
+    if not fits(num_prompts, num_rows):
+        num_rows = min(num_rows, kv_budget_tokens // max_tokens)
+        while num_rows > largest and not fits(prompt_slots_for(num_rows), num_rows):
+            num_rows -= 1
+    room_for_prompts = (kv_budget_tokens - num_rows * max_tokens) // longest
+    return min(num_prompts, num_rows, room_for_prompts), num_rows
+
+
+@dataclass(frozen=True)
+class PackedPrompt:
+    """A prompt in one line of packed tokens, and the prompt slot that it goes into."""
+
+    start: int
+    length: int
+    slot: int
 
 
 @dataclass
 class KVCache:
-    """Q prompt slots of P tokens and S row slots of R tokens. The rows of a group read the same prompt entries; they are never copied per row.
+    """P prompt slots of T_prompt tokens and B row slots of T tokens, allocated once.
 
-    All of it is allocated once; rows and prompts come and go in their slots.
+    The rows of a group read the same prompt entries, which are never copied per row. KV is the
+    number of key and value heads, G the most rows that read one prompt.
     """
 
-    prompt_keys: Tensor  # [L, Q, Hkv, P, D]
+    prompt_keys: Tensor  # [L, P, KV, T_prompt, head_dim]
     prompt_values: Tensor
-    own_keys: Tensor  # [L, S, Hkv, R, D]
+    own_keys: Tensor  # [L, B, KV, T, head_dim]
     own_values: Tensor
-    prompt_lengths: Tensor  # [Q]
-    own_lengths: Tensor  # [S] tokens of its own that a row has read
-    row_prompt: Tensor  # [S] the prompt slot that a row reads
-    members: Tensor  # [Q, M] the rows that read each prompt, padded with row 0
-    place: Tensor  # [S] where a row stands in its line of `members`
+    prompt_lengths: Tensor  # [P]
+    own_lengths: Tensor  # [B]: tokens of its own that a row has fed to the model
+    row_prompt: Tensor  # [B]: the prompt slot that a row reads
+    members: Tensor  # [P, G]: the rows that read a prompt, padded with row 0
+    member_index: Tensor  # [B]: the column of `members` in which a row stands
 
     @classmethod
     def allocate(
@@ -71,122 +98,148 @@ class KVCache:
     ) -> "KVCache":
         """Empty slots, in the dtype and on the device of `like`."""
 
-        def empty(count: int, tokens: int) -> Tensor:
+        def entries(num_slots: int, num_tokens: int) -> Tensor:
             return like.new_zeros(
-                config.num_layers, count, config.num_kv_heads, tokens, config.head_dim
+                config.num_layers, num_slots, config.num_kv_heads, num_tokens, config.head_dim
             )
 
         def integers(*shape: int) -> Tensor:
             return torch.zeros(shape, dtype=torch.int64, device=like.device)
 
         return cls(
-            prompt_keys=empty(num_prompts, prompt_tokens),
-            prompt_values=empty(num_prompts, prompt_tokens),
-            own_keys=empty(num_rows, row_tokens),
-            own_values=empty(num_rows, row_tokens),
+            prompt_keys=entries(num_prompts, prompt_tokens),
+            prompt_values=entries(num_prompts, prompt_tokens),
+            own_keys=entries(num_rows, row_tokens),
+            own_values=entries(num_rows, row_tokens),
             prompt_lengths=integers(num_prompts),
             own_lengths=integers(num_rows),
             row_prompt=integers(num_rows),
             members=integers(num_prompts, 1),
-            place=integers(num_rows),
+            member_index=integers(num_rows),
         )
 
     @property
     def num_bytes(self) -> int:
-        """What the keys and values take."""
+        """Bytes of the keys and values."""
         tensors = (self.prompt_keys, self.prompt_values, self.own_keys, self.own_values)
         return sum(x.numel() * x.element_size() for x in tensors)
 
-    def prefill_attend(self, prompts: Sequence[tuple[int, int, int]]):  # type: ignore[no-untyped-def]
-        """An `attend` for `Decoder.hidden` over packed prompts, each (start, length, slot), that also fills their slots."""
+    def prefill_attend(self, prompts: Sequence[PackedPrompt]) -> Attend:
+        """An `attend` for `Decoder.hidden` over packed prompts, which also fills their slots."""
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             out = torch.empty_like(q)
-            for start, length, slot in prompts:
-                own = slice(start, start + length)
-                keys, values = (rearrange(x[own], "t h d -> 1 h t d") for x in (k, v))
-                self.prompt_keys[layer, slot, :, :length] = keys[0]
-                self.prompt_values[layer, slot, :, :length] = values[0]
-                queries = rearrange(q[own], "t h d -> 1 h t d")
+            for prompt in prompts:
+                span = slice(prompt.start, prompt.start + prompt.length)
+                queries = rearrange(q[span], "t h d -> 1 h t d")
+                keys = rearrange(k[span], "t h d -> 1 h t d")
+                values = rearrange(v[span], "t h d -> 1 h t d")
+                self.prompt_keys[layer, prompt.slot, :, : prompt.length] = keys[0]
+                self.prompt_values[layer, prompt.slot, :, : prompt.length] = values[0]
                 mixed = F.scaled_dot_product_attention(
                     queries, keys, values, is_causal=True, enable_gqa=True
                 )
-                out[own] = rearrange(mixed, "1 h t d -> t h d")
+                out[span] = rearrange(mixed, "1 h t d -> t h d")
             return out
 
         return attend
 
-    def decode_attend(self, width: int):  # type: ignore[no-untyped-def]
-        """An `attend` for one new token per row, at its `own_lengths`, all below `width`: one product per prompt over its slot, one per row
-        over its own tokens, joined by their log-sum-exps."""
-        device, rows = (
-            self.own_lengths.device,
-            torch.arange(len(self.own_lengths), device=self.own_lengths.device),
-        )
-        positions = torch.arange(max(width, self.prompt_keys.shape[3]), device=device)
+    def decode_attend(self, width: int) -> Attend:
+        """An `attend` for `Decoder.hidden` over one new token per row, which also stores it.
 
-        def hide(
-            ends: Tensor, count: int
-        ) -> Tensor:  # [len(ends), 1, 1, count]: 0, and -inf from `ends` on
-            return torch.where(positions[:count] < ends[:, None], 0.0, -torch.inf).to(
-                self.own_keys
-            )[:, None, None]
+        Each row's token goes to its `own_lengths`, all of them below `width`. A row attends to its
+        own tokens in one product and, together with the other rows of its group, to its prompt in
+        another. With the log-sum-exps z of both, the softmax over all of them is
 
+            own + sigmoid(z_prompt - z_own) * (prompt - own)
+        """
+        device = self.own_lengths.device
         mix = _mix_cpu if device.type == "cpu" else _mix
-        unread, padding = (
-            hide(self.own_lengths + 1, width),
-            hide(self.prompt_lengths, self.prompt_keys.shape[3]),
-        )
+        rows = torch.arange(len(self.own_lengths), device=device)
+        prompt_tokens = self.prompt_keys.shape[3]
+        own_bias = self._hide_from(self.own_lengths + 1, width)
+        prompt_bias = self._hide_from(self.prompt_lengths, prompt_tokens)
+
+        def attend_to_own(layer: int, q: Tensor) -> tuple[Tensor, Tensor]:
+            keys = self.own_keys[layer, :, :, :width]
+            values = self.own_values[layer, :, :, :width]
+            return mix(q, keys, values, own_bias)
+
+        def attend_to_prompt(layer: int, q: Tensor) -> tuple[Tensor, Tensor]:
+            """The queries of a prompt's rows go side by side, so that its keys are not repeated."""
+            # one gather, no copy
+            by_prompt = rearrange(q.transpose(0, 1)[:, self.members], "h p g r d -> p h (g r) d")
+            mixed, lse = mix(
+                by_prompt, self.prompt_keys[layer], self.prompt_values[layer], prompt_bias
+            )
+            return by_row(mixed), by_row(lse)
+
+        def by_row(x: Tensor) -> Tensor:
+            by_member = rearrange(x, "p h (g r) d -> p g h r d", g=self.members.shape[1])
+            return by_member[self.row_prompt, self.member_index]
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            q = rearrange(q, "s (h r) d -> s h r d", h=k.shape[1])
-            own_keys, own_values = self.own_keys[layer], self.own_values[layer]
-            own_keys[rows, :, self.own_lengths], own_values[rows, :, self.own_lengths] = k, v
-            own, own_lse = mix(q, own_keys[:, :, :width], own_values[:, :, :width], unread)
-            grouped = rearrange(
-                q.transpose(0, 1)[:, self.members], "h g m r d -> g h (m r) d"
-            )  # one gather, no copy
-            parts = mix(grouped, self.prompt_keys[layer], self.prompt_values[layer], padding)
-            split = "g h (m r) d -> g m h r d"
-            shared, lse = (
-                rearrange(x, split, m=self.members.shape[1])[self.row_prompt, self.place]
-                for x in parts
-            )
-            share = torch.sigmoid(lse - own_lse)  # the prompt's part of the softmax mass
-            return rearrange(own + share * (shared - own), "s h r d -> s (h r) d").to(q.dtype)
+            self.own_keys[layer][rows, :, self.own_lengths] = k
+            self.own_values[layer][rows, :, self.own_lengths] = v
+            # query heads by the key head that they share
+            q = rearrange(q, "b (h r) d -> b h r d", h=k.shape[1])
+            own, own_lse = attend_to_own(layer, q)
+            prompt, prompt_lse = attend_to_prompt(layer, q)
+            prompt_share = torch.sigmoid(prompt_lse - own_lse)
+            mixed = own + prompt_share * (prompt - own)
+            return rearrange(mixed, "b h r d -> b (h r) d").to(q.dtype)
 
         return attend
 
-    def assign(self, row_prompt: Sequence[int], most: int) -> None:
-        """Say which prompt slot each row reads (-1: the row is free); at most `most` rows read one prompt."""
+    def _hide_from(self, ends: Tensor, num_tokens: int) -> Tensor:
+        """A bias on scores [len(ends), 1, 1, num_tokens]: 0 before each end, -inf from it on."""
+        positions = torch.arange(num_tokens, device=ends.device)
+        bias = torch.where(positions < ends[:, None], 0.0, -torch.inf)
+        return bias.to(self.own_keys)[:, None, None]
+
+    def assign(self, row_prompt: Sequence[int], largest_group: int) -> None:
+        """Say which prompt slot each row reads, -1 for a free row.
+
+        At most `largest_group` rows read one prompt.
+        """
         members: list[list[int]] = [[] for _ in range(self.members.shape[0])]
-        place = [0] * len(row_prompt)
+        member_index = [0] * len(row_prompt)
         for row, slot in enumerate(row_prompt):
             if slot >= 0:
-                place[row] = len(members[slot])
+                member_index[row] = len(members[slot])
                 members[slot].append(row)
-        table = [rows + [0] * (most - len(rows)) for rows in members]
-        for name, line in {
-            "members": table,
-            "place": place,
-            "row_prompt": [max(slot, 0) for slot in row_prompt],
-        }.items():
-            old, new = getattr(self, name), torch.tensor(line, device=self.own_lengths.device)
-            setattr(
-                self, name, old.copy_(new) if old.shape == new.shape else new
-            )  # a CUDA graph reads the address
+        padded = [rows + [0] * (largest_group - len(rows)) for rows in members]
+        self.members = _refilled(self.members, padded)
+        self.member_index = _refilled(self.member_index, member_index)
+        self.row_prompt = _refilled(self.row_prompt, [max(slot, 0) for slot in row_prompt])
 
     def keep(self, rows: Tensor, prompts: Tensor) -> None:
-        """Drop all row slots and prompt slots but these, in ascending order; `assign` follows. The memory is not given back, and none is asked
-        for: entries move to the front layer by layer."""
-        for name, chosen in (("own", rows), ("prompt", prompts)):
-            for kind in ("keys", "values"):
-                whole = getattr(self, f"{name}_{kind}")
-                for layer in whole:
-                    layer[: len(chosen)] = layer[chosen]
-                setattr(self, f"{name}_{kind}", whole[:, : len(chosen)])
-        self.own_lengths, self.prompt_lengths = self.own_lengths[rows], self.prompt_lengths[prompts]
+        """Drop all row slots and prompt slots but these, in ascending order; `assign` follows.
+
+        Entries move to the front layer by layer. No memory is given back, and none is asked for.
+        """
+        self.own_keys = _moved_to_front(self.own_keys, rows)
+        self.own_values = _moved_to_front(self.own_values, rows)
+        self.prompt_keys = _moved_to_front(self.prompt_keys, prompts)
+        self.prompt_values = _moved_to_front(self.prompt_values, prompts)
+        self.own_lengths = self.own_lengths[rows]
+        self.prompt_lengths = self.prompt_lengths[prompts]
         self.members = self.members[prompts]
+
+
+def _refilled(buffer: Tensor, values: Sequence[int] | Sequence[Sequence[int]]) -> Tensor:
+    """The buffer with new values: CUDA graphs read its address. A new one if the shape changed."""
+    new = torch.tensor(values, device=buffer.device)
+    if new.shape != buffer.shape:
+        return new
+    return buffer.copy_(new)
+
+
+def _moved_to_front(entries: Tensor, slots: Tensor) -> Tensor:
+    """A view of the first len(slots) slots, after the entries of `slots` were moved there."""
+    for layer in entries:
+        layer[: len(slots)] = layer[slots]
+    return entries[:, : len(slots)]
 
 
 def _mix_cpu(q: Tensor, keys: Tensor, values: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
@@ -196,8 +249,13 @@ def _mix_cpu(q: Tensor, keys: Tensor, values: Tensor, bias: Tensor) -> tuple[Ten
 
 
 def _mix(q: Tensor, keys: Tensor, values: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    """Attention of q [B, H, M, D] over N entries with `bias` [B, 1, 1, N] on their scores, and its log-sum-exp [B, H, M, 1] in float32 or wider."""
+    """Attention of q [N, H, M, head_dim] over T entries, with `bias` [N, 1, 1, T] on their scores.
+
+    Returns the mixed values, and the log-sum-exp of the scores [N, H, M, 1]; both in float32 or
+    wider.
+    """
     precise = torch.promote_types(q.dtype, torch.float32)
     scores = ((q @ keys.mT).to(precise) * q.shape[-1] ** -0.5).add_(bias)
     lse = scores.logsumexp(-1, keepdim=True)
-    return (scores.sub_(lse).exp_().to(q.dtype) @ values).to(precise), lse
+    weights = scores.sub_(lse).exp_().to(q.dtype)
+    return (weights @ values).to(precise), lse

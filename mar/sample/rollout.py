@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any
 
@@ -14,12 +14,11 @@ from mar.errors import UserError
 from mar.policy.model import Decoder
 from mar.records import Completion, Gold, Prompt, Rollout
 from mar.sample.draws import SamplingParams, stream_key
-from mar.sample.engine import Generation, Request, Sampled, generate
+from mar.sample.engine import Decode, Generation, Request, generate
 from mar.verify.matching import expected_hits, matching_increments, repeats
 from mar.verify.programs import ProgramRunner
 from mar.verify.verifiers import AnswerChecker, verifier_for
 
-Decode = Callable[[tuple[int, ...]], str]
 OnCompletion = Callable[[Prompt, Completion], None]
 
 REMEMBERED_TOKENS = 32  # longer texts do not come again
@@ -71,12 +70,13 @@ def sample(
     identity: tuple[int | str, ...],
     share: slice = slice(None),
     on_completion: OnCompletion | None = None,
+    decode: Decode | None = None,
 ) -> tuple[list[list[Completion]], Generation]:
     """`group_size` completions of every prompt in `share`, and how the sampler did.
 
     Every draw is fixed by `identity` (run seed, stage, step), the prompt's id, how often that id
     came before among `prompts`, and the sample index. `on_completion` gets each completion as soon
-    as it is done.
+    as it is done. `decode` is needed where `params` has stop strings or a thinking budget.
     """
     requests = []
     times_seen: Counter[str] = Counter()  # a prompt asked twice in a step gets two different groups
@@ -86,32 +86,21 @@ def sample(
         keys = [stream_key(*identity, prompt.id, occurrence, g) for g in range(group_size)]
         requests.append(Request(prompt.ids, tuple(keys)))
 
-    if on_completion:
-        my_prompts = prompts[share]
-        notify = on_completion
+    my_prompts = prompts[share]
 
-        def on_done(index: int, sampled: Sampled) -> None:
-            prompt = my_prompts[index // group_size]
-            notify(prompt, _completion(index % group_size, sampled))
+    def on_done(index: int, completion: Completion) -> None:
+        if on_completion is not None:
+            on_completion(my_prompts[index], completion)
 
-        params = replace(params, on_done=on_done)
-
-    generation = generate(model, requests[share], params, kv_budget_tokens)
-    groups = []
-    for group in generation.groups:
-        groups.append([_completion(g, sampled) for g, sampled in enumerate(group)])
-    return groups, generation
-
-
-def _completion(sample_index: int, sampled: Sampled) -> Completion:
-    return Completion(
-        sample_index=sample_index,
-        ids=sampled.ids,
-        sampler_logprobs=sampled.sampler_logprobs,
-        full_logprobs=sampled.full_logprobs,
-        finish_reason=sampled.finish_reason,
-        inserted=sampled.inserted,
+    generation = generate(
+        model,
+        requests[share],
+        params,
+        kv_budget_tokens,
+        decode=decode,
+        on_done=on_done,
     )
+    return generation.groups, generation
 
 
 # --- reading ---------------------------------------------------------------------------------

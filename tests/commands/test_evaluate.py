@@ -1,4 +1,5 @@
-"""The command on the embedded model: the same bytes again, after an interruption too; texts from outside; every mistake in one sentence."""
+"""`mar.evaluate` on the embedded model: the same bytes again, also after an interruption; texts
+from outside; every mistake in one sentence."""
 
 import json
 from pathlib import Path
@@ -11,9 +12,11 @@ from mar import evaluate
 from mar.answers.grammar import Grammar, render
 from mar.answers.prompts import load_tokenizer
 from mar.errors import UserError
-from mar.measure.baselines import arms_of, at_tokens
+from mar.measure.baselines import build_arms
+from mar.measure.comparison import coverage_at_tokens
 from mar.measure.held_out import measure
 from mar.records import Completion
+from mar.run import answering
 from mar.run.compose import compose
 from mar.run.console import Display
 from mar.run.setup import build_training
@@ -90,7 +93,7 @@ def test_an_evaluation_holds_what_it_says(base: Path) -> None:
     equal = found["equal_tokens"][0]
     assert equal["policy"] == policy["curve"]["coverage"][0][0]
     assert equal["single"] == pytest.approx(
-        at_tokens(single["curve"], policy["curve"]["tokens"][0])
+        coverage_at_tokens(single["curve"], policy["curve"]["tokens"][0])
     )
 
 
@@ -111,7 +114,7 @@ def test_the_first_set_is_what_training_measures(base: Path, tmp_path: Path) -> 
 def test_an_interrupted_evaluation_goes_on(
     cut: str, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(evaluate, "ROWS_AT_ONCE", 4)  # two items of the policy at a time
+    monkeypatch.setattr(answering, "COMPLETIONS_PER_WRITE", 4)  # two items of the policy at a time
     evaluate.run(["base", *FEW, f"out={tmp_path / 'whole'}"], DISPLAY)
     expected = (tmp_path / "whole/eval_items.jsonl").read_bytes()
     lines = expected.splitlines(keepends=True)
@@ -119,18 +122,17 @@ def test_an_interrupted_evaluation_goes_on(
     kept = b"".join(lines[:4]) + lines[4][:40] if cut == "middle of a line" else b"".join(lines[:9])
     (tmp_path / "cut/eval_items.jsonl").write_bytes(kept)
     asked = []
-    sampled = evaluate.Questions.sampled
+    sample_items = answering.sample_items
     monkeypatch.setattr(
-        evaluate.Questions,
-        "sampled",
-        lambda self, arm, *rest: asked.append(arm.name) or sampled(self, arm, *rest),
+        answering,
+        "sample_items",
+        lambda arm, **rest: asked.append(arm.name) or sample_items(arm, **rest),
     )
     evaluate.run(["base", *FEW, f"out={tmp_path / 'cut'}"], DISPLAY)
     assert (tmp_path / "cut/eval_items.jsonl").read_bytes() == expected
     assert document(tmp_path / "cut") == document(tmp_path / "whole")
-    assert asked.count("policy") == (
-        2 if cut == "middle of a line" else 0
-    )  # the third item is half a chunk: asked again
+    # The third item is half a chunk: it is asked again.
+    assert asked.count("policy") == (2 if cut == "middle of a line" else 0)
     assert [row["metrics"] for row in document(base)["arms"].values()] == [
         row["metrics"] for row in document(tmp_path / "cut")["arms"].values()
     ]
@@ -144,9 +146,8 @@ def test_an_item_that_is_too_long_for_one_arm_is_asked_of_none(base: Path, tmp_p
     }
     limit = sorted(lengths["policy"].values())[2]
     kept = [id for id, length in lengths["policy"].items() if length <= limit]
-    assert (
-        len(kept) < 5 and max(lengths["single"].values()) <= limit
-    )  # asked for one answer, all would fit
+    assert len(kept) < 5
+    assert max(lengths["single"].values()) <= limit  # asked for one answer, all would fit
     evaluate.run(["base", *FEW, f"model.max_prompt_tokens={limit}", f"out={tmp_path}"], DISPLAY)
     again = [
         json.loads(line) for line in (tmp_path / "eval_items.jsonl").read_text().splitlines()[1:]
@@ -163,10 +164,8 @@ def test_another_evaluation_is_not_mixed_in(
     evaluate.run(words, DISPLAY)
     evaluate.run([*words, "seed=1"], Display("plain", 0, 0))
     assert "belongs to another evaluation" in capsys.readouterr().out
-    assert (
-        json.loads((tmp_path / "eval_items.jsonl").read_text().splitlines()[0])["protocol"]["seed"]
-        == 1
-    )
+    header = json.loads((tmp_path / "eval_items.jsonl").read_text().splitlines()[0])
+    assert header["protocol"]["seed"] == 1
 
 
 def test_completions_of_others_measure_alike(
@@ -187,19 +186,15 @@ def test_completions_of_others_measure_alike(
         Display("plain", 0, 0),
     )
     said = " ".join(capsys.readouterr().out.split())
-    assert (
-        "10 of 11 texts: 2 for each of 5 of 7 questions" in said
-        and "Skipped 1 broken line(s)" in said
-        and ":12" in said
-    )
-    ours, theirs = (
-        document(base)["arms"]["policy"]["metrics"],
-        document(tmp_path)["arms"]["policy"]["metrics"],
-    )
+    assert "10 of 11 texts: 2 for each of 5 of 7 questions" in said
+    assert "Skipped 1 broken line(s)" in said
+    assert ":12" in said
+    ours = document(base)["arms"]["policy"]["metrics"]
+    theirs = document(tmp_path)["arms"]["policy"]["metrics"]
     for name in ours:
         if name != "tokens_per_set":
             assert theirs[name] == ours[name], name
-    # a stop token is no text: one token a set less, when counted from the text
+    # The stop token is no text: one token a set less when counted from the text.
     assert theirs["tokens_per_set"][0] == pytest.approx(ours["tokens_per_set"][0] - 1, abs=0.5)
 
 
@@ -226,7 +221,7 @@ def test_a_run_against_its_untrained_self(
         for line in (out / "eval_items.jsonl").read_text().splitlines()
         if "arm" in (row := json.loads(line))
     }
-    assert rows["policy"]["sets"] != rows["base"]["sets"]  # a step of lr .1 did change it
+    assert rows["policy"]["sets"] != rows["base"]["sets"]  # the step has changed the policy
     middle, low, high = found["paired"]["policy - base"]["coverage@3"]
     arms = found["arms"]
     assert middle == pytest.approx(
@@ -311,25 +306,27 @@ def test_the_same_coverage_through_transformers_generate(tmp_path: Path) -> None
 
 
 def test_arms() -> None:
-    multi = {a.name: a for a in arms_of(Grammar("rlcr_multi", 3), 30, [1, 3, 5], trained=True)}
+    multi = {a.name: a for a in build_arms(Grammar("rlcr_multi", 3), 30, [1, 3, 5], trained=True)}
     assert list(multi) == ["policy", "base", "single", "prompted_k", "verbalized", "K=1", "K=5"]
     assert [a.num_sets for a in multi.values()] == [10, 1, 30, 1, 1, 1, 1]
-    assert [n for n, a in multi.items() if a.trained] == ["policy", "K=1", "K=5"] and multi[
-        "prompted_k"
-    ].style == "prompted_k"
+    assert [n for n, a in multi.items() if a.trained] == ["policy", "K=1", "K=5"]
+    assert multi["prompted_k"].style == "prompted_k"
     assert multi["K=1"].grammar == Grammar("rlcr_multi", 1)
-    single = {a.name: a for a in arms_of(Grammar("rlvr_single", 1), 30, [1, 3, 5], trained=False)}
-    assert (
-        list(single) == ["policy", "prompted_k", "verbalized"] and single["policy"].num_sets == 30
-    )
+    single = {
+        a.name: a for a in build_arms(Grammar("rlvr_single", 1), 30, [1, 3, 5], trained=False)
+    }
+    assert list(single) == ["policy", "prompted_k", "verbalized"]
+    assert single["policy"].num_sets == 30
     assert single["prompted_k"].grammar == Grammar("rlvr_multi", 3)
 
 
 def test_words(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    training = tmp_path / "algo.credit=own/seed0"
-    training.mkdir(parents=True)
-    assert evaluate.split_words([str(training), "seed=1"])[::2] == (str(training), ["seed=1"])
-    assert evaluate.main(["--help"]) == 0 and "completions=file.jsonl" in capsys.readouterr().out
+    run_of_sweep = tmp_path / "algo.credit=own/seed0"
+    run_of_sweep.mkdir(parents=True)
+    target, _, settings = evaluate.split_words([str(run_of_sweep), "seed=1"])
+    assert (target, settings) == (str(run_of_sweep), ["seed=1"])
+    assert evaluate.main(["--help"]) == 0
+    assert "completions=file.jsonl" in capsys.readouterr().out
     name, options, settings = evaluate.split_words(
         ["runs/x", "k=6", "eval.num_items=5", "+experiment=clinic", "completions="]
     )
@@ -339,17 +336,13 @@ def test_words(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         "",
         ["eval.num_items=5", "+experiment=clinic"],
     )
-    assert (
-        evaluate.sizes_of("2..4") == [2, 3, 4]
-        and evaluate.sizes_of("2,5") == [2, 5]
-        and evaluate.sizes_of("") == []
-    )
+    assert evaluate.parse_sizes("2..4") == [2, 3, 4]
+    assert evaluate.parse_sizes("2,5") == [2, 5]
+    assert evaluate.parse_sizes("") == []
     curve = {"tokens": [10.0, 20.0], "coverage": [[0.5, 0, 1], [0.7, 0, 1]]}
-    assert (
-        at_tokens(curve, 15) == pytest.approx(0.6)
-        and at_tokens(curve, 5) is None
-        and at_tokens(curve, 21) is None
-    )
+    assert coverage_at_tokens(curve, 15) == pytest.approx(0.6)
+    assert coverage_at_tokens(curve, 5) is None
+    assert coverage_at_tokens(curve, 21) is None
 
 
 def broken_inputs(tmp_path: Path, trained: Path) -> dict[str, tuple[list[str], str]]:
@@ -402,12 +395,13 @@ def test_mistakes_are_one_sentence(
 
 def test_nothing_of_a_resampled_interval_depends_on_the_order_of_arms(base: Path) -> None:
     with pytest.raises(UserError, match="other questions"):
-        evaluate.compare_with(base, [], True)
+        answering.compare_with(base, [], True)
     assert np.isfinite(document(base)["arms"]["policy"]["metrics"]["coverage@3"]).all()
 
 
 def test_programs_are_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first answer of every set passes, the second is the same with another name, the third is wrong; sets begin with either name."""
+    """The first answer of every set passes, the second is the same with another name, the third is
+    wrong. Every other set begins with the second."""
     row = {"text": "Square a number.", "test_list": ["assert f(2) == 4", "assert f(3) == 9"]}
     data = tmp_path / "mbpp.jsonl"
     data.write_text(
@@ -418,9 +412,9 @@ def test_programs_are_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     )
     right, wrong = "def f(x):\n    return x * x", "def f(x):\n    return x + x"
 
-    def write(model, prompts, num_sets, params, *_):
+    def write(model, prompts, group_size, **_):
         group = []
-        for g in range(num_sets):
+        for g in range(group_size):
             first, second = (right, right.replace("x", "y"))[:: 1 if g % 2 == 0 else -1]
             ids = np.array(
                 tokenizer(
@@ -435,10 +429,17 @@ def test_programs_are_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         return [group for _ in prompts], None
 
     tokenizer = load_tokenizer(EMBEDDED)
-    monkeypatch.setattr("mar.evaluate.sample", write)
-    words = f"base +experiment=mbpp model=embedded data.source=path data.path={data} eval.num_items=3 k=6 num_answers= arms=policy"
-    words += " reward.sandbox=unsafe"
-    out = evaluate.run([*words.split(), f"out={tmp_path / 'out'}"], DISPLAY)
+    monkeypatch.setattr("mar.measure.baselines.sample", write)
+    settings = [
+        "+experiment=mbpp",
+        "model=embedded",
+        "data.source=path",
+        f"data.path={data}",
+        "reward.sandbox=unsafe",
+        "eval.num_items=3",
+    ]
+    words = [*settings, "k=6", "num_answers=", "arms=policy"]
+    out = evaluate.run(["base", *words, f"out={tmp_path / 'out'}"], DISPLAY)
     metrics = document(out)["arms"]["policy"]["metrics"]
     expected = {
         "coverage@3": 1,
@@ -453,4 +454,4 @@ def test_programs_are_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     texts = tmp_path / "texts.jsonl"
     texts.write_text(json.dumps({"id": "mbpp-1", "text": "x"}))
     with pytest.raises(UserError, match="answers in words"):
-        evaluate.run([f"completions={texts}", *words.split()[1:], f"out={tmp_path / 'b'}"], DISPLAY)
+        evaluate.run([f"completions={texts}", *words, f"out={tmp_path / 'b'}"], DISPLAY)

@@ -10,12 +10,11 @@ import transformers
 
 from mar.errors import UserError
 from mar.export import export
-from mar.policy.lora import merged
+from mar.policy.lora import adapted, merged_parameters
 from mar.policy.sources import resolve_model
 from mar.policy.weights import load_model
 from mar.run import checkpoint
 from mar.run.compose import compose
-from mar.run.setup import adapted
 from mar.train import run
 
 WORDS = "+experiment=clinic train.steps=1 eval.num_items=2 algo.prompts_per_step=1 algo.group_size=2 logger.console=plain"
@@ -38,7 +37,7 @@ def test_transformers_reads_the_policy(trained, tmp_path):
     checkpoint.restore_weights(checkpoint.newest(trained / "checkpoints"), policy)
     assert not torch.equal(before, policy.norm.weight)
     ours = dict(load_model(folder).named_parameters())
-    for name, parameter in merged(policy):
+    for name, parameter in merged_parameters(policy):
         torch.testing.assert_close(ours[name], parameter, rtol=0, atol=0)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     assert (

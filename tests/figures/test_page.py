@@ -1,4 +1,5 @@
-"""The report in a real browser where there is one: every view, no console error, no word of a model that becomes markup. Then `mar.show`."""
+"""The report, in a real browser where there is one: every view works, no console error, no word
+of a model becomes markup. Then `mar.show`."""
 
 import json
 import re
@@ -15,8 +16,9 @@ pytest.importorskip("matplotlib", reason="figures need matplotlib: pip install '
 from mar import evaluate, show
 from mar import report as report_command
 from mar.errors import UserError
-from mar.figures import page as report_page
 from mar.figures import plots
+from mar.figures.page import fill_template, write_report
+from mar.figures.runs import Run, over_seeds, read_run
 from mar.run.compose import compose
 from mar.run.console import Display
 from mar.train import run
@@ -29,7 +31,10 @@ CHROMIUM = next(
     ),
     None,
 )
-EVIL = "</script><script>document.title='owned'</script><img src=x onerror=document.title='owned'>\u2028<!--"
+EVIL = (
+    "</script><script>document.title='owned'</script>"
+    "<img src=x onerror=document.title='owned'>\u2028<!--"
+)
 
 
 def train(out: Path, *more: str) -> Path:
@@ -49,7 +54,7 @@ def train(out: Path, *more: str) -> Path:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """A run with an evaluation and two wicked completions, another seed of it, and another setting."""
+    """A run with an evaluation and two wicked completions, another seed, and another setting."""
     out = tmp_path_factory.mktemp("runs")
     first = train(out / "a", "eval.every=2")
     evaluate.run(
@@ -78,7 +83,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 @pytest.fixture(scope="module")
 def page(runs: list[Path]) -> Path:
-    return report_page.report([runs[0]], None)
+    return write_report([runs[0]], None)
 
 
 def data_of(file: Path) -> dict:
@@ -93,7 +98,7 @@ def table(data: dict, title: str) -> dict:
 
 
 class Scripts(HTMLParser):
-    """Counts elements as a browser would: a script element that the data opened would be one more."""
+    """Counts elements as a browser would: a script that the data opened would be one more."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -128,10 +133,8 @@ def test_a_run_is_one_file_that_needs_nothing_else(runs: list[Path], page: Path)
         stored["after"]["coverage@3"],
         *stored["after"]["interval"]["coverage@3"],
     ]
-    assert (
-        cover["floor"] == [stored["floor"]["coverage@3"], None, None]
-        and cover["after"][1] < cover["after"][2]
-    )
+    assert cover["floor"] == [stored["floor"]["coverage@3"], None, None]
+    assert cover["after"][1] < cover["after"][2]
     assert table(data, "Evaluation")["columns"][1:] == [
         "policy",
         "base",
@@ -140,12 +143,11 @@ def test_a_run_is_one_file_that_needs_nothing_else(runs: list[Path], page: Path)
         "verbalized",
     ]
     paired = [name for name, *_ in table(data, "Paired differences")["rows"]]
-    assert (
-        len(paired) > 10
-        and "num_items" not in paired
-        and len(table(data, "Coverage at equal tokens")["rows"]) == 2
-    )
-    assert "commit" in data["provenance"] and "num_answers: 3" in data["configs"][str(runs[0])]
+    assert len(paired) > 10
+    assert "num_items" not in paired
+    assert len(table(data, "Coverage at equal tokens")["rows"]) == 2
+    assert "commit" in data["provenance"]
+    assert "num_answers: 3" in data["configs"][str(runs[0])]
 
 
 def test_rollouts_carry_advantages_and_named_components(page: Path) -> None:
@@ -159,98 +161,118 @@ def test_rollouts_carry_advantages_and_named_components(page: Path) -> None:
         "brier3",
         "end",
     ]
-    assert [len(g["rows"]) for g in rollouts["groups"]] == [3] * 6 and {
-        g["step"] for g in rollouts["groups"]
-    } == {1, 2, 3}
+    assert [len(group["rows"]) for group in rollouts["groups"]] == [3] * 6
+    assert {group["step"] for group in rollouts["groups"]} == {1, 2, 3}
     for group in rollouts["groups"]:
         totals = [sum(row["components"]) for row in group["rows"]]
         for row, total in zip(group["rows"], totals, strict=True):
             assert row["reward"] == pytest.approx(total, abs=1e-4)
             starts = [start for start, _ in row["advantages"]]
             assert starts == sorted(set(starts)) and starts[0] == 0
-            others = (
-                sum(totals) - total
-            ) / 2  # leave one out: the first token is credited with all of it
-            assert row["advantages"][0][1] == pytest.approx(
-                total - others, abs=2e-3, rel=5e-3
-            )  # three digits are kept
+            # The first token is credited with everything, against the mean of the other two rows.
+            others = (sum(totals) - total) / 2
+            first_advantage = row["advantages"][0][1]
+            # Three digits are kept.
+            assert first_advantage == pytest.approx(total - others, abs=2e-3, rel=5e-3)
 
 
-def test_pairs_and_sweeps(runs: list[Path], tmp_path: Path) -> None:
-    pair = data_of(report_page.report([runs[0], runs[2]], tmp_path / "pair.html"))
+def test_a_pair_shows_what_differs(runs: list[Path], tmp_path: Path) -> None:
+    pair = data_of(write_report([runs[0], runs[2]], tmp_path / "pair.html"))
     assert table(pair, "What differs")["rows"] == [
         ["eval.every", "2", "0"],
         ["reward.objective", "multi_rlcr", "multi_rlvr"],
     ]
-    assert set(pair["figures"]) >= {"learning curves", "coverage"} and pair["rollouts"] is None
-    sweep = table(
-        data_of(report_page.report([runs[1].parents[2]], tmp_path / "sweep.html")), "Settings"
-    )
-    assert [row[1] for row in sweep["rows"]] == [1, 1, 1]  # eval.every differs too
-    shutil.copytree(runs[1], tmp_path / "again/seed1")
-    shutil.copytree(runs[1], tmp_path / "again/seed1~1")
-    assert (
-        table(
-            data_of(report_page.report([tmp_path / "again"], tmp_path / "again.html")), "Settings"
-        )["rows"][0][1]
-        == 1
-    )  # one seed
-    for other in (
-        "again/seed2",
-        "again/seed1/wandb/files",
-    ):  # one that has just begun, and what wandb keeps below a run
-        (tmp_path / other).mkdir(parents=True)
-        (tmp_path / other / "config.yaml").write_text("wandb: 1\n")
-    assert (
-        table(
-            data_of(report_page.report([tmp_path / "again"], tmp_path / "again.html")), "Settings"
-        )["rows"][0][1]
-        == 1
-    )
-    (
-        tmp_path / "again/seed1/eval.json"
-    ).unlink()  # unfinished: the finished one of the same seed stands for both
-    assert (
-        table(
-            data_of(report_page.report([tmp_path / "again"], tmp_path / "again.html")), "Settings"
-        )["rows"][0][1]
-        == 1
-    )
-    same = [report_page.read_run(r) for r in (runs[1], runs[1])]
-    mean, low, high = report_page.over_seeds(same, "top1")
+    assert set(pair["figures"]) >= {"learning curves", "coverage"}
+    assert pair["rollouts"] is None
+
+
+def seeds_of_settings(folder: Path, out: Path) -> list[int]:
+    """The number of finished seeds of each setting in the report of a folder."""
+    settings = table(data_of(write_report([folder], out)), "Settings")
+    return [row[settings["columns"].index("n")] for row in settings["rows"]]
+
+
+def test_a_folder_of_runs_has_a_line_for_each_setting(runs: list[Path], tmp_path: Path) -> None:
+    # All three differ: eval.every is not the same in the two seeds.
+    assert seeds_of_settings(runs[1].parents[2], tmp_path / "sweep.html") == [1, 1, 1]
+
+
+def test_a_seed_counts_once(runs: list[Path], tmp_path: Path) -> None:
+    folder = tmp_path / "again"
+    report = tmp_path / "again.html"
+    shutil.copytree(runs[1], folder / "seed1")
+    shutil.copytree(runs[1], folder / "seed1~1")
+    assert seeds_of_settings(folder, report) == [1]
+    # A run that has just begun, and what wandb keeps below a run.
+    for other in ("seed2", "seed1/wandb/files"):
+        (folder / other).mkdir(parents=True)
+        (folder / other / "config.yaml").write_text("wandb: 1\n")
+    assert seeds_of_settings(folder, report) == [1]
+    # Of an unfinished and a finished run of one seed, the finished one counts.
+    (folder / "seed1/eval.json").unlink()
+    assert seeds_of_settings(folder, report) == [1]
+
+
+def finished(x: float) -> Run:
+    return Run(Path(), {}, [], {"after": {"x": x}}, {}, [])
+
+
+def test_the_interval_over_seeds_is_students(runs: list[Path]) -> None:
+    same = [read_run(folder) for folder in (runs[1], runs[1])]
+    mean, low, high = over_seeds(same, "top1")
     assert mean == low == high == same[0].document["after"]["top1"]
-    two = [report_page.Run(Path(), {}, [], {"after": {"x": v}}, {}, []) for v in (1.0, 3.0)]
-    assert report_page.over_seeds(two, "x") == pytest.approx(
-        [2, 2 - 12.71, 2 + 12.71]
-    )  # t = 12.71, standard error 1
-    many = [report_page.Run(Path(), {}, [], {"after": {"x": float(v)}}, {}, []) for v in range(21)]
-    assert report_page.over_seeds(many, "x") == pytest.approx(
-        [10, 10 - 2.086 * 1.354, 10 + 2.086 * 1.354], abs=0.01
-    )
+    # Two seeds: t = 12.71, standard error 1. Twenty-one: t = 2.086, standard error 1.354.
+    two = [finished(x) for x in (1.0, 3.0)]
+    assert over_seeds(two, "x") == pytest.approx([2, 2 - 12.71, 2 + 12.71])
+    many = [finished(float(x)) for x in range(21)]
+    half = 2.086 * 1.354
+    assert over_seeds(many, "x") == pytest.approx([10, 10 - half, 10 + half], abs=0.01)
+
+
+# What a person does on the page; what is seen after each click goes into an attribute of the body.
+CLICKS = """<script>
+addEventListener('load', () => {
+  const seen = [];
+  const count = (what) => document.querySelectorAll(what).length;
+  const look = (name) => seen.push(name + ':' + count('#prompts button') + ':' + count('.card'));
+  look('all');
+  for (const id of ['failed', 'repeats', 'over']) {
+    const box = document.getElementById(id);
+    box.click();
+    look(id);
+    box.click();
+  }
+  const find = document.getElementById('find');
+  find.value = 'onerror';
+  find.dispatchEvent(new Event('input'));
+  look('find');
+  document.querySelectorAll('#prompts button')[0].click();
+  seen.push('marks:' + count('pre .wrong') + ':' + count('li .repeated'));
+  const shaded = [...document.querySelectorAll('pre span')].filter(
+    (span) => span.style.background && span.title.includes('coverage1'));
+  seen.push('shades:' + shaded.length);
+  find.value = 'zzz';
+  find.dispatchEvent(new Event('input'));
+  look('none');
+  document.querySelectorAll('details').forEach((details) => { details.open = true; });
+  const images = [...document.images];
+  const drawn = images.filter((image) => image.naturalWidth > 100);
+  seen.push('images:' + images.length + ':' + drawn.length);
+  seen.push('title:' + document.title);
+  const root = document.documentElement;
+  seen.push('wide:' + (root.scrollWidth - root.clientWidth));
+  document.body.dataset.seen = seen.join(' | ');
+});
+</script>"""
 
 
 @pytest.mark.parametrize("width", [1280, 500])
 def test_in_a_browser(width: int, page: Path, tmp_path: Path) -> None:
     if CHROMIUM is None:
         pytest.skip("no chromium here: apt-get install chromium")
-    click = """<script>addEventListener('load', () => { const seen = [];
-      const count = (what) => document.querySelectorAll(what).length;
-      const look = (name) => seen.push(name + ':' + count('#prompts button') + ':' + count('.card'));
-      look('all');
-      for (const id of ['failed', 'repeats', 'over']) { const box = document.getElementById(id); box.click(); look(id); box.click(); }
-      const find = document.getElementById('find'); find.value = 'onerror'; find.dispatchEvent(new Event('input')); look('find');
-      document.querySelectorAll('#prompts button')[0].click();
-      seen.push('marks:' + count('pre .wrong') + ':' + count('li .repeated'));
-      const shaded = [...document.querySelectorAll('pre span')].filter((s) => s.style.background && s.title.includes('coverage1'));
-      seen.push('shades:' + shaded.length);
-      find.value = 'zzz'; find.dispatchEvent(new Event('input')); look('none');
-      document.querySelectorAll('details').forEach((d) => { d.open = true; });
-      const pictures = [...document.images]; seen.push('images:' + pictures.length + ':' + pictures.filter((i) => i.naturalWidth > 100).length);
-      seen.push('title:' + document.title); seen.push('wide:' + (document.documentElement.scrollWidth - document.documentElement.clientWidth));
-      document.body.dataset.seen = seen.join(' | '); }); </script>"""
     file = tmp_path / "report.html"
     file.write_text(
-        page.read_text(encoding="utf-8").replace("</body>", click + "</body>"), encoding="utf-8"
+        page.read_text(encoding="utf-8").replace("</body>", CLICKS + "</body>"), encoding="utf-8"
     )
     options = [
         "--headless",
@@ -275,21 +297,24 @@ def test_in_a_browser(width: int, page: Path, tmp_path: Path) -> None:
     )
     assert "CONSOLE" not in done.stderr, re.findall(r".*CONSOLE.*", done.stderr)
     seen = re.search(r'data-seen="([^"]*)"', done.stdout)[1].split(" | ")
-    assert seen[0] == "all:6:3" and seen[1] == "failed:1:3" and seen[4] == "find:1:3"
-    assert int(seen[2].split(":")[1]) >= 1 and int(seen[3].split(":")[1]) >= 1
-    assert (
-        seen[5].startswith("marks:")
-        and "0" not in seen[5].split(":")[1:]
-        and int(seen[6].split(":")[1]) >= 7
-    )
-    assert seen[7] == "none:0:0" and seen[8] == "images:7:7"
-    assert seen[9].startswith("title:mar: ") and seen[10] == "wide:0"
+    found = dict(step.split(":", 1) for step in seen)
+    assert found["all"] == "6:3"
+    assert found["failed"] == "1:3"
+    assert int(found["repeats"].split(":")[0]) >= 1
+    assert int(found["over"].split(":")[0]) >= 1
+    assert found["find"] == "1:3"
+    assert "0" not in found["marks"].split(":")
+    assert int(found["shades"]) >= 7
+    assert found["none"] == "0:0"
+    assert found["images"] == "7:7"
+    assert found["title"].startswith("mar: ")
+    assert found["wide"] == "0"
 
 
 @pytest.mark.parametrize("name", ["script", "quote"])
 def test_no_text_leaves_its_element(name: str, tmp_path: Path) -> None:
     text = {"script": "</SCRIPT >", "quote": "\"'`${x}&lt;\ud800"}[name]
-    report_page.write({"title": text}, tmp_path / "r.html")
+    fill_template({"title": text}, tmp_path / "r.html")
     written = (tmp_path / "r.html").read_text(encoding="utf-8")
     assert Scripts(written).tags.count("script") == 2 and "</SCRIPT" not in written
     assert data_of(tmp_path / "r.html")["title"] == text.replace("\ud800", "?")
@@ -305,9 +330,9 @@ def test_figures_are_files_that_open(runs: list[Path], tmp_path: Path) -> None:
     }
     figures["reliability"] = plots.reliability({"policy": document["arms"]["policy"]})
     plots.save(figures, tmp_path)
-    assert not any(
-        axes.spines["top"].get_visible() for figure in figures.values() for axes in figure.axes
-    )  # all are drawn in one style
+    # All are drawn in one style.
+    all_axes = [axes for figure in figures.values() for axes in figure.axes]
+    assert not any(axes.spines["top"].get_visible() for axes in all_axes)
     for name in figures:
         ElementTree.parse(tmp_path / f"{name}.svg")
         with Image.open(tmp_path / f"{name}.png") as image:
@@ -360,7 +385,7 @@ def test_mistakes_are_one_sentence(
 
 def test_an_unfinished_run_says_so(tmp_path: Path) -> None:
     folder = train(tmp_path, "train.stop_at=2", "eval.every=1")
-    data = data_of(report_page.report([folder], None))
+    data = data_of(write_report([folder], None))
     assert any("unfinished: step 2 of 3" in note for note in data["notes"])
     assert table(data, "Headline")["columns"] == ["", "floor", "before", "latest", "ceiling"]
 
@@ -390,9 +415,9 @@ def test_every_arm_has_a_look_of_its_own() -> None:
         "K=2",
         "multi_rlcr",
     )
-    looks = {name: look for look, name, _ in plots._arms(dict.fromkeys(names, {}))}
+    looks = {name: look for name, _, look in plots._with_looks(dict.fromkeys(names, {}))}
     assert len({tuple(sorted(look.items())) for look in looks.values()}) == len(names)
-    alone = {name: look for look, name, _ in plots._arms({"single": {}, "multi_rlcr": {}})}
+    alone = {name: look for name, _, look in plots._with_looks({"single": {}, "multi_rlcr": {}})}
     assert all(looks[name] == alone[name] for name in alone), (
         "a method looks the same in every figure"
     )
@@ -439,7 +464,7 @@ def test_show_marks_what_is_right(tmp_path: Path) -> None:
         "parts": {"format": 0.5},
         "sample": 0,
     }
-    text = show.shown(row)
+    text = show.render_completion(row)
     assert [show.verdict(row, k) for k in range(3)] == ["right", "repeated", "wrong"]
     assert (
         "\x1b" not in text.plain

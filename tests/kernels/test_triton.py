@@ -1,7 +1,8 @@
-"""The Triton kernels against the reference in float64: interpreted in a child process on a CPU, compiled on a CUDA device by `make gpu`.
+"""The Triton kernels against the reference in float64: interpreted in a child process on a CPU,
+compiled on a CUDA device by `make gpu`.
 
-TRITON_INTERPRET counts when triton is first imported, and no other test may see it: hence the child. There torch.empty is filled with NaN, so that
-whatever a kernel forgets to write shows.
+TRITON_INTERPRET counts when triton is first imported, and no other test may see it: hence the
+child. There torch.empty is filled with NaN, so that whatever a kernel forgets to write shows.
 """
 
 import functools
@@ -80,7 +81,9 @@ def inputs(N, D, V, dtype, device="cpu", peak=3.0):
 
 
 def compare(case, used, temperature=0.7):
-    """Outputs and gradients of the kernels against the reference in float64, and the outputs against the reference in their own type."""
+    """Outputs and gradients of the kernels against the reference in float64, and the outputs
+    against the reference in their own type.
+    """
     hidden, weight, targets = case
     exact = [x.detach().double().requires_grad_() for x in (hidden, weight)]
     generator = torch.Generator().manual_seed(1)
@@ -121,7 +124,9 @@ def test_the_largest_vocabulary(device, dtype):
 @pytest.mark.parametrize("used", [*(pytest.param((i,), marks=slow) for i in range(3)), (0, 1, 2)])
 @on_triton
 def test_many_tiles_spans_and_blocks(device, used):
-    """No size is a multiple of a tile, no tensor is as large as the logits, and an output that is not used changes nothing."""
+    """No size is a multiple of a tile, no tensor is as large as the logits, and an output that is
+    not used changes nothing.
+    """
     from mar_kernels import triton_logprobs as kernels
 
     N, D, V = 37, 21, 150
@@ -168,7 +173,9 @@ def test_a_gradient_that_nobody_wants_is_not_computed(device, frozen):
 
 @on_triton
 def test_a_gradient_of_the_log_sum_exp_alone_may_be_strided(device):
-    """`lse.sum()` sends one number, expanded without memory of its own; a kernel that reads past it finds something else."""
+    """`lse.sum()` sends one number, expanded without memory of its own; a kernel that reads past it
+    finds something else.
+    """
     hidden, weight, targets = inputs(5, 24, 40, F32, device)
     found = []
     for backend in ("triton", "reference"):
@@ -195,7 +202,9 @@ def test_logits_of_ten_thousand(device, dtype):
 @pytest.mark.parametrize("tiles", ["one", "many"])
 @on_triton
 def test_a_token_of_probability_zero(device, tiles):
-    """Its logit is -inf in every row: everything is as if it were not there, and it gets no gradient. Also with a whole tile and span of them."""
+    """Its logit is -inf in every row: everything is as if it were not there, and it gets no
+    gradient. Also with a whole tile and span of them.
+    """
     from mar_kernels import triton_logprobs as kernels
 
     hidden, weight, targets = inputs(5, 24, 70, F32, device)
@@ -218,7 +227,9 @@ def test_a_token_of_probability_zero(device, tiles):
 @pytest.mark.parametrize("where", ["hidden", "weight", "upstream"])
 @on_triton
 def test_nan_stays_nan(device, where):
-    """In its own row only, where it is a row's; a NaN that came out as a gradient of 0 would train on without a word."""
+    """In its own row only, where it is a row's; a NaN that came out as a gradient of 0 would train
+    on without a word.
+    """
     for output in range(3):
         hidden, weight, targets = inputs(5, 24, 40, F32, device)
         upstream = torch.ones(5, device=device)
@@ -234,7 +245,9 @@ def test_nan_stays_nan(device, where):
 
 
 def far_apart(values, device):
-    """The same matrix with its rows so far apart that the third lies past 2^31 elements. Only the pages of the rows are ever touched."""
+    """The same matrix with its rows so far apart that the third lies past 2^31 elements. Only the
+    pages of the rows are ever touched.
+    """
     step = (1 << 30) + 8
     torch.utils.deterministic.fill_uninitialized_memory = False
     storage = torch.empty(2 * step + values.shape[1], dtype=values.dtype, device=device)
@@ -381,7 +394,9 @@ def test_advantages(device, choices):
 )
 @on_triton
 def test_advantages_of_empty_answers_and_masked_rows(device, credit):
-    """Segments that decide nothing, segments after everything is decided, a row of nothing but padding, equal totals, NaN, no rows."""
+    """Segments that decide nothing, segments after everything is decided, a row of nothing but
+    padding, equal totals, NaN, no rows.
+    """
     components, weights, _, segments, groups = batch_of(3, [0, 1, 0, 1])
     opens = np.tile([0, 0, 0, 3, 4, 4], (4, 1))
     segments[2] = 0
@@ -420,7 +435,7 @@ def test_unknown_choices_are_refused(device, choice):
         )
 
 
-# --- which of them runs -------------------------------------------------------------------------------------------------
+# --- which of them runs ---------------------------------------------------------------------------
 
 
 def test_a_cpu_never_imports_triton():
@@ -480,7 +495,7 @@ def test_triton_asked_for_and_missing_is_one_clear_sentence():
         linear_logprobs(a, a, targets, backend="cuda")
 
 
-# --- what the compiler says -----------------------------------------------------------------------------------------------
+# --- what the compiler says -----------------------------------------------------------------------
 
 
 def test_every_launch_is_compiled():
@@ -507,7 +522,9 @@ def test_every_launch_is_compiled():
     ],
 )
 def test_a_bad_kernel_is_rejected(change, problem, monkeypatch, capsys):
-    """A tile that does not fit the registers, a cast that loses the bf16 tensor cores, a size that triton has not."""
+    """A tile that does not fit the registers, a cast that loses the bf16 tensor cores, a size that
+    triton has not.
+    """
     import compile_report
 
     launch = next(

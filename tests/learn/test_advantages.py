@@ -1,4 +1,6 @@
-"""Advantages and fused log-probabilities against their definitions, and the to-go estimator against the exact gradient."""
+"""Advantages and fused log-probabilities against their definitions, and the to-go estimator against
+the exact gradient.
+"""
 
 import itertools
 from functools import cache
@@ -17,7 +19,7 @@ from mar_kernels import answer_advantages, linear_logprobs, reference, selected_
 
 F64 = torch.float64
 
-# --- answer_advantages against a loop over tokens -------------------------------------------------------------------
+# --- answer_advantages against a loop over tokens -------------------------------------------------
 
 
 def loop_advantages(components, weights, first_open, segment_ids, groups, credit, baseline, scale):
@@ -46,7 +48,9 @@ def loop_advantages(components, weights, first_open, segment_ids, groups, credit
 
 
 def batch_of(seed, groups):
-    """Components with a layout of think, (answer, confidence) x 2, after: some segments decide one component, some none."""
+    """Components with a layout of think, (answer, confidence) x 2, after: some segments decide one
+    component, some none.
+    """
     rng = np.random.default_rng(seed)
     B, T = len(groups), 7
     opens = np.tile([0, 0, 1, 1, 2, 3], (B, 1))
@@ -57,7 +61,9 @@ def batch_of(seed, groups):
 @pytest.mark.parametrize("credit", ["to_go", "own"])
 @pytest.mark.parametrize("groups", [[0, 0, 0, 1, 1, 1], [2, 0, 2, 2, 0, 5]])
 def test_the_matched_baseline_is_that_of_the_loop(groups, credit):
-    """Hits of 0 or 1 with costs in between, as coverage and Brier terms: those who had as many hits so far are compared."""
+    """Hits of 0 or 1 with costs in between, as coverage and Brier terms: those who had as many hits
+    so far are compared.
+    """
     rng = np.random.default_rng(1)
     components = np.stack(
         [rng.integers(0, 2, 6), -rng.uniform(0, 1, 6), rng.integers(0, 2, 6), rng.normal(size=6)], 1
@@ -103,7 +109,9 @@ def test_advantages_are_those_of_the_loop(groups, credit, baseline, scale):
 
 
 def test_advantages_by_hand():
-    """Two completions: hit then miss, miss then hit; the second segment no longer sees the first component."""
+    """Two completions: hit then miss, miss then hit; the second segment no longer sees the first
+    component.
+    """
     components = torch.tensor([[1.0, 0.0, 0.5], [0.0, 1.0, 0.0]], dtype=F64)
     ids = torch.tensor([[0, 1, 2]] * 2)
     arguments = (components, torch.ones(3, dtype=F64), ids, ids, torch.zeros(2, dtype=torch.int64))
@@ -120,7 +128,7 @@ def test_unknown_choices_are_refused(choice):
         answer_advantages(*map(torch.from_numpy, batch_of(0, [0, 0])), **{choice: "typo"})
 
 
-# --- linear_logprobs against log_softmax ----------------------------------------------------------------------------
+# --- linear_logprobs against log_softmax ----------------------------------------------------------
 
 
 @pytest.fixture(params=[1 << 23, 8, 1], ids=["one block", "blocks of one row", "less than a row"])
@@ -276,9 +284,10 @@ def test_selected_logprobs():
     )
 
 
-# --- the estimator against the exact policy gradient ----------------------------------------------------------------
-# A tabular softmax policy writes two slots, a token a step out of three. Every completion is enumerated: right ones, repeats, broken
-# ones and ones that stop early (""). Tokens lie across borders, so segments come from positions and not from token numbers.
+# --- the estimator against the exact policy gradient ----------------------------------------------
+# A tabular softmax policy writes two slots, a token a step out of three. Every completion is
+# enumerated: right ones, repeats, broken ones and ones that stop early (""). Tokens lie across
+# borders, so segments come from positions and not from token numbers.
 
 STEPS = [
     ["<answer1>a", "<answer1>b", "so: "],
@@ -299,7 +308,9 @@ TOY_SPECS = {
 
 
 class Toy:
-    """All completions [n], each with its probability, states and actions [n, T], reward components and segments."""
+    """All completions [n], each with its probability, states and actions [n, T], reward components
+    and segments.
+    """
 
     def __init__(self, spec):
         rng = np.random.default_rng(0)
@@ -346,7 +357,9 @@ class Toy:
         self.table = np.array([probs for _, probs in self.policy.values()])  # [states, 3]
 
     def score(self, rows, coefficients):
-        """[n, states, 3]: for each row the sum over tokens of coefficient * d log pi(action | state) / d logits."""
+        """[n, states, 3]: for each row the sum over tokens of coefficient * d log pi(action |
+        state) / d logits.
+        """
         states, actions, index = (
             self.states[rows],
             self.actions[rows],
@@ -364,7 +377,9 @@ class Toy:
         )
 
     def estimated(self, credit, baseline="leave_one_out"):
-        """Mean [states, 3] and total variance, over all pairs of completions (a group of two), of the group's estimate."""
+        """Mean [states, 3] and total variance, over all pairs of completions (a group of two), of
+        the group's estimate.
+        """
         n = len(self.probs)
         pairs = np.stack(np.meshgrid(np.arange(n), np.arange(n), indexing="ij"), axis=-1).reshape(
             -1, 2
@@ -439,6 +454,8 @@ def test_own_credit_is_biased():
 
 
 def test_to_go_has_less_variance_than_one_scalar_a_completion():
-    """Half, without the format gate. With it the end component takes back what earlier ones paid, and here (5 % well-formed) nothing is won."""
+    """Half, without the format gate. With it the end component takes back what earlier ones paid,
+    and here (5 % well-formed) nothing is won.
+    """
     cases = toy("ungated")
     assert cases.estimated("to_go")[1] < 0.6 * cases.estimated("set")[1]

@@ -1,5 +1,10 @@
-"""Losses by hand, against TRL where it is installed, and every gradient estimator against the exact gradient of a small enumerated policy."""
+"""Losses by hand, against TRL, and every gradient estimator against the exact gradient.
 
+TRL is optional: its numbers on the same tensors are committed here. The exact gradient is that of a
+small policy all of whose completions are enumerated.
+"""
+
+from collections import defaultdict
 from types import SimpleNamespace
 
 import numpy as np
@@ -38,98 +43,48 @@ def run_loss(name, *tensors, low=0.2, high=0.2, **chosen):
 
 
 def by_hand(name, low=0.2, high=0.3, **chosen):
-    """Loss and gradient of four tokens, two completions: ratios e^.5, e^-.5 | e^.1, e^.1; advantages 2, -1 | 1, 1; weights 1, .5 | 1, 0."""
+    """Loss and gradient of four tokens in two completions.
+
+    Ratios e^0.5, e^-0.5 | e^0.1, e^0.1; advantages 2, -1 | 1, 1; weights 1, 0.5 | 1, 0.
+    """
     logprobs = column(-0.5, -1.5, -0.9, -1.9).requires_grad_()
-    arguments = (
-        column(2, -1, 1, 1),
-        column(1, 0.5, 1, 0),
-        column(-1, -1, -1, -2),
-        torch.tensor([0, 0, 1, 1]),
-    )
-    loss, _ = run_loss(name, logprobs, *arguments, low=low, high=high, **chosen)
+    advantages = column(2, -1, 1, 1)
+    weights = column(1, 0.5, 1, 0)
+    old_logprobs = column(-1, -1, -1, -2)
+    rows = torch.tensor([0, 0, 1, 1])
+    tensors = (logprobs, advantages, weights, old_logprobs, rows)
+    loss, _ = run_loss(name, *tensors, low=low, high=high, **chosen)
     loss.backward()
     return loss.item(), logprobs.grad.tolist()
 
 
-def test_losses_by_hand():
+def test_reinforce_by_hand():
     loss, gradient = by_hand("reinforce")
-    assert loss == pytest.approx(2 * 0.5 - 0.5 * 1.5 + 0.9) and gradient == pytest.approx(
-        [-2, 0.5, -1, 0]
-    )
-    loss, gradient = by_hand(
-        "ppo"
-    )  # the first is cut at 1.3; the second, at .61 and A < 0, at .8: neither has a gradient
-    assert loss == pytest.approx(-2 * 1.3 + 0.5 * 0.8 - E**0.1) and gradient == pytest.approx(
-        [0, 0, -(E**0.1), 0]
-    )
+    assert loss == pytest.approx(2 * 0.5 - 0.5 * 1.5 + 0.9)
+    assert gradient == pytest.approx([-2, 0.5, -1, 0])
+
+
+def test_ppo_by_hand():
+    """The first token is cut at 1.3; the second, at 0.61 with A < 0, at 0.8: no gradient for both."""
+    loss, gradient = by_hand("ppo")
+    assert loss == pytest.approx(-2 * 1.3 + 0.5 * 0.8 - E**0.1)
+    assert gradient == pytest.approx([0, 0, -(E**0.1), 0])
+
+
+def test_cispo_by_hand():
     loss, gradient = by_hand("cispo")
     assert loss == pytest.approx(2 * 1.3 * 0.5 - 0.5 * 0.8 * 1.5 + 0.9 * E**0.1)
     assert gradient == pytest.approx([-2.6, 0.4, -(E**0.1), 0])
-    loss, gradient = by_hand("gspo")  # mean log ratios 0 and, without the token of weight 0, .1
-    assert loss == pytest.approx(-2 + 0.5 - E**0.1) and gradient == pytest.approx(
-        [-2, 0.5, -(E**0.1), 0]
-    )
+
+
+def test_gspo_by_hand():
+    """The mean log ratios are 0 and, without the token of weight 0, 0.1."""
+    loss, gradient = by_hand("gspo")
+    assert loss == pytest.approx(-2 + 0.5 - E**0.1)
+    assert gradient == pytest.approx([-2, 0.5, -(E**0.1), 0])
     loss, gradient = by_hand("gspo", high=0.05)
-    assert loss == pytest.approx(-2 + 0.5 - 1.05) and gradient == pytest.approx([-2, 0.5, 0, 0])
-
-
-def test_weights_and_kl_by_hand():
-    new, ref = column(-1.0, -2.0), column(-1.5, -1.0)
-    for name, expected in {
-        "k1": [0.5, -1],
-        "k2": [0.125, 0.5],
-        "k3": [E**-0.5 - 0.5, E - 2],
-    }.items():
-        assert KL_ESTIMATORS[name](new, ref).tolist() == pytest.approx(expected)
-    values, old = (
-        column(1.0, 3.0).requires_grad_(),
-        column(0.0, 2.0),
-    )  # the first moved by 1, cut to .5: 2.5 from its return of 3
-    loss = value_loss(values, old, column(3, 0), column(1, 0.1), 0.5)
-    loss.backward()
-    assert loss.item() == pytest.approx(
-        0.5 * (2.5**2 + 0.1 * 9)
-    ) and values.grad.tolist() == pytest.approx([0, 0.3])
-
-
-def test_kl_estimators_have_the_gradients_that_they_state():
-    logits = torch.randn(6, dtype=F64, generator=torch.Generator().manual_seed(0)).requires_grad_()
-    ref = torch.randn(6, dtype=F64, generator=torch.Generator().manual_seed(1)).log_softmax(0)
-    logprobs = logits.log_softmax(0)
-    p = logprobs.detach().exp()
-    forward, backward = (p.log() - ref), (ref.exp() * (ref - logprobs)).sum()
-    (of_kl,) = torch.autograd.grad(
-        (logprobs.exp() * (logprobs - ref)).sum(), logits, retain_graph=True
-    )
-    (of_reverse,) = torch.autograd.grad(backward, logits, retain_graph=True)
-    for name, expected in {"k1": torch.zeros(6, dtype=F64), "k2": of_kl, "k3": of_reverse}.items():
-        each = KL_ESTIMATORS[name](logprobs, ref)
-        (got,) = torch.autograd.grad((p * each).sum(), logits, retain_graph=True)
-        torch.testing.assert_close(got, expected, atol=1e-12, rtol=0)
-    for name in ("k1", "k3"):
-        assert (p * KL_ESTIMATORS[name](logprobs, ref)).sum().item() == pytest.approx(
-            (p * forward).sum().item()
-        )
-
-
-def test_diagnostics_by_hand():
-    new, old = column(-0.5, -1.5, -0.9, -1.9), column(-1, -1, -1, -9)
-    rows, weights = torch.tensor([0, 0, 1, 1]), column(1, 0.5, 1, 0)
-    full = old + column(0, 0.2, 0, -0.3)
-    said = diagnostics(new, old, old - 0.1, full, weights)
-    moved = E**0.5 - 1.5 + E**-0.5 - 0.5 + E**0.1 - 1.1
-    assert said["approx_kl"] == (pytest.approx(moved), TOKEN_MEAN)
-    assert said["sampler_kl"] == (pytest.approx(-0.3), TOKEN_MEAN)
-    assert said["sampler_mismatch_max"] == (pytest.approx(0.3), LARGEST)
-
-    advantages = 0 * new
-    for name, clip_frac, ratio_max in (("ppo", 2, E**0.5), ("gspo", 1, E**0.1)):
-        high = 0.3 if name == "ppo" else 0.05
-        _, logged = run_loss(name, new, advantages, weights, old, rows, high=high)
-        assert logged["clip_frac"] == (clip_frac, TOKEN_MEAN)
-        assert logged["ratio_max"] == (pytest.approx(ratio_max), LARGEST)
-    nothing = ratio_logs(LossInputs(new, advantages, 0 * weights, old, rows), new - old)
-    assert nothing["ratio_max"].value == 1.0  # all rows truncated
+    assert loss == pytest.approx(-2 + 0.5 - 1.05)
+    assert gradient == pytest.approx([-2, 0.5, 0, 0])
 
 
 def test_dppo_by_hand():
@@ -164,24 +119,97 @@ def test_importance_weights_by_hand():
     assert by_sequence == pytest.approx([E**0.5, E**0.5, 0, 0])
 
 
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [("k1", [0.5, -1]), ("k2", [0.125, 0.5]), ("k3", [E**-0.5 - 0.5, E - 2])],
+)
+def test_kl_estimators_by_hand(name, expected):
+    new = column(-1.0, -2.0)
+    ref = column(-1.5, -1.0)
+    assert KL_ESTIMATORS[name](new, ref).tolist() == pytest.approx(expected)
+
+
+def test_value_loss_by_hand():
+    """The first value moved by 1 and is cut to a move of 0.5, which is 2.5 from its return of 3."""
+    values = column(1.0, 3.0).requires_grad_()
+    old_values = column(0.0, 2.0)
+    loss = value_loss(values, old_values, returns=column(3, 0), weights=column(1, 0.1), clip=0.5)
+    loss.backward()
+    assert loss.item() == pytest.approx(0.5 * (2.5**2 + 0.1 * 9))
+    assert values.grad.tolist() == pytest.approx([0, 0.3])
+
+
+def test_kl_estimators_have_the_gradients_that_they_state():
+    logits = torch.randn(6, dtype=F64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    ref = torch.randn(6, dtype=F64, generator=torch.Generator().manual_seed(1)).log_softmax(0)
+    logprobs = logits.log_softmax(0)
+    p = logprobs.detach().exp()
+    forward, backward = (p.log() - ref), (ref.exp() * (ref - logprobs)).sum()
+    (of_kl,) = torch.autograd.grad(
+        (logprobs.exp() * (logprobs - ref)).sum(), logits, retain_graph=True
+    )
+    (of_reverse,) = torch.autograd.grad(backward, logits, retain_graph=True)
+    for name, expected in {"k1": torch.zeros(6, dtype=F64), "k2": of_kl, "k3": of_reverse}.items():
+        each = KL_ESTIMATORS[name](logprobs, ref)
+        (got,) = torch.autograd.grad((p * each).sum(), logits, retain_graph=True)
+        torch.testing.assert_close(got, expected, atol=1e-12, rtol=0)
+    for name in ("k1", "k3"):
+        assert (p * KL_ESTIMATORS[name](logprobs, ref)).sum().item() == pytest.approx(
+            (p * forward).sum().item()
+        )
+
+
+def test_diagnostics_by_hand():
+    new = column(-0.5, -1.5, -0.9, -1.9)
+    old = column(-1, -1, -1, -9)
+    full = old + column(0, 0.2, 0, -0.3)
+    weights = column(1, 0.5, 1, 0)
+    said = diagnostics(new, old, old - 0.1, full, weights)
+    moved = E**0.5 - 1.5 + E**-0.5 - 0.5 + E**0.1 - 1.1
+    assert said["approx_kl"] == (pytest.approx(moved), TOKEN_MEAN)
+    assert said["sampler_kl"] == (pytest.approx(-0.3), TOKEN_MEAN)
+    assert said["sampler_mismatch_max"] == (pytest.approx(0.3), LARGEST)
+
+
+@pytest.mark.parametrize(
+    ("name", "high", "clip_frac", "ratio_max"), [("ppo", 0.3, 2, E**0.5), ("gspo", 0.05, 1, E**0.1)]
+)
+def test_what_a_loss_logs_of_its_ratio(name, high, clip_frac, ratio_max):
+    new = column(-0.5, -1.5, -0.9, -1.9)
+    old = column(-1, -1, -1, -9)
+    weights = column(1, 0.5, 1, 0)
+    rows = torch.tensor([0, 0, 1, 1])
+    _, logged = run_loss(name, new, 0 * new, weights, old, rows, high=high)
+    assert logged["clip_frac"] == (clip_frac, TOKEN_MEAN)
+    assert logged["ratio_max"] == (pytest.approx(ratio_max), LARGEST)
+    all_truncated = ratio_logs(LossInputs(new, 0 * new, 0 * weights, old, rows), new - old)
+    assert all_truncated["ratio_max"].value == 1.0
+
+
 @pytest.mark.parametrize("name", LOSSES)
 def test_a_token_of_weight_zero_is_not_there(name):
-    """Changing its log-probabilities and advantage changes nothing; nor does a step in which no token counts give anything but 0."""
+    """Changing its log-probability and advantage changes nothing; if no token counts, the loss is
+    0.
+    """
     generator = torch.Generator().manual_seed(0)
     new, old, advantages = (torch.randn(6, dtype=F64, generator=generator) for _ in range(3))
-    weights, rows = column(1, 0, 0.5, 1, 0, 2), torch.tensor([0, 0, 0, 1, 1, 1])
+    weights = column(1, 0, 0.5, 1, 0, 2)
+    rows = torch.tensor([0, 0, 0, 1, 1, 1])
     gone = weights == 0
-    losses = []
-    for change in (0.0, 1.7):
-        moved = (new + change * gone, advantages + change * gone, weights, old, rows)
-        losses.append(run_loss(name, *moved).loss.item())
-    assert losses[0] == losses[1] != 0.0
-    assert run_loss(name, new, advantages, 0 * weights, old, rows).loss.item() == 0.0
+
+    def loss_of(change, weights):
+        changed = new + change * gone
+        moved = advantages + change * gone
+        return run_loss(name, changed, moved, weights, old, rows).loss.item()
+
+    assert loss_of(0.0, weights) == loss_of(1.7, weights) != 0.0
+    assert loss_of(0.0, 0 * weights) == 0.0
 
 
-# --- against TRL ------------------------------------------------------------------------------------------------------
+# --- against TRL ----------------------------------------------------------------------------------
 
-# loss, low, high, aggregation, loss_type, level, beta of TRL, its epsilon_high (cispo: the largest ratio itself)
+# loss, low, high, aggregation, loss_type, level, beta of TRL, its epsilon_high (cispo: the largest
+# ratio itself)
 MATCHES = {
     "grpo": ("ppo", 0.2, 0.2, "sequence_mean", "grpo", "token", 0.0, 0.2),
     "grpo with KL": ("ppo", 0.2, 0.2, "sequence_mean", "grpo", "token", 0.04, 0.2),
@@ -193,44 +221,33 @@ MATCHES = {
 }
 
 
-def peers_loss(logprobs, columns, mask, match):
+def trl_loss(logprobs, columns, mask, match):
     """GRPOTrainer._compute_loss of TRL, on these log-probabilities."""
     trl = pytest.importorskip("trl", reason="TRL is not installed: pip install -e '.[bench]'")
     _, low, _, _, loss_type, level, beta, high = match
-    logged = {"train": __import__("collections").defaultdict(list)}
     accelerator = SimpleNamespace(
         num_processes=1, gather=lambda x: x, reduce=lambda x, reduction: x
     )
     arguments = SimpleNamespace(delta=None, use_bias_correction_kl=False, steps_per_generation=1)
+    no_entropy = torch.zeros_like(logprobs.detach())
     trainer = SimpleNamespace(
-        **{
-            "aux_loss_enabled": False,
-            "top_entropy_quantile": 1.0,
-            "off_policy_mask_threshold": None,
-            "beta": beta,
-        },
-        **{
-            "importance_sampling_level": level,
-            "loss_type": loss_type,
-            "epsilon_low": low,
-            "epsilon_high": high,
-        },
-        **{
-            "use_vllm": False,
-            "_entropy_bonus_enabled": False,
-            "current_gradient_accumulation_steps": 1,
-        },
-        **{
-            "max_completion_length": 12,
-            "model": SimpleNamespace(training=True),
-            "_metrics": logged,
-        },
-        _get_per_token_logps_and_entropies=lambda *_, **__: (
-            logprobs,
-            torch.zeros_like(logprobs.detach()),
-            None,
-        ),
-        **{"accelerator": accelerator, "args": arguments},
+        accelerator=accelerator,
+        args=arguments,
+        aux_loss_enabled=False,
+        beta=beta,
+        current_gradient_accumulation_steps=1,
+        epsilon_high=high,
+        epsilon_low=low,
+        importance_sampling_level=level,
+        loss_type=loss_type,
+        max_completion_length=12,
+        model=SimpleNamespace(training=True),
+        off_policy_mask_threshold=None,
+        top_entropy_quantile=1.0,
+        use_vllm=False,
+        _entropy_bonus_enabled=False,
+        _get_per_token_logps_and_entropies=lambda *_, **__: (logprobs, no_entropy, None),
+        _metrics={"train": defaultdict(list)},
     )
     ids = mask.long()
     inputs = {
@@ -238,9 +255,11 @@ def peers_loss(logprobs, columns, mask, match):
         "prompt_mask": ids[:, :1],
         "completion_ids": ids,
         "completion_mask": ids,
+        "advantages": columns["advantages"],
+        "old_per_token_logps": columns["old"],
+        "ref_per_token_logps": columns["ref"],
+        "num_items_in_batch": mask.sum(),
     }
-    inputs |= {"advantages": columns["advantages"], "old_per_token_logps": columns["old"]}
-    inputs |= {"ref_per_token_logps": columns["ref"], "num_items_in_batch": mask.sum()}
     return trl.GRPOTrainer._compute_loss(trainer, None, inputs)
 
 
@@ -268,7 +287,7 @@ def ours_and_inputs(match):
 @pytest.mark.parametrize("name", MATCHES)
 def test_losses_are_those_of_trl(name):
     loss, gradient, logprobs, columns, mask = ours_and_inputs(MATCHES[name])
-    theirs = peers_loss(logprobs, columns, mask, MATCHES[name])
+    theirs = trl_loss(logprobs, columns, mask, MATCHES[name])
     (expected,) = torch.autograd.grad(theirs, logprobs)
     assert gradient.norm() > 0.01 and loss == pytest.approx(theirs.item(), abs=1e-6, rel=1e-6)
     torch.testing.assert_close(gradient, expected, atol=1e-6, rtol=0)
@@ -292,7 +311,7 @@ def test_losses_are_what_trl_gave(name):
     assert (loss, gradient.norm().item()) == pytest.approx(CONSTANTS[name], rel=1e-6)
 
 
-# --- against the exact gradient ---------------------------------------------------------------------------------------
+# --- against the exact gradient -------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("layout", ["interleaved", "split"])
@@ -309,9 +328,9 @@ def test_every_estimator_against_the_enumerated_policy(layout, spec):
 
 
 def test_groups_of_three():
-    for name, row in report(
-        Toy("interleaved", GATED, 2, 1), 3, lambda name: not ESTIMATORS[name].biased
-    ).items():
+    cases = Toy("interleaved", GATED, 2, 1)
+    rows = report(cases, 3, lambda name: not ESTIMATORS[name].biased)
+    for name, row in rows.items():
         assert row["relative_error"] < 1e-10, name
 
 
@@ -322,5 +341,7 @@ def test_less_variance_than_one_scalar_a_completion():
 
 
 def test_sequence_means_ignore_the_other_rows():
-    log_ratio, rows = column(1, 3, 5), torch.tensor([0, 0, 1])
-    assert sequence_mean_log_ratio(log_ratio, torch.ones(3, dtype=F64), rows).tolist() == [2, 2, 5]
+    log_ratio = column(1, 3, 5)
+    rows = torch.tensor([0, 0, 1])
+    means = sequence_mean_log_ratio(log_ratio, torch.ones(3, dtype=F64), rows)
+    assert means.tolist() == [2, 2, 5]

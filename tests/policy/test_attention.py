@@ -1,4 +1,4 @@
-"""Attention over shared prompts equals a plain forward in which every row carries its own copy of the prompt."""
+"""Attention over shared prompts equals plain attention over rows that repeat their prompt."""
 
 import random
 
@@ -18,56 +18,66 @@ PROMPTS, LENGTHS = (7, 1, 19, 4), ((5, 1, 9), (3, 3), (1, 1), (12, 2, 2, 1, 30))
 
 def random_groups(prompts=PROMPTS, lengths=LENGTHS, vocab=37):
     draw = random.Random(0)
-    ids = lambda n: [draw.randrange(vocab) for _ in range(n)]  # noqa: E731
-    return [ids(n) for n in prompts], [[ids(n) for n in group] for group in lengths]
+
+    def tokens(count):
+        return [draw.randrange(vocab) for _ in range(count)]
+
+    drawn_prompts = [tokens(count) for count in prompts]
+    completions = []
+    for group in lengths:
+        completions.append([tokens(count) for count in group])
+    return drawn_prompts, completions
 
 
 def naive_attend(lengths):
-    """Softmax over the whole row of scores: one padding-free row after the other, each with its own prompt."""
+    """Softmax over all scores of a row; the rows, each with its own prompt, one after the other."""
 
     def attend(layer, q, k, v):
-        out, start = [], 0
+        heads_per_key = q.shape[1] // k.shape[1]
+        out = []
+        start = 0
         for n in lengths:
-            rows = slice(start, start := start + n)
-            keys, values = (x[rows].repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
-            logits = torch.einsum("nhd,mhd->hnm", q[rows], keys) / q.shape[-1] ** 0.5
-            logits = logits.masked_fill(torch.ones(n, n, dtype=torch.bool).triu(1), float("-inf"))
-            out.append(torch.einsum("hnm,mhd->nhd", logits.softmax(-1), values))
+            row = slice(start, start + n)
+            keys = k[row].repeat_interleave(heads_per_key, 1)
+            values = v[row].repeat_interleave(heads_per_key, 1)
+            scores = torch.einsum("nhd,mhd->hnm", q[row], keys) / q.shape[-1] ** 0.5
+            later = torch.ones(n, n, dtype=torch.bool).triu(1)
+            scores = scores.masked_fill(later, float("-inf"))
+            out.append(torch.einsum("hnm,mhd->nhd", scores.softmax(-1), values))
+            start += n
         return torch.cat(out)
 
     return attend
 
 
 def plain_logprobs(model, prompts, completions):
-    rows = [
-        (prompt, completion)
-        for prompt, group in zip(prompts, completions, strict=True)
-        for completion in group
-    ]
-    ids = torch.tensor([token for prompt, completion in rows for token in prompt + completion])
+    """Log-probability and entropy of each completion token, from rows that repeat their prompt."""
+    rows = []
+    for prompt, group in zip(prompts, completions, strict=True):
+        rows += [(prompt, completion) for completion in group]
     lengths = [len(prompt) + len(completion) for prompt, completion in rows]
+    ids = torch.tensor([token for prompt, completion in rows for token in prompt + completion])
     positions = torch.cat([torch.arange(n) for n in lengths])
-    logprobs = (
-        model.hidden(ids, positions, naive_attend(lengths)) @ model.head_weight.T / 0.7
-    ).log_softmax(-1)
-    starts = [sum(lengths[:i]) + len(prompt) - 1 for i, (prompt, _) in enumerate(rows)]
-    index = torch.cat(
-        [
-            torch.arange(s, s + len(completion))
-            for s, (_, completion) in zip(starts, rows, strict=True)
-        ]
-    )
-    return logprobs[index].gather(1, ids[index + 1, None])[:, 0], -(logprobs.exp() * logprobs).sum(
-        -1
-    )[index]
+    hidden = model.hidden(ids, positions, naive_attend(lengths))
+    logprobs = (hidden @ model.head_weight.T / 0.7).log_softmax(-1)
+
+    predict_from = []
+    start = 0
+    for (prompt, completion), length in zip(rows, lengths, strict=True):
+        last_of_prompt = start + len(prompt) - 1
+        predict_from += range(last_of_prompt, last_of_prompt + len(completion))
+        start += length
+    predict_from = torch.tensor(predict_from)
+    chosen = logprobs[predict_from].gather(1, ids[predict_from + 1, None])[:, 0]
+    entropy = -(logprobs.exp() * logprobs).sum(-1)[predict_from]
+    return chosen, entropy
 
 
 def gradients(model, outputs):
-    weights = torch.linspace(-1, 1, len(outputs[0]), dtype=outputs[0].dtype)
-    return torch.autograd.grad(
-        (outputs[0] * weights).sum() + (outputs[1] * weights.square()).sum(),
-        tuple(model.parameters()),
-    )
+    logprobs, entropy = outputs[:2]
+    weights = torch.linspace(-1, 1, len(logprobs), dtype=logprobs.dtype)
+    loss = (logprobs * weights).sum() + (entropy * weights.square()).sum()
+    return torch.autograd.grad(loss, tuple(model.parameters()))
 
 
 def test_groups_equal_plain_rows():
@@ -78,40 +88,32 @@ def test_groups_equal_plain_rows():
     prompts, completions = random_groups()
     grouped = model(pack_groups(prompts, completions), 0.7)
     plain = plain_logprobs(model, prompts, completions)
-    for ours, theirs in zip(
-        (*grouped[:2], *gradients(model, grouped)), (*plain, *gradients(model, plain)), strict=True
-    ):
+    found = (*grouped[:2], *gradients(model, grouped))
+    expected = (*plain, *gradients(model, plain))
+    for ours, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-10, rtol=1e-10)
 
 
-@pytest.mark.parametrize("order", ["channels first", "heads first"])
+@pytest.mark.parametrize("order", [(2, 1, 0), (1, 0, 2)], ids=["channels first", "heads first"])
 def test_inputs_of_any_memory_order(order):
     """PyTorch's CPU operators take contiguous channels for granted, forward and backward."""
     torch.manual_seed(0)
     packed = pack_groups(*random_groups())
     attend = group_attention(packed)
-    inputs = [torch.randn(len(packed.ids), heads, 6, dtype=torch.float64) for heads in (6, 2, 2)]
-    axes = (2, 1, 0) if order == "channels first" else (1, 0, 2)
-    strided = [
-        x.permute(axes).contiguous().permute(*torch.tensor(axes).argsort().tolist()) for x in inputs
-    ]
+    plain = [torch.randn(len(packed.ids), heads, 6, dtype=torch.float64) for heads in (6, 2, 2)]
+    # both orders are their own inverse: same values, another layout in memory
+    strided = [x.permute(order).contiguous().permute(order) for x in plain]
     found = []
-    for chosen in (inputs, strided):
-        leaves = [x.detach().requires_grad_() for x in chosen]
+    for inputs in (plain, strided):
+        leaves = [x.detach().requires_grad_() for x in inputs]
         out = attend(0, *leaves)
-        found.append(
-            [
-                out,
-                *torch.autograd.grad(
-                    (out * torch.linspace(-1, 1, out.numel()).view(out.shape)).sum(), leaves
-                ),
-            ]
-        )
-    for plain, other in zip(*found, strict=True):
-        torch.testing.assert_close(other, plain, rtol=0, atol=1e-12)
+        upstream = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view(out.shape)
+        found.append([out, *torch.autograd.grad((out * upstream).sum(), leaves)])
+    for expected, got in zip(*found, strict=True):
+        torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
 
 
-def test_each_row_without_its_neighbours():
+def test_a_row_does_not_see_its_neighbours():
     """A row's log-probabilities do not depend on which other rows and prompts share the line."""
     torch.manual_seed(0)
     model = Decoder(CONFIG).double()
@@ -170,33 +172,43 @@ def test_no_tensor_of_squared_length():
     assert 0 < largest.elements < tokens**2 // 32  # linear: 2 T d_ff, T V
 
 
+def as_table(counts, keys):
+    """[query blocks, key blocks] bool, from the lists of a BlockMask."""
+    table = torch.zeros(keys.shape[2:], dtype=torch.bool)
+    for row, count in enumerate(counts[0, 0].tolist()):
+        table[row, keys[0, 0, row, :count].long()] = True
+    return table
+
+
 @pytest.mark.filterwarnings("ignore:flex_attention called without")
 def test_block_mask_against_the_dense_mask():
-    """CUDA's mask on a CPU: block lists that miss nothing, whole blocks that are whole, and the same attention."""
+    """CUDA's mask on a CPU: block lists that miss nothing, whole blocks that are whole, and the
+    same attention.
+    """
     for prompts, lengths in ((PROMPTS, LENGTHS), ((90, 16), ((40, 1, 70), (10, 33)))):
         packed = pack_groups(*random_groups(prompts, lengths))
-        size, tokens = 16, len(packed.ids)
+        size = 16
+        num_tokens = len(packed.ids)
         mask = _block_mask(packed, size)
-        index = torch.arange(tokens)
+        index = torch.arange(num_tokens)
         dense = mask.mask_mod(None, None, index[:, None], index[None, :])
-        part, whole = torch.zeros(2, -(-tokens // size), -(-tokens // size), dtype=torch.bool)
-        for table, counts, keys in (
-            (part, mask.kv_num_blocks, mask.kv_indices),
-            (whole, mask.full_kv_num_blocks, mask.full_kv_indices),
-        ):
-            for row in range(len(table)):
-                table[row, keys[0, 0, row, : counts[0, 0, row]].long()] = True
+        part = as_table(mask.kv_num_blocks, mask.kv_indices)
+        whole = as_table(mask.full_kv_num_blocks, mask.full_kv_indices)
+        assert len(part) == -(-num_tokens // size)
         for row in range(len(part)):
             for column in range(len(part)):
                 tile = dense[row * size : (row + 1) * size, column * size : (column + 1) * size]
                 assert not (part[row, column] and whole[row, column])
                 assert bool(tile.any()) == bool(part[row, column] or whole[row, column])
                 assert bool(tile.all()) or not whole[row, column]
-        assert whole.any() or tokens < 100
-        q, k, v = torch.randn(tokens, 6, 8), torch.randn(tokens, 2, 8), torch.randn(tokens, 2, 8)
-        torch.testing.assert_close(
-            _flex_attend(packed)(0, q, k, v), group_attention(packed)(0, q, k, v), atol=1e-5, rtol=0
-        )
+        assert whole.any() or num_tokens < 100
+
+        q = torch.randn(num_tokens, 6, 8)
+        k = torch.randn(num_tokens, 2, 8)
+        v = torch.randn(num_tokens, 2, 8)
+        flex = _flex_attend(packed)(0, q, k, v)
+        cpu = group_attention(packed)(0, q, k, v)
+        torch.testing.assert_close(flex, cpu, atol=1e-5, rtol=0)
 
 
 @given(sizes=st.lists(st.integers(0, 9)), most=st.integers(0, 20))

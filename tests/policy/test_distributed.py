@@ -14,25 +14,25 @@ from mar.config import ScaleOptions
 from mar.errors import UserError
 from mar.learn.learner import Learner
 from mar.policy.distributed import World, join
+from mar.policy.lora import adapted
 from mar.policy.sources import resolve_model
 from mar.policy.weights import load_model
 from mar.run import checkpoint
 from mar.run.compose import load_config
-from mar.run.setup import adapted
 
 ROOT = Path(__file__).resolve().parents[2]
-WORDS = """+experiment=clinic train.steps=5 eval.num_items=3 algo.prompts_per_step=3 algo.group_size=3 model.lora_rank=0
-model.trainable= model.lr=1e-3 scale.dtype=float64 logger.console=plain train.micro_batch_tokens=256
-checkpoint.every=1 optim.grad_clip=0.01""".split()
+WORDS = """
++experiment=clinic train.steps=5 eval.num_items=3 algo.prompts_per_step=3 algo.group_size=3
+model.lora_rank=0 model.trainable= model.lr=1e-3 optim.grad_clip=0.01 scale.dtype=float64
+train.micro_batch_tokens=256 checkpoint.every=1 logger.console=plain
+""".split()
 
 
 def train(out: Path, ranks: int, *words: str) -> Path:
     """The run directory of a training run on `ranks` processes."""
-    launcher = (
-        ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-        if ranks > 1
-        else []
-    )
+    launcher = []
+    if ranks > 1:
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     command = [sys.executable, *launcher, "-m", "mar.train", *WORDS, f"out={out}", *words]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
@@ -67,7 +67,10 @@ def alone(tmp_path_factory):
     [(2, ("scale.keep_copy=false", "scale.offload=true")), (4, ("scale.replicas=2",))],
 )
 def test_ranks_agree_with_one_process(alone, tmp_path, ranks, words):
-    """Three prompts on two ranks are uneven; on four ranks one has none; 2 x 2 is HSDP. Offloading moves nothing on a CPU."""
+    """Three prompts on two ranks are uneven; on four ranks one has none; 2 x 2 is HSDP.
+
+    Offloading moves nothing on a CPU.
+    """
     run = train(tmp_path, ranks, *words)
     assert (run / "completions.jsonl").read_text() == alone[0]
     torch.testing.assert_close(parameters(run), alone[1], rtol=0, atol=1e-8)
@@ -91,7 +94,10 @@ def test_a_critic_a_reference_and_several_updates_agree_too(tmp_path):
 
 @pytest.mark.slow
 def test_adapters_agree_too(tmp_path):
-    """Sharded adapters beside a frozen, sharded base; the ranks sample from merged weights, one process from the adapters themselves."""
+    """Sharded adapters beside a frozen, sharded base.
+
+    The ranks sample from merged weights, one process from the adapters themselves.
+    """
     one, two = (train(tmp_path / str(ranks), ranks, "model.lora_rank=3") for ranks in (1, 2))
     assert (one / "completions.jsonl").read_text() == (two / "completions.jsonl").read_text()
     torch.testing.assert_close(parameters(one), parameters(two), rtol=0, atol=1e-8)
@@ -114,20 +120,19 @@ def test_the_copy_to_sample_from_is_filled_each_time_and_freed_if_asked(tiny_mod
     model, whole = tiny_model(seed=0), tiny_model(seed=1)
     config = SimpleNamespace(scale=ScaleOptions(keep_copy=kept))
     learner = Learner(config, model, None, sampling_copy=whole)
-    places = set()
+    addresses = set()
     for _ in range(2):
         with learner.sampling_policy() as policy:
             assert policy is whole
-            places.add(tuple(p.data_ptr() for p in policy.parameters()))
-            assert all(
-                torch.equal(a, b)
-                for a, b in zip(policy.parameters(), model.parameters(), strict=True)
-            )
+            addresses.add(tuple(p.data_ptr() for p in policy.parameters()))
+            for ours, theirs in zip(policy.parameters(), model.parameters(), strict=True):
+                assert torch.equal(ours, theirs)
         assert all((p.untyped_storage().size() > 0) == kept for p in whole.parameters())
         with torch.no_grad():
             for p in model.parameters():
                 p.add_(1)
-    assert len(places) == 1 or not kept  # what is kept is not allocated again
+    # what is kept is not allocated again
+    assert len(addresses) == 1 or not kept
 
 
 def test_micro_batches_are_dealt_in_equal_numbers():

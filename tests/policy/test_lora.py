@@ -1,6 +1,7 @@
-"""Adapters change nothing at first, compute what their merged weights compute, and leave in peft's format."""
+"""Adapters change nothing at first, equal their merged weights, and are saved in peft's format."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,21 +9,23 @@ import torch
 from safetensors.torch import load_file
 
 from mar.errors import UserError
-from mar.evaluate import Target, load_weights
 from mar.export import export
 from mar.policy.attention import pack_groups
-from mar.policy.lora import adapt, merge, save_adapters
+from mar.policy.lora import adapted, add_adapters, merge, save_adapters, trainable_pattern
 from mar.policy.model import Decoder, ModelConfig
 from mar.policy.sources import resolve_model
 from mar.policy.weights import layout, load_model, split_state
 from mar.run import checkpoint
+from mar.run.answering import Target, load_weights
 from mar.run.compose import compose
-from mar.run.setup import adapted
 from mar.train import run
 
 EMBEDDED = resolve_model("embedded", "embedded", None)[0]
-WORDS = """+experiment=clinic train.steps=2 eval.num_items=2 algo.prompts_per_step=2 algo.group_size=3 logger.console=plain
-model.lora_rank=3 model.lora_layers='qkv|down' model.lr=1e-2 model.trainable= checkpoint.every=1""".split()
+WORDS = """
++experiment=clinic train.steps=2 eval.num_items=2 algo.prompts_per_step=2 algo.group_size=3
+model.lora_rank=3 model.lora_layers='qkv|down' model.lr=1e-2 model.trainable=
+checkpoint.every=1 logger.console=plain
+""".split()
 
 
 def shape(architecture: str) -> ModelConfig:
@@ -32,8 +35,6 @@ def shape(architecture: str) -> ModelConfig:
         "hidden_size": 24,
         "intermediate_size": 40,
         "num_hidden_layers": 2,
-    }
-    hf |= {
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "head_dim": 6,
@@ -46,7 +47,7 @@ def shape(architecture: str) -> ModelConfig:
 def with_random_adapters(config: ModelConfig, where: str) -> Decoder:
     torch.manual_seed(0)
     model = Decoder(config).double()
-    adapt(model, 3, 0.7, where)
+    add_adapters(model, 3, 0.7, where)
     for name, parameter in model.named_parameters():
         if "lora_b" in name or name.endswith("bias"):
             parameter.data.normal_()
@@ -59,10 +60,9 @@ def columns(model: Decoder) -> tuple[torch.Tensor, ...]:
 
 def test_adapters_change_nothing_before_they_are_trained():
     plain, model = load_model(EMBEDDED), load_model(EMBEDDED)
-    adapt(model, 4, 2.0, "")
-    assert (
-        sum("lora_a" in name for name, _ in model.named_parameters()) == 4 * plain.config.num_layers
-    )
+    add_adapters(model, 4, 2.0, "")
+    num_adapters = sum("lora_a" in name for name, _ in model.named_parameters())
+    assert num_adapters == 4 * plain.config.num_layers
     for ours, theirs in zip(columns(model), columns(plain), strict=True):
         assert torch.equal(ours, theirs)
 
@@ -73,23 +73,26 @@ def test_adapters_change_nothing_before_they_are_trained():
 @pytest.mark.parametrize("where", ["", r"blocks\.1\.(o|gate_up)"])
 def test_the_merged_model_computes_the_same(architecture, where):
     model = with_random_adapters(shape(architecture), where)
-    whole, names = (
-        merge(model),
-        [name for name, _ in Decoder(shape(architecture)).named_parameters()],
-    )
-    assert [name for name, _ in whole.named_parameters()] == names
-    for ours, theirs in zip(columns(model), columns(whole), strict=True):
+    merged = merge(model)
+    names = [name for name, _ in Decoder(shape(architecture)).named_parameters()]
+    assert [name for name, _ in merged.named_parameters()] == names
+    for ours, theirs in zip(columns(model), columns(merged), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
+
+
+def test_what_is_trained_is_what_was_asked_for_else_the_adapters_else_everything():
+    options = compose(WORDS).model
+    for trainable, rank, pattern in (("^norm", 3, "^norm"), ("", 3, "lora_"), ("", 0, "")):
+        asked = replace(options, trainable=trainable, lora_rank=rank)
+        assert trainable_pattern(asked) == pattern
 
 
 def test_peft_files_add_up_to_the_merged_weights(tmp_path):
     """peft adds lora_alpha / r * B @ A to the weight of each module that it names."""
     model = with_random_adapters(shape("Qwen3ForCausalLM"), r"blocks\.1\.(qkv|gate_up|down)")
     save_adapters(model, tmp_path, "owner/base")
-    told, tensors = (
-        json.loads((tmp_path / "adapter_config.json").read_text()),
-        load_file(tmp_path / "adapter_model.safetensors"),
-    )
+    adapter_config = json.loads((tmp_path / "adapter_config.json").read_text())
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
     projections = (
         "self_attn.q_proj",
         "self_attn.k_proj",
@@ -98,23 +101,22 @@ def test_peft_files_add_up_to_the_merged_weights(tmp_path):
         "mlp.up_proj",
         "mlp.down_proj",
     )
-    assert set(told["target_modules"]) == {f"model.layers.1.{name}" for name in projections}
-    plain = split_state(
-        model.config, {n: p for n, p in model.state_dict().items() if n in layout(model.config)}
-    )
+    target_modules = adapter_config["target_modules"]
+    assert set(target_modules) == {f"model.layers.1.{name}" for name in projections}
+    without_adapters = {n: p for n, p in model.state_dict().items() if n in layout(model.config)}
+    plain = split_state(model.config, without_adapters)
     merged = split_state(model.config, merge(model).state_dict())
     for name in plain:
         module = name.removesuffix(".weight")
         delta = torch.zeros_like(plain[name])
-        if module in told["target_modules"]:
+        if module in target_modules:
             a, b = (tensors.pop(f"base_model.model.{module}.lora_{x}.weight") for x in "AB")
-            delta = told["lora_alpha"] / told["r"] * b @ a
-            assert a.shape[0] == told["r"] and delta.abs().max() > 0.01
+            delta = adapter_config["lora_alpha"] / adapter_config["r"] * b @ a
+            assert a.shape[0] == adapter_config["r"] and delta.abs().max() > 0.01
         torch.testing.assert_close(plain[name] + delta, merged[name], rtol=0, atol=1e-12)
     assert not tensors
-    peft = pytest.importorskip(
-        "peft"
-    )  # not among the dependencies: where it happens to be installed
+    # not among the dependencies: where it happens to be installed
+    peft = pytest.importorskip("peft")
     assert peft.PeftConfig.from_pretrained(tmp_path).r == 3
 
 
@@ -132,16 +134,14 @@ def policy_of(trained: Path) -> Decoder:
 
 
 def test_only_the_adapters_train_and_the_run_resumes(trained, tmp_path):
-    policy, base = (
-        dict(policy_of(trained).named_parameters()),
-        dict(load_model(EMBEDDED).named_parameters()),
-    )
+    policy = dict(policy_of(trained).named_parameters())
+    base = dict(load_model(EMBEDDED).named_parameters())
     assert all(torch.equal(policy[name], base[name]) for name in base)
     added = [name for name in policy if name not in base]
-    assert {name.split(".", 2)[2] for name in added} == {
-        f"{x}.lora_{y}" for x in ("qkv", "down") for y in "ab"
-    }
-    assert all(policy[name].abs().max() > 0 for name in added)  # b began at zero
+    expected = {"qkv.lora_a", "qkv.lora_b", "down.lora_a", "down.lora_b"}
+    assert {name.split(".", 2)[2] for name in added} == expected
+    # b began at zero
+    assert all(policy[name].abs().max() > 0 for name in added)
     for stop in ("train.stop_at=1", "train.stop_at=null"):
         assert run(compose([*WORDS, f"out={tmp_path}", stop])) == 0
     again = dict(policy_of(tmp_path / "clinic/seed0").named_parameters())
@@ -155,14 +155,11 @@ def test_what_is_measured_and_exported_is_the_adapted_policy(trained, tmp_path):
     folder = export(trained, tmp_path / "hf", "float32")
     for ours in (measured, load_model(folder)):
         for got, expected in zip(columns(ours), columns(policy_of(trained)), strict=True):
-            torch.testing.assert_close(
-                got, expected, rtol=2e-6, atol=1e-5
-            )  # float32: merged or apart round differently
+            # float32: merged and apart round differently
+            torch.testing.assert_close(got, expected, rtol=2e-6, atol=1e-5)
     assert not torch.equal(columns(measured)[0], columns(load_model(EMBEDDED))[0])
-    files = {
-        file.name
-        for file in export(trained, tmp_path / "adapters", "float32", adapters=True).iterdir()
-    }
+    folder = export(trained, tmp_path / "adapters", "float32", adapters=True)
+    files = {file.name for file in folder.iterdir()}
     assert files == {"adapter_config.json", "adapter_model.safetensors"}
 
 
@@ -174,7 +171,8 @@ def test_mistakes_are_one_sentence(trained, tmp_path):
         run(compose([*WORDS, f"out={tmp_path}", "model.lora_layers=head"]))
     with pytest.raises(UserError, match="is no regular expression"):
         compose([*WORDS, "model.lora_layers='('"])
-    one = "train.steps=1 eval.num_items=1 algo.prompts_per_step=1 algo.group_size=2 logger.console=plain".split()
+    one = """train.steps=1 eval.num_items=1 algo.prompts_per_step=1 algo.group_size=2
+    logger.console=plain""".split()
     for words, reason in (
         (["model.lora_rank=0"], "has no adapters"),
         (["model.trainable='lora|^norm'"], "trained norm.weight too"),

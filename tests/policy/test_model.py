@@ -52,7 +52,8 @@ def hf_model(case: str):
 
 def our_logits(model, rows):
     packed = pack_groups(rows, [[]] * len(rows))
-    return model.hidden(packed.ids, packed.positions, group_attention(packed)) @ model.head_weight.T
+    hidden = model.hidden(packed.ids, packed.positions, group_attention(packed))
+    return hidden @ model.head_weight.T
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -60,16 +61,13 @@ def test_logits_equal_transformers(case, tmp_path):
     theirs = hf_model(case)
     theirs.save_pretrained(tmp_path / "theirs")
     rows = torch.randint(0, 101, (2, 70))
-    for dtype, tolerance in (
-        (torch.float32, 1e-4),
-        (torch.float64, 2e-6),
-    ):  # transformers keeps norms and rope in float32
+    # transformers keeps norms and rope in float32
+    for dtype, tolerance in ((torch.float32, 1e-4), (torch.float64, 2e-6)):
         ours = load_model(tmp_path / "theirs", dtype)
         with torch.no_grad():
             expected = theirs.to(dtype)(rows).logits
-            torch.testing.assert_close(
-                our_logits(ours, rows.tolist()), expected.flatten(0, 1), atol=tolerance, rtol=0
-            )
+            found = our_logits(ours, rows.tolist())
+        torch.testing.assert_close(found, expected.flatten(0, 1), atol=tolerance, rtol=0)
     save_model(ours, tmp_path / "ours")
     back = transformers.AutoModelForCausalLM.from_pretrained(
         tmp_path / "ours", dtype=torch.float64, attn_implementation="eager"
@@ -160,24 +158,22 @@ def test_mistral_without_the_key_has_its_default_window():
 @pytest.mark.parametrize("biased", [False, True])
 def test_a_reordered_weight_gives_the_same_product(rows, biased):
     torch.manual_seed(0)
-    x, weight = torch.randn(rows, 512), torch.randn(LARGE_WEIGHT // 512, 512)
+    x = torch.randn(rows, 512)
+    weight = torch.randn(LARGE_WEIGHT // 512, 512)
     bias = torch.randn(len(weight)) if biased else None
     expected = x.double() @ weight.double().T + (bias if biased else 0)
     reordered = reorder_weight(weight)
     assert reordered is not None and reordered.layout == torch._mkldnn
     with torch.inference_mode():
         out = project(x, weight, bias, reordered)
-    torch.testing.assert_close(
-        out.double(), expected, rtol=0, atol=2e-4
-    )  # as far off as x @ weight.T in float32
+    # as far off as x @ weight.T in float32
+    torch.testing.assert_close(out.double(), expected, rtol=0, atol=2e-4)
     assert out.is_contiguous()
 
 
 def test_only_large_float32_weights_are_reordered_and_only_for_a_while(tiny_model, monkeypatch):
-    assert (
-        reorder_weight(torch.zeros(LARGE_WEIGHT - 1, 1)) is None
-        and reorder_weight(torch.zeros(LARGE_WEIGHT, 1, dtype=torch.float64)) is None
-    )
+    assert reorder_weight(torch.zeros(LARGE_WEIGHT - 1, 1)) is None
+    assert reorder_weight(torch.zeros(LARGE_WEIGHT, 1, dtype=torch.float64)) is None
     monkeypatch.setattr(decoder, "LARGE_WEIGHT", 0)
     model = tiny_model(dtype=torch.float32)
     state = {name: value.clone() for name, value in model.state_dict().items()}

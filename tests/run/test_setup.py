@@ -10,7 +10,6 @@ from mar.errors import UserError
 from mar.policy.sources import environment, resolve_model
 from mar.run.compose import compose
 from mar.run.setup import sampling_params
-from mar.sample.rollout import make_decode
 
 
 def test_a_machine_without_git_has_no_commit(monkeypatch):
@@ -25,7 +24,7 @@ def tokenizer():
 
 def params(tokenizer, *overrides, thinking=True):
     config = compose(["+experiment=clinic", *overrides])
-    return sampling_params(config, Grammar(thinking=thinking), tokenizer, make_decode(tokenizer))
+    return sampling_params(config, Grammar(thinking=thinking), tokenizer)
 
 
 def test_a_thinking_budget_becomes_tokens_that_close_the_thoughts(tokenizer):

@@ -27,37 +27,30 @@ def splitmix64(seed, index):
 
 
 def test_uniforms_are_splitmix64():
-    assert [splitmix64(1234567, i) for i in range(3)] == [
-        6457827717110365317,
-        3203168211198807973,
-        9817491932198370423,
-    ]  # published
+    published = [6457827717110365317, 3203168211198807973, 9817491932198370423]
+    assert [splitmix64(1234567, i) for i in range(3)] == published
     keys = [0, 1, -1, 2**63 - 1, -(2**63), *(stream_key("k", i) for i in range(50))]
     for position in (0, 1, 7, 1535):
         ours = uniforms(torch.tensor(keys), torch.full((len(keys),), position))
         assert ours.dtype == torch.float64
-        assert ours.tolist() == [
-            (splitmix64(key & MASK, position) >> 11) * 2.0**-53 for key in keys
-        ]
+        theirs = [(splitmix64(key & MASK, position) >> 11) * 2.0**-53 for key in keys]
+        assert ours.tolist() == theirs
 
 
 def test_uniforms_fill_the_unit_interval():
     keys = torch.tensor([stream_key(0, "train", 3, "prompt", g) for g in range(200)])
-    u = torch.stack(
-        [uniforms(keys, torch.full_like(keys, t)) for t in range(200)]
-    ).numpy()  # [position, sample]
+    # [position, sample]
+    u = torch.stack([uniforms(keys, torch.full_like(keys, t)) for t in range(200)]).numpy()
     assert u.min() >= 0 and u.max() < 1
     assert abs(u.mean() - 0.5) < 4 * (1 / 12 / u.size) ** 0.5
     assert abs(u.var() - 1 / 12) < 4 * (1 / 180 / u.size) ** 0.5
-    for a, b in (
-        (u[1:], u[:-1]),
-        (u[:, 1:], u[:, :-1]),
-        (u, u.T),
-    ):  # neighbours in position, in sample index, and unrelated ones
-        pairs = np.bincount(
-            (a * 8).astype(int).ravel() * 8 + (b * 8).astype(int).ravel(), minlength=64
-        )
-        assert chisquare(pairs).pvalue > 1e-4
+    neighbours_in_position = (u[1:], u[:-1])
+    neighbours_in_sample = (u[:, 1:], u[:, :-1])
+    unrelated = (u, u.T)
+    for a, b in (neighbours_in_position, neighbours_in_sample, unrelated):
+        cell = (a * 8).astype(int) * 8 + (b * 8).astype(int)
+        counts = np.bincount(cell.ravel(), minlength=64)
+        assert chisquare(counts).pvalue > 1e-4
 
 
 def test_different_identities_have_different_keys():
@@ -78,6 +71,7 @@ def test_different_identities_have_different_keys():
         ("b", "a"),
         ("a', 'b",),
     ]
+    # any id of a user's file will do
     identities += [
         ("a\x1fstr:b",),
         ("a\\x1fstr:b",),
@@ -85,7 +79,7 @@ def test_different_identities_have_different_keys():
         ("\\ud800",),
         (),
         ("",),
-    ]  # any id of a user's file will do
+    ]
     assert len({stream_key(*identity) for identity in identities}) == len(identities)
 
 
@@ -101,28 +95,31 @@ def test_draw_inverts_the_cumulative_distribution():
         grid = (torch.arange(n, dtype=torch.float64) + 0.5) / n
         tokens, logprobs, _ = draw_tokens(logits.expand(n, -1), grid, temperature)
         counts = torch.bincount(tokens, minlength=9)
-        assert (counts - n * exact.exp()).abs().max() <= 1  # an even grid leaves no room for chance
+        # an even grid leaves no room for chance
+        assert (counts - n * exact.exp()).abs().max() <= 1
         torch.testing.assert_close(logprobs, exact[tokens], atol=1e-12, rtol=0)
 
 
 @pytest.mark.parametrize("size", [1, 16 * BLOCK, 16 * BLOCK + 1, 17 * BLOCK, 20 * BLOCK - 1])
 def test_blocks_change_no_draw(size):
-    """Against the cumulative sum itself, with masses that leave whole blocks, the first and the last tokens without any."""
+    """Against the cumulative sum itself, with masses that leave whole blocks, the first and the
+    last tokens without any."""
     rng = np.random.default_rng(size)
     masses = rng.random((300, size)) ** 20 * (rng.random((300, size)) < rng.random((300, 1)))
     masses[:, rng.integers(size)] += 0.01
-    masses[:100, : size // 2], masses[100:200, size // 2 + 1 :] = 0, 0
+    masses[:100, : size // 2] = 0
+    masses[100:200, size // 2 + 1 :] = 0
     masses = masses[masses.sum(1) > 0]
     uniform = rng.random(len(masses))
-    uniform[::7], uniform[::11] = 0, 1 - 2.0**-53
+    uniform[::7] = 0
+    uniform[::11] = 1 - 2.0**-53
     drawn = invert(torch.from_numpy(masses), torch.from_numpy(uniform)).numpy()
     below = masses.cumsum(1)
     target, at = uniform * below[:, -1], np.arange(len(masses))
     tolerance = 1e-12 * below[:, -1]
     assert (masses[at, drawn] > 0).all()
-    assert (below[at, drawn] > target - tolerance).all() and (
-        below[at, drawn] - masses[at, drawn] <= target + tolerance
-    ).all()
+    assert (below[at, drawn] > target - tolerance).all()
+    assert (below[at, drawn] - masses[at, drawn] <= target + tolerance).all()
 
 
 def test_draws_pass_chi_squared():
@@ -148,9 +145,8 @@ def test_impossible_tokens_are_never_drawn(dtype):
 
 def test_temperature_zero_takes_the_largest():
     logits = torch.tensor([[0.0, 3.0, 2.999], [5.0, -torch.inf, 5.1]])
-    tokens, logprobs, _ = draw_tokens(
-        logits, torch.tensor([0.0, 1 - 2.0**-53], dtype=torch.float64), 0.0
-    )
+    uniform = torch.tensor([0.0, 1 - 2.0**-53], dtype=torch.float64)
+    tokens, logprobs, _ = draw_tokens(logits, uniform, 0.0)
     assert tokens.tolist() == [1, 2]
     assert logprobs.tolist() == [0.0, 0.0]
 
@@ -170,9 +166,8 @@ def test_truncation_keeps_what_it_says(top_k, top_p, min_p):
             if sum(row[j] for j in kept) / mass < top_p and row[i] >= min_p * row[ranked[0]]:
                 kept.append(i)
         total = sum(row[i] for i in kept)
-        assert got == pytest.approx(
-            [row[i] / total if i in kept else 0.0 for i in range(11)], abs=1e-12
-        )
+        expected = [row[i] / total if i in kept else 0.0 for i in range(11)]
+        assert got == pytest.approx(expected, abs=1e-12)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The sampler draws from the trainer's model, and a completion is the same in whatever company it is made."""
+"""The sampler draws from the trainer's model, and no completion depends on its neighbours."""
 
 import itertools
 from contextlib import contextmanager, nullcontext
@@ -38,8 +38,17 @@ def slots_for(asked, max_tokens, budget):
     )
 
 
-def generate(*args):
-    return sampler.generate(*args).groups
+def generate(*args, **options):
+    return sampler.generate(*args, **options).groups
+
+
+def flat(groups):
+    return list(itertools.chain.from_iterable(groups))
+
+
+def side_by_side(ours, theirs):
+    """The completions of two runs of the sampler, in pairs."""
+    return zip(flat(ours), flat(theirs), strict=True)
 
 
 def requests(lengths, group_size, vocab=23):
@@ -57,23 +66,24 @@ def next_logits(model, ids):
     """Logits after `ids`, by a full pass."""
     packed = pack_groups([ids], [[]])
     with torch.no_grad():
-        return (
-            model.hidden(packed.ids, packed.positions, group_attention(packed))[-1]
-            @ model.head_weight.T
-        )
+        hidden = model.hidden(packed.ids, packed.positions, group_attention(packed))
+        return hidden[-1] @ model.head_weight.T
 
 
 def trainer_logprobs(model, asked, groups, temperature):
-    """What the training pass says of sampled completions, in order [M]."""
-    packed = pack_groups(
-        [r.prompt_ids for r in asked], [[s.ids.tolist() for s in group] for group in groups]
-    )
+    """The training pass's log-probabilities of sampled completions, in order [M]."""
     with torch.no_grad():
-        return model(packed, temperature)[0].numpy()
+        return model(packed_completions(asked, groups), temperature)[0].numpy()
+
+
+def packed_completions(asked, groups):
+    prompts = [request.prompt_ids for request in asked]
+    completions = [[sampled.ids.tolist() for sampled in group] for group in groups]
+    return pack_groups(prompts, completions)
 
 
 def join(groups, name):
-    return np.concatenate([getattr(sampled, name) for group in groups for sampled in group])
+    return np.concatenate([getattr(sampled, name) for sampled in flat(groups)])
 
 
 def same(ours, theirs):
@@ -88,9 +98,8 @@ def same(ours, theirs):
 def test_greedy_equals_full_recomputation(architecture, tiny_model):
     model = tiny_model(architecture)
     asked = requests((1, 33, 6), (2, 1, 3))
-    for request, group in zip(
-        asked, generate(model, asked, SamplingParams(19, 0.0), PLENTY), strict=True
-    ):
+    groups = generate(model, asked, SamplingParams(19, 0.0), PLENTY)
+    for request, group in zip(asked, groups, strict=True):
         ids = list(request.prompt_ids)
         for t in range(19):
             logits = next_logits(model, ids)
@@ -99,7 +108,8 @@ def test_greedy_equals_full_recomputation(architecture, tiny_model):
             assert all(abs(sampled.full_logprobs[t] - expected) < 1e-10 for sampled in group)
         for sampled in group:
             assert sampled.ids.tolist() == ids[len(request.prompt_ids) :]
-            assert not sampled.sampler_logprobs.any()  # greedy draws with certainty
+            # greedy draws with certainty
+            assert not sampled.sampler_logprobs.any()
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -108,13 +118,11 @@ def test_greedy_equals_full_recomputation(architecture, tiny_model):
     [(torch.float32, 1e-4, False), (torch.float32, 1e-4, True), (torch.float64, 1e-10, False)],
 )
 def test_logprobs_are_the_trainers(architecture, dtype, tolerance, packed, tiny_model, monkeypatch):
-    """Also with weights as large ones are packed for a CPU, and again after each change of them."""
+    """Also with weights laid out as large ones are on a CPU, and again after each update."""
     monkeypatch.setattr(decoder, "LARGE_WEIGHT", 0 if packed else decoder.LARGE_WEIGHT)
-    model, asked, temperature = (
-        tiny_model(architecture, dtype=dtype),
-        requests((3, 40, 1, 11), 3),
-        0.7,
-    )
+    model = tiny_model(architecture, dtype=dtype)
+    asked = requests((3, 40, 1, 11), 3)
+    temperature = 0.7
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.03)
     before = None
     for _ in range(3):
@@ -125,32 +133,18 @@ def test_logprobs_are_the_trainers(architecture, dtype, tolerance, packed, tiny_
         np.testing.assert_allclose(full, expected, atol=tolerance, rtol=0)
         np.testing.assert_array_equal(full, join(groups, "sampler_logprobs"))
         if before is not None:  # the weights did change
-            assert (
-                np.abs(
-                    trainer_logprobs(model, asked, before, temperature)
-                    - join(before, "full_logprobs")
-                ).max()
-                > 0.1
-            )
+            now = trainer_logprobs(model, asked, before, temperature)
+            assert np.abs(now - join(before, "full_logprobs")).max() > 0.1
         before = groups
-        packed = pack_groups(
-            [r.prompt_ids for r in asked], [[s.ids.tolist() for s in group] for group in groups]
-        )
-        logprobs = model(packed, temperature)[0]
+        logprobs = model(packed_completions(asked, groups), temperature)[0]
         optimizer.zero_grad()
         (logprobs * torch.linspace(-1, 1, len(logprobs), dtype=dtype)).mean().backward()
         optimizer.step()
 
 
 def test_whole_completions_follow_their_exact_probabilities(tiny_model):
-    model, vocab, stop, longest, n, temperature = (
-        tiny_model(vocab=5, layers=1, seed=3),
-        5,
-        2,
-        3,
-        4000,
-        0.8,
-    )
+    vocab, stop, longest, n, temperature = 5, 2, 3, 4000, 0.8
+    model = tiny_model(vocab=vocab, layers=1, seed=3)
     others = [i for i in range(vocab) if i != stop]
     texts = [(*head, stop) for r in range(longest) for head in itertools.product(others, repeat=r)]
     texts += list(itertools.product(others, repeat=longest))
@@ -172,9 +166,8 @@ def test_whole_completions_follow_their_exact_probabilities(tiny_model):
 
 def test_each_row_draws_its_own_first_token(tiny_model):
     model, asked = tiny_model(), requests((9, 2), 40)
-    for request, group in zip(
-        asked, generate(model, asked, SamplingParams(1), PLENTY), strict=True
-    ):
+    groups = generate(model, asked, SamplingParams(1), PLENTY)
+    for request, group in zip(asked, groups, strict=True):
         keys = torch.tensor(request.keys)
         logits = next_logits(model, request.prompt_ids).expand(40, -1)
         expected, _, _ = draw_tokens(logits, uniforms(keys, torch.zeros_like(keys)), 1.0)
@@ -186,7 +179,7 @@ def test_probabilities_that_are_no_numbers_are_refused(tiny_model):
     model = tiny_model()
     with torch.no_grad():
         model.blocks[0].down.weight[0, 0] = torch.nan
-    with pytest.raises(UserError, match="no finite numbers"):
+    with pytest.raises(UserError, match="not finite numbers"):
         generate(model, requests((3,), 2), SamplingParams(2), PLENTY)
 
 
@@ -202,14 +195,12 @@ def test_a_row_does_not_depend_on_its_neighbours(tiny_model):
     tightest = max(len(r.prompt_ids) for r in asked) + 3 * 20
     assert slots_for(asked, 20, tightest) == (1, 3) and slots_for(asked, 20, 2 * tightest)[1] < 12
     for budget in (PLENTY, 2 * tightest, tightest):
-        for mine, theirs in zip(
-            itertools.chain(*generate(model, asked, params, budget)), alone, strict=True
-        ):
+        together = flat(generate(model, asked, params, budget))
+        for mine, theirs in zip(together, alone, strict=True):
             same(mine, theirs)
     backwards = [Request(r.prompt_ids, r.keys[::-1]) for r in reversed(asked)]
-    for mine, theirs in zip(
-        itertools.chain(*generate(model, backwards, params, PLENTY)), alone[::-1], strict=True
-    ):
+    together = flat(generate(model, backwards, params, PLENTY))
+    for mine, theirs in zip(together, alone[::-1], strict=True):
         same(mine, theirs)
     larger = [
         Request(r.prompt_ids, (*(stream_key("x", i) for i in range(3)), r.keys[0], 0))
@@ -222,12 +213,13 @@ def test_a_row_does_not_depend_on_its_neighbours(tiny_model):
 @pytest.mark.parametrize("budget", [PLENTY, 230])
 @pytest.mark.parametrize("every", [1, 8])
 def test_rows_stop_where_they_should_and_leave_the_others_alone(every, budget, tiny_model):
-    model, asked, longest = tiny_model(seed=5), requests((5, 17, 2, 9), (5, 1, 3, 1)), 40
-    stops = (3, 5)
+    model, asked = tiny_model(seed=5), requests((5, 17, 2, 9), (5, 1, 3, 1))
+    longest, stops = 40, (3, 5)
     endless = generate(model, asked, SamplingParams(longest), PLENTY)
-    late = {"stop_strings": ("never",), "decode": lambda ids: "x" * len(ids)} if every > 1 else {}
-    stopped = generate(model, asked, SamplingParams(longest, 1.0, stops, **late), budget)
-    for whole, cut in zip(itertools.chain(*endless), itertools.chain(*stopped), strict=True):
+    late = {"stop_strings": ("never",)} if every > 1 else {}
+    params = SamplingParams(longest, 1.0, stops, **late)
+    stopped = generate(model, asked, params, budget, decode=lambda ids: "x" * len(ids))
+    for whole, cut in side_by_side(endless, stopped):
         assert len(whole.ids) == longest and whole.finish_reason == "length"
         found = np.flatnonzero(np.isin(whole.ids, stops))
         length = found[0] + 1 if len(found) else longest
@@ -235,11 +227,10 @@ def test_rows_stop_where_they_should_and_leave_the_others_alone(every, budget, t
         assert cut.finish_reason == ("stop" if len(found) else "length")
         np.testing.assert_array_equal(cut.ids, whole.ids[:length])
         np.testing.assert_allclose(cut.full_logprobs, whole.full_logprobs[:length], atol=1e-11)
-    lengths = [[len(s.ids) for s in group] for group in stopped]
-    flat = sum(lengths, [])
-    assert (
-        min(flat) < 8 and max(flat) == longest and len({n // 8 for n in flat}) > 2
-    )  # rows retire at several times
+    lengths = [len(sampled.ids) for sampled in flat(stopped)]
+    assert min(lengths) < 8 and max(lengths) == longest
+    # rows retire at several times
+    assert len({n // 8 for n in lengths}) > 2
 
 
 def spell(ids):
@@ -249,13 +240,10 @@ def spell(ids):
 def test_a_stop_string_ends_a_row_at_the_token_that_completes_it(tiny_model):
     model, asked = tiny_model(vocab=3, seed=2), requests((5, 2), 40, vocab=3)
     endless = generate(model, asked, SamplingParams(60), PLENTY)
-    params = SamplingParams(60, stop_strings=("abca", "ccc"), decode=spell)
+    params = SamplingParams(60, stop_strings=("abca", "ccc"))
+    stopped = generate(model, asked, params, 2500, decode=spell)
     reasons = set()
-    for whole, cut in zip(
-        itertools.chain(*endless),
-        itertools.chain(*generate(model, asked, params, 2500)),
-        strict=True,
-    ):
+    for whole, cut in side_by_side(endless, stopped):
         text = spell(whole.ids)
         ends = [text.find(stop) + len(stop) for stop in params.stop_strings if stop in text]
         assert spell(cut.ids) == text[: min(ends, default=60)]
@@ -265,16 +253,18 @@ def test_a_stop_string_ends_a_row_at_the_token_that_completes_it(tiny_model):
 
 
 def test_a_thinking_budget_puts_in_the_closing_tag_and_nothing_else(tiny_model):
-    model, asked, close = tiny_model(seed=4), requests((5, 11, 8), 24), (7, 9)
+    model, asked = tiny_model(seed=4), requests((5, 11, 8), 24)
+    close = (7, 9)
     free = generate(model, asked, SamplingParams(20), PLENTY)
 
     def decode(ids):  # token 3 is what the model itself closes its thoughts with
         return "".join("</think>" if i == 3 else "." for i in ids)
 
-    params = SamplingParams(20, think_budget=6, think_close=close, decode=decode)
-    groups = generate(model, asked, params, 24 * 20 + 2 * 11)  # slots are used again
+    params = SamplingParams(20, think_budget=6, think_close=close)
+    # slots are used again
+    groups = generate(model, asked, params, 24 * 20 + 2 * 11, decode=decode)
     kinds = set()
-    for whole, sampled in zip(itertools.chain(*free), itertools.chain(*groups), strict=True):
+    for whole, sampled in side_by_side(free, groups):
         np.testing.assert_array_equal(sampled.ids[:6], whole.ids[:6])
         closed = 3 in whole.ids[:6].tolist()
         kinds.add(closed)
@@ -311,13 +301,52 @@ def test_slots_stay_busy_while_prompts_wait(tiny_model):
     budget = 5 * 8 + 24 * 64
     whole = sampler.generate(model, asked, params, PLENTY)
     tight = sampler.generate(model, asked, params, budget)
-    lengths = [len(s.ids) for group in tight.groups for s in group]
-    assert slots_for(asked, 64, budget)[1] <= 24 and max(lengths) >= 10 * np.percentile(lengths, 10)
+    lengths = [len(sampled.ids) for sampled in flat(tight.groups)]
+    assert slots_for(asked, 64, budget)[1] <= 24
+    assert max(lengths) >= 10 * np.percentile(lengths, 10)
     assert whole.occupancy is None and tight.occupancy >= 0.9
-    for ours, theirs in zip(
-        itertools.chain(*tight.groups), itertools.chain(*whole.groups), strict=True
-    ):
+    for ours, theirs in side_by_side(tight.groups, whole.groups):
         same(ours, theirs)
+
+
+@pytest.mark.parametrize("stop_strings", [(), ("abc",)])
+def test_each_completion_waits_runs_in_a_row_of_its_own_and_is_done(tiny_model, stop_strings):
+    """The scheduler's books, after each of its steps: with slots that are too few, and dropped."""
+    asked = requests((5, 17, 2, 9, 4, 8), (5, 1, 3, 1, 4, 5))
+    params = SamplingParams(24, 1.0, (3, 5), stop_strings=stop_strings)
+    handed_over = []
+
+    def on_done(request, completion):
+        handed_over.append((request, completion.sample_index))
+
+    engine = sampler.Engine(tiny_model(), asked, params, 300, spell, on_done)
+    num_rows = set()
+
+    def check_the_books():
+        by_status = {status: [] for status in sampler.Status}
+        for completion in engine.completions:
+            by_status[completion.status].append(completion)
+        assert by_status[sampler.Status.WAITING] == list(engine.waiting)
+        running = by_status[sampler.Status.RUNNING]
+        assert {id(c) for c in running} == {id(c) for c in engine.running}
+        entered = [c.entered for c in engine.running]
+        assert entered == sorted(entered)
+        rows = [c.row for c in running]
+        assert sorted([*rows, *engine.free_rows]) == list(range(len(engine.rows)))
+        held = {c.prompt.slot for c in running}
+        assert len(held) == len({c.prompt.index for c in running})
+        assert sampler.NO_SLOT not in held and not held & set(engine.free_prompt_slots)
+        done = by_status[sampler.Status.DONE]
+        assert all(c.result is not None and c.row == sampler.NO_SLOT for c in done)
+        assert sorted(handed_over) == [(c.prompt.index, c.sample_index) for c in done]
+        num_rows.add(len(engine.rows))
+
+    with torch.inference_mode():
+        while engine.waiting or engine.running:
+            for step in (engine.admit, engine.draw, engine.retire, engine.feed):
+                step()
+                check_the_books()
+    assert len(handed_over) == 19 and len(num_rows) > 1
 
 
 def test_the_prompt_is_kept_once(tiny_model):
@@ -328,11 +357,14 @@ def test_the_prompt_is_kept_once(tiny_model):
 
 
 def test_a_batch_that_is_done_stops_early(tiny_model):
-    model, asked, calls = tiny_model(), requests((5, 2), 2), []
+    model, asked = tiny_model(), requests((5, 2), 2)
+    calls = []
     hidden = model.hidden
     model.hidden = lambda *args: calls.append(1) or hidden(*args)
     (a, b), (c, d) = generate(model, asked, SamplingParams(500, 1.0, tuple(range(23))), PLENTY)
-    assert [len(s.ids) for s in (a, b, c, d)] == [1, 1, 1, 1] and len(calls) == 1  # the prefill
+    assert [len(s.ids) for s in (a, b, c, d)] == [1, 1, 1, 1]
+    # the prefill
+    assert len(calls) == 1
 
 
 @pytest.mark.parametrize("stops, reason", [((), "length"), (tuple(range(23)), "stop")])
@@ -381,33 +413,32 @@ def test_extreme_shapes(prompt, tokens, vocab, tiny_model):
 
 @pytest.mark.slow
 def test_the_decode_step_compiles_whole_and_never_again(tiny_model):
-    model, asked, params = (
-        tiny_model(dtype=torch.float32),
-        requests((5, 9), 4),
-        SamplingParams(12, 0.0),
-    )
+    model, asked = tiny_model(dtype=torch.float32), requests((5, 9), 4)
+    params = SamplingParams(12, 0.0)
     eager = generate(model, asked, params, PLENTY)
-    slots = sampler._Slots(model, asked, params, PLENTY)
+    engine = sampler.Engine(model, asked, params, PLENTY)
     torch._dynamo.reset()
     compiled = torch.compile(sampler.decode_step, fullgraph=True)
     with torch.inference_mode(), torch._dynamo.config.patch(error_on_recompile=True):
-        slots.admit()
-        for _ in range(
-            params.max_tokens - 1
-        ):  # the width is that of the whole buffer, so that no shape changes
-            slots.rows["hidden"] = compiled(model, slots.cache, slots.draw(), params.max_tokens)
-            slots.cache.own_lengths += 1
-        slots.draw()
-        slots.retire()
-    for ours, theirs in zip(
-        itertools.chain(*slots.result().groups), itertools.chain(*eager), strict=True
-    ):
+        engine.admit()
+        for _ in range(params.max_tokens - 1):
+            engine.draw()
+            # the width is that of the whole buffer, so that no shape changes
+            hidden = compiled(model, engine.cache, engine.rows.last_tokens, params.max_tokens)
+            engine.rows.hidden = hidden
+            engine.cache.own_lengths += 1
+        engine.draw()
+        engine.retire()
+    for ours, theirs in side_by_side(engine.result().groups, eager):
         np.testing.assert_array_equal(ours.ids, theirs.ids)
         np.testing.assert_allclose(ours.full_logprobs, theirs.full_logprobs, atol=1e-4)
 
 
 class Recorded(TorchDispatchMode):
-    """What a CUDA graph is, on a CPU: the operators of one run with the very tensors they read and wrote. Python is not run again."""
+    """A CUDA graph on a CPU: the operators of one run, with the very tensors they read and wrote.
+
+    Python is not run again.
+    """
 
     def __init__(self):
         super().__init__()
@@ -421,12 +452,11 @@ class Recorded(TorchDispatchMode):
     def replay(self):
         for function, args, kwargs, out in self.calls:
             again = function(*args, **kwargs)
-            for old, new in zip(
-                *(x if isinstance(x, tuple | list) else (x,) for x in (out, again)), strict=True
-            ):
-                if (
-                    isinstance(old, torch.Tensor) and old.data_ptr() != new.data_ptr()
-                ):  # views, and what is written in place, are there
+            if not isinstance(out, tuple | list):
+                out, again = (out,), (again,)
+            for old, new in zip(out, again, strict=True):
+                # views share their memory, and so does what is written in place
+                if isinstance(old, torch.Tensor) and old.data_ptr() != new.data_ptr():
                     old.copy_(new)
 
 
@@ -450,21 +480,22 @@ def recorded(monkeypatch):
 
 @pytest.mark.parametrize("budget", [PLENTY, 250])
 def test_replayed_decode_steps_give_what_eager_ones_give(tiny_model, recorded, monkeypatch, budget):
-    """Also while rows retire, enter and are dropped: the buffers a graph was captured from are those it must read later."""
+    """Also while rows retire, enter and are dropped.
+
+    The buffers that a graph was captured from are those it must read later.
+    """
     model, asked, params = tiny_model(), requests((5, 9, 30, 2), 4), SamplingParams(20, 1.0, (3,))
     replayed = sampler.generate(model, asked, params, budget)
     assert 3 <= len(recorded) < replayed.num_steps / 2
     monkeypatch.setattr(sampler, "GRAPHED", ())
-    for ours, theirs in zip(
-        itertools.chain(*replayed.groups),
-        itertools.chain(*generate(model, asked, params, budget)),
-        strict=True,
-    ):
+    eager = generate(model, asked, params, budget)
+    for ours, theirs in side_by_side(replayed.groups, eager):
         same(ours, theirs)
 
 
 def test_a_capture_that_fails_warns_and_runs_eagerly(monkeypatch):
-    calls, stream = [], SimpleNamespace(wait_stream=lambda other: None)
+    calls = []
+    stream = SimpleNamespace(wait_stream=lambda other: None)
 
     @contextmanager
     def fails(graph, stream):
@@ -493,9 +524,9 @@ def test_attention_on_other_devices_equals_that_on_cpu(dtype, atol):
     q, keys, values = (torch.randn(5, 2, n, 8, dtype=dtype) for n in (6, 40, 40))
     hidden = torch.arange(40) >= torch.tensor([1, 7, 20, 39, 40])[:, None]
     bias = torch.zeros(5, 40, dtype=dtype).masked_fill(hidden, -torch.inf)[:, None, None]
-    for ours, theirs in zip(
-        kv_cache._mix(q, keys, values, bias), kv_cache._mix_cpu(q, keys, values, bias), strict=True
-    ):
+    elsewhere = kv_cache._mix(q, keys, values, bias)
+    on_cpu = kv_cache._mix_cpu(q, keys, values, bias)
+    for ours, theirs in zip(elsewhere, on_cpu, strict=True):
         torch.testing.assert_close(ours, theirs, atol=atol, rtol=0)
 
 
@@ -506,22 +537,25 @@ def test_bfloat16_attention_is_about_as_exact_as_the_library(tiny_model):
     cache.assign([0, 0, 0], 3)
     for x in (cache.prompt_keys, cache.prompt_values, cache.own_keys, cache.own_values):
         x.normal_()
-    cache.prompt_lengths.fill_(P), cache.own_lengths.fill_(own)
+    cache.prompt_lengths.fill_(P)
+    cache.own_lengths.fill_(own)
     q, k, v = (torch.randn(3, h, config.head_dim, dtype=torch.bfloat16) for h in (H, 2, 2))
     ours = cache.decode_attend(own + 1)(0, q, k, v).double()
-    keys, values = (
-        torch.cat((prompt[0].expand(3, -1, -1, -1), mine[0]), 2)
-        for prompt, mine in (
-            (cache.prompt_keys, cache.own_keys),
-            (cache.prompt_values, cache.own_values),
-        )
-    )
-    exact, library = (
-        torch.nn.functional.scaled_dot_product_attention(
+
+    def of_every_row(prompt, own):
+        return torch.cat((prompt[0].expand(3, -1, -1, -1), own[0]), 2)
+
+    keys = of_every_row(cache.prompt_keys, cache.own_keys)
+    values = of_every_row(cache.prompt_values, cache.own_values)
+
+    def attention_in(dtype):
+        mixed = torch.nn.functional.scaled_dot_product_attention(
             q[:, :, None].to(dtype), keys.to(dtype), values.to(dtype), enable_gqa=True
-        )[:, :, 0].double()
-        for dtype in (torch.float64, torch.bfloat16)
-    )
+        )
+        return mixed[:, :, 0].double()
+
+    exact = attention_in(torch.float64)
+    library = attention_in(torch.bfloat16)
     assert (ours - exact).norm() < 2.5 * (library - exact).norm()
 
 
@@ -539,4 +573,10 @@ def test_limits_that_do_not_fit_the_keys_are_refused(limits):
 )
 def test_options_that_cannot_work_are_refused(options):
     with pytest.raises(ValueError, match="stop string|think_budget"):
-        SamplingParams(10, decode=spell, **options)
+        SamplingParams(10, **options)
+
+
+def test_options_that_read_text_need_a_decode(tiny_model):
+    params = SamplingParams(10, stop_strings=("a",))
+    with pytest.raises(ValueError, match="they need decode"):
+        generate(tiny_model(), requests((3,), 2), params, PLENTY)

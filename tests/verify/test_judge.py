@@ -16,7 +16,7 @@ from mar.answers.grammar import Grammar, render
 from mar.answers.rewards import RewardSpec
 from mar.config import DataOptions, RewardOptions
 from mar.errors import UserError
-from mar.measure.answer_sets import read_item
+from mar.measure.answer_sets import item_of_texts
 from mar.records import Completion, Example, Gold, Prompt
 from mar.sample.rollout import Scorer, judge_groups, judged_only
 from mar.verify import judge
@@ -118,7 +118,7 @@ def test_a_reply_that_is_no_number_of_a_gold_is_no_verdict(tmp_path, said):
             judged_only([[got]])
         prompt = Prompt(FLU, "?", (1,))
         with pytest.raises(UserError, match="gives no verdict"):
-            read_item(prompt, [(got.text, 3)], GRAMMAR, verifier)
+            item_of_texts(prompt, [(got.text, 3)], GRAMMAR, verifier)
     assert next(tmp_path.glob("judge/*.jsonl")).read_text() == ""
 
 
@@ -140,7 +140,7 @@ def test_a_server_that_died_does_not_hold_up_the_run(tmp_path, monkeypatch):
 def test_texts_from_elsewhere_are_judged_too(tmp_path):
     with server(about("grippe")) as (url, _):
         text = render(GRAMMAR, ["grippe", "cold"])
-        item = read_item(Prompt(FLU, "?", (1,)), [(text, 9)], GRAMMAR, checker(url=url))
+        item = item_of_texts(Prompt(FLU, "?", (1,)), [(text, 9)], GRAMMAR, checker(url=url))
         assert item.sets[0].hits == (1.0, 0.0)
         assert item.sets[0].keys == ("influenza", "cold")
 

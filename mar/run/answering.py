@@ -1,0 +1,327 @@
+"""The steps of `mar.evaluate`: find what is measured, prepare its questions, let every arm answer.
+
+All of them can be repeated: an interrupted command goes on where it stopped, and ends with the same
+files to the last byte.
+"""
+
+import time
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mar.config import Config
+from mar.errors import UserError
+from mar.files import append_jsonl, jsonable, read_jsonl, skipped_lines, stable_hash, write_jsonl
+from mar.measure.answer_sets import Item
+from mar.measure.baselines import Arm, sample_items
+from mar.measure.comparison import paired_differences
+from mar.measure.given_texts import items_of_file
+from mar.policy.lora import adapted
+from mar.policy.model import Decoder
+from mar.policy.sources import resolve_model
+from mar.policy.weights import load_model
+from mar.records import Example, Prompt
+from mar.run import checkpoint
+from mar.run.compose import compose, load_config
+from mar.run.console import Display
+from mar.run.setup import announce, load_data, make_prompts, sampling_params, verifier_of
+from mar.sample.draws import SamplingParams
+from mar.sample.rollout import Decode, make_decode
+from mar.verify.programs import ProgramRunner
+from mar.verify.verifiers import AnswerChecker
+
+ITEMS_FILE = "eval_items.jsonl"
+
+# Completions that are sampled between two writes.
+COMPLETIONS_PER_WRITE = 512
+
+# ---- What is measured ----
+
+
+@dataclass(frozen=True)
+class Target:
+    """What is measured: a run, a checkpoint folder, or the model that the config names."""
+
+    name: str
+    config: Config  # of its questions
+    model_folder: Path
+    provenance: dict[str, Any]
+    run: checkpoint.Found | None  # the checkpoint of a run; None: the weights in model_folder
+    out: Path  # where the results go
+
+    @property
+    def step(self) -> int | None:
+        """The step of a run's checkpoint."""
+        return self.run.step if self.run else None
+
+
+def find_target(
+    name: str, settings: Sequence[str], out: str, completions: str, display: Display
+) -> Target:
+    """What a command line names. `completions`: a file, where there is no name.
+
+    Raises UserError for what is neither a run nor a checkpoint, and for a run without a checkpoint.
+    """
+    folder = Path(name)
+    run = None
+    if name and (folder / "config.yaml").is_file():
+        config = load_config(folder / "config.yaml", settings)
+        run = _newest_checkpoint(folder, config, display)
+        default_out = folder
+    elif name and name != "base":
+        if not (folder / "config.json").is_file():
+            raise UserError(
+                f"{name} is neither a run (config.yaml), nor a checkpoint (config.json), nor base"
+            )
+        composed = compose(["model=hf", f"model.path={folder.resolve()}", *settings])
+        config = announce(composed, display)
+        default_out = Path("runs/evaluation") / folder.resolve().name
+    else:
+        config = announce(compose(settings), display)
+        result = Path(completions).stem if completions else f"base-{config.model.name}"
+        default_out = Path("runs/evaluation") / result
+    model_folder, provenance = resolve_model(
+        config.model.source, config.model.name, config.model.path
+    )
+    return Target(
+        name=name or completions,
+        config=config,
+        model_folder=model_folder,
+        provenance=provenance,
+        run=run,
+        out=Path(out) if out else default_out,
+    )
+
+
+def _newest_checkpoint(folder: Path, config: Config, display: Display) -> checkpoint.Found:
+    found = checkpoint.newest(folder / "checkpoints")
+    if found is None:
+        raise UserError(
+            f"{folder} has no readable checkpoint: "
+            f"let the run reach checkpoint.every={config.checkpoint.every} steps"
+        )
+    if found.step < config.train.steps:
+        display.say(f"{folder} is unfinished: measuring step {found.step} of {config.train.steps}")
+    return found
+
+
+def load_weights(target: Target, device: str) -> tuple[Decoder, Decoder]:
+    """(the policy, the untrained model); one object where they are the same."""
+    dtype = getattr(torch, target.config.scale.dtype)
+    untrained = load_model(target.model_folder, dtype=dtype, device=device)
+    if target.run is None:
+        return untrained, untrained
+    copy = load_model(target.model_folder, dtype=dtype, device=device)
+    policy = adapted(copy, target.config.model)
+    checkpoint.restore_weights(target.run, policy)
+    return policy, untrained
+
+
+# ---- The questions ----
+
+
+@dataclass(frozen=True)
+class Questions:
+    """The held-out questions, as each arm asks them and as their answers are judged."""
+
+    examples: list[Example]
+    prompts: dict[str, list[Prompt]]  # by the arm's name, in the order of `examples`
+    verifier: AnswerChecker
+    tokenizer: Any
+    decode: Decode
+
+
+def prepare_questions(
+    config: Config, arms: Sequence[Arm], tokenizer: Any, display: Display
+) -> Questions:
+    """Load the held-out examples. An item that is too long for one arm is asked of none."""
+    split = config.data.eval_split
+    verifier = verifier_of(config)
+    examples = load_data(config, split, config.data.num_eval, 0, display)
+    if not examples:
+        raise UserError(
+            "the evaluation set is empty: "
+            f"data.eval_split={split} of {config.data.task} has no rows"
+        )
+    asked: dict[str, dict[str, Prompt]] = {}
+    for arm in arms:
+        prompts = make_prompts(
+            config=config,
+            examples=examples,
+            grammar=arm.grammar,
+            tokenizer=tokenizer,
+            split=f"{arm.name}: {split}",
+            display=display,
+            style=arm.style,
+        )
+        asked[arm.name] = {prompt.id: prompt for prompt in prompts}
+    kept = [e for e in examples if all(e.id in prompts for prompts in asked.values())]
+    return Questions(
+        examples=kept,
+        prompts={name: [prompts[e.id] for e in kept] for name, prompts in asked.items()},
+        verifier=verifier,
+        tokenizer=tokenizer,
+        decode=make_decode(tokenizer),
+    )
+
+
+# ---- The answers ----
+
+
+def answer_questions(
+    target: Target, arms: Sequence[Arm], questions: Questions, display: Display
+) -> dict[str, list[Item]]:
+    """Every arm's items, written to `eval_items.jsonl` as they come.
+
+    What an earlier, interrupted command has written there is kept and not asked again.
+    """
+    config = target.config
+    ids = [example.id for example in questions.examples]
+    path = target.out / ITEMS_FILE
+    # Items of each arm that are sampled together.
+    chunks = {arm.name: max(1, COMPLETIONS_PER_WRITE // arm.num_sets) for arm in arms}
+    header = {"protocol": _protocol(target, arms, len(ids))}
+    target.out.mkdir(parents=True, exist_ok=True)
+    done = _resume(path, header, chunks, ids, display)
+
+    gpu = config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available())
+    policy, untrained = load_weights(target, "cuda" if gpu else "cpu")
+    for arm in arms:
+        began = time.perf_counter()
+        items = done.setdefault(arm.name, [])
+        chunk = chunks[arm.name]
+        params = _sampling_params(config, arm, questions)
+        for start in range(len(items), len(ids), chunk):
+            sampled = sample_items(
+                arm=arm,
+                prompts=questions.prompts[arm.name][start : start + chunk],
+                model=policy if arm.trained else untrained,
+                params=params,
+                kv_budget_tokens=config.sampler.kv_budget_tokens,
+                seed=config.seed,
+                verifier=questions.verifier,
+                decode=questions.decode,
+            )
+            rows = [_as_written(item) for item in sampled]
+            append_jsonl(path, [{"arm": arm.name, **row} for row in rows])
+            items += map(Item.from_row, rows)
+        seconds = time.perf_counter() - began
+        display.say(
+            f"{arm.name}: {len(ids)} items x {arm.num_sets} ({seconds:.0f} s), {arm.description}"
+        )
+    return done
+
+
+def _sampling_params(config: Config, arm: Arm, questions: Questions) -> SamplingParams:
+    """As in training; more answers than in training get room in proportion."""
+    params = sampling_params(config, arm.grammar, questions.tokenizer)
+    room = max(1.0, arm.grammar.num_answers / config.reward.num_answers)
+    return replace(params, max_tokens=int(params.max_tokens * room))
+
+
+def _as_written(item: Item) -> dict[str, Any]:
+    """The item's row, with its numbers rounded as a file holds them.
+
+    A resumed command reads these, so an uninterrupted one computes with them too.
+    """
+    row: dict[str, Any] = jsonable(asdict(item))
+    return row
+
+
+def _protocol(target: Target, arms: Sequence[Arm], num_items: int) -> dict[str, Any]:
+    """What must be equal for an evaluation to go on where another one stopped."""
+    manifest = (target.run.path / checkpoint.MANIFEST).read_text() if target.run else ""
+    config = replace(target.config, out="", run_dir="")
+    settings = stable_hash(f"{config} {target.provenance} {manifest}")
+    return {
+        "target": target.name,
+        "step": target.step,
+        "seed": config.seed,
+        "settings": f"{settings:016x}",
+        "num_items": num_items,
+        "arms": [[arm.name, str(arm.grammar), arm.num_sets, arm.style] for arm in arms],
+    }
+
+
+def _resume(
+    path: Path,
+    header: Mapping[str, Any],
+    chunks: Mapping[str, int],
+    ids: Sequence[str],
+    display: Display,
+) -> dict[str, list[Item]]:
+    """What an interrupted command has already measured, by the arm's name; the rest is dropped.
+
+    Only whole chunks are kept, so that what follows is sampled together with the same items.
+    """
+    done: dict[str, list[Item]] = defaultdict(list)
+    rows, broken = read_jsonl(path) if path.exists() else ([], [])
+    if broken:
+        display.say(skipped_lines(broken))
+    if rows and rows[0] != header:
+        display.say(f"{path} belongs to another evaluation and is written anew")
+        rows = []
+    for row in rows[1:]:
+        items = done[row.pop("arm")]
+        position = len(items)
+        # After a lost line the arm's other rows are no longer in order.
+        if position < len(ids) and row["id"] == ids[position]:
+            items.append(Item.from_row(row))
+    for name, items in done.items():
+        if len(items) < len(ids):
+            num_whole = len(items) // chunks[name] * chunks[name]
+            del items[num_whole:]
+    kept = [{"arm": name, **asdict(item)} for name, items in done.items() for item in items]
+    write_jsonl(path, [header, *kept])
+    return done
+
+
+def read_given_texts(
+    target: Target, file: Path, arm: Arm, questions: Questions, display: Display
+) -> tuple[Arm, list[Item]]:
+    """Texts from a file as an arm and its items, also written to `eval_items.jsonl`."""
+    task = target.config.data.task
+    if not file.is_file():
+        raise UserError(f"completions={file}: there is no such file")
+    if isinstance(questions.verifier, ProgramRunner):
+        raise UserError(
+            f"completions=<file> takes answers in words, and those of {task} are programs"
+        )
+    read = items_of_file(
+        file=file,
+        prompts=questions.prompts[arm.name],
+        grammar=arm.grammar,
+        verifier=questions.verifier,
+        tokenizer=questions.tokenizer,
+        task=task,
+        say=display.say,
+    )
+    rows = [_as_written(item) for item in read]
+    items = [Item.from_row(row) for row in rows]
+    num_sets = len(items[0].sets)
+    target.out.mkdir(parents=True, exist_ok=True)
+    write_jsonl(target.out / ITEMS_FILE, [{"arm": arm.name, **asdict(item)} for item in items])
+    description = f"{num_sets} texts a question from {file.name}"
+    return replace(arm, description=description, num_sets=num_sets), items
+
+
+def compare_with(folder: Path, items: Sequence[Item], confident: bool) -> dict[str, Any]:
+    """The paired differences between this policy and that of another evaluation's folder."""
+    path = folder / ITEMS_FILE
+    if not path.is_file():
+        raise UserError(f"{path} does not exist: run python -m mar.evaluate {folder} first")
+    rows, _ = read_jsonl(path)
+    others = []
+    for row in rows:
+        if row.pop("arm", None) == "policy":
+            others.append(Item.from_row(row))
+    if not {item.id for item in items} & {item.id for item in others}:
+        raise UserError(
+            f"{path} holds other questions: "
+            "a paired comparison needs the same task, split and eval.num_items"
+        )
+    return paired_differences(items, others, confident)
