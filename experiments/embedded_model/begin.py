@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from mar.answers.prompts import instructions, load_tokenizer
-from mar.learn.demonstrations import demonstration, draw_grammar, text_of
+from mar.learn.demonstrations import demonstration_text, draw_demonstration, draw_grammar
 from mar.policy.model import Decoder, ModelConfig
 from mar.policy.weights import save_model
 from mar.records import Example
@@ -38,7 +38,7 @@ def train_tokenizer(examples: Sequence[Example], noun: str, vocab_size: int, fol
         texts += [
             example.question,
             instructions(grammar, noun, style),
-            text_of(demonstration(example, grammar, names, rng)),
+            demonstration_text(draw_demonstration(example, grammar, names, rng)),
         ]
     tokenizer = Tokenizer(models.BPE())
     pieces = Regex(

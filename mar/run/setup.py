@@ -30,7 +30,7 @@ from mar.sample.draws import SamplingParams, Truncation
 from mar.sample.kv_cache import capacity
 from mar.sample.prompt_order import PromptOrder
 from mar.sample.rollout import Scorer, make_decode
-from mar.tasks.loading import Source, aim, chance_line
+from mar.tasks.loading import Source, apply_target, chance_line
 from mar.tasks.registry import get_task
 from mar.verify.verifiers import AnswerChecker, make_answer_checker
 
@@ -84,7 +84,7 @@ def load_training_data(config: Config, display: Display) -> list[Example]:
         # The source is endless: as many as the run will see.
         num_train = config.train.steps * config.algo.prompts_per_step
     examples = load_data(config, data.train_split, num_train, config.seed, display)
-    return aim(examples, data.target)
+    return apply_target(examples, data.target)
 
 
 def make_prompts(
