@@ -1,4 +1,4 @@
-"""What README's table of forks promises: one function and one dictionary entry."""
+"""What the README's table of forks promises: one function and one dictionary entry."""
 
 import subprocess
 import sys
@@ -55,11 +55,12 @@ def test_a_task_is_a_function_and_an_entry(
 
 
 def test_losses_and_coverages_are_a_function_and_an_entry() -> None:
-    """The schema reads their names off the dictionaries; in a process of its own, where nothing has read them yet."""
+    """Their names are read off the dictionaries, here in a process where nothing has read them."""
     code = """if 1:
         from mar.answers import rewards
         from mar.learn import losses
-        losses.LOSSES["mine"], rewards.COVERAGES["mine"] = losses.reinforce, rewards.COVERAGES["sum"]
+        losses.LOSSES["mine"] = losses.reinforce
+        rewards.COVERAGES["mine"] = rewards.COVERAGES["sum"]
         from mar.run.compose import compose
         compose(["+experiment=clinic", "algo.loss=mine", "reward.coverage=mine"])"""
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
