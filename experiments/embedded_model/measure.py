@@ -1,5 +1,6 @@
-"""Format rate and coverage of the embedded model in every form it was trained on, as the table of README.md beside this file, and the KL
-divergence from the exact posterior to the distribution of its single answer. With `--confidences`: how well confidences follow the probabilities.
+"""Format rate and coverage of the embedded model in every form it was trained on, as the table of
+README.md beside this file, and the KL divergence from the exact posterior to the distribution of
+its single answer. With `--confidences`: how well confidences follow the probabilities.
 
 python experiments/embedded_model/measure.py [--items 200] [--model FOLDER] [--confidences]
 """
@@ -64,7 +65,9 @@ def posterior_kl(model: Decoder, tokenizer: Any, examples: list[Example]) -> flo
 
 
 def slot_correlations(rollouts: list[Rollout]) -> list[float]:
-    """Pearson correlation of confidence and exact probability (a repeat has none left) over right-formed sets, for each slot [K]."""
+    """Pearson correlation of confidence and exact probability (a repeat has none left) over
+    right-formed sets, for each slot [K].
+    """
     pairs = []
     for rollout in (r for r in rollouts if r.reason is None):
         probability = {gold.name: gold.probability for gold in rollout.prompt.example.golds}
