@@ -2,8 +2,8 @@
 
     python -m mar.train +experiment=medqa
 
-One step: sample G completions of P prompts, judge and pay them, one advantage per token, then the
-updates. REINFORCE with credit for each answer is the default; ratios, a critic, a reference model
+One step: sample G completions of P prompts, judge them, one advantage per token, then the updates.
+REINFORCE with credit for each answer is the default; ratios, a critic, a reference model
 and several updates per batch are switches (conf/algo/). There is no replay.
 """
 
@@ -21,6 +21,7 @@ from torch import Tensor
 from mar.config import Config
 from mar.errors import UserError, exit_code
 from mar.files import jsonable
+from mar.learn.advantages import is_flat
 from mar.learn.batch import make_batch
 from mar.learn.gradient_variance import variance_ratio
 from mar.learn.update import compute_advantages, update
@@ -64,7 +65,8 @@ def train_step(training: Training, step: int) -> Step:
     scorer = training.scorer
     timer = Timer()
     with timer("sample"):
-        prompts = training.prompts.of_step(step)
+        prompts = training.prompt_order.of_step(step)
+        # This rank's share of the completions; judging brings all of them to all ranks.
         completions, generation = sample_groups(training, prompts, step)
     with timer("verify"):
         judged = judge_on_all_ranks(training, prompts, completions)
@@ -120,10 +122,10 @@ def replace_flat_groups(
     groups = list(groups)
     num_replaced = 0
     for attempt in range(1, training.config.algo.resample + 1):
-        flat = [i for i, group in enumerate(groups) if len({r.total for r in group}) == 1]
+        flat = [i for i, group in enumerate(groups) if is_flat(group)]
         if not flat:
             break
-        prompts = training.prompts.out_of_turn(step, attempt)[: len(flat)]
+        prompts = training.prompt_order.out_of_turn(step, attempt)[: len(flat)]
         completions, _ = sample_groups(training, prompts, step, attempt)
         fresh = judge_on_all_ranks(training, prompts, completions)
         for i, group in zip(flat, fresh, strict=True):
@@ -255,7 +257,7 @@ def say_what_trains(training: Training, folder: Path, display: Display) -> None:
     total = sum(p.numel() for p in parameters)
     trained = sum(p.numel() for p in parameters if p.requires_grad)
     display.say(
-        f"{config.data.task}: {len(training.prompts.prompts)} training and "
+        f"{config.data.task}: {len(training.prompt_order.prompts)} training and "
         f"{len(training.held_out.prompts)} held-out prompts; "
         f"training {trained:,} of the {total:,} parameters of {config.model.name}; "
         f"writing to {folder}"

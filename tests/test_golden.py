@@ -15,9 +15,9 @@ from mar.learn.batch import make_batch
 from mar.learn.learner import Learner
 from mar.learn.losses import policy_gradient, token_weights
 from mar.learn.update import compute_advantages, update
-from mar.policy.attention import pack_groups
 from mar.policy.critic import Critic
 from mar.policy.model import Decoder, ModelConfig
+from mar.policy.packing import pack_groups
 from mar.records import Completion, Example, Prompt, Rollout
 from mar.run.compose import CONF_DIR, compose
 from mar_kernels import answer_advantages

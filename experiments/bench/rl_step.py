@@ -20,8 +20,8 @@ import torch
 
 from experiments.bench.common import reset_peak, resident_bytes
 from mar.learn.losses import policy_gradient
-from mar.policy.attention import pack_groups
 from mar.policy.model import Decoder, ModelConfig
+from mar.policy.packing import pack_groups
 from mar.policy.sources import resolve_model
 from mar.policy.weights import load_model, save_model
 from mar.run.compose import compose

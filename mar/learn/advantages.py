@@ -1,16 +1,23 @@
 """From reward components to one advantage per completion token.
 
+Which components a token is credited with, what they are compared with and what they are divided by
+are functions in three dictionaries, CREDITS, BASELINES and SCALES. They stand in
+kernels/mar_kernels/reference.py, beside the estimator itself (`answer_advantages`); what is not
+per component stands here.
+
 What changes a reward (a KL cost, a length penalty) changes `components`, before credit is given.
 
 Letters: P prompts, G group_size, B rows, T tokens, C components, S segments.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from mar.learn.batch import Batch
+from mar.records import Rollout
 from mar_kernels import answer_advantages
 from mar_kernels.reference import BASELINES, CREDITS, SCALES
 
@@ -130,12 +137,14 @@ def with_truncation_rule(
 
 
 def zero_group_frac(batch: Batch) -> float:
-    """Share of groups whose completions all earned the same.
+    """Share of groups whose completions all earned the same."""
+    return sum(is_flat(group) for group in batch.groups) / len(batch.groups)
 
-    They teach nothing: the baseline of such a group makes all its advantages 0.
+
+def is_flat(group: Sequence[Rollout]) -> bool:
+    """Whether all completions of a group earned the same in total.
+
+    With credit `set` such a group teaches nothing. With credit per answer it may: a hit and then a
+    miss earn as much as a miss and then a hit.
     """
-    num_equal = 0
-    for group in batch.groups:
-        totals = {rollout.total for rollout in group}
-        num_equal += len(totals) == 1
-    return num_equal / len(batch.groups)
+    return len({rollout.total for rollout in group}) == 1

@@ -43,8 +43,8 @@ from mar.learn.losses import (
     value_loss,
 )
 from mar.learn.optim import clip_gradients, learning_rate, set_learning_rate
-from mar.policy.attention import PackedGroups
 from mar.policy.distributed import World
+from mar.policy.packing import PackedGroups
 
 Columns = dict[str, Tensor]
 Logs = dict[str, Logged]
@@ -54,8 +54,11 @@ Logs = dict[str, Logged]
 
 
 def compute_advantages(learner: Learner, batch: Batch) -> tuple[Batch, Columns]:
-    """The batch under the rule for truncated completions, and the columns that its updates share:
-    the advantages and what they are computed from."""
+    """The advantages of a step, with everything else that its updates share.
+
+    Returns the batch under the rule for truncated completions (algo.truncated changes masks or
+    rewards), and the columns: `advantages` and what they are computed from.
+    """
     config = learner.config
     algo = config.algo
     longest = config.model.max_completion_tokens

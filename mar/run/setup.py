@@ -45,7 +45,7 @@ class Training:
     config: Config
     learner: Learner
     scorer: Scorer
-    prompts: PromptOrder
+    prompt_order: PromptOrder
     params: SamplingParams
     held_out: HeldOut
 
@@ -264,7 +264,7 @@ def build_training(
         config=config,
         learner=learner,
         scorer=scorer,
-        prompts=PromptOrder(prompts, config.algo.prompts_per_step, config.seed),
+        prompt_order=PromptOrder(prompts, config.algo.prompts_per_step, config.seed),
         params=params,
         held_out=HeldOut(
             prompts=make_prompts(config, held_out, grammar, tokenizer, data.eval_split, display),

@@ -10,7 +10,7 @@ from mar.learn.advantages import token_advantages
 from mar.learn.batch import make_batch, micro_batches
 from mar.learn.losses import policy_gradient, token_weights
 from mar.learn.optim import SCHEDULES, learning_rate, make_optimizer, set_learning_rate
-from mar.policy.attention import pack_groups
+from mar.policy.packing import pack_groups
 from mar.records import Completion, Example, Prompt, Rollout
 from mar.sample.draws import SamplingParams
 from mar.sample.rollout import sample
