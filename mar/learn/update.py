@@ -138,7 +138,7 @@ def update(learner: Learner, batch: Batch, columns: Columns, step: int) -> dict[
     logs: list[Logs] = []
     skipped = 0
     for minibatch, own_columns in _minibatches(learner, batch, columns, step):
-        of_update: Logs = {}
+        of_update: Logs = {"optim/grad_norm": Logged(0.0, UPDATE_MEAN)}
         if step >= algo.critic_warmup:
             learner.optimizer.zero_grad()
             of_update |= _policy_gradients(learner, minibatch, own_columns, bonus)
