@@ -6,11 +6,11 @@ advantages, denominators and metrics from it: no statistic is ever reduced. Micr
 
 import atexit
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from itertools import chain, zip_longest
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -66,6 +66,14 @@ class World:
             for item in chain.from_iterable(zip_longest(*parts, fillvalue=missing))
             if item is not missing
         ]
+
+    def told(self, decide: Callable[[], T]) -> T:
+        """What rank 0 decides, on every rank."""
+        if self.size == 1:
+            return decide()
+        decided = [decide() if self.leads else None]
+        dist.broadcast_object_list(decided, src=0)
+        return cast(T, decided[0])
 
     def deal(self, items: Sequence[T]) -> list[tuple[T, float]]:
         """This rank's share with a factor for its loss: the number of ranks, by which FSDP divides, or 0 for what fills up the last round, since
