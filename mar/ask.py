@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.text import Text
 
 from mar.errors import UserError, exit_code
-from mar.files import plain
+from mar.files import jsonable
 from mar.run.asking import AnswerSet, AskedPolicy, open_policy, pool
 from mar.tasks.loading import Source
 from mar.tasks.registry import get_task
@@ -103,7 +103,7 @@ def document(question: str, sets: Sequence[AnswerSet]) -> str:
         "sets": [asdict(one) for one in sets],
         "pooled": [asdict(answer) for answer in pool(sets)],
     }
-    return json.dumps(plain(found), ensure_ascii=False)
+    return json.dumps(jsonable(found), ensure_ascii=False)
 
 
 def run(target: str, words: Sequence[str], samples: int, seed: int, as_json: bool) -> None:

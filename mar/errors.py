@@ -21,5 +21,5 @@ def exit_code(command: Callable[[], object], interrupted: str = "interrupted") -
         return 2 if isinstance(error, UserError) else 130
 
 
-def in_a_line(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"

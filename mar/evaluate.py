@@ -26,7 +26,7 @@ from mar.answers.prompts import fit_grammar, load_tokenizer
 from mar.answers.rewards import RewardSpec
 from mar.config import Config
 from mar.errors import UserError, exit_code
-from mar.files import append_jsonl, plain, read_jsonl, stable_hash, write_json, write_jsonl
+from mar.files import append_jsonl, jsonable, read_jsonl, stable_hash, write_json, write_jsonl
 from mar.measure.answer_sets import Item, item_of, read_item
 from mar.measure.baselines import Arm, arms_of, compared, document_of
 from mar.policy.model import Decoder
@@ -39,7 +39,7 @@ from mar.run.console import Display
 from mar.run.setup import adapted, announce, load_data, make_prompts, sampling_params, verifier_of
 from mar.run.summary import show
 from mar.sample.rollout import Scorer, judge_groups, make_decode, sample
-from mar.verify.programs import Runner
+from mar.verify.programs import ProgramRunner
 
 OPTIONS = {
     "k": "30",
@@ -262,7 +262,7 @@ def answer_all(
         for start in range(len(items), len(ids), chunk[arm.name]):
             prompts = questions.prompts[arm.name][start : start + chunk[arm.name]]
             rows = [
-                plain(asdict(i))
+                jsonable(asdict(i))
                 for i in questions.sampled(arm, prompts, policy if arm.trained else base)
             ]
             append_jsonl(path, [{"arm": arm.name, **row} for row in rows])
@@ -279,7 +279,7 @@ def read_completions(
     """Texts written elsewhere, judged like our own. Every item keeps as many samples as the one with the fewest."""
     if not file.is_file():
         raise UserError(f"completions={file}: there is no such file")
-    if isinstance(questions.verifier, Runner):
+    if isinstance(questions.verifier, ProgramRunner):
         raise UserError(
             f"completions=<file> takes answers in words, and those of {questions.config.data.task} are programs"
         )
@@ -314,7 +314,7 @@ def read_completions(
     judged = (
         read_item(p, t, arm.grammar, questions.verifier) for p, t in zip(prompts, read, strict=True)
     )
-    items = [Item.from_row(plain(asdict(item))) for item in judged]
+    items = [Item.from_row(jsonable(asdict(item))) for item in judged]
     return replace(
         arm, says=f"{num_sets} texts a question from {file.name}", num_sets=num_sets
     ), items

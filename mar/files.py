@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
-from mar.errors import in_a_line
+from mar.errors import one_line
 
 BLOCK_BYTES = 1 << 20  # that are read at once from the end of a file
 
@@ -127,7 +127,7 @@ def hub_fault(kind: str, hub_id: str) -> str:
         HfApi().repo_info(hub_id, repo_type=kind, timeout=constants.HF_HUB_ETAG_TIMEOUT)
     except Exception as error:  # many kinds: connection, missing repository, no permission
         constants.HF_HUB_OFFLINE = True
-        return in_a_line(error)
+        return one_line(error)
     return ""
 
 

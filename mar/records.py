@@ -40,7 +40,7 @@ class Example:
 
     def targets(self) -> tuple[Gold, ...]:
         """The golds that the reward pays for: the drawn label where there is one, else all of them."""
-        return self.golds if self.drawn is None else (self.golds[self.drawn],)
+        return self.golds if self.label is None else (self.golds[self.label],)
 
 
 @dataclass(frozen=True)

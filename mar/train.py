@@ -20,7 +20,7 @@ from torch import Tensor
 
 from mar.config import Config
 from mar.errors import UserError, exit_code
-from mar.files import plain
+from mar.files import jsonable
 from mar.learn.batch import make_batch
 from mar.learn.gradient_variance import variance_ratio
 from mar.learn.update import compute_advantages, update
@@ -232,7 +232,7 @@ def run(config: Config) -> int:
     say_what_trains(training, folder, display)
     if config.logger.wandb != "off" and world.leads:
         mode = config.logger.wandb
-        display.mirror = Mirror(mode, folder, plain(config.to_dict()), display.say)
+        display.mirror = Mirror(mode, folder, jsonable(config.to_dict()), display.say)
 
     outcome = train(
         training,

@@ -298,13 +298,13 @@ def worker_killed(lab: Lab, row: Row) -> None:
     unsafe, row.said = _sandbox()
     sandbox.subprocess.Popen = killed  # type: ignore[misc]
     try:
-        reply = sandbox.evaluate("x = 1", ["x"], unsafe=unsafe)
+        reply = sandbox.run_program("x = 1", ["x"], unsafe=unsafe)
     finally:
         sandbox.subprocess.Popen = original  # type: ignore[misc]
     row.check(reply.outcome == "infrastructure_error", f"outcome {reply.outcome}")
     row.said = f"{row.said}: {reply.outcome}"
     row.check(
-        sandbox.evaluate("x = 1", ["x"], unsafe=unsafe).values == (1,),
+        sandbox.run_program("x = 1", ["x"], unsafe=unsafe).values == (1,),
         "the next program is not judged",
     )
     row.check(children() == before, "a process is left over")
@@ -324,7 +324,7 @@ def worker_hung(lab: Lab, row: Row) -> None:
     """A model-written program that never ends and starts others (time limit set to 1 s)."""
     unsafe, words = _sandbox()
     before, began = children(), time.monotonic()
-    reply = sandbox.evaluate(
+    reply = sandbox.run_program(
         "import time\nwhile True: time.sleep(1)", ["x"], unsafe=unsafe, wall_s=1.0
     )
     took = time.monotonic() - began
@@ -333,7 +333,7 @@ def worker_hung(lab: Lab, row: Row) -> None:
         reply.outcome == "timeout" and took < 5, f"outcome {reply.outcome} after {took:.1f} s"
     )
     row.check(
-        sandbox.evaluate("x = 1", ["x"], unsafe=unsafe).values == (1,),
+        sandbox.run_program("x = 1", ["x"], unsafe=unsafe).values == (1,),
         "the next program is not judged",
     )
     row.check(children() == before, "a process is left over")

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from mar.answers.prompts import load_tokenizer
-from mar.files import plain
+from mar.files import jsonable
 from mar.measure.held_out import measure
 from mar.policy.sources import EMBEDDED, environment
 from mar.policy.weights import load_model
@@ -141,7 +141,7 @@ def main() -> None:
         document["trl"] = version("trl")
     (HERE / "logs").mkdir(exist_ok=True)
     (HERE / "logs" / f"{args.side}_seed{args.seed}.json").write_text(
-        json.dumps(plain(document)) + "\n"
+        json.dumps(jsonable(document)) + "\n"
     )
     print(
         f"{args.side} {args.seed}: {np.mean(rewards[-10:]):.3f} after {np.mean(rewards[:10]):.3f}, {np.median(seconds):.2f} s a step"

@@ -21,8 +21,8 @@ from mar.errors import UserError
 from mar.records import Example
 from mar.tasks import clinic
 from mar.verify.matching import matching_increments, repeats
-from mar.verify.programs import Runner, Tests, take_apart
-from mar.verify.sandbox import require
+from mar.verify.programs import ProgramRunner, Tests, parse_tests
+from mar.verify.sandbox import require_sandbox
 from tests.helpers import hostile_answers
 from tests.helpers import hostile_programs as hostile
 
@@ -49,10 +49,10 @@ def texts_per_s() -> float:
 def outcomes(jobs: Sequence[tuple[str, Tests]]) -> list[str]:
     """What became of programs that ran side by side."""
     runner, asked = (
-        Runner(),
+        ProgramRunner(),
         [(Example("", "mbpp", "?", (), "rule", tests=tests), program) for program, tests in jobs],
     )
-    runner.ask(asked)
+    runner.submit(asked)
     return [runner.verdict(*pair).outcome for pair in asked]
 
 
@@ -63,7 +63,7 @@ def references(file: Path, most: int | None) -> tuple[int, int, int, float]:
         setup = row.get("test_setup_code") or ""
         tests = (*([setup] if setup else []), *row["test_list"])
         try:
-            take_apart(tests)
+            parse_tests(tests)
             jobs.append((row["code"], tests))
         except UserError:
             left_out += 1
@@ -99,7 +99,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--data", type=Path, default=Path("../shared/data/mbpp/mbpp.jsonl"), help="MBPP's jsonl"
     )
     args = parser.parse_args(arguments)
-    require()
+    require_sandbox()
     found: dict[str, object] = {"text_verified_per_s": round(texts_per_s())}
     if args.data.is_file():
         tried, passed, left_out, speed = references(

@@ -24,7 +24,7 @@ from mar.answers.grammar import Grammar
 from mar.answers.rewards import RewardSpec, component_layout
 from mar.errors import UserError
 from mar.figures import plots
-from mar.files import plain, read_jsonl
+from mar.files import jsonable, read_jsonl
 from mar.measure.baselines import at_tokens
 from mar.measure.bootstrap import student
 from mar.measure.metrics import SHOWN_METRICS
@@ -343,7 +343,7 @@ def page(runs: Sequence[Run], title: str) -> dict[str, Any]:
     }
     data["configs"] = {str(r.path): yaml.safe_dump(r.config, sort_keys=False) for r in runs}
     data["provenance"] = runs[0].config.get("provenance", {})
-    return plain(data)
+    return jsonable(data)
 
 
 def write(data: Mapping[str, Any], path: Path) -> None:

@@ -20,7 +20,7 @@ from mar.measure.metrics import brier_loss, set_value, tv_distance, union_curve
 from mar.records import Gold, Prompt, Rollout
 from mar.verify.judge import Judge
 from mar.verify.matching import matching_increments, normalise, repeats
-from mar.verify.verifiers import How, matcher
+from mar.verify.verifiers import AnswerChecker, verifier_for
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Item:
 
 
 def item_of(
-    prompt: Prompt, written: Sequence[tuple[Parsed | Rollout, str, int]], verifier: How
+    prompt: Prompt, written: Sequence[tuple[Parsed | Rollout, str, int]], verifier: AnswerChecker
 ) -> Item:
     """Completions of one prompt, (as read, its text, number of tokens) each, judged against this item's own golds."""
     example, K = prompt.example, len(written[0][0].answers)
@@ -70,7 +70,7 @@ def item_of(
         example.targets(),
         dict[tuple[str, int], tuple[int, ...]](),
     )
-    match = matcher(verifier, example)
+    match = verifier_for(verifier, example)
 
     def verify(
         answer: str, among: Sequence[Gold]
@@ -119,7 +119,7 @@ def item_of(
 
 
 def read_item(
-    prompt: Prompt, texts: Sequence[tuple[str, int]], grammar: Grammar, verifier: How
+    prompt: Prompt, texts: Sequence[tuple[str, int]], grammar: Grammar, verifier: AnswerChecker
 ) -> Item:
     """The same of texts that nobody has read yet, (text, number of tokens) each."""
     written = [(parse(text, grammar, prompt.think_open), text, n) for text, n in texts]
@@ -127,8 +127,8 @@ def read_item(
         said = [
             (prompt.example, a) for parsed, *_ in written for a in parsed.answers if a is not None
         ]
-        verifier.ask(said)
-        if not all(verifier.judged(*pair) for pair in said):
+        verifier.submit(said)
+        if not all(verifier.has_verdict(*pair) for pair in said):
             raise UserError(
                 f"{prompt.id}: the judge gives no verdict on all of its answers; the same command goes on"
             )
@@ -298,7 +298,7 @@ def statistics(
 
 
 def set_metrics(
-    rollouts: Sequence[Rollout], verifier: How, confident: bool
+    rollouts: Sequence[Rollout], verifier: AnswerChecker, confident: bool
 ) -> tuple[dict[str, float | None], dict[str, Statistic]]:
     """Every metric of one set each, None where it is undefined, and the statistics behind them."""
     found = statistics(

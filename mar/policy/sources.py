@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from mar import __version__
-from mar.errors import UserError, in_a_line
-from mar.files import cache, hub_fault
+from mar.errors import UserError, one_line
+from mar.files import cache_folder, hub_fault
 
 SMOLLM2, SMOLLM2_HUB, WHEEL = (
     "smollm2-135m",
@@ -55,7 +55,7 @@ RENAMED = dict(
 def place(name: str, hub_id: str) -> Path:
     """Where in the cache a model belongs. Both sources of smollm2-135m have the same place."""
     return (
-        cache()
+        cache_folder()
         / "models"
         / (
             SMOLLM2
@@ -155,7 +155,7 @@ def from_hub(folder: Path, hub_id: str, copy: bool) -> str:
         snapshot = Path(snapshot_download(hub_id, allow_patterns=FILES, ignore_patterns=["*/*"]))
     except Exception as error:  # many kinds: not in the hub's own cache, a connection that breaks
         raise UserError(
-            f"cannot fetch {hub_id} from the hub ({fault or in_a_line(error)}): check the id and the network; {OFFLINE}"
+            f"cannot fetch {hub_id} from the hub ({fault or one_line(error)}): check the id and the network; {OFFLINE}"
         ) from None
     shutil.copytree(
         snapshot, folder, copy_function=shutil.copy2 if copy else os.symlink, dirs_exist_ok=True

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TimeRemainingColumn
 from rich.table import Table
 
-from mar.files import plain
+from mar.files import jsonable
 from mar.run.wandb_mirror import Mirror
 
 
@@ -72,7 +72,7 @@ class Display:
     def step(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Show the metrics of a finished step (counted from 1)."""
         if self.mirror:
-            self.mirror.step(step, plain(metrics))
+            self.mirror.step(step, jsonable(metrics))
         line = self._step_line(metrics)
         if self.progress:
             self.progress.update(self.task, completed=step, line=line)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mar.files import append_jsonl, plain, write_json
+from mar.files import append_jsonl, jsonable, write_json
 from mar.measure.held_out import measure
 from mar.run.completions import completion_row
 from mar.run.console import Display
@@ -61,7 +61,7 @@ class Evaluations:
             append_jsonl(self.folder / "completions.jsonl", texts)
             write_json(self.folder / "eval.json", document)
         if self.display.mirror:
-            self.display.mirror.completions(step, plain(texts))
+            self.display.mirror.completions(step, jsonable(texts))
 
         if metrics["format_rate"] == 0:
             self.display.say(

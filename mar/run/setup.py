@@ -16,7 +16,7 @@ from mar.answers.prompts import build_prompt, fit_grammar, load_tokenizer
 from mar.answers.rewards import RewardSpec
 from mar.config import Config, ModelOptions, RewardOptions
 from mar.errors import UserError
-from mar.files import cache as cache_folder
+from mar.files import cache_folder
 from mar.learn.learner import Learner
 from mar.learn.optim import make_optimizer
 from mar.measure.held_out import HeldOut
@@ -33,7 +33,7 @@ from mar.sample.prompt_order import PromptOrder
 from mar.sample.rollout import Decode, Scorer, make_decode
 from mar.tasks.loading import Source, aim, chance_line
 from mar.tasks.registry import get_task
-from mar.verify.verifiers import How, find_verifier
+from mar.verify.verifiers import AnswerChecker, find_verifier
 
 # Chat templates end a turn with these, beside the tokenizer's own end token.
 STOP_TOKENS = ("<|im_end|>", "<|eot_id|>")
@@ -129,7 +129,7 @@ def reward_of(options: RewardOptions) -> RewardSpec:
     return RewardSpec(**values)
 
 
-def verifier_of(config: Config) -> How:
+def verifier_of(config: Config) -> AnswerChecker:
     """How answers are compared with golds, checked to work here."""
     task = config.data.task
     reward = config.reward

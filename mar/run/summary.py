@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from mar.files import plain
+from mar.files import jsonable
 from mar.measure.bounds import gap_closed
 from mar.measure.metrics import SHOWN_METRICS
 from mar.run.console import Display
@@ -55,13 +55,13 @@ def close(
             "(0: K draws from the posterior, 1: its K most probable answers)"
         )
     if display.mirror:
-        display.mirror.close(plain(end), lambda: pictures(folder))
+        display.mirror.close(jsonable(end), lambda: pictures(folder))
     for name in FILES:
         display.say(f"  {folder / name}")
     for command in ("ask", "show", "report"):
         display.say(f"  python -m mar.{command} {folder}")
     line = {"run_dir": str(folder), "job_s": round(seconds, 1), **end}
-    print(json.dumps(plain(line)), flush=True)
+    print(json.dumps(jsonable(line)), flush=True)
 
 
 SHOWN = "top1 brier ece auroc q_mse tv_distance regret format_rate repeats_per_set tokens_per_set".split()

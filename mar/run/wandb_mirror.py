@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mar.errors import in_a_line
+from mar.errors import one_line
 
 PATIENCE_S = 60.0  # the longest that one call may keep the run waiting
 TEXT_COLUMNS = ("step", "id", "text", "answers", "confidences", "hits", "reward", "reason")
@@ -46,7 +46,7 @@ class Mirror:
         thread.start()
         thread.join(PATIENCE_S)
         if faults:
-            self._switch_off(in_a_line(faults[0]))
+            self._switch_off(one_line(faults[0]))
         elif thread.is_alive():
             self._switch_off(f"no answer in {PATIENCE_S:.0f} s")
 

@@ -15,9 +15,9 @@ from mar.policy.model import Decoder
 from mar.records import Completion, Gold, Prompt, Rollout
 from mar.sample.draws import SamplingParams, stream_key
 from mar.sample.engine import Generation, Request, Sampled, generate
-from mar.verify.matching import matching_increments, probabilities, repeats
-from mar.verify.programs import Runner
-from mar.verify.verifiers import How, matcher
+from mar.verify.matching import matching_increments, expected_hits, repeats
+from mar.verify.programs import ProgramRunner
+from mar.verify.verifiers import AnswerChecker, verifier_for
 
 Decode = Callable[[tuple[int, ...]], str]
 OnCompletion = Callable[[Prompt, Completion], None]
@@ -50,7 +50,7 @@ class Scorer:
 
     grammar: Grammar
     reward: RewardSpec
-    verifier: How
+    verifier: AnswerChecker
     decode: Decode
 
     @cached_property
@@ -156,7 +156,7 @@ class Verified:
     keys: tuple[str | None, ...] = ()  # [K] equal for programs that are the same
 
 
-def verify_programs(reading: Reading, runner: Runner) -> Verified:
+def verify_programs(reading: Reading, runner: ProgramRunner) -> Verified:
     """There are as many golds as answers: each distinct program that passes its tests takes one."""
     example = reading.prompt.example
     answers = reading.parsed.answers
@@ -176,16 +176,16 @@ def verify_programs(reading: Reading, runner: Runner) -> Verified:
     return Verified(hits, repeats(answers, key=key), len(golds), tuple(keys))
 
 
-def verify_words(reading: Reading, verifier: How) -> Verified:
+def verify_words(reading: Reading, verifier: AnswerChecker) -> Verified:
     """Answers against this prompt's own golds: its label, or the probability of each gold."""
     example = reading.prompt.example
     answers = reading.parsed.answers
-    takes = matcher(verifier, example)
+    takes = verifier_for(verifier, example)
     repeated = repeats(answers, example.golds, takes)
     targets = example.targets()
-    paid_in_expectation = example.drawn is None and example.truth in ("exact", "survey")
+    paid_in_expectation = example.label is None and example.truth in ("exact", "survey")
     if paid_in_expectation:  # data.target=probabilities: one gold is right, nobody drew which
-        return Verified(probabilities(answers, targets, takes), repeated, num_golds=1)
+        return Verified(expected_hits(answers, targets, takes), repeated, num_golds=1)
     hits, _ = matching_increments(answers, targets, takes)
     return Verified(hits, repeated, len(targets))
 
@@ -193,7 +193,7 @@ def verify_words(reading: Reading, verifier: How) -> Verified:
 def pay(reading: Reading, scorer: Scorer) -> Rollout:
     """Verify the answers of one completion and split its reward into components."""
     verifier = scorer.verifier
-    if isinstance(verifier, Runner):
+    if isinstance(verifier, ProgramRunner):
         verified = verify_programs(reading, verifier)
     else:
         verified = verify_words(reading, verifier)
@@ -202,7 +202,7 @@ def pay(reading: Reading, scorer: Scorer) -> Rollout:
     if not isinstance(verifier, str):
         example = reading.prompt.example
         distinct = set(reading.written_answers)
-        unjudged = sum(not verifier.judged(example, answer) for answer in distinct)
+        unjudged = sum(not verifier.has_verdict(example, answer) for answer in distinct)
 
     parsed = reading.parsed
     earned = reward(
@@ -245,7 +245,7 @@ def judge_groups(
 
     verifier = scorer.verifier
     if not isinstance(verifier, str):
-        verifier.ask(
+        verifier.submit(
             (reading.prompt.example, answer)
             for group in readings
             for reading in group
@@ -254,7 +254,7 @@ def judge_groups(
     rollouts = []
     for read_group in readings:
         rollouts.append([pay(reading, scorer) for reading in read_group])
-    if isinstance(verifier, Runner):
+    if isinstance(verifier, ProgramRunner):
         verifier.running.clear()  # a breakdown may be tried again
     return rollouts
 
@@ -262,12 +262,12 @@ def judge_groups(
 def start_programs_early(scorer: Scorer) -> OnCompletion | None:
     """For `sample`: start the programs of a completion while others are still being sampled."""
     runner = scorer.verifier
-    if not isinstance(runner, Runner):
+    if not isinstance(runner, ProgramRunner):
         return None
 
     def start(prompt: Prompt, completion: Completion) -> None:
         reading = read(prompt, completion, scorer.grammar, scorer.decode)
-        runner.ask((prompt.example, answer) for answer in reading.written_answers)
+        runner.submit((prompt.example, answer) for answer in reading.written_answers)
 
     return start
 

@@ -2,7 +2,7 @@
 
 A patient's condition is drawn from the prior; sex, age band and 84 findings depend on it alone and not on each other (naive Bayes). Some of 12 body
 systems, picked without a look at the patient, are examined, and each finding of these is known to be present or absent. The golds are all
-conditions with their exact posterior given sex, age band and the examined findings; `drawn` is the patient's own. The numbers (clinic.json) are
+conditions with their exact posterior given sex, age band and the examined findings; `label` is the patient's own. The numbers (clinic.json) are
 made up: plausible enough to read, no medical advice.
 """
 
@@ -198,7 +198,7 @@ def load(split: str, num: int, seed: int = 0) -> list[Example]:
             f"{vignette} {ABSENT}",
             tuple(map(Gold, names, aliases, row)),
             "exact",
-            drawn=condition,
+            label=condition,
         )
         for i, (vignette, row, condition) in enumerate(rows)
     ]

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from mar.errors import UserError, in_a_line
+from mar.errors import UserError, one_line
 from mar.files import hub_fault, stable_hash
 from mar.records import Example, Gold
 from mar.tasks.loading import Candidate, Loaded, Row, Source, load_rows, read_json, split_of
@@ -52,7 +52,7 @@ def _table(source: Source) -> dict[str, Any]:
             )
         except OSError as error:  # what the hub's client raises too
             raise UserError(
-                f"cannot load {EVIDENCES[1]} of {source.hub_id} from the hub ({fault or in_a_line(error)}): check the network"
+                f"cannot load {EVIDENCES[1]} of {source.hub_id} from the hub ({fault or one_line(error)}): check the network"
             ) from None
     folder = _folder(source)
     return read_json(
@@ -190,7 +190,7 @@ def load_bayes(source: Source) -> Loaded:
                 text,
                 golds,
                 "exact",
-                drawn=int(condition),
+                label=int(condition),
                 stratum=f"asked{size}",
             )
         )

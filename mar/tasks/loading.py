@@ -8,7 +8,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mar.errors import UserError, in_a_line
+from mar.errors import UserError, one_line
 from mar.files import hub_fault, stable_hash
 from mar.records import Example, Gold
 
@@ -114,7 +114,7 @@ def aim(examples: list[Example], target: str) -> list[Example]:
         raise UserError(
             "data.target=probabilities: not all golds have a probability; use data.target=auto"
         )
-    return [replace(e, drawn=None) for e in examples] if target == "probabilities" else examples
+    return [replace(e, label=None) for e in examples] if target == "probabilities" else examples
 
 
 def read_jsonl(path: str) -> Iterator[tuple[str, Row]]:
@@ -157,7 +157,7 @@ def read_hub(hub_id: str, split: str) -> tuple[Iterator[tuple[str, Row]], Callab
         splits = datasets.load_dataset(name, *configuration)
     except Exception as error:  # many kinds: not in the cache, bad files
         raise UserError(
-            f"cannot load data set {hub_id} from the hub ({fault or in_a_line(error)}): "
+            f"cannot load data set {hub_id} from the hub ({fault or one_line(error)}): "
             "check data.hub_id and the network; offline, use data.source=path data.path=<file.jsonl>, or scale=laptop "
             "data.source=embedded for the rehearsal"
         ) from None
@@ -206,7 +206,7 @@ def load_rows(source: Source, read: Callable[[Row, str], Candidate]) -> Loaded:
             example, question, reason = read(row, place)
         except (AttributeError, TypeError, ValueError, LookupError) as error:
             raise UserError(
-                f"{place} has another form than this task's rows ({in_a_line(error)}): mend or remove the row"
+                f"{place} has another form than this task's rows ({one_line(error)}): mend or remove the row"
             ) from None
         key = " ".join(question.casefold().split())
         if key in questions:

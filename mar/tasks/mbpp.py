@@ -7,7 +7,7 @@ unseen. Each distinct program that passes is a hit, so coverage is the number of
 from mar.errors import UserError
 from mar.records import Example, Gold
 from mar.tasks.loading import Candidate, Row, id_of, text_of
-from mar.verify.programs import take_apart
+from mar.verify.programs import parse_tests
 
 
 def read(row: Row, place: str) -> Candidate:
@@ -21,7 +21,7 @@ def read(row: Row, place: str) -> Candidate:
     setup = "\n".join([*imports, row.get("test_setup_code") or ""]).strip()
     statements, reason = (*([setup] if setup else []), *tests), None
     try:
-        take_apart(statements)
+        parse_tests(statements)
     except UserError:
         reason = "tests that no plain value can be compared with"
     shown = f"{text}\nFor example:\n{tests[0].strip()}\nAnswer with the Python source of the whole function."

@@ -49,5 +49,5 @@ def read(row: Row, place: str) -> Candidate:
     id = id_of(row.get("metadata") or row, "id", "protoqa", question)
     shown = f"{question[0].upper()}{question[1:]}\n(What would most people answer?)"
     return Candidate(
-        Example(id, "protoqa", shown, golds, "survey", drawn=draw_label(id, golds)), question
+        Example(id, "protoqa", shown, golds, "survey", label=draw_label(id, golds)), question
     )

@@ -18,7 +18,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from mar.errors import UserError, in_a_line
+from mar.errors import UserError, one_line
 from mar.files import stable_hash
 from mar.records import Example, Gold
 from mar.verify.matching import normalise, text_verifier
@@ -55,7 +55,7 @@ class Judge:
             return None
         return example.question, said, tuple(gold.name for gold in example.golds)
 
-    def ask(self, answers: Iterable[tuple[Example, str]]) -> None:
+    def submit(self, answers: Iterable[tuple[Example, str]]) -> None:
         """Judge all that is not known yet, side by side."""
         new = [
             a
@@ -72,7 +72,7 @@ class Judge:
         with self.file.open("a", encoding="utf-8") as file:
             file.writelines(json.dumps([a, number]) + "\n" for a, number in found.items())
 
-    def judged(self, example: Example, answer: str) -> bool:
+    def has_verdict(self, example: Example, answer: str) -> bool:
         """Whether there is a verdict."""
         asked = self.about(example, answer)
         return asked is None or asked in self.known
@@ -120,7 +120,7 @@ class Judge:
                 LookupError,
                 TypeError,
             ) as error:  # network, or server
-                why = in_a_line(error)
+                why = one_line(error)
                 continue
             number = re.fullmatch(r"\s*(\d{1,4})\.?\s*", said) if isinstance(said, str) else None
             if number and int(number[1]) <= len(golds):

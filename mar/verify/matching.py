@@ -126,7 +126,7 @@ def text_verifier(answer: str, golds: Sequence[Gold]) -> tuple[int, ...]:
     return tuple(i for i, gold in enumerate(golds) if wanted in _names(gold))
 
 
-def probabilities(
+def expected_hits(
     answers: Answers, golds: Sequence[Gold], verifier: Verifier = text_verifier
 ) -> tuple[float, ...]:
     """[K] expected hit of each answer where one gold is right with its probability: the mass that no earlier answer had.

@@ -34,7 +34,7 @@ for line in sys.stdin:
 """
 
 
-def require_math() -> None:
+def require_math_verify() -> None:
     """UserError where math-verify is not installed."""
     if importlib.util.find_spec("math_verify") is None:
         raise UserError(

@@ -18,7 +18,7 @@ from typing import Any
 
 from mar.errors import UserError
 from mar.records import Example
-from mar.verify.sandbox import evaluate
+from mar.verify.sandbox import run_program
 
 Check = Callable[[Sequence[Any]], Any]  # from the values of the probes
 
@@ -94,7 +94,7 @@ def _take_apart(node: ast.expr, probes: list[str]) -> Check:
 
 
 @lru_cache(maxsize=1 << 12)
-def take_apart(tests: Tests) -> Suite:
+def parse_tests(tests: Tests) -> Suite:
     """A suite from its statements: assertions are tests, anything else is set-up that runs after the program.
 
     Raises UserError for a test that no value of the program enters, or that has nothing else to compare it with.
@@ -139,10 +139,10 @@ def unfenced(answer: str) -> str:
 
 def verify_program(program: str, tests: Tests, unsafe: bool = False) -> Verdict:
     """Run one program against its tests. A sandbox that did not start is tried once more."""
-    suite, program = take_apart(tests), unfenced(program)
-    reply = evaluate(program, suite.probes, suite.setup, unsafe)
+    suite, program = parse_tests(tests), unfenced(program)
+    reply = run_program(program, suite.probes, suite.setup, unsafe)
     if reply.outcome == INFRASTRUCTURE:
-        reply = evaluate(program, suite.probes, suite.setup, unsafe)
+        reply = run_program(program, suite.probes, suite.setup, unsafe)
     key = reply.key or program
     if reply.outcome != "returned":
         return Verdict(reply.outcome, key)
@@ -151,7 +151,7 @@ def verify_program(program: str, tests: Tests, unsafe: bool = False) -> Verdict:
 
 
 @dataclass(frozen=True, eq=False)
-class Runner:
+class ProgramRunner:
     """Runs programs side by side on all cores, each distinct (program, tests) once. `ask` does not wait, so that programs run while other completions
     are still being sampled; `verdict` does. `unsafe`: without a sandbox."""
 
@@ -159,7 +159,7 @@ class Runner:
     running: dict[tuple[str, Tests], Future[Verdict]] = field(default_factory=dict)
     pool: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(os.cpu_count()))
 
-    def ask(self, answers: Iterable[tuple[Example, str]]) -> None:
+    def submit(self, answers: Iterable[tuple[Example, str]]) -> None:
         for example, program in answers:
             if (program, example.tests) not in self.running:
                 self.running[program, example.tests] = self.pool.submit(
@@ -169,5 +169,5 @@ class Runner:
     def verdict(self, example: Example, program: str) -> Verdict:
         return self.running[program, example.tests].result()
 
-    def judged(self, example: Example, program: str) -> bool:
+    def has_verdict(self, example: Example, program: str) -> bool:
         return self.verdict(example, program).outcome != INFRASTRUCTURE

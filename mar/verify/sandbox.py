@@ -100,21 +100,21 @@ def _command(unsafe: bool) -> tuple[str, ...]:
     return (*words, "--chdir", "/tmp", "--remount-ro", "/", *run)
 
 
-def require(unsafe: bool = False) -> None:
+def require_sandbox(unsafe: bool = False) -> None:
     """UserError, in one sentence, where programs cannot be run."""
     if not unsafe and not shutil.which("bwrap"):
         raise UserError(
             "programs written by the model run only in bubblewrap, and there is no `bwrap` here: install the package bubblewrap "
             "(Linux), or accept that they can do whatever you can do and say reward.sandbox=unsafe"
         )
-    reply = evaluate("x = 1", ["x"], unsafe=unsafe)
+    reply = run_program("x = 1", ["x"], unsafe=unsafe)
     if reply.values != (1,):
         raise UserError(
             f"the sandbox does not start here ({reply.detail or reply.outcome}): reward.sandbox=unsafe runs without it"
         )
 
 
-def evaluate(
+def run_program(
     program: str,
     expressions: Sequence[str],
     setup: str = "",

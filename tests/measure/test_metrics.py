@@ -26,7 +26,7 @@ def example(p=(0.5, 0.3, 0.2), drawn=0, truth="exact"):
         "?",
         tuple(Gold("abcdefgh"[i], (f"alias of {'abcdefgh'[i]}",), x) for i, x in enumerate(p)),
         truth,
-        drawn=drawn,
+        label=drawn,
     )
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from mar import files
-from mar.files import append_jsonl, plain, read_jsonl, truncate_jsonl, write_json
+from mar.files import append_jsonl, jsonable, read_jsonl, truncate_jsonl, write_json
 from mar.records import Completion, Example, Gold, Prompt, Rollout
 from mar.run.completions import completion_row, constant_runs
 from mar.run.console import Display
@@ -24,7 +24,7 @@ def read(path):
 def test_plain_values():
     value = {"nan": float("nan"), "inf": -np.inf, "np": np.float32(0.1), "int": np.int64(7), "bool": np.bool_(True), "none": None,
              "tensor": torch.tensor(2.5), "tuple": (1, np.float64(1 / 3)), "deep": [{"x": np.float32("nan")}], "text": "é", "yes": True}  # fmt: skip
-    out = plain(value)
+    out = jsonable(value)
     assert out == {"nan": None, "inf": None, "np": 0.1, "int": 7, "bool": True, "none": None, "tensor": 2.5, "tuple": [1, 0.333333],
                    "deep": [{"x": None}], "text": "é", "yes": True}  # fmt: skip
     assert type(out["int"]) is int and type(out["bool"]) is bool and type(out["yes"]) is bool
@@ -110,7 +110,7 @@ def test_a_completion_row_is_json_and_complete():
             "What is it?",
             (Gold("flu", (), 0.7), Gold("cold", (), 0.3)),
             "exact",
-            drawn=1,
+            label=1,
         ),
         "?",
         (1, 2),
@@ -118,7 +118,7 @@ def test_a_completion_row_is_json_and_complete():
     done = Completion(3, np.arange(4), np.zeros(4, np.float32), np.zeros(4, np.float32), "length")
     rollout = Rollout(asked, done, ODD, ("flu", None), (0.25, None), (0.0, 0.0), (False, False), "unfinished", np.array([0.0, -0.5]),
                       np.zeros(4, np.int64), -0.5, {"format": 0.0, "brier": np.float64(-0.5)})  # fmt: skip
-    row = json.loads(json.dumps(plain(completion_row(rollout, "eval", 7)), allow_nan=False))
+    row = json.loads(json.dumps(jsonable(completion_row(rollout, "eval", 7)), allow_nan=False))
     assert row == {"step": 7, "stage": "eval", "task": "clinic", "id": "e", "sample": 3, "question": "What is it?", "targets": ["cold"],
                    "text": ODD, "answers": ["flu", None], "confidences": [0.25, None], "hits": [0, 0], "repeated": [False, False],
                    "reason": "unfinished", "reward": -0.5,

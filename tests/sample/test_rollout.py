@@ -168,7 +168,7 @@ def test_only_the_drawn_label_is_paid_for_and_aliases_are_repeats():
     golds = (Gold("influenza", ("flu",), 0.5), Gold("cold", (), 0.5))
     text = "<answer1>Flu</answer1><confidence1>0</confidence1><answer2>influenza</answer2><confidence2>0</confidence2>"
     for drawn, hits in ((0, (1.0, 0.0)), (1, (0.0, 0.0))):
-        got = judge([text, "<stop>"], prompt(*golds, truth="exact", drawn=drawn))
+        got = judge([text, "<stop>"], prompt(*golds, truth="exact", label=drawn))
         assert (
             got.answers == ("Flu", "influenza")
             and got.hits == hits

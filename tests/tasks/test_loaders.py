@@ -19,7 +19,7 @@ from mar.tasks import ddxplus
 from mar.tasks.ambigqa import merge
 from mar.tasks.loading import Source, aim, split_of
 from mar.tasks.registry import TASKS, get_task
-from mar.verify.matching import matching_increments, probabilities
+from mar.verify.matching import matching_increments, expected_hits
 
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
 SPLITS = ("train", "validation", "test")
@@ -158,7 +158,7 @@ def test_people_are_probabilities(tmp_path):
         assert (
             (e.golds[0].name, *e.golds[0].aliases) == first
             and e.truth == "survey"
-            and e.drawn is not None
+            and e.label is not None
         )
         assert [g.probability for g in e.golds] == pytest.approx(
             [0.6, 0.4] if row is SURVEY else [0.7, 0.3]
@@ -202,7 +202,7 @@ def test_probabilities_are_the_expectation_over_labels():
         golds = tuple(Gold(name, (), x) for name, x in zip("abcd", p, strict=True))
         answers, said = list(rng.choice(list("abcdx"), 3)), list(rng.integers(0, 30, 3) / 100)
         parsed = parse(render(grammar, answers, said, other=0.1), grammar, False)
-        exact = reward(parsed, probabilities(answers, golds), (False,) * 3, 1, grammar, spec)
+        exact = reward(parsed, expected_hits(answers, golds), (False,) * 3, 1, grammar, spec)
         total = sum(
             x
             * reward(
@@ -214,8 +214,8 @@ def test_probabilities_are_the_expectation_over_labels():
 
 
 def test_a_target_is_for_tasks_that_have_it():
-    label = Example("e", "t", "?", (Gold("a", (), 0.5), Gold("b", (), 0.5)), "exact", drawn=1)
-    assert aim([label], "probabilities") == [replace(label, drawn=None)] and aim(
+    label = Example("e", "t", "?", (Gold("a", (), 0.5), Gold("b", (), 0.5)), "exact", label=1)
+    assert aim([label], "probabilities") == [replace(label, label=None)] and aim(
         [label], "drawn"
     ) == [label]
     with pytest.raises(UserError, match="data.target=probabilities"):

@@ -331,7 +331,7 @@ def test_open_ended_by_default_and_drops_are_counted(tmp_path):
     )
     (example,) = loaded.examples
     assert example.question == f"Patient {keep}. What is the most likely diagnosis?"
-    assert (example.task, example.truth, example.multi_label, example.drawn) == (
+    assert (example.task, example.truth, example.multi_label, example.label) == (
         "medqa",
         "single",
         False,
@@ -466,18 +466,18 @@ def test_jsonl_kinds_of_truth(tmp_path):
     ]
     found = jsonl_examples(tmp_path, ["\ufeff" + json.dumps(rows[0]) + "\n\n", *rows[1:]])
     one, two, coin, people = (found[f"jsonl-{id}"] for id in (1, "two", 3, 4))
-    assert (one.truth, one.multi_label, one.drawn, one.golds) == (
+    assert (one.truth, one.multi_label, one.label, one.golds) == (
         "single",
         False,
         None,
         (Gold("a"),),
     )
-    assert (two.truth, two.multi_label, two.drawn) == ("uniform", True, None)
+    assert (two.truth, two.multi_label, two.label) == ("uniform", True, None)
     assert two.golds[1] == Gold("influenza", ("flu",)) and len(two.targets()) == 2
     assert (coin.truth, coin.multi_label) == ("exact", False) and coin.targets() == (
-        coin.golds[coin.drawn],
+        coin.golds[coin.label],
     )
-    assert people.truth == "survey" and people.drawn is not None
+    assert people.truth == "survey" and people.label is not None
     assert len(found) == 5
 
 
@@ -487,8 +487,8 @@ def test_jsonl_draws_by_id_from_the_distribution(tmp_path):
     again = jsonl_examples(
         tmp_path, [row | {"question": "Other " + row["question"]} for row in rows[::-1]]
     )
-    assert {id: e.drawn for id, e in found.items()} == {id: e.drawn for id, e in again.items()}
-    assert abs(sum(e.drawn for e in found.values()) / 400 - 0.75) < 0.07  # three standard errors
+    assert {id: e.label for id, e in found.items()} == {id: e.label for id, e in again.items()}
+    assert abs(sum(e.label for e in found.values()) / 400 - 0.75) < 0.07  # three standard errors
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from mar.errors import UserError
 from mar.records import Completion, Example, Prompt
 from mar.sample.rollout import Scorer, judge_groups, judged_only
 from mar.verify import programs
-from mar.verify.programs import Runner, Verdict, take_apart
+from mar.verify.programs import ProgramRunner, Verdict, parse_tests
 from tests.helpers.hostile_programs import HONEST, TESTS
 
 GRAMMAR = Grammar("rlvr_multi", 3, thinking=False)
@@ -37,7 +37,7 @@ def judge(groups, verifier=None, spec=None):
     return judge_groups(
         [prompt] * len(groups),
         groups,
-        Scorer(GRAMMAR, spec, verifier or Runner(), lambda ids: "".join(map(chr, ids))),
+        Scorer(GRAMMAR, spec, verifier or ProgramRunner(), lambda ids: "".join(map(chr, ids))),
     )
 
 
@@ -78,7 +78,7 @@ def test_one_run_per_distinct_program(monkeypatch):
         programs, "verify_program", lambda *job: asked.append(job) or breaks_down(*job)
     )
     judge([[[HONEST, RENAMED, WRONG]] * 2] * 3)
-    judge([[[HONEST, RENAMED, WRONG]]], Runner(unsafe=True))
+    judge([[[HONEST, RENAMED, WRONG]]], ProgramRunner(unsafe=True))
     assert sorted(asked) == sorted(
         (p, TESTS, unsafe) for p in (HONEST, RENAMED, WRONG) for unsafe in (False, True)
     )
@@ -89,8 +89,8 @@ def test_what_began_early_runs_once_and_a_breakdown_is_tried_again(monkeypatch):
     monkeypatch.setattr(
         programs, "verify_program", lambda program, *_: Verdict(next(outcomes), program)
     )
-    runner, example = Runner(), Example("q", "test", "?", (), truth="rule", tests=TESTS)
-    runner.ask([(example, HONEST)])
+    runner, example = ProgramRunner(), Example("q", "test", "?", (), truth="rule", tests=TESTS)
+    runner.submit([(example, HONEST)])
     assert [judge([[[HONEST] * 3]], runner)[0][0].unjudged for _ in range(2)] == [1, 0]
     assert next(outcomes) == "passed", "two runs"
 
@@ -106,7 +106,7 @@ def test_full_marks_are_k_distinct_programs(monkeypatch, coverage):
 
 def test_a_test_with_a_key_that_python_refuses_is_a_fault_of_its_row():
     with pytest.raises(UserError, match="compares the program with itself"):
-        take_apart(("assert f(1) == {[1]: 2}",))
+        parse_tests(("assert f(1) == {[1]: 2}",))
 
 
 def test_groups_that_shrink_too_far_are_left_out():

@@ -12,8 +12,8 @@ import pytest
 from mar.errors import UserError
 from mar.records import Example
 from mar.verify import programs, sandbox
-from mar.verify.programs import Runner, Verdict, take_apart, verify_program
-from mar.verify.sandbox import evaluate, require
+from mar.verify.programs import ProgramRunner, Verdict, parse_tests, verify_program
+from mar.verify.sandbox import run_program, require_sandbox
 from tests.helpers.hostile_programs import HONEST, PROBES, PROGRAMS, TESTS
 
 needs_bubblewrap = pytest.mark.skipif(
@@ -51,7 +51,7 @@ def test_the_sandbox_shows_nothing_of_the_host(name):
             "PREFIX": sys.base_prefix,
         }
         setup = "".join(f"{key} = {value!r}\n" for key, value in known.items())
-        reply = evaluate(setup + PROBES[name], ["bool(found)"])
+        reply = run_program(setup + PROBES[name], ["bool(found)"])
     assert reply.values == (False,), reply
 
 
@@ -65,7 +65,7 @@ def test_a_distributions_own_python_serves_too(monkeypatch):
     monkeypatch.setattr(sys, "_base_executable", "/usr/bin/python3", raising=False)
     sandbox._command.cache_clear()
     try:
-        reply = evaluate(
+        reply = run_program(
             "import os, json, sys\nx = [sys.base_prefix, os.listdir('/usr/bin'), os.path.exists('/usr/share')]",
             ["x"],
         )
@@ -88,7 +88,7 @@ def sandbox_users() -> set[int]:
 @needs_bubblewrap
 def test_nothing_is_left_behind():
     """After a program that forks away from its session, no process of it lives on. Other tests' programs may be running: they end."""
-    evaluate(
+    run_program(
         "import os, time\nif os.fork() == 0:\n    os.setsid()\n    time.sleep(1000)\nx = 1", ["x"]
     )
     left, deadline = sandbox_users(), time.monotonic() + 30
@@ -102,7 +102,7 @@ def test_nothing_is_left_behind():
 @pytest.mark.skipif(os.geteuid() != 0 and not shutil.which("bwrap"), reason="needs bubblewrap")
 def test_processes_are_limited():
     count = "import os, time\nn = 0\ntry:\n    for _ in range(40):\n        if os.fork() == 0: time.sleep(60)\n        n += 1\nexcept OSError: pass"
-    assert evaluate(count, ["n"]).values[0] < sandbox.LIMITS["RLIMIT_NPROC"]
+    assert run_program(count, ["n"]).values[0] < sandbox.LIMITS["RLIMIT_NPROC"]
 
 
 @needs_bubblewrap
@@ -112,7 +112,7 @@ def test_processes_are_limited():
      frozenset({1}), "", [], {}, 10**50],
 )  # fmt: skip
 def test_plain_values_come_out_as_they_were(value):
-    reply = evaluate(f"inf = float('inf')\nx = {value!r}", ["x"])
+    reply = run_program(f"inf = float('inf')\nx = {value!r}", ["x"])
     assert reply.values == (value,)
     assert type(reply.values[0]) is type(value)
 
@@ -125,8 +125,8 @@ def test_honest_programs_pass_side_by_side():
         "double = lambda x: x * 2",
         "def double(x): return x",
     ]
-    runner, example = Runner(), Example("q", "test", "?", (), truth="rule", tests=TESTS)
-    runner.ask([(example, program) for program in variants * 2])
+    runner, example = ProgramRunner(), Example("q", "test", "?", (), truth="rule", tests=TESTS)
+    runner.submit([(example, program) for program in variants * 2])
     found = [runner.verdict(example, program) for program in variants]
     assert [verdict.outcome for verdict in found] == ["passed", "passed", "passed", "failed"]
     assert len({verdict.key for verdict in found}) == 4 == len(runner.running)
@@ -142,7 +142,7 @@ def test_honest_programs_pass_side_by_side():
      ("def double(x):\n    return x + y", False)],
 )  # fmt: skip
 def test_renaming_does_not_make_a_program_new(other, same):
-    assert (evaluate(HONEST, []).key == evaluate(other, []).key) == same
+    assert (run_program(HONEST, []).key == run_program(other, []).key) == same
 
 
 @needs_bubblewrap
@@ -150,19 +150,19 @@ def test_a_program_cannot_choose_its_key():
     """Else the same program, K times, would be K distinct ones."""
     forge = "import os\nfor fd in range(32):\n    try:\n        os.ftruncate(fd, 0); os.lseek(fd, 0, 0)\n    except OSError: pass\n"
     forge += "    try: os.write(fd, b'ready\\n' + b'f' * 64 + b'\\n')\n    except OSError: pass\n"
-    assert evaluate(forge + HONEST, []).key not in ("", "f" * 64)
+    assert run_program(forge + HONEST, []).key not in ("", "f" * 64)
 
 
 @needs_bubblewrap
 def test_import_aliases_do_not_make_a_program_new():
     keys = {
-        evaluate(p, []).key
+        run_program(p, []).key
         for p in ("import math\nf = math.sqrt(2)", "import math as m\nf = m.sqrt(2)")
     }
     assert len(keys) == 1
     assert (
-        evaluate("from math import sqrt as f\nf(2)", []).key
-        != evaluate("from math import floor as f\nf(2)", []).key
+        run_program("from math import sqrt as f\nf(2)", []).key
+        != run_program("from math import floor as f\nf(2)", []).key
     )
 
 
@@ -180,13 +180,13 @@ def test_import_aliases_do_not_make_a_program_new():
 def test_tests_are_taken_apart(test, program, outcome):
     if outcome is None:
         with pytest.raises(UserError):
-            take_apart((test,))
+            parse_tests((test,))
     else:
         assert verify_program(program, (test,)).outcome == outcome
 
 
 def test_expected_values_never_enter():
-    suite = take_apart(
+    suite = parse_tests(
         ("assert f(1) == 'secret1'", "assert math.isclose(f(2), 0.125)", "assert 'secret2' == f(3)")
     )
     assert suite.probes == ("f(1)", "f(2)", "f(3)")
@@ -196,8 +196,8 @@ def test_expected_values_never_enter():
 def test_without_bubblewrap_programs_are_refused(monkeypatch):
     monkeypatch.setenv("PATH", "")
     with pytest.raises(UserError, match="reward.sandbox=unsafe"):
-        require()
-    require(unsafe=True)
+        require_sandbox()
+    require_sandbox(unsafe=True)
     assert verify_program(HONEST, TESTS, unsafe=True).outcome == "passed"
 
 
@@ -207,7 +207,7 @@ def test_a_sandbox_that_does_not_start_is_not_the_programs_fault(monkeypatch):
     )
     assert verify_program(HONEST, TESTS).outcome == "infrastructure_error"
     with pytest.raises(UserError, match="no namespaces"):
-        require(unsafe=True)
+        require_sandbox(unsafe=True)
 
 
 def test_a_breakdown_is_tried_once_more(monkeypatch):
@@ -215,7 +215,7 @@ def test_a_breakdown_is_tried_once_more(monkeypatch):
         sandbox.Reply("infrastructure_error"),
         sandbox.Reply("returned", (4, "abab", -14), "k"),
     ]
-    monkeypatch.setattr(programs, "evaluate", lambda *_: replies.pop(0))
+    monkeypatch.setattr(programs, "run_program", lambda *_: replies.pop(0))
     assert verify_program(HONEST, TESTS) == Verdict("passed", "k")
 
 
@@ -226,4 +226,4 @@ def test_what_is_no_reply_fails(monkeypatch, body, tmp_path):
     monkeypatch.setattr(
         sandbox, "_command", lambda _: ("sh", "-c", f"echo ready >&2; cat {tmp_path / 'reply'}")
     )
-    assert evaluate(HONEST, ["double(2)"]).outcome == "failed"
+    assert run_program(HONEST, ["double(2)"]).outcome == "failed"
