@@ -1,25 +1,41 @@
-"""What a person's mistake looks like: one sentence and an exit code.."""
+"""Errors that a person reads: one sentence instead of a traceback, and the command's exit code."""
 
 import signal
 import sys
 from collections.abc import Callable
 
+MAX_ERROR = 160  # characters of another package's message that we repeat
+
 
 class UserError(Exception):
-    """A mistake of the person at the keyboard: shown as one sentence, without a traceback."""
+    """A mistake of the person at the keyboard, or a fault of their machine or data.
+
+    The message is one sentence: which key or file, its value, and what to do about it.
+    """
 
 
 def exit_code(command: Callable[[], object], interrupted: str = "interrupted") -> int:
-    """Run a command: its own code if it returns one, else 0; 2 for a user's mistake, 130 for Ctrl-C, each said in one sentence."""
+    """Run a command and return what the process should exit with.
+
+    An integer that the command returns is passed on, anything else counts as 0. A UserError gives
+    2 and Ctrl-C gives 130; the error, or the sentence `interrupted`, goes to stderr.
+    """
+    # The system's default would kill us without cleaning up. Where Ctrl-C is ignored (background
+    # jobs of a shell) it stays ignored.
     if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         code = command()
-        return code if isinstance(code, int) else 0
-    except (UserError, KeyboardInterrupt) as error:
-        print(f"error: {error}" if isinstance(error, UserError) else interrupted, file=sys.stderr)
-        return 2 if isinstance(error, UserError) else 130
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(interrupted, file=sys.stderr)
+        return 130
+    return code if isinstance(code, int) else 0
 
 
 def one_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+    """`Type: message` of an exception of any package, on one line and not too long."""
+    message = " ".join(str(error).split())
+    return f"{type(error).__name__}: {message[:MAX_ERROR]}"

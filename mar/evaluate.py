@@ -21,12 +21,20 @@ from typing import Any
 
 import torch
 
-from mar.answers.grammar import Grammar
+from mar.answers.grammar import grammar_of
 from mar.answers.prompts import fit_grammar, load_tokenizer
 from mar.answers.rewards import RewardSpec
 from mar.config import Config
 from mar.errors import UserError, exit_code
-from mar.files import append_jsonl, jsonable, read_jsonl, stable_hash, write_json, write_jsonl
+from mar.files import (
+    append_jsonl,
+    jsonable,
+    read_jsonl,
+    skipped_lines,
+    stable_hash,
+    write_json,
+    write_jsonl,
+)
 from mar.measure.answer_sets import Item, item_of, read_item
 from mar.measure.baselines import Arm, arms_of, compared, document_of
 from mar.policy.model import Decoder
@@ -197,7 +205,7 @@ def kept_rows(
     done: dict[str, list[Item]] = defaultdict(list)
     rows, broken = read_jsonl(path) if path.exists() else ([], [])
     if broken:
-        display.say(f"skipped {len(broken)} broken line(s): {', '.join(broken[:3])}")
+        display.say(skipped_lines(broken))
     if rows and rows[0] == {"protocol": protocol}:
         for row in rows[1:]:
             items = done[row.pop("arm")]
@@ -285,7 +293,7 @@ def read_completions(
         )
     rows, broken = read_jsonl(file)
     if broken:
-        display.say(f"skipped {len(broken)} broken line(s): {', '.join(broken[:3])}")
+        display.say(skipped_lines(broken))
     if not rows or any(not isinstance(row.get("text"), str) or "id" not in row for row in rows):
         raise UserError(
             f"{file} needs the keys id and text in every row: id is that of the question, e.g. {questions.examples[0].id}"
@@ -344,11 +352,9 @@ def run(words: Sequence[str], display: Display) -> Path:
     target = find_target(name, settings, options["out"], options["completions"], display)
     if not re.fullmatch(r"[1-9]\d{0,3}", options["k"]):
         raise UserError(f"k={options['k']} is no whole number from 1 to 9999")
-    r, model, k = target.config.reward, target.config.model, int(options["k"])
+    k = int(options["k"])
     tokenizer = load_tokenizer(target.model_folder)
-    grammar = fit_grammar(
-        Grammar(r.form, r.num_answers, r.layout, model.thinking, r.analysis, r.other), tokenizer
-    )
+    grammar = fit_grammar(grammar_of(target.config), tokenizer)
     arms = arms_of(grammar, k, sizes_of(options["num_answers"]), target.run is not None)
     chosen = options["arms"].split(",") if options["arms"] else [a.name for a in arms]
     if unknown := sorted(set(chosen) - {a.name for a in arms}):

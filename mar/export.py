@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from mar.answers.grammar import Grammar
+from mar.answers.grammar import Grammar, grammar_of
 from mar.answers.prompts import fit_grammar, instructions, load_tokenizer
 from mar.config import Config
 from mar.errors import UserError, exit_code
@@ -78,11 +78,8 @@ def export(run: Path, folder: Path, dtype: str, adapters: bool = False) -> Path:
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} exists and is no empty folder: name another or remove it")
     source, _ = resolve_model(config.model.source, config.model.name, config.model.path)
-    model, tokenizer, r = (
-        adapted(load_model(source), config.model),
-        load_tokenizer(source),
-        config.reward,
-    )
+    model = adapted(load_model(source), config.model)
+    tokenizer = load_tokenizer(source)
     trainable = config.model.trainable or "lora_"
     others = [
         n for n, _ in model.named_parameters() if re.search(trainable, n) and ".lora_" not in n
@@ -94,7 +91,7 @@ def export(run: Path, folder: Path, dtype: str, adapters: bool = False) -> Path:
     if adapters:
         save_adapters(model, folder, config.model.path or config.model.name)
         return folder
-    grammar = Grammar(r.form, r.num_answers, r.layout, config.model.thinking, r.analysis, r.other)
+    grammar = grammar_of(config)
     tokenizer.save_pretrained(folder)
     vocabulary = tokenizer.get_vocab()
     stops = sorted(

@@ -1,24 +1,29 @@
-"""Files: jsonl, atomic writes, hashes, the cache folder.."""
+"""Files: jsonl, writes that are whole or not there, stable hashes, and the cache folder."""
 
 import hashlib
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
 from mar.errors import one_line
 
 BLOCK_BYTES = 1 << 20  # that are read at once from the end of a file
+NUM_NAMED_LINES = 5  # broken lines that a message names
 
 
-def plain(value: Any) -> Any:
-    """A value as JSON can hold it: no nan, no numpy, floats to six significant digits."""
+def jsonable(value: Any) -> Any:
+    """The value as JSON can hold it.
+
+    numpy and torch scalars become Python numbers, floats keep six significant digits, and nan and
+    infinity, which JSON does not have, become None.
+    """
     if isinstance(value, Mapping):
-        return {k: plain(v) for k, v in value.items()}
+        return {key: jsonable(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [plain(v) for v in value]
+        return [jsonable(item) for item in value]
     if hasattr(value, "item"):
         value = value.item()
     if isinstance(value, float):
@@ -27,15 +32,23 @@ def plain(value: Any) -> Any:
 
 
 def read_jsonl(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
-    """The rows of a file, and `file:line` of every line that is no JSON object (a crash, a full disk): these are skipped."""
-    rows, broken = [], []
-    for number, line in enumerate(
-        path.read_text(encoding="utf-8", errors="replace").split("\n"), 1
-    ):
+    """The rows of a file that `append_jsonl` wrote, and `file:line` of every broken line.
+
+    A crash or a full disk may leave a line that is no JSON object: it is skipped and named, so
+    that a reader can say so (`skipped_lines`). Empty lines are skipped silently.
+    """
+    rows = []
+    broken = []
+    text = path.read_text(encoding="utf-8", errors="replace")
+    # not `splitlines`: JSON strings may hold other line separators, such as U+2028
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
         try:
-            row = json.loads(line) if line.strip() else None
+            row = json.loads(line)
         except json.JSONDecodeError:
-            row = line
+            broken.append(f"{path}:{number}")
+            continue
         if isinstance(row, dict):
             rows.append(row)
         elif row is not None:
@@ -43,22 +56,25 @@ def read_jsonl(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
     return rows, broken
 
 
-def append_jsonl(
-    path: Path, rows: Iterable[Mapping[str, Any]], mode: str = "a", indent: int | None = None
+def skipped_lines(broken: Sequence[str]) -> str:
+    """The sentence about the broken lines that `read_jsonl` found."""
+    return f"Skipped {len(broken)} broken line(s): {', '.join(broken[:NUM_NAMED_LINES])}"
+
+
+def _write_rows(
+    path: Path, mode: str, rows: Iterable[Mapping[str, Any]], indent: int | None = None
 ) -> None:
-    """Append rows, one JSON document a line, and wait until they are on the disk."""
+    """Write JSON documents, each with a line end, and wait until they are on the disk."""
     with path.open(mode, encoding="utf-8") as file:
-        file.writelines(
-            json.dumps(plain(row), ensure_ascii=False, indent=indent) + "\n" for row in rows
-        )
+        for row in rows:
+            file.write(json.dumps(jsonable(row), ensure_ascii=False, indent=indent) + "\n")
         file.flush()
         os.fsync(file.fileno())
 
 
-def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]], indent: int | None = None) -> None:
-    """Write a file of rows so that a reader never sees half of it."""
-    append_jsonl(path.with_suffix(".tmp"), rows, "w", indent)
-    path.with_suffix(".tmp").replace(path)
+def append_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Append rows, one JSON document a line, and wait until they are on the disk."""
+    _write_rows(path, "a", rows)
 
 
 def truncate_jsonl(path: Path, last_step: int) -> None:
@@ -106,21 +122,37 @@ def _lines_from_the_end(file: IO[bytes]) -> Iterator[tuple[int, bytes]]:
         yield 0, pending
 
 
+def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Write a file of rows so that a reader sees the old file or the new one, never half of it."""
+    temporary = path.with_suffix(".tmp")
+    _write_rows(temporary, "w", rows)
+    temporary.replace(path)
+
+
 def write_json(path: Path, document: Mapping[str, Any]) -> None:
-    """Write one JSON document so that a reader never sees half of it."""
-    write_jsonl(path, [document], indent=2)
+    """Write one JSON document, likewise."""
+    temporary = path.with_suffix(".tmp")
+    _write_rows(temporary, "w", [document], indent=2)
+    temporary.replace(path)
 
 
 def stable_hash(text: str) -> int:
     """64 bits that depend on the text alone: the same on every machine and in every process."""
-    return int.from_bytes(
-        hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big"
-    )
+    encoded = text.encode("utf-8", "surrogatepass")
+    return int.from_bytes(hashlib.blake2b(encoded, digest_size=8).digest(), "big")
+
+
+def cache_folder() -> Path:
+    """Where downloaded models and a judge's verdicts are kept: MAR_CACHE, or ~/.cache/mar."""
+    return Path(os.environ.get("MAR_CACHE") or "~/.cache/mar").expanduser()
 
 
 def hub_fault(kind: str, hub_id: str) -> str:
-    """Why the hub does not show a `model` or `dataset`, "" where it does. Without it this process reads the hub's caches alone from here on: its
-    libraries would try again for half a minute, or wait for ever."""
+    """Why the Hugging Face hub does not show a `model` or `dataset`; "" where it does.
+
+    After a fault this process reads the hub's local caches alone: its libraries would otherwise
+    try again for half a minute, or wait for ever.
+    """
     from huggingface_hub import HfApi, constants
 
     try:
@@ -129,7 +161,3 @@ def hub_fault(kind: str, hub_id: str) -> str:
         constants.HF_HUB_OFFLINE = True
         return one_line(error)
     return ""
-
-
-def cache() -> Path:
-    return Path(os.environ.get("MAR_CACHE") or "~/.cache/mar").expanduser()

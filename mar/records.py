@@ -1,4 +1,26 @@
-"""The records that travel from the task files to the loss. A field means one thing for ever; nothing here imports torch."""
+"""What travels through the program: Example -> Prompt -> Completion -> Rollout. Read this first.
+
+A task file gives an `Example` (a question and its correct answers). The chat template makes it a
+`Prompt`. The sampler writes a group of `Completion`s to it. Reading and judging them gives
+`Rollout`s, whose rewards the loss learns from. A field keeps its meaning everywhere, and nothing
+here imports torch.
+
+Letters for dimensions, the same in all comments, docstrings and tensor shapes:
+
+    P  prompts of a step
+    G  group_size: completions of a prompt
+    K  num_answers: answers in a completion
+    B  rows: completions, P x G of a whole step
+    T  tokens of a completion; in a batch those of the longest one
+    M  tokens that are trained, of all rows together
+    N  packed tokens: each prompt once, its completions behind it
+    V  vocabulary
+    D  width of the model
+    L  layers
+    H  attention heads
+    C  components of a reward
+    S  segments of a completion: one for each element of the grammar, and one for what follows
+"""
 
 from dataclasses import dataclass, field
 
@@ -9,47 +31,60 @@ TRUTHS = ("exact", "survey", "uniform", "single", "rule")
 
 @dataclass(frozen=True)
 class Gold:
-    """One correct answer: its name, other accepted spellings, and its probability where the task knows it."""
+    """One correct answer."""
 
     name: str
+    # other accepted spellings
     aliases: tuple[str, ...] = ()
+    # of being the right answer, where the task knows it
     probability: float | None = None
 
 
 @dataclass(frozen=True)
 class Example:
-    """One question.
-
-    `truth` says where the golds come from: `exact` (the true posterior, in `Gold.probability`), `survey` (shares of people), `uniform` (each gold
-    equally right), `single` (one gold), `rule` (a program decides). `drawn` is the index of the gold that was drawn as this item's
-    label where the golds form a distribution, else None. `multi_label`: several golds may be right at once.
-    `stratum` names the part of the data that it belongs to where a task has several (how much of the evidence was removed, say).
-    """
+    """One question, and what is known about its correct answers."""
 
     id: str
     task: str
     question: str
     golds: tuple[Gold, ...]
+
+    # where the golds come from:
+    #   exact    the true posterior, in `Gold.probability`
+    #   survey   shares of the people who were asked, likewise
+    #   uniform  each gold is equally right
+    #   single   there is one gold
+    #   rule     a program decides, there are no golds
     truth: str = "single"
+
+    # several golds may be right at the same time
     multi_label: bool = False
-    drawn: int | None = None
+
+    # where the golds are a distribution: the index of the one that was drawn as this item's label
+    label: int | None = None
+
+    # the part of the data that the example belongs to, where a task reports on parts
     stratum: str = ""
-    tests: tuple[
-        str, ...
-    ] = ()  # where programs are the answers: assertions, and set-up code for them
+
+    # where the answers are programs: assertions, and set-up code for them
+    tests: tuple[str, ...] = ()
 
     def targets(self) -> tuple[Gold, ...]:
-        """The golds that the reward pays for: the drawn label where there is one, else all of them."""
-        return self.golds if self.label is None else (self.golds[self.label],)
+        """The golds that the reward pays for: the label where one was drawn, else all of them."""
+        if self.label is None:
+            return self.golds
+        return (self.golds[self.label],)
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """What the model reads. `think_open`: the chat template has already opened `<think>` for the completion."""
+    """What the model reads: the question and the request, in the model's chat template."""
 
     example: Example
     text: str
+    # `text` as tokens
     ids: tuple[int, ...]
+    # the chat template has already written `<think>`, so that the completion begins inside it
     think_open: bool = False
 
     @property
@@ -59,40 +94,70 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Completion:
-    """What the model wrote, stop token included. One entry of each array per token.
+    """What the model wrote to a prompt: T tokens, the stop token included."""
 
-    `sampler_logprobs` belong to the distribution that was drawn from, `full_logprobs` to temperature alone. `finish_reason`: `stop` (a stop token,
-    the last one), `stop_string` or `length`. `inserted`: the tokens [start, end) that the sampler put in (sampler.think_budget), not trained on.
-    """
-
+    # which of the G completions of its prompt
     sample_index: int
-    ids: np.ndarray  # [R] int64
-    sampler_logprobs: np.ndarray  # [R] float32, of a float64 model float64
-    full_logprobs: np.ndarray  # [R] likewise
+
+    # [T] int64
+    ids: np.ndarray
+
+    # [T] log-probability of each token in the distribution that it was drawn from (temperature and
+    # top-k, top-p, min-p). float32; float64 of a float64 model
+    sampler_logprobs: np.ndarray
+
+    # [T] likewise with the temperature alone: what the trainer computes again
+    full_logprobs: np.ndarray
+
+    # `stop` (the last token is a stop token), `stop_string` or `length`
     finish_reason: str
+
+    # the tokens [start, end) that the sampler put in itself (`sampler.think_budget`); not trained
     inserted: tuple[int, int] = (0, 0)
 
 
 @dataclass(frozen=True)
 class Rollout:
-    """A prompt, one completion, and what it earned. `components` are weighted by the spec's weights and sum to `total` (rewards.py)."""
+    """A prompt, one completion, the answers in it, and what they earned."""
 
     prompt: Prompt
     completion: Completion
+    # the completion without its stop token
     text: str
-    answers: tuple[str | None, ...]  # [K]
-    confidences: tuple[float | None, ...]  # [K]
-    hits: tuple[float, ...]  # [K] y_k, before any gate
-    repeated: tuple[bool, ...]  # [K] says again what an earlier slot said
-    reason: str | None  # why the format failed, None if it is right
-    components: np.ndarray  # [C] float64
-    segment_ids: np.ndarray  # [R] int64
+
+    # [K] what was written in each answer slot; None where nothing was, or nothing readable
+    answers: tuple[str | None, ...]
+    confidences: tuple[float | None, ...]
+
+    # [K] y_k: 1 where answer k takes a gold that no earlier answer took (or the probability of it,
+    # `data.target=probabilities`), else 0. As judged: gates of the reward do not change it
+    hits: tuple[float, ...]
+
+    # [K] the answer says again what an earlier one said
+    repeated: tuple[bool, ...]
+
+    # why the text fails the format (`mar.answers.grammar.parse`); None where it is right
+    reason: str | None
+
+    # [C] float64: the reward in the order in which the text decides it (`mar.answers.rewards`),
+    # weights included. Their sum is `total`
+    components: np.ndarray
+
+    # [T] int64: the segment that each token belongs to
+    segment_ids: np.ndarray
+
+    # the reward of the completion
     total: float
-    parts: dict[str, float] = field(default_factory=dict)  # named reward terms, for the log
-    token_starts: np.ndarray = field(
-        default_factory=lambda: np.zeros(0, np.int64)
-    )  # [R] where in `text` each token begins
-    keys: tuple[
-        str | None, ...
-    ] = ()  # [K] equal for answers that are the same, where these are programs
-    unjudged: int = 0  # answers whose check broke down: the completion is left out, not paid 0
+
+    # the same reward by name, and counts, for the log
+    parts: dict[str, float] = field(default_factory=dict)
+
+    # [T] int64: the character of `text` at which each token begins
+    token_starts: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+
+    # [K] where answers are programs: equal for programs that differ in nothing but names
+    keys: tuple[str | None, ...] = ()
+
+    # number of answers whose check broke down. If any did, the completion is left out of the
+    # update: to pay it 0 would be wrong
+    unjudged: int = 0

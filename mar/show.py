@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.text import Text
 
 from mar.errors import UserError, exit_code
-from mar.files import read_jsonl
+from mar.files import read_jsonl, skipped_lines
 
 KEYS = set(
     "step stage id sample question targets text answers confidences hits reason reward parts".split()
@@ -82,9 +82,7 @@ def show(run: Path, step: int | None, prompt: str, console: Console) -> None:
             f"{path} is of another version of mar: its rows have no {', '.join(missing)}"
         )
     if broken:
-        console.print(
-            f"skipped {len(broken)} broken line(s): {', '.join(broken[:3])}", style="yellow"
-        )
+        console.print(skipped_lines(broken), style="yellow")
     for group in choose(rows, step, prompt):
         first = group[0]
         console.print(

@@ -1,6 +1,7 @@
 """What the model is asked, in our own words, and the chat template around it.
 
-The wording asks for what the reward pays: exactly K different answers, the bare answer inside its tag, confidences that are probabilities.
+The wording asks for what the reward pays: exactly K different answers, the bare answer inside its
+tag, confidences that are probabilities.
 """
 
 import re
@@ -9,61 +10,72 @@ from pathlib import Path
 from typing import Any
 
 from mar.answers.grammar import Element, Grammar
-from mar.errors import UserError
+from mar.errors import UserError, one_line
 from mar.records import Example, Prompt
 
-# How a set of answers is asked for. `ranked` is the method; `prompted_k` and `verbalized` (verbalised sampling) are baselines
-# that change nothing but these words.
+# How a set of answers is asked for. `ranked` is the method; `prompted_k` and `verbalized`
+# (verbalised sampling) are baselines that change nothing but these words.
 STYLES = {
     "ranked": "Give exactly {count}, most likely first.",
     "prompted_k": "Give {count}.",
-    "verbalized": "Draw {count} at random from all that you think possible, each with its probability.",
+    "verbalized": (
+        "Draw {count} at random from all that you think possible, each with its probability."
+    ),
 }
 
 
 def _count(grammar: Grammar, noun: str) -> str:
+    """`1 diagnosis`, or `3 different diagnoses`."""
     if grammar.num_answers == 1:
         return f"1 {noun}"
     plural = noun[:-2] + "es" if noun.endswith("is") else noun + "s"
     return f"{grammar.num_answers} different {plural}"
 
 
-def _show(element: Element) -> str:
-    return f"{element.opening}{'0.5' if element.kind in ('confidence', 'other') else '...'}{element.closing}"
+def _example_of(element: Element) -> str:
+    """The element with a placeholder inside."""
+    is_number = element.kind in ("confidence", "other")
+    placeholder = "0.5" if is_number else "..."
+    return element.opening + placeholder + element.closing
 
 
 def _form(grammar: Grammar) -> str:
-    """The tags in order; of many slots the first and the last are shown."""
-    last, out = grammar.num_answers - 1, ""
+    """The tags in order; of many answers the first and the last are shown."""
+    dots = " and so on to "
+    last = grammar.num_answers - 1
+    form = ""
     for element in grammar.elements:
-        if 0 < element.slot < last:
-            dots = " and so on to "
-            out += "" if out.endswith(dots) else dots
-        else:
-            out += _show(element)
-    return out
+        between = 0 < element.slot < last
+        if not between:
+            form += _example_of(element)
+        elif not form.endswith(dots):
+            form += dots
+    return form
 
 
 def instructions(grammar: Grammar, noun: str, style: str = "ranked") -> str:
-    """The request below the question. `noun` names one answer of the task; `style` is a key of STYLES."""
-    parts = []
+    """The request below the question.
+
+    `noun` is what the task calls one answer (`diagnosis`), `style` a key of STYLES.
+    """
+    sentences = []
     if grammar.thinking:
-        parts.append("Think first.")
-    parts.append(
-        STYLES[style].format(count=_count(grammar, noun))
-        if grammar.multi
-        else f"Give the most likely {noun}."
-    )
+        sentences.append("Think first.")
+    if grammar.multi:
+        sentences.append(STYLES[style].format(count=_count(grammar, noun)))
+    else:
+        sentences.append(f"Give the most likely {noun}.")
     if grammar.analysis:
-        parts.append("Then analyse how sure you can be.")
+        sentences.append("Then analyse how sure you can be.")
     if grammar.confident:
-        parts.append(
-            "A confidence is the probability (0 to 1) that its answer is right, judged by its accuracy."
+        sentences.append(
+            "A confidence is the probability (0 to 1) that its answer is right, "
+            "judged by its accuracy."
         )
     if grammar.other:
-        parts.append("In <other> give the probability that none is right.")
-    parts.append(f"Write the bare {noun} in an answer tag and nothing outside the tags:")
-    return " ".join(parts) + "\n" + _form(grammar)
+        sentences.append("In <other> give the probability that none is right.")
+    sentences.append(f"Write the bare {noun} in an answer tag and nothing outside the tags:")
+    return " ".join(sentences) + "\n" + _form(grammar)
 
 
 def render_chat(tokenizer: Any, content: str, thinking: bool) -> str:
@@ -77,39 +89,51 @@ def render_chat(tokenizer: Any, content: str, thinking: bool) -> str:
 
 
 def think_state(rendered: str) -> str:
-    """What a chat template has already written of the thoughts: `open`, `closed` (an empty block), or `none`."""
+    """What the chat template has already written of the thoughts at the end of the prompt.
+
+    `open`: the opening tag, `closed`: an empty block, `none`: nothing.
+    """
     if re.search(r"<think>\s*$", rendered):
         return "open"
-    return "closed" if re.search(r"</think>\s*$", rendered) else "none"
+    if re.search(r"</think>\s*$", rendered):
+        return "closed"
+    return "none"
 
 
 def fit_grammar(grammar: Grammar, tokenizer: Any) -> Grammar:
-    """The grammar that a completion can follow under this chat template: one that opens `<think>` makes thoughts part of it, one that
-    closes an empty block takes them out."""
+    """The grammar that a completion can follow under this chat template.
+
+    A template that opens `<think>` makes thoughts a part of the completion, one that closes an
+    empty block takes them out.
+    """
     state = think_state(render_chat(tokenizer, "?", grammar.thinking))
-    return grammar if state == "none" else replace(grammar, thinking=state == "open")
+    if state == "none":
+        return grammar
+    return replace(grammar, thinking=state == "open")
 
 
 def build_prompt(
     example: Example, grammar: Grammar, tokenizer: Any, noun: str, style: str = "ranked"
 ) -> Prompt:
-    """Question, request and chat template as token ids. `grammar` is one that `fit_grammar` returned."""
-    text = render_chat(
-        tokenizer, f"{example.question}\n{instructions(grammar, noun, style)}", grammar.thinking
-    )
+    """Question, request and chat template as token ids.
+
+    `grammar` is one that `fit_grammar` returned for this tokenizer.
+    """
+    content = f"{example.question}\n{instructions(grammar, noun, style)}"
+    text = render_chat(tokenizer, content, grammar.thinking)
+    # a chat template writes the special tokens itself
     ids = tokenizer(text, add_special_tokens=not tokenizer.chat_template)["input_ids"]
-    return Prompt(
-        example=example, text=text, ids=tuple(ids), think_open=think_state(text) == "open"
-    )
+    think_open = think_state(text) == "open"
+    return Prompt(example=example, text=text, ids=tuple(ids), think_open=think_open)
 
 
 def load_tokenizer(folder: str | Path) -> Any:
-    """The tokenizer of a Hugging Face model folder."""
+    """The tokenizer of a Hugging Face model folder. UserError where there is none to read."""
     from transformers import AutoTokenizer
 
     try:
         return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
     except (OSError, ValueError) as error:
         raise UserError(
-            f"{folder} has no readable tokenizer ({' '.join(str(error).split())[:120]}): it needs tokenizer.json"
+            f"{folder} has no readable tokenizer ({one_line(error)}): it needs tokenizer.json"
         ) from None

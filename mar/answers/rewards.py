@@ -1,13 +1,42 @@
-"""What one completion earns, split into components in the order in which the text decides them. Pure functions.
+"""What one completion earns, split into the components that credit needs. Pure functions.
 
-Component k of the coverage is decided when answer k is closed, component k of the Brier term when confidence k is; its value never changes with
-what follows. Whatever looks at the whole text (format, gates, sum rule) enters once, in the last component: total - sum of the others.
+The objectives are those of "Reaching Beyond the Mode" (arXiv 2603.24844). A completion has K
+answers, with hits y_k (1 where answer k takes a gold that no earlier answer took) and confidences
+q_k. Its reward is
 
-With hits y_k, confidences q_k and K slots (what the Brier term misses is charged 1: unreadable text never gains):
+    RLVR-Single, Multi-RLVR     format + coverage
+    RLCR-Single, Multi-RLCR     format + coverage - Brier
 
-    paper     total = format + coverage_weight * coverage - brier_weight * (1/K) sum_k (q_k - y_k)^2
-    released  total = format + coverage_weight * coverage + brier_weight * [1 - (1/K) sum_k (q_k - y_k)^2]
-              the bracket being 0 on a format failure
+    format    format_weight if the text follows the grammar and the sum rule, else 0
+    coverage  coverage_weight * sum_k y_k    (`sum`; COVERAGES has others)
+    Brier     brier_weight * (1/K) sum_k (q_k - y_k)^2
+
+This is `brier=paper`. What the authors released pays the complement instead, `brier=released`:
+
+    format + coverage + brier_weight * [1 - (1/K) sum_k (q_k - y_k)^2]
+
+where the bracket is 0 on a format failure.
+
+Why Multi-RLCR is honest: with p_k the probability of y_k = 1 the Brier term is best at q_k = p_k.
+The slot is then worth p_k - p_k (1 - p_k) / K, which grows with p_k: the best set is the K most
+probable different answers, each with its probability.
+
+Unreadable text never gains: a confidence that is missing, or whose answer is, is charged an error
+of 1. With `gate`, a format failure cancels the coverage and is charged the whole Brier term.
+
+**Components.** The total is split in the order in which the text decides its terms, as in
+
+    Multi-RLCR, K = 2    coverage1  brier1  coverage2  brier2  end
+
+`coverage{k}` is decided where answer k closes and `brier{k}` where confidence k does. These places
+are stopping times: they, and the values, are functions of the text up to there (`grammar.parse`)
+and stay as they are whatever follows. All that looks at the whole text (format, gates, sum rule)
+enters once, in the last component:
+
+    end = total - sum of the components before it
+
+So the components always add up to the total, and a token can be paid for what is decided after it
+alone (`mar.learn.advantages`).
 """
 
 import math
@@ -20,74 +49,97 @@ import numpy as np
 from mar.answers.grammar import Grammar, Parsed
 from mar.errors import UserError
 
-# name -> what each answer adds [K], of its hits [K] and the number of golds; an answer's value may look at hits up to its own only
+
+def any_hit(hits: Sequence[float], num_golds: int) -> list[float]:
+    """The first hit is worth 1, further ones nothing."""
+    covered = np.minimum(np.cumsum(hits), 1.0)
+    return np.diff(covered, prepend=0.0).tolist()
+
+
+# name -> what each answer adds to the coverage [K], given all hits [K] and the number of golds.
+# The value of answer k may look at the hits up to k only: it is decided when answer k is
 COVERAGES: dict[str, Callable[[Sequence[float], int], Sequence[float]]] = {
-    "sum": lambda hits, _: hits,
-    "any": lambda hits, _: np.diff(np.minimum(np.cumsum(hits), 1.0), prepend=0.0).tolist(),
+    "sum": lambda hits, num_golds: hits,
+    "any": any_hit,
     "fraction_golds": lambda hits, num_golds: [hit / max(num_golds, 1) for hit in hits],
-    "fraction_answers": lambda hits, _: [hit / len(hits) for hit in hits],
+    "fraction_answers": lambda hits, num_golds: [hit / len(hits) for hit in hits],
 }
 
 BRIERS = ("none", "paper", "released")
 
 DUPLICATES = ("per_slot", "gate")
 
-SUM_TOLERANCE = 1e-6  # 0.33 + 0.33 + 0.34 passes
+# of the sum rule: 0.33 + 0.33 + 0.34 must pass
+SUM_TOLERANCE = 1e-6
 
 
 @dataclass(frozen=True)
 class RewardSpec:
-    """Which reward, all of it as values.
+    """Which reward. Hashable; raises UserError for names that do not exist."""
 
-    coverage: `sum` of hits, `any` hit, hits as a `fraction_golds` or `fraction_answers`. sum_rule: confidences (with `<other>`) that add up to more
-    than 1 are a format failure; for tasks with one gold. duplicates: a repeat earns nothing (`per_slot`), or any repeat zeroes the coverage (`gate`;
-    the Brier term stays, so repeating is no way out of it). gate: a format failure cancels the coverage and is charged the whole Brier term.
-    rank_weights: w_1 >= w_2 >= ... on the coverage of each slot, never on the Brier term; empty means all 1.
-    """
-
+    # a key of COVERAGES
     coverage: str = "sum"
+
+    # one of BRIERS
     brier: str = "paper"
+
+    # confidences, `<other>` included, that sum to more than 1 are a format failure. Right where
+    # one gold is, wrong where several may be
     sum_rule: bool = False
+
+    # `per_slot`: a repeated answer earns nothing. `gate`: any repeat cancels the coverage of the
+    # completion; its Brier term stays, so that repeating is no way out of it
     duplicates: str = "per_slot"
+
+    # a format failure cancels the coverage and is charged the whole Brier term
     gate: bool = True
+
+    # w_1 >= w_2 >= ... on the coverage of each answer, never on its Brier term; empty: all 1
     rank_weights: tuple[float, ...] = ()
+
     format_weight: float = 0.5
     coverage_weight: float = 1.0
     brier_weight: float = 1.0
 
     def __post_init__(self) -> None:
-        if (
-            self.coverage not in COVERAGES
-            or self.brier not in BRIERS
-            or self.duplicates not in DUPLICATES
-        ):
+        known = (
+            self.coverage in COVERAGES and self.brier in BRIERS and self.duplicates in DUPLICATES
+        )
+        if not known:
             raise UserError(
-                f"{self}: coverage is one of {', '.join(COVERAGES)}, brier of {BRIERS}, duplicates of {DUPLICATES}"
+                f"{self}: coverage is one of {', '.join(COVERAGES)}, brier of {BRIERS}, "
+                f"duplicates of {DUPLICATES}"
             )
 
 
 @dataclass(frozen=True)
 class Reward:
-    """components [C] float64 sum to total. parts: the weighted terms `format`, `coverage` and `brier`, which do too, `sum_rule_breach`, `repeats`."""
+    """What a completion earned."""
 
+    # [C] float64, weights included; they sum to `total`
     components: np.ndarray
     total: float
+    # the terms `format`, `coverage` and `brier`, weights included, which sum to `total` too; and
+    # for the log `sum_rule_breach` (0 or 1) and `repeats` (how many)
     parts: dict[str, float]
 
 
 @lru_cache(maxsize=256)
 def component_layout(grammar: Grammar, spec: RewardSpec) -> tuple[tuple[str, int], ...]:
-    """(name, index of the grammar element that decides it) per component in order, then ("end", number of elements).
+    """The C components in order: (name, index of the grammar element that decides it).
 
-    Raises UserError where the reward asks for what the grammar does not write.
+    The last is ("end", number of elements): the whole text decides it. Raises UserError where the
+    reward needs what the grammar does not write.
     """
     if not grammar.confident and (spec.brier != "none" or spec.sum_rule):
         raise UserError(
-            f"the form {grammar.form} has no confidences: set reward.brier=none and reward.sum_rule=false"
+            f"the form {grammar.form} has no confidences: "
+            "set reward.brier=none and reward.sum_rule=false"
         )
     if spec.rank_weights and len(spec.rank_weights) != grammar.num_answers:
         raise UserError(
-            f"reward.rank_weights has {len(spec.rank_weights)} numbers for {grammar.num_answers} answers"
+            f"reward.rank_weights has {len(spec.rank_weights)} numbers "
+            f"for {grammar.num_answers} answers"
         )
     layout = []
     for index, element in enumerate(grammar.elements):
@@ -97,80 +149,111 @@ def component_layout(grammar: Grammar, spec: RewardSpec) -> tuple[tuple[str, int
             layout.append((f"brier{element.slot + 1}", index))
         elif element.kind == "other" and spec.brier != "none":
             layout.append(("other", index))
-    return (*layout, ("end", len(grammar.elements)))
+    layout.append(("end", len(grammar.elements)))
+    return tuple(layout)
 
 
 def first_open(grammar: Grammar, spec: RewardSpec) -> np.ndarray:
-    """[S] int64, S = elements + 1: the first component that is not yet decided when segment s begins."""
+    """[S] int64: the first component that is still open when segment s begins.
+
+    A token of segment s can change the components from there on, and none before. S is the number
+    of elements + 1: segment s writes element s, the last one all that follows.
+    """
     decided_by = [index for _, index in component_layout(grammar, spec)]
-    return np.searchsorted(decided_by, np.arange(len(grammar.elements) + 1), side="left").astype(
-        np.int64
-    )
+    segments = np.arange(len(grammar.elements) + 1)
+    return np.searchsorted(decided_by, segments, side="left").astype(np.int64)
 
 
 def _coverage_terms(hits: Sequence[float], num_golds: int, spec: RewardSpec) -> list[float]:
-    """[K] marginal coverage of each slot, weighted."""
-    ranks = spec.rank_weights or (1.0,) * len(hits)
+    """[K] what each answer adds to the coverage, weights included."""
+    rank_weights = spec.rank_weights or (1.0,) * len(hits)
+    marginals = COVERAGES[spec.coverage](hits, num_golds)
     return [
-        spec.coverage_weight * w * m
-        for w, m in zip(ranks, COVERAGES[spec.coverage](hits, num_golds), strict=True)
+        spec.coverage_weight * weight * marginal
+        for weight, marginal in zip(rank_weights, marginals, strict=True)
     ]
 
 
-def _brier_terms(parsed: Parsed, hits: Sequence[float], grammar: Grammar) -> list[float | None]:
-    """[K] (or [K+1] with `<other>`) E(q - y)^2 = (q - h)^2 + h(1 - h) of each confidence, None where it or its answer is
-    missing. A hit h of 0 or 1 is a verdict; one between is a probability (verify.probabilities)."""
-    errors = [
-        None
-        if answer is None or confidence is None
-        else (confidence - hit) ** 2 + hit * (1.0 - hit)
-        for answer, confidence, hit in zip(parsed.answers, parsed.confidences, hits, strict=True)
-    ]
+def _squared_error(q: float | None, hit: float) -> float | None:
+    """E (q - y)^2 of a y that is 1 with probability h = `hit`: (q - h)^2 + h (1 - h).
+
+    With a verdict, h = 0 or 1, this is the plain square. Where answers are paid by the
+    probabilities of the golds (`mar.verify.matching.expected_hits`), h lies between.
+    """
+    if q is None:
+        return None
+    return (q - hit) ** 2 + hit * (1.0 - hit)
+
+
+def _squared_errors(
+    parsed: Parsed, hits: Sequence[float], grammar: Grammar
+) -> dict[str, float | None]:
+    """By component: the squared error of each confidence; None where it or its answer is missing.
+
+    `<other>` is the probability that no answer hits, and is judged against that.
+    """
+    errors = {}
+    slots = zip(parsed.answers, parsed.confidences, hits, strict=True)
+    for k, (answer, confidence, hit) in enumerate(slots):
+        q = None if answer is None else confidence
+        errors[f"brier{k + 1}"] = _squared_error(q, hit)
     if grammar.other:
-        none = 1.0 - min(1.0, math.fsum(hits))
-        errors.append(
-            None if parsed.other is None else (parsed.other - none) ** 2 + none * (1.0 - none)
-        )
+        nothing_hits = 1.0 - min(1.0, math.fsum(hits))
+        errors["other"] = _squared_error(parsed.other, nothing_hits)
     return errors
 
 
 def reward(
     parsed: Parsed,
     hits: Sequence[float],
-    repeats: Sequence[bool],
+    repeated: Sequence[bool],
     num_golds: int,
     grammar: Grammar,
     spec: RewardSpec,
 ) -> Reward:
-    """Grade one completion: matching increments [K] of its answers and its repeated ones [K] (verify.py), both 0 where nothing was written."""
+    """The reward of one completion; the formulas stand at the top of this file.
+
+    `hits` [K] and `repeated` [K] are what `mar.verify.matching` says of its answers: y_k, and
+    whether an answer repeats an earlier one. Both are 0 where nothing was written.
+    """
     layout = component_layout(grammar, spec)
-    coverage = _coverage_terms(hits, num_golds, spec)
-    errors = _brier_terms(parsed, hits, grammar) if spec.brier != "none" else []
+    coverages = _coverage_terms(hits, num_golds, spec)
+    errors: dict[str, float | None] = {}
+    if spec.brier != "none":
+        errors = _squared_errors(parsed, hits, grammar)
     unit = spec.brier_weight / grammar.num_answers
 
-    written = [q for q in (*parsed.confidences, parsed.other) if q is not None]
-    breach = spec.sum_rule and math.fsum(written) > 1.0 + SUM_TOLERANCE
+    # what looks at the whole text
+    said = [q for q in (*parsed.confidences, parsed.other) if q is not None]
+    breach = spec.sum_rule and math.fsum(said) > 1.0 + SUM_TOLERANCE
     failed = parsed.reason is not None or breach
-    cancelled = spec.gate and failed
-    parts = {
-        "format": spec.format_weight * (not failed),
-        "coverage": math.fsum(coverage),
-        "brier": 0.0,
-    }
-    if cancelled or (spec.duplicates == "gate" and any(repeats)):
-        parts["coverage"] = 0.0
-    if spec.brier == "paper":
-        parts["brier"] = -unit * math.fsum(1.0 if cancelled or e is None else e for e in errors)
-    elif spec.brier == "released" and not failed:
-        parts["brier"] = spec.brier_weight - unit * math.fsum(e for e in errors if e is not None)
-    total = math.fsum(parts.values())
+    gated = spec.gate and failed
+    cancelled = gated or (spec.duplicates == "gate" and any(repeated))
 
-    by_slot = {f"coverage{k + 1}": c for k, c in enumerate(coverage)}
-    names = [f"brier{k + 1}" for k in range(grammar.num_answers)] + ["other"] * grammar.other
-    by_slot.update(
-        {name: 0.0 if e is None else -unit * e for name, e in zip(names, errors, strict=False)}
-    )
-    components = np.array([by_slot.get(name, 0.0) for name, _ in layout], dtype=np.float64)
+    # the total
+    format_term = 0.0 if failed else spec.format_weight
+    coverage_term = 0.0 if cancelled else math.fsum(coverages)
+    brier_term = 0.0
+    if spec.brier == "paper":
+        charged = [1.0 if gated or error is None else error for error in errors.values()]
+        brier_term = -unit * math.fsum(charged)
+    elif spec.brier == "released" and not failed:
+        charged = [error for error in errors.values() if error is not None]
+        brier_term = spec.brier_weight - unit * math.fsum(charged)
+    total = math.fsum([format_term, coverage_term, brier_term])
+
+    # the components: what the prefixes decided, and the rest of the total
+    decided = {f"coverage{k + 1}": coverage for k, coverage in enumerate(coverages)}
+    for name, error in errors.items():
+        decided[name] = 0.0 if error is None else -unit * error
+    components = np.array([decided.get(name, 0.0) for name, _ in layout], dtype=np.float64)
     components[-1] = total - math.fsum(components[:-1])
-    parts.update(sum_rule_breach=float(breach), repeats=float(sum(repeats)))
+
+    parts = {
+        "format": format_term,
+        "coverage": coverage_term,
+        "brier": brier_term,
+        "sum_rule_breach": float(breach),
+        "repeats": float(sum(repeated)),
+    }
     return Reward(components, total, parts)

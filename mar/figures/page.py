@@ -20,11 +20,11 @@ import yaml
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
-from mar.answers.grammar import Grammar
+from mar.answers.grammar import grammar_of
 from mar.answers.rewards import RewardSpec, component_layout
 from mar.errors import UserError
 from mar.figures import plots
-from mar.files import jsonable, read_jsonl
+from mar.files import jsonable, read_jsonl, skipped_lines
 from mar.measure.baselines import at_tokens
 from mar.measure.bootstrap import student
 from mar.measure.metrics import SHOWN_METRICS
@@ -56,7 +56,7 @@ class Run:
         return bool(self.document.get("after"))
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_document(path: Path) -> dict[str, Any]:
     try:
         return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
     except (ValueError, TypeError):
@@ -85,8 +85,8 @@ def read_run(path: Path) -> Run:
         path,
         config,
         metrics,
-        read_json(path / "eval.json"),
-        read_json(path / "evaluation.json"),
+        read_document(path / "eval.json"),
+        read_document(path / "evaluation.json"),
         faults,
     )
 
@@ -232,14 +232,9 @@ def browser(run: Run) -> tuple[Table, list[str]]:
          "rows": [{k: row[k] for k in kept if k in row} for row in group]}
         for (step, id), group in sorted(groups.items()) if step in wanted
     ]  # fmt: skip
-    r = load_config(run.path / "config.yaml").reward
-    grammar = Grammar(r.form, r.num_answers, r.layout, False, r.analysis, r.other)
-    names = [
-        name
-        for name, _ in component_layout(
-            grammar, RewardSpec(brier=r.brier if r.confident else "none")
-        )
-    ]
+    config = load_config(run.path / "config.yaml")
+    brier = config.reward.brier if config.reward.confident else "none"
+    names = [name for name, _ in component_layout(grammar_of(config), RewardSpec(brier=brier))]
     return {"groups": shown[:NUM_PROMPTS], "components": names}, faults
 
 
@@ -335,7 +330,7 @@ def page(runs: Sequence[Run], title: str) -> dict[str, Any]:
         data["rollouts"], broken = browser(runs[0])
         faults += broken
     if faults:
-        notes.append(f"Skipped {len(faults)} broken line(s): {', '.join(faults[:5])}")
+        notes.append(skipped_lines(faults))
     data |= {
         "notes": notes,
         "tables": tables,

@@ -105,7 +105,7 @@ def save_model(
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json_object(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text())
     except FileNotFoundError:
@@ -127,7 +127,10 @@ def load_model(
     Raises UserError naming the file that is missing or damaged, or the tensor that is missing, unexpected or mis-shaped.
     """
     folder = Path(folder)
-    config, found = ModelConfig.from_hf(read_json(folder / "config.json")), _read_tensors(folder)
+    config, found = (
+        ModelConfig.from_hf(read_json_object(folder / "config.json")),
+        _read_tensors(folder),
+    )
     state: dict[str, Tensor] = {}
     for ours, parts in layout(config).items():
         pieces = [_take(found, folder, name, shape).to(device, dtype) for name, shape in parts]
@@ -167,7 +170,7 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
     """All tensors of `model.safetensors`, or of the files that the index names."""
     files = [SINGLE]
     if (folder / INDEX).exists():
-        files = sorted(set(read_json(folder / INDEX).get("weight_map", {}).values()))
+        files = sorted(set(read_json_object(folder / INDEX).get("weight_map", {}).values()))
     tensors: dict[str, Tensor] = {}
     for path in (folder / file for file in files):
         if not path.exists():

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from mar.answers.grammar import Grammar
+from mar.answers.grammar import Grammar, grammar_of
 from mar.answers.prompts import build_prompt, fit_grammar, load_tokenizer
 from mar.config import Config
 from mar.errors import UserError
@@ -112,16 +112,7 @@ def open_policy(target: str, settings: Sequence[str]) -> AskedPolicy:
     options = config.model
     model_folder, _ = resolve_model(options.source, options.name, options.path)
     tokenizer = load_tokenizer(model_folder)
-    reward = config.reward
-    asked = Grammar(
-        reward.form,
-        reward.num_answers,
-        reward.layout,
-        options.thinking,
-        reward.analysis,
-        reward.other,
-    )
-    grammar = fit_grammar(asked, tokenizer)
+    grammar = fit_grammar(grammar_of(config), tokenizer)
     decode = make_decode(tokenizer)
     device = "cpu"
     if config.device != "cpu" and torch.cuda.is_available():

@@ -22,7 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from mar.answers.rewards import COVERAGES, DUPLICATES
 from mar.config import AlgoOptions, Config, DataOptions, ModelOptions, RewardOptions
-from mar.errors import UserError
+from mar.errors import UserError, one_line
 from mar.learn.losses import AGGREGATIONS, KL_ESTIMATORS, LOSSES
 from mar.run import folder as rundir
 
@@ -188,9 +188,9 @@ def load_config(file: Path, overrides: Sequence[str] = ()) -> Config:
     except OSError:
         raise UserError(f"{file} cannot be read: name a folder that mar.train wrote") from None
     except (OmegaConfBaseException, yaml.YAMLError, KeyError, TypeError, ValueError) as error:
-        why = " ".join(str(error).split())[:120]
         raise UserError(
-            f"{file} is damaged, of another version of mar, or an override does not fit it: {why}"
+            f"{file} is damaged, of another version of mar, or an override does not fit it: "
+            f"{one_line(error)}"
         ) from None
     assert isinstance(tree, Config)
     return validate(tree)

@@ -20,7 +20,7 @@ from mar.errors import UserError
 from mar.learn.optim import make_optimizer
 from mar.policy.model import Decoder, ModelConfig
 from mar.policy.sources import EMBEDDED
-from mar.policy.weights import read_json
+from mar.policy.weights import read_json_object
 from mar.run.setup import adapted
 from mar.sample.kv_cache import capacity
 
@@ -69,7 +69,7 @@ def shape_of(model: ModelOptions) -> ModelConfig:
     """UserError for a hub id whose shape is not known here."""
     if model.source in ("embedded", "folder"):
         folder = EMBEDDED if model.source == "embedded" else Path(str(model.path)).expanduser()
-        return ModelConfig.from_hf(read_json(folder / "config.json"))
+        return ModelConfig.from_hf(read_json_object(folder / "config.json"))
     if model.path not in SHAPES:
         raise UserError(
             f"model.path={model.path}: shape unknown here; give a folder with its config.json, or one of {', '.join(SHAPES)}"

@@ -11,12 +11,11 @@ from typing import Any
 
 import torch
 
-from mar.answers.grammar import Grammar, render
+from mar.answers.grammar import Grammar, grammar_of, render
 from mar.answers.prompts import build_prompt, fit_grammar, load_tokenizer
 from mar.answers.rewards import RewardSpec
 from mar.config import Config, ModelOptions, RewardOptions
 from mar.errors import UserError
-from mar.files import cache_folder
 from mar.learn.learner import Learner
 from mar.learn.optim import make_optimizer
 from mar.measure.held_out import HeldOut
@@ -33,7 +32,7 @@ from mar.sample.prompt_order import PromptOrder
 from mar.sample.rollout import Decode, Scorer, make_decode
 from mar.tasks.loading import Source, aim, chance_line
 from mar.tasks.registry import get_task
-from mar.verify.verifiers import AnswerChecker, find_verifier
+from mar.verify.verifiers import AnswerChecker, make_answer_checker
 
 # Chat templates end a turn with these, beside the tokenizer's own end token.
 STOP_TOKENS = ("<|im_end|>", "<|eot_id|>")
@@ -131,17 +130,8 @@ def reward_of(options: RewardOptions) -> RewardSpec:
 
 def verifier_of(config: Config) -> AnswerChecker:
     """How answers are compared with golds, checked to work here."""
-    task = config.data.task
-    reward = config.reward
-    judge = (reward.judge, reward.judge_model, reward.judge_timeout_s)
-    return find_verifier(
-        task,
-        get_task(task).verifier,
-        config.data.verifier,
-        reward.sandbox == "unsafe",
-        judge,
-        cache_folder() / "judge",
-    )
+    task_verifier = get_task(config.data.task).verifier
+    return make_answer_checker(task_verifier, config.data, config.reward)
 
 
 def sampling_params(
@@ -282,15 +272,7 @@ def build_training(
     held_out = load_data(config, data.eval_split, data.num_eval, 0, display)
 
     tokenizer = load_tokenizer(model_folder)
-    asked = Grammar(
-        reward.form,
-        reward.num_answers,
-        reward.layout,
-        options.thinking,
-        reward.analysis,
-        reward.other,
-    )
-    grammar = fit_grammar(asked, tokenizer)
+    grammar = fit_grammar(grammar_of(config), tokenizer)
     scorer = Scorer(grammar, reward_of(reward), verifier, make_decode(tokenizer))
     prompts = make_prompts(config, train, grammar, tokenizer, data.train_split, display)
     held_out_prompts = make_prompts(config, held_out, grammar, tokenizer, data.eval_split, display)

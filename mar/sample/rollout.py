@@ -15,7 +15,7 @@ from mar.policy.model import Decoder
 from mar.records import Completion, Gold, Prompt, Rollout
 from mar.sample.draws import SamplingParams, stream_key
 from mar.sample.engine import Generation, Request, Sampled, generate
-from mar.verify.matching import matching_increments, expected_hits, repeats
+from mar.verify.matching import expected_hits, matching_increments, repeats
 from mar.verify.programs import ProgramRunner
 from mar.verify.verifiers import AnswerChecker, verifier_for
 

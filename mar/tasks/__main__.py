@@ -9,7 +9,7 @@ from collections import Counter
 
 import numpy as np
 
-from mar.answers.grammar import Grammar
+from mar.answers.grammar import grammar_of
 from mar.answers.prompts import build_prompt, fit_grammar, load_tokenizer
 from mar.errors import UserError, exit_code
 from mar.policy.sources import resolve_model
@@ -33,11 +33,9 @@ def main(words: list[str]) -> None:
             *words[1:],
         ]
     )
-    r = config.reward
     folder, _ = resolve_model(config.model.source, config.model.name, config.model.path)
     tokenizer = load_tokenizer(folder)
-    plain = Grammar(r.form, r.num_answers, r.layout, config.model.thinking, r.analysis, r.other)
-    grammar = fit_grammar(plain, tokenizer)
+    grammar = fit_grammar(grammar_of(config), tokenizer)
     prompts: list[Prompt] = []
     for split in (
         ("train", "validation", "test")

@@ -1,8 +1,10 @@
-"""Model-written programs run here and nowhere else: bubblewrap namespaces around one fresh interpreter per program.
+"""Model-written programs run here and nowhere else: bubblewrap around one interpreter each.
 
-Inside: no network, no /proc, no view of the host but a read-only interpreter, an empty small tmpfs, an empty environment, an
-unprivileged user, and limits on time, memory, processes and file size. What comes out is data, never a verdict (sandbox_child.py).
-Not a barrier against bugs of the kernel: there is no system call filter.
+Inside there is no network, no /proc, nothing of the host but a read-only interpreter, a small
+empty tmpfs, an empty environment, an unprivileged user, and limits on time, memory, processes and
+file size. What comes out is data, never a verdict (`sandbox_child.py`).
+
+This is no barrier against bugs of the kernel: there is no system call filter.
 """
 
 import json
@@ -22,15 +24,13 @@ from typing import Any
 
 from mar.errors import UserError
 
-WALL_S, CPU_S = 10.0, 6
+WALL_S = 10.0
+CPU_S = 6
 
-MAX_BYTES = 1 << 20  # of the reply, of each file
-
+MAX_BYTES = 1 << 20  # of the reply, and of each file
 MAX_HEAD = 1 << 16  # what the pipe holds
-
 MAX_PROGRAM = 1 << 16  # characters
-
-MAX_DEPTH = 60  # of nested containers in a value
+MAX_DEPTH = 60  # of containers in containers, in a value
 
 LIMITS = {
     "RLIMIT_CPU": CPU_S,
@@ -41,76 +41,95 @@ LIMITS = {
     "RLIMIT_CORE": 0,
 }
 
-KINDS: dict[str, Any] = {
-    **{kind.__name__: kind for kind in (list, tuple, set, frozenset, dict, bytes, bytearray)},
+# where bubblewrap is started by root, each program gets a user of its own from here on
+FIRST_UID = 1_000_000
+NOBODY = "65534"
+
+# tag -> what makes a value of the items that stand with it
+CONSTRUCTORS: dict[str, Any] = {
+    "list": list,
+    "tuple": tuple,
+    "set": set,
+    "frozenset": frozenset,
+    "dict": dict,
+    "bytes": bytes,
+    "bytearray": bytearray,
     "complex": lambda parts: complex(*parts),
     "float": float,
 }
 
+# what a program wrote instead of a reply, or half of it
+BAD_REPLY = (ValueError, TypeError, LookupError, OverflowError, RecursionError)
+
 
 @dataclass(frozen=True)
 class Reply:
-    """`outcome` is returned, failed, timeout or infrastructure_error; `values` only of `returned`; `key` is the digest of the program's structure,
-    "" where it has none; `detail` says what went wrong with an infrastructure error."""
+    """What came out of the sandbox.
+
+    `outcome` is one of
+
+        returned              the program and all expressions ran; `values` holds the results
+        failed                it raised, died, or a result was not plain data, or above 1 MiB
+        timeout               it was killed
+        infrastructure_error  its first instruction was not reached, so no program can cause it
+    """
 
     outcome: str
     values: tuple[Any, ...] = ()
+    # digest of the program's structure; "" where it has none
     key: str = ""
+    # what went wrong with an infrastructure error
     detail: str = ""
 
 
 @lru_cache(maxsize=2)
 def _command(unsafe: bool) -> tuple[str, ...]:
+    """The command line of one sandbox, or of the bare interpreter."""
     python = os.path.realpath(getattr(sys, "_base_executable", sys.executable))
     child = Path(__file__).with_name("sandbox_child.py").read_text(encoding="utf-8")
-    run = (python, "-s", "-S", "-P", "-B", "-c", child)
+    interpreter = [python, "-s", "-S", "-P", "-B", "-c", child]
     if unsafe:
-        return run
+        return tuple(interpreter)
+
+    words = ["bwrap", "--unshare-ipc", "--unshare-pid", "--unshare-net"]
+    words += ["--unshare-uts", "--unshare-cgroup-try"]
+    words += ["--die-with-parent", "--new-session"]
+    words += ["--clearenv", "--setenv", "PYTHONHASHSEED", "0"]
+    if os.geteuid() == 0:
+        # no user namespace: a user id mapped from root's would not be counted by RLIMIT_NPROC.
+        # The child changes to a user of its own
+        words += ["--cap-drop", "ALL", "--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"]
+    else:
+        words += ["--unshare-user", "--uid", NOBODY]
+
+    # of a distribution's own Python, whose prefix is /usr, the interpreter alone is shown
     prefix = os.path.realpath(sys.base_prefix)
-    shown = prefix if prefix != "/usr" else python
-    words = [
-        "bwrap",
-        "--unshare-ipc",
-        "--unshare-pid",
-        "--unshare-net",
-        "--unshare-uts",
-        "--unshare-cgroup-try",
-    ]
-    words += ["--die-with-parent", "--new-session", "--clearenv", "--setenv", "PYTHONHASHSEED", "0"]
-    # root needs no user namespace, and a user id mapped from root's would not be counted by RLIMIT_NPROC
-    keep = ["--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"]
-    words += (
-        ["--cap-drop", "ALL", *keep] if os.geteuid() == 0 else ["--unshare-user", "--uid", "65534"]
-    )
-    for folder in ("/dev", "/usr", *map(str, reversed(Path(shown).parents[:-1]))):
-        words += ["--dir", folder]  # a parent made by the way would be closed to all but root
+    shown = python if prefix == "/usr" else prefix
+    parents = [str(folder) for folder in reversed(Path(shown).parents[:-1])]
+    for folder in ("/dev", "/usr", *parents):
+        # a parent that bubblewrap makes on the way would be closed to all but root
+        words += ["--dir", folder]
     for folder in ("/lib", "/lib64", "/usr/lib", "/usr/lib64", shown):
         words += ["--ro-bind-try", folder, folder]
-    words += [
-        "--dev-bind",
-        "/dev/null",
-        "/dev/null",
-        "--size",
-        str(16 * MAX_BYTES),
-        "--perms",
-        "1777",
-        "--tmpfs",
-        "/tmp",
-    ]
-    return (*words, "--chdir", "/tmp", "--remount-ro", "/", *run)
+    words += ["--dev-bind", "/dev/null", "/dev/null"]
+    words += ["--size", str(16 * MAX_BYTES), "--perms", "1777", "--tmpfs", "/tmp"]
+    words += ["--chdir", "/tmp", "--remount-ro", "/"]
+    return (*words, *interpreter)
 
 
 def require_sandbox(unsafe: bool = False) -> None:
     """UserError, in one sentence, where programs cannot be run."""
     if not unsafe and not shutil.which("bwrap"):
         raise UserError(
-            "programs written by the model run only in bubblewrap, and there is no `bwrap` here: install the package bubblewrap "
-            "(Linux), or accept that they can do whatever you can do and say reward.sandbox=unsafe"
+            "programs written by the model run only in bubblewrap, and there is no `bwrap` here: "
+            "install the package bubblewrap (Linux), or accept that they can do whatever you can "
+            "do and say reward.sandbox=unsafe"
         )
     reply = run_program("x = 1", ["x"], unsafe=unsafe)
     if reply.values != (1,):
         raise UserError(
-            f"the sandbox does not start here ({reply.detail or reply.outcome}): reward.sandbox=unsafe runs without it"
+            f"the sandbox does not start here ({reply.detail or reply.outcome}): "
+            "reward.sandbox=unsafe runs without it"
         )
 
 
@@ -121,17 +140,18 @@ def run_program(
     unsafe: bool = False,
     wall_s: float | None = None,
 ) -> Reply:
-    """Run a program, then trusted `setup`, and bring the values of trusted `expressions` out as plain data.
+    """Run a program, then trusted `setup`, and bring out the values of trusted `expressions`.
 
-    `failed`: the program raised, died, or returned something that is not plain or above 1 MiB; `timeout`: it was killed after
-    `wall_s` seconds; `infrastructure_error`: its first instruction was never reached, so no program can cause it.
+    It is killed after `wall_s` seconds (None: WALL_S). `unsafe`: without a sandbox.
     """
     if len(program) > MAX_PROGRAM:
         return Reply("failed")
-    uid = (
-        1_000_000 + int.from_bytes(os.urandom(3), "big") if os.geteuid() == 0 and not unsafe else 0
-    )
-    limits = {name: value for name, value in LIMITS.items() if not unsafe or name != "RLIMIT_NPROC"}
+    limits = dict(LIMITS)
+    if unsafe:
+        del limits["RLIMIT_NPROC"]  # it counts all processes of the user, which is ours then
+    uid = 0  # none to change to
+    if os.geteuid() == 0 and not unsafe:
+        uid = FIRST_UID + int.from_bytes(os.urandom(3), "big")
     request = {
         "program": program,
         "setup": setup,
@@ -139,8 +159,29 @@ def run_program(
         "uid": uid,
         "limits": limits,
     }
+    head, body, late = _run_child(marshal.dumps(request), unsafe, wall_s or WALL_S)
+
+    # see sandbox_child.main: `ready`, then the key, and only then the program runs
+    before, ready, after = head.partition(b"ready\n")
+    if not ready:
+        said = " ".join(before.decode(errors="replace").split()[-40:])
+        return Reply("infrastructure_error", detail="timeout" if late else said)
+    key = ""
+    if after[64:65] == b"\n":
+        key = after[:64].decode()
+    if late:
+        return Reply("timeout", key=key)
+    try:
+        values = tuple(_untagged(value) for value in json.loads(body))
+    except BAD_REPLY:
+        return Reply("failed", key=key)
+    return Reply("returned", values, key)
+
+
+def _run_child(request: bytes, unsafe: bool, wall_s: float) -> tuple[bytes, bytes, bool]:
+    """The beginnings of stderr and stdout, and whether the child had to be killed."""
     with tempfile.TemporaryFile() as given, tempfile.TemporaryFile() as written:
-        given.write(marshal.dumps(request))
+        given.write(request)
         given.seek(0)
         child = subprocess.Popen(
             _command(unsafe),
@@ -150,45 +191,29 @@ def run_program(
             start_new_session=True,
         )
         ended = os.pidfd_open(child.pid)
-        late = not select.select([ended], [], [], wall_s or WALL_S)[0]
+        readable, _, _ = select.select([ended], [], [], wall_s)
         os.close(ended)
-        os.killpg(
-            child.pid, signal.SIGKILL
-        )  # bubblewrap takes all processes of its namespace with it
+        # bubblewrap takes all processes of its namespace with it
+        os.killpg(child.pid, signal.SIGKILL)
         child.wait()
         assert child.stderr
         with child.stderr as pipe:
             head = os.read(pipe.fileno(), MAX_HEAD)
         written.seek(0)
         body = written.read(MAX_BYTES)
-    before, reached, after = head.partition(b"ready\n")
-    if not reached:
-        detail = "timeout" if late else " ".join(before.decode(errors="replace").split()[-40:])
-        return Reply("infrastructure_error", detail=detail)
-    digest = after[:64].decode() if after[64:65] == b"\n" else ""
-    if late:
-        return Reply("timeout", key=digest)
-    try:
-        return Reply("returned", tuple(_plain(value) for value in json.loads(body)), digest)
-    except (
-        ValueError,
-        TypeError,
-        LookupError,
-        OverflowError,
-        RecursionError,
-    ):  # what a program wrote, or half of it
-        return Reply("failed", key=digest)
+    return head, body, not readable
 
 
-def _plain(value: Any, depth: int = 0) -> Any:
-    """The value of tagged JSON. Raises on whatever `sandbox_child.tagged` does not write."""
+def _untagged(value: Any, depth: int = 0) -> Any:
+    """The value that `sandbox_child.tagged` wrote. Raises for anything else."""
     if depth > MAX_DEPTH:
         raise ValueError("nested too deeply")
-    if isinstance(value, list):
-        kind, items = value
-        return KINDS[kind](
-            items if kind == "float" else [_plain(item, depth + 1) for item in items]
-        )
     if isinstance(value, dict):
         raise TypeError("an untagged object")
-    return value
+    if not isinstance(value, list):
+        return value
+    kind, items = value
+    constructor = CONSTRUCTORS[kind]
+    if kind == "float":
+        return constructor(items)
+    return constructor([_untagged(item, depth + 1) for item in items])

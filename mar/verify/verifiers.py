@@ -1,9 +1,10 @@
-"""verify.verifiers."""
+"""The dictionary of verifiers, and which of them checks the answers of a task."""
 
 from functools import partial
-from pathlib import Path
 
+from mar.config import DataOptions, RewardOptions
 from mar.errors import UserError
+from mar.files import cache_folder
 from mar.records import Example
 from mar.verify.judge import Judge, make_judge
 from mar.verify.matching import Verifier, text_verifier
@@ -11,48 +12,56 @@ from mar.verify.mathematics import math_verifier, require_math_verify
 from mar.verify.programs import ProgramRunner
 from mar.verify.sandbox import require_sandbox
 
-AnswerChecker = (
-    str | Judge | ProgramRunner
-)  # a key of VERIFIERS, or what has to be asked for all answers before they are compared
-
+# To add one: a function (answer, golds) -> the indices of the golds that the answer may take, and
+# an entry here. `data.verifier=<its name>` chooses it
 VERIFIERS: dict[str, Verifier] = {"text": text_verifier, "math": math_verifier}
 
-
-def verifier_for(verifier: AnswerChecker, example: Example) -> Verifier:
-    """How answers to an example are compared with golds. Programs have been run: they are compared with nothing."""
-    if isinstance(verifier, Judge):
-        return partial(verifier.verify, example)
-    return VERIFIERS[verifier] if isinstance(verifier, str) else lambda *_: ()
+# How a run checks its answers: by a key of VERIFIERS, or by a checker that is given all answers of
+# a step first (`submit`), so that it can work on them side by side, and may fail on some
+# (`has_verdict`)
+AnswerChecker = str | Judge | ProgramRunner
 
 
-def find_verifier(
-    task: str,
-    of_task: str,
-    asked: str,
-    unsafe: bool,
-    judge: tuple[str | None, str, float],
-    judge_folder: Path,
-) -> AnswerChecker:
-    """How the answers of a task are compared with golds.
+def verifier_for(checker: AnswerChecker, example: Example) -> Verifier:
+    """The function that compares answers to this example with golds.
 
-    `of_task` is what the task itself names, `asked` is auto or a key of VERIFIERS, `judge` its URL,
-    model and seconds. Raises UserError where the sandbox, the judge or math-verify does not work.
+    Programs are run against tests and compared with no gold.
     """
-    url, model, timeout_s = judge
-    if of_task == "program":
-        if url or asked != "auto":
+    if isinstance(checker, Judge):
+        return partial(checker.verify, example)
+    if isinstance(checker, ProgramRunner):
+        return lambda answer, golds: ()
+    return VERIFIERS[checker]
+
+
+def make_answer_checker(
+    task_verifier: str, data: DataOptions, reward: RewardOptions
+) -> AnswerChecker:
+    """What the config asks for: `data.verifier`, `reward.judge` and `reward.sandbox`.
+
+    `task_verifier` is the task's own: a key of VERIFIERS, or `program`. Raises UserError where the
+    sandbox, the judge or math-verify does not work here.
+    """
+    if task_verifier == "program":
+        if reward.judge or data.verifier != "auto":
             raise UserError(
-                f"reward.judge and data.verifier are for answers in words, and those of {task} are programs: leave them out"
+                f"reward.judge and data.verifier are for answers in words, and those of "
+                f"{data.task} are programs: leave them out"
             )
+        unsafe = reward.sandbox == "unsafe"
         require_sandbox(unsafe)
         return ProgramRunner(unsafe)
-    verifier = of_task if asked == "auto" else asked
-    if verifier not in VERIFIERS:
-        raise UserError(f"data.verifier={verifier} is unknown: choose auto, {', '.join(VERIFIERS)}")
-    if url and verifier != "text":
+
+    name = task_verifier if data.verifier == "auto" else data.verifier
+    if name not in VERIFIERS:
+        raise UserError(f"data.verifier={name} is unknown: choose auto, {', '.join(VERIFIERS)}")
+    if reward.judge and name != "text":
         raise UserError(
-            f"reward.judge reads words and data.verifier={verifier} does not: leave one of them out"
+            f"reward.judge reads words and data.verifier={name} does not: leave one of them out"
         )
-    if verifier == "math":
+    if name == "math":
         require_math_verify()
-    return make_judge(url, model, timeout_s, judge_folder) if url else verifier
+    if reward.judge:
+        folder = cache_folder() / "judge"
+        return make_judge(reward.judge, reward.judge_model, reward.judge_timeout_s, folder)
+    return name

@@ -1,4 +1,4 @@
-"""The grammar: what is rendered is read back, nothing raises, and what a prefix has decided never changes."""
+"""The grammar: what is rendered is read back, nothing raises, and a prefix decides for good."""
 
 import time
 
@@ -17,7 +17,8 @@ ANSWERS = PROSE.filter(lambda text: any(c.isprintable() and not c.isspace() for 
 @st.composite
 def grammars(draw, most=10):
     form = draw(st.sampled_from(FORMS))
-    multi, confident = form.endswith("multi"), form.startswith("rlcr")
+    multi = form.endswith("multi")
+    confident = form.startswith("rlcr")
     layout = draw(st.sampled_from(["interleaved", "split"]))
     return Grammar(
         form=form,
@@ -33,15 +34,15 @@ def grammars(draw, most=10):
 def rendered(draw, most=10):
     """(grammar, think_open, the values written, the text)."""
     grammar = draw(grammars(most))
-    K, think_open = grammar.num_answers, grammar.thinking and draw(st.booleans())
+    K = grammar.num_answers
+    think_open = grammar.thinking and draw(st.booleans())
+    probability = st.integers(0, 100).map(lambda n: n / 100)
     values = {
         "answers": draw(st.lists(ANSWERS, min_size=K, max_size=K)),
-        "confidences": [
-            n / 100 for n in draw(st.lists(st.integers(0, 100), min_size=K, max_size=K))
-        ],
+        "confidences": draw(st.lists(probability, min_size=K, max_size=K)),
         "thinking": draw(WORDS.filter(lambda text: "</think>" not in text)),
         "analysis": draw(PROSE),
-        "other": draw(st.integers(0, 100)) / 100,
+        "other": draw(probability),
     }
     return grammar, think_open, values, render(grammar, **values, think_open=think_open)
 
@@ -74,15 +75,15 @@ def mangled(draw, most=3):
 def test_parse_reads_back_what_render_wrote(case):
     grammar, think_open, values, text = case
     parsed = parse(text, grammar, think_open)
-    kinds = {element.kind for element in grammar.elements}
+    no_confidences = (None,) * grammar.num_answers
     assert parsed.reason is None
     assert parsed.answers == tuple(values["answers"])
     assert parsed.confidences == (
-        tuple(values["confidences"]) if grammar.confident else (None,) * grammar.num_answers
+        tuple(values["confidences"]) if grammar.confident else no_confidences
     )
-    assert parsed.thinking == (values["thinking"] if "think" in kinds else None)
-    assert parsed.analysis == (values["analysis"] if "analysis" in kinds else None)
-    assert parsed.other == (values["other"] if "other" in kinds else None)
+    assert parsed.thinking == (values["thinking"] if grammar.thinking else None)
+    assert parsed.analysis == (values["analysis"] if grammar.analysis else None)
+    assert parsed.other == (values["other"] if grammar.other else None)
     assert parsed.ends[-1] == len(text)
     assert len(parsed.ends) == len(grammar.elements)
 
@@ -103,19 +104,18 @@ def assert_prefixes_agree(grammar, think_open, text):
     for length in range(len(text) + 1):
         prefix = parse(text[:length], grammar, think_open)
         assert prefix.ends == tuple(end for end in full.ends if end <= length)
-        violated = full.violation_at is not None and full.violation_at <= length
-        assert (prefix.violation, prefix.violation_at) == (
-            (full.violation, full.violation_at) if violated else (None, None)
-        )
+        violation = (None, None)
+        if full.violation_at is not None and full.violation_at <= length:
+            violation = (full.violation, full.violation_at)
+        assert (prefix.violation, prefix.violation_at) == violation
         decided = grammar.elements[: len(prefix.ends)]
         for element in grammar.elements:
+            answer = full.answers[element.slot] if element in decided else None
+            confidence = full.confidences[element.slot] if element in decided else None
             if element.kind == "answer":
-                assert prefix.answers[element.slot] == (
-                    full.answers[element.slot] if element in decided else None
-                )
+                assert prefix.answers[element.slot] == answer
             if element.kind == "confidence":
-                wanted = full.confidences[element.slot] if element in decided else None
-                assert prefix.confidences[element.slot] == wanted
+                assert prefix.confidences[element.slot] == confidence
 
 
 @settings(max_examples=60, deadline=None)
@@ -130,12 +130,13 @@ def test_segments_follow_the_ends(case):
     grammar, think_open, text = case
     parsed = parse(text, grammar, think_open)
     positions = np.arange(len(text) + 1)
-    expected = [
-        len(grammar.elements)
-        if parsed.violation_at is not None and position >= parsed.violation_at
-        else sum(end <= position for end in parsed.ends)
-        for position in positions
-    ]
+
+    def segment(position):
+        if parsed.violation_at is not None and position >= parsed.violation_at:
+            return len(grammar.elements)
+        return sum(end <= position for end in parsed.ends)
+
+    expected = [segment(position) for position in positions]
     np.testing.assert_array_equal(parsed.segments(positions), expected)
 
 
@@ -208,9 +209,8 @@ def test_a_template_may_open_the_thinking_or_close_an_empty_one():
     assert (opened.thinking, opened.answers, opened.reason) == ("t", ("a",), None)
     assert parse("t</think><answer>a</answer>", grammar).reason == "text_outside_tags"
     assert parse("</think><answer>a</answer>", grammar, think_open=True).reason is None
-    without = Grammar(
-        "rlvr_single", 1, thinking=False
-    )  # the template wrote an empty block, or none is wanted
+    # the template wrote an empty block, or no thoughts are wanted
+    without = Grammar("rlvr_single", 1, thinking=False)
     assert parse("<answer>a</answer>", without).reason is None
     assert parse("<answer>a</answer>", without, think_open=True).reason is None
     assert parse("<think></think><answer>a</answer>", without).reason == "text_outside_tags"
@@ -243,7 +243,7 @@ def test_long_texts_are_read_in_linear_time(piece):
     assert time.perf_counter() - start < 3.0
 
 
-# --- tokens -> text -------------------------------------------------------------------------------------------------
+# --- tokens -> text ------------------------------------------------------------------------------
 
 EURO = b"\xe2\x82\xac"
 PIECES = [
@@ -269,11 +269,10 @@ def decode_bytes(ids):
 @settings(max_examples=300, deadline=None)
 @given(TOKENS, TOKENS, TOKENS)
 def test_starts_depend_on_the_tokens_before_alone(common, left, right):
-    a, b = common + left, common + right
-    (text_a, starts_a), (text_b, starts_b) = (
-        decode_with_starts(a, decode_bytes),
-        decode_with_starts(b, decode_bytes),
-    )
+    a = common + left
+    b = common + right
+    text_a, starts_a = decode_with_starts(a, decode_bytes)
+    text_b, starts_b = decode_with_starts(b, decode_bytes)
     assert text_a == decode_bytes(a)
     assert np.all(np.diff(starts_a, prepend=0) >= 0)
     known = min(len(common) + 1, len(a), len(b))
@@ -283,9 +282,8 @@ def test_starts_depend_on_the_tokens_before_alone(common, left, right):
 
 
 def test_a_character_split_over_tokens_starts_where_its_first_byte_does():
-    text, starts = decode_with_starts(
-        [0, 3, 4, 5, 0], decode_bytes
-    )  # a, three bytes of the euro sign, a
+    # a, the three bytes of the euro sign, a
+    text, starts = decode_with_starts([0, 3, 4, 5, 0], decode_bytes)
     assert text == "a\u20aca"
     assert starts.tolist() == [0, 1, 1, 1, 2]
 

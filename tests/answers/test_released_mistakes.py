@@ -1,4 +1,4 @@
-"""One test for each mistake of the released code that reading, verifying and rewarding can make (METHOD, section 9)."""
+"""One test for each mistake of the paper's released code in reading, verifying or rewarding."""
 
 import numpy as np
 import pytest
@@ -38,10 +38,8 @@ def test_golds_of_one_item_are_not_accepted_for_the_next():
 
 
 def test_spellings_of_one_answer_count_once():
-    golds = (
-        *FLU,
-        Gold("flu season", ("Flu.", "the flu")),
-    )  # two golds, so that only the wording stops a second hit
+    # two golds, so that only the wording stops a second hit
+    golds = (*FLU, Gold("flu season", ("Flu.", "the flu")))
     earned = earn(text(["flu", "Flu.", "the flu"]), golds)
     assert (earned.parts["coverage"], earned.parts["repeats"]) == (1, 2)
 
@@ -60,7 +58,7 @@ def test_answers_inside_the_thinking_are_not_read():
 
 
 def test_a_tag_that_occurs_twice_has_one_reading():
-    """There is one parser, and it reads neither the first nor the last of two: it stops at the second."""
+    """The one parser reads neither the first nor the last of two: it stops at the second."""
     twice = text(["lupus", "gout", "mumps"]) + "<answer1>flu</answer1>"
     assert parse(twice, GRAMMAR).answers[0] == "lupus"
     assert parse(twice, GRAMMAR).reason == "trailing_text"
@@ -69,13 +67,13 @@ def test_a_tag_that_occurs_twice_has_one_reading():
 
 
 def test_answers_out_of_order_fail_the_format():
-    parts = {k: f"<answer{k}>x{k}</answer{k}><confidence{k}>0.1</confidence{k}>" for k in (1, 2, 3)}
-    reasons = {order: parse("<think></think>" + "".join(parts[k] for k in order), GRAMMAR).reason for order in
-               [(1, 2, 3), (2, 1, 3), (1, 3, 2), (3, 2, 1)]}  # fmt: skip
-    assert reasons == {
-        (1, 2, 3): None,
-        **dict.fromkeys([(2, 1, 3), (1, 3, 2), (3, 2, 1)], "text_outside_tags"),
-    }
+    def reason(*order):
+        answers = [f"<answer{k}>x{k}</answer{k}><confidence{k}>0.1</confidence{k}>" for k in order]
+        return parse("<think></think>" + "".join(answers), GRAMMAR).reason
+
+    assert reason(1, 2, 3) is None
+    for order in [(2, 1, 3), (1, 3, 2), (3, 2, 1)]:
+        assert reason(*order) == "text_outside_tags"
 
 
 def test_float_noise_does_not_break_the_sum_rule():
@@ -93,10 +91,8 @@ def test_every_item_is_graded_by_its_own_verifier(monkeypatch):
     items = [("text", FLU, 1.0), ("length", (Gold("four"),), 0.0)]
     for batch in (items, items[::-1]):
         for verifier, golds, expected in batch:
-            assert (
-                earn(text(["flu", "gou", "x"]), golds, verifier=verifier).parts["coverage"]
-                == expected
-            )
+            earned = earn(text(["flu", "gou", "x"]), golds, verifier=verifier)
+            assert earned.parts["coverage"] == expected
 
 
 def test_a_repeat_costs_nothing_unless_asked_for():
@@ -108,16 +104,12 @@ def test_a_repeat_costs_nothing_unless_asked_for():
 
 def test_what_is_logged_as_coverage_is_what_was_paid():
     """The log has the value after the gates: its terms add up to the reward."""
-    for written in (
-        text(["flu", "gout", "x"]),
-        text(["flu", "gout", "x"]) + " bye",
-        text(["flu", "flu", "x"]),
-    ):
+    right = text(["flu", "gout", "x"])
+    for written in (right, right + " bye", text(["flu", "flu", "x"])):
         for spec in (SPEC, RewardSpec(duplicates="gate"), RewardSpec(gate=False)):
             earned = earn(written, FLU, spec=spec)
-            assert earned.total == pytest.approx(
-                sum(earned.parts[name] for name in ("format", "coverage", "brier"))
-            )
+            terms = [earned.parts[name] for name in ("format", "coverage", "brier")]
+            assert earned.total == pytest.approx(sum(terms))
     assert earn(text(["flu", "gout", "x"]) + " bye", FLU).parts["coverage"] == 0
 
 
@@ -125,14 +117,11 @@ def test_garbage_is_not_a_perfect_brier():
     worst_calibrated = text(["lupus", "gout", "mumps"], (1.0, 1.0, 1.0))
     for brier in ("paper", "released"):
         spec = RewardSpec(brier=brier)
-        assert (
-            earn("garbage", FLU, spec=spec).parts["brier"]
-            <= earn(worst_calibrated, FLU, spec=spec).parts["brier"]
-        )
-        assert (
-            earn("garbage", FLU, spec=spec).total
-            < earn(text(["a1", "b1", "c1"], (0, 0, 0)), FLU, spec=spec).total
-        )
+        garbage = earn("garbage", FLU, spec=spec)
+        worst = earn(worst_calibrated, FLU, spec=spec)
+        honest = earn(text(["a1", "b1", "c1"], (0, 0, 0)), FLU, spec=spec)
+        assert garbage.parts["brier"] <= worst.parts["brier"]
+        assert garbage.total < honest.total
 
 
 def test_one_per_cent_is_not_certainty():
@@ -146,11 +135,9 @@ def test_one_per_cent_is_not_certainty():
 def test_repeats_and_hits_have_one_normaliser(a, b):
     if normalise(a) == normalise(b):
         assert repeats([a, b]) == (False, True)
-        assert (
-            text_verifier(a, [Gold(b)])
-            == text_verifier(b, [Gold(a)])
-            == text_verifier(a, [Gold(a)])
-        )
+        same = text_verifier(a, [Gold(a)])
+        assert text_verifier(a, [Gold(b)]) == same
+        assert text_verifier(b, [Gold(a)]) == same
     else:
         assert repeats([a, b]) == (False, False)
         assert text_verifier(a, [Gold(b)]) == ()
@@ -160,9 +147,8 @@ def advantages(totals, groups, **options):
     components = torch.tensor(totals, dtype=torch.float64)[:, None]
     zeros = torch.zeros(len(totals), 1, dtype=torch.int64)
     weights = torch.ones(1, dtype=torch.float64)
-    return answer_advantages(components, weights, zeros, zeros, torch.tensor(groups), **options)[
-        :, 0
-    ].numpy()
+    found = answer_advantages(components, weights, zeros, zeros, torch.tensor(groups), **options)
+    return found[:, 0].numpy()
 
 
 @pytest.mark.parametrize("scale", ["none", "group_std", "batch_std"])

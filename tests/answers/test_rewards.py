@@ -43,7 +43,7 @@ def of(grammar, answers, confidences=(), other=0.0):
     return render(grammar, answers, confidences, thinking="hm", other=other)
 
 
-# --- the four objectives --------------------------------------------------------------------------------------------
+# --- the four objectives -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -84,8 +84,10 @@ def test_unreadable_text_earns_nothing_and_is_charged_the_whole_brier_term(name,
     assert earn("what?", grammar, spec).total == total
 
 
-ANSWERS, CONFIDENCES = ["flu", "lupus", "cold"], [0.8, 0.3, 0.4]  # hits 1 0 1, mean Brier .49 / 3
-BRIER = 0.49 / 3
+# hits 1 0 1
+ANSWERS = ["flu", "lupus", "cold"]
+CONFIDENCES = [0.8, 0.3, 0.4]
+BRIER = (0.04 + 0.09 + 0.36) / 3
 
 
 @pytest.mark.parametrize(
@@ -103,7 +105,7 @@ BRIER = 0.49 / 3
         ({"rank_weights": (1.0, 0.5, 0.25)}, 0.5 + 1.25 - BRIER),
         ({"rank_weights": (1.0, 0.5, 0.25), "coverage": "any"}, 0.5 + 1 - BRIER),
         ({"format_weight": 2.0, "coverage_weight": 3.0, "brier_weight": 0.1}, 2 + 6 - 0.1 * BRIER),
-        ({"sum_rule": True}, -1),  # .8 + .3 + .4 > 1
+        ({"sum_rule": True}, -1),  # 0.8 + 0.3 + 0.4 > 1
         ({"sum_rule": True, "gate": False}, 2 - BRIER),
         ({"duplicates": "gate"}, 0.5 + 2 - BRIER),
         ({"gate": False}, 0.5 + 2 - BRIER),
@@ -140,9 +142,8 @@ def test_a_repeat_under_both_rules():
     text = of(grammar, ["flu", "the Flu", "cold"], CONFIDENCES)
     assert earn(text, grammar, spec).total == pytest.approx(0.5 + 2 - BRIER)
     gated = earn(text, grammar, dataclasses.replace(spec, duplicates="gate"))
-    assert gated.total == pytest.approx(
-        0.5 - BRIER
-    )  # the Brier term stays: repeating is no way out of it
+    # the Brier term stays: repeating is no way out of it
+    assert gated.total == pytest.approx(0.5 - BRIER)
     assert gated.parts["repeats"] == 1
 
 
@@ -153,16 +154,9 @@ def test_other_is_charged_against_no_answer_hit():
     assert earn(miss, grammar, spec).total == pytest.approx(0.5 - (0.36 + 0.01 + 0.49) / 2)
     assert earn("", grammar, spec).total == pytest.approx(-3 / 2)
     ruled = dataclasses.replace(spec, sum_rule=True)
-    assert (
-        earn(of(grammar, ["flu", "cold"], [0.6, 0.1], 0.3), grammar, ruled).parts["sum_rule_breach"]
-        == 0
-    )
-    assert (
-        earn(of(grammar, ["flu", "cold"], [0.6, 0.1], 0.31), grammar, ruled).parts[
-            "sum_rule_breach"
-        ]
-        == 1
-    )
+    for other, breach in [(0.3, 0), (0.31, 1)]:
+        text = of(grammar, ["flu", "cold"], [0.6, 0.1], other)
+        assert earn(text, grammar, ruled).parts["sum_rule_breach"] == breach
 
 
 def test_confidences_that_add_up_to_one_pass_the_sum_rule():
@@ -179,7 +173,7 @@ def test_confidences_that_add_up_to_one_pass_the_sum_rule():
     assert earned.parts["sum_rule_breach"] == 0
 
 
-# --- components -----------------------------------------------------------------------------------------------------
+# --- components ----------------------------------------------------------------------------------
 
 
 def test_layout_and_first_open_follow_the_elements():
@@ -193,29 +187,19 @@ def test_layout_and_first_open_follow_the_elements():
     assert names == ["coverage1", "coverage2", "brier1", "brier2", "other", "end"]
     #                think a1 a2 analysis c1 c2 other after
     assert first_open(split, spec).tolist() == [0, 0, 1, 2, 2, 3, 4, 5]
-    assert first_open(grammar, dataclasses.replace(spec, brier="none")).tolist() == [
-        0,
-        0,
-        1,
-        1,
-        2,
-        2,
-    ]
+    without_brier = dataclasses.replace(spec, brier="none")
+    assert first_open(grammar, without_brier).tolist() == [0, 0, 1, 1, 2, 2]
 
 
 def test_components_by_hand():
     grammar, spec = objective("multi_rlcr", 2)
-    earned = earn(of(grammar, ["flu", "lupus"], [0.8, 0.4]), grammar, spec)
+    text = of(grammar, ["flu", "lupus"], [0.8, 0.4])
+    earned = earn(text, grammar, spec)
     np.testing.assert_allclose(earned.components, [1, -0.02, 0, -0.08, 0.5])
-    cut = earn(
-        of(grammar, ["flu", "lupus"], [0.8, 0.4]).removesuffix("</confidence2>"), grammar, spec
-    )
-    np.testing.assert_allclose(cut.components, [1, -0.02, 0, 0, -1 - 0.98])  # the clawback
-    released = earn(
-        of(grammar, ["flu", "lupus"], [0.8, 0.4]),
-        grammar,
-        dataclasses.replace(spec, brier="released"),
-    )
+    cut = earn(text.removesuffix("</confidence2>"), grammar, spec)
+    # the last component takes back what the prefixes were paid
+    np.testing.assert_allclose(cut.components, [1, -0.02, 0, 0, -1 - 0.98])
+    released = earn(text, grammar, dataclasses.replace(spec, brier="released"))
     np.testing.assert_allclose(released.components, [1, -0.02, 0, -0.08, 1.5])
 
 
@@ -237,12 +221,12 @@ def texts(draw):
     """(grammar of two answers, a text that is right, or nearly)."""
     split = draw(st.booleans())
     grammar = Grammar(
-        "rlcr_multi",
-        2,
-        "split" if split else "interleaved",
-        draw(st.booleans()),
-        split,
-        draw(st.booleans()),
+        form="rlcr_multi",
+        num_answers=2,
+        layout="split" if split else "interleaved",
+        thinking=draw(st.booleans()),
+        analysis=split,
+        other=draw(st.booleans()),
     )
     names = st.sampled_from(["flu", "The flu", "influenza", "cold", "lupus"])
     levels = st.sampled_from([0.0, 0.3, 0.7, 1.0])
@@ -252,11 +236,8 @@ def texts(draw):
     if draw(st.booleans()):
         start = draw(st.integers(0, len(text)))
         stop = min(len(text), start + draw(st.sampled_from([0, 0, 1, 3, 20, 200])))
-        text = (
-            text[:start]
-            + draw(st.sampled_from(["", "x", "</think>", "<answer1>cold</answer1>", "9"]))
-            + text[stop:]
-        )
+        scrap = draw(st.sampled_from(["", "x", "</think>", "<answer1>cold</answer1>", "9"]))
+        text = text[:start] + scrap + text[stop:]
     return grammar, text
 
 
@@ -265,11 +246,11 @@ def texts(draw):
 def test_a_component_is_settled_when_its_element_closes(case, spec, gate):
     grammar, text = case
     spec = dataclasses.replace(spec, gate=gate)
-    full, ends = earn(text, grammar, spec), parse(text, grammar).ends
+    full = earn(text, grammar, spec)
+    ends = parse(text, grammar).ends
+    terms = [full.parts[name] for name in ("format", "coverage", "brier")]
     assert full.components.sum() == pytest.approx(full.total, abs=1e-12)
-    assert sum(full.parts[name] for name in ("format", "coverage", "brier")) == pytest.approx(
-        full.total, abs=1e-12
-    )
+    assert sum(terms) == pytest.approx(full.total, abs=1e-12)
     layout = component_layout(grammar, spec)
     for length in {0, len(text), *ends, *(end - 1 for end in ends), *range(0, len(text), 17)}:
         prefix = earn(text[:length], grammar, spec)
@@ -279,7 +260,7 @@ def test_a_component_is_settled_when_its_element_closes(case, spec, gate):
             assert prefix.components[c] == (full.components[c] if decided else 0.0)
 
 
-# --- incentives -----------------------------------------------------------------------------------------------------
+# --- incentives ----------------------------------------------------------------------------------
 
 
 def value(confidences, probabilities, spec):
@@ -308,15 +289,14 @@ def test_an_honest_confidence_is_best_and_the_slot_is_worth_p_less_its_variance_
 def test_the_trap_of_any_hit_with_brier_and_why_the_sum_is_the_default():
     p = (0.8, 0.7, 0.3)
     trap = RewardSpec(coverage="any")
-    honest, junk = value(p, p, trap), value((0.8, 0.7, 0.0), (0.8, 0.7, 0.0), trap)
-    assert honest - junk == pytest.approx(
-        0.2 * 0.3 * 0.3 - 0.3 * 0.7 / 3
-    )  # +.018 coverage, -.07 Brier
-    assert junk > honest
+    junk = (0.8, 0.7, 0.0)  # a third answer that cannot be right, and says so
+    gain = value(p, p, trap) - value(junk, junk, trap)
+    # an honest third guess adds 0.018 coverage and costs 0.07 Brier
+    assert gain == pytest.approx(0.2 * 0.3 * 0.3 - 0.3 * 0.7 / 3)
+    assert gain < 0
     spec = RewardSpec()
-    assert value(p, p, spec) - value((0.8, 0.7, 0.0), (0.8, 0.7, 0.0), spec) == pytest.approx(
-        0.3 - 0.07
-    )
+    gain = value(p, p, spec) - value(junk, junk, spec)
+    assert gain == pytest.approx(0.3 - 0.07)
 
 
 @settings(max_examples=60, deadline=None)
@@ -325,23 +305,20 @@ def test_malformed_text_never_beats_the_same_values_written_properly(case, gate)
     grammar, text = case
     spec = RewardSpec(gate=gate, format_weight=0.0)
     parsed = parse(text, grammar)
-    assume(
-        all(q is None or q == round(q, 2) for q in (*parsed.confidences, parsed.other))
-    )  # `render` writes two digits
+    said = [q for q in (*parsed.confidences, parsed.other) if q is not None]
+    assume(all(q == round(q, 2) for q in said))  # `render` writes two digits
     proper = render(
         grammar,
         [answer or f"unknown {k}" for k, answer in enumerate(parsed.answers)],
         [0.0 if q is None else q for q in parsed.confidences],
         other=parsed.other or 0.0,
     )
-    assert (
-        earn("", grammar, spec).total
-        <= earn(text, grammar, spec).total
-        <= earn(proper, grammar, spec).total + 1e-12
-    )
+    nothing = earn("", grammar, spec).total
+    malformed = earn(text, grammar, spec).total
+    assert nothing <= malformed <= earn(proper, grammar, spec).total + 1e-12
 
 
-# --- refusals -------------------------------------------------------------------------------------------------------
+# --- refusals ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("choice", [{"coverage": "most"}, {"brier": "log"}, {"duplicates": "ban"}])
@@ -364,17 +341,13 @@ def test_a_reward_that_the_grammar_cannot_feed_is_refused(form, spec):
 
 
 def test_a_coverage_of_ones_own_is_one_function_and_one_entry(monkeypatch):
-    monkeypatch.setitem(
-        COVERAGES,
-        "second",
-        lambda hits, num_golds: [hit * (k == 1) / num_golds for k, hit in enumerate(hits)],
-    )
+    def second_answer_only(hits, num_golds):
+        return [hit * (k == 1) / num_golds for k, hit in enumerate(hits)]
+
+    monkeypatch.setitem(COVERAGES, "second", second_answer_only)
     grammar = Grammar("rlvr_multi", 2)
-    earned = earn(
-        of(grammar, ["flu", "cold"]),
-        grammar,
-        RewardSpec(coverage="second", brier="none", format_weight=0.0),
-    )
+    spec = RewardSpec(coverage="second", brier="none", format_weight=0.0)
+    earned = earn(of(grammar, ["flu", "cold"]), grammar, spec)
     assert earned.total == earned.parts["coverage"] == 1 / len(GOLDS)
 
 

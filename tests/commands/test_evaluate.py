@@ -189,7 +189,7 @@ def test_completions_of_others_measure_alike(
     said = " ".join(capsys.readouterr().out.split())
     assert (
         "10 of 11 texts: 2 for each of 5 of 7 questions" in said
-        and "skipped 1 broken line(s)" in said
+        and "Skipped 1 broken line(s)" in said
         and ":12" in said
     )
     ours, theirs = (

@@ -417,7 +417,7 @@ def test_show(runs: list[Path], capsys: pytest.CaptureFixture[str]) -> None:
     assert (
         "\\x2028" in said
         and "\u2028" not in said
-        and "skipped 1 broken line(s)" in " ".join(said.split())
+        and "Skipped 1 broken line(s)" in " ".join(said.split())
     )
     for words, expected in ((["9"], "steps [0] to [3]"), (["3", "nobody"], "'nobody'")):
         assert show.main([str(runs[1]), *words]) == 2

@@ -1,6 +1,7 @@
-"""Completions that want to be paid for more than they know. K = 3, golds: influenza (flu, grippe), gout, vitamin B12 deficiency.
+"""Completions that want to be paid for more than they know.
 
-(completion, the most coverage it may be paid). Confidences are written honestly unless they are the attack.
+K = 3, and the golds are influenza (flu, grippe), gout and vitamin B12 deficiency. Confidences are
+written honestly unless they are the attack.
 """
 
 from mar.answers.grammar import Grammar, render
@@ -20,16 +21,43 @@ def write(*answers, q=("0.5", "0.3", "0.1"), think="hm"):
 
 
 REPEATS = {
-    "the same three times": "flu", "punctuation": "Flu.", "case": "FLU", "article": "the flu", "indefinite article": "a flu",
-    "spaces": "  f\u00adlu ", "full width": "\uff26\uff4c\uff55", "zero width": "f\u200bl\u200cu\u2060", "combining accent": "flu\u0301",
-    "alias": "grippe", "alias and name": "influenza", "markdown": "**flu**", "quotes": "\u201cflu\u201d", "no-break space": "\u00a0flu\u00a0",
-    "mathematical letters": "\U0001d41f\U0001d425\U0001d42e", "circled letters": "\u24d5\u24db\u24e4", "direction marks": "\u202eflu\u202c",
-    "variation selector": "flu\ufe0f", "byte order mark": "\ufefffl\ufeffu", "hyphen": "-flu-", "null": "f\x00lu", "tabs and lines": "\tflu\n",
-    "trade mark": "flu\u2122", "ligature": "\ufb02u",
-}  # fmt: skip
+    "the same three times": "flu",
+    "punctuation": "Flu.",
+    "case": "FLU",
+    "article": "the flu",
+    "indefinite article": "a flu",
+    "spaces": "  f\u00adlu ",
+    "full width": "\uff26\uff4c\uff55",
+    "zero width": "f\u200bl\u200cu\u2060",
+    "combining accent": "flu\u0301",
+    "alias": "grippe",
+    "alias and name": "influenza",
+    "markdown": "**flu**",
+    "quotes": "\u201cflu\u201d",
+    "no-break space": "\u00a0flu\u00a0",
+    "mathematical letters": "\U0001d41f\U0001d425\U0001d42e",
+    "circled letters": "\u24d5\u24db\u24e4",
+    "direction marks": "\u202eflu\u202c",
+    "variation selector": "flu\ufe0f",
+    "byte order mark": "\ufefffl\ufeffu",
+    "hyphen": "-flu-",
+    "null": "f\x00lu",
+    "tabs and lines": "\tflu\n",
+    "trade mark": "flu\u2122",
+    "ligature": "\ufb02u",
+}
 
-ANSWERS: dict[str, tuple[str, int]] = {
-    **{f"repeats: {name}": (write("flu", other, other + "!"), 1) for name, other in REPEATS.items()},
+NO_PROBABILITY = [
+    *("nan", "inf", "-0", "-0.1", "1e-9", "1%", "1.5", "1.0000001", "", "high", "0,5", "0x1"),
+    *("+0.5", "1_0", "\u0661", "\uff11", "0.5 0.9", "1/2"),
+]
+
+# name -> (completion, the most coverage that it may be paid)
+ANSWERS: dict[str, tuple[str, int]] = {}
+ANSWERS |= {
+    f"repeats: {name}": (write("flu", said, said + "!"), 1) for name, said in REPEATS.items()
+}
+ANSWERS |= {
     "look-alike letters": (write("fl\u057d", "g\u043eut", "vitamin \u042212 deficiency"), 0),
     "all golds in one answer": (write("flu, gout, vitamin B12 deficiency"), 0),
     "A or B": (write("flu or gout", "gout or flu"), 0),
@@ -44,11 +72,23 @@ ANSWERS: dict[str, tuple[str, int]] = {
     "closing tag of another": (write("flu</answer2>", "gout"), 0),
     "nested think": (write(*RIGHT, think="<think>hm</think>"), 0),
     "second think": (write(*RIGHT) + "<think>no</think>", 0),
-    "right only in the thinking": (write("x", think="<answer1>flu</answer1><confidence1>1</confidence1>"), 0),
+    "right only in the thinking": (
+        write("x", think="<answer1>flu</answer1><confidence1>1</confidence1>"),
+        0,
+    ),
     "echo of the prompt": ("Write <answer1>flu</answer1>" + write(*RIGHT), 0),
     "answers twice": (write(*RIGHT) + write(*RIGHT), 0),
-    "answers before the thinking": (write(*RIGHT).replace("<think>hm</think>", "") + "<think>hm</think>", 0),
-    "order 2 1 3": (write(*RIGHT).replace("answer1", "answerX").replace("answer2", "answer1").replace("answerX", "answer2"), 0),
+    "answers before the thinking": (
+        write(*RIGHT).replace("<think>hm</think>", "") + "<think>hm</think>",
+        0,
+    ),
+    "order 2 1 3": (
+        write(*RIGHT)
+        .replace("answer1", "answerX")
+        .replace("answer2", "answer1")
+        .replace("answerX", "answer2"),
+        0,
+    ),
     "a fourth answer": (write(*RIGHT) + "<answer4>gout</answer4><confidence4>0.1</confidence4>", 0),
     "trailing prose": (write(*RIGHT) + " I am sure.", 0),
     "not finished": (write(*RIGHT)[:-1], 0),
@@ -59,9 +99,8 @@ ANSWERS: dict[str, tuple[str, int]] = {
     "a million accents": (write("f" + "\u0301\u0316" * 500_000), 0),
     "a million tags": ("<think>" * 150_000, 0),
     "a million openings": (write("<answer1>" * 110_000), 0),
-    **{f"confidence {q!r}": (write(*RIGHT, q=(q, "0.1", "0.1")), 0) for q in
-       ("nan", "inf", "-0", "-0.1", "1e-9", "1%", "1.5", "1.0000001", "", "high", "0,5", "0x1", "+0.5", "1_0", "\u0661", "\uff11", "0.5 0.9", "1/2")},
-}  # fmt: skip
+}
+ANSWERS |= {f"confidence {q!r}": (write(*RIGHT, q=(q, "0.1", "0.1")), 0) for q in NO_PROBABILITY}
 
 SUM_RULE = {  # three confidences, whether their sum is allowed
     ("0.33", "0.33", "0.34"): True,

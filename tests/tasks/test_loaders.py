@@ -19,7 +19,7 @@ from mar.tasks import ddxplus
 from mar.tasks.ambigqa import merge
 from mar.tasks.loading import Source, aim, split_of
 from mar.tasks.registry import TASKS, get_task
-from mar.verify.matching import matching_increments, expected_hits
+from mar.verify.matching import expected_hits, matching_increments
 
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
 SPLITS = ("train", "validation", "test")

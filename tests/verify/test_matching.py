@@ -78,9 +78,22 @@ def test_normalise(text, expected):
 
 @pytest.mark.parametrize(
     ("a", "b"),
-    [("3.5", "35"), ("1.5", "15"), ("-5", "5"), ("10^5", "105"), ("10\u2075", "105"), ("1\u00bd", "11/2"), ("5%", "5"),
-     ("C", "C++"), ("A", "B"), ("+", "-"), ("a-b", "ab"), ("hepatitis A", "hepatitis"), ("\u0915\u093f", "\u0915\u0941")],
-)  # fmt: skip
+    [
+        ("3.5", "35"),
+        ("1.5", "15"),
+        ("-5", "5"),
+        ("10^5", "105"),
+        ("10\u2075", "105"),
+        ("1\u00bd", "11/2"),
+        ("5%", "5"),
+        ("C", "C++"),
+        ("A", "B"),
+        ("+", "-"),
+        ("a-b", "ab"),
+        ("hepatitis A", "hepatitis"),
+        ("\u0915\u093f", "\u0915\u0941"),
+    ],
+)
 def test_different_answers_stay_different(a, b):
     assert normalise(a) != normalise(b)
 
@@ -160,8 +173,14 @@ def test_the_same_word_does_not_take_two_golds_that_share_it():
 def test_repeats_are_the_same_text_or_the_same_gold():
     golds = [Gold("influenza", ("flu",)), Gold("common cold", ("cold",))]
     assert repeats(["flu", "The Flu", "cold", None, "influenza", "gout", "gout?"], golds) == (
-        False, True, False, False, True, False, True,
-    )  # fmt: skip
+        False,
+        True,
+        False,
+        False,
+        True,
+        False,
+        True,
+    )
     assert repeats(["flu", "influenza"]) == (False, False)  # without golds only the text can tell
     assert repeats([None, None]) == (False, False)
 

@@ -1,4 +1,7 @@
-"""K programs in a completion: coverage counts distinct correct ones, and a breakdown of the sandbox leaves the completion out."""
+"""K programs in a completion.
+
+Coverage counts distinct correct ones, and a breakdown of the sandbox leaves the completion out.
+"""
 
 import shutil
 from types import SimpleNamespace
@@ -16,11 +19,9 @@ from mar.verify.programs import ProgramRunner, Verdict, parse_tests
 from tests.helpers.hostile_programs import HONEST, TESTS
 
 GRAMMAR = Grammar("rlvr_multi", 3, thinking=False)
-TWICE, RENAMED, WRONG = (
-    "def double(x):\n    return 2 * x",
-    HONEST.replace("x", "y"),
-    "def double(x): return x",
-)
+TWICE = "def double(x):\n    return 2 * x"
+RENAMED = HONEST.replace("x", "y")
+WRONG = "def double(x): return x"
 
 
 def judge(groups, verifier=None, spec=None):
@@ -63,7 +64,9 @@ def breaks_down(program, tests, unsafe):
 
 def test_a_breakdown_leaves_the_completion_out(monkeypatch):
     monkeypatch.setattr(programs, "verify_program", breaks_down)
-    a, b, c = [HONEST, RENAMED, WRONG], [HONEST, TWICE, WRONG], [TWICE, TWICE, TWICE]
+    a = [HONEST, RENAMED, WRONG]
+    b = [HONEST, TWICE, WRONG]
+    c = [TWICE, TWICE, TWICE]
     groups = judge([[a, b, a], [a, b], [c, c], [a]])
     assert [[r.unjudged for r in group] for group in groups] == [[0, 1, 0], [0, 1], [1, 1], [0]]
     kept = judged_only(groups)
@@ -112,9 +115,8 @@ def test_a_test_with_a_key_that_python_refuses_is_a_fault_of_its_row():
 def test_groups_that_shrink_too_far_are_left_out():
     whole, broken = (SimpleNamespace(unjudged=n) for n in (0, 1))
     groups = [[whole] * 4, [whole] * 3 + [broken], [whole, broken]]
-    assert [len(g) for g in judged_only(groups)] == [4, 3] and [
-        len(g) for g in judged_only(groups, 4)
-    ] == [4]
+    assert [len(group) for group in judged_only(groups)] == [4, 3]
+    assert [len(group) for group in judged_only(groups, 4)] == [4]
     assert judged_only([[whole]]) == [[whole]]
-    with pytest.raises(UserError, match="has stopped working"):
+    with pytest.raises(UserError, match="stopped working"):
         judged_only([[broken, broken]])

@@ -1,4 +1,4 @@
-"""Programs of the model: what they earn, what they reach, and that the process which grades them survives all of it."""
+"""Programs of the model: what they earn, what they reach, and that we survive all of it."""
 
 import contextlib
 import os
@@ -13,7 +13,7 @@ from mar.errors import UserError
 from mar.records import Example
 from mar.verify import programs, sandbox
 from mar.verify.programs import ProgramRunner, Verdict, parse_tests, verify_program
-from mar.verify.sandbox import run_program, require_sandbox
+from mar.verify.sandbox import require_sandbox, run_program
 from tests.helpers.hostile_programs import HONEST, PROBES, PROGRAMS, TESTS
 
 needs_bubblewrap = pytest.mark.skipif(
@@ -32,9 +32,8 @@ def short_limits(monkeypatch):
 def test_hostile_programs_earn_nothing(name):
     began = time.monotonic()
     verdict = verify_program(PROGRAMS[name], TESTS)
-    assert verdict.outcome in ("failed", "timeout"), (
-        verdict
-    )  # never masked: a program cannot choose not to be graded
+    # never an infrastructure error: a program cannot choose not to be graded
+    assert verdict.outcome in ("failed", "timeout"), verdict
     assert time.monotonic() - began < 30
 
 
@@ -66,7 +65,8 @@ def test_a_distributions_own_python_serves_too(monkeypatch):
     sandbox._command.cache_clear()
     try:
         reply = run_program(
-            "import os, json, sys\nx = [sys.base_prefix, os.listdir('/usr/bin'), os.path.exists('/usr/share')]",
+            "import os, json, sys\n"
+            "x = [sys.base_prefix, os.listdir('/usr/bin'), os.path.exists('/usr/share')]",
             ["x"],
         )
     finally:
@@ -87,7 +87,10 @@ def sandbox_users() -> set[int]:
 
 @needs_bubblewrap
 def test_nothing_is_left_behind():
-    """After a program that forks away from its session, no process of it lives on. Other tests' programs may be running: they end."""
+    """A program forks away from its session: no process of it lives on.
+
+    Programs of other tests may be running at the same time; they end.
+    """
     run_program(
         "import os, time\nif os.fork() == 0:\n    os.setsid()\n    time.sleep(1000)\nx = 1", ["x"]
     )
@@ -101,16 +104,40 @@ def test_nothing_is_left_behind():
 @needs_bubblewrap
 @pytest.mark.skipif(os.geteuid() != 0 and not shutil.which("bwrap"), reason="needs bubblewrap")
 def test_processes_are_limited():
-    count = "import os, time\nn = 0\ntry:\n    for _ in range(40):\n        if os.fork() == 0: time.sleep(60)\n        n += 1\nexcept OSError: pass"
+    count = (
+        "import os, time\n"
+        "n = 0\n"
+        "try:\n"
+        "    for _ in range(40):\n"
+        "        if os.fork() == 0: time.sleep(60)\n"
+        "        n += 1\n"
+        "except OSError: pass"
+    )
     assert run_program(count, ["n"]).values[0] < sandbox.LIMITS["RLIMIT_NPROC"]
 
 
 @needs_bubblewrap
 @pytest.mark.parametrize(
     "value",
-    [None, True, 0, -3, 1.5, float("inf"), "a\u00e9\U0001f600\"'\n", b"\x00\xff", 2j, [1, [2, ()]], {1: {2}, (3, "x"): [None]},
-     frozenset({1}), "", [], {}, 10**50],
-)  # fmt: skip
+    [
+        None,
+        True,
+        0,
+        -3,
+        1.5,
+        float("inf"),
+        "a\u00e9\U0001f600\"'\n",
+        b"\x00\xff",
+        2j,
+        [1, [2, ()]],
+        {1: {2}, (3, "x"): [None]},
+        frozenset({1}),
+        "",
+        [],
+        {},
+        10**50,
+    ],
+)
 def test_plain_values_come_out_as_they_were(value):
     reply = run_program(f"inf = float('inf')\nx = {value!r}", ["x"])
     assert reply.values == (value,)
@@ -135,12 +162,14 @@ def test_honest_programs_pass_side_by_side():
 @needs_bubblewrap
 @pytest.mark.parametrize(
     ("other", "same"),
-    [("def double(y):  # doubled\n    'Twice.'\n    pass\n    return y + y\n\n", True),
-     ("def double(number: int) -> int:\n    return number + number", True),
-     ("def double(x):\n    return x * 2", False),
-     ("def double(x):\n    y = x\n    return y + x", False),
-     ("def double(x):\n    return x + y", False)],
-)  # fmt: skip
+    [
+        ("def double(y):  # doubled\n    'Twice.'\n    pass\n    return y + y\n\n", True),
+        ("def double(number: int) -> int:\n    return number + number", True),
+        ("def double(x):\n    return x * 2", False),
+        ("def double(x):\n    y = x\n    return y + x", False),
+        ("def double(x):\n    return x + y", False),
+    ],
+)
 def test_renaming_does_not_make_a_program_new(other, same):
     assert (run_program(HONEST, []).key == run_program(other, []).key) == same
 
@@ -148,8 +177,15 @@ def test_renaming_does_not_make_a_program_new(other, same):
 @needs_bubblewrap
 def test_a_program_cannot_choose_its_key():
     """Else the same program, K times, would be K distinct ones."""
-    forge = "import os\nfor fd in range(32):\n    try:\n        os.ftruncate(fd, 0); os.lseek(fd, 0, 0)\n    except OSError: pass\n"
-    forge += "    try: os.write(fd, b'ready\\n' + b'f' * 64 + b'\\n')\n    except OSError: pass\n"
+    forge = (
+        "import os\n"
+        "for fd in range(32):\n"
+        "    try:\n"
+        "        os.ftruncate(fd, 0); os.lseek(fd, 0, 0)\n"
+        "    except OSError: pass\n"
+        "    try: os.write(fd, b'ready\\n' + b'f' * 64 + b'\\n')\n"
+        "    except OSError: pass\n"
+    )
     assert run_program(forge + HONEST, []).key not in ("", "f" * 64)
 
 
@@ -169,14 +205,29 @@ def test_import_aliases_do_not_make_a_program_new():
 @needs_bubblewrap
 @pytest.mark.parametrize(
     ("test", "program", "outcome"),
-    [("assert not f(1)", "def f(x): return []", "passed"), ("assert f(1)", "def f(x): return 0", "failed"),
-     ("assert math.isclose(f(1), 0.5, rel_tol=0.01)", "def f(x): return 0.501", "passed"),
-     ("assert math.isclose(f(1), 0.5)", "import math\nmath.isclose = lambda *a, **k: True\ndef f(x): return 7", "failed"),
-     ("assert set(f(1)) == set([1, 2])", "def f(x): return (2, 1, 1)", "passed"),
-     ("assert f(1) == g(2) == 3", "def f(x): return 3", None), ("assert 1 == 1", "", None), ("x = 3", "", None), ("assert (", "", None),
-     ("n = N(3)\nassert f(n) == 3", "class N:\n    def __init__(s, v): s.v = v\ndef f(n): return n.v", "passed"),
-     ("assert f(1) < 3 != 4", "def f(x): return 'x'", "failed"), ("assert sum(10, 15) == 6", "def sum(a, b): return 6", "passed")],
-)  # fmt: skip
+    [
+        ("assert not f(1)", "def f(x): return []", "passed"),
+        ("assert f(1)", "def f(x): return 0", "failed"),
+        ("assert math.isclose(f(1), 0.5, rel_tol=0.01)", "def f(x): return 0.501", "passed"),
+        (
+            "assert math.isclose(f(1), 0.5)",
+            "import math\nmath.isclose = lambda *a, **k: True\ndef f(x): return 7",
+            "failed",
+        ),
+        ("assert set(f(1)) == set([1, 2])", "def f(x): return (2, 1, 1)", "passed"),
+        ("assert f(1) == g(2) == 3", "def f(x): return 3", None),
+        ("assert 1 == 1", "", None),
+        ("x = 3", "", None),
+        ("assert (", "", None),
+        (
+            "n = N(3)\nassert f(n) == 3",
+            "class N:\n    def __init__(s, v): s.v = v\ndef f(n): return n.v",
+            "passed",
+        ),
+        ("assert f(1) < 3 != 4", "def f(x): return 'x'", "failed"),
+        ("assert sum(10, 15) == 6", "def sum(a, b): return 6", "passed"),
+    ],
+)
 def test_tests_are_taken_apart(test, program, outcome):
     if outcome is None:
         with pytest.raises(UserError):
@@ -219,8 +270,22 @@ def test_a_breakdown_is_tried_once_more(monkeypatch):
     assert verify_program(HONEST, TESTS) == Verdict("passed", "k")
 
 
-@pytest.mark.parametrize("body", [b"[" * 10**5, b'[["list", 3]]', b'[{"a": 1}]', b'[["eval", ["1"]]]', b"[1", b"", b"\xff",
-                                  b'[["set", [["list", []]]]]', b'[["float", "x"]]', b'["' + b"9" * 10 + b'"', b"9" * 5000])  # fmt: skip
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"[" * 10**5,
+        b'[["list", 3]]',
+        b'[{"a": 1}]',
+        b'[["eval", ["1"]]]',
+        b"[1",
+        b"",
+        b"\xff",
+        b'[["set", [["list", []]]]]',
+        b'[["float", "x"]]',
+        b'["' + b"9" * 10 + b'"',
+        b"9" * 5000,
+    ],
+)
 def test_what_is_no_reply_fails(monkeypatch, body, tmp_path):
     (tmp_path / "reply").write_bytes(body)
     monkeypatch.setattr(
