@@ -23,7 +23,7 @@ from mar.policy.critic import Critic
 from mar.policy.distributed import ALONE, World, shard
 from mar.policy.lora import adapt
 from mar.policy.model import Decoder, ModelConfig
-from mar.policy.weights import load_model, read_json
+from mar.policy.weights import load_model, read_json_object
 from mar.records import Example, Prompt
 from mar.run.console import Display
 from mar.sample.draws import SamplingParams, Truncation
@@ -201,7 +201,7 @@ def adapted(model: Decoder, options: ModelOptions) -> Decoder:
 
 def require_positions(config: Config, model_folder: Path, longest_prompt: int) -> None:
     """Raises UserError where a completion can reach positions that the model was not made for."""
-    positions = ModelConfig.from_hf(read_json(model_folder / "config.json")).max_positions
+    positions = ModelConfig.from_hf(read_json_object(model_folder / "config.json")).max_positions
     room = positions - longest_prompt
     most = config.model.max_completion_tokens
     if most > room:
