@@ -166,7 +166,9 @@ def train(
                     stop = interrupts.agreed(world)
                     record.check_finite(step, done.metrics, done.rollouts)
                     is_last = stop or step == last_step
-                    if is_last or step % config.checkpoint.every == 0:
+                    # A signal during an evaluation stops at once: save before it.
+                    is_saved = step % config.checkpoint.every == 0 or evaluations.is_due(step)
+                    if is_last or is_saved:
                         checkpoints.save(step)
                     if is_last:
                         checkpoints.finish()
@@ -214,7 +216,7 @@ def run(config: Config) -> int:
     if world.leads:
         _lock = run_folder.lock(folder)  # until this function ends
         models = [learner.policy, learner.critic] if learner.critic else [learner.policy]
-        checkpoint.require_room(folder.parent, models)
+        checkpoint.require_room(folder / "checkpoints", models, config.checkpoint.keep)
         origin = {"model": provenance, **environment()}
         opened = run_folder.prepare({**config.to_dict(), "provenance": origin})
         if opened.archive:

@@ -328,6 +328,7 @@ BAD = {
     "lonely group": (["algo.group_size=1"], "algo.group_size=1"),
     "long prompts": (["model.max_prompt_tokens=20"], "max_prompt_tokens=20"),
     "small memory": (["sampler.kv_budget_tokens=30"], "kv_budget_tokens"),
+    "beyond its positions": (["model.max_completion_tokens=3000"], "2048 positions"),
     "no such folder": (["model.path=./nowhere"], "nowhere"),
 }
 
@@ -463,6 +464,25 @@ def test_an_interrupted_run_says_that_its_last_checkpoint_was_not_written(
     said = capsys.readouterr().out
     assert "a checkpoint could not be written: [Errno 28] No space left on device" in said
     assert "interrupted at step 2; checkpoint of step 1" in said
+
+
+def test_a_signal_during_an_evaluation_loses_nothing(
+    model_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    measure = Evaluations.measure
+
+    def interrupted(evaluations: Evaluations, stage: str, step: int) -> None:
+        if step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        measure(evaluations, stage, step)
+
+    monkeypatch.setattr(Evaluations, "measure", interrupted)
+    chosen = ["checkpoint.every=50", "eval.every=3", "model.max_completion_tokens=4"]
+    assert run(compose(words(model_folder, tmp_path, *chosen))) == 130
+    assert "interrupted at step 3; checkpoint of step 3" in capsys.readouterr().out
 
 
 def test_a_signal_that_arrives_twice_at_once_is_one(
