@@ -28,6 +28,7 @@ from mar.learn.update import compute_advantages, update
 from mar.measure.bounds import known_bounds
 from mar.measure.step_metrics import step_metrics
 from mar.policy.distributed import join
+from mar.policy.model import Decoder
 from mar.policy.sources import environment, resolve_model
 from mar.records import Completion, Prompt, Rollout
 from mar.run import checkpoint
@@ -64,14 +65,15 @@ def train_step(training: Training, step: int) -> Step:
     learner = training.learner
     scorer = training.scorer
     timer = Timer()
-    with timer("sample"):
-        prompts = training.prompt_order.of_step(step)
-        # This rank's share of the completions; judging brings all of them to all ranks.
-        completions, generation = sample_groups(training, prompts, step)
-    with timer("verify"):
-        judged = judge_on_all_ranks(training, prompts, completions)
-        groups = judged_only(judged, fewest=max(2, algo.pass_k))
-        groups, num_replaced = replace_flat_groups(training, groups, step)
+    prompts = training.prompt_order.of_step(step)
+    with learner.sampling_policy() as policy:
+        with timer("sample"):
+            # This rank's share of the completions; judging brings all of them to all ranks.
+            completions, generation = sample_groups(training, policy, prompts, step)
+        with timer("verify"):
+            judged = judge_on_all_ranks(training, prompts, completions)
+            groups = judged_only(judged, fewest=max(2, algo.pass_k))
+            groups, num_replaced = replace_flat_groups(training, policy, groups, step)
     with timer("update"):
         batch = make_batch(groups, scorer.first_open, learner.world.device)
         batch, columns = compute_advantages(learner, batch)
@@ -88,21 +90,20 @@ def train_step(training: Training, step: int) -> Step:
 
 
 def sample_groups(
-    training: Training, prompts: Sequence[Prompt], *identity: int
+    training: Training, policy: Decoder, prompts: Sequence[Prompt], *identity: int
 ) -> tuple[list[list[Completion]], Generation]:
     """This rank's share of the groups of `prompts`, and how the sampler did."""
-    with training.learner.sampling_policy() as policy:
-        return sample(
-            policy,
-            prompts,
-            group_size=training.config.algo.group_size,
-            params=training.params,
-            kv_budget_tokens=training.config.sampler.kv_budget_tokens,
-            identity=(training.config.seed, "train", *identity),
-            share=training.learner.world.share,
-            decode=training.scorer.decode,
-            on_completion=start_programs_early(training.scorer),
-        )
+    return sample(
+        policy,
+        prompts,
+        group_size=training.config.algo.group_size,
+        params=training.params,
+        kv_budget_tokens=training.config.sampler.kv_budget_tokens,
+        identity=(training.config.seed, "train", *identity),
+        share=training.learner.world.share,
+        decode=training.scorer.decode,
+        on_completion=start_programs_early(training.scorer),
+    )
 
 
 def judge_on_all_ranks(
@@ -114,7 +115,7 @@ def judge_on_all_ranks(
 
 
 def replace_flat_groups(
-    training: Training, groups: list[list[Rollout]], step: int
+    training: Training, policy: Decoder, groups: list[list[Rollout]], step: int
 ) -> tuple[list[list[Rollout]], int]:
     """Dynamic sampling (DAPO, arXiv 2503.14476, section 3.2): groups of other prompts in place of
     those whose completions all earned the same. At most `algo.resample` attempts. Returns the
@@ -126,7 +127,7 @@ def replace_flat_groups(
         if not flat:
             break
         prompts = training.prompt_order.out_of_turn(step, attempt)[: len(flat)]
-        completions, _ = sample_groups(training, prompts, step, attempt)
+        completions, _ = sample_groups(training, policy, prompts, step, attempt)
         fresh = judge_on_all_ranks(training, prompts, completions)
         for i, group in zip(flat, fresh, strict=True):
             if not any(rollout.unjudged for rollout in group):
