@@ -133,15 +133,18 @@ def format_term(judged: Judged, weight: float) -> TermValue:
 def coverage_term(judged: Judged, weight: float) -> TermValue:
     """weight x sum_k w_k m_k: m_k is what answer k adds to the coverage, w_k its rank weight.
 
-    0 for the whole text where a gate cancels it. Exact.
+    An answer that was not written adds 0. 0 for the whole text where a gate cancels it. Exact.
     """
     spec = judged.spec
     rank_weights = spec.rank_weights or (1.0,) * len(judged.hits)
     marginals = COVERAGES[spec.coverage](judged.hits, judged.num_golds)
-    values = [
-        weight * rank_weight * marginal
-        for rank_weight, marginal in zip(rank_weights, marginals, strict=True)
-    ]
+    values = []
+    slots = zip(judged.parsed.answers, rank_weights, marginals, strict=True)
+    for answer, rank_weight, marginal in slots:
+        value = 0.0
+        if answer is not None:
+            value = weight * rank_weight * marginal
+        values.append(value)
     cancelled = judged.gated or (spec.duplicates == "gate" and any(judged.repeated))
     if cancelled:
         return TermValue(answers=values, whole=0.0)
