@@ -295,6 +295,14 @@ def test_a_coverage_that_looks_ahead_is_named_before_a_run(monkeypatch):
         check_terms(Grammar("rlcr_multi", 3), RewardSpec(coverage="ahead"))
 
 
+def test_a_coverage_pays_for_no_answer_that_was_not_written(monkeypatch):
+    monkeypatch.setitem(COVERAGES, "halves", lambda hits, num_golds: [0.5 for _ in hits])
+    check_terms(MULTI, RewardSpec(coverage="halves"))
+    cut = judged(write(["flu", "gout"], [0.5, 0.5]).split("<answer2>")[0])
+    spec = RewardSpec(coverage="halves", gate=False)
+    assert pay("coverage", replace(cut, spec=spec)).answers == [0.5, 0.0]
+
+
 # --- against the exact gradient ------------------------------------------------------------------
 
 UNBIASED = ("to_go", "set", "to_go, matched baseline")
