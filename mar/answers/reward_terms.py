@@ -219,7 +219,9 @@ def length_term(judged: Judged, weight: float) -> TermValue:
 def batch_exploration_term(judged: Judged, weight: float) -> TermValue:
     """-weight x (1/K) sum_k (1/G) #{j != i : completion j has an answer that means answer k}.
 
-    Not exact: it needs the group. Outcome-based exploration (arXiv 2509.06941, batch exploration):
+    Not exact: it needs the group. The others' mean holds their half of each match, so with one
+    answer a leave-one-out baseline leaves (G - 2)/(G - 1) of the gradient, and nothing in a group
+    of two, where both are charged alike. Outcome-based exploration (arXiv 2509.06941, batch exploration):
     -(1/n) sum over j != i of 1[a_i = a_j] for one answer a_i each, which this is with K = 1. A slot
     without an answer, and with a gate every slot of a text that failed, is charged as if all the
     others had said the same: not to answer is no way out.

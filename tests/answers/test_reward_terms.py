@@ -86,6 +86,30 @@ def test_batch_exploration_by_hand_with_sets():
     assert pay("batch_exploration", ungated, 0.6).total == 0
 
 
+@pytest.mark.parametrize("size", [2, 3, 4])
+def test_a_leave_one_out_baseline_takes_back_a_part_of_batch_exploration(size):
+    """Every group of a policy over three answers: its estimate is (G - 2)/(G - 1) of the gradient
+    of what a completion earns, in its own answer."""
+    single = Grammar("rlvr_single", 1, thinking=False)
+    spec = RewardSpec(brier="none")
+    chances = np.array([0.5, 0.3, 0.2])
+    said = [judged(write([a], [], grammar=single), single, spec=spec) for a in "abc"]
+    exact = np.zeros(3)
+    estimate = np.zeros(3)
+    for drawn in itertools.product(range(3), repeat=size):
+        group = [said[i] for i in drawn]
+        rewards = [
+            pay("batch_exploration", replace(one, others=(*group[:i], *group[i + 1 :]))).total
+            for i, one in enumerate(group)
+        ]
+        score = np.eye(3)[drawn[0]] - chances
+        weight = chances[list(drawn)].prod()
+        exact += weight * rewards[0] * score
+        estimate += weight * (rewards[0] - np.mean(rewards[1:])) * score
+    assert np.abs(exact).max() > 0.01
+    np.testing.assert_allclose(estimate, exact * (size - 2) / (size - 1), atol=1e-12)
+
+
 @pytest.mark.parametrize("scale", [1.0, 0.5])
 def test_scores_of_the_distribution_by_hand(scale):
     """The scale of the confidences does not count: p = (0.6, 0.2, 0.2)."""
