@@ -160,7 +160,7 @@ def test_an_unknown_name_is_refused(word: str) -> None:
 def test_a_reward_term_is_a_function_and_an_entry(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It is paid, logged and trained on; one that changes its mind stops the run before it starts."""
+    """It is paid, logged and trained on; one that changes its mind is refused before the run."""
 
     def vowels(judged: Judged, weight: float) -> TermValue:
         counts = [sum(c in "aeiou" for c in answer or "") for answer in judged.parsed.answers]

@@ -19,8 +19,8 @@ A term multiplies its values with its weight itself, so that all of its arithmet
 place; twice the weight must pay twice as much.
 
 **Exact or not.** A term of one completion alone keeps credit per answer unbiased, also on malformed
-text (`algo.credit=to_go` or `set` with the others' mean; tests/answers/test_reward_terms.py compares
-it with the exact gradient of an enumerated policy). A term that needs the group is not exact: what
+text (`algo.credit=to_go` or `set` with the others' mean; tests/answers/test_reward_terms.py
+compares it with the exact gradient of an enumerated policy). A term that needs the group is not exact: what
 one completion writes then changes the reward of the others, and so their mean, its baseline.
 """
 
@@ -221,10 +221,10 @@ def batch_exploration_term(judged: Judged, weight: float) -> TermValue:
 
     Not exact: it needs the group. The others' mean holds their half of each match, so with one
     answer a leave-one-out baseline leaves (G - 2)/(G - 1) of the gradient, and nothing in a group
-    of two, where both are charged alike. Outcome-based exploration (arXiv 2509.06941, batch exploration):
-    -(1/n) sum over j != i of 1[a_i = a_j] for one answer a_i each, which this is with K = 1. A slot
-    without an answer, and with a gate every slot of a text that failed, is charged as if all the
-    others had said the same: not to answer is no way out.
+    of two, where both are charged alike. Batch exploration of arXiv 2509.06941 (outcome-based
+    exploration) is -(1/n) sum over j != i of 1[a_i = a_j] for one answer a_i each: this with K = 1.
+    A slot without an answer, and with a gate every slot of a text that failed, is charged as if all
+    the others had said the same: not to answer is no way out.
     """
     unit = weight / judged.grammar.num_answers / (len(judged.others) + 1)
     said_by = [set(other.meanings) for other in judged.others]
@@ -254,8 +254,8 @@ def simplex_brier_term(judged: Judged, weight: float) -> TermValue:
     """-weight x sum_j (p_j - y_j)^2 over the K answers and `<other>`, p scaled to the sum 1. Exact.
 
     Brier (1950), eq. 2, of one forecast over K + 1 classes: from 0 to 2, strictly proper in p where
-    one gold is right. It is decided where `<other>` closes. With y the probabilities of the golds it
-    is the expectation, 1 + sum p^2 - 2 sum p y. Text that does not say everything, and with a gate
+    one gold is right. It is decided where `<other>` closes. With y the probabilities of the golds
+    it is the expectation, 1 + sum p^2 - 2 sum p y. Text that does not say everything, and with a gate
     text that failed, is charged 2. It sees the scaled p alone: pay it beside the Brier term, or
     with the sum rule, where the scale of the confidences is to mean something.
     """
@@ -272,10 +272,9 @@ def simplex_brier_term(judged: Judged, weight: float) -> TermValue:
 def spherical_term(judged: Judged, weight: float) -> TermValue:
     """weight x p_y / |p|, p over the K answers and `<other>`, y the right one of them. Exact.
 
-    The spherical score (Gneiting and Raftery 2007, example 3, with alpha = 2): from 0 to 1, strictly
-    proper in p where one gold is right. Decided where `<other>` closes. Text that does not say
-    everything, and with a gate text that failed, gets 0. The scale of the confidences does not
-    count, as above.
+    The spherical score (Gneiting and Raftery 2007, section 3): from 0 to 1, strictly proper in p
+    where one gold is right. Decided where `<other>` closes. Text that does not say everything, and
+    with a gate text that failed, gets 0. The scale of the confidences does not count, as above.
     """
     found = _distribution(judged)
     if found is None:

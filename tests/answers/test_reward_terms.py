@@ -1,4 +1,4 @@
-"""Every reward term: by hand, against its definition, on random prefixes, and in the exact gradient."""
+"""Every reward term: by hand, by its definition, on random prefixes, and in the exact gradient."""
 
 import itertools
 import math
