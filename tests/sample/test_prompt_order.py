@@ -1,7 +1,5 @@
 """Which prompts a step asks: all of them once an epoch, by the seed and the step alone."""
 
-import time
-
 from mar.sample.prompt_order import PromptOrder, order_of_epoch
 
 
@@ -20,11 +18,9 @@ def test_a_step_of_a_million_prompts_does_not_order_all_of_them_again():
     asked = PromptOrder(prompts=range(1_000_000), per_step=48, seed=0)
     asked.of_step(0)
     drawn_before = order_of_epoch.cache_info().misses
-    began = time.perf_counter()
     for step in range(1, 101):
         asked.of_step(step)
     assert order_of_epoch.cache_info().misses == drawn_before
-    assert time.perf_counter() - began < 5  # 100 permutations of a million take longer
 
 
 def test_prompts_out_of_turn_depend_on_the_attempt():
