@@ -20,8 +20,9 @@ place; twice the weight must pay twice as much.
 
 **Exact or not.** A term of one completion alone keeps credit per answer unbiased, also on malformed
 text (`algo.credit=to_go` or `set` with the others' mean; tests/answers/test_reward_terms.py
-compares it with the exact gradient of an enumerated policy). A term that needs the group is not exact: what
-one completion writes then changes the reward of the others, and so their mean, its baseline.
+compares it with the exact gradient of an enumerated policy). A term that needs the group is not
+exact: what one completion writes then changes the reward of the others, and so their mean, its
+baseline.
 """
 
 import math
@@ -56,9 +57,9 @@ class Judged:
     # with it
     num_tokens: int = 0
 
-    # only for terms that need the group. [K] equal for answers that mean the same, None where none
-    # is; and the other completions of the prompt
+    # [K] equal for answers that mean the same, None where none is
     meanings: tuple[Hashable, ...] = ()
+    # the other completions of the prompt, for terms that need the group
     others: tuple["Judged", ...] = ()
 
     @cached_property
@@ -255,9 +256,9 @@ def simplex_brier_term(judged: Judged, weight: float) -> TermValue:
 
     Brier (1950), eq. 2, of one forecast over K + 1 classes: from 0 to 2, strictly proper in p where
     one gold is right. It is decided where `<other>` closes. With y the probabilities of the golds
-    it is the expectation, 1 + sum p^2 - 2 sum p y. Text that does not say everything, and with a gate
-    text that failed, is charged 2. It sees the scaled p alone: pay it beside the Brier term, or
-    with the sum rule, where the scale of the confidences is to mean something.
+    it is the expectation, 1 + sum p^2 - 2 sum p y. Text that does not say everything, and with a
+    gate text that failed, is charged 2. It sees the scaled p alone: pay it beside the Brier term,
+    or with the sum rule, where the scale of the confidences is to mean something.
     """
     found = _distribution(judged)
     if found is None:

@@ -2,7 +2,8 @@
 
 Credit for single answers is right only where what a prefix decided stays as it is
 (`mar.answers.reward_terms`). Nothing in a term's code keeps it to that, so it is tried: each text
-is judged as a whole and after some of its prefixes, against two other completions of the same prompt.
+is judged as a whole and after some of its prefixes, against two other completions of the same
+prompt.
 """
 
 import math

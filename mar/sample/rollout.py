@@ -1,7 +1,7 @@
 """From prompts to rollouts: sample, read, verify, pay. Ends at rewards; nothing here has a gradient."""
 
 from collections import Counter
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from typing import Any
@@ -16,7 +16,15 @@ from mar.policy.model import Decoder
 from mar.records import Completion, Gold, Prompt, Rollout
 from mar.sample.draws import SamplingParams, stream_key
 from mar.sample.engine import Decode, Generation, Request, generate
-from mar.verify.matching import expected_hits, matching_increments, normalise, repeats
+from mar.verify.matching import (
+    candidates,
+    exact_masses,
+    expected_hits,
+    matching_increments,
+    meanings,
+    remembering,
+    repeats,
+)
 from mar.verify.programs import ProgramRunner
 from mar.verify.verifiers import AnswerChecker, verifier_for
 
@@ -143,7 +151,9 @@ class Verified:
     hits: tuple[float, ...]  # [K] y_k: what answer k adds to the coverage
     repeated: tuple[bool, ...]  # [K] says again what an earlier answer said
     num_golds: int
-    keys: tuple[str | None, ...] = ()  # [K] equal for programs that are the same
+    mass: tuple[float, ...]  # [K] exact probability where the task knows it, else the hit
+    keys: tuple[str | None, ...]  # [K] equal for answers that mean the same
+    fits: tuple[tuple[int, ...], ...] = ()  # [K] the golds that each answer can be
 
 
 def verify_programs(reading: Reading, runner: ProgramRunner) -> Verified:
@@ -163,21 +173,32 @@ def verify_programs(reading: Reading, runner: ProgramRunner) -> Verified:
 
     hits, _ = matching_increments(answers, golds, takes, key)
     keys = [None if answer is None else key(answer) for answer in answers]
-    return Verified(hits, repeats(answers, key=key), len(golds), tuple(keys))
+    repeated = repeats(answers, key=key)
+    return Verified(hits, repeated, len(golds), mass=hits, keys=tuple(keys))
 
 
 def verify_words(reading: Reading, verifier: AnswerChecker) -> Verified:
     """Answers against this prompt's own golds: its label, or the probability of each gold."""
     example = reading.prompt.example
     answers = reading.parsed.answers
-    takes = verifier_for(verifier, example)
+    takes = remembering(verifier_for(verifier, example))
     repeated = repeats(answers, example.golds, takes)
     targets = example.targets()
+    num_golds = len(targets)
     paid_in_expectation = example.label is None and example.truth in ("exact", "survey")
     if paid_in_expectation:  # data.target=probabilities: one gold is right, nobody drew which
-        return Verified(expected_hits(answers, targets, takes), repeated, num_golds=1)
-    hits, _ = matching_increments(answers, targets, takes)
-    return Verified(hits, repeated, len(targets))
+        num_golds = 1
+        hits = expected_hits(answers, targets, takes)
+    else:
+        hits, _ = matching_increments(answers, targets, takes)
+    mass = hits
+    golds = targets
+    if example.truth == "exact":
+        golds = example.golds
+        mass = exact_masses(answers, golds, takes)
+    keys = meanings(answers, example.golds, takes)
+    fits = candidates(answers, golds, takes)
+    return Verified(hits, repeated, num_golds, mass, keys, fits)
 
 
 def verify(reading: Reading, verifier: AnswerChecker) -> Verified:
@@ -186,34 +207,12 @@ def verify(reading: Reading, verifier: AnswerChecker) -> Verified:
     return verify_words(reading, verifier)
 
 
-def meanings(reading: Reading, verified: Verified, verifier: AnswerChecker) -> tuple[Hashable, ...]:
-    """[K] equal for answers that mean the same: the same program, the one gold that an answer may
-    be, or the same words. None where nothing was written."""
-    if isinstance(verifier, ProgramRunner):
-        return verified.keys
-    example = reading.prompt.example
-    takes = verifier_for(verifier, example)
-    found: list[Hashable] = []
-    for answer in reading.parsed.answers:
-        golds: Sequence[int] = ()
-        if answer is not None:
-            golds = takes(answer, example.golds)
-        if len(golds) == 1:
-            found.append(golds[0])
-        elif answer is not None:
-            found.append(normalise(answer))
-        else:
-            found.append(None)
-    return tuple(found)
-
-
 def judge_group(
     readings: Sequence[Reading], verdicts: Sequence[Verified], scorer: Scorer
 ) -> list[Judged]:
     """What the terms of the reward see of each completion of one prompt."""
-    group = []
-    for reading, verified in zip(readings, verdicts, strict=True):
-        judged = Judged(
+    group = [
+        Judged(
             parsed=reading.parsed,
             hits=verified.hits,
             repeated=verified.repeated,
@@ -222,10 +221,10 @@ def judge_group(
             spec=scorer.reward,
             text=reading.text,
             num_tokens=len(reading.completion.ids),
+            meanings=verified.keys,
         )
-        if needs_group(scorer.reward):
-            judged = replace(judged, meanings=meanings(reading, verified, scorer.verifier))
-        group.append(judged)
+        for reading, verified in zip(readings, verdicts, strict=True)
+    ]
     if not needs_group(scorer.reward):
         return group
     return [replace(judged, others=(*group[:i], *group[i + 1 :])) for i, judged in enumerate(group)]
@@ -263,7 +262,9 @@ def pay(reading: Reading, verified: Verified, judged: Judged, verifier: AnswerCh
         components=earned.components,
         segment_ids=parsed.segments(reading.token_starts),
         total=earned.total,
+        mass=verified.mass,
         keys=verified.keys,
+        fits=verified.fits,
         unjudged=unjudged,
         parts=earned.parts,
         token_starts=reading.token_starts,
