@@ -13,7 +13,8 @@ from mar.errors import UserError
 from mar.measure.bounds import ceiling_value, posteriors
 from mar.records import Example, Gold, Prompt, Rollout
 from mar.verify.judge import Judge
-from mar.verify.matching import Verifier, matching_increments, normalise, repeats
+from mar.verify.matching import Verifier, matching_increments, repeats
+from mar.verify.normaliser import normalise
 from mar.verify.verifiers import AnswerChecker, verifier_for
 
 Keys = tuple[str | None, ...]

@@ -9,7 +9,7 @@ from typing import Any
 from mar.errors import UserError
 from mar.records import Example, Gold
 from mar.tasks.loading import Candidate, Row, id_of, text_of
-from mar.verify.matching import normalise
+from mar.verify.normaliser import normalise
 
 
 def _readings(row: Row, place: str) -> list[list[str]]:
