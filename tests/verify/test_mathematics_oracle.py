@@ -18,7 +18,7 @@ SCRAPS = [
     *("</think>", "<answer1>", "</answer2>", "<think>", "flu", " ", "\n", "1%", "nan", "1e-9", "<"),
     "<confidence1>0.5</confidence1>",
 ]
-P = r"\s*((?:0?\.[0-9]{1,9}|0|1|1\.0{1,9}))\s*"
+P = r"\s*((?:0?\.[0-9]{1,39}|0|1|1\.0{1,38}))\s*"
 NOTHING = r"((?:(?!</?(?:think|analysis|other|answer[0-9]*|confidence[0-9]*)>)[\s\S])*)"
 
 
