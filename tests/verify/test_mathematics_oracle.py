@@ -23,8 +23,9 @@ NOTHING = r"((?:(?!</?(?:think|analysis|other|answer[0-9]*|confidence[0-9]*)>)[\
 
 
 def plain(text):
-    """Lower case, no punctuation, no articles: enough for the words above."""
-    words = "".join(" " if c in string.punctuation else c for c in text.lower()).split()
+    """Lower case, no punctuation but relations, no articles: enough for the words above."""
+    gone = string.punctuation.translate(str.maketrans("", "", "<>=~"))
+    words = "".join(" " if c in gone else c for c in text.lower()).split()
     return " ".join(w for w in words if w not in ("a", "the")) or " ".join(words)
 
 
