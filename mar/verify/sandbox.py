@@ -86,7 +86,8 @@ class Reply:
 def _command(unsafe: bool) -> tuple[str, ...]:
     """The command line of one sandbox, or of the bare interpreter."""
     python = os.path.realpath(getattr(sys, "_base_executable", sys.executable))
-    child = Path(__file__).with_name("sandbox_child.py").read_text(encoding="utf-8")
+    sources = [Path(__file__).with_name(name) for name in ("program_form.py", "sandbox_child.py")]
+    child = "\n".join(source.read_text(encoding="utf-8") for source in sources)
     interpreter = [python, "-s", "-S", "-P", "-B", "-c", child]
     if unsafe:
         return tuple(interpreter)

@@ -68,6 +68,61 @@ PROGRAMS = {
     "hard-coded": "def double(x): return {2: 4}.get(x, 'abab')",
 }  # fmt: skip
 
+# One solution, HONEST, thirty times: it earns one hit.
+REWRITES = {
+    "itself": "def double(x):\n    return x + x",
+    "another name": "def double(number):\n    return number + number",
+    "comments": "# doubles\ndef double(x):  # twice\n    return (x + x)",
+    "docstring": "def double(x):\n    'Twice.'\n    return x + x",
+    "annotations": "def double(x: object) -> object:\n    return x + x",
+    "pass": "def double(x):\n    pass\n    return x + x",
+    "unused variable": "def double(x):\n    unused = 0\n    return x + x",
+    "unused chain": "def double(x):\n    a = 1\n    b = a + 1\n    c = b * a\n    return x + x",
+    "unused copy": "def double(x):\n    kept = x\n    return x + x",
+    "unused call": "def double(x):\n    size = str(x)\n    return x + x",
+    "unused function": "def half(x):\n    return x / 2\n\ndef double(x):\n    return x + x",
+    "unused inner function": "def double(x):\n    def f(): return 7\n    return x + x",
+    "unused class": "class A:\n    pass\n\ndef double(x):\n    return x + x",
+    "unused import": "import math\nfrom os import path\ndef double(x):\n    return x + x",
+    "unused global": "LIMIT = 10\ndef double(x):\n    return x + x",
+    "dead branch": "def double(x):\n    if False:\n        return 3\n    return x + x",
+    "dead zero": "def double(x):\n    if 0:\n        x = 1\n    return x + x",
+    "live branch": "def double(x):\n    if True:\n        return x + x\n    else:\n        return 1",
+    "dead loop": "def double(x):\n    while False:\n        x = 1\n    return x + x",
+    "empty loop": "def double(x):\n    for i in range(3):\n        j = i\n    return x + x",
+    "one round": "def double(x):\n    while True:\n        return x + x",
+    "behind the return": "def double(x):\n    return x + x\n    return 1",
+    "result in a name": "def double(x):\n    result = x + x\n    return result",
+    "parts in names": "def double(x):\n    a = x\n    b = x\n    return a + b",
+    "reordered parts": "def double(x):\n    b = x\n    u = 1\n    a = x\n    return a + b",
+    "pairs": "def double(x):\n    a, b = x, x\n    return a + b",
+    "overwritten": "def double(x):\n    y = 1\n    y = x + x\n    return y",
+    "in place": "def double(x):\n    return (lambda: x + x)()",
+    "lambda": "double = lambda x: x + x",
+    "second name": "def f(x):\n    return x + x\n\ndouble = f",
+    "raised again": "def double(x):\n    try:\n        return x + x\n    except Exception:\n        raise",
+    "printed": "def double(x):\n    print('doubling', 2)\n    return x + x",
+    "both branches": "def double(x):\n    if x:\n        return x + x\n    else:\n        return x + x",
+    "nothing done": "def double(x):\n    x = x\n    assert True\n    x\n    return x + x",
+}  # fmt: skip
+
+# A longer one: its statements in another order, with other names.
+REORDERED = (
+    "def f(n):\n    a = [1]\n    b = {}\n    for i in range(n):\n        a.append(i)\n        b[i] = 1\n    return a, b",
+    "def f(k):\n    table = {}\n    rows = [1]\n    for j in range(k):\n        table[j] = 1\n        rows.append(j)\n    return rows, table",
+    "def f(n):\n    z = 0\n    b = dict()\n    b = {}\n    a = [1]\n    for i in range(n):\n        z += 1\n        b[i] = 1\n        a.append(i)\n    return a, b",
+)
+
+# Solutions that differ: each earns a hit of its own.
+DISTINCT = {
+    "sum": "def double(x):\n    return x + x",
+    "product": "def double(x):\n    return 2 * x",
+    "loop": "def double(x):\n    y = x\n    for _ in range(1, 2):\n        y = y + x\n    return y",
+    "operator": "import operator\ndef double(x):\n    return operator.add(x, x)",
+    "pair": "def double(x):\n    y = [x, x]\n    return y[0] + y[1]",
+    "cases": "def double(x):\n    if isinstance(x, str):\n        return x + x\n    return x * 2",
+}
+
 # What each finds must be nothing: the expression is 1 where the program got hold of something, else 0.
 PROBES = {
     "password file": "import os\nfound = os.path.exists('/etc/passwd') or os.path.exists('/etc/shadow')",

@@ -12,9 +12,18 @@ import pytest
 from mar.errors import UserError
 from mar.records import Example
 from mar.verify import programs, sandbox
+from mar.verify.program_form import canonical
 from mar.verify.programs import ProgramRunner, Verdict, parse_tests, verify_program
 from mar.verify.sandbox import require_sandbox, run_program
-from tests.helpers.hostile_programs import HONEST, PROBES, PROGRAMS, TESTS
+from tests.helpers.hostile_programs import (
+    DISTINCT,
+    HONEST,
+    PROBES,
+    PROGRAMS,
+    REORDERED,
+    REWRITES,
+    TESTS,
+)
 
 needs_bubblewrap = pytest.mark.skipif(
     not shutil.which("bwrap"), reason="no bubblewrap here (apt-get install bubblewrap)"
@@ -149,7 +158,7 @@ def test_honest_programs_pass_side_by_side():
     variants = [
         HONEST,
         "def double(x):\n    return 2 * x",
-        "double = lambda x: x * 2",
+        "def double(x):\n    y = [x, x]\n    return y[0] + y[1]",
         "def double(x): return x",
     ]
     runner, example = ProgramRunner(), Example("q", "test", "?", (), truth="rule", tests=TESTS)
@@ -166,12 +175,32 @@ def test_honest_programs_pass_side_by_side():
         ("def double(y):  # doubled\n    'Twice.'\n    pass\n    return y + y\n\n", True),
         ("def double(number: int) -> int:\n    return number + number", True),
         ("def double(x):\n    return x * 2", False),
-        ("def double(x):\n    y = x\n    return y + x", False),
+        ("def double(x):\n    y = x\n    return y + x", True),
         ("def double(x):\n    return x + y", False),
     ],
 )
 def test_renaming_does_not_make_a_program_new(other, same):
     assert (run_program(HONEST, []).key == run_program(other, []).key) == same
+
+
+@needs_bubblewrap
+def test_thirty_rewrites_of_a_solution_are_one_program():
+    """Dead code, unused names, another order and other names earn nothing twice."""
+    assert len(REWRITES) >= 30
+    runner, example = ProgramRunner(), Example("q", "test", "?", (), truth="rule", tests=TESTS)
+    runner.submit([(example, program) for program in REWRITES.values()])
+    verdicts = {name: runner.verdict(example, program) for name, program in REWRITES.items()}
+    assert {verdict.outcome for verdict in verdicts.values()} == {"passed"}
+    first = verdicts["itself"].key
+    assert [name for name, verdict in verdicts.items() if verdict.key != first] == []
+
+
+def test_another_order_and_other_names_make_no_program_new():
+    assert len({canonical(program, ("f(3)",)) for program in REORDERED}) == 1
+
+
+def test_solutions_that_differ_stay_distinct():
+    assert len({canonical(program, TESTS) for program in DISTINCT.values()}) == len(DISTINCT)
 
 
 @needs_bubblewrap
