@@ -94,7 +94,7 @@ def bindings(node: object) -> list[str]:
             or isinstance(part, (_ast.ExceptHandler, _ast.MatchAs, _ast.MatchStar))
             and part.name
         ):
-            found.append(part.name)
+            found.append(part.name or "")
         elif isinstance(part, (_ast.Global, _ast.Nonlocal)):
             # more than once: neither copied nor dropped
             found += [*part.names, *part.names]
