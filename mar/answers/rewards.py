@@ -15,7 +15,8 @@ This is `brier=paper`. What the authors released pays the complement instead, `b
 
     format + coverage + brier_weight * [1 - (1/K) sum_k (q_k - y_k)^2]
 
-where the bracket is 0 on a format failure.
+where the bracket is 0 on a format failure. It is 0, too, where the sum rule is broken, which costs
+neither format nor coverage then, and where `duplicates=gate` cancels the coverage.
 
 Why Multi-RLCR is honest: with p_k the probability of y_k = 1 the Brier term is best at q_k = p_k.
 The slot is then worth p_k - p_k (1 - p_k) / K, which grows with p_k: the best set is the K most
@@ -83,12 +84,14 @@ class RewardSpec:
     # one of BRIERS
     brier: str = "paper"
 
-    # confidences, `<other>` included, that sum to more than 1 are a format failure. Right where
-    # one gold is, wrong where several may be
+    # confidences, `<other>` included, that sum to more than 1 are a format failure; with
+    # `brier=released` they cost the bracket alone. Right where one gold is, wrong where several
+    # may be
     sum_rule: bool = False
 
     # `per_slot`: a repeated answer earns nothing. `gate`: any repeat cancels the coverage of the
-    # completion; its Brier term stays, so that repeating is no way out of it
+    # completion; its Brier term stays, so that repeating is no way out of it. The bracket of
+    # `brier=released` is a gain, and goes with the coverage
     duplicates: str = "per_slot"
 
     # a format failure cancels the coverage and is charged the whole Brier term
@@ -226,9 +229,10 @@ def reward(
     # what looks at the whole text
     said = [q for q in (*parsed.confidences, parsed.other) if q is not None]
     breach = spec.sum_rule and math.fsum(said) > 1.0 + SUM_TOLERANCE
-    failed = parsed.reason is not None or breach
+    failed = parsed.reason is not None or (breach and spec.brier != "released")
     gated = spec.gate and failed
-    cancelled = gated or (spec.duplicates == "gate" and any(repeated))
+    repeats_cancel = spec.duplicates == "gate" and any(repeated)
+    cancelled = gated or repeats_cancel
 
     # the total
     format_term = 0.0 if failed else spec.format_weight
@@ -237,7 +241,7 @@ def reward(
     if spec.brier == "paper":
         charged = [1.0 if gated or error is None else error for error in errors.values()]
         brier_term = -unit * math.fsum(charged)
-    elif spec.brier == "released" and not failed:
+    elif spec.brier == "released" and not (failed or breach or repeats_cancel):
         charged = [error for error in errors.values() if error is not None]
         brier_term = spec.brier_weight - unit * math.fsum(charged)
     total = math.fsum([format_term, coverage_term, brier_term])

@@ -80,7 +80,7 @@ c.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int,
 held = 0
 """
 MEMORY = {
-    "System V shared memory": "for _ in range(8):\n    s = c.shmget(0, 128 << 20, 0o1600)\n    if s < 0: break\n    p = c.shmat(s, None, 0)\n    if p in (None, 2**64 - 1): break\n    ctypes.memset(p, 1, 128 << 20); c.shmdt(p); held += 128 << 20",
+    "System V shared memory": "for _ in range(3):\n    s = c.shmget(0, 128 << 20, 0o1600)\n    if s < 0: break\n    p = c.shmat(s, None, 0)\n    if p in (None, 2**64 - 1): break\n    ctypes.memset(p, 1, 128 << 20); c.shmdt(p); held += 128 << 20",
     "System V queues": "for _ in range(2000):\n    q = c.msgget(0, 0o1600)\n    if q < 0: break\n    while held < 1 << 30 and c.msgsnd(q, b'1' + bytes(8000), 7000, 0o4000) == 0: held += 7000",
     "files without a name": "try:\n    for i in range(64):\n        f = os.memfd_create(str(i)); os.write(f, bytes(10**6)); p = c.mmap(None, 10**6, 3, 1, f, 0)\n        os.close(f); held += 10**6\nexcept OSError: pass",
     "forks": "r, w = os.pipe()\ntry:\n    for _ in range(8):\n        if os.fork() == 0:\n            x = bytearray(128 << 20); os.write(w, b'x'); import time; time.sleep(1); os._exit(0)\n        os.read(r, 1); held += 128 << 20\nexcept OSError: pass",
@@ -92,6 +92,15 @@ MEMORY = {
     "sockets": "kept = []\ntry:\n    for _ in range(1000):\n        pair = socket.socketpair(); kept.append(pair); pair[0].setblocking(False); held += pair[0].send(bytes(1 << 17))\nexcept OSError: pass",
     "a namespace with a tmpfs": "if c.unshare(0x10020000) == 0 and c.mount(b'none', b'/tmp', b'tmpfs', 0, b'size=1g') == 0:\n    for i in range(1000): held += open(f'/tmp/{i}', 'wb', 0).write(bytes(10**6))",
 }  # fmt: skip
+
+# Those that are refused: they hold nothing.
+REFUSED_MEMORY = (
+    "System V shared memory",
+    "System V queues",
+    "files without a name",
+    "forks",
+    "a namespace with a tmpfs",
+)
 
 # One solution, HONEST, thirty times: it earns one hit.
 REWRITES = {

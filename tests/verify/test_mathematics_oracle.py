@@ -68,11 +68,15 @@ def best(answers, golds):
 
 
 def oracle(text, golds, K, confident, coverage, brier, sum_rule):
-    """format + coverage - Brier; without the format no coverage, and all of Brier."""
+    """format + coverage - Brier; without the format no coverage, and all of Brier.
+
+    The released reward breaks the sum rule at the cost of its Brier term alone.
+    """
     answers, q, whole = read(text, K, confident)
     totals = [best(answers[:k], golds) for k in range(K + 1)]
     y = [b - a for a, b in itertools.pairwise(totals)]
-    ok = whole and not (sum_rule and sum(c for c in q if c is not None) > 1 + 1e-6)
+    breach = sum_rule and sum(c for c in q if c is not None) > 1 + 1e-6
+    ok = whole and not (breach and brier != "released")
     paid = {
         "sum": sum(y),
         "any": float(any(y)),
@@ -81,7 +85,9 @@ def oracle(text, golds, K, confident, coverage, brier, sum_rule):
     }[coverage]
     error = sum((c - h) ** 2 for c, h in zip(q, y, strict=True)) / K if ok and confident else 1.0
     total = 0.5 * ok + paid * ok
-    return total + {"none": 0.0, "paper": -error, "released": (1 - error) * ok}[brier]
+    return (
+        total + {"none": 0.0, "paper": -error, "released": (1 - error) * (ok and not breach)}[brier]
+    )
 
 
 def completion(rng, K, confident):

@@ -25,6 +25,7 @@ from tests.helpers.hostile_programs import (
     MEMORY,
     PROBES,
     PROGRAMS,
+    REFUSED_MEMORY,
     REORDERED,
     REWRITES,
     TESTS,
@@ -138,6 +139,8 @@ def test_memory_is_bounded_by_whatever_call_it_is_taken(name):
     bound = sandbox.LIMITS["RLIMIT_AS"] + 16 * sandbox.MAX_BYTES
     assert reply.outcome != "infrastructure_error"
     assert reply.outcome != "returned" or reply.values[0] <= bound, reply
+    if name in REFUSED_MEMORY:
+        assert reply.values == (0,), reply
 
 
 @needs_bubblewrap
