@@ -17,7 +17,7 @@ from mar.sample.draws import SamplingParams, stream_key
 from mar.sample.engine import Decode, Generation, Request, generate
 from mar.verify.matching import expected_hits, matching_increments, repeats
 from mar.verify.programs import ProgramRunner
-from mar.verify.verifiers import AnswerChecker, verifier_for
+from mar.verify.verifiers import AnswerChecker, submit_answers, verifier_for
 
 OnCompletion = Callable[[Prompt, Completion], None]
 
@@ -233,13 +233,15 @@ def judge_groups(
         readings.append([read(prompt, c, scorer.grammar, scorer.decode) for c in group])
 
     verifier = scorer.verifier
-    if not isinstance(verifier, str):
-        verifier.submit(
+    submit_answers(
+        verifier,
+        (
             (reading.prompt.example, answer)
             for group in readings
             for reading in group
             for answer in reading.written_answers
-        )
+        ),
+    )
     rollouts = []
     for read_group in readings:
         rollouts.append([pay(reading, scorer) for reading in read_group])
