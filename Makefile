@@ -1,6 +1,6 @@
-# `make` lists the targets. Everything needs Python >= 3.11 and no root; nothing needs a GPU unless it says so.
-#   ARGS=...         more words for the command, e.g. make train ARGS='seed=1 train.steps=100'
-#   TORCH_INDEX=...  the index that torch comes from, e.g. https://download.pytorch.org/whl/cpu
+# `make` lists the targets. They need Python 3.11 or newer and no root; a GPU only where it says so.
+#   ARGS=...         further words for the command: make train ARGS='seed=1 train.steps=100'
+#   TORCH_INDEX=...  where torch comes from, such as https://download.pytorch.org/whl/cpu
 #   PYTHON=...       the interpreter that creates .venv
 .DEFAULT_GOAL := help
 SHELL := /bin/bash
@@ -9,7 +9,7 @@ PYTHON ?= python3
 TORCH_INDEX ?=
 ARGS ?=
 
-# An active environment that already has torch is used as it is; otherwise .venv in this folder is ours.
+# An active environment that already has torch is used as it is; otherwise .venv in this folder.
 ACTIVE := $(abspath $(or $(VIRTUAL_ENV),$(CONDA_PREFIX)))
 HAS_TORCH = import importlib.util as u, sys; sys.exit(u.find_spec("torch") is None)
 ENV := $(CURDIR)/.venv
@@ -28,7 +28,7 @@ PYTEST := $(CPU) $(BIN)/python -m pytest -q
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-setup: $(STAMP) ## create .venv (or use the active environment, if it has torch) and install everything
+setup: $(STAMP) ## install everything into .venv, or into the active environment if it has torch
 
 $(STAMP): pyproject.toml constraints.txt
 ifeq ($(ENV),$(CURDIR)/.venv)
@@ -44,23 +44,23 @@ else
 endif
 	@touch $@
 
-train: setup ## the main job: clinic on this machine, ends with a table (ARGS= for overrides)
+train: setup ## train on this machine for some minutes; ends with a table
 	$(BIN)/python -m mar.train +experiment=medqa $(ARGS)
 
-test: setup ## the tests that a CPU does in at most 3 minutes
+test: setup ## the tests that take at most 3 minutes on a CPU
 	$(PYTEST) -n 2 -m 'not slow and not gpu' $(ARGS)
 
-test-slow: setup ## the other tests that need no GPU
+test-slow: setup ## the slow tests that need no GPU
 	$(PYTEST) -n 2 -m 'slow and not gpu' $(ARGS)
 
-lint: setup ## ruff, mypy, committed tables, and the kernels compiled for two GPUs
+lint: setup ## ruff, mypy, the tables against their logs, the kernels compiled for two GPUs
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check -q .
 	$(BIN)/python -m mypy
 	$(BIN)/python experiments/report.py --check
 	! $(BIN)/python -c 'import triton' 2>/dev/null || $(CPU) PYTHONPATH=kernels $(BIN)/python kernels/compile_report.py --check
 
-format: setup ## let ruff mend what it can
+format: setup ## let ruff fix and format the code
 	$(BIN)/ruff check --fix -q .
 	$(BIN)/ruff format -q .
 
@@ -68,25 +68,25 @@ smoke: setup ## two real steps of the main job, in a temporary folder
 	@out=$$(mktemp -d); trap 'rm -rf "$$out"' EXIT; \
 	$(CPU) $(BIN)/python -m mar.train +experiment=medqa train.steps=2 eval.num_items=16 out="$$out" logger.console=plain
 
-golden: setup ## the committed loss values come out again
+golden: setup ## compare loss values with the committed ones
 	$(PYTEST) -m golden
 
-golden-update: setup ## write the golden values again and show what changed
+golden-update: setup ## write the golden values and show what changed
 	PYTHONPATH=.:kernels $(CPU) $(BIN)/python tests/test_golden.py
 
 bench: setup ## our sampler against transformers.generate (BENCH=--bars: every case)
 	$(BIN)/python experiments/bench/sampler.py $(or $(BENCH),--quick)
 
-report: setup ## the tables of the READMEs again, from the committed logs (stale ones fail `make lint`)
+report: setup ## write the tables of the READMEs from the committed logs
 	$(BIN)/python experiments/report.py
 
-faults: setup ## faults done for real to small runs; with root also full and read-only disks; writes experiments/faults
+faults: setup ## crashes, broken files and, with root, full disks; writes experiments/faults
 	$(CPU) $(BIN)/python -m experiments.faults.run $(ARGS)
 
 faults-quick: setup ## those that need no mount, in at most 5 minutes; writes nothing
 	$(CPU) $(BIN)/python -m experiments.faults.run --quick $(ARGS)
 
-gpu: setup ## the tests that need a CUDA device, then what only such a device can measure
+gpu: setup ## on a CUDA device: its tests, then what only it can measure
 	$(BIN)/python experiments/gpu/first_hour.py
 
-check: lint test test-slow smoke golden ## all of it; what CI runs
+check: lint test test-slow smoke golden ## everything that CI runs

@@ -1,14 +1,24 @@
-"""Write the tables of the Markdown files again from the committed logs they name:  python experiments/report.py [--check]
+"""Make the tables in the Markdown files again, from the committed logs that they name.
 
-A table stands between `<!-- log PATH -->` or `<!-- logs PATH PATH ... -->` and `<!-- end -->`, the paths relative to the repository; a log's
-last line is the JSON document that `mar.train` ends with. One log gives floor, before, after and ceiling; several give a line for each; the tables
-after `<!-- claims -->` and the like are made by the functions in MADE. `--check` writes nothing and exits with 1, naming the files, where
-something is not what its logs say.
+    python experiments/report.py [--check]
+
+A table stands between a marker and `<!-- end -->`. There are three kinds of markers:
+
+    <!-- log PATH -->            floor, before, after and ceiling of one run of `mar.train`
+    <!-- logs PATH PATH ... -->  one line for each run
+    <!-- claims -->              what the function in TABLES makes
+
+A marker may name the rows that it shows, in their order, behind a colon:
+`<!-- log PATH: coverage@3 top1 -->`, `<!-- claims: multi_rlcr base -->`. Paths are relative to
+the repository. The last line of a log is the JSON document that `mar.train` ends with.
+
+`--check` writes nothing; it exits with 1 and names the files where a table differs from its logs.
 """
 
 import json
 import re
 import sys
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +26,9 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from experiments.algorithms import summary as algorithms
-from experiments.claims import confidences, probe, summary
+from experiments.claims import confidences, probe
+from experiments.claims import summary as claims
+from experiments.common.tables import markdown_table
 from experiments.credit import run as credit
 from experiments.ddxplus_smollm2 import constant, profile
 from experiments.ddxplus_smollm2 import summary as ddxplus
@@ -31,32 +43,36 @@ from mar.run.console import format_metric
 
 ROOT = Path(__file__).resolve().parents[1]
 BLOCK = re.compile(
-    r"(?P<open><!-- (?:logs? (?P<paths>[^>]+?)|(?P<made>[a-z ]+)) -->\n).*?(?P<close><!-- end -->)",
+    r"(?P<open><!-- (?:logs? (?P<paths>[^>:]+?)|(?P<table>[a-z ]+))(?:: (?P<rows>[^>]+?))? -->\n)"
+    r".*?"
+    r"(?P<close><!-- end -->)",
     re.DOTALL,
 )
-DDXPLUS = ddxplus.HERE
+STAGES = ("floor", "before", "after", "ceiling")
+OF_SEVERAL = ("coverage@3", "top1", "ece", "q_mse", "repeats_per_set")
+MEDQA_METRICS = (*ddxplus.SET_METRICS, "auroc", "repeats_per_set")
+DDXPLUS_LOGS = ddxplus.HERE / "logs"
 
-MADE = {  # what stands after `<!-- name -->`
-    "claims": summary.markdown,
-    "claims predicted": summary.predicted,
+# Marker -> the function that makes its table.
+TABLES: dict[str, Callable[..., str]] = {
+    "claims": claims.markdown,
+    "claims predicted": claims.predicted,
     "claims confidences": confidences.markdown,
     "claims probe": probe.markdown,
     "peers": peers.markdown,
     "plan tracked": partial(plans.markdown, "tracked"),
     "plan computed": partial(plans.markdown, "computed"),
-    "ddxplus": partial(ddxplus.held_out, DDXPLUS / "logs", 9),
-    "ddxplus learning": partial(ddxplus.learning, DDXPLUS / "logs"),
-    "ddxplus calibration": partial(ddxplus.calibration, DDXPLUS / "logs"),
+    "ddxplus": partial(ddxplus.held_out, DDXPLUS_LOGS, 9),
+    "ddxplus learning": partial(ddxplus.learning, DDXPLUS_LOGS),
+    "ddxplus calibration": partial(ddxplus.calibration, DDXPLUS_LOGS),
     "ddxplus constant": constant.markdown,
     "ddxplus completions": partial(
         ddxplus.to_read,
-        DDXPLUS / "logs/multi_rlcr_completions0.jsonl",
-        DDXPLUS / "logs/rlvr_single_completions0.jsonl",
+        DDXPLUS_LOGS / "multi_rlcr_completions0.jsonl",
+        DDXPLUS_LOGS / "rlvr_single_completions0.jsonl",
     ),
     "ddxplus profile": profile.markdown,
-    "medqa": partial(
-        ddxplus.held_out, medqa.LOGS, 3, (*ddxplus.OF_SETS, "auroc", "repeats_per_set")
-    ),
+    "medqa": partial(ddxplus.held_out, medqa.LOGS, 3, MEDQA_METRICS),
     "medqa learning": partial(ddxplus.learning, medqa.LOGS),
     "generalise": generalise.markdown,
     "two steps": two_steps.markdown,
@@ -74,86 +90,91 @@ MADE = {  # what stands after `<!-- name -->`
 }
 
 
-def table(header: list[str], rows: list[list[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def of_one(end: dict[str, Any]) -> str:
-    """Floor, before, after and ceiling of each metric."""
-    stages = ("floor", "before", "after", "ceiling")
+def of_one(end: dict[str, Any], metrics: Sequence[str] = ()) -> str:
+    """Floor, before, after and ceiling of each metric of one run."""
     coverage = next(iter(end["floor"]))
-    return table(
-        ["", *stages],
-        [[m, *(format_metric(end[stage][m]) for stage in stages)] for m in (coverage, *HEADLINE)],
-    )
+    rows = []
+    for metric in metrics or (coverage, *HEADLINE):
+        cells = [format_metric(end[stage][metric]) for stage in STAGES]
+        rows.append([metric, *cells])
+    return markdown_table(["", *STAGES], rows)
 
 
 def of_several(ends: dict[str, dict[str, Any]]) -> str:
-    """One line for each log."""
-    metrics = ("coverage@3", "top1", "ece", "q_mse", "repeats_per_set")
-    rows = [
-        [
-            log,
-            format_metric(end["gap_closed"]),
-            *(format_metric(end["after"][m]) for m in metrics),
-            f"{end['job_s']:.0f}",
-        ]
-        for log, end in ends.items()
-    ]
-    return table(["log", "gap_closed", *metrics, "seconds"], rows)
+    """One line for each run."""
+    rows = []
+    for log, end in ends.items():
+        cells = [format_metric(end["after"][metric]) for metric in OF_SEVERAL]
+        rows.append([log, format_metric(end["gap_closed"]), *cells, f"{end['job_s']:.0f}"])
+    return markdown_table(["log", "gap_closed", *OF_SEVERAL, "seconds"], rows)
 
 
 def read_end(path: Path) -> dict[str, Any]:
     """The JSON document that closes a log."""
     try:
-        return json.loads(path.read_text(encoding="utf-8").rstrip().rpartition("\n")[2])
+        text = path.read_text(encoding="utf-8")
+        last_line = text.rstrip().rpartition("\n")[2]
+        return json.loads(last_line)
     except FileNotFoundError:
         sys.exit(f"{path}: a README names this log and it is not there")
     except json.JSONDecodeError:
         sys.exit(f"{path}: the last line is no JSON document; the run did not finish")
 
 
+def made_again(block: re.Match[str]) -> str:
+    """A block with its table made from the logs."""
+    rows = block["rows"].split() if block["rows"] else []
+    if block["table"]:
+        make = TABLES[block["table"]]
+        table = make(rows) if rows else make()
+    else:
+        paths = [ROOT / path for path in block["paths"].split()]
+        ends = {path.stem: read_end(path) for path in paths}
+        first = next(iter(ends.values()))
+        table = of_one(first, rows) if len(ends) == 1 else of_several(ends)
+    return f"{block['open']}\n{table}\n\n{block['close']}"
+
+
 def fill(text: str) -> str:
     """The text with all of its tables made again."""
+    return BLOCK.sub(made_again, text)
 
-    def block(match: re.Match[str]) -> str:
-        if match["made"]:
-            made = MADE[match["made"]]()
-        else:
-            ends = {
-                path.stem: read_end(path)
-                for path in (ROOT / path for path in match["paths"].split())
-            }
-            made = of_one(next(iter(ends.values()))) if len(ends) == 1 else of_several(ends)
-        return f"{match['open']}\n{made}\n\n{match['close']}"
 
-    return BLOCK.sub(block, text)
+def pages() -> list[Path]:
+    """The Markdown files that may hold tables."""
+    folders = ("conf", "experiments", "kernels", "mar")
+    readmes = [file for folder in folders for file in ROOT.glob(f"{folder}/**/README.md")]
+    return [ROOT / "README.md", *sorted(readmes)]
+
+
+def check(stale: dict[Path, str]) -> None:
+    for file in stale:
+        print(f"{file.relative_to(ROOT)}: a table differs from its logs; run `make report`")
+    if claims.stale():
+        print(
+            "experiments/claims: results.json and the figures are of other logs; run `make report`"
+        )
+    sys.exit(bool(stale) or claims.stale())
 
 
 def main() -> None:
-    if sys.argv[1:] not in ([], ["--check"]):
-        sys.exit(f"usage: python experiments/report.py [--check], not {' '.join(sys.argv[1:])}")
-    files = [ROOT / "README.md", *sorted(ROOT.glob("experiments/*/README.md"))]
-    stale = {
-        file: made
-        for file in files
-        if (made := fill(text := file.read_text(encoding="utf-8"))) != text
-    }
-    if "--check" in sys.argv[1:]:
-        for file in stale:
-            print(f"{file.relative_to(ROOT)}: a table differs from its logs; run `make report`")
-        if summary.stale():
-            print(
-                "experiments/claims: results.json and the figures are of other logs; run `make report`"
-            )
-        sys.exit(bool(stale) or summary.stale())
-    if summary.stale():
-        summary.write()
+    options = sys.argv[1:]
+    if options not in ([], ["--check"]):
+        sys.exit(f"usage: python experiments/report.py [--check], not {' '.join(options)}")
+    stale = {}
+    for file in pages():
+        text = file.read_text(encoding="utf-8")
+        filled = fill(text)
+        if filled != text:
+            stale[file] = filled
+    if options == ["--check"]:
+        check(stale)
+    if claims.stale():
+        claims.write()
         print("wrote experiments/claims/results.json and figures")
-    for drawn in (peers, algorithms, sweeps, ddxplus):
-        if drawn.HERE / "README.md" in stale:
-            drawn.write()
+    for experiment in (peers, algorithms, sweeps, ddxplus):
+        if experiment.HERE / "README.md" in stale:
+            experiment.write()
     for file, text in stale.items():
         file.write_text(text, encoding="utf-8")
         print(f"wrote {file.relative_to(ROOT)}")

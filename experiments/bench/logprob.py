@@ -1,10 +1,13 @@
-"""linear_logprobs of the CPU (mar_kernels.reference) against log_softmax of full logits: forward and backward, time, memory, gradient error.
+"""linear_logprobs of the CPU (mar_kernels.reference) against log_softmax of full logits: forward
+and backward, time, memory, gradient error.
 
     python experiments/bench/logprob.py [--quick | --bars] [--runs 1]
 
---quick: a small vocabulary (its ratios are not those of the bars). --bars: 4,096 tokens of SmolLM2's width over Qwen3's vocabulary (the default).
-Logits are peaked like a language model's, float32, on one thread. Every measurement is its own process and the sides alternate; memory is the peak
-of resident memory (VmHWM) beyond the inputs and the two gradients. Appends to results/logprob.csv; the last line of stdout is one JSON document.
+--quick: a small vocabulary (its ratios are not those of the bars). --bars: 4,096 tokens of
+SmolLM2's width over Qwen3's vocabulary (the default). Logits are peaked like a language model's,
+float32, on one thread. Every measurement is its own process and the sides alternate; memory is the
+peak of resident memory (VmHWM) beyond the inputs and the two gradients. Appends to
+results/logprob.csv; the last line of stdout is one JSON document.
 """
 
 import argparse
@@ -39,15 +42,18 @@ ERROR_ROWS = 128  # of a block of the float64 gradients
 
 
 def inputs(num_tokens: int, width: int, vocab: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """hidden [N, D], weight [V, D], targets [N] and what arrives from above [N]: logits of spread 3, a target that leads by less or more."""
+    """hidden [N, D], weight [V, D], targets [N] and what arrives from above [N].
+
+    Logits have a spread of 3; the target leads by less or more.
+    """
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(vocab, width, generator=generator).mul_(width**-0.5)
     targets = torch.randint(vocab, (num_tokens,), generator=generator)
     lead = 8 + 16 * torch.rand(num_tokens, 1, generator=generator)
-    hidden = (
-        torch.randn(num_tokens, width, generator=generator).mul_(3).addcmul_(lead, weight[targets])
-    )
-    return hidden, weight, targets, torch.randn(num_tokens, generator=generator) / num_tokens
+    hidden = torch.randn(num_tokens, width, generator=generator).mul_(3)
+    hidden.addcmul_(lead, weight[targets])
+    upstream = torch.randn(num_tokens, generator=generator) / num_tokens
+    return hidden, weight, targets, upstream
 
 
 def full_logits(
@@ -75,20 +81,19 @@ def gradients(
     """Forward and backward; the gradients add up in `hidden.grad` and `weight.grad`."""
     logprobs, entropy = SIDES[side](hidden, weight, targets, with_entropy)
     loss = (logprobs * upstream).sum()
-    (loss if entropy is None else loss + ENTROPY_COEF * entropy.mean()).backward()
+    if entropy is not None:
+        loss = loss + ENTROPY_COEF * entropy.mean()
+    loss.backward()
 
 
 def measure(side: str, with_entropy: bool, size: str) -> dict[str, float]:
     """Seconds and peak bytes beyond the two gradients."""
     hidden, weight, targets, upstream = inputs(*SIZES[size])
-    hidden.requires_grad_(), weight.requires_grad_()
-    gradients(
-        side,
-        with_entropy,
-        *(x.detach()[:8].requires_grad_() for x in (hidden, weight)),
-        targets[:8] % 8,
-        upstream[:8],
-    )
+    hidden.requires_grad_()
+    weight.requires_grad_()
+    # A few tokens warm up.
+    few = [x.detach()[:8].requires_grad_() for x in (hidden, weight)]
+    gradients(side, with_entropy, *few, targets[:8] % 8, upstream[:8])
     with peak_bytes() as peak:
         began = time.perf_counter()
         gradients(side, with_entropy, hidden, weight, targets, upstream)
@@ -97,7 +102,10 @@ def measure(side: str, with_entropy: bool, size: str) -> dict[str, float]:
 
 
 def gradient_error(size: str) -> dict[str, float]:
-    """Largest |ours - exact| over largest |exact| of either gradient, entropy included; exact: log_softmax in float64. And FLOPs."""
+    """Largest |ours - exact| over largest |exact| of either gradient, entropy included. And FLOPs.
+
+    Exact: log_softmax in float64.
+    """
     hidden, weight, targets, upstream = inputs(*SIZES[size])
     exact = [x.double().requires_grad_() for x in (hidden, weight)]
     num_tokens = len(targets)
@@ -105,16 +113,17 @@ def gradient_error(size: str) -> dict[str, float]:
         rows = slice(start, start + ERROR_ROWS)
         logprobs, entropy = full_logits(exact[0][rows], exact[1], targets[rows], True)
         assert entropy is not None
-        ((logprobs * upstream[rows]).sum() + ENTROPY_COEF / num_tokens * entropy.sum()).backward()
-    hidden.requires_grad_(), weight.requires_grad_()
+        loss = (logprobs * upstream[rows]).sum()
+        (loss + ENTROPY_COEF / num_tokens * entropy.sum()).backward()
+    hidden.requires_grad_()
+    weight.requires_grad_()
     with FlopCounterMode(display=False) as flops:
         gradients("ours", True, hidden, weight, targets, upstream)
-    pairs = [(mine.grad, its.grad) for mine, its in zip((hidden, weight), exact, strict=True)]
-    errors = [
-        ((a - b).abs().max() / b.abs().max()).item()
-        for a, b in pairs
-        if a is not None and b is not None
-    ]
+    errors = []
+    for ours, theirs in zip((hidden, weight), exact, strict=True):
+        assert ours.grad is not None and theirs.grad is not None
+        largest_error = (ours.grad - theirs.grad).abs().max()
+        errors.append((largest_error / theirs.grad.abs().max()).item())
     return {
         "grad_error": max(errors),
         "flops_over_nvd": flops.get_total_flops() / (num_tokens * weight.numel()),
@@ -133,14 +142,14 @@ def compare(size: str, with_entropy: bool, runs: int) -> dict[str, Any]:
     for _ in range(runs):
         for side in SIDES:
             found[side].append(child(size, side, str(int(with_entropy))))
-    medians = {
-        side: {k: statistics.median(r[k] for r in rows) for k in rows[0]}
-        for side, rows in found.items()
-    }
+    medians = {}
+    for side, rows in found.items():
+        medians[side] = {key: statistics.median(row[key] for row in rows) for key in rows[0]}
     name = "with entropy" if with_entropy else "log-probability"
     for side, row in medians.items():
+        mib = row["bytes"] / 2**20
         print(
-            f"{name:16s} {side:12s} {row['seconds']:7.2f} s   {row['bytes'] / 2**20:8.0f} MiB beyond the gradients",
+            f"{name:16s} {side:12s} {row['seconds']:7.2f} s   {mib:8.0f} MiB beyond the gradients",
             flush=True,
         )
     return medians
@@ -158,16 +167,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     torch.set_num_threads(1)
     if args.child:
         size, what, *rest = args.child
-        print(
-            json.dumps(
-                gradient_error(size) if what == "error" else measure(what, rest == ["1"], size)
-            )
-        )
+        found = gradient_error(size) if what == "error" else measure(what, rest == ["1"], size)
+        print(json.dumps(found))
         return
     quiet_machine()
     size = "quick" if args.quick else "bars"
-    plain, entropy = (compare(size, with_entropy, args.runs) for with_entropy in (False, True))
-    ours, theirs = plain["ours"], plain["log_softmax"]
+    plain = compare(size, False, args.runs)
+    entropy = compare(size, True, args.runs)
+    ours = plain["ours"]
+    theirs = plain["log_softmax"]
     ratios = {
         "memory_ratio": theirs["bytes"] / ours["bytes"],
         "time_ratio": ours["seconds"] / theirs["seconds"],
@@ -175,11 +183,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         **child(size, "error"),
     }
     for name, value in ratios.items():
-        print(
-            f"{name:20s} {value:10.3g}  "
-            + (f"bar {BARS[name]}" if name in BARS and size == "bars" else "")
-        )
-    record(RESULTS, list(ratios), {"N{} D{} V{}".format(*SIZES[size]): list(ratios.values())})
+        bar = f"bar {BARS[name]}" if name in BARS and size == "bars" else ""
+        print(f"{name:20s} {value:10.3g}  {bar}")
+    N, D, V = SIZES[size]
+    record(RESULTS, list(ratios), {f"N{N} D{D} V{V}": list(ratios.values())})
     print(json.dumps({"logprob": ratios}))
 
 

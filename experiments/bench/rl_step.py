@@ -1,7 +1,10 @@
-"""One side of the comparison of whole RL steps (sample, verify, update):  python -m experiments.bench.rl_step ours|trl random|smollm2 P G R RUNS
+"""One side of the comparison of whole RL steps (sample, verify, update).
 
-Says {"ready": ...} when it is warm, then makes one step for each line of its input and answers with {"seconds": ..., "bytes": ...}: how long it took,
-and the peak of resident memory in it over what was resident before the warm-up (optimizer state, activations, caches). `step.py` asks both in turn.
+    python -m experiments.bench.rl_step ours|trl random|smollm2 P G R RUNS
+
+Says {"ready": ...} when it is warm, then makes one step for each line of its input and answers with
+{"seconds": ..., "bytes": ...}: how long it took, and the peak of resident memory in it over what
+was resident before the warm-up (optimizer state, activations, caches). `step.py` asks both in turn.
 """
 
 import json
@@ -16,9 +19,9 @@ from typing import Any
 import torch
 
 from experiments.bench.common import reset_peak, resident_bytes
-from mar.learn.losses import reinforce
-from mar.policy.attention import pack_groups
+from mar.learn.losses import policy_gradient
 from mar.policy.model import Decoder, ModelConfig
+from mar.policy.packing import pack_groups
 from mar.policy.sources import resolve_model
 from mar.policy.weights import load_model, save_model
 from mar.run.compose import compose
@@ -65,20 +68,17 @@ class Steps:
 
     def end(self, note: dict[str, Any]) -> None:
         taken = time.perf_counter() - self.began
-        said = (
-            {"seconds": taken, "bytes": resident_bytes("VmHWM") - self.before}
-            if self.warm
-            else {"ready": note}
-        )
+        answer: dict[str, Any] = {"ready": note}
+        if self.warm:
+            answer = {"seconds": taken, "bytes": resident_bytes("VmHWM") - self.before}
         self.warm = True
-        print(json.dumps(said, default=str), flush=True)
+        print(json.dumps(answer, default=str), flush=True)
 
 
 def random_prompt(length: int, seed: int) -> list[int]:
     """Ids that every vocabulary here has."""
-    return torch.randint(
-        2, VOCAB, (length,), generator=torch.Generator().manual_seed(seed)
-    ).tolist()
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(2, VOCAB, (length,), generator=generator).tolist()
 
 
 def verify(ids: list[int]) -> float:
@@ -87,24 +87,24 @@ def verify(ids: list[int]) -> float:
 
 
 def steps_of_ours(folder: Path, P: int, G: int, R: int, runs: int) -> None:
-    model, steps = load_model(folder), Steps()
+    model = load_model(folder)
+    steps = Steps()
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR, betas=BETAS, weight_decay=0.0)
     params = SamplingParams(R, 1.0, ())
 
     def step(index: int) -> None:
         prompt = random_prompt(P, index)
-        request = Request(tuple(prompt), tuple(stream_key("bench", index, g) for g in range(G)))
-        completions = [s.ids.tolist() for s in generate(model, [request], params, 10**7).groups[0]]
+        keys = tuple(stream_key("bench", index, g) for g in range(G))
+        generated = generate(model, [Request(tuple(prompt), keys)], params, 10**7)
+        completions = [sampled.ids.tolist() for sampled in generated.groups[0]]
         rewards = torch.tensor([[verify(ids)] for ids in completions], dtype=torch.float64)
+        weight = torch.ones(1, dtype=torch.float64)
         zeros = torch.zeros(G, R, dtype=torch.int64)
-        advantages = answer_advantages(
-            rewards, torch.ones(1, dtype=torch.float64), zeros[:, :1], zeros, zeros[:, 0]
-        )
+        advantages = answer_advantages(rewards, weight, zeros[:, :1], zeros, zeros[:, 0])
         logprobs, _, _ = model(pack_groups([prompt], [completions]))
+        token_weights = torch.full_like(logprobs, 1 / (G * R))
         optimizer.zero_grad()
-        reinforce(
-            logprobs, advantages.flatten().float(), torch.full_like(logprobs, 1 / (G * R))
-        ).backward()
+        policy_gradient(logprobs, advantages.flatten().float(), token_weights).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
         optimizer.step()
 
@@ -128,7 +128,9 @@ def word_tokenizer(vocab: int) -> Any:
 
 
 def steps_of_trl(folder: Path, P: int, G: int, R: int, runs: int) -> None:
-    """TRL at its best CPU settings: float32, no activation checkpointing, no reference model, one update a batch."""
+    """TRL at its best CPU settings: float32, no activation checkpointing, no reference model, one
+    update a batch.
+    """
     import datasets
     import transformers
     import trl
@@ -140,25 +142,43 @@ def steps_of_trl(folder: Path, P: int, G: int, R: int, runs: int) -> None:
             steps.begin()
 
         def on_step_end(self, *_: Any, **__: Any) -> None:
-            steps.end(
-                {
-                    key: value
-                    for key, value in config.to_dict().items()
-                    if not key.endswith(("_dir", "run_name"))
-                }
-            )
+            # Paths and names of this run are left out.
+            told = {}
+            for key, value in config.to_dict().items():
+                if not key.endswith(("_dir", "run_name")):
+                    told[key] = value
+            steps.end(told)
 
     def reward(completion_ids: list[list[int]], **_: Any) -> list[float]:
         return [verify(ids) for ids in completion_ids]
 
     with tempfile.TemporaryDirectory() as out:
         config = trl.GRPOConfig(
-            output_dir=out, use_cpu=True, bf16=False, gradient_checkpointing=False, beta=0.0, num_iterations=1,
-            num_generations=G, per_device_train_batch_size=G, gradient_accumulation_steps=1, max_steps=runs + 1,
-            max_completion_length=R, generation_kwargs={"min_new_tokens": R}, temperature=1.0, scale_rewards="none",
-            learning_rate=LR, adam_beta1=BETAS[0], adam_beta2=BETAS[1], weight_decay=0.0, max_grad_norm=CLIP,
-            lr_scheduler_type="constant", save_strategy="no", report_to="none", logging_strategy="no", disable_tqdm=True,
-        )  # fmt: skip
+            output_dir=out,
+            use_cpu=True,
+            bf16=False,
+            gradient_checkpointing=False,
+            beta=0.0,
+            num_iterations=1,
+            num_generations=G,
+            per_device_train_batch_size=G,
+            gradient_accumulation_steps=1,
+            max_steps=runs + 1,
+            max_completion_length=R,
+            generation_kwargs={"min_new_tokens": R},
+            temperature=1.0,
+            scale_rewards="none",
+            learning_rate=LR,
+            adam_beta1=BETAS[0],
+            adam_beta2=BETAS[1],
+            weight_decay=0.0,
+            max_grad_norm=CLIP,
+            lr_scheduler_type="constant",
+            save_strategy="no",
+            report_to="none",
+            logging_strategy="no",
+            disable_tqdm=True,
+        )
         model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
         prompts = [" ".join(f"w{i}" for i in random_prompt(P, index)) for index in range(runs + 1)]
         trainer = trl.GRPOTrainer(

@@ -1,9 +1,11 @@
-"""Our sampler against transformers.generate: same weights, threads, sampling parameters and stop rule; tokens up to the stop are counted.
+"""Our sampler against transformers.generate: same weights, threads, sampling parameters and stop
+rule; tokens up to the stop are counted.
 
     python experiments/bench/sampler.py [--quick | --bars | --continuous] [--runs 3]
 
---quick: counts and the embedded model, on one thread. --bars: SmolLM2-135M too, on all cores. The two run alternately in one process, medians are
-shown. Appends to results/sampler.csv; the last line of stdout is one JSON document. --continuous: transformers' continuous batching against its
+--quick: counts and the embedded model, on one thread. --bars: SmolLM2-135M too, on all cores. The
+two run alternately in one process, medians are shown. Appends to results/sampler.csv; the last line
+of stdout is one JSON document. --continuous: transformers' continuous batching against its
 generate, and nothing else (psutil is needed: the extra `bench`).
 """
 
@@ -41,7 +43,9 @@ PLENTY = 10**7
 
 @dataclass(frozen=True)
 class Case:
-    """Prompts x samples, how long each completion may be, and which token ends it (None: the limits alone)."""
+    """Prompts x samples, how long each completion may be, and which token ends it (None: the limits
+    alone).
+    """
 
     name: str
     model: str
@@ -145,7 +149,9 @@ def run_theirs(model: Any, case: Case, seed: int) -> int:
 
 
 class CountOps(TorchDispatchMode):
-    """How often each aten operator runs, views included; `computing`: how many of them are no views."""
+    """How often each aten operator runs, views included; `computing`: how many of them are no
+    views.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -163,7 +169,9 @@ class CountOps(TorchDispatchMode):
 
 
 def count(run: Callable[[Case], Any], case: Case) -> tuple[int, int]:
-    """aten ops of one decode step (the difference between 17 and 16 new tokens), FLOPs of the whole generation."""
+    """aten ops of one decode step (the difference between 17 and 16 new tokens), FLOPs of the whole
+    generation.
+    """
     case, ops = replace(case, limits=None, stop_id=None), []
     for tokens in (16, 17):
         with CountOps() as counter:
@@ -175,8 +183,10 @@ def count(run: Callable[[Case], Any], case: Case) -> tuple[int, int]:
 
 
 def counts(ours: Any, theirs: Any, case: Case) -> dict[str, float]:
-    """What no noise touches: operators, FLOPs, bytes of the KV cache against one that keeps every row's prompt, and how full the slots are kept
-    when 10 times as much waits as fits, of lengths that vary 10 times."""
+    """What no noise touches: operators, FLOPs, bytes of the KV cache against one that keeps every
+    row's prompt, and how full the slots are kept when 10 times as much waits as fits, of lengths
+    that vary 10 times.
+    """
     (our_ops, our_flops), (their_ops, their_flops) = (
         count(lambda c: run_ours(ours, c, 0), case),
         count(lambda c: run_theirs(theirs, c, 0), case),
@@ -210,18 +220,25 @@ def counts(ours: Any, theirs: Any, case: Case) -> dict[str, float]:
 
 
 def roofline(model: Any, rows: int, context: int, step_s: float) -> dict[str, float]:
-    """How near a decode step of `rows` rows comes to what this machine attains: its linear layers at this row count, each at the better of
-    `x @ W.T` and `W @ x.T`, and the keys and values read at the measured bandwidth. And the same FLOPs at the speed of one large product."""
-    weights: dict[tuple[int, ...], list[torch.Tensor]] = {}
-    for weight in (*(p for p in model.blocks.parameters() if p.ndim == 2), model.head_weight):
-        weights.setdefault(tuple(weight.shape), []).append(weight.detach())
-    linear_s, flops = 0.0, 0.0
-    for (out, size), same in weights.items():
-        x, columns = torch.randn(rows, size), torch.randn(size, rows)
-        of_rows = seconds(lambda same=same, x=x: [x @ w.T for w in same], 5)
-        of_columns = seconds(lambda same=same, columns=columns: [w @ columns for w in same], 5)
-        linear_s += min(of_rows, of_columns)
-        flops += 2.0 * rows * out * size * len(same)
+    """How near a decode step of `rows` rows comes to what this machine attains: its linear layers
+    at this row count, each at the better of `x @ W.T` and `W @ x.T`, and the keys and values read
+    at the measured bandwidth. And the same FLOPs at the speed of one large product.
+    """
+    of_shape: dict[tuple[int, ...], list[torch.Tensor]] = {}
+    matrices = [p for p in model.blocks.parameters() if p.ndim == 2]
+    for weight in (*matrices, model.head_weight):
+        of_shape.setdefault(tuple(weight.shape), []).append(weight.detach())
+    linear_s = 0.0
+    flops = 0.0
+    for (out, size), weights in of_shape.items():
+        x = torch.randn(rows, size)
+        columns = torch.randn(size, rows)
+        by_rows = seconds(lambda weights=weights, x=x: [x @ w.T for w in weights], 5)
+        by_columns = seconds(
+            lambda weights=weights, columns=columns: [w @ columns for w in weights], 5
+        )
+        linear_s += min(by_rows, by_columns)
+        flops += 2.0 * rows * out * size * len(weights)
     big = torch.randn(1 << 26)
     bandwidth = big.numel() * 4 / seconds(big.sum, 5)
     config = model.config
@@ -237,20 +254,30 @@ def roofline(model: Any, rows: int, context: int, step_s: float) -> dict[str, fl
 
 
 def require_the_same_policy(case: Case, ours: Any, theirs: Any) -> None:
-    """Exit where their model finds other probabilities for tokens that ours drew: what is fast must also be right."""
-    groups = sample_case(ours, replace(case, max_tokens=12, limits=None, stop_id=None), 0).groups
-    for prompt, sampled in ((case.prompts[i], group[-1]) for i, group in enumerate(groups[:2])):
+    """Exit where their model finds other probabilities for tokens that ours drew: what is fast must
+    also be right.
+    """
+    few_tokens = replace(case, max_tokens=12, limits=None, stop_id=None)
+    groups = sample_case(ours, few_tokens, 0).groups
+    # The last completion of each of the first two prompts.
+    for prompt, group in zip(case.prompts[:2], groups[:2], strict=True):
+        sampled = group[-1]
+        ids = torch.from_numpy(sampled.ids)
         with torch.inference_mode():
-            logits = theirs(torch.tensor([[*prompt, *sampled.ids.tolist()]])).logits[
-                0, len(prompt) - 1 : -1
-            ]
-        expected = logits.log_softmax(-1).gather(1, torch.from_numpy(sampled.ids)[:, None])[:, 0]
-        if not torch.allclose(torch.from_numpy(sampled.full_logprobs), expected, rtol=0, atol=1e-3):
+            all_logits = theirs(torch.tensor([[*prompt, *ids.tolist()]])).logits[0]
+        logits = all_logits[len(prompt) - 1 : -1]
+        expected = logits.log_softmax(-1).gather(1, ids[:, None])[:, 0]
+        ours_logprobs = torch.from_numpy(sampled.full_logprobs)
+        if not torch.allclose(ours_logprobs, expected, rtol=0, atol=1e-3):
             sys.exit(f"{case.name}: log-probabilities of sampled tokens differ from transformers'")
 
 
 def compare(case: Case, ours: Any, theirs: Any, runs: int) -> dict[str, float]:
-    """Medians in tokens a second. One token each warms both up; where all completions are equally long it is also measured, as the prefill."""
+    """Medians in tokens a second.
+
+    One token each warms both up; where all completions are equally long it is also measured, as the
+    prefill.
+    """
     torch.set_num_threads(case.threads)
     sides = {
         "ours": lambda seed: run_ours(ours, case, seed),
@@ -280,7 +307,9 @@ def compare(case: Case, ours: Any, theirs: Any, runs: int) -> dict[str, float]:
 
 
 def continuous(theirs: Any, case: Case) -> dict[str, float]:
-    """transformers against itself, tokens a second: `generate_batch` (a paged cache, new prompts in freed rows) and `generate`."""
+    """transformers against itself, tokens a second: `generate_batch` (a paged cache, new prompts in
+    freed rows) and `generate`.
+    """
     torch.set_num_threads(case.threads)
     settings = transformers.GenerationConfig(
         max_new_tokens=case.max_tokens,

@@ -1,9 +1,11 @@
-"""Weak scaling on one machine: the same training step on 1 and on 2 one-thread ranks, each with as many prompts of its own.
+"""Weak scaling on one machine: the same training step on 1 and on 2 one-thread ranks, each with as
+many prompts of its own.
 
     python experiments/bench/scaling.py [--ranks 1,2] [--steps 6]
 
-Shows seconds of a step by part. Communication is what the collectives of rank 0 took, waiting for the other ranks included, measured in steps of
-their own under the profiler; it is part of the other columns. The last line of stdout is one JSON document; results/scaling.csv has the history.
+Shows seconds of a step by part. Communication is what the collectives of rank 0 took, waiting for
+the other ranks included, measured in steps of their own under the profiler; it is part of the other
+columns. The last line of stdout is one JSON document; results/scaling.csv has the history.
 """
 
 import argparse

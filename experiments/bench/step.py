@@ -1,10 +1,12 @@
-"""The training step: prompts shared against a copy of the prompt per row, and the whole RL step against TRL's GRPOTrainer.
+"""The training step: prompts shared against a copy of the prompt per row, and the whole RL step
+against TRL's GRPOTrainer.
 
     python experiments/bench/step.py [--quick | --bars] [--runs 2]
 
---quick: FLOPs and the smallest case. --bars: every case (the default); TRL's where `trl` is installed (pip install -e '.[bench]'). A random Qwen3 of
-6.8M parameters, and SmolLM2-135M; float32, one thread, lengths forced to be equal. TRL's resolved configuration goes to results/trl_config.json.
-Appends to results/step.csv; the last line of stdout is one JSON document.
+--quick: FLOPs and the smallest case. --bars: every case (the default); TRL's where `trl` is
+installed (pip install -e '.[bench]'). A random Qwen3 of 6.8M parameters, and SmolLM2-135M; float32,
+one thread, lengths forced to be equal. TRL's resolved configuration goes to
+results/trl_config.json. Appends to results/step.csv; the last line of stdout is one JSON document.
 """
 
 import argparse
@@ -24,28 +26,30 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from experiments.bench.common import alternate, quiet_machine, record
 from experiments.bench.rl_step import SIDES, VOCAB, policy, random_prompt
-from mar.policy.attention import pack_groups
+from mar.policy.packing import pack_groups
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = Path(__file__).parent / "results" / "step.csv"
 TRL_CONFIG = RESULTS.with_name("trl_config.json")
-BARS = {"shared_frac": ">= 0.85", "growth_g4_g32": "<= 3.2", "trl_p512_g8": ">= 4", "trl_p512_g32": ">= 6",
-        "trl_p256_g16": ">= 2.5", "trl_smollm2": ">= 3", "memory_ratio": ">= 2"}  # fmt: skip
-SHARED = [
-    (512, 8, 64),
-    (512, 32, 64),
-    (256, 16, 128),
-]  # prompt tokens, group size, completion tokens
+BARS = {
+    "shared_frac": ">= 0.85",
+    "growth_g4_g32": "<= 3.2",
+    "trl_p512_g8": ">= 4",
+    "trl_p512_g32": ">= 6",
+    "trl_p256_g16": ">= 2.5",
+    "trl_smollm2": ">= 3",
+    "memory_ratio": ">= 2",
+}
+# Prompt tokens, group size, completion tokens.
+SHARED = [(512, 8, 64), (512, 32, 64), (256, 16, 128)]
 WHOLE = {
     "trl_p512_g8": ("random", 512, 8, 64),
     "trl_p512_g32": ("random", 512, 32, 64),
     "trl_p256_g16": ("random", 256, 16, 128),
     "trl_smollm2": ("smollm2", 256, 8, 64),
 }
-SLOW = (
-    "trl_p512_g32",
-    "trl_smollm2",
-)  # half a minute a step: one is timed, after one that warms up
+# Half a minute a step: one is timed, after one that warms up.
+SLOW = ("trl_p512_g32", "trl_smollm2")
 
 
 def train_step(
@@ -54,11 +58,10 @@ def train_step(
     """Forward and backward of one group; 1.0 for `alternate`."""
     prompt = random_prompt(prompt_tokens, 0)
     completions = [random_prompt(completion_tokens, 1 + g) for g in range(group_size)]
-    packed = (
-        pack_groups([prompt], [completions])
-        if shared
-        else pack_groups([prompt] * group_size, [[c] for c in completions])
-    )
+    if shared:
+        packed = pack_groups([prompt], [completions])
+    else:
+        packed = pack_groups([prompt] * group_size, [[ids] for ids in completions])
     model.zero_grad()
     model(packed)[0].mean().backward()
     return 1.0
@@ -75,15 +78,16 @@ def shared_frac(model: Any, case: tuple[int, int, int], runs: int) -> dict[str, 
     P, G, R = case
     tokens = G * (P + R) / (P + G * R)
     sides = {
-        name: lambda _, s=name == "shared": train_step(model, *case, s)
-        for name in ("shared", "per_row")
+        "shared": lambda _: train_step(model, *case, True),
+        "per_row": lambda _: train_step(model, *case, False),
     }
     alternate(1, sides)
     speeds = {name: statistics.median(found) for name, found in alternate(runs, sides).items()}
     ratio = speeds["shared"] / speeds["per_row"]
     of_flops = flops(model, case, False) / flops(model, case, True)
     print(
-        f"P{P} G{G} R{R}: per row / shared x{ratio:.2f}, in FLOPs x{of_flops:.2f}, in tokens x{tokens:.2f}",
+        f"P{P} G{G} R{R}: per row / shared x{ratio:.2f}, in FLOPs x{of_flops:.2f}, "
+        f"in tokens x{tokens:.2f}",
         flush=True,
     )
     return {"time": ratio / tokens, "flops": of_flops / tokens}
@@ -99,15 +103,11 @@ def growth(model: Any, runs: int) -> float:
 
 def whole_step(case: tuple[str, int, int, int], runs: int) -> dict[str, list[dict[str, float]]]:
     """What `rl_step` says of each step of either side, each in its own process, one step in turn."""
-    children, found = {}, dict[str, list[dict[str, float]]]()
+    children = {}
+    found: dict[str, list[dict[str, float]]] = {}
+    numbers = [str(number) for number in (*case, runs)]
     for side in SIDES:
-        command = [
-            sys.executable,
-            "-m",
-            "experiments.bench.rl_step",
-            side,
-            *map(str, (*case, runs)),
-        ]
+        command = [sys.executable, "-m", "experiments.bench.rl_step", side, *numbers]
         children[side] = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT
         )
@@ -152,40 +152,39 @@ def main(arguments: Sequence[str] | None = None) -> None:
     }
     if not args.quick:
         found["growth_g4_g32"] = growth(model, args.runs)
-    trl = importlib.util.find_spec("trl") is not None
-    why = (
-        "not with --quick"
-        if args.quick
-        else ""
-        if trl
-        else "left out, trl is not installed: pip install -e '.[bench]'"
-    )
-    print(f"whole steps against TRL: {why}")
-    for name, case in WHOLE.items() if trl and not args.quick else ():
-        sides = whole_step(case, 1 if name in SLOW else args.runs)
-        middle = {
-            side: {k: statistics.median(s[k] for s in steps) for k in steps[0]}
-            for side, steps in sides.items()
-        }
-        found[name], memory = (middle["trl"][k] / middle["ours"][k] for k in ("seconds", "bytes"))
-        found["memory_ratio"] = min(memory, found.get("memory_ratio", memory))
-        told = "; ".join(
-            f"{side} {m['seconds']:.2f} s, {m['bytes'] / 2**20:,.0f} MiB"
-            for side, m in middle.items()
-        )
-        print(f"{name}: {told}", flush=True)
+    if args.quick:
+        print("whole steps against TRL: not with --quick")
+    elif importlib.util.find_spec("trl") is None:
+        print("whole steps against TRL: left out, trl is not installed: pip install -e '.[bench]'")
+    else:
+        print("whole steps against TRL: ")
+        found |= against_trl(args.runs)
     for name, value in found.items():
-        print(f"{name:16s} {value:8.3g}  " + (f"bar {BARS[name]}" if name in BARS else ""))
+        bar = f"bar {BARS[name]}" if name in BARS else ""
+        print(f"{name:16s} {value:8.3g}  {bar}")
     record(RESULTS, ["value"], {name: [value] for name, value in found.items()})
-    print(
-        json.dumps(
-            {
-                "step": found,
-                "parameters": sum(p.numel() for p in model.parameters()),
-                "vocab": VOCAB,
-            }
-        )
-    )
+    parameters = sum(p.numel() for p in model.parameters())
+    print(json.dumps({"step": found, "parameters": parameters, "vocab": VOCAB}))
+
+
+def against_trl(runs: int) -> dict[str, float]:
+    """TRL's seconds over ours of each case, and the least of their ratios of memory."""
+    found: dict[str, float] = {}
+    for name, case in WHOLE.items():
+        sides = whole_step(case, 1 if name in SLOW else runs)
+        medians = {}
+        for side, steps in sides.items():
+            medians[side] = {key: statistics.median(s[key] for s in steps) for key in steps[0]}
+        ours = medians["ours"]
+        theirs = medians["trl"]
+        found[name] = theirs["seconds"] / ours["seconds"]
+        memory = theirs["bytes"] / ours["bytes"]
+        found["memory_ratio"] = min(memory, found.get("memory_ratio", memory))
+        shown = []
+        for side, row in medians.items():
+            shown.append(f"{side} {row['seconds']:.2f} s, {row['bytes'] / 2**20:,.0f} MiB")
+        print(f"{name}: {'; '.join(shown)}", flush=True)
+    return found
 
 
 if __name__ == "__main__":

@@ -1,11 +1,16 @@
-"""What q_mse is made of, what the model knows, and what supervision would make of its confidences.
+"""What q_mse is made of, what the model knows, and what supervision would make of it.
 
-    python -m experiments.claims.confidences runs/claims/multi_rlcr_700_exact/seed0 [--steps 500]      # a run of run.py; writes confidences.jsonl
+    python -m experiments.claims.confidences runs/claims/multi_rlcr_700_exact/seed0 [--steps 500]
 
-`as trained`: the policy on held-out patients, ten sets each, drawn as in training or at a low temperature. `rated by ...`: the former, each answer
-rated with the probability that the untrained model gives to it when asked for one answer; `... most probable answers`: these, a set a patient. The
-`taught` are copies of the policy that learn by supervision: sets that the policy writes for fresh patients, each confidence replaced by the exact
-probability of its answer.
+takes a run of run.py and writes confidences.jsonl. Its policies:
+
+- `as trained`: the run's, on held-out patients, ten sets each, drawn as in training or at a low
+  temperature;
+- `rated by ...`: the former, each answer rated with the probability that the untrained model
+  gives to it when asked for one answer;
+- `... most probable answers`: these, a set a patient;
+- `taught ...`: copies of the policy that learn by supervision: sets that the policy writes for
+  fresh patients, each confidence replaced by the exact probability of its answer.
 """
 
 import argparse
@@ -21,7 +26,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from experiments.claims.summary import grid
+from experiments.common.tables import markdown_table
 from mar.answers.grammar import Grammar, render
 from mar.answers.prompts import build_prompt, load_tokenizer
 from mar.errors import UserError, exit_code
@@ -30,9 +35,9 @@ from mar.learn.optim import clip_gradients, learning_rate, make_optimizer, set_l
 from mar.measure.answer_sets import Item, item_of_rollouts, item_of_texts
 from mar.measure.bounds import coverage_bounds, gap_closed
 from mar.measure.metrics import AnswerArrays, compute_metrics
-from mar.policy.attention import pack_groups
 from mar.policy.lora import merge
 from mar.policy.model import Decoder
+from mar.policy.packing import pack_groups
 from mar.policy.sources import environment, resolve_model
 from mar.policy.weights import load_model
 from mar.records import Example, Prompt
@@ -46,20 +51,23 @@ from mar.verify.normaliser import normalise
 
 RESULT = Path(__file__).parent / "confidences.jsonl"
 WHOLE = ("gap_closed", "coverage@3", "coverage@30", "ece", "q_mse", "tv_distance")
-SETS, COOL = 10, 0.3  # sets per held-out patient, a low temperature
-FRESH = 1000  # added to the run's seed for other patients than its own
+# Sets of each held-out patient.
+SETS = 10
+LOW_TEMPERATURE = 0.3
+# Added to the run's seed, for other patients than its own.
+FRESH = 1000
+RATE_OF_ALL_PARAMETERS = 4e-4
 
 
 def whole(items: Sequence[Item], examples: Sequence[Example]) -> dict[str, float | None]:
-    """The metrics of WHOLE; None: one set has no coverage@30."""
-    found = {
-        name: statistic.value(statistic.columns.sum(0)).item()
-        for name, statistic in compute_metrics(AnswerArrays(items, True)).items()
-    }
+    """The metrics of WHOLE; None where one set a patient does not have them."""
+    found = {}
+    for name, statistic in compute_metrics(AnswerArrays(items, True)).items():
+        found[name] = statistic.value(statistic.columns.sum(0)).item()
     known = coverage_bounds(examples, 3)
-    closed = (
-        gap_closed(found["coverage@3"], known["floor"][2], known["ceiling"][2]) if known else None
-    )
+    closed = None
+    if known:
+        closed = gap_closed(found["coverage@3"], known["floor"][2], known["ceiling"][2])
     return {"gap_closed": closed, **{name: found.get(name) for name in WHOLE[1:]}}
 
 
@@ -74,76 +82,94 @@ def written(
     temperature: float = 1.0,
 ) -> list[Item]:
     """Sets that the model writes, judged; each answer with its exact probability."""
-    p = training.held_out
-    params = replace(p.params, temperature=temperature)
+    held_out = training.held_out
+    scorer = held_out.scorer
     groups, _ = sample(
         model,
         prompts,
         num_sets,
-        params,
-        p.kv_budget_tokens,
+        replace(held_out.params, temperature=temperature),
+        held_out.kv_budget_tokens,
         (training.config.seed, stage, step),
-        decode=p.scorer.decode,
+        decode=scorer.decode,
     )
-    judged = judge_groups(prompts, groups, p.scorer)
-    return [
-        item_of_rollouts(prompt, group, p.scorer.verifier)
-        for prompt, group in zip(prompts, judged, strict=True)
-    ]
+    items = []
+    for prompt, rollouts in zip(prompts, judge_groups(prompts, groups, scorer), strict=True):
+        items.append(item_of_rollouts(prompt, rollouts))
+    return items
 
 
 def parts(items: Sequence[Item], slots: Sequence[int]) -> dict[str, float | None]:
-    """The mean of (q - p)^2 over answers in these slots, and its two parts over those that a patient got twice or more (None: nobody did), both
-    unbiased: `drawn`, the variance of what is said of one answer in the same slot, and `expected`, the squared error of its mean. `constant`: the
-    least that one confidence for all patients can have, the variance of p in a slot."""
-    of_one: dict[Any, list[tuple[float, float]]] = defaultdict(list)
+    """The mean of (q - p)^2 over the answers in these slots, and what it is made of.
+
+    Over the answers that a patient got twice or more in the same slot (None if nobody did), it is
+    the sum of two parts, both estimated without bias: `drawn`, the variance of q, and `expected`,
+    the squared error of its mean. `constant` is the least that one confidence for all patients can
+    have: the variance of p in a slot.
+    """
+    # (patient, slot, answer) -> (q, p) of each time that it was given.
+    given: dict[Any, list[tuple[float, float]]] = defaultdict(list)
     for item in items:
-        for s in (s for s in item.sets if s.reason is None):
+        for answer_set in item.sets:
+            if answer_set.reason is not None:
+                continue
             for slot in slots:
-                of_one[item.id, slot, s.keys[slot]].append(
-                    (s.confidences[slot] or 0.0, s.mass[slot])
-                )
-    several = [np.array(values) for values in of_one.values() if len(values) > 1]
-    counts = np.array([len(v) for v in several])
-    drawn = np.array([v[:, 0].var(ddof=1) for v in several])
-    error = np.array([(v[:, 0] - v[:, 1]).mean() ** 2 for v in several])
-    mass = {
-        slot: [p for (_, at, _), values in of_one.items() if at == slot for _, p in values]
-        for slot in slots
-    }
+                q = answer_set.confidences[slot] or 0.0
+                given[item.id, slot, answer_set.keys[slot]].append((q, answer_set.mass[slot]))
+    squared_errors = [(q - p) ** 2 for pairs in given.values() for q, p in pairs]
+
+    of_slot: dict[int, list[float]] = {slot: [] for slot in slots}
+    for (_, slot, _), pairs in given.items():
+        of_slot[slot] += [p for _, p in pairs]
+
+    drawn, expected = _drawn_and_expected(list(given.values()))
     return {
-        "q_mse": float(np.mean([(q - p) ** 2 for values in of_one.values() for q, p in values])),
-        "drawn": float(np.average(drawn, weights=counts)) if several else None,
-        "expected": float(np.average(error - drawn / counts, weights=counts)) if several else None,
-        "constant": float(np.mean([np.var(values) for values in mass.values()])),
+        "q_mse": float(np.mean(squared_errors)),
+        "drawn": drawn,
+        "expected": expected,
+        "constant": float(np.mean([np.var(masses) for masses in of_slot.values()])),
     }
+
+
+def _drawn_and_expected(
+    given: Sequence[Sequence[tuple[float, float]]],
+) -> tuple[float | None, float | None]:
+    """The two parts of `parts`, over answers given at least twice, weighted by how often."""
+    several = [np.array(pairs) for pairs in given if len(pairs) > 1]
+    if not several:
+        return None, None
+    counts = np.array([len(pairs) for pairs in several])
+    variance = np.array([pairs[:, 0].var(ddof=1) for pairs in several])
+    squared_error = np.array([(pairs[:, 0] - pairs[:, 1]).mean() ** 2 for pairs in several])
+    # The squared error of a mean of n draws holds variance / n of its own.
+    drawn = np.average(variance, weights=counts)
+    expected = np.average(squared_error - variance / counts, weights=counts)
+    return float(drawn), float(expected)
 
 
 def teach(
     training: Training, student: Decoder, trainable: str, peak: float, steps: int, tokenizer: Any
 ) -> None:
-    """Cross-entropy to sets of the run's policy with exact confidences; as many patients and sets a step as the run had. Answers are taught
-    along: left alone they would drift."""
+    """Cross-entropy to sets of the run's policy with exact confidences.
+
+    As many patients and sets a step as the run had. Answers are taught as well, because they would
+    drift if they were left alone.
+    """
     optimizer = make_optimizer(student, peak, (0.9, 0.95), 1e-8, 0.0, trainable)
-    grammar, stop = training.scorer.grammar, tokenizer.eos_token_id
+    grammar = training.scorer.grammar
+    teacher = training.learner.policy
+    num_sets = training.config.algo.group_size
     for step in range(steps):
-        prompts = training.prompts.of_step(step)
-        items = written(
-            training,
-            training.learner.policy,
-            prompts,
-            training.config.algo.group_size,
-            "taught",
-            step,
-        )
-        texts = [
-            [render(grammar, [*map(str, s.answers)], s.mass) for s in item.sets if s.reason is None]
-            for item in items
-        ]
-        rows = [
-            [[*tokenizer(text, add_special_tokens=False)["input_ids"], stop] for text in group]
-            for group in texts
-        ]
+        prompts = training.prompt_order.of_step(step)
+        rows = []
+        for item in written(training, teacher, prompts, num_sets, "taught", step):
+            of_item = []
+            for answer_set in item.sets:
+                if answer_set.reason is None:
+                    answers = [str(answer) for answer in answer_set.answers]
+                    text = render(grammar, answers, answer_set.mass)
+                    of_item.append(ids_of(text, tokenizer))
+            rows.append(of_item)
         loss = -student(pack_groups([p.ids for p in prompts], rows))[0].mean()
         optimizer.zero_grad()
         loss.backward()
@@ -154,72 +180,67 @@ def teach(
             print(f"  step {step + 1}/{steps}  nats a token {loss.item():.4f}", flush=True)
 
 
+def ids_of(text: str, tokenizer: Any) -> list[int]:
+    """The tokens of a completion, the stop token included."""
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return [*ids, tokenizer.eos_token_id]
+
+
 @torch.no_grad()
 def known(training: Training, base: Decoder, tokenizer: Any) -> list[dict[str, float]]:
-    """For each held-out patient the probability that the untrained model, asked for one answer, gives to each condition."""
-    single, noun = (
-        Grammar("rlvr_single", 1, thinking=False),
-        get_task(training.config.data.task).noun,
-    )
-    names = sorted(
-        {gold.name for prompt in training.held_out.prompts for gold in prompt.example.golds}
-    )
-    rows = [
-        [
-            *tokenizer(render(single, [name]), add_special_tokens=False)["input_ids"],
-            tokenizer.eos_token_id,
-        ]
-        for name in names
-    ]
-    out = []
-    for prompt in training.held_out.prompts:
-        logprobs = base(
-            pack_groups([build_prompt(prompt.example, single, tokenizer, noun).ids], [rows])
-        )[0]
-        out.append(
-            {
-                name: row.sum().exp().item()
-                for name, row in zip(names, logprobs.split([len(row) for row in rows]), strict=True)
-            }
-        )
-    return out
+    """What the untrained model believes of each held-out patient.
+
+    Condition -> the probability that the model gives to it when asked for one answer.
+    """
+    single = Grammar("rlvr_single", 1, thinking=False)
+    noun = get_task(training.config.data.task).noun
+    prompts = training.held_out.prompts
+    names = sorted({gold.name for prompt in prompts for gold in prompt.example.golds})
+    rows = [ids_of(render(single, [name]), tokenizer) for name in names]
+    lengths = [len(row) for row in rows]
+    beliefs = []
+    for prompt in prompts:
+        asked = build_prompt(prompt.example, single, tokenizer, noun)
+        logprobs = base(pack_groups([asked.ids], [rows]))[0]
+        belief = {}
+        for name, of_name in zip(names, logprobs.split(lengths), strict=True):
+            belief[name] = of_name.sum().exp().item()
+        beliefs.append(belief)
+    return beliefs
 
 
 def rated(items: Sequence[Item], beliefs: Sequence[dict[str, float]]) -> list[Item]:
-    """The items with each confidence replaced by the model's probability of the answer before it; 0 for a repeat, and for what is no condition."""
-    out = []
+    """The items with each confidence replaced by the model's probability of its answer.
+
+    0 for a repeat, and for what is no condition.
+    """
+    found = []
     for item, belief in zip(items, beliefs, strict=True):
         of_key = {normalise(name): p for name, p in belief.items()}
-        said = (
-            [
-                0.0 if again else of_key.get(str(key), 0.0)
-                for key, again in zip(s.keys, s.repeated, strict=True)
-            ]
-            for s in item.sets
-        )
-        sets = (
-            s if s.reason else replace(s, confidences=tuple(q))
-            for s, q in zip(item.sets, said, strict=True)
-        )
-        out.append(replace(item, sets=tuple(sets)))
-    return out
+        sets = []
+        for answer_set in item.sets:
+            if answer_set.reason:
+                sets.append(answer_set)
+                continue
+            confidences = []
+            for key, is_repeat in zip(answer_set.keys, answer_set.repeated, strict=True):
+                confidences.append(0.0 if is_repeat else of_key.get(str(key), 0.0))
+            sets.append(replace(answer_set, confidences=tuple(confidences)))
+        found.append(replace(item, sets=tuple(sets)))
+    return found
 
 
 def most_probable(training: Training, beliefs: Sequence[dict[str, float]]) -> list[Item]:
-    """One set a patient: the answers that the model finds the most probable, with these probabilities."""
-    p = training.held_out
-    chosen = [
-        sorted(belief, key=belief.__getitem__)[::-1][: p.scorer.grammar.num_answers]
-        for belief in beliefs
-    ]
-    texts = [
-        render(p.scorer.grammar, names, [belief[name] for name in names])
-        for names, belief in zip(chosen, beliefs, strict=True)
-    ]
-    return [
-        item_of_texts(prompt, [(text, 0)], p.scorer.grammar, p.scorer.verifier)
-        for prompt, text in zip(p.prompts, texts, strict=True)
-    ]
+    """One set a patient: the answers that the model finds most probable, with what it believes."""
+    held_out = training.held_out
+    grammar = held_out.scorer.grammar
+    items = []
+    for prompt, belief in zip(held_out.prompts, beliefs, strict=True):
+        ascending = sorted(belief, key=belief.__getitem__)
+        names = ascending[::-1][: grammar.num_answers]
+        text = render(grammar, names, [belief[name] for name in names])
+        items.append(item_of_texts(prompt, [(text, 0)], grammar, held_out.scorer.verifier))
+    return items
 
 
 def policies(folder: Path, steps: int) -> Iterator[tuple[str, int, list[Item], list[Example]]]:
@@ -227,83 +248,68 @@ def policies(folder: Path, steps: int) -> Iterator[tuple[str, int, list[Item], l
     display = Display("plain", 0, 0)
     display.console.quiet = True
     config = load_config(folder / "config.yaml", [])
-    fresh = replace(
-        config, seed=config.seed + FRESH, train=replace(config.train, steps=max(1, steps))
-    )
+    num_steps = max(1, steps)
+    fresh = replace(config, seed=config.seed + FRESH, train=replace(config.train, steps=num_steps))
     base, _ = resolve_model(config.model.source, config.model.name, config.model.path)
-    training, tokenizer, found = (
-        build_training(fresh, base, display),
-        load_tokenizer(base),
-        checkpoint.newest(folder / "checkpoints"),
-    )
-    if found is None or not (training.scorer.grammar.confident and training.scorer.grammar.multi):
+    training = build_training(fresh, base, display)
+    tokenizer = load_tokenizer(base)
+    found = checkpoint.newest(folder / "checkpoints")
+    grammar = training.scorer.grammar
+    if found is None or not (grammar.confident and grammar.multi):
         raise UserError(
-            f"{folder} has no checkpoint, or a policy without sets and confidences: take a finished run of multi_rlcr"
+            f"{folder} has no checkpoint, or a policy without sets and confidences: "
+            "take a finished run of multi_rlcr"
         )
-    checkpoint.restore_weights(found, training.learner.policy)
+    policy = training.learner.policy
+    checkpoint.restore_weights(found, policy)
     prompts = training.held_out.prompts
-    examples = [p.example for p in prompts]
-    items, beliefs = (
-        written(training, training.learner.policy, prompts, SETS, "held out", 0),
-        known(training, load_model(base), tokenizer),
-    )
+    examples = [prompt.example for prompt in prompts]
+
+    def held_out_sets(model: Decoder, temperature: float = 1.0) -> list[Item]:
+        return written(training, model, prompts, SETS, "held out", 0, temperature)
+
+    items = held_out_sets(policy)
+    beliefs = known(training, load_model(base), tokenizer)
     yield "as trained", 0, items, examples
-    yield (
-        f"as trained, temperature {COOL}",
-        0,
-        written(training, training.learner.policy, prompts, SETS, "held out", 0, COOL),
-        examples,
-    )
+    cool_items = held_out_sets(policy, LOW_TEMPERATURE)
+    yield f"as trained, temperature {LOW_TEMPERATURE}", 0, cool_items, examples
     yield "rated by the untrained model's answers", 0, rated(items, beliefs), examples
-    yield (
-        "the untrained model's most probable answers",
-        0,
-        most_probable(training, beliefs),
-        examples,
-    )
-    rates = {
-        "same parameters": (config.model.lr, config.model.trainable),
-        "all parameters": (4e-4, ""),
-    }
-    for name, (peak, trainable) in rates.items() if steps else ():
-        print(name, flush=True)
-        student = (
-            copy.deepcopy(training.learner.policy)
-            if name == "same parameters"
-            else merge(copy.deepcopy(training.learner.policy))
-        )
-        teach(training, student, trainable, peak, steps, tokenizer)
-        yield (
-            f"taught, {name}",
-            steps,
-            written(training, student, prompts, SETS, "held out", 0),
-            examples,
-        )
+    probable = most_probable(training, beliefs)
+    yield "the untrained model's most probable answers", 0, probable, examples
+    if not steps:
+        return
+
+    print("same parameters", flush=True)
+    student = copy.deepcopy(policy)
+    teach(training, student, config.model.trainable, config.model.lr, steps, tokenizer)
+    yield "taught, same parameters", steps, held_out_sets(student), examples
+
+    print("all parameters", flush=True)
+    student = merge(copy.deepcopy(policy))
+    teach(training, student, "", RATE_OF_ALL_PARAMETERS, steps, tokenizer)
+    yield "taught, all parameters", steps, held_out_sets(student), examples
+
+
+def shown(value: float | None) -> str:
+    """Three digits that count."""
+    if value is None:
+        return "–"
+    return f"{value:.3f}" if value >= 0.1 else f"{value:.4f}"
 
 
 def markdown(file: Path = RESULT) -> str:
     """A line for each policy of each run."""
     lines = []
-    for row in map(json.loads, file.read_text(encoding="utf-8").splitlines()):
-        columns = {name: row[name] for name in WHOLE if name != "coverage@3"} | {
-            "first slot": row["slots"][0]["q_mse"]
-        }
-        columns |= {
-            "drawn": row["parts"]["drawn"],
-            "of the mean": row["parts"]["expected"],
-            "one for all": row["parts"]["constant"],
-        }
-        lines.append(
-            [
-                row["run"],
-                row["policy"],
-                *(
-                    "–" if v is None else f"{v:.3f}" if v >= 0.1 else f"{v:.4f}"
-                    for v in columns.values()
-                ),
-            ]
-        )
-    return grid(("run", "policy", *columns), lines)
+    for text in file.read_text(encoding="utf-8").splitlines():
+        row = json.loads(text)
+        columns = {name: row[name] for name in WHOLE if name != "coverage@3"}
+        columns["first slot"] = row["slots"][0]["q_mse"]
+        columns["drawn"] = row["parts"]["drawn"]
+        columns["of the mean"] = row["parts"]["expected"]
+        columns["one for all"] = row["parts"]["constant"]
+        cells = [shown(value) for value in columns.values()]
+        lines.append([row["run"], row["policy"], *cells])
+    return markdown_table(["run", "policy", *columns], lines)
 
 
 def main() -> None:
@@ -314,27 +320,23 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=500, help="of supervision; 0: none of it")
     args = parser.parse_args()
     run = f"{args.run.parent.name}/{args.run.name}"
-    rows = {
-        (row["run"], row["policy"]): row
-        for row in (read_jsonl(RESULT)[0] if RESULT.exists() else [])
-    }
+    rows = {}
+    if RESULT.exists():
+        for row in read_jsonl(RESULT)[0]:
+            rows[row["run"], row["policy"]] = row
     for name, steps, items, examples in policies(args.run, args.steps):
-        told = {
+        row = {
             "run": run,
             "policy": name,
             "steps": steps,
             **environment(),
             **whole(items, examples),
-        }
-        rows[run, name] = told | {
             "parts": parts(items, (0, 1, 2)),
             "slots": [parts(items, (slot,)) for slot in range(3)],
         }
+        rows[run, name] = row
         write_jsonl(RESULT, rows.values())
-        print(
-            json.dumps({key: rows[run, name][key] for key in ("policy", *WHOLE, "parts")}),
-            flush=True,
-        )
+        print(json.dumps({key: row[key] for key in ("policy", *WHOLE, "parts")}), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,15 @@
-"""Where does the untrained model know how probable an answer is?  python -m experiments.claims.probe      # writes probe.json, a minute or two
+"""Where does the untrained model know how probable an answer is?
 
-Probes read its state after each of its layers, at two places of a set of three answers: `answer`, where it is about to write the first one (a
-linear probe of the whole posterior), and `confidence`, where it is about to rate it (how probable is what it just wrote? a linear probe, and one with
-a hidden layer of 256). The answers are draws from the exact posterior; the patients of the probes' training are not those they are measured on.
+    python -m experiments.claims.probe      # writes probe.json, a minute or two
+
+Probes read its state after each of its layers, at two places of a set of three answers:
+
+- `answer`, where it is about to write the first one: a linear probe of the whole posterior;
+- `confidence`, where it is about to rate it: how probable is what it just wrote? A linear probe,
+  and one with a hidden layer of 256.
+
+The answers are draws from the exact posterior. The probes are measured on other patients than
+those that they were trained on.
 """
 
 import json
@@ -14,12 +21,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from experiments.claims.summary import grid
+from experiments.common.tables import markdown_table
 from mar.answers.grammar import Grammar
 from mar.answers.prompts import build_prompt, load_tokenizer
 from mar.files import write_json
-from mar.policy.attention import chunks, pack_groups
 from mar.policy.model import Decoder
+from mar.policy.packing import chunks, pack_groups
 from mar.policy.sources import environment, resolve_model
 from mar.policy.weights import load_model
 from mar.records import Example
@@ -27,93 +34,101 @@ from mar.tasks.loading import Source
 from mar.tasks.registry import get_task
 
 RESULT = Path(__file__).parent / "probe.json"
-TRAINING, HELD_OUT, SEED = (
-    8000,
-    1000,
-    2_000_000,
-)  # patients, and a seed that no run and no lesson has
-SETS, AT_ONCE = Grammar("rlcr_multi", 3, thinking=False), 8192
+# Patients of the probes' training, and those that they are measured on.
+TRAINING = 8000
+HELD_OUT = 1000
+# Patients that no run and no demonstration has.
+SEED = 2_000_000
+SETS = Grammar("rlcr_multi", 3, thinking=False)
+# Tokens of one forward pass.
+AT_ONCE = 8192
 
 
 @torch.no_grad()
 def states(
     model: Decoder, tokenizer: Any, noun: str, examples: Sequence[Example]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """States [places, layers, n, width] after the embedding and each layer; exact posteriors [n, conditions]; which condition was drawn as the first
-    answer [n], and the probability with which the model writes its name [n] (no name begins with another)."""
+    """What the probes read and what they are to find, of n patients.
+
+    States [places, layers, n, D] after the embedding and each layer; exact posteriors
+    [n, conditions]; which condition was drawn as the first answer [n]; and the probability with
+    which the model writes its name [n] (no name begins with another).
+    """
+
+    def ids_of(text: str) -> list[int]:
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+
     layers: list[Tensor] = []
-    hooks = [model.blocks[0].register_forward_pre_hook(lambda _, args: layers.append(args[0]))]
-    hooks += [
-        block.register_forward_hook(lambda _, args, out: layers.append(out))
-        for block in model.blocks
-    ]
-    rng, opening = (
-        np.random.default_rng(0),
-        tokenizer(SETS.elements[0].opening, add_special_tokens=False)["input_ids"],
-    )
+    first = model.blocks[0]
+    hooks = [first.register_forward_pre_hook(lambda _, args: layers.append(args[0]))]
+    for block in model.blocks:
+        hooks.append(block.register_forward_hook(lambda _, args, out: layers.append(out)))
+
+    rng = np.random.default_rng(0)
     posterior = np.array([[gold.probability for gold in e.golds] for e in examples])
     drawn = [int(rng.choice(len(p), p=p / p.sum())) for p in posterior]
-    prompts = [list(build_prompt(e, SETS, tokenizer, noun).ids) for e in examples]
+
+    # Each row: the opening tag, the drawn answer, and the tags up to its confidence.
+    opening = SETS.elements[0].opening
     closing = SETS.elements[0].closing + SETS.elements[1].opening
-    ends = len(tokenizer(closing, add_special_tokens=False)["input_ids"])
-    texts = [
-        SETS.elements[0].opening + e.golds[i].name + closing
-        for e, i in zip(examples, drawn, strict=True)
-    ]
-    rows = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
-    found, said = [], []
+    num_opening = len(ids_of(opening))
+    num_closing = len(ids_of(closing))
+    prompts = [list(build_prompt(e, SETS, tokenizer, noun).ids) for e in examples]
+    rows = []
+    for example, i in zip(examples, drawn, strict=True):
+        rows.append(ids_of(opening + example.golds[i].name + closing))
+
+    found, written = [], []
     for part in chunks(range(len(examples)), [len(p) for p in prompts], AT_ONCE):
-        packed = pack_groups(
-            [prompts[i] for i in part], [[[*rows[i], 0]] for i in part]
-        )  # the last token is a target only
+        # The last token of a row is only a target.
+        packed = pack_groups([prompts[i] for i in part], [[[*rows[i], 0]] for i in part])
         layers.clear()
         logprobs = model(packed)[0].split([len(rows[i]) + 1 for i in part])
-        places = [
-            (start + len(opening) - 1, start + length - 1) for start, length, _ in packed.rows
-        ]
-        found.append(
-            torch.stack(
-                [torch.stack([x[[p[which] for p in places]] for x in layers]) for which in (0, 1)]
-            )
-        )
-        said += [row[len(opening) : -1 - ends].sum().exp() for row in logprobs]
+        answer_at = [start + num_opening - 1 for start, _, _ in packed.rows]
+        confidence_at = [start + length - 1 for start, length, _ in packed.rows]
+        answers = torch.stack([states[answer_at] for states in layers])
+        confidences = torch.stack([states[confidence_at] for states in layers])
+        found.append(torch.stack([answers, confidences]))
+        for row in logprobs:
+            of_name = row[num_opening : -1 - num_closing]
+            written.append(of_name.sum().exp())
     for hook in hooks:
         hook.remove()
     return (
         torch.cat(found, 2),
         torch.tensor(posterior, dtype=torch.float32),
         torch.tensor(drawn),
-        torch.stack(said),
+        torch.stack(written),
     )
 
 
 def of_posterior(
     train: Tensor, target: Tensor, held_out: Tensor, truth: Tensor, drawn: Tensor
 ) -> dict[str, float]:
-    """A linear probe of the posterior, on held-out states: KL in nats from the exact one, and the mean squared error of the drawn
-    answer's probability."""
-    mean, std = train.mean(0), train.std(0) + 1e-6
+    """A linear probe of the posterior, on held-out states.
+
+    KL in nats from the exact one, and the mean squared error of the drawn answer's probability.
+    """
+    mean = train.mean(0)
+    std = train.std(0) + 1e-6
     probe = nn.Linear(train.shape[1], target.shape[1])
     nn.init.zeros_(probe.weight)
     optimizer = torch.optim.LBFGS(probe.parameters(), max_iter=300, line_search_fn="strong_wolfe")
 
     def loss() -> Tensor:
         optimizer.zero_grad()
-        out = (
-            -(target * probe((train - mean) / std).log_softmax(-1)).sum(-1).mean()
-            + 1e-4 * probe.weight.square().sum()
-        )
-        out.backward()
-        return out
+        logprobs = probe((train - mean) / std).log_softmax(-1)
+        cross_entropy = -(target * logprobs).sum(-1).mean()
+        total = cross_entropy + 1e-4 * probe.weight.square().sum()
+        total.backward()
+        return total
 
     optimizer.step(loss)  # type: ignore[arg-type]
     with torch.no_grad():
-        said = probe((held_out - mean) / std).log_softmax(-1)
-        kl = (torch.special.xlogy(truth, truth) - truth * said).sum(-1).mean().item()
-        return {
-            "kl": kl,
-            "of_drawn": ((said.exp() - truth).gather(1, drawn[:, None]) ** 2).mean().item(),
-        }
+        logprobs = probe((held_out - mean) / std).log_softmax(-1)
+        kl = (torch.special.xlogy(truth, truth) - truth * logprobs).sum(-1).mean()
+        of_drawn = (logprobs.exp() - truth).gather(1, drawn[:, None])
+        return {"kl": kl.item(), "of_drawn": (of_drawn**2).mean().item()}
 
 
 def errors(train: Tensor, target: Tensor, held_out: Tensor, truth: Tensor) -> dict[str, float]:
@@ -121,16 +136,20 @@ def errors(train: Tensor, target: Tensor, held_out: Tensor, truth: Tensor) -> di
     from sklearn.linear_model import RidgeCV  # an extra
     from sklearn.neural_network import MLPRegressor
 
-    mean, std = train.mean(0), train.std(0) + 1e-6
-    x, at = ((train - mean) / std).numpy(), ((held_out - mean) / std).numpy()
-    ridge = RidgeCV(np.logspace(-2, 4, 7)).fit(x, target.numpy())
+    mean = train.mean(0)
+    std = train.std(0) + 1e-6
+    x = ((train - mean) / std).numpy()
+    held_out_x = ((held_out - mean) / std).numpy()
+    linear = RidgeCV(np.logspace(-2, 4, 7)).fit(x, target.numpy())
     hidden = MLPRegressor(
         hidden_layer_sizes=(256,), alpha=1e-2, early_stopping=True, random_state=0, max_iter=200
-    ).fit(x, target.numpy())
-    return {
-        name: float(np.mean((probe.predict(at) - truth.numpy()) ** 2))
-        for name, probe in (("linear", ridge), ("hidden", hidden))
-    }
+    )
+    hidden.fit(x, target.numpy())
+
+    def error(probe: Any) -> float:
+        return float(np.mean((probe.predict(held_out_x) - truth.numpy()) ** 2))
+
+    return {"linear": error(linear), "hidden": error(hidden)}
 
 
 def markdown(file: Path = RESULT) -> str:
@@ -141,40 +160,42 @@ def markdown(file: Path = RESULT) -> str:
         "linear": "confidence: error",
         "hidden": "with a hidden layer",
     }
-    layers = json.loads(file.read_text(encoding="utf-8"))["layers"]
-    lines = [
-        [str(row["layer"] or "embedding"), *(f"{row[key]:.3f}" for key in columns)]
-        for row in layers
-    ]
-    return grid(("after layer", *columns.values()), lines)
+    lines = []
+    for row in json.loads(file.read_text(encoding="utf-8"))["layers"]:
+        depth = str(row["layer"] or "embedding")
+        lines.append([depth, *(f"{row[key]:.3f}" for key in columns)])
+    return markdown_table(["after layer", *columns.values()], lines)
 
 
 def main() -> None:
     torch.manual_seed(0)
     folder, _ = resolve_model("embedded", "embedded", None)
-    model, tokenizer, task = load_model(folder), load_tokenizer(folder), get_task("clinic")
-    parts = [
-        task.load(Source("embedded", split, n, SEED)).examples
-        for split, n in (("train", TRAINING), ("validation", HELD_OUT))
-    ]
-    (train, posterior, drawn, _), (held_out, exact, chosen, said) = (
-        states(model, tokenizer, task.noun, part) for part in parts
-    )
-    p, truth = posterior.gather(1, drawn[:, None])[:, 0], exact.gather(1, chosen[:, None])[:, 0]
+    model = load_model(folder)
+    tokenizer = load_tokenizer(folder)
+    task = get_task("clinic")
+
+    def read(split: str, num: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        examples = task.load(Source("embedded", split, num, SEED)).examples
+        return states(model, tokenizer, task.noun, examples)
+
+    train, posterior, drawn, _ = read("train", TRAINING)
+    held_out, exact, chosen, written = read("validation", HELD_OUT)
+    target = posterior.gather(1, drawn[:, None])[:, 0]
+    truth = exact.gather(1, chosen[:, None])[:, 0]
     layers = []
     for layer in range(train.shape[1]):
-        row = {
-            "layer": layer,
-            **of_posterior(train[0, layer], posterior, held_out[0, layer], exact, chosen),
-        }
-        layers.append(row | errors(train[1, layer], p, held_out[1, layer], truth))
+        of_answer = of_posterior(train[0, layer], posterior, held_out[0, layer], exact, chosen)
+        of_confidence = errors(train[1, layer], target, held_out[1, layer], truth)
+        layers.append({"layer": layer, **of_answer, **of_confidence})
         print(json.dumps(layers[-1]), flush=True)
-    told = {
+    document = {
+        **environment(),
         "patients": [TRAINING, HELD_OUT],
         "variance": truth.var().item(),
-        "own_answers": ((said - truth) ** 2).mean().item(),
+        "own_answers": ((written - truth) ** 2).mean().item(),
+        "layers": layers,
     }
-    write_json(RESULT, {**environment(), **told, "layers": layers})
+    write_json(RESULT, document)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,15 @@
-"""Every gradient estimator against the exact policy gradient, without sampling:  python experiments/credit/run.py [--quick] [--answers 4]
+"""Every gradient estimator against the exact policy gradient, without sampling.
 
-A tabular softmax policy writes two answers with confidences, one token a step. All of its completions are enumerated, also malformed, truncated,
-repeating and shorter ones, and with them all ordered groups of G. Rewards, credit, advantages, weights and losses are the project's own functions;
-only the probability of each group, a factor on its weights, is put in here. The last line of stdout is one JSON document.
+    python experiments/credit/run.py [--quick] [--answers 4]
+
+A tabular softmax policy writes two answers with confidences, one token a step. All of its
+completions are enumerated, also malformed, truncated, repeating and shorter ones, and with them
+all ordered groups of G. Rewards, credit, advantages, weights and losses are the project's own
+functions; only the probability of each group, a factor on its weights, comes from here. The last
+line of stdout is one JSON document.
+
+Shapes: n completions, S states of the policy, A actions of a state, T tokens, G completions of a
+group, n^G groups.
 """
 
 import argparse
@@ -11,7 +18,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -22,7 +29,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from experiments.claims.summary import grid
+from experiments.common.tables import markdown_table
 from mar.answers.grammar import Grammar
 from mar.answers.rewards import RewardSpec, first_open
 from mar.learn.advantages import (
@@ -32,7 +39,7 @@ from mar.learn.advantages import (
     with_truncation_rule,
 )
 from mar.learn.batch import Batch, make_batch
-from mar.learn.losses import LOSSES, kl_k1, token_weights
+from mar.learn.losses import LOSSES, LossInputs, kl_k1, token_weights
 from mar.policy.sources import environment
 from mar.records import Completion, Example, Gold, Prompt, Rollout
 from mar.sample.rollout import Scorer, judge_groups
@@ -41,20 +48,26 @@ MAX_TOKENS = 5
 RESULTS = Path(__file__).with_name("results.json")
 GATED = RewardSpec(sum_rule=True, duplicates="gate")
 UNGATED = RewardSpec(gate=False)
+FORMAT_GATED = RewardSpec()
 KL_COEF = 0.1
 
 
 @dataclass(frozen=True)
 class Estimator:
-    """One row of the table. An estimator that is not `biased` has a stated scale, (G - 1)/G for the mean baseline and 1 for the others, over the
-    longest completion; a biased one is compared after its best factor."""
+    """One row of the table.
+
+    An estimator that is not `biased` is compared after its stated scale: (G - 1)/G for the mean
+    baseline and 1 for the others, over the longest completion. A biased one is compared after its
+    best factor.
+    """
 
     credit: str = "to_go"
     baseline: str = "leave_one_out"
     scale_by: str = "none"
     aggregation: str = "constant"
     loss: str = "reinforce"
-    target: str = "mean"  # of rewards, with a KL cost, or the best of two: `mean`, `kl`, `best`
+    # The mean reward (`mean`), with a KL cost (`kl`), or the best of two (`best`).
+    target: str = "mean"
     truncated: str = "keep"
     resample: bool = False
     biased: bool = False
@@ -87,7 +100,11 @@ ESTIMATORS = {
 
 
 class Toy:
-    """The policy and all n completions. `answers` x `confidences` choices in each of two slots; `well_formed` is the log-odds against a break."""
+    """The policy and all n completions.
+
+    `answers` x `confidences` choices in each of two slots; `well_formed` is the log-odds against a
+    break of the form.
+    """
 
     def __init__(
         self,
@@ -97,57 +114,71 @@ class Toy:
         confidences: int = 3,
         well_formed: float = 1.0,
     ):
-        self.grammar, self.spec = Grammar("rlcr_multi", 2, layout, thinking=False), spec
-        written = [
-            [f"<answer{k}>{chr(97 + i)}</answer{k}>" for i in range(answers)] for k in (1, 2)
-        ]
+        self.grammar = Grammar("rlcr_multi", 2, layout, thinking=False)
+        self.spec = spec
+        names = [chr(ord("a") + i) for i in range(answers)]
         levels = (0.5, 0.9, 0.1)[:confidences]
-        said = [[f"<confidence{k}>{q}</confidence{k}>" for q in levels] for k in (1, 2)]
-        a, b, c, d = (
-            [*written[0], "so: "],  # a break that ends the completion
-            [*said[0], "<confidence1>50%</confidence1>"],  # a break after which it goes on
-            [*written[1], ""],  # stops early
-            [*said[1], "<confidence2>0."],  # runs into the length limit
-        )
-        self.steps = [a, b, c, d] if layout == "interleaved" else [a, c, b, d]
-        self.steps.append(["", "bye"])  # the stop token, or text that trails
+        # What may stand in each slot; the last choice is not well-formed.
+        answer1 = [f"<answer1>{name}</answer1>" for name in names]
+        answer1.append("so: ")  # a break that ends the completion
+        confidence1 = [f"<confidence1>{q}</confidence1>" for q in levels]
+        confidence1.append("<confidence1>50%</confidence1>")  # a break after which it goes on
+        answer2 = [f"<answer2>{name}</answer2>" for name in names]
+        answer2.append("")  # stops early
+        confidence2 = [f"<confidence2>{q}</confidence2>" for q in levels]
+        confidence2.append("<confidence2>0.")  # runs into the length limit
+        end = ["", "bye"]  # the stop token, or text that trails
+        if layout == "interleaved":
+            self.steps = [answer1, confidence1, answer2, confidence2, end]
+        else:
+            self.steps = [answer1, answer2, confidence1, confidence2, end]
         self.ends = {"so: ", "", "<confidence2>0.", "bye"}
         self.texts = [text for step in self.steps for text in step]
         self.offsets = np.cumsum([0, *map(len, self.steps)])
-        self._enumerate(well_formed)
+        self._enumerate()
+        self._draw_logits(well_formed)
+        self._index()
 
-    def _enumerate(self, well_formed: float) -> None:
-        rng, width = np.random.default_rng(0), max(map(len, self.steps))
+    def _enumerate(self) -> None:
+        """Every prefix, each a state of the policy, and every completion as its actions."""
         self.prefixes: dict[tuple[int, ...], int] = {}
         self.sequences: list[tuple[int, ...]] = []
         frontier: list[tuple[int, ...]] = [()]
         for step in self.steps:
-            grown = []
+            longer = []
             for prefix in frontier:
                 self.prefixes[prefix] = len(self.prefixes)
                 for action, text in enumerate(step):
-                    (self.sequences if text in self.ends else grown).append((*prefix, action))
-            frontier = grown
+                    if text in self.ends:
+                        self.sequences.append((*prefix, action))
+                    else:
+                        longer.append((*prefix, action))
+            frontier = longer
+
+    def _draw_logits(self, well_formed: float) -> None:
+        """Random logits [S, A]; `well_formed` is added to all choices of a state but the last."""
+        rng = np.random.default_rng(0)
+        width = max(map(len, self.steps))
         logits = np.full((len(self.prefixes), width), -np.inf)
         for prefix, state in self.prefixes.items():
             size = len(self.steps[len(prefix)])
-            logits[state, :size] = rng.normal(size=size) + well_formed * (
-                np.arange(size) < size - 1
-            )
-        last = [
-            state for prefix, state in self.prefixes.items() if len(prefix) == len(self.steps) - 1
-        ]
-        logits[last, 0] += well_formed  # the stop token stands first
+            keeps_form = np.arange(size) < size - 1
+            logits[state, :size] = rng.normal(size=size) + well_formed * keeps_form
+        last_step = len(self.steps) - 1
+        last = [state for prefix, state in self.prefixes.items() if len(prefix) == last_step]
+        # At the end the stop token stands first.
+        logits[last, 0] += well_formed
         logits[last, 1] -= well_formed
         self.logits = torch.from_numpy(logits).requires_grad_()
-        T = len(self.steps)
-        self.states, self.actions = (
-            torch.zeros(len(self.sequences), T, dtype=torch.int64) for _ in range(2)
-        )
+
+    def _index(self) -> None:
+        """The state before each token and the action that it is, both [n, T], 0 where padded."""
+        shape = len(self.sequences), len(self.steps)
+        self.states = torch.zeros(shape, dtype=torch.int64)
+        self.actions = torch.zeros(shape, dtype=torch.int64)
         for i, actions in enumerate(self.sequences):
-            self.states[i, : len(actions)] = torch.tensor(
-                [self.prefixes[actions[:t]] for t in range(len(actions))]
-            )
+            states = [self.prefixes[actions[:t]] for t in range(len(actions))]
+            self.states[i, : len(actions)] = torch.tensor(states)
             self.actions[i, : len(actions)] = torch.tensor(actions)
 
     def rollouts(self) -> list[Rollout]:
@@ -186,19 +217,23 @@ class Toy:
         return (0.5 * self.logits.detach() + 0.5 * noise).log_softmax(-1)[self.states, self.actions]
 
     def exact(self, estimator: Estimator) -> Tensor:
-        """The gradient of the expected objective in the logits [S, A], by differentiating the enumerated expectation."""
-        kept = with_truncation_rule(
-            self.batch, estimator.truncated if not estimator.biased else "keep", MAX_TOKENS, 0
-        )
-        mask, rewards = kept.completion_mask, kept.totals
+        """The gradient of the expected objective in the logits [S, A].
+
+        By differentiating the enumerated expectation.
+        """
+        rule = "keep" if estimator.biased else estimator.truncated
+        kept = with_truncation_rule(self.batch, rule, MAX_TOKENS, 0)
+        mask = kept.completion_mask
+        rewards = kept.totals
         logprobs = self.logprobs()
-        chance = torch.where(mask, logprobs, 0.0).sum(1).exp()  # [n]
+        # The probability of each completion [n].
+        chance = torch.where(mask, logprobs, 0.0).sum(1).exp()
         if estimator.target == "best":
-            value = (
-                chance[:, None] * chance * torch.maximum(rewards[:, None], rewards)
-            ).sum()  # E[max of 2], any G
+            # The expected maximum of two, whatever G is.
+            best = torch.maximum(rewards[:, None], rewards)
+            value = (chance[:, None] * chance * best).sum()
         elif estimator.target == "kl":
-            cost = (torch.where(mask, logprobs - self.reference, 0.0)).sum(1)
+            cost = torch.where(mask, logprobs - self.reference, 0.0).sum(1)
             value = (chance * (rewards - KL_COEF * cost)).sum()
         else:
             value = (chance * rewards).sum()
@@ -207,7 +242,9 @@ class Toy:
 
 @dataclass(frozen=True)
 class Groups:
-    """All ordered groups of G completions as one batch: rows [n^G * G], and the probability of each group."""
+    """All ordered groups of G completions as one batch: rows [n^G * G], and the probability of each
+    group.
+    """
 
     rows: Tensor
     batch: Batch
@@ -215,45 +252,63 @@ class Groups:
 
     @classmethod
     def of(cls, toy: Toy, size: int) -> "Groups":
-        n = len(toy.sequences)
-        rows = torch.cartesian_prod(*[torch.arange(n)] * size).reshape(-1)
-        every = range(n)
-        batch, _ = toy.batch.take([every[i] for i in rows.tolist()])
+        choices = torch.arange(len(toy.sequences))
+        rows = torch.cartesian_prod(*[choices] * size).reshape(-1)
+        batch, _ = toy.batch.take(rows.tolist())
         group_ids = torch.arange(len(rows) // size).repeat_interleave(size)
         with torch.no_grad():
-            own = torch.where(toy.batch.completion_mask, toy.logprobs(), 0.0).sum(1).exp()
-        return cls(rows, replace(batch, group_ids=group_ids), own[rows].reshape(-1, size).prod(1))
+            of_completion = torch.where(toy.batch.completion_mask, toy.logprobs(), 0.0).sum(1).exp()
+        of_group = of_completion[rows].reshape(-1, size).prod(1)
+        return cls(rows, replace(batch, group_ids=group_ids), of_group)
 
 
 def weights_of(mask: Tensor, aggregation: str, size: int) -> Tensor:
-    """token_weights of every group as its own step: groups with as many tokens have the same denominator, so they are weighted together."""
-    totals = mask.reshape(-1, size * mask.shape[1]).sum(1).repeat_interleave(size)
-    out = torch.zeros(mask.shape, dtype=torch.float64)
-    for count in totals.unique() if aggregation == "token_mean" else [None]:
-        rows = slice(None) if count is None else totals == count
-        out[rows] = token_weights(mask[rows], aggregation, MAX_TOKENS) * (len(mask[rows]) // size)
-    return out
+    """token_weights of every group as its own step.
+
+    With `token_mean`, groups with as many tokens have the same denominator, so they are weighted
+    together.
+    """
+    if aggregation != "token_mean":
+        num_groups = len(mask) // size
+        return token_weights(mask, aggregation, MAX_TOKENS).double() * num_groups
+    num_tokens = mask.reshape(-1, size * mask.shape[1]).sum(1).repeat_interleave(size)
+    weights = torch.zeros(mask.shape, dtype=torch.float64)
+    for count in num_tokens.unique():
+        rows = num_tokens == count
+        num_groups = len(mask[rows]) // size
+        weights[rows] = token_weights(mask[rows], aggregation, MAX_TOKENS) * num_groups
+    return weights
+
+
+def best_of_two_advantages(batch: Batch, size: int) -> Tensor:
+    """Advantages of the best of two [rows, T], computed once for each different tuple of rewards."""
+    of_groups = batch.totals.reshape(-1, size)
+    values, index = torch.unique(of_groups, dim=0, return_inverse=True)
+    one_each, _ = batch.take(range(len(values) * size))
+    one_each = replace(
+        one_each,
+        components=values.reshape(-1, 1),
+        group_ids=torch.arange(len(values)).repeat_interleave(size),
+        completion_mask=torch.ones_like(one_each.completion_mask),
+    )
+    scalars = best_of_k_advantages(one_each, 2)[:, 0].reshape(-1, size)[index]
+    return scalars.reshape(-1, 1) * batch.completion_mask
 
 
 def advantages_of(e: Estimator, toy: Toy, groups: Groups, batch: Batch, size: int) -> Tensor:
     if e.target == "best":
-        pairs = batch.totals.reshape(-1, size)  # once for each different tuple of rewards
-        values, index = torch.unique(pairs, dim=0, return_inverse=True)
-        few = replace(
-            batch.take(range(len(values) * size))[0],
-            components=values.reshape(-1, 1),
-            group_ids=torch.arange(len(values)).repeat_interleave(size),
-        )
-        few = replace(few, completion_mask=torch.ones_like(few.completion_mask))
-        scalars = best_of_k_advantages(few, 2)[:, 0].reshape(-1, size)[index]
-        return scalars.reshape(-1, 1) * batch.completion_mask
+        return best_of_two_advantages(batch, size)
     if e.target == "kl":
-        batch = with_kl_cost(batch, kl_k1(batch.full_logprobs, toy.reference[groups.rows]), KL_COEF)
+        cost = kl_k1(batch.full_logprobs, toy.reference[groups.rows])
+        batch = with_kl_cost(batch, cost, KL_COEF)
     return token_advantages(batch, e.credit, e.baseline, e.scale_by)
 
 
 def measure(e: Estimator, toy: Toy, groups: Groups, size: int) -> dict[str, float | bool]:
-    """Cosine and relative error of the expectation, and the variance of one group's estimate, both in units of the exact gradient."""
+    """Cosine and relative error of the expected estimate, and the variance of one group's.
+
+    Error and variance are in units of the exact gradient.
+    """
     batch = with_truncation_rule(groups.batch, e.truncated, MAX_TOKENS, 0)
     advantages = advantages_of(e, toy, groups, batch, size)
     chance = groups.chance
@@ -267,53 +322,71 @@ def measure(e: Estimator, toy: Toy, groups: Groups, size: int) -> dict[str, floa
         old = toy.logprobs()[groups.rows][mask]
     leaf = old.clone().requires_grad_()
     row_ids = torch.arange(len(mask))[:, None].expand_as(mask)[mask]
-    loss = LOSSES[e.loss](leaf, advantages[mask], weights[mask], old, row_ids, 0.2, 0.2)
+    loss, _ = LOSSES[e.loss](LossInputs(leaf, advantages[mask], weights[mask], old, row_ids))
     (slope,) = torch.autograd.grad(loss, leaf)
-    coefficients = torch.zeros(mask.shape, dtype=torch.float64).masked_scatter(
-        mask, -slope
-    )  # [rows, T]
+    # What the estimate multiplies each token's score with, [rows, T].
+    coefficients = torch.zeros(mask.shape, dtype=torch.float64)
+    coefficients = coefficients.masked_scatter(mask, -slope)
+
+    # The expected estimate: over all groups with their probabilities, added up per completion.
     weighted = coefficients * chance.repeat_interleave(size)[:, None]
     per_completion = torch.zeros(len(toy.sequences), mask.shape[1], dtype=torch.float64)
     per_completion.index_add_(0, groups.rows, weighted)
-    (mean,) = torch.autograd.grad(
-        (per_completion * toy.logprobs() * toy.batch.completion_mask).sum(), toy.logits
-    )
+    surrogate = (per_completion * toy.logprobs() * toy.batch.completion_mask).sum()
+    (mean,) = torch.autograd.grad(surrogate, toy.logits)
+
     exact = toy.exact(e)
-    cosine = ((mean * exact).sum() / (mean.norm() * exact.norm())).item()
-    best = ((mean * exact).sum() / exact.square().sum()).item()
-    stated = (1 if e.baseline != "mean" else (size - 1) / size) / MAX_TOKENS
-    scale = best if e.biased else stated
-    second = (chance * squared_norms(coefficients, toy, groups, size)).sum().item()
+    product = (mean * exact).sum()
+    cosine = (product / (mean.norm() * exact.norm())).item()
+    if e.biased:
+        scale = (product / exact.square().sum()).item()
+    elif e.baseline == "mean":
+        scale = (size - 1) / size / MAX_TOKENS
+    else:
+        scale = 1 / MAX_TOKENS
+    second_moment = (chance * squared_norms(coefficients, toy, groups, size)).sum().item()
+    variance = second_moment - mean.square().sum().item()
     return {
         "biased": e.biased,
         "cosine": cosine,
         "relative_error": ((mean / scale - exact).norm() / exact.norm()).item(),
-        "variance": (second - mean.square().sum().item()) / scale**2,
+        "variance": variance / scale**2,
     }
 
 
 def squared_norms(coefficients: Tensor, toy: Toy, groups: Groups, size: int) -> Tensor:
-    """|gradient|^2 of each group: the sum over pairs of tokens in the same state of c c' (e_a - pi) (e_a' - pi)."""
-    probs = toy.logits.detach().softmax(-1)
+    """|gradient|^2 of each group [n^G].
+
+    The gradient of log pi(a|s) in the logits of state s is e_a - pi, so this is the sum of
+    c c' (e_a - pi) (e_a' - pi) over pairs of tokens in the same state, with
+    (e_a - pi) (e_a' - pi) = [a = a'] - pi_a - pi_a' + |pi|^2.
+    """
     T = coefficients.shape[1]
-    states, actions = (x[groups.rows].reshape(-1, size, T) for x in (toy.states, toy.actions))
+    # All [n^G, G, T].
+    states = toy.states[groups.rows].reshape(-1, size, T)
+    actions = toy.actions[groups.rows].reshape(-1, size, T)
     mask = groups.batch.completion_mask.reshape(-1, size, T)
     c = coefficients.reshape(-1, size, T)
-    own, square = probs[states, actions], probs.square().sum(-1)[states]
+
+    policy = toy.logits.detach().softmax(-1)
+    chosen = policy[states, actions]
+    square = policy.square().sum(-1)[states]
     total = torch.zeros(len(c), dtype=torch.float64)
     for i, j in itertools.product(range(size), repeat=2):
-        same = (states[:, i] == states[:, j]) & mask[:, i] & mask[:, j]
-        product = (actions[:, i] == actions[:, j]).double() - own[:, i] - own[:, j] + square[:, i]
-        total += (same * c[:, i] * c[:, j] * product).sum(1)
+        same_state = (states[:, i] == states[:, j]) & mask[:, i] & mask[:, j]
+        same_action = (actions[:, i] == actions[:, j]).double()
+        product = same_action - chosen[:, i] - chosen[:, j] + square[:, i]
+        total += (same_state * c[:, i] * c[:, j] * product).sum(1)
     return total
 
 
 def report(
-    toy: Toy, size: int, chosen: Callable[[str], bool] = lambda _: True
+    toy: Toy, size: int, chosen: Sequence[str] = tuple(ESTIMATORS)
 ) -> dict[str, dict[str, float | bool]]:
+    """What `measure` says of the chosen estimators."""
     groups = Groups.of(toy, size)
     assert math.isclose(groups.chance.sum().item(), 1.0, rel_tol=1e-12)
-    return {name: measure(e, toy, groups, size) for name, e in ESTIMATORS.items() if chosen(name)}
+    return {name: measure(ESTIMATORS[name], toy, groups, size) for name in chosen}
 
 
 def facts(toy: Toy) -> dict[str, float]:
@@ -334,70 +407,60 @@ def facts(toy: Toy) -> dict[str, float]:
 
 
 def cases(quick: bool, answers: int) -> list[tuple[str, Toy, int]]:
-    out = [
-        ("interleaved, all gates", Toy("interleaved", GATED, answers), 2),
-        ("interleaved, no gate", Toy("interleaved", UNGATED, answers), 2),
+    """Name, policy and group size of each case."""
+
+    def toy(layout: str, spec: RewardSpec, well_formed: float = 1.0) -> Toy:
+        return Toy(layout, spec, answers, well_formed=well_formed)
+
+    found = [
+        ("interleaved, all gates", toy("interleaved", GATED), 2),
+        ("interleaved, no gate", toy("interleaved", UNGATED), 2),
     ]
-    if not quick:
-        out += [
-            ("interleaved, format gate only", Toy("interleaved", RewardSpec(), answers), 2),
-            (
-                "interleaved, format gate only, mostly well-formed",
-                Toy("interleaved", RewardSpec(), answers, well_formed=4.0),
-                2,
-            ),
-            ("split, all gates", Toy("split", GATED, answers), 2),
-            ("split, no gate", Toy("split", UNGATED, answers), 2),
-            (
-                "interleaved, all gates, mostly well-formed",
-                Toy("interleaved", GATED, answers, well_formed=4.0),
-                2,
-            ),
-            (
-                "interleaved, no gate, mostly well-formed",
-                Toy("interleaved", UNGATED, answers, well_formed=4.0),
-                2,
-            ),
-            ("interleaved, all gates, G=3", Toy("interleaved", GATED, 2, 1), 3),
-        ]
-    return out
+    if quick:
+        return found
+    mostly = ", mostly well-formed"
+    return [
+        *found,
+        ("interleaved, format gate only", toy("interleaved", FORMAT_GATED), 2),
+        (f"interleaved, format gate only{mostly}", toy("interleaved", FORMAT_GATED, 4.0), 2),
+        ("split, all gates", toy("split", GATED), 2),
+        ("split, no gate", toy("split", UNGATED), 2),
+        (f"interleaved, all gates{mostly}", toy("interleaved", GATED, 4.0), 2),
+        (f"interleaved, no gate{mostly}", toy("interleaved", UNGATED, 4.0), 2),
+        ("interleaved, all gates, G=3", Toy("interleaved", GATED, 2, 1), 3),
+    ]
 
 
 def expectation() -> str:
-    """README's first table: cosine / relative error / variance of each estimator, those that are biased in italics."""
+    """README's first table: cosine / relative error / variance; biased estimators in italics."""
     cases = json.loads(RESULTS.read_text())["cases"]
     names = [
-        f"{layout}, {gates}"
-        for layout in ("interleaved", "split")
-        for gates in ("all gates", "no gate")
+        "interleaved, all gates",
+        "interleaved, no gate",
+        "split, all gates",
+        "split, no gate",
     ]
     rows = []
-    for estimator, row in cases[names[0]]["estimators"].items():
-        found = [cases[name]["estimators"][estimator] for name in names]
-        cells = [
-            f"{f['cosine']:.4f} / {f['relative_error']:.0e} / {f['variance']:.2f}" for f in found
-        ]
-        rows.append([f"*{estimator}*" if row["biased"] else estimator, *cells])
-    return grid(["estimator", *names], rows)
+    for estimator, first in cases[names[0]]["estimators"].items():
+        cells = []
+        for name in names:
+            row = cases[name]["estimators"][estimator]
+            cosine, error, variance = row["cosine"], row["relative_error"], row["variance"]
+            cells.append(f"{cosine:.4f} / {error:.0e} / {variance:.2f}")
+        shown = f"*{estimator}*" if first["biased"] else estimator
+        rows.append([shown, *cells])
+    return markdown_table(["estimator", *names], rows)
 
 
 def variances() -> str:
     """README's second table."""
-    facts = ("well_formed", "truncated", "repeating")
-    cases = json.loads(RESULTS.read_text())["cases"].items()
-    rows = [
-        [
-            n,
-            *(f"{c[f]:.3f}" for f in facts),
-            str(c["num_completions"]),
-            f"{c['variance_ratio']:.3f}",
-        ]
-        for n, c in cases
-    ]
-    return grid(
-        ["case", "well-formed", "truncated", "repeating", "completions", "variance to_go / set"],
-        rows,
-    )
+    header = ["case", "well-formed", "truncated", "repeating", "completions"]
+    rows = []
+    for name, case in json.loads(RESULTS.read_text())["cases"].items():
+        shares = [f"{case[share]:.3f}" for share in ("well_formed", "truncated", "repeating")]
+        num_completions = str(case["num_completions"])
+        rows.append([name, *shares, num_completions, f"{case['variance_ratio']:.3f}"])
+    return markdown_table([*header, "variance to_go / set"], rows)
 
 
 def main() -> None:
@@ -407,29 +470,24 @@ def main() -> None:
     )
     parser.add_argument("--answers", type=int, default=4, help="different answers of a slot")
     args = parser.parse_args()
-    began, document = time.perf_counter(), {}
+    began = time.perf_counter()
+    document = {}
     for name, toy, size in cases(args.quick, args.answers):
+        # Of these only the variance of two estimators is wanted.
         few = "only" in name or (args.quick and "no gate" in name)
-        rows = report(
-            toy, size, lambda estimator, few=few: not few or estimator in ("to_go", "set")
-        )
+        chosen = ("to_go", "set") if few else tuple(ESTIMATORS)
+        rows = report(toy, size, chosen)
         ratio = rows["to_go"]["variance"] / rows["set"]["variance"]
+        seen = facts(toy)
         document[name] = {
             "group_size": size,
-            **facts(toy),
+            **seen,
             "variance_ratio": ratio,
             "estimators": rows,
         }
-        about = ", ".join(f"{k} {v:.3g}" for k, v in facts(toy).items())
+        about = ", ".join(f"{key} {value:.3g}" for key, value in seen.items())
         print(f"\n{name} (G={size}; {about}; variance to_go/set {ratio:.3f})\n")
-        print(
-            "| estimator | expected | cosine | relative_error | variance |\n|---|---|---|---|---|"
-        )
-        for estimator, row in rows.items():
-            kind = "biased" if row["biased"] else "exact"
-            print(
-                f"| {estimator} | {kind} | {row['cosine']:.6f} | {row['relative_error']:.1e} | {row['variance']:.4f} |"
-            )
+        print(table(rows))
     whole = {
         "commit": environment()["commit"],
         "seconds": round(time.perf_counter() - began, 1),
@@ -438,6 +496,23 @@ def main() -> None:
     if not args.quick and args.answers == 4:
         RESULTS.write_text(json.dumps(whole, indent=1) + "\n")
     print(json.dumps(whole))
+
+
+def table(rows: dict[str, dict[str, float | bool]]) -> str:
+    """The estimators of one case."""
+    lines = []
+    for estimator, row in rows.items():
+        kind = "biased" if row["biased"] else "exact"
+        lines.append(
+            [
+                estimator,
+                kind,
+                f"{row['cosine']:.6f}",
+                f"{row['relative_error']:.1e}",
+                f"{row['variance']:.4f}",
+            ]
+        )
+    return markdown_table(["estimator", "expected", "cosine", "relative_error", "variance"], lines)
 
 
 if __name__ == "__main__":

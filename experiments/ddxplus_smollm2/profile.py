@@ -1,10 +1,13 @@
-"""Where a training step of SmolLM2 on DDXPlus goes, and how far that is from what this machine could do:
+"""Where a training step of SmolLM2 on DDXPlus goes, and how far that is from what this machine
+could do:
 
     OMP_NUM_THREADS=1 python -m experiments.ddxplus_smollm2.profile DATA [--steps 3]
 
-Times the parts of a step (`train_step` with its functions wrapped), divides each part's arithmetic by the speed of the fastest large product and its
-reads of weights by the measured bandwidth, counts the operators that CUDA's way through the code would have, and predicts a GPU's times from the
-planner's assumptions and from LAUNCH seconds an operator. Writes profile.json; `make report` makes the table.
+Times the parts of a step (`train_step` with its functions wrapped), divides each part's arithmetic
+by the speed of the fastest large product and its reads of weights by the measured bandwidth, counts
+the operators that CUDA's way through the code would have, and predicts a GPU's times from the
+planner's assumptions and from LAUNCH seconds an operator. Writes profile.json; `make report` makes
+the table.
 """
 
 import argparse
@@ -28,7 +31,7 @@ import mar.sample.kv_cache
 import mar.train
 from experiments.bench.common import peak_bytes, quiet_machine, seconds
 from experiments.bench.sampler import CountOps
-from experiments.ddxplus_smollm2.run import PATIENTS, SHARED, warm_up
+from experiments.ddxplus_smollm2.run import PATIENTS, SHARED, warmed_up
 from mar.policy.sources import environment, resolve_model
 from mar.run.compose import compose
 from mar.run.console import Display
@@ -93,7 +96,9 @@ def watch(found: dict[str, float], meter: Meter) -> None:
 
 
 def take_cuda_paths() -> None:
-    """Decode with CUDA's attention from here on, and count each of KERNELS as one operator. (Casts to bfloat16 are not there.)"""
+    """Decode with CUDA's attention from here on, and count each of KERNELS as one operator. (Casts
+    to bfloat16 are not there.)
+    """
 
     def one(function: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any) -> Any:
@@ -113,7 +118,9 @@ def take_cuda_paths() -> None:
 def work_of(
     training: Training, prompt_tokens: int, tokens: int, decode_steps: int
 ) -> dict[str, dict[str, float]]:
-    """Part -> its floating-point operations in matrix products (attention is not counted) and the bytes of weights that it has to read."""
+    """Part -> its floating-point operations in matrix products (attention is not counted) and the
+    bytes of weights that it has to read.
+    """
     model, head = training.learner.policy, training.learner.policy.head_weight.numel()
     blocks = sum(p.numel() for p in model.blocks.parameters() if p.ndim == 2)
     matrices = [[p for p in block.parameters() if p.ndim == 2] for block in model.blocks]
@@ -140,7 +147,9 @@ def work_of(
 
 
 def products(training: Training, rows: int) -> dict[str, list[float]]:
-    """Layer of a block -> FLOP/s of its product with `rows` rows, as training computes it and with packed weights, as sampling does."""
+    """Layer of a block -> FLOP/s of its product with `rows` rows, as training computes it and with
+    packed weights, as sampling does.
+    """
     found = {}
     for name, layer in training.learner.policy.blocks[0].named_modules():
         if isinstance(layer, mar.policy.model.Linear):
@@ -154,9 +163,10 @@ def products(training: Training, rows: int) -> dict[str, list[float]]:
 
 
 def measure(data: Path, steps: int) -> dict[str, Any]:
-    """Seconds of each part of the step that took the median time of `steps`, after one to warm up, its least seconds here, and what is held in
-    memory."""
-    warm_up(data / PATIENTS)
+    """Seconds of each part of the step that took the median time of `steps`, after one to warm up,
+    its least seconds here, and what is held in memory.
+    """
+    warmed_up(data)
     display = Display("plain", 0, 0)
     display.console.quiet = True
     config = compose([*SHARED, f"data.path={data / PATIENTS}", "reward=multi_rlcr"])
@@ -249,7 +259,9 @@ def measure(data: Path, steps: int) -> dict[str, Any]:
 
 
 def markdown() -> str:
-    """Seconds of each part of a step, the least that they could take, and a GPU's by the planner's assumptions."""
+    """Seconds of each part of a step, the least that they could take, and a GPU's by the planner's
+    assumptions.
+    """
     document = json.loads(RESULT.read_text(encoding="utf-8"))
     lines = [
         [

@@ -7,104 +7,141 @@ from pathlib import Path
 
 import numpy as np
 
-from experiments.claims.summary import (
+from experiments.common.tables import (
     Columns,
     Log,
-    averaged,
-    grid,
-    grouped,
-    lines_of,
+    arm_over_seeds,
+    curve_at,
+    markdown_table,
     metric,
-    on_curve,
+    read_logs_by,
+    table_over_seeds,
 )
 from mar.figures import plots
 
 HERE = Path(__file__).parent
 ORDER = ("multi_rlcr", "rlvr_single", "base", "single")
 CALIBRATED = ("multi_rlcr", "multi_rlcr_elsewhere", "multi_rlcr_low_rate", "multi_rlcr_own")
-OF_SETS = ("top1", "ece", "brier", "format_rate", "tokens_per_set")
-WINDOW = 10  # steps whose mean the learning table shows
+SET_METRICS = ("top1", "ece", "brier", "format_rate", "tokens_per_set")
+LEARNING = (
+    "reward/total",
+    "train/top1",
+    "train/ece",
+    "train/format_rate",
+    "perf/sample_s",
+    "perf/update_s",
+)
+# Steps whose mean the learning table shows.
+WINDOW = 10
+
+
+def read_rows(file: Path) -> list[Log]:
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
 
 
 def read_steps(folder: Path) -> dict[str, list[list[Log]]]:
     """Method -> for each seed the rows of its training steps, of unfinished runs too."""
     found: dict[str, list[list[Log]]] = defaultdict(list)
     for file in sorted(folder.glob("*_seed*.jsonl")):
-        rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-        found[file.stem.partition("_seed")[0]].append(rows)
+        method, _, _ = file.stem.partition("_seed")
+        found[method].append(read_rows(file))
     return {method: found[method] for method in ORDER if method in found}
 
 
-def held_out(folder: Path, answers: int, more: Sequence[str] = OF_SETS) -> str:
-    """A line for each method with a log in the folder: what 3 and what `answers` answers cover, and metrics of one completion."""
-    columns = {
-        f"coverage@{k}": lambda log, k=k: on_curve(log, "coverage", k)
-        for k in dict.fromkeys((3, answers))
+def held_out(folder: Path, answers: int, more: Sequence[str] = SET_METRICS) -> str:
+    """A line for each method with a log in the folder.
+
+    What 3 and what `answers` answers cover, and metrics of one completion.
+    """
+    columns: dict[str, Callable[[Log], float | None]] = {
+        "coverage@3": curve_at("coverage", 3),
+        f"coverage@{answers}": curve_at("coverage", answers),
+        f"unique@{answers}": curve_at("unique", answers),
     }
-    columns[f"unique@{answers}"] = lambda log: on_curve(log, "unique", answers)
-    return lines_of(
-        grouped(folder, "method", ORDER), columns | {name: metric(name) for name in more}, "method"
-    )
+    for name in more:
+        columns[name] = metric(name)
+    return table_over_seeds(read_logs_by(folder, "method", ORDER), columns, "method")
+
+
+def over_answers(value: Callable[[Log], float]) -> Callable[[Log], float]:
+    """The column of a mean over all answers with a confidence, from the reliability bins."""
+
+    def of_log(log: Log) -> float:
+        bins = log["reliability"]
+        total = sum(b["count"] * value(b) for b in bins)
+        return total / sum(b["count"] for b in bins)
+
+    return of_log
 
 
 def calibration(folder: Path) -> str:
-    """Mean confidence beside the share of answers that are right, of every run of Multi-RLCR, seed by seed."""
-    of_all = grouped(folder, "method", ("base", *CALIBRATED))
-    rows = {f"{method}, {log['seed']}": [log] for method, logs in of_all.items() for log in logs}
-
-    def mean_of(value: Callable[[Log], float]) -> Callable[[Log], float]:
-        return lambda log: (
-            sum(b["count"] * value(b) for b in log["reliability"])
-            / sum(b["count"] for b in log["reliability"])
-        )
-
+    """Mean confidence beside the share of right answers, of every run of Multi-RLCR."""
+    rows = {}
+    for method, logs in read_logs_by(folder, "method", ("base", *CALIBRATED)).items():
+        for log in logs:
+            rows[f"{method}, {log['seed']}"] = [log]
     columns: Columns = {
-        "mean confidence": mean_of(lambda b: b["said"]),
-        "right": mean_of(lambda b: b["right"][0]),
+        "mean confidence": over_answers(lambda b: b["said"]),
+        "right": over_answers(lambda b: b["right"][0]),
+        "ece": metric("ece"),
+        "auroc": metric("auroc"),
+        "brier": metric("brier"),
+        "coverage@3": curve_at("coverage", 3),
     }
-    columns |= {name: metric(name) for name in ("ece", "auroc", "brier")} | {
-        "coverage@3": lambda log: on_curve(log, "coverage", 3)
-    }
-    return lines_of(rows, columns, "method, seed")
+    return table_over_seeds(rows, columns, "method, seed")
 
 
-def _shown(row: Log) -> str:
+def _set_to_read(row: Log) -> str:
     """A set: right answers in bold, repeats struck out, confidences behind them."""
     if row["reason"]:
         return f"*{row['reason']}*"
-    marks = [
-        "**" if hit else "~~" if again else ""
-        for hit, again in zip(row["hits"], row["repeated"], strict=True)
-    ]
-    slots = zip(marks, row["answers"], row["confidences"], strict=True)
-    return " · ".join(f"{mark}{answer}{mark} {q:.2f}" for mark, answer, q in slots)
+    shown = []
+    for i, answer in enumerate(row["answers"]):
+        mark = ""
+        if row["hits"][i]:
+            mark = "**"
+        elif row["repeated"][i]:
+            mark = "~~"
+        shown.append(f"{mark}{answer}{mark} {row['confidences'][i]:.2f}")
+    return " · ".join(shown)
 
 
-def _counted(rows: Sequence[Log]) -> str:
-    """Single answers and how often each came, the right ones in bold."""
-    said = Counter(
-        f"*{row['reason']}*" if row["reason"] else "**" * bool(row["hits"][0]) + row["answers"][0]
-        for row in rows
-    )
-    return " · ".join(
-        f"{n} x {answer}{'**' * answer.startswith('**')}" for answer, n in said.most_common()
-    )
+def _answer_to_read(row: Log) -> str:
+    """A single answer, in bold if it is right."""
+    if row["reason"]:
+        return f"*{row['reason']}*"
+    answer = row["answers"][0]
+    return f"**{answer}**" if row["hits"][0] else answer
+
+
+def _answers_counted(rows: Sequence[Log]) -> str:
+    """Single answers and how often each came."""
+    counts = Counter(_answer_to_read(row) for row in rows)
+    return " · ".join(f"{n} x {answer}" for answer, n in counts.most_common())
+
+
+def _by_patient(file: Path) -> dict[str, list[Log]]:
+    found: dict[str, list[Log]] = defaultdict(list)
+    for row in read_rows(file):
+        found[row["id"]].append(row)
+    return found
 
 
 def to_read(sets: Path, single: Path) -> str:
-    """What a few held-out patients are told: one set before training, one after it, and all single answers of the other method."""
-    by_patient: list[dict[str, list[Log]]] = [{}, {}]
-    for found, file in zip(by_patient, (sets, single), strict=True):
-        for line in file.read_text(encoding="utf-8").splitlines():
-            found.setdefault((row := json.loads(line))["id"], []).append(row)
-    lines = [
-        [str(rows[0]["golds"]), _shown(rows[0]), _shown(rows[1]), _counted(by_patient[1][name][1:])]
-        for name, rows in by_patient[0].items()
-    ]
-    return grid(
-        ["right ones", "before training, a set", "Multi-RLCR, a set", "RLVR-Single, nine answers"],
-        lines,
-    )
+    """What a few held-out patients are told.
+
+    One set before training, one after it, and all single answers of the other method after it.
+    """
+    single_answers = _by_patient(single)
+    lines = []
+    for patient, rows in _by_patient(sets).items():
+        before, after = rows[0], rows[1]
+        num_golds = str(before["golds"])
+        # The first of the single ones is before training.
+        counted = _answers_counted(single_answers[patient][1:])
+        lines.append([num_golds, _set_to_read(before), _set_to_read(after), counted])
+    header = ["right ones", "before training, a set", "Multi-RLCR, a set"]
+    return markdown_table([*header, "RLVR-Single, nine answers"], lines)
 
 
 def extremes(values: Sequence[float]) -> dict[str, float]:
@@ -114,43 +151,29 @@ def extremes(values: Sequence[float]) -> dict[str, float]:
 
 def write() -> None:
     """coverage.png: what held-out patients get, at equal answers and at equal tokens."""
-    arms = {
-        method: averaged(logs, extremes)
-        for method, logs in grouped(HERE / "logs", "method", ORDER).items()
-    }
+    logs = read_logs_by(HERE / "logs", "method", ORDER)
+    arms = {method: arm_over_seeds(of_seeds, extremes) for method, of_seeds in logs.items()}
     plots.save({"coverage": plots.coverage(arms, None)}, HERE)
     (HERE / "coverage.svg").unlink()
 
 
 def learning(folder: Path) -> str:
     """Training patients, at temperature 1: means over the first and the last steps of each run."""
-    names = (
-        "reward/total",
-        "train/top1",
-        "train/ece",
-        "train/format_rate",
-        "perf/sample_s",
-        "perf/update_s",
-    )
     lines = []
     for method, seeds in read_steps(folder).items():
         for seed, rows in enumerate(seeds):
-            ends = (rows[:WINDOW], rows[-WINDOW:])
-            means = [
-                [
-                    np.mean([row[name] for row in part if row.get(name) is not None] or [np.nan])
-                    for part in ends
-                ]
-                for name in names
-            ]
-            lines.append(
-                [
-                    f"{method}, {seed}",
-                    str(len(rows)),
-                    *("–" if np.isnan(a) else f"{a:.3f} → {b:.3f}" for a, b in means),
-                ]
-            )
-    return grid(
-        ["method, seed", "steps", *(f"{name}, first {WINDOW} → last {WINDOW}" for name in names)],
-        lines,
-    )
+            cells = [_first_to_last(rows, name) for name in LEARNING]
+            lines.append([f"{method}, {seed}", str(len(rows)), *cells])
+    names = [f"{name}, first {WINDOW} → last {WINDOW}" for name in LEARNING]
+    return markdown_table(["method, seed", "steps", *names], lines)
+
+
+def _first_to_last(rows: Sequence[Log], name: str) -> str:
+    """The means of a metric over the first and the last WINDOW steps; "–" without a value."""
+    means = []
+    for part in (rows[:WINDOW], rows[-WINDOW:]):
+        values = [row[name] for row in part if row.get(name) is not None]
+        if not values:
+            return "–"
+        means.append(np.mean(values))
+    return f"{means[0]:.3f} → {means[1]:.3f}"

@@ -1,4 +1,9 @@
-"""The random beginning of the embedded model: its shape and its tokenizer.  python experiments/embedded_model/begin.py FOLDER"""
+"""The random beginning of the embedded model: its shape and its tokenizer.
+
+    python experiments/embedded_model/begin.py FOLDER
+
+Writes both into the folder; `recreate.sh` goes on from there.
+"""
 
 import sys
 from collections.abc import Sequence
@@ -8,7 +13,7 @@ import numpy as np
 import torch
 
 from mar.answers.prompts import instructions, load_tokenizer
-from mar.learn.demonstrations import demonstration, draw_grammar, text_of
+from mar.learn.demonstrations import demonstration_text, draw_demonstration, draw_grammar
 from mar.policy.model import Decoder, ModelConfig
 from mar.policy.weights import save_model
 from mar.records import Example
@@ -23,8 +28,11 @@ CHAT_TEMPLATE = (
 
 
 def train_tokenizer(examples: Sequence[Example], noun: str, vocab_size: int, folder: Path) -> None:
-    """A byte-level BPE tokenizer with a chat template. A confidence is written in digits, tags and most names are several tokens, and a
-    token may cross the border between two tags, as in large models."""
+    """A byte-level BPE tokenizer with a chat template.
+
+    A confidence is written in digits, tags and most names are several tokens, and a token may cross
+    the border between two tags, as in large models.
+    """
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -38,7 +46,7 @@ def train_tokenizer(examples: Sequence[Example], noun: str, vocab_size: int, fol
         texts += [
             example.question,
             instructions(grammar, noun, style),
-            text_of(demonstration(example, grammar, names, rng)),
+            demonstration_text(draw_demonstration(example, grammar, names, rng)),
         ]
     tokenizer = Tokenizer(models.BPE())
     pieces = Regex(

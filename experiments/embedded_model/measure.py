@@ -1,5 +1,6 @@
-"""Format rate and coverage of the embedded model in every form it was trained on, as the table of README.md beside this file, and the KL
-divergence from the exact posterior to the distribution of its single answer. With `--confidences`: how well confidences follow the probabilities.
+"""Format rate and coverage of the embedded model in every form it was trained on, as the table of
+README.md beside this file, and the KL divergence from the exact posterior to the distribution of
+its single answer. With `--confidences`: how well confidences follow the probabilities.
 
 python experiments/embedded_model/measure.py [--items 200] [--model FOLDER] [--confidences]
 """
@@ -14,7 +15,7 @@ import torch
 from mar.answers.grammar import Grammar
 from mar.answers.prompts import build_prompt, load_tokenizer
 from mar.answers.rewards import RewardSpec
-from mar.learn.demonstrations import lesson_loss, make_encode, make_lesson
+from mar.learn.demonstrations import make_demonstration_batch, piece_encoder, soft_target_loss
 from mar.measure.bounds import floor_coverage
 from mar.measure.held_out import HeldOut, measure
 from mar.policy.model import Decoder
@@ -55,14 +56,18 @@ FORMS: list[tuple[str, Grammar, str]] = [
 def posterior_kl(model: Decoder, tokenizer: Any, examples: list[Example]) -> float:
     """Nats per patient, exact: no answer is drawn."""
     rng = np.random.default_rng(1)
-    lesson = make_lesson(examples, clinic.NOUN, tokenizer, make_encode(tokenizer), rng, [], "plain")
+    batch = make_demonstration_batch(
+        examples, clinic.NOUN, tokenizer, piece_encoder(tokenizer), rng, others=[], mixture="plain"
+    )
     with torch.no_grad():
-        excess = lesson_loss(model, lesson).item() - lesson.entropy
-    return excess * lesson.counts.sum().item() / len(examples)
+        excess = soft_target_loss(model, batch).item() - batch.entropy
+    return excess * batch.token_weights.sum().item() / len(examples)
 
 
 def slot_correlations(rollouts: list[Rollout]) -> list[float]:
-    """Pearson correlation of confidence and exact probability (a repeat has none left) over right-formed sets, for each slot [K]."""
+    """Pearson correlation of confidence and exact probability (a repeat has none left) over
+    right-formed sets, for each slot [K].
+    """
     pairs = []
     for rollout in (r for r in rollouts if r.reason is None):
         probability = {gold.name: gold.probability for gold in rollout.prompt.example.golds}

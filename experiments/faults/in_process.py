@@ -1,4 +1,6 @@
-"""Faults of processes, numbers, data and services: kills and signals, NaN and infinity, a poisoned row, a silent hub, wandb down, a dead rank."""
+"""Faults of processes, numbers, data and services: kills and signals, NaN and infinity, a poisoned
+row, a silent hub, wandb down, a dead rank.
+"""
 
 import json
 import math
@@ -94,7 +96,9 @@ def _killed_in_every_step(lab: Lab, row: Row, words: Sequence[str]) -> None:
 
 
 def resumed_from_every_step(lab: Lab, row: Row) -> None:
-    """checkpoint.every=1, and kill -9 in the second step of every process, once the first is saved: resumed from each step in turn."""
+    """checkpoint.every=1, and kill -9 in the second step of every process, once the first is saved:
+    resumed from each step in turn.
+    """
     _killed_in_every_step(lab, row, ())
 
 
@@ -104,7 +108,9 @@ def resumed_from_every_step_ppo(lab: Lab, row: Row) -> None:
 
 
 def power_cut(lab: Lab, row: Row) -> None:
-    """kill -9 in step 4 of a traced run; then every file whose last write no fsync followed is emptied, as a power cut may leave it."""
+    """kill -9 in step 4 of a traced run; then every file whose last write no fsync followed is
+    emptied, as a power cut may leave it.
+    """
     out = lab.folder / "run"
     fault = at_call(batch, "make_batch", 4, signal_itself(signal.SIGKILL))
     calls, row.exit = kill_points.run(lambda: _in_this_process(out, fault), run_dir(out).parent)
@@ -265,7 +271,9 @@ def _apart(
 
 
 def wandb_down(lab: Lab, row: Row) -> None:
-    """wandb's server takes connections and never answers (the patience of mar/run/wandb_mirror.py set to 3 s)."""
+    """wandb's server takes connections and never answers (the patience of mar/run/wandb_mirror.py
+    set to 3 s).
+    """
     out = lab.folder / "run"
     with _silent_server() as port:
 
@@ -287,7 +295,9 @@ def children() -> set[int]:
 
 
 def worker_killed(lab: Lab, row: Row) -> None:
-    """The process that runs a model-written program is killed before it has begun: the answer is left out, not paid 0, and the next is judged."""
+    """The process that runs a model-written program is killed before it has begun: the answer is
+    left out, not paid 0, and the next is judged.
+    """
     original, before = subprocess.Popen, children()
 
     def killed(*args: Any, **options: Any) -> Any:
@@ -340,7 +350,10 @@ def worker_hung(lab: Lab, row: Row) -> None:
 
 
 def rank_killed(lab: Lab, row: Row) -> None:
-    """kill -9 of rank 1 of two (torchrun, gloo) once step 3 is written; then both again. In float64, where ranks equal one process."""
+    """kill -9 of rank 1 of two (torchrun, gloo) once step 3 is written; then both again.
+
+    In float64, where ranks equal one process.
+    """
     launcher, words = (
         ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"],
         ("scale.dtype=float64",),

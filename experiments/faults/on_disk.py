@@ -1,4 +1,6 @@
-"""Faults of files and disks: a save killed at every call, damaged and missing files, full and read-only disks, two runs in one folder."""
+"""Faults of files and disks: a save killed at every call, damaged and missing files, full and
+read-only disks, two runs in one folder.
+"""
 
 import ctypes
 import os
@@ -60,7 +62,9 @@ def _trained(seed: int) -> checkpoint.Trained:
 
 
 def _power_cut(calls: list[kill_points.Call], folder: Path) -> None:
-    """What a disk may have forgotten: renames in a folder that was not synced, and what was written to files that were not."""
+    """What a disk may have forgotten: renames in a folder that was not synced, and what was written
+    to files that were not.
+    """
     for path in kill_points.unsynced(calls):
         if os.path.isfile(path):
             os.truncate(path, 0)
@@ -78,7 +82,9 @@ def _power_cut(calls: list[kill_points.Call], folder: Path) -> None:
 
 
 def save_killed(lab: Lab, row: Row) -> None:
-    """For every n, a save killed when it is about to make its n-th call that changes files; then also as after a power cut."""
+    """For every n, a save killed when it is about to make its n-th call that changes files; then
+    also as after a power cut.
+    """
     old, new = _trained(0), _trained(1)
     known = [
         state(checkpoint.save(lab.folder / "known", step, *pair, 9).result())
@@ -152,17 +158,23 @@ def _damaged(lab: Lab, row: Row, damage: str, step: int) -> None:
 
 
 def corrupted_shard(lab: Lab, row: Row) -> None:
-    """One bit of the newest checkpoint's shard is flipped after a kill -9 right behind the save of step 4."""
+    """One bit of the newest checkpoint's shard is flipped after a kill -9 right behind the save of
+    step 4.
+    """
     _damaged(lab, row, "bit", 4)
 
 
 def missing_manifest(lab: Lab, row: Row) -> None:
-    """The newest checkpoint's manifest is removed (there is no pointer to a latest one that could be)."""
+    """The newest checkpoint's manifest is removed (there is no pointer to a latest one that could
+    be).
+    """
     _damaged(lab, row, "manifest", 4)
 
 
 def no_valid_checkpoint(lab: Lab, row: Row) -> None:
-    """kill -9 in step 3, and the manifest of the only checkpoint is removed: the run begins anew and says why."""
+    """kill -9 in step 3, and the manifest of the only checkpoint is removed: the run begins anew
+    and says why.
+    """
     out = _stopped_after(lab, 2)
     (run_dir(out) / "checkpoints" / "step000002" / checkpoint.MANIFEST).unlink()
     row.steps_lost = steps_written(out)
@@ -172,7 +184,9 @@ def no_valid_checkpoint(lab: Lab, row: Row) -> None:
 
 
 def truncated_line(lab: Lab, row: Row) -> None:
-    """kill -9 in step 4, and the last lines of metrics.jsonl and completions.jsonl are cut in the middle."""
+    """kill -9 in step 4, and the last lines of metrics.jsonl and completions.jsonl are cut in the
+    middle.
+    """
     out = _stopped_after(lab, 3)
     for name in ("metrics.jsonl", "completions.jsonl"):
         file = run_dir(out) / name
@@ -183,7 +197,9 @@ def truncated_line(lab: Lab, row: Row) -> None:
 
 
 def half_written_folder(lab: Lab, row: Row) -> None:
-    """Half a shard in a temporary folder, as a save leaves it that was killed, and one of a step that is not saved again."""
+    """Half a shard in a temporary folder, as a save leaves it that was killed, and one of a step
+    that is not saved again.
+    """
     out = _stopped_after(lab, 3)
     folder = run_dir(out) / "checkpoints"
     content = next((folder / "step000002").glob("*.distcp")).read_bytes()
@@ -208,7 +224,9 @@ def two_runs(lab: Lab, row: Row) -> None:
 
 
 def two_starts(lab: Lab, row: Row) -> None:
-    """The same command twice at once: the second waits before the lock while the first is killed in step 4, then goes on."""
+    """The same command twice at once: the second waits before the lock while the first is killed in
+    step 4, then goes on.
+    """
     out = lab.folder / "run"
     second = begin(out, [], at_call(rundir, "lock", 1, signal_itself(signal.SIGSTOP)))
     until(
@@ -282,7 +300,10 @@ def _remount(folder: Path, options: str) -> None:
 
 
 def disk_full_at_a_save(lab: Lab, row: Row) -> None:
-    """A tmpfs of 60 MB: the third checkpoint has no room beside the two that are kept. Then it grows."""
+    """A tmpfs of 60 MB: the third checkpoint has no room beside the two that are kept.
+
+    Then it grows.
+    """
     disk = lab.folder / "disk"
     with _mounted(disk, "size=30m"):
         row.struck(train(disk / "run"), 2, "^error: .*No space left")
@@ -291,7 +312,10 @@ def disk_full_at_a_save(lab: Lab, row: Row) -> None:
 
 
 def disk_full_at_a_line(lab: Lab, row: Row) -> None:
-    """A tmpfs of 60 MB that something else fills up in step 3: metrics.jsonl cannot grow. Then that is removed."""
+    """A tmpfs of 60 MB that something else fills up in step 3: metrics.jsonl cannot grow.
+
+    Then that is removed.
+    """
     disk = lab.folder / "disk"
 
     def fill() -> None:
@@ -313,7 +337,9 @@ def disk_full_at_a_line(lab: Lab, row: Row) -> None:
 
 
 def _refused_at_start(lab: Lab, row: Row, mount: str, says: str, mended: str) -> None:
-    """What the disk cannot take is said before the first evaluation, and with another mount the same command runs."""
+    """What the disk cannot take is said before the first evaluation, and with another mount the
+    same command runs.
+    """
     disk = lab.folder / "disk"
     with _mounted(disk, mount):
         ended = train(disk / "run")

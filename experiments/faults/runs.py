@@ -1,4 +1,6 @@
-"""Small real runs in forked children of this process (so that torch is imported once), faults put into them, and what they leave behind compared."""
+"""Small real runs in forked children of this process (so that torch is imported once), faults put
+into them, and what they leave behind compared.
+"""
 
 import json
 import os
@@ -127,7 +129,9 @@ def train(
 def before_call(
     module: types.ModuleType, name: str, n: int, action: Callable[..., object]
 ) -> Fault:
-    """A fault for `begin`: right before the n-th call (from 1) of a function, `action` is given its arguments."""
+    """A fault for `begin`: right before the n-th call (from 1) of a function, `action` is given its
+    arguments.
+    """
 
     def fault() -> None:
         original, calls = getattr(module, name), iter(range(1, 1 << 30))
@@ -190,34 +194,37 @@ def same(a: Any, b: Any) -> bool:
     if isinstance(a, torch.Tensor):
         return isinstance(b, torch.Tensor) and a.dtype == b.dtype and torch.equal(a, b)
     if isinstance(a, dict):
-        return (
-            isinstance(b, dict) and a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-        )
+        same_keys = isinstance(b, dict) and a.keys() == b.keys()
+        return same_keys and all(same(a[key], b[key]) for key in a)
     if isinstance(a, list | tuple):
-        return isinstance(b, list | tuple) and len(a) == len(b) and all(map(same, a, b))
+        same_length = isinstance(b, list | tuple) and len(a) == len(b)
+        return same_length and all(map(same, a, b))
     return bool(a == b)
 
 
+def metrics_without_times(folder: Path) -> list[dict[str, Any]]:
+    """The rows of metrics.jsonl; perf/* are times."""
+    found = []
+    for row in read_jsonl(folder / "metrics.jsonl")[0]:
+        found.append({key: row[key] for key in row if not key.startswith("perf/")})
+    return found
+
+
 def differences(whole: Path, other: Path) -> list[str]:
-    """In what a run differs from an uninterrupted one; perf/* are times."""
-    found, folders = [], (run_dir(whole), run_dir(other))
-    rows = [
-        [
-            {k: v for k, v in row.items() if not k.startswith("perf/")}
-            for row in read_jsonl(f / "metrics.jsonl")[0]
-        ]
-        for f in folders
-    ]
-    if rows[0] != rows[1] or len(rows[0]) != STEPS:
+    """In what a run differs from an uninterrupted one."""
+    a, b = run_dir(whole), run_dir(other)
+    found = []
+    metrics = metrics_without_times(a)
+    if metrics != metrics_without_times(b) or len(metrics) != STEPS:
         found.append("metrics.jsonl")
-    if len({(folder / "completions.jsonl").read_bytes() for folder in folders}) > 1:
+    if (a / "completions.jsonl").read_bytes() != (b / "completions.jsonl").read_bytes():
         found.append("completions.jsonl")
-    if not same(*(json.loads((folder / "eval.json").read_text()) for folder in folders)):
+    if not same(*(json.loads((folder / "eval.json").read_text()) for folder in (a, b))):
         found.append("eval.json")
-    last = [checkpoint.newest(folder / "checkpoints", lambda _: None) for folder in folders]
-    if not all(one and one.step == STEPS for one in last) or not same(
-        *(state(one.path) for one in last if one)
-    ):
+    last_a = checkpoint.newest(a / "checkpoints", lambda _: None)
+    last_b = checkpoint.newest(b / "checkpoints", lambda _: None)
+    both_finished = all(last and last.step == STEPS for last in (last_a, last_b))
+    if not both_finished or not same(state(last_a.path), state(last_b.path)):
         found.append("parameters or moments")
     return found
 
@@ -254,7 +261,11 @@ class Lab:
 
 @dataclass
 class Row:
-    """What is known of one fault. `equal`: whether the resumed run is the uninterrupted one, None where there is nothing to compare."""
+    """What is known of one fault.
+
+    `equal`: whether the resumed run is the uninterrupted one, None where there is nothing to
+    compare.
+    """
 
     fault: str
     what: str

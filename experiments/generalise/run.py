@@ -1,27 +1,33 @@
-"""Do confidences that were learnt on DDXPlus survive another distribution?  python -m experiments.generalise.run DATASETS [seed] [method]
+"""Do confidences that were learnt on DDXPlus survive another distribution?
 
-DATASETS: the folder with ddxplus/ and medqa/. Measures a policy of experiments/ddxplus_smollm2 (its checkpoint has to be there) and its warm-up on
-its own held-out patients, on patients of 19 conditions in another selection, and on MedQA. Logs: experiments/generalise/logs/.
+    python -m experiments.generalise.run DATASETS [seed] [method]
+
+DATASETS: the folder with ddxplus/ and medqa/. Measures a policy of experiments/ddxplus_smollm2
+(its checkpoint has to be there) and its warm-up on its own held-out patients, on patients of 19
+conditions in another selection, and on MedQA. Logs: experiments/generalise/logs/.
 """
 
 import argparse
-import json
 from pathlib import Path
 
-from experiments.claims.run import command, kept
-from experiments.claims.summary import grouped, lines_of, metric, on_curve
+from experiments.common.commands import kept_of_arm, read_evaluation, run_module, write_log
+from experiments.common.tables import (
+    Columns,
+    Log,
+    curve_at,
+    metric,
+    read_logs_by,
+    table_over_seeds,
+)
 from experiments.ddxplus_smollm2.run import PATIENTS, RUNS
 from mar.policy.sources import environment
 
 LOGS = Path(__file__).parent / "logs"
-SHIFTS = {  # name -> the words that ask for it
-    "ddxplus": ["data.path=ddxplus/" + PATIENTS, "eval.num_items=64"],
-    "ddxplus_19": ["data.path=ddxplus/patients_19path_dro_validate_en.jsonl", "eval.num_items=150"],
-    "medqa": [
-        "data.path=medqa/medqa_usmle_4opt_dev.jsonl",
-        "data.task=medqa",
-        "eval.num_items=150",
-    ],
+# Name -> the file of questions, and the words that ask for them.
+SHIFTS = {
+    "ddxplus": (f"ddxplus/{PATIENTS}", ["eval.num_items=64"]),
+    "ddxplus_19": ("ddxplus/patients_19path_dro_validate_en.jsonl", ["eval.num_items=150"]),
+    "medqa": ("medqa/medqa_usmle_4opt_dev.jsonl", ["data.task=medqa", "eval.num_items=150"]),
 }
 METRICS = ("top1", "brier", "ece", "auroc", "set_ece", "format_rate", "repeats_per_set")
 METHODS = ("multi_rlcr", "multi_rlcr_own", "base")
@@ -29,48 +35,48 @@ METHODS = ("multi_rlcr", "multi_rlcr_own", "base")
 
 def one(data: Path, shift: str, seed: int, method: str) -> None:
     """Measure a policy on one distribution; beside the first method, the warm-up too."""
-    arms = {"policy": method} | ({"base": "base"} if method == METHODS[0] else {})
+    # Arm of the evaluation -> method of the log.
+    arms = {"policy": method}
+    if method == METHODS[0]:
+        arms["base"] = "base"
     out = Path("runs/generalise") / f"{shift}_{method}_seed{seed}"
-    path, *words = SHIFTS[shift]
-    where = path.replace("=", f"={data}/", 1)
-    seconds = command(
+    file, words = SHIFTS[shift]
+    seconds = run_module(
         "mar.evaluate",
         str(RUNS / method / f"seed{seed}"),
-        where,
+        f"data.path={data}/{file}",
         *words,
         "k=3",
         "num_answers=",
         f"arms={','.join(arms)}",
         f"out={out}",
     )
-    document = json.loads((out / "evaluation.json").read_text())
-    LOGS.mkdir(exist_ok=True)
+    evaluation = read_evaluation(out)
     for arm, name in arms.items():
-        told = {
+        document = {
             "shift": shift,
             "method": name,
             "seed": seed,
             **environment(),
-            "num_items": document["num_items"],
+            "num_items": evaluation["num_items"],
+            "evaluate_s": seconds,
+            **kept_of_arm(evaluation["arms"][arm]),
         }
-        (LOGS / f"{shift}_{name}_seed{seed}.json").write_text(
-            json.dumps(told | {"evaluate_s": seconds, **kept(document["arms"][arm])}) + "\n"
-        )
+        write_log(LOGS / f"{shift}_{name}_seed{seed}.json", document)
 
 
 def markdown() -> str:
     """A line for each distribution and model: one set of three a question."""
-    by_shift = grouped(LOGS, "shift", SHIFTS)
-    found = {
-        f"{s}, {m}": [log for log in logs if log["method"] == m]
-        for s, logs in by_shift.items()
-        for m in METHODS
-    }
-    columns = {
+    rows: dict[str, list[Log]] = {}
+    for shift, logs in read_logs_by(LOGS, "shift", SHIFTS).items():
+        for method in METHODS:
+            rows[f"{shift}, {method}"] = [log for log in logs if log["method"] == method]
+    columns: Columns = {
         "questions": lambda log: log["num_items"],
-        "coverage@3": lambda log: on_curve(log, "coverage", 3),
+        "coverage@3": curve_at("coverage", 3),
+        **{name: metric(name) for name in METRICS},
     }
-    return lines_of(found, columns | {name: metric(name) for name in METRICS}, "asked, model")
+    return table_over_seeds(rows, columns, "asked, model")
 
 
 def main() -> None:

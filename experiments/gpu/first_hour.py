@@ -2,10 +2,11 @@
 
     python experiments/gpu/first_hour.py          # make gpu
 
-Runs the tests that need a device, times linear_logprobs, compares sampler and trainer in bfloat16, graphs with eager decoding, trains twenty steps of
-two real models where their weights can be had, and measures the memory of a training step. Writes TESTED_ON.md beside this file; the last line of
-stdout is one JSON document.
-A part that fails is recorded with its reason and the others still run. Without a CUDA device: one sentence, exit code 2, nothing written.
+Runs the tests that need a device, times linear_logprobs, compares sampler and trainer in bfloat16,
+graphs with eager decoding, trains twenty steps of two real models where their weights can be had,
+and measures the memory of a training step. Writes TESTED_ON.md beside this file; the last line of
+stdout is one JSON document. A part that fails is recorded with its reason and the others still run.
+Without a CUDA device: one sentence, exit code 2, nothing written.
 """
 
 import importlib.util
@@ -29,8 +30,8 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from mar.policy.attention import pack_groups
 from mar.policy.model import Decoder, ModelConfig
+from mar.policy.packing import pack_groups
 from mar.sample import engine as sampler
 from mar.sample.draws import SamplingParams, stream_key
 from mar.sample.engine import Request, generate
@@ -69,7 +70,9 @@ Found = dict[str, float | str]
 def timed(
     work: Callable[[], object], runs: int, clock: Callable[[], float], wait: Callable[[], object]
 ) -> float:
-    """Median seconds of `runs` calls after one that is not counted; `wait` returns when the device has nothing left to do."""
+    """Median seconds of `runs` calls after one that is not counted; `wait` returns when the device
+    has nothing left to do.
+    """
     times = []
     for _ in range(runs + 1):
         wait()
@@ -87,8 +90,10 @@ def on_device(work: Callable[[], object], runs: int = 5) -> float:
 def attainable(
     num_tokens: int, width: int, vocab: int, itemsize: int, flops: float, bandwidth: float
 ) -> float:
-    """Seconds below which no forward and backward of linear_logprobs can come: three products of 2NVD FLOPs, or hidden, weight and their gradients
-    moved once; at `flops` per second and `bandwidth` bytes per second."""
+    """Seconds below which no forward and backward of linear_logprobs can come: three products of
+    2NVD FLOPs, or hidden, weight and their gradients moved once; at `flops` per second and
+    `bandwidth` bytes per second.
+    """
     return max(
         6 * num_tokens * width * vocab / flops,
         2 * itemsize * width * (num_tokens + vocab) / bandwidth,
@@ -127,7 +132,9 @@ def logprob_sides() -> dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]]:
 
 
 def kernels(device: str) -> Found:
-    """Forward and backward of linear_logprobs in bfloat16, and the fraction of what the device could do."""
+    """Forward and backward of linear_logprobs in bfloat16, and the fraction of what the device
+    could do.
+    """
     flops, bandwidth = limits(device)
     found: Found = {"product, TFLOP/s": flops / 1e12, "copy, GB/s": bandwidth / 1e9}
     least = attainable(N, D, V, 2, flops, bandwidth)
@@ -169,7 +176,9 @@ def mismatch(
     group_size: int = GROUP,
     tokens: int = COMPLETION,
 ) -> Found:
-    """max and mean |full_logprobs of the sampler - log-probability of the training pass| over sampled tokens, at temperature 1."""
+    """max and mean |full_logprobs of the sampler - log-probability of the training pass| over
+    sampled tokens, at temperature 1.
+    """
     asked = requests(model.config.vocab_size, num_prompts, prompt_tokens, group_size)
     groups = generate(model, asked, SamplingParams(tokens), 10**7).groups
     packed = pack_groups(
@@ -194,7 +203,9 @@ def random_qwen3(device: str) -> Decoder:
 
 
 def graphs(device: str) -> Found:
-    """Greedy decoding by CUDA graphs and eagerly: rows whose tokens are the same, tokens per second (prefill and captures included)."""
+    """Greedy decoding by CUDA graphs and eagerly: rows whose tokens are the same, tokens per second
+    (prefill and captures included).
+    """
     model, params = random_qwen3(device), SamplingParams(256, 0.0)
     asked = requests(V, 4, PROMPT, GROUP)
     found: Found = {}
@@ -245,7 +256,9 @@ def last_line(done: subprocess.CompletedProcess[str]) -> str:
 def read_by_vllm(
     run_dir: Path, run: Callable[..., subprocess.CompletedProcess[str]] = subprocess.run
 ) -> str:
-    """How many tokens vLLM, in a process of its own, writes with the exported policy of a run; or why it does not."""
+    """How many tokens vLLM, in a process of its own, writes with the exported policy of a run; or
+    why it does not.
+    """
     if importlib.util.find_spec("vllm") is None:
         return "vllm is not installed"
     options: dict[str, Any] = {"cwd": ROOT, "capture_output": True, "text": True, "check": False}
@@ -363,7 +376,9 @@ def environment() -> dict[str, str]:
 
 
 def render(document: Mapping[str, Any]) -> str:
-    """TESTED_ON.md of {"environment": {name: text}, "parts": {name: {"found": {...}} or {"reason": text}}}."""
+    """TESTED_ON.md of {"environment": {name: text}, "parts": {name: {"found": {...}} or {"reason":
+    text}}}.
+    """
     lines = [
         "# Tested on",
         "",

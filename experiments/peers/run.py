@@ -1,15 +1,16 @@
-"""One learning curve of ours or of TRL's GRPOTrainer on the same job:
+"""One learning curve of ours or of TRL's GRPOTrainer on the same job.
 
     python -m experiments.peers.run ours|trl SEED
 
-The job is the clinic's, with the embedded model: the same weights, prompts in the same order,
-rewards (judged by the same code), group size, learning rate, AdamW, clipping of gradients, temperature and length limit; Dr. GRPO in both (credit `set`, the group's mean as baseline, no division by its
-spread, every token 1 / the longest allowed length), one update a batch, all parameters, one thread. What differs is the random draws and the code.
-TRL needs `pip install -e '.[bench]'`. Writes logs/<side>_seed<SEED>.json.
+The job is the clinic's, with the embedded model. Both sides have the same weights, prompts in the
+same order, rewards (judged by the same code), group size, learning rate, AdamW, clipping of
+gradients, temperature and length limit; Dr. GRPO (credit `set`, the group's mean as baseline, no
+division by its spread, every token 1 / the longest allowed length), one update a batch, all
+parameters, one thread. What differs is the random draws and the code. TRL needs
+`pip install -e '.[bench]'`. Writes logs/<side>_seed<SEED>.json.
 """
 
 import argparse
-import json
 import tempfile
 import time
 from pathlib import Path
@@ -18,12 +19,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from experiments.common.commands import write_log
 from mar.answers.prompts import load_tokenizer
 from mar.files import jsonable
 from mar.measure.held_out import measure
 from mar.policy.sources import EMBEDDED, environment
 from mar.policy.weights import load_model
-from mar.records import Completion
+from mar.records import Completion, Prompt
 from mar.run.compose import compose
 from mar.run.console import Display
 from mar.run.setup import Training, build_training
@@ -31,7 +33,8 @@ from mar.sample.rollout import judge_groups
 from mar.train import train_step
 
 HERE = Path(__file__).parent
-STEPS, LR = 60, 4e-4
+STEPS = 60
+LR = 4e-4
 WORDS = (
     "+experiment=clinic",
     "algo=dr_grpo",
@@ -43,11 +46,13 @@ WORDS = (
     f"train.steps={STEPS}",
     "eval.num_items=500",
 )
-Curve = tuple[list[float], list[float]]  # mean reward and seconds of each step
+# Mean reward and seconds of each step.
+Curve = tuple[list[float], list[float]]
 
 
 def ours(training: Training) -> Curve:
-    rewards, seconds = [], []
+    rewards = []
+    seconds = []
     for step in range(STEPS):
         began = time.perf_counter()
         rewards.append(train_step(training, step).metrics["reward/total"])
@@ -55,27 +60,38 @@ def ours(training: Training) -> Curve:
     return rewards, seconds
 
 
+def judged(ids: list[int], prompt: Prompt, training: Training) -> float:
+    """The reward of one completion of TRL's."""
+    stopped = bool(ids) and ids[-1] in training.held_out.params.stop_ids
+    no_logprobs = np.zeros(len(ids), np.float32)
+    finish_reason = "stop" if stopped else "length"
+    completion = Completion(0, np.array(ids), no_logprobs, no_logprobs, finish_reason)
+    groups = judge_groups([prompt], [[completion]], training.held_out.scorer)
+    return groups[0][0].total
+
+
 def trl(training: Training, out: Path) -> Curve:
-    """TRL with the same numbers; its policy is left in `training.learner.policy`, to be measured as ours is."""
+    """TRL with the same numbers.
+
+    Its policy is left in `training.learner.policy`, to be measured as ours is.
+    """
     import datasets
     import transformers
     from trl import GRPOConfig, GRPOTrainer
 
-    algo, p, tokenizer = training.config.algo, training.held_out, load_tokenizer(EMBEDDED)
-    asked = [prompt for step in range(STEPS) for prompt in training.prompts.of_step(step)]
-    rewards, seconds, clock = list[float](), list[float](), list[float]()
+    algo = training.config.algo
+    max_tokens = training.held_out.params.max_tokens
+    asked = [prompt for step in range(STEPS) for prompt in training.prompt_order.of_step(step)]
+    rewards: list[float] = []
+    seconds: list[float] = []
+    clock: list[float] = []
 
-    def reward(completion_ids: list[list[int]], place: list[int], **_: Any) -> list[float]:
-        groups = []
-        for ids, i in zip(completion_ids, place, strict=True):
-            zeros, stopped = (
-                np.zeros(len(ids), np.float32),
-                bool(ids) and ids[-1] in p.params.stop_ids,
-            )
-            done = Completion(0, np.array(ids), zeros, zeros, "stop" if stopped else "length")
-            groups.append(judge_groups([asked[i]], [[done]], p.scorer)[0][0].total)
-        rewards.append(float(np.mean(groups)))
-        return groups
+    def reward(completion_ids: list[list[int]], index: list[int], **_: Any) -> list[float]:
+        found = []
+        for ids, i in zip(completion_ids, index, strict=True):
+            found.append(judged(ids, asked[i], training))
+        rewards.append(float(np.mean(found)))
+        return found
 
     class Clock(transformers.TrainerCallback):
         def on_step_begin(self, *_: Any, **__: Any) -> None:
@@ -84,24 +100,46 @@ def trl(training: Training, out: Path) -> Curve:
         def on_step_end(self, *_: Any, **__: Any) -> None:
             seconds.append(time.perf_counter() - clock[-1])
 
-    rows = algo.prompts_per_step * algo.group_size
     options = GRPOConfig(
-        output_dir=str(out), use_cpu=True, bf16=False, gradient_checkpointing=False, beta=0.0, num_iterations=1, loss_type="dr_grpo",
-        num_generations=algo.group_size, per_device_train_batch_size=rows, gradient_accumulation_steps=1, max_steps=STEPS,
-        max_completion_length=p.params.max_tokens, temperature=algo.temperature, top_k=0, top_p=1.0, scale_rewards="none", shuffle_dataset=False,
-        learning_rate=LR, adam_beta1=0.9, adam_beta2=0.999, weight_decay=0.0, max_grad_norm=1.0, lr_scheduler_type="constant",
-        seed=training.config.seed, save_strategy="no", report_to="none", logging_strategy="no", disable_tqdm=True,
-    )  # fmt: skip
+        output_dir=str(out),
+        use_cpu=True,
+        bf16=False,
+        gradient_checkpointing=False,
+        beta=0.0,
+        num_iterations=1,
+        loss_type="dr_grpo",
+        num_generations=algo.group_size,
+        per_device_train_batch_size=algo.prompts_per_step * algo.group_size,
+        gradient_accumulation_steps=1,
+        max_steps=STEPS,
+        max_completion_length=max_tokens,
+        temperature=algo.temperature,
+        top_k=0,
+        top_p=1.0,
+        scale_rewards="none",
+        shuffle_dataset=False,
+        learning_rate=LR,
+        adam_beta1=0.9,
+        adam_beta2=0.999,
+        weight_decay=0.0,
+        max_grad_norm=1.0,
+        lr_scheduler_type="constant",
+        seed=training.config.seed,
+        save_strategy="no",
+        report_to="none",
+        logging_strategy="no",
+        disable_tqdm=True,
+    )
     model = transformers.AutoModelForCausalLM.from_pretrained(EMBEDDED, dtype=torch.float32)
     data = datasets.Dataset.from_dict(
-        {"prompt": [prompt.text for prompt in asked], "place": list(range(len(asked)))}
+        {"prompt": [prompt.text for prompt in asked], "index": list(range(len(asked)))}
     )
     trainer = GRPOTrainer(
         model=model,
         reward_funcs=reward,
         args=options,
         train_dataset=data,
-        processing_class=tokenizer,
+        processing_class=load_tokenizer(EMBEDDED),
         callbacks=[Clock()],
     )
     trainer.train()
@@ -118,15 +156,15 @@ def main() -> None:
     parser.add_argument("seed", type=int)
     args = parser.parse_args()
     torch.set_num_threads(1)
+    config = compose([*WORDS, f"seed={args.seed}"])
+    training = build_training(config, EMBEDDED, Display("plain", 0, STEPS))
     with tempfile.TemporaryDirectory() as folder:
-        training = build_training(
-            compose([*WORDS, f"seed={args.seed}"]),
-            EMBEDDED,
-            Display("plain", 0, STEPS),
-        )
-        rewards, seconds = ours(training) if args.side == "ours" else trl(training, Path(folder))
-        with training.learner.sampling_policy() as policy:
-            after, _ = measure(policy, training.held_out)
+        if args.side == "ours":
+            rewards, seconds = ours(training)
+        else:
+            rewards, seconds = trl(training, Path(folder))
+    with training.learner.sampling_policy() as policy:
+        after, _ = measure(policy, training.held_out)
     document = {
         "side": args.side,
         "seed": args.seed,
@@ -139,13 +177,11 @@ def main() -> None:
         from importlib.metadata import version
 
         document["trl"] = version("trl")
-    (HERE / "logs").mkdir(exist_ok=True)
-    (HERE / "logs" / f"{args.side}_seed{args.seed}.json").write_text(
-        json.dumps(jsonable(document)) + "\n"
-    )
-    print(
-        f"{args.side} {args.seed}: {np.mean(rewards[-10:]):.3f} after {np.mean(rewards[:10]):.3f}, {np.median(seconds):.2f} s a step"
-    )
+    log = HERE / "logs" / f"{args.side}_seed{args.seed}.json"
+    write_log(log, jsonable(document))
+    first, last = np.mean(rewards[:10]), np.mean(rewards[-10:])
+    step_s = np.median(seconds)
+    print(f"{args.side} {args.seed}: {last:.3f} after {first:.3f}, {step_s:.2f} s a step")
 
 
 if __name__ == "__main__":

@@ -1,12 +1,15 @@
-"""Memory of mar's own FSDP2 step without memory: fake tensors, a fake process group, and PyTorch's FSDPMemTracker, against mar.plan.
+"""Memory of mar's own FSDP2 step without memory: fake tensors, a fake process group, and PyTorch's
+FSDPMemTracker, against mar.plan.
 
     python experiments/plan/fake_step.py [--model Qwen/Qwen3-8B] [--ranks 8] [--tokens 16384] [--lora-rank 16] [--no-checkpointing] [--cpu-paths]
 
-Runs mar.policy.distributed.shard, the decoder over packed groups, the log-probabilities, backward and AdamW, with gradients and optimizer state of an
-earlier step already there. Fake tensors of a CPU take the CPU's paths; two of them hold other things than a GPU's and make way for it: norms hold
-what CUDA's fused kernel does (their input and one number a row), and log-probabilities are the Triton module's own code, whose kernels are not
-launched, so that it needs triton. `--cpu-paths` leaves both as they are.
-Attention pads and repeats keys for a while where FlexAttention does not. The last line of stdout is one JSON document.
+Runs mar.policy.distributed.shard, the decoder over packed groups, the log-probabilities, backward
+and AdamW, with gradients and optimizer state of an earlier step already there. Fake tensors of a
+CPU take the CPU's paths; two of them hold other things than a GPU's and make way for it: norms hold
+what CUDA's fused kernel does (their input and one number a row), and log-probabilities are the
+Triton module's own code, whose kernels are not launched, so that it needs triton. `--cpu-paths`
+leaves both as they are. Attention pads and repeats keys for a while where FlexAttention does not.
+The last line of stdout is one JSON document.
 """
 
 import argparse
@@ -32,10 +35,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import mar_kernels
 from mar.config import ModelOptions, ScaleOptions
 from mar.learn.optim import make_optimizer
-from mar.policy.attention import PackedGroups, pack_groups
 from mar.policy.distributed import World, shard
 from mar.policy.lora import adapted, trainable_pattern
 from mar.policy.model import Decoder, ModelConfig
+from mar.policy.packing import PackedGroups, pack_groups
 from mar.run.planning import SHAPES, update_memory
 from mar_kernels import triton_logprobs
 
@@ -44,7 +47,9 @@ RESIDENT = {"weights": "Sharded Param", "gradients": "Sharded Grad", "optimizer"
 
 
 class Peaks(FSDPMemTracker):
-    """The tracker, with a peak for each phase and no statistics per module: those take most of its time."""
+    """The tracker, with a peak for each phase and no statistics per module: those take most of its
+    time.
+    """
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
@@ -144,7 +149,10 @@ def fake_step(
     cpu_paths: bool = False,
     dtype: str = "bfloat16",
 ) -> dict[str, Any]:
-    """Bytes of rank 0 by mar.plan's parts: at the tracked peak, and planned. `pass` is all that is neither resident nor gathered parameters."""
+    """Bytes of rank 0 by mar.plan's parts: at the tracked peak, and planned.
+
+    `pass` is all that is neither resident nor gathered parameters.
+    """
     with nullcontext() if cpu_paths else as_on_a_gpu():
         phases = tracked(shape, ranks, tokens, lora_rank, checkpointed, dtype)
     peak = max(phases.values(), key=lambda held: held["Total"])

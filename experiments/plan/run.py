@@ -1,7 +1,10 @@
-"""Plan Qwen3 on 1 and 8 GPUs, full and with adapters of rank 16, and track steps:  python experiments/plan/run.py [0.6B 1.7B 4B 8B] [--planned]
+"""Plan Qwen3 on 1 and 8 GPUs, full and with adapters of rank 16, and track steps.
 
-For each size named (all, if none is), `mar.plan` of the paper's recipe at that scale and, without `--planned`, `fake_step` of a micro-batch as large
-as the scale's. Puts them into results.json in place of what it says of that; `make report` makes the tables of README.md from it.
+    python experiments/plan/run.py [0.6B 1.7B 4B 8B] [--planned]
+
+For each size named (without one, for all), `mar.plan` of the paper's recipe at that scale and,
+without `--planned`, `fake_step` of a micro-batch as large as the scale's. Replaces their rows in
+results.json; `make report` makes the tables of README.md from it.
 """
 
 import json
@@ -13,11 +16,17 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from experiments.common.tables import markdown_table
 from mar.run.compose import compose
 from mar.run.planning import plan
 
 HERE = Path(__file__).resolve().parent
-RESULTS, SIZES, RANKS, GIB = HERE / "results.json", ("0.6B", "1.7B", "4B", "8B"), (0, 16), 2**30
+RESULTS = HERE / "results.json"
+SIZES = ("0.6B", "1.7B", "4B", "8B")
+GPUS = (1, 8)
+# Of adapters; 0: all parameters are trained.
+RANKS = (0, 16)
+GIB = 2**30
 PARTS = ("weights", "gradients", "optimizer", "gathered", "pass", "total")
 
 
@@ -34,24 +43,19 @@ def words_of(size: str, gpus: int, rank: int) -> list[str]:
 
 def track(size: str, gpus: int, rank: int) -> dict[str, Any]:
     """What FSDP's tracker counts in a step of that run, in a process of its own."""
-    config = compose(words_of(size, gpus, rank))
-    step = [
-        "--model",
-        f"Qwen/Qwen3-{size}",
-        "--ranks",
-        gpus,
-        "--tokens",
-        config.train.micro_batch_tokens,
-        "--lora-rank",
-        rank,
-    ]
-    keep = [] if config.train.checkpoint_activations else ["--no-checkpointing"]
-    done = subprocess.run(
-        [sys.executable, HERE / "fake_step.py", *map(str, step), *keep],
-        stdout=subprocess.PIPE,
-        text=True,
-        check=True,
-    )
+    train = compose(words_of(size, gpus, rank)).train
+    options = {
+        "--model": f"Qwen/Qwen3-{size}",
+        "--ranks": gpus,
+        "--tokens": train.micro_batch_tokens,
+        "--lora-rank": rank,
+    }
+    command = [sys.executable, str(HERE / "fake_step.py")]
+    for option, value in options.items():
+        command += [option, str(value)]
+    if not train.checkpoint_activations:
+        command.append("--no-checkpointing")
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     said = json.loads(done.stdout.splitlines()[-1])
     return {**said["tracked"], "tokens": said["tokens"], "wall_s": said["wall_s"]}
 
@@ -59,100 +63,99 @@ def track(size: str, gpus: int, rank: int) -> dict[str, Any]:
 def planned(row: dict[str, Any]) -> dict[str, int]:
     """The planner's bytes of a training step, in the parts that are tracked."""
     held = row["computed"]["bytes"]
-    parts = {part: held[part] for part in PARTS[:4]} | {
-        "pass": held["activations"] + held["backward"] + held["reduce"]
-    }
-    return parts | {"total": sum(parts.values())}
+    parts = {part: held[part] for part in ("weights", "gradients", "optimizer", "gathered")}
+    parts["pass"] = held["activations"] + held["backward"] + held["reduce"]
+    parts["total"] = sum(parts.values())
+    return parts
 
 
-def table(header: list[str], rows: list[list[str]]) -> str:
-    return "\n".join(
-        "| " + " | ".join(line) + " |" for line in [header, ["---"] * len(header), *rows]
-    )
+def name_of(row: dict[str, Any]) -> list[str]:
+    """The first cells of a run's line."""
+    trained = "rank 16" if row["lora_rank"] else "all"
+    return [row["model"], str(row["gpus"]), trained]
 
 
 def markdown(which: str) -> str:
-    """The `tracked` table of the steps that are tracked, a cell being GiB tracked / planned, or the `computed` one of all runs."""
+    """The `tracked` or the `computed` table."""
     rows = json.loads(RESULTS.read_text(encoding="utf-8"))["rows"]
-    rows = [row for row in rows if which == "computed" or row["tracked"]]
-    named = [
-        [row["model"], str(row["gpus"]), "rank 16" if row["lora_rank"] else "all"] for row in rows
-    ]
-    if which == "tracked":
-        pairs = [(row["tracked"], planned(row)) for row in rows]
-        cells = [
-            [f"{seen[part] / GIB:.2f} / {said[part] / GIB:.2f}" for part in PARTS]
-            for seen, said in pairs
-        ]
-        off = [f"{said['total'] / seen['total'] - 1:+.1%}" for seen, said in pairs]
-        lines = [[*name, *line, error] for name, line, error in zip(named, cells, off, strict=True)]
-        return table(["model", "GPUs", "trained", *PARTS, "planned is off by"], lines)
+    return tracked_table(rows) if which == "tracked" else computed_table(rows)
+
+
+def tracked_table(rows: list[dict[str, Any]]) -> str:
+    """The steps that are tracked: GiB tracked / planned."""
     lines = []
-    for name, row in zip(named, rows, strict=True):
-        c = row["computed"]
-        sizes = [
-            c["bytes"]["sampling_copy"],
-            c["bytes"]["kv_cache"],
-            c["peak_bytes"]["sampling"],
-            c["peak_bytes"]["update"],
-        ]
-        group = (
-            f"{c['largest_group']} ({'KV budget' if c['kv_budget_binds'] else 'memory'})"
-            if c["fits"]
-            else "–"
-        )
-        times = [f"{c['seconds'][part]:.0f}" for part in ("decode", "update")] + [
-            f"{c['step_s']:.0f}",
-            f"{c['gpu_hours']:.0f}",
-        ]
-        lines.append(
-            [
-                *name,
-                *(f"{n / GIB:.1f}" for n in sizes),
-                "yes" if c["fits"] else "**no**",
-                group,
-                *(times if c["fits"] else "––––"),
-            ]
-        )
-    memory = [
+    for row in rows:
+        seen = row["tracked"]
+        if not seen:
+            continue
+        computed = planned(row)
+        cells = [f"{seen[part] / GIB:.2f} / {computed[part] / GIB:.2f}" for part in PARTS]
+        off_by = computed["total"] / seen["total"] - 1
+        lines.append([*name_of(row), *cells, f"{off_by:+.1%}"])
+    return markdown_table(["model", "GPUs", "trained", *PARTS, "planned is off by"], lines)
+
+
+def computed_table(rows: list[dict[str, Any]]) -> str:
+    """All runs as a whole: GiB, and seconds of those that fit."""
+    header = [
+        "model",
+        "GPUs",
+        "trained",
         "sampling copy",
         "KV cache",
         "peak of sampling",
         "peak of the update",
         "fits",
         "largest group",
+        "decode s",
+        "update s",
+        "step s",
+        "GPU-hours",
     ]
-    return table(
-        ["model", "GPUs", "trained", *memory, "decode s", "update s", "step s", "GPU-hours"], lines
-    )
+    lines = []
+    for row in rows:
+        computed = row["computed"]
+        held = computed["bytes"]
+        peak = computed["peak_bytes"]
+        sizes = (held["sampling_copy"], held["kv_cache"], peak["sampling"], peak["update"])
+        line = [*name_of(row), *(f"{size / GIB:.1f}" for size in sizes)]
+        if computed["fits"]:
+            limit = "KV budget" if computed["kv_budget_binds"] else "memory"
+            line += ["yes", f"{computed['largest_group']} ({limit})"]
+            seconds = computed["seconds"]
+            times = (seconds["decode"], seconds["update"], computed["step_s"])
+            line += [f"{time:.0f}" for time in (*times, computed["gpu_hours"])]
+        else:
+            line += ["**no**", "–", "–", "–", "–", "–"]
+        lines.append(line)
+    return markdown_table(header, lines)
 
 
 def main() -> None:
     sizes = [word for word in sys.argv[1:] if word in SIZES] or SIZES
     rows = json.loads(RESULTS.read_text(encoding="utf-8"))["rows"] if RESULTS.exists() else []
     found = {(row["model"], row["gpus"], row["lora_rank"]): row for row in rows}
-    for size, gpus, rank in product(sizes, (1, 8), RANKS):
-        key = f"Qwen3-{size}", gpus, rank
-        seen = found[key]["tracked"] if key in found else None
+    order = list(product([f"Qwen3-{size}" for size in SIZES], GPUS, RANKS))
+    for size, gpus, rank in product(sizes, GPUS, RANKS):
+        model = f"Qwen3-{size}"
+        key = (model, gpus, rank)
+        tracked = found[key]["tracked"] if key in found else None
         if "--planned" not in sys.argv:
-            seen = track(size, gpus, rank)
+            tracked = track(size, gpus, rank)
+            total = tracked["total"] / GIB
+            seconds = tracked["wall_s"]
             print(
-                f"{key[0]} on {gpus}, rank {rank}: {seen['total'] / GIB:.2f} GiB tracked in {seen['wall_s']} s",
+                f"{model} on {gpus}, rank {rank}: {total:.2f} GiB tracked in {seconds} s",
                 flush=True,
             )
-        computed = plan(compose(words_of(size, gpus, rank)))
         found[key] = {
-            "model": key[0],
+            "model": model,
             "gpus": gpus,
             "lora_rank": rank,
-            "tracked": seen,
-            "computed": computed,
+            "tracked": tracked,
+            "computed": plan(compose(words_of(size, gpus, rank))),
         }
-        rows = [
-            found[key]
-            for key in product([f"Qwen3-{size}" for size in SIZES], (1, 8), RANKS)
-            if key in found
-        ]
+        rows = [found[key] for key in order if key in found]
         RESULTS.write_text(json.dumps({"rows": rows}, indent=1) + "\n", encoding="utf-8")
 
 

@@ -1,28 +1,42 @@
-"""One setting and seed of a sweep on clinic, to a committed log:  python -m experiments.sweeps.run k_sweep "K = 4" 0
+"""One setting and seed of a sweep on clinic, to a committed log.
 
-SWEEPS says which settings each sweep has. Where its log is there, it is trained and measured anew
-and the log written over: `git diff` shows what came out otherwise. Without a seed: every seed, without a setting: all of them, seed
-after seed; without a sweep: every sweep; what has a log already is passed over. A run that was cut off goes on. `--part 1/2` and `2/2` share the work
-between two processes. Logs: experiments/<sweep>/logs/.
+    python -m experiments.sweeps.run k_sweep "K = 4" 0
+
+trains and measures that setting anew and overwrites its log: `git diff` shows what changed.
+SWEEPS says which settings each sweep has. Without a seed: every seed; without a setting: all of
+them; without a sweep: every sweep; logs that exist are then kept. A run that was interrupted goes
+on. `--part 1/2` and `2/2` share the work between two processes. Logs: experiments/<sweep>/logs/.
 """
 
 import argparse
 import json
 import os
-from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from experiments.claims.run import command, kept, trained
+from experiments.common.commands import (
+    confidence_sums,
+    kept_of_arm,
+    read_evaluation,
+    run_module,
+    share_of,
+    train_unless_finished,
+    write_log,
+)
 from mar.files import read_jsonl, stable_hash
 from mar.policy.sources import environment
 from mar.tasks import clinic
 
-EXPERIMENTS, RUNS = Path(__file__).parents[1], Path("runs/sweeps")
-VISITS = RUNS / "visits6.jsonl"  # the multi-label variant
-SEEDS, ITEMS, ANSWERS, WINDOW = 3, 500, 12, 20
+EXPERIMENTS = Path(__file__).parents[1]
+RUNS = Path("runs/sweeps")
+# The patients with several right answers.
+VISITS = RUNS / "visits6.jsonl"
+SEEDS = 3
+# Held-out patients, and answers of each.
+ITEMS = 500
+ANSWERS = 12
 CLINIC = [
     "+experiment=clinic",
     "train.steps=140",
@@ -36,19 +50,22 @@ MANY = [
     "train.steps=140",
     "reward.brier_weight=3",
     f"eval.num_items={ITEMS}",
-]
-MANY += [
     "model.lr=0.05",
+    # A breach of the sum rule costs 1, which is more than an honest set would gain by it.
     "reward.gate=false",
     "reward.format_weight=1",
-]  # a breach costs 1: more than obeying does
-SIZES = [f"K={k}" for k in (1, 2, 4, 5, 6)]  # what the policy of three answers is asked for, too
-SWEEPS: dict[str, dict[str, list[str]]] = {  # sweep -> setting -> words
-    # 3 is K = 3 of the first sweep; with `own` a slot is paid y - weight/K (q - y)^2, so the weight grows with K
+]
+THINKING = ["model.thinking=true", "model.max_completion_tokens=96"]
+# What the policy of three answers is asked for, too.
+SIZES = [f"K={k}" for k in (1, 2, 4, 5, 6)]
+# Sweep -> setting -> words.
+SWEEPS: dict[str, dict[str, list[str]]] = {
+    # With credit `own` a slot is paid y - weight/K (q - y)^2, so the weight grows with K.
     "k_sweep": {
         f"K = {k}": [*CLINIC, f"reward.num_answers={k}", f"reward.brier_weight={k}"]
         for k in (2, 3, 4, 5)
     },
+    # Weight 3 is K = 3 of the first sweep.
     "brier_weight": {f"weight {w}": [*CLINIC, f"reward.brier_weight={w}"] for w in (0, 1, 9)},
     "sum_rule": {
         "sum rule": [*MANY, "reward.sum_rule=true"],
@@ -57,52 +74,58 @@ SWEEPS: dict[str, dict[str, list[str]]] = {  # sweep -> setting -> words
         "sum rule, gated": [*MANY, "reward.sum_rule=true", "reward.gate=true"],
     },
     "thinking": {
-        "multi_rlcr": [*CLINIC, "model.thinking=true", "model.max_completion_tokens=96"],
-        "rlcr_single": [
-            *CLINIC,
-            "reward=rlcr_single",
-            "reward.brier_weight=1",
-            "model.thinking=true",
-            "model.max_completion_tokens=96",
-        ],
+        "multi_rlcr": [*CLINIC, *THINKING],
+        "rlcr_single": [*CLINIC, "reward=rlcr_single", "reward.brier_weight=1", *THINKING],
     },
 }
 
 
 def write_visits(file: Path, num: int = 6000, problems: int = 6) -> None:
-    """Clinic's patients with several right answers at once: the different conditions of `problems` independent draws from the posterior, so that
-    condition c is right with probability 1 - (1 - p_c)^problems and those of a patient's conditions add up to more than 1."""
+    """Clinic's patients with several right answers at once.
+
+    The right answers are the different conditions of `problems` independent draws from the
+    posterior p, so condition c is right with probability 1 - (1 - p_c)^problems, and these
+    probabilities add up to more than 1.
+    """
     rows = []
     for example in clinic.load("train", num, seed=1_000):
         rng = np.random.default_rng(stable_hash(example.id) % 2**32)
-        drawn = sorted(
-            set(
-                rng.choice(
-                    len(example.golds),
-                    size=problems,
-                    p=[gold.probability for gold in example.golds],
-                ).tolist()
-            )
-        )
-        golds = [
-            {"name": example.golds[i].name, "aliases": list(example.golds[i].aliases)}
-            for i in drawn
-        ]
+        posterior = [gold.probability for gold in example.golds]
+        draws = rng.choice(len(example.golds), size=problems, p=posterior)
+        golds = []
+        for i in sorted(set(draws.tolist())):
+            gold = example.golds[i]
+            golds.append({"name": gold.name, "aliases": list(gold.aliases)})
         rows.append(
             {"question": example.question, "golds": golds, "id": example.id, "truth": "uniform"}
         )
     file.parent.mkdir(parents=True, exist_ok=True)
-    beside = file.with_suffix(f".{os.getpid()}")  # two processes may write it at once
-    beside.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    beside.rename(file)
+    # Two processes may write it at once.
+    unfinished = file.with_suffix(f".{os.getpid()}")
+    unfinished.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    unfinished.rename(file)
 
 
 def by_slot(folder: Path) -> dict[str, Any]:
-    """Of the policy's sets, for each slot: the mean confidence, how often it was right, and how often the confidences add up to more than 1."""
-    rows = [row for row in read_jsonl(folder / "eval_items.jsonl")[0] if row.get("arm") == "policy"]
-    sets = [s for row in rows for s in row["sets"] if s["reason"] is None]
-    q = np.array([s["confidences"][: len(s["answers"])] for s in sets], dtype=float)
-    y = np.array([s["hits"] for s in sets], dtype=float)
+    """For each slot of the policy's sets its mean confidence and how often it was right.
+
+    `above_1`: the share of sets whose confidences add up to more than 1. Sets that do not follow
+    the form are left out.
+    """
+    confidences = []
+    hits = []
+    items, _ = read_jsonl(folder / "eval_items.jsonl")
+    for item in items:
+        if item.get("arm") != "policy":
+            continue
+        for answer_set in item["sets"]:
+            if answer_set["reason"] is None:
+                # Behind the answers' confidences there may be the one of <other>.
+                num_answers = len(answer_set["answers"])
+                confidences.append(answer_set["confidences"][:num_answers])
+                hits.append(answer_set["hits"])
+    q = np.array(confidences, dtype=float)
+    y = np.array(hits, dtype=float)
     return {
         "confidence": q.mean(0).tolist(),
         "right": y.mean(0).tolist(),
@@ -110,68 +133,53 @@ def by_slot(folder: Path) -> dict[str, Any]:
     }
 
 
-def by_steps(folder: Path) -> list[float | None]:
-    """Of the training completions of every WINDOW steps: the mean of what their confidences add up to, None where not one has the form."""
-    sums: dict[int, list[float]] = defaultdict(list)
-    for row in read_jsonl(folder / "completions.jsonl")[0]:
-        said = row["confidences"][: len(row["answers"])]
-        if (
-            row["stage"] == "train" and row["reason"] is None and said and None not in said
-        ):  # a form may have none
-            sums[(row["step"] - 1) // WINDOW].append(sum(said))
-    return [
-        float(np.mean(sums[window])) if window in sums else None
-        for window in range(max(sums, default=-1) + 1)
-    ]
+def name_of(setting: str) -> str:
+    """A setting as part of a file name."""
+    return "".join(c for c in setting if c.isalnum() or c == "_")
 
 
 def log_of(sweep: str, setting: str, seed: int) -> Path:
-    name = "".join(c for c in setting if c.isalnum() or c == "_")
-    return EXPERIMENTS / sweep / "logs" / f"{name}_seed{seed}.json"
+    return EXPERIMENTS / sweep / "logs" / f"{name_of(setting)}_seed{seed}.json"
 
 
 def one(sweep: str, setting: str, seed: int, again: bool) -> None:
-    """Train with one setting and seed and measure it on held-out patients; where its log is there, only if it is to be made again."""
+    """Make the log of one setting and seed; one that exists only if it is to be made again."""
     log = log_of(sweep, setting, seed)
     if log.exists() and not again:
         return
     if sweep == "sum_rule" and not VISITS.exists():
         write_visits(VISITS)
-    words = [
-        *SWEEPS[sweep][setting],
-        f"name={log_of(sweep, setting, 0).stem[:-6]}",
-        f"seed={seed}",
-        f"out={RUNS / sweep}",
-    ]
-    folder = RUNS / sweep / log.stem.rpartition("_")[0] / f"seed{seed}"
-    train_s = trained(folder, *words, again=log.exists())
-    other_sizes = (sweep, setting) == ("k_sweep", "K = 3")
-    measured = [f"k={ANSWERS}", "num_answers=1..6" if other_sizes else "num_answers="]
-    evaluate_s = command(
+    name = name_of(setting)
+    words = [*SWEEPS[sweep][setting], f"name={name}", f"seed={seed}", f"out={RUNS / sweep}"]
+    folder = RUNS / sweep / name / f"seed{seed}"
+    train_s = train_unless_finished(folder, *words, again=log.exists())
+    # The policy that was trained for three answers is asked for other numbers, too.
+    sizes = SIZES if (sweep, setting) == ("k_sweep", "K = 3") else []
+    evaluate_s = run_module(
         "mar.evaluate",
         str(folder),
-        *measured,
-        "arms=" + ",".join(["policy", *(SIZES if other_sizes else [])]),
+        f"k={ANSWERS}",
+        "num_answers=1..6" if sizes else "num_answers=",
+        "arms=" + ",".join(["policy", *sizes]),
     )
-    document = json.loads((folder / "evaluation.json").read_text())
-    told = {
+    evaluation = read_evaluation(folder)
+    arms = evaluation["arms"]
+    document = {
         "setting": setting,
         "seed": seed,
         "words": words,
         **environment(),
-        "num_items": document["num_items"],
-    }
-    told |= {
+        "num_items": evaluation["num_items"],
         "train_s": train_s,
         "evaluate_s": evaluate_s,
-        "bars": document.get("bars"),
-        **kept(document["arms"]["policy"]),
+        "bars": evaluation.get("bars"),
+        **kept_of_arm(arms["policy"]),
+        "slots": by_slot(folder),
+        "sums": confidence_sums(folder),
     }
-    told |= {"slots": by_slot(folder), "sums": by_steps(folder)}
-    if other_sizes:
-        told["sizes"] = {name: kept(document["arms"][name]) for name in SIZES}
-    log.parent.mkdir(parents=True, exist_ok=True)
-    log.write_text(json.dumps(told) + "\n")
+    if sizes:
+        document["sizes"] = {size: kept_of_arm(arms[size]) for size in sizes}
+    write_log(log, document)
 
 
 def main() -> None:
@@ -183,22 +191,20 @@ def main() -> None:
     parser.add_argument("seed", nargs="?", type=int)
     parser.add_argument("--part", default="1/1")
     args = parser.parse_args()
-    mine, parts = (int(number) for number in args.part.split("/"))
     seeds = range(SEEDS) if args.seed is None else [args.seed]
     sweeps = [args.sweep] if args.sweep else [*SWEEPS]
-    jobs = [
-        (sweep, setting, seed)
-        for seed in seeds
-        for sweep in sweeps
-        for setting in SWEEPS[sweep]
-        if args.setting in (None, setting)
-    ]
+    jobs = []
+    for seed in seeds:
+        for sweep in sweeps:
+            for setting in SWEEPS[sweep]:
+                if args.setting in (None, setting):
+                    jobs.append((sweep, setting, seed))
     if not jobs:
-        parser.error(
-            f"{args.sweep} has no setting {args.setting!r}, only {', '.join(SWEEPS[args.sweep])}"
-        )
-    for job in jobs[mine - 1 :: parts]:
-        one(*job, again=bool(args.setting) and args.seed is not None)
+        settings = ", ".join(SWEEPS[args.sweep])
+        parser.error(f"{args.sweep} has no setting {args.setting!r}, only {settings}")
+    again = bool(args.setting) and args.seed is not None
+    for sweep, setting, seed in share_of(jobs, args.part):
+        one(sweep, setting, seed, again)
 
 
 if __name__ == "__main__":

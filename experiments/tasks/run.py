@@ -1,7 +1,10 @@
-"""How fast answers are judged, and what the hostile ones earn:  python experiments/tasks/run.py [--quick | --bars] [--data FOLDER]
+"""How fast answers are judged, and what the hostile ones earn.
 
-Completions of text are parsed and verified on one thread; MBPP's reference programs (100 of them, all with --bars) and the hostile programs and
-answers of tests/ run as in training. The last line of stdout is one JSON document.
+    python experiments/tasks/run.py [--quick | --bars] [--data FOLDER]
+
+Completions of text are parsed and verified on one thread; MBPP's reference programs (100 of them,
+all with --bars) and the hostile programs and answers of tests/ run as in training. The last line of
+stdout is one JSON document.
 """
 
 import argparse
@@ -26,12 +29,14 @@ from mar.verify.sandbox import LIMITS, MAX_BYTES, require_sandbox, run_program
 from tests.helpers import hostile_answers
 from tests.helpers import hostile_programs as hostile
 
-NUM_TEXTS, QUICK_PROGRAMS = 1000, 100
+NUM_TEXTS = 1000
+QUICK_PROGRAMS = 100
 
 
 def texts_per_s() -> float:
     """Completions of three answers a second, against each patient's 60 conditions."""
-    rng, grammar = np.random.default_rng(0), Grammar("rlcr_multi", 3, thinking=False)
+    rng = np.random.default_rng(0)
+    grammar = Grammar("rlcr_multi", 3, thinking=False)
     patients = clinic.load("validation", NUM_TEXTS)
     names = [g.name for g in patients[0].golds]
     texts = [

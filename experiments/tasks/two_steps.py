@@ -1,7 +1,10 @@
-"""Two real steps of SmolLM2-135M on each task's real file:  python -m experiments.tasks.two_steps --data FOLDER [--only TASK ...]
+"""Two real steps of SmolLM2-135M on each task's real file.
 
-FOLDER holds the files of FILES. Batches are small (2 prompts x 4 completions of up to 256 tokens) so that a CPU does a task in minutes; the rest is
-the user's own command. Writes two_steps.json beside this file, task by task; `make report` makes the README's table of it.
+    python -m experiments.tasks.two_steps --data FOLDER [--only TASK ...]
+
+FOLDER holds the files of FILES. Batches are small (2 prompts x 4 completions of up to 256 tokens)
+so that a CPU does a task in minutes; the rest is the user's own command. Writes two_steps.json
+beside this file, task by task; `make report` makes the README's table of it.
 """
 
 import argparse
@@ -13,6 +16,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from experiments.common.tables import markdown_table
 from mar.files import read_jsonl
 from mar.policy.sources import environment
 from mar.run.console import format_metric
@@ -56,7 +60,7 @@ def measured(task: str, data: Path) -> dict[str, Any]:
         if done.returncode:
             sys.exit(f"{task} ended with code {done.returncode}: {done.stdout[-300:]}")
         steps, _ = read_jsonl(Path(out) / task / "seed0" / "metrics.jsonl")
-        first, rows = steps[0], PROMPTS * GROUP
+        first = steps[0]
         counts = next(line for line in done.stdout.splitlines() if "held-out prompts" in line)
         assert len(steps) == 2 and all(step["policy/loss"] is not None for step in steps)
         return {
@@ -67,7 +71,7 @@ def measured(task: str, data: Path) -> dict[str, Any]:
             "format": first["train/format_rate"],
             "tokens": first["train/tokens_per_set"],
             "sample_s": first["perf/sample_s"],
-            "verify_ms": 1000 * first["perf/verify_s"] / rows,
+            "verify_ms": 1000 * first["perf/verify_s"] / (PROMPTS * GROUP),
             "update_s": first["perf/update_s"],
             "losses": [step["policy/loss"] for step in steps],
             "seconds": round(time.monotonic() - began),
@@ -76,22 +80,23 @@ def measured(task: str, data: Path) -> dict[str, Any]:
 
 def markdown() -> str:
     """The README's table."""
-    found = json.loads(RESULTS.read_text(encoding="utf-8"))
-    lines = [
-        "| task | prompts | reward at step 0 | right form | tokens | sampling, s | verification, ms a completion | update, s | whole job, s |"
+    header = [
+        "task",
+        "prompts",
+        "reward at step 0",
+        "right form",
+        "tokens",
+        "sampling, s",
+        "verification, ms a completion",
+        "update, s",
+        "whole job, s",
     ]
-    lines += ["|" + "---|" * 9]
-    for task, row in found.items():
-        cells = [
-            f"`{task}`",
-            row["prompts"],
-            *(
-                format_metric(row[key])
-                for key in ("reward", "format", "tokens", "sample_s", "verify_ms", "update_s")
-            ),
-        ]
-        lines.append("| " + " | ".join([*cells, f"{row['seconds']}"]) + " |")
-    return "\n".join(lines)
+    keys = ("reward", "format", "tokens", "sample_s", "verify_ms", "update_s")
+    lines = []
+    for task, row in json.loads(RESULTS.read_text(encoding="utf-8")).items():
+        cells = [format_metric(row[key]) for key in keys]
+        lines.append([f"`{task}`", row["prompts"], *cells, f"{row['seconds']}"])
+    return markdown_table(header, lines)
 
 
 def main() -> None:

@@ -1,9 +1,12 @@
-"""What `mar.sft` teaches: demonstrations of the grammar, and the exact distribution of each of their tokens.
+"""Supervised fine-tuning on demonstrations with soft targets: the data and the loss of `mar.sft`.
 
-Answers are distinct draws from the known posterior (where there is none: the gold among other items' golds), confidences are uniform noise, or
-a share of their mass lies near the truth; thoughts quote the question. A demonstration is a draw, its targets are not: wherever the text has a
-known distribution, the target is the distribution of the next token given what was written before, so the loss has no sampling noise beyond the
-choice of patients and forms.
+A demonstration is a right-formed completion. Its answers are distinct draws from the known
+posterior (without one: the gold among other items' golds); its confidences are uniform noise, or a
+share of their mass lies near the truth; its thoughts quote the question.
+
+A demonstration is a draw, its targets are not. Wherever the text has a known distribution, the
+target is the distribution of the next token given what was written before, so the loss has no
+sampling noise beyond the choice of patients and forms.
 """
 
 import re
@@ -21,8 +24,9 @@ import mar_kernels
 from mar.answers.grammar import FORMS, Element, Grammar
 from mar.answers.prompts import STYLES, build_prompt
 from mar.errors import UserError
-from mar.policy.attention import PackedGroups, group_attention, pack_groups
+from mar.policy.attention import group_attention
 from mar.policy.model import Decoder
+from mar.policy.packing import PackedGroups, pack_groups
 from mar.records import Example
 
 ANALYSES = (
@@ -32,160 +36,183 @@ ANALYSES = (
     "No answer is certain here.",
 )
 
-PLAIN = Grammar("rlvr_single", 1, thinking=False)
-
-SHORT = tuple(Grammar(form, 3 if form.endswith("multi") else 1, thinking=False) for form in FORMS)
-
 CONFIDENCES = tuple(f"{percent / 100:.2f}" for percent in range(101))
 
+# Token ids of a piece of text.
 Encode = Callable[[str], list[int]]
 
 
 @dataclass(frozen=True)
-class Hint:
-    """A `share` of a confidence's mass lies within about `spread` of the truth (.1 teaches .02 as .10 and .10 as .14: too alike to be told apart);
-    its tokens count `counts` in the loss, for a small share moves little mass."""
+class ConfidenceHint:
+    """How much of the truth the taught confidences show."""
 
+    # This share of a confidence's mass lies near the truth.
     share: float = 0.0
-    counts: float = 1.0
+    # Each token of a confidence counts so much in the loss: a small share moves little mass.
+    token_weight: float = 1.0
+    # How near: the distance at which the mass falls by a factor e. At 0.1, confidences of 0.02 and
+    # 0.10 are taught as 0.10 and 0.14: too alike to be told apart.
     spread: float = 0.02
 
 
-NO_HINT = Hint()
+NO_HINT = ConfidenceHint()
 
 
 @dataclass(frozen=True)
-class Field:
-    """A place of a demonstration whose text has a known distribution: what may stand there, how probable it is, and which one does. Each of its
-    tokens counts `weight` in the loss, literal text 1."""
+class DrawnText:
+    """A part of a demonstration that was drawn from a known distribution over texts."""
 
     candidates: Sequence[str]
     probabilities: Sequence[float]
+    # The index of the candidate that was drawn.
     chosen: int
-    weight: float = 1.0
+    # What each of its tokens counts in the loss; tokens of literal text count 1.
+    token_weight: float = 1.0
 
     @property
     def text(self) -> str:
         return self.candidates[self.chosen]
 
 
-def text_of(pieces: Sequence[str | Field]) -> str:
+# A demonstration in parts: literal text, and text that was drawn.
+Pieces = Sequence[str | DrawnText]
+
+
+def demonstration_text(pieces: Pieces) -> str:
     """The demonstration as it was drawn."""
     return "".join(piece if isinstance(piece, str) else piece.text for piece in pieces)
 
 
-def make_encode(tokenizer: Any) -> Encode:
-    """Token ids of a piece of text, remembered. Raises UserError for a tokenizer whose pieces do not join."""
-    joined = (
-        tokenizer("</answer1>", add_special_tokens=False)["input_ids"]
-        + tokenizer("word", add_special_tokens=False)["input_ids"]
-    )
-    if tokenizer.decode(joined, skip_special_tokens=False) != "</answer1>word":
-        raise UserError(
-            "mar.sft joins pieces of text token by token; this tokenizer adds something to the start of each piece"
-        )
-
-    @cache
-    def encode(text: str) -> list[int]:
-        return tokenizer(text, add_special_tokens=False)["input_ids"]
-
-    return encode
+# ---------------------------------------------------------------------- forms
 
 
 def draw_grammar(rng: np.random.Generator) -> tuple[Grammar, str]:
-    """One grammar and prompt style of the mixture: every form, layout, K and switch occurs, K=3 interleaved most often."""
-    form = str(
-        rng.choice(
-            ["rlcr_multi", "rlvr_multi", "rlcr_single", "rlvr_single"], p=[0.55, 0.15, 0.15, 0.15]
-        )
-    )
-    multi, confident = form.endswith("multi"), form.startswith("rlcr")
-    layout = "split" if multi and confident and rng.random() < 0.25 else "interleaved"
-    num_answers = 1 if not multi else 3 if rng.random() < 0.5 else int(rng.integers(1, 11))
-    analysis = bool(confident and (layout == "split" or not multi) and rng.random() < 0.5)
-    other = bool(confident and rng.random() < 0.1)
+    """One grammar and prompt style of the mixture.
+
+    Every form, layout, number of answers and switch occurs, three interleaved answers most often.
+    """
+    forms = ["rlcr_multi", "rlvr_multi", "rlcr_single", "rlvr_single"]
+    form = str(rng.choice(forms, p=[0.55, 0.15, 0.15, 0.15]))
+    multi = form.endswith("multi")
+    confident = form.startswith("rlcr")
+
+    layout = "interleaved"
+    if multi and confident and rng.random() < 0.25:
+        layout = "split"
+    num_answers = 1
+    if multi:
+        num_answers = 3 if rng.random() < 0.5 else int(rng.integers(1, 11))
+    may_analyse = confident and (layout == "split" or not multi)
+    analysis = may_analyse and rng.random() < 0.5
+    other = confident and rng.random() < 0.1
     style = str(rng.choice(list(STYLES), p=[0.8, 0.1, 0.1])) if multi else "ranked"
-    return Grammar(form, num_answers, layout, bool(rng.random() < 0.3), analysis, other), style
+    thinking = bool(rng.random() < 0.3)
+    return Grammar(form, num_answers, layout, thinking, analysis, other), style
+
+
+PLAIN = Grammar("rlvr_single", 1, thinking=False)
+
+# The four forms, three answers where there are several.
+SHORT = tuple(Grammar(form, 3 if form.endswith("multi") else 1, thinking=False) for form in FORMS)
+
+
+def _draw_short(rng: np.random.Generator) -> tuple[Grammar, str]:
+    return SHORT[rng.integers(len(SHORT))], "ranked"
+
+
+def _draw_plain(rng: np.random.Generator) -> tuple[Grammar, str]:
+    return PLAIN, "ranked"
 
 
 MIXTURES: dict[str, Callable[[np.random.Generator], tuple[Grammar, str]]] = {
     "all": draw_grammar,
-    "short": lambda rng: (
-        SHORT[rng.integers(len(SHORT))],
-        "ranked",
-    ),  # the four forms, three answers where there are several
-    "plain": lambda rng: (PLAIN, "ranked"),
+    "short": _draw_short,
+    "plain": _draw_plain,
 }
 
 
-def draw(
+# ---------------------------------------------------------------------- demonstrations
+
+
+def draw_text(
     candidates: Sequence[str],
     weights: Sequence[float],
     rng: np.random.Generator,
-    count: float = 1.0,
-) -> Field:
+    token_weight: float = 1.0,
+) -> DrawnText:
     """One of the candidates, in proportion to its weight."""
     probabilities = np.asarray(weights, dtype=np.float64) / np.sum(weights)
-    return Field(
-        candidates, probabilities.tolist(), int(rng.choice(len(candidates), p=probabilities)), count
-    )
+    chosen = int(rng.choice(len(candidates), p=probabilities))
+    return DrawnText(candidates, probabilities.tolist(), chosen, token_weight)
+
+
+def _draw_evenly(candidates: Sequence[str], rng: np.random.Generator) -> DrawnText:
+    return draw_text(candidates, [1.0] * len(candidates), rng)
 
 
 def draw_answers(
     example: Example, num_answers: int, others: Sequence[str], rng: np.random.Generator
-) -> list[Field]:
-    """Distinct answers: draws from the golds' probabilities without those already said, then `others`; where golds have none, golds in a random
-    order, with as many `others` between them as are missing."""
-    left = {gold.name: gold.probability for gold in example.golds if gold.probability}
-    fields: list[Field] = []
-    while left and len(fields) < num_answers:
-        fields.append(draw(list(left), list(left.values()), rng))
-        del left[fields[-1].text]
-    if (missing := num_answers - len(fields)) == 0:
-        return fields
-    golds = [] if fields else [gold.name for gold in example.golds]
-    pool = [
-        name for name in dict.fromkeys(others) if name not in {gold.name for gold in example.golds}
-    ]
-    right = [golds[i] for i in rng.permutation(len(golds))[:missing]]
-    names = right + [pool[i] for i in rng.permutation(len(pool))[: missing - len(right)]]
-    names = [names[i] for i in rng.permutation(len(names))]
-    return fields + [Field([name], [1.0], 0) for name in names]
+) -> list[DrawnText]:
+    """Distinct answers: draws from the golds' probabilities without what was said, then `others`.
+
+    Where golds have no probability: golds in a random order, and as many `others` between them as
+    are missing.
+    """
+    unsaid = {gold.name: gold.probability for gold in example.golds if gold.probability}
+    answers: list[DrawnText] = []
+    while unsaid and len(answers) < num_answers:
+        answers.append(draw_text(list(unsaid), list(unsaid.values()), rng))
+        del unsaid[answers[-1].text]
+    missing = num_answers - len(answers)
+    if missing == 0:
+        return answers
+    gold_names = [gold.name for gold in example.golds]
+    wrong = [name for name in dict.fromkeys(others) if name not in set(gold_names)]
+    right = [] if answers else gold_names
+    names = _shuffled(right, rng)[:missing]
+    names += _shuffled(wrong, rng)[: missing - len(names)]
+    certain = [DrawnText([name], [1.0], chosen=0) for name in _shuffled(names, rng)]
+    return answers + certain
 
 
-def draw_thoughts(question: str, rng: np.random.Generator) -> list[str | Field]:
+def _shuffled(names: list[str], rng: np.random.Generator) -> list[str]:
+    return [names[i] for i in rng.permutation(len(names))]
+
+
+def draw_thoughts(question: str, rng: np.random.Generator) -> list[str | DrawnText]:
     """Two clauses of the question."""
-    clauses = dict.fromkeys(
-        c.strip()
-        for c in re.split(r"[.:,;?](?:\s|$)", question)
-        if 2 < len(c.strip()) < 40 and "<" not in c
-    )
-    left = (
-        [f" {clause}" for clause in clauses]
-        + [" the question"] * (len(clauses) < 2)
-        + [" its answer"] * (not clauses)
-    )
-    first = draw(left, [1.0] * len(left), rng)
-    left = [clause for clause in left if clause != first.text]
-    return ["Notable:", first, ",", draw(left, [1.0] * len(left), rng), "."]
+    parts = [part.strip() for part in re.split(r"[.:,;?](?:\s|$)", question)]
+    short_parts = [part for part in parts if 2 < len(part) < 40 and "<" not in part]
+    clauses = list(dict.fromkeys(short_parts))
+    candidates = [f" {clause}" for clause in clauses]
+    if len(clauses) < 2:
+        candidates.append(" the question")
+    if not clauses:
+        candidates.append(" its answer")
+    first = _draw_evenly(candidates, rng)
+    second = _draw_evenly([text for text in candidates if text != first.text], rng)
+    return ["Notable:", first, ",", second, "."]
 
 
-def confidence_weights(truth: float | None, hint: Hint) -> list[float]:
+def confidence_weights(truth: float | None, hint: ConfidenceHint) -> list[float]:
     """How probable each of CONFIDENCES is: uniform, but for the hint where the truth is known."""
     near = np.exp(-np.abs(np.arange(101) / 100 - (truth or 0.0)) / hint.spread)
     share = hint.share if truth is not None else 0.0
     return ((1 - share) / 101 + share * near / near.sum()).tolist()
 
 
-def demonstration(
+def draw_demonstration(
     example: Example,
     grammar: Grammar,
     others: Sequence[str],
     rng: np.random.Generator,
     think_open: bool = False,
-    hint: Hint = NO_HINT,
-) -> list[str | Field]:
-    """A right-formed completion in pieces: literal text and fields."""
+    hint: ConfidenceHint = NO_HINT,
+) -> list[str | DrawnText]:
+    """A right-formed completion in pieces. `think_open`: the prompt has opened <think> already.
+
+    Raises UserError where there are too few different answers.
+    """
     probability = {gold.name: gold.probability for gold in example.golds}
     answers = draw_answers(example, grammar.num_answers, others, rng)
     if len(answers) < grammar.num_answers:
@@ -193,85 +220,129 @@ def demonstration(
             f"{example.id} has too few different answers for {grammar.num_answers} slots"
         )
 
-    def content(element: Element) -> list[str | Field]:
+    def content(element: Element) -> list[str | DrawnText]:
         if element.kind == "answer":
             return [answers[element.slot]]
         if element.kind == "think":
             return draw_thoughts(example.question, rng)
         if element.kind == "analysis":
-            return [draw(ANALYSES, [1.0] * len(ANALYSES), rng)]
-        truth = (
-            probability.get(answers[element.slot].text) if element.kind == "confidence" else None
-        )
-        return [draw(CONFIDENCES, confidence_weights(truth, hint), rng, hint.counts)]
+            return [_draw_evenly(ANALYSES, rng)]
+        truth = None
+        if element.kind == "confidence":
+            truth = probability.get(answers[element.slot].text)
+        weights = confidence_weights(truth, hint)
+        return [draw_text(CONFIDENCES, weights, rng, hint.token_weight)]
 
-    pieces: list[str | Field] = [""]
+    pieces: list[str | DrawnText] = []
     for element in grammar.elements:
-        opening = "" if think_open and element.kind == "think" else element.opening
-        for piece in (opening, *content(element), element.closing):
-            if isinstance(piece, str) and isinstance(
-                pieces[-1], str
-            ):  # tags that meet share tokens
-                pieces[-1] += piece
-            else:
-                pieces.append(piece)
-    return [piece for piece in pieces if piece]
+        opened_already = think_open and element.kind == "think"
+        pieces += ["" if opened_already else element.opening, *content(element), element.closing]
+    return _joined(pieces)
+
+
+def _joined(pieces: Pieces) -> list[str | DrawnText]:
+    """Neighbouring literal texts as one piece, for tags that meet share tokens; no empty text."""
+    joined: list[str | DrawnText] = [""]
+    for piece in pieces:
+        last = joined[-1]
+        if isinstance(piece, str) and isinstance(last, str):
+            joined[-1] = last + piece
+        else:
+            joined.append(piece)
+    return [piece for piece in joined if piece]
+
+
+# ---------------------------------------------------------------------- soft targets
+
+
+def piece_encoder(tokenizer: Any) -> Encode:
+    """Token ids of a piece of text, remembered.
+
+    Raises UserError for a tokenizer whose pieces do not join.
+    """
+
+    def ids_of(text: str) -> list[int]:
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    joined = ids_of("</answer1>") + ids_of("word")
+    if tokenizer.decode(joined, skip_special_tokens=False) != "</answer1>word":
+        raise UserError(
+            "mar.sft joins pieces of text token by token; this tokenizer adds something to the "
+            "start of each piece"
+        )
+    return cache(ids_of)
 
 
 def soft_targets(
-    pieces: Sequence[str | Field], encode: Encode, stop_id: int
+    pieces: Pieces, encode: Encode, stop_id: int
 ) -> tuple[list[int], list[dict[int, float]]]:
-    """The token ids of a demonstration, stop token included, and for each the exact distribution of that token given those before it, times
-    what the token counts.
+    """The R token ids of a demonstration, stop token included, and the target of each.
 
-    A field's distribution over texts becomes one over next tokens: of the candidates that begin as the chosen one did, what comes next.
+    A target is the exact distribution of the token given those before it, {id: probability}, times
+    what the token counts. A distribution over texts becomes one over next tokens: of the candidates
+    that begin as the chosen one did, what comes next. The first token of the literal text after
+    them ends each candidate, so it is a target of theirs.
     """
     ids: list[int] = []
     targets: list[dict[int, float]] = []
-    following = [
-        encode(piece)[0] for piece in pieces[1:] if isinstance(piece, str)
-    ]  # what ends each field
+    ends = [encode(piece)[0] for piece in pieces[1:] if isinstance(piece, str)]
     for piece in pieces:
         if isinstance(piece, str):
             literal = encode(piece)
-            targets += [
-                {token: 1.0} for token in literal[len(targets) - len(ids) :]
-            ]  # a field foresees the first
+            has_target = len(targets) - len(ids)  # the first token, as the end of a candidate
+            targets += [{token: 1.0} for token in literal[has_target:]]
             ids += literal
-            continue
-        rows = [(*encode(text), following[0]) for text in piece.candidates]
-        if any(
-            after[: len(row)] == row for row, after in pairwise(sorted(set(rows)))
-        ):  # prefixes are neighbours
-            raise ValueError(
-                f"a candidate of {list(piece.candidates)[:3]}... begins with another and what follows it"
-            )
-        chosen, alive = rows[piece.chosen], list(zip(rows, piece.probabilities, strict=True))
-        for position, token in enumerate(chosen):
-            total, target = sum(p for _, p in alive), dict[int, float]()
-            for row, p in alive:
-                target[row[position]] = target.get(row[position], 0.0) + piece.weight * p / total
-            targets.append(target)
-            alive = [(row, p) for row, p in alive if row[position] == token]
-        ids += chosen[:-1]
-        following = following[1:]
+        else:
+            chosen, of_chosen = _targets_of_drawn(piece, encode, end=ends.pop(0))
+            targets += of_chosen
+            ids += chosen
     return [*ids, stop_id], [*targets, {stop_id: 1.0}]
 
 
+def _targets_of_drawn(
+    drawn: DrawnText, encode: Encode, end: int
+) -> tuple[list[int], list[dict[int, float]]]:
+    """Token ids of a drawn text, and their targets with that of the `end` token after it."""
+    rows = [(*encode(text), end) for text in drawn.candidates]
+    in_order = sorted(set(rows))  # a row that another begins with stands right before it
+    if any(longer[: len(row)] == row for row, longer in pairwise(in_order)):
+        raise ValueError(
+            f"a candidate of {list(drawn.candidates)[:3]}... begins with another and what follows "
+            "it"
+        )
+    chosen = rows[drawn.chosen]
+    targets: list[dict[int, float]] = []
+    alive = list(zip(rows, drawn.probabilities, strict=True))
+    for position, token in enumerate(chosen):
+        total = sum(p for _, p in alive)
+        target: dict[int, float] = {}
+        for row, p in alive:
+            mass = drawn.token_weight * p / total
+            target[row[position]] = target.get(row[position], 0.0) + mass
+        targets.append(target)
+        alive = [(row, p) for row, p in alive if row[position] == token]
+    return list(chosen[:-1]), targets
+
+
 @dataclass(frozen=True)
-class Lesson:
-    """Demonstrations for each prompt, and the distribution of each of its M tokens as a bag: `weights` [W] of token ids `alternatives` [W], those
-    of token m from `starts[m]` on; they add up to what the token counts, `counts` [M]. `entropy` (nats) is the least that the loss can become."""
+class DemonstrationBatch:
+    """Demonstrations for each prompt, packed, and the targets of their M tokens.
+
+    The targets are bags: `target_ids` [W] and `target_weights` [W] hold all of them one after
+    another, those of token m from `target_starts[m]` on. A token's weights add up to what it
+    counts, `token_weights` [M].
+    """
 
     packed: PackedGroups
-    alternatives: torch.Tensor
-    weights: torch.Tensor
-    starts: torch.Tensor
-    counts: torch.Tensor
+    target_ids: torch.Tensor
+    target_weights: torch.Tensor
+    target_starts: torch.Tensor
+    token_weights: torch.Tensor
+    # Nats a counted token: the least that the loss can become.
     entropy: float
 
 
-def make_lesson(
+def make_demonstration_batch(
     examples: Sequence[Example],
     noun: str,
     tokenizer: Any,
@@ -279,50 +350,66 @@ def make_lesson(
     rng: np.random.Generator,
     others: Sequence[str],
     mixture: str = "all",
-    hint: Hint = NO_HINT,
+    hint: ConfidenceHint = NO_HINT,
     rows: int = 1,
-) -> Lesson:
-    """`rows` demonstrations for each example, in a form that it draws from one of MIXTURES; `others`: answers to other questions."""
+) -> DemonstrationBatch:
+    """`rows` demonstrations for each example, in a form that it draws from one of MIXTURES.
+
+    `others` are answers to other questions.
+    """
     prompts: list[list[int]] = []
     completions: list[list[list[int]]] = []
-    bags: list[dict[int, float]] = []
+    targets: list[dict[int, float]] = []
     for example in examples:
         grammar, style = MIXTURES[mixture](rng)
         prompt = build_prompt(example, grammar, tokenizer, noun, style)
-        prompts.append(list(prompt.ids))
-        completions.append([])
+        group: list[list[int]] = []
         for _ in range(rows):
-            pieces = demonstration(example, grammar, others, rng, prompt.think_open, hint)
-            ids, targets = soft_targets(pieces, encode, tokenizer.eos_token_id)
-            completions[-1].append(ids)
-            bags += targets
-    weights = torch.tensor([p for bag in bags for p in bag.values()], dtype=torch.float64)
-    counts = torch.tensor([sum(bag.values()) for bag in bags], dtype=torch.float64)
-    return Lesson(
+            pieces = draw_demonstration(example, grammar, others, rng, prompt.think_open, hint)
+            ids, of_tokens = soft_targets(pieces, encode, tokenizer.eos_token_id)
+            group.append(ids)
+            targets += of_tokens
+        prompts.append(list(prompt.ids))
+        completions.append(group)
+
+    flat_ids: list[int] = []
+    flat_weights: list[float] = []
+    starts: list[int] = []
+    for target in targets:
+        starts.append(len(flat_ids))
+        flat_ids += target.keys()
+        flat_weights += target.values()
+    weights = torch.tensor(flat_weights, dtype=torch.float64)
+    counts = torch.tensor([sum(target.values()) for target in targets], dtype=torch.float64)
+    # With q = weights / counts: sum over tokens of counts * H(q), over the sum of counts.
+    entropy = (torch.special.entr(weights).sum() + (counts * counts.log()).sum()) / counts.sum()
+    return DemonstrationBatch(
         packed=pack_groups(prompts, completions),
-        alternatives=torch.tensor([token for bag in bags for token in bag]),
-        weights=weights,
-        starts=torch.tensor([0, *np.cumsum([len(bag) for bag in bags[:-1]])]),
-        counts=counts,
-        entropy=(
-            (torch.special.entr(weights).sum() + (counts * counts.log()).sum()) / counts.sum()
-        ).item(),
+        target_ids=torch.tensor(flat_ids),
+        target_weights=weights,
+        target_starts=torch.tensor(starts),
+        token_weights=counts,
+        entropy=entropy.item(),
     )
 
 
-def lesson_loss(model: Decoder, lesson: Lesson) -> torch.Tensor:
-    """Mean cross-entropy (nats a counted token) to the exact distributions: -sum_v q(v) log p(v) = log sum exp - h . sum_v q(v) w_v."""
-    packed, head = lesson.packed, model.head_weight
-    hidden = model.hidden(packed.ids, packed.positions, group_attention(packed))[
-        packed.predict_from
-    ]
-    _, _, lse = mar_kernels.linear_logprobs(hidden, head, packed.targets)
-    rows = F.embedding_bag(
-        lesson.alternatives,
+def soft_target_loss(model: Decoder, batch: DemonstrationBatch) -> torch.Tensor:
+    """Mean cross-entropy to the soft targets, in nats a counted token.
+
+        -sum_v q(v) log p(v) = log sum_v exp(h . w_v) - h . sum_v q(v) w_v
+
+    with the hidden state h, the head's rows w_v and targets q.
+    """
+    packed, head = batch.packed, model.head_weight
+    states = model.hidden(packed.ids, packed.positions, group_attention(packed))
+    hidden = states[packed.predict_from]  # [M, D]
+    _, _, log_sum_exp = mar_kernels.linear_logprobs(hidden, head, packed.targets)  # [M]
+    mean_rows = F.embedding_bag(  # [M, D]
+        batch.target_ids,
         head,
-        lesson.starts,
+        batch.target_starts,
         mode="sum",
-        per_sample_weights=lesson.weights.to(head.dtype),
+        per_sample_weights=batch.target_weights.to(head.dtype),
     )
-    counts = lesson.counts.to(lse.dtype)
-    return (counts * lse - (hidden * rows).sum(-1)).sum() / counts.sum()
+    counts = batch.token_weights.to(log_sum_exp.dtype)
+    return (counts * log_sum_exp - (hidden * mean_rows).sum(-1)).sum() / counts.sum()

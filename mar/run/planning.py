@@ -1,8 +1,9 @@
-"""What a run will need, before a GPU is rented:  python -m mar.plan +experiment=paper scale=h100x8
+"""What a run will need: memory and seconds by part, computed without a GPU and without weights.
 
-Computed, not measured, without a GPU and without weights, for the worst case: every prompt and completion as long as the config allows. The shape
-comes from a folder's config.json, or SHAPES has it. `experiments/plan` holds the memory of a training step against FSDP2's own, under fake tensors.
-The last line of stdout is one JSON document.
+All of it holds for the worst case: every prompt and completion as long as the config allows. The
+shape of the model comes from a folder's config.json, or SHAPES has it. `experiments/plan` compares
+the memory of a training step with FSDP2's own count of it, under fake tensors. Read `plan`, then
+upwards.
 """
 
 import json
@@ -24,28 +25,32 @@ from mar.policy.sources import EMBEDDED
 from mar.policy.weights import read_json_object
 from mar.sample.kv_cache import capacity
 
-GPU_BYTES, USABLE = (
-    79 * 2**30,
-    0.9,
-)  # an H100 of 80 GB; the rest goes to CUDA's context, NCCL and fragments
+# ---------------------------------------------------------------------- what is assumed
 
-PEAK_FLOPS, BANDWIDTH = (
-    989e12,
-    3.35e12,
-)  # dense bfloat16, bytes per second (NVIDIA's data sheet, SXM)
+# An H100 of 80 GB; what is not usable goes to CUDA's context, NCCL and fragments.
+GPU_BYTES = 79 * 2**30
+USABLE = 0.9
 
-MFU, BANDWIDTH_USED = 0.4, 0.6  # assumed, of matrix products and of memory
+# NVIDIA's data sheet (SXM): dense bfloat16 FLOP/s, and bytes per second of the memory.
+PEAK_FLOPS = 989e12
+BANDWIDTH = 3.35e12
 
-LOGIT_BLOCK = (
-    1 << 28
-)  # bytes of the log-probability kernel's largest block (mar_kernels.triton_logprobs)
+# The assumed shares of these that matrix products and memory reach.
+MFU = 0.4
+BANDWIDTH_USED = 0.6
+
+# Bytes of the log-probability kernel's largest block (mar_kernels.triton_logprobs).
+LOGIT_BLOCK = 1 << 28
 
 ASSUMED = (
-    f"H100 SXM: {PEAK_FLOPS / 1e12:.0f} TFLOP/s at {MFU:.0%}, {BANDWIDTH / 1e12} TB/s at {BANDWIDTH_USED:.0%}",
+    f"H100 SXM: {PEAK_FLOPS / 1e12:.0f} TFLOP/s at {MFU:.0%}, {BANDWIDTH / 1e12} TB/s at "
+    f"{BANDWIDTH_USED:.0%}",
     "every prompt and completion has its largest length",
-    "not counted: verification, evaluation, communication that does not overlap, a critic, a reference, what sampling and offloading move",
+    "not counted: verification, evaluation, communication that does not overlap, a critic, a "
+    "reference, what sampling and offloading move",
 )
 
+# (hidden size, intermediate size, layers, heads)
 QWEN3 = {
     "0.6B": (1024, 3072, 28, 16),
     "1.7B": (2048, 6144, 28, 16),
@@ -53,237 +58,330 @@ QWEN3 = {
     "8B": (4096, 12288, 36, 32),
 }
 
-SHAPES = {  # of config.json at the hub
-    f"Qwen/Qwen3-{name}": ModelConfig(
-        "Qwen3ForCausalLM", 151_936, *sizes, 8, 128, qk_norm=True, tied_embeddings=name != "8B"
+# The shapes in config.json at the hub, by hub id.
+SHAPES: dict[str, ModelConfig] = {}
+for _size, _numbers in QWEN3.items():
+    SHAPES[f"Qwen/Qwen3-{_size}"] = ModelConfig(
+        "Qwen3ForCausalLM",
+        151_936,
+        *_numbers,
+        num_kv_heads=8,
+        head_dim=128,
+        qk_norm=True,
+        tied_embeddings=_size != "8B",
     )
-    for name, sizes in QWEN3.items()
-} | {
-    "HuggingFaceTB/SmolLM2-135M-Instruct": ModelConfig(
-        "LlamaForCausalLM", 49_152, 576, 1536, 30, 9, 3, 64, tied_embeddings=True
-    )
-}
+SHAPES["HuggingFaceTB/SmolLM2-135M-Instruct"] = ModelConfig(
+    "LlamaForCausalLM", 49_152, 576, 1536, 30, 9, 3, 64, tied_embeddings=True
+)
 
 
-def shape_of(model: ModelOptions) -> ModelConfig:
-    """UserError for a hub id whose shape is not known here."""
-    if model.source in ("embedded", "folder"):
-        folder = EMBEDDED if model.source == "embedded" else Path(str(model.path)).expanduser()
+# ---------------------------------------------------------------------- the model's shape
+
+
+def model_shape(options: ModelOptions) -> ModelConfig:
+    """The shape of the config's model. Raises UserError for a hub id that SHAPES does not have."""
+    if options.source == "embedded":
+        return ModelConfig.from_hf(read_json_object(EMBEDDED / "config.json"))
+    if options.source == "folder":
+        folder = Path(str(options.path)).expanduser()
         return ModelConfig.from_hf(read_json_object(folder / "config.json"))
-    if model.path not in SHAPES:
+    if options.path not in SHAPES:
         raise UserError(
-            f"model.path={model.path}: shape unknown here; give a folder with its config.json, or one of {', '.join(SHAPES)}"
+            f"model.path={options.path}: shape unknown here; give a folder with its config.json, "
+            f"or one of {', '.join(SHAPES)}"
         )
-    return SHAPES[model.path]
+    return SHAPES[options.path]
 
 
-def policy_of(config: Config) -> Decoder:
-    """The policy without memory (meta device), with its adapters; what is not trained needs no gradient."""
+def empty_model(shape: ModelConfig) -> Decoder:
+    """A model without memory (on the meta device)."""
     with torch.device("meta"):
-        model = Decoder(shape_of(config.model))
+        return Decoder(shape)
+
+
+def empty_policy(config: Config) -> Decoder:
+    """The policy without memory, with its adapters; what is not trained needs no gradient."""
+    model = adapted(empty_model(model_shape(config.model)), config.model)
     trainable = trainable_pattern(config.model)
-    make_optimizer(adapted(model, config.model), 0.0, (0.0, 0.0), 0.0, 0.0, trainable)
+    make_optimizer(model, 0.0, (0.0, 0.0), 0.0, 0.0, trainable)  # freezes the others
     return model
 
 
-def count(model: nn.Module, trained: bool = False, shards: int = 1) -> int:
-    """Parameters, or those that are trained; of a rank's shard (FSDP2 cuts axis 0 and pads)."""
-    chosen = [p for p in model.parameters() if p.requires_grad or not trained]
-    return sum(ceil(p.shape[0] / shards) * p[0].numel() for p in chosen)
+def num_parameters(model: nn.Module, trained: bool = False, shards: int = 1) -> int:
+    """The number of parameters, or of those that are trained.
+
+    With `shards`, of one rank's share: FSDP2 cuts axis 0 and pads.
+    """
+    parameters = [p for p in model.parameters() if p.requires_grad or not trained]
+    return sum(ceil(p.shape[0] / shards) * p[0].numel() for p in parameters)
 
 
-def saved_per_token(c: ModelConfig) -> int:
-    """Elements that a block's backward keeps of each token: x, its norm, qkv; the rotated q and k, before them the normed; attention's output; x, its
-    norm, gate_up, silu(gate) and the product."""
-    query, key = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
-    return (
-        4 * c.hidden_size
-        + (query + 2 * key)
-        + (1 + c.qk_norm) * (query + key)
-        + query
-        + 4 * c.intermediate_size
-    )
+# ---------------------------------------------------------------------- memory
+
+
+def saved_per_token(shape: ModelConfig) -> int:
+    """Numbers that the backward pass of a block keeps of each token.
+
+    x, its norm and qkv; q and k rotated, and before that normed; attention's output; then again x
+    and its norm, gate_up, silu(gate), and the product.
+    """
+    D, wide = shape.hidden_size, shape.intermediate_size
+    query = shape.num_heads * shape.head_dim
+    key = shape.num_kv_heads * shape.head_dim
+    qkv = query + 2 * key
+    rotated_and_normed = (1 + shape.qk_norm) * (query + key)
+    return 4 * D + qkv + rotated_and_normed + query + 4 * wide
 
 
 def update_memory(
-    model: Decoder, tokens: int, shards: int, checkpointed: bool, compute: int, stored: int = 4
+    model: Decoder,
+    tokens: int,
+    shards: int,
+    checkpointed: bool,
+    compute_bytes: int,
+    stored_bytes: int = 4,
 ) -> dict[str, int]:
-    """Bytes per GPU, by part, at the worst of three moments of a pass over `tokens` packed tokens, in numbers of `compute` bytes with parameters of
-    `stored` bytes: the log-probabilities' backward, a block's, and that of what belongs to no block (FSDP's root) when its gradients are reduced.
-    `gathered` are whole parameters, the block's and the one fetched ahead; `reduce` holds gradients on their way to the shards."""
-    c, V, head = model.config, model.config.vocab_size, model.head_weight
-    block, root = count(model.blocks[0]), count(model) - count(model.blocks)
-    of_block, of_root = count(model.blocks[0], True), count(model, True) - count(model.blocks, True)
-    x, wide, saved = (
-        compute * tokens * n for n in (c.hidden_size, c.intermediate_size, saved_per_token(c))
-    )
-    kept, recomputed = (c.num_layers * x, saved - x) if checkpointed else (c.num_layers * saved, 0)
-    of_head = (
-        compute * head.numel() if head.requires_grad else 0
-    )  # from the first moment to the last
-    width = min(
-        V, LOGIT_BLOCK // (compute * tokens)
-    )  # of the kernel's block, beside the hidden states' gradient and a product
-    logits = (
-        compute * tokens * width
-        + of_head
-        + stored * c.hidden_size * (tokens + (max(tokens, width) if of_head else tokens))
-    )
-    ahead = 2 if shards > 1 else 1
-    moments = (
-        (compute * (root + (ahead - 1) * block), kept + 2 * x, logits, 0),
-        (
-            compute * (root + ahead * block),
-            kept + recomputed,
-            x + 2 * wide + of_head + compute * of_block,
-            stored * of_block,
-        ),
-        (0, 0, max(compute, stored // shards) * of_root, stored * of_root),
-    )
-    trained = stored * count(model, True, shards)
-    resident = {
-        "weights": stored * count(model, shards=shards),
-        "gradients": trained,
-        "optimizer": 2 * trained,
+    """Bytes per GPU, by part, at the worst moment of a training pass over `tokens` packed tokens.
+
+    Computation is in numbers of `compute_bytes`, parameters in numbers of `stored_bytes`.
+    `gathered` are whole parameters: the block's at work and the one that is fetched ahead;
+    `activations` what the forward pass kept; `backward` what this moment needs; `reduce` gradients
+    on their way to the shards. The worst of three moments:
+
+    1. the backward pass of the log-probabilities;
+    2. the backward pass of a block;
+    3. the reduction of the gradients of what belongs to no block (FSDP's root).
+    """
+    shape, head = model.config, model.head_weight
+    D, V, L = shape.hidden_size, shape.vocab_size, shape.num_layers
+    block = num_parameters(model.blocks[0])
+    root = num_parameters(model) - num_parameters(model.blocks)
+    trained_block = num_parameters(model.blocks[0], trained=True)
+    trained_root = num_parameters(model, trained=True) - num_parameters(model.blocks, trained=True)
+
+    hidden = compute_bytes * tokens * D
+    wide = compute_bytes * tokens * shape.intermediate_size
+    saved = compute_bytes * tokens * saved_per_token(shape)
+    if checkpointed:  # the input of each block, and one block computed again
+        kept, recomputed = L * hidden, saved - hidden
+    else:
+        kept, recomputed = L * saved, 0
+
+    # The head's gradient stays from the first moment to the last.
+    head_gradient = compute_bytes * head.numel() if head.requires_grad else 0
+    # The kernel's block of logits; beside it the hidden states' gradient and a product.
+    width = min(V, LOGIT_BLOCK // (compute_bytes * tokens))
+    longest_product = max(tokens, width) if head_gradient else tokens
+    logits = compute_bytes * tokens * width
+    logits_backward = logits + head_gradient + stored_bytes * D * (tokens + longest_product)
+
+    fetched_ahead = 1 if shards > 1 else 0
+    of_logprobs = {
+        "gathered": compute_bytes * (root + fetched_ahead * block),
+        "activations": kept + 2 * hidden,
+        "backward": logits_backward,
+        "reduce": 0,
     }
-    return resident | dict(
-        zip(("gathered", "activations", "backward", "reduce"), max(moments, key=sum), strict=True)
-    )
+    of_a_block = {
+        "gathered": compute_bytes * (root + (1 + fetched_ahead) * block),
+        "activations": kept + recomputed,
+        "backward": hidden + 2 * wide + head_gradient + compute_bytes * trained_block,
+        "reduce": stored_bytes * trained_block,
+    }
+    of_root = {
+        "gathered": 0,
+        "activations": 0,
+        "backward": max(compute_bytes, stored_bytes // shards) * trained_root,
+        "reduce": stored_bytes * trained_root,
+    }
+    worst = max(of_logprobs, of_a_block, of_root, key=lambda moment: sum(moment.values()))
+    trained_bytes = stored_bytes * num_parameters(model, trained=True, shards=shards)
+    return {
+        "weights": stored_bytes * num_parameters(model, shards=shards),
+        "gradients": trained_bytes,
+        "optimizer": 2 * trained_bytes,
+        **worst,
+    }
 
 
-def memory(config: Config, model: Decoder) -> dict[str, Any]:
-    """Bytes per GPU by part, the peaks of sampling and of the update, and the largest group. Raises UserError where a group exceeds the KV budget."""
-    c, m, budget = model.config, config.model, config.sampler.kv_budget_tokens
-    P, R, G = m.max_prompt_tokens, m.max_completion_tokens, config.algo.group_size
-    dtype, tokens = getattr(torch, config.scale.dtype), max(P + R, config.train.micro_batch_tokens)
-    compute, stored = dtype.itemsize, torch.promote_types(dtype, torch.float32).itemsize
-    shards, prompts = (
-        config.scale.num_gpus // config.scale.replicas,
-        ceil(config.algo.prompts_per_step / config.scale.num_gpus),
-    )
+def memory_per_gpu(config: Config, model: Decoder) -> dict[str, Any]:
+    """Bytes per GPU by part, the peaks of sampling and of the update, and the largest group.
+
+    Raises UserError where a group exceeds the KV budget.
+    """
+    shape, scale = model.config, config.scale
+    P, R = config.model.max_prompt_tokens, config.model.max_completion_tokens
+    G, kv_budget = config.algo.group_size, config.sampler.kv_budget_tokens
+    dtype = getattr(torch, scale.dtype)
+    compute_bytes = dtype.itemsize
+    tokens = max(P + R, config.train.micro_batch_tokens)
     parts = update_memory(
-        model, tokens, shards, config.train.checkpoint_activations, compute, stored
+        model,
+        tokens=tokens,
+        shards=scale.num_gpus // scale.replicas,
+        checkpointed=config.train.checkpoint_activations,
+        compute_bytes=compute_bytes,
+        stored_bytes=torch.promote_types(dtype, torch.float32).itemsize,
     )
-    if config.scale.offload:  # in CPU memory
-        parts |= dict.fromkeys(("weights", "gradients", "optimizer"), 0)
-    with torch.device("meta"):
-        copy = compute * count(Decoder(c))
-    resident, update = (
-        copy + parts["weights"] + parts["gradients"] + parts["optimizer"],
-        copy * config.scale.keep_copy + sum(parts.values()),
-    )
-    num_prompts, rows = capacity([P] * prompts, [G] * prompts, R, budget)
-    per_token = 2 * compute * c.num_layers * c.num_kv_heads * c.head_dim
-    room = max(0, int(GPU_BYTES * USABLE) - resident) // per_token
-    parts |= {"sampling_copy": copy, "kv_cache": per_token * (num_prompts * P + rows * R)}
-    peaks = {"sampling": resident + parts["kv_cache"], "update": update}
-    out = {
-        "bytes": parts,
-        "peak_bytes": peaks,
-        "fits": max(peaks.values()) <= GPU_BYTES * USABLE,
-        "rows_at_once": rows,
-    }
-    out["activations_without_checkpointing"] = compute * tokens * c.num_layers * saved_per_token(c)
+    if scale.offload:  # they live in CPU memory
+        parts |= {"weights": 0, "gradients": 0, "optimizer": 0}
+
+    # The update: everything above, and the copy for sampling where it is kept.
+    copy = compute_bytes * num_parameters(empty_model(shape))
+    update_peak = sum(parts.values()) + (copy if scale.keep_copy else 0)
+
+    # Sampling: what stays resident, the copy, and the KV cache.
+    resident = copy + parts["weights"] + parts["gradients"] + parts["optimizer"]
+    num_prompts = ceil(config.algo.prompts_per_step / scale.num_gpus)
+    prompt_slots, row_slots = capacity([P] * num_prompts, [G] * num_prompts, R, kv_budget)
+    kv_bytes = compute_bytes * _kv_numbers_per_token(shape)
+    kv_cache = kv_bytes * (prompt_slots * P + row_slots * R)
+    sampling_peak = resident + kv_cache
+
+    # The largest group: its prompt once and its rows, in what memory or the budget leaves.
+    tokens_in_memory = max(0, int(GPU_BYTES * USABLE) - resident) // kv_bytes
+    largest_group = max(0, (min(tokens_in_memory, kv_budget) - P) // R)
     return {
-        **out,
-        "largest_group": max(0, (min(room, budget) - P) // R),
-        "kv_budget_binds": budget < room,
+        "bytes": parts | {"sampling_copy": copy, "kv_cache": kv_cache},
+        "peak_bytes": {"sampling": sampling_peak, "update": update_peak},
+        "fits": max(sampling_peak, update_peak) <= GPU_BYTES * USABLE,
+        "rows_at_once": row_slots,
+        "activations_without_checkpointing": (
+            compute_bytes * tokens * shape.num_layers * saved_per_token(shape)
+        ),
+        "largest_group": largest_group,
+        "kv_budget_binds": kv_budget < tokens_in_memory,
     }
 
 
-def seconds(config: Config, model: Decoder, rows_at_once: int) -> dict[str, float]:
-    """A step's parts by a roofline: prefill and decoding are the slower of arithmetic and memory; training is 6 FLOPs per parameter and token
-    (4 where the weight is frozen, a forward pass of 2 more with checkpointing) and attention; each part of a group reads its prompt."""
-    c, m, t = model.config, config.model, config.train
-    P, R, G = m.max_prompt_tokens, m.max_completion_tokens, config.algo.group_size
-    prompts = ceil(config.algo.prompts_per_step / config.scale.num_gpus)
-    products = count(model) - (
-        0 if c.tied_embeddings else c.vocab_size * c.hidden_size
-    )  # looking up is none
-    size, trained = getattr(torch, config.scale.dtype).itemsize, min(count(model, True), products)
-    rate, speed = PEAK_FLOPS * MFU, BANDWIDTH * BANDWIDTH_USED
-    attended = 4 * c.num_layers * c.num_heads * c.head_dim  # FLOPs per pair of tokens
-    entries = (
-        rows_at_once * R / 2 + ceil(rows_at_once / G) * P
-    )  # that a decode step reads, each prompt once
-    bytes_read = size * (products + 2 * c.num_layers * c.num_kv_heads * c.head_dim * entries)
-    work = 2 * products * rows_at_once + attended * rows_at_once * (P + R / 2)
-    parts = ceil(G / max(1, (t.micro_batch_tokens - P) // R))  # of a group, in micro-batches
-    tokens, pairs = parts * P + G * R, parts * P * P / 2 + G * (R * R / 2 + R * P)
-    again = 1 if t.checkpoint_activations else 0
-    update = (
-        config.algo.epochs
-        * prompts
-        * (((4 + 2 * again) * products + 2 * trained) * tokens + (3 + again) * attended * pairs)
-    )
-    prefill = prompts * (2 * products * P + attended * P * P / 2)
-    decode = ceil(prompts * G / rows_at_once) * R * max(bytes_read / speed, work / rate)
+def _kv_numbers_per_token(shape: ModelConfig) -> int:
+    return 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim
+
+
+# ---------------------------------------------------------------------- time
+
+
+def step_seconds(config: Config, model: Decoder, rows_at_once: int) -> dict[str, float]:
+    """Seconds of a step by part, by a roofline: each is the slower of arithmetic and memory.
+
+    A forward pass takes 2 FLOPs a parameter and token, its backward pass 4 (2 where the weight is
+    frozen); checkpointing is one more forward pass. Attention comes on top.
+    """
+    work = _Work(config, model)
+    flops_per_s, bytes_per_s = PEAK_FLOPS * MFU, BANDWIDTH * BANDWIDTH_USED
+    decode_flops, decode_bytes = work.decode_step(rows_at_once)
+    slower = max(decode_bytes / bytes_per_s, decode_flops / flops_per_s)
+    rounds = ceil(work.num_prompts * work.G / rows_at_once)
     return {
-        "prefill": max(prefill / rate, size * products / speed),
-        "decode": decode,
-        "update": update / rate,
+        "prefill": max(work.prefill_flops() / flops_per_s, work.weight_bytes / bytes_per_s),
+        "decode": rounds * work.R * slower,
+        "update": work.update_flops() / flops_per_s,
     }
+
+
+class _Work:
+    """FLOPs and bytes of one GPU's part of a step: prompts of P tokens, G completions of R tokens."""
+
+    def __init__(self, config: Config, model: Decoder) -> None:
+        shape = model.config
+        self.config, self.shape = config, shape
+        self.P, self.R = config.model.max_prompt_tokens, config.model.max_completion_tokens
+        self.G = config.algo.group_size
+        self.num_prompts = ceil(config.algo.prompts_per_step / config.scale.num_gpus)
+        # Parameters of matrix products: looking up an embedding is none.
+        looked_up = 0 if shape.tied_embeddings else shape.vocab_size * shape.hidden_size
+        self.products = num_parameters(model) - looked_up
+        self.trained = min(num_parameters(model, trained=True), self.products)
+        self.number_bytes = getattr(torch, config.scale.dtype).itemsize
+        self.weight_bytes = self.number_bytes * self.products
+        self.flops_per_pair = 4 * shape.num_layers * shape.num_heads * shape.head_dim
+
+    def prefill_flops(self) -> float:
+        pairs = self.P * self.P / 2
+        return self.num_prompts * (2 * self.products * self.P + self.flops_per_pair * pairs)
+
+    def decode_step(self, rows: int) -> tuple[float, float]:
+        """(FLOPs, bytes read) of one token for each of `rows` rows, halfway through a completion."""
+        own_entries = rows * self.R / 2
+        prompt_entries = ceil(rows / self.G) * self.P  # each prompt is read once
+        kv_numbers = _kv_numbers_per_token(self.shape) * (own_entries + prompt_entries)
+        flops = 2 * self.products * rows + self.flops_per_pair * rows * (self.P + self.R / 2)
+        return flops, self.number_bytes * (self.products + kv_numbers)
+
+    def update_flops(self) -> float:
+        """All epochs. A group that no micro-batch holds is cut; each part reads the prompt again."""
+        P, R, G = self.P, self.R, self.G
+        rows_per_part = max(1, (self.config.train.micro_batch_tokens - P) // R)
+        num_parts = ceil(G / rows_per_part)
+        tokens = num_parts * P + G * R
+        pairs = num_parts * P * P / 2 + G * (R * R / 2 + R * P)
+        again = 1 if self.config.train.checkpoint_activations else 0
+        of_products = (4 + 2 * again) * self.products + 2 * self.trained
+        of_attention = (3 + again) * self.flops_per_pair * pairs
+        passes = self.config.algo.epochs * self.num_prompts
+        return passes * (of_products * tokens + of_attention)
+
+
+# ---------------------------------------------------------------------- the plan
 
 
 def plan(config: Config) -> dict[str, Any]:
-    """The document that the command prints. Raises UserError for a scale without GPUs, an unknown shape, and a group above the KV budget."""
-    m, gpus = config.model, config.scale.num_gpus
-    if not gpus:
+    """The document that the command prints.
+
+    Raises UserError for a scale without GPUs, an unknown shape, and a group above the KV budget.
+    """
+    num_gpus = config.scale.num_gpus
+    if not num_gpus:
         raise UserError(
             f"scale={config.scale.name} has no GPU to plan for: take scale=h100x1 or scale=h100x8"
         )
-    model = policy_of(config)
-    held = memory(config, model)
-    times = seconds(config, model, held["rows_at_once"])
-    step, trained = sum(times.values()), count(model, True)
-    with torch.device("meta"):
-        shape = {
-            "model": m.path or m.name,
-            "gpus": gpus,
-            "lora_rank": m.lora_rank,
-            "parameters": count(Decoder(model.config)),
-        }
-    time = {"seconds": times, "step_s": step, "gpu_hours": step * config.train.steps * gpus / 3600}
+    model = empty_policy(config)
+    memory = memory_per_gpu(config, model)
+    seconds = step_seconds(config, model, memory["rows_at_once"])
+    step_s = sum(seconds.values())
     return {
-        **shape,
-        "trained": trained,
-        **held,
-        **time,
+        "model": config.model.path or config.model.name,
+        "gpus": num_gpus,
+        "lora_rank": config.model.lora_rank,
+        "parameters": num_parameters(empty_model(model.config)),
+        "trained": num_parameters(model, trained=True),
+        **memory,
+        "seconds": seconds,
+        "step_s": step_s,
+        "gpu_hours": step_s * config.train.steps * num_gpus / 3600,
         "source": "computed, not measured",
         "assumed": ASSUMED,
     }
 
 
-def show(document: dict[str, Any], console: Console) -> None:
+def print_plan(document: dict[str, Any], console: Console) -> None:
+    """A table and sentences for people; the last line of stdout is the document as JSON."""
     d, GiB = document, 2**30
-    table = Table(
-        "per GPU",
-        "GiB",
-        title=f"{d['model']} on {d['gpus']} H100, computed, not measured",
-        title_justify="left",
-    )
-    for name, value in {
-        **d["bytes"],
-        **{f"peak of {name}": value for name, value in d["peak_bytes"].items()},
-    }.items():
+    title = f"{d['model']} on {d['gpus']} H100, computed, not measured"
+    table = Table("per GPU", "GiB", title=title, title_justify="left")
+    for name, value in d["bytes"].items():
         table.add_row(name, f"{value / GiB:.2f}")
+    for name, value in d["peak_bytes"].items():
+        table.add_row(f"peak of {name}", f"{value / GiB:.2f}")
     console.print(table)
-    advice = "a lower scale.kv_budget_tokens for sampling; for the update train.checkpoint_activations=true, fewer micro_batch_tokens, "
-    advice += "scale.keep_copy=false; for both model.lora_rank=16 or scale.offload=true"
-    console.print(
-        "fits" if d["fits"] else f"DOES NOT FIT: {advice}",
-        f"in {USABLE:.0%} of {GPU_BYTES >> 30} GiB",
+
+    advice = (
+        "a lower scale.kv_budget_tokens for sampling; for the update "
+        "train.checkpoint_activations=true, fewer micro_batch_tokens, scale.keep_copy=false; for "
+        "both model.lora_rank=16 or scale.offload=true"
     )
-    without, limit = (
-        d["activations_without_checkpointing"] / GiB,
-        "the KV budget" if d["kv_budget_binds"] else "memory",
-    )
+    verdict = "fits" if d["fits"] else f"DOES NOT FIT: {advice}"
+    console.print(verdict, f"in {USABLE:.0%} of {GPU_BYTES >> 30} GiB")
+    without = d["activations_without_checkpointing"] / GiB
+    limit = "the KV budget" if d["kv_budget_binds"] else "memory"
     console.print(
-        f"activations without checkpointing {without:.2f} GiB; largest group {d['largest_group']}, by {limit}"
+        f"activations without checkpointing {without:.2f} GiB; largest group "
+        f"{d['largest_group']}, by {limit}"
     )
     times = ", ".join(f"{name} {value:.1f} s" for name, value in d["seconds"].items())
     console.print(
-        f"{d['parameters']:,} parameters, {d['trained']:,} trained; a step {d['step_s']:.1f} s ({times}); {d['gpu_hours']:.0f} GPU-hours"
+        f"{d['parameters']:,} parameters, {d['trained']:,} trained; a step {d['step_s']:.1f} s "
+        f"({times}); {d['gpu_hours']:.0f} GPU-hours"
     )
     console.print(f"assumed: {'; '.join(ASSUMED)}")
     print(json.dumps(document))

@@ -1,4 +1,8 @@
-"""What every loader shares: the request, rows with good errors, splits and samples by a stable hash, duplicates dropped."""
+"""What all loaders share: the request, rows with good errors, splits and samples by a stable hash.
+
+A loader reads rows one by one. Each becomes a `Candidate`: an example, or a counted reason why it
+cannot be used. `where` is always the position of a row for error messages, such as `file.jsonl:17`.
+"""
 
 import json
 from collections import Counter
@@ -14,21 +18,21 @@ from mar.records import Example, Gold
 
 Row = Mapping[str, Any]
 
-SPLIT_SHARES = (
-    ("test", 10),
-    ("validation", 30),
-    ("train", 100),
-)  # the per cent of ids below which a split ends
+# The per cent of ids below which a split ends: 10 % test, 20 % validation, 70 % train.
+SPLIT_ENDS = (("test", 10), ("validation", 30), ("train", 100))
 
+# What the hub's data sets call a split for validation.
 VALIDATION_NAMES = ("validation", "valid", "val", "dev")
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where examples come from and which of them. `kind`: embedded, hub or path; `num` None takes all."""
+    """Where examples come from and which of them; the fields after `hub_id` are those of `data`."""
 
+    # embedded, hub or path
     kind: str
     split: str
+    # None: all
     num: int | None = None
     seed: int = 0
     path: str | None = None
@@ -43,54 +47,65 @@ class Source:
 
 @dataclass(frozen=True)
 class Loaded:
-    """Examples, how many rows of the split were dropped for which reason, and how many options a question shows."""
+    """The examples of a split, and how many of its rows were dropped for which reason."""
 
     examples: list[Example]
     dropped: Counter[str]
+    # How many options each question shows, where it shows them.
     num_options: int | None = None
 
 
 class Candidate(NamedTuple):
-    """A row that could be read: the example, the question as the file has it, why it cannot be used (None: it can)."""
+    """A row that could be read."""
 
     example: Example
+    # The question as the file has it: two rows with the same one are duplicates.
     question: str
-    reason: str | None = None
+    # Why it cannot be used; None: it can.
+    drop_reason: str | None = None
 
 
-def split_of(id: str) -> str:
-    """train, validation or test, from the id alone: whatever else is in the file."""
-    point = stable_hash(id) % 100
-    return next(split for split, below in SPLIT_SHARES if point < below)
+# ---------------------------------------------------------------------- parts of a row
 
 
-def text_of(row: Row, key: str, place: str) -> str:
-    """The text of a row's key, stripped. UserError names place and key where it is missing, empty or no string."""
+def required_text(row: Row, key: str, where: str) -> str:
+    """The text of a row's key, stripped.
+
+    Raises UserError with position and key where it is missing, empty or no string.
+    """
     value = row.get(key)
     if isinstance(value, str) and value.strip():
         return value.strip()
-    wrong = (
-        "missing"
-        if value is None
-        else "empty"
-        if isinstance(value, str)
-        else f"{type(value).__name__}, not a string"
-    )
-    raise UserError(f"{place}: {key!r} is {wrong}: give a text or remove the row")
+    if value is None:
+        fault = "missing"
+    elif isinstance(value, str):
+        fault = "empty"
+    else:
+        fault = f"{type(value).__name__}, not a string"
+    raise UserError(f"{where}: {key!r} is {fault}: give a text or remove the row")
 
 
-def id_of(row: Row, key: str, prefix: str, question: str) -> str:
-    """The row's own id, else one from the question's words, so that it does not move with the row."""
+def example_id(row: Row, key: str, prefix: str, question: str) -> str:
+    """The row's own id, else one from the question's words: it does not move with the row."""
     given = row.get(key)
-    return (
-        f"{prefix}-{stable_hash(' '.join(question.split())):016x}"
-        if given is None
-        else f"{prefix}-{given}"
-    )
+    if given is not None:
+        return f"{prefix}-{given}"
+    words = " ".join(question.split())
+    return f"{prefix}-{stable_hash(words):016x}"
+
+
+def draw_label(id: str, golds: Sequence[Gold]) -> int:
+    """The index of the gold that is this item's label, drawn by the id from the probabilities."""
+    edges = list(accumulate(gold.probability or 0.0 for gold in golds))
+    point = stable_hash(f"drawn {id}") / 2**64 * edges[-1]
+    return next(index for index, edge in enumerate(edges) if point < edge)
+
+
+# ---------------------------------------------------------------------- rows of files and the hub
 
 
 def read_json(file: Path) -> Any:
-    """The value in a JSON file; a missing or malformed one is named."""
+    """The value in a JSON file. Raises UserError for a missing or malformed one."""
     if not file.is_file():
         raise UserError(f"{file}: there is no such file: check data.path")
     try:
@@ -99,56 +114,50 @@ def read_json(file: Path) -> Any:
         raise UserError(f"{file} is not valid JSON ({error}): mend it") from None
 
 
-def draw_label(id: str, golds: Sequence[Gold]) -> int:
-    """The index of the gold that is this item's label, drawn by the probabilities, once and for all, from the id."""
-    edges = list(accumulate(gold.probability or 0.0 for gold in golds))
-    point = stable_hash(f"drawn {id}") / 2**64 * edges[-1]
-    return next(index for index, edge in enumerate(edges) if point < edge)
+def rows_of_file(path: str) -> Iterator[tuple[str, Row]]:
+    """(`file:line`, row) of a jsonl file, or (`file[n]`, row) of the array in a .json file.
 
-
-def aim(examples: list[Example], target: str) -> list[Example]:
-    """The examples with what the reward pays for: a drawn label, or where the golds form a distribution and `target` says so its
-    probabilities. Both agree in expectation."""
-    known = all(example.truth in ("exact", "survey") for example in examples)
-    if target == "probabilities" and not known:
-        raise UserError(
-            "data.target=probabilities: not all golds have a probability; use data.target=auto"
-        )
-    return [replace(e, label=None) for e in examples] if target == "probabilities" else examples
-
-
-def read_jsonl(path: str) -> Iterator[tuple[str, Row]]:
-    """(`file:line`, row) for every line, or (`file[n]`, row) of one array in a .json file; what cannot be read is named."""
+    Raises UserError for what cannot be read.
+    """
     file = Path(path).expanduser()
     if file.suffix == ".json":
         array = read_json(file)
         if not isinstance(array, list) or not all(isinstance(row, dict) for row in array):
             raise UserError(f"{path} is no array of objects: give one row an element, or jsonl")
-        yield from ((f"{path}[{number}]", row) for number, row in enumerate(array))
+        for number, row in enumerate(array):
+            yield f"{path}[{number}]", row
         return
+    if file.is_dir():
+        raise UserError(f"data.path={path} is a folder: name a file in it")
     if not file.is_file():
-        raise UserError(
-            f"data.path={path} is {'a folder: name a file in it' if file.is_dir() else 'not there'}"
-        )
+        raise UserError(f"data.path={path} is not there")
     with file.open("rb") as lines:
         for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line.decode("utf-8-sig"))
-            except ValueError as error:
-                raise UserError(
-                    f"{path}:{number} is not valid JSON ({error}): mend or remove the line"
-                ) from None
-            if not isinstance(row, dict):
-                raise UserError(
-                    f"{path}:{number} is {type(row).__name__}, not an object: each line is one row"
-                )
-            yield f"{path}:{number}", row
+            if line.strip():
+                yield f"{path}:{number}", _row_of_line(line, f"{path}:{number}")
 
 
-def read_hub(hub_id: str, split: str) -> tuple[Iterator[tuple[str, Row]], Callable[[str], bool]]:
-    """The rows (`id[split][row]`, row) of a data set on the Hugging Face hub, and which ids of them are in the split."""
+def _row_of_line(line: bytes, where: str) -> Row:
+    try:
+        row = json.loads(line.decode("utf-8-sig"))
+    except ValueError as error:
+        raise UserError(f"{where} is not valid JSON ({error}): mend or remove the line") from None
+    if not isinstance(row, dict):
+        raise UserError(f"{where} is {type(row).__name__}, not an object: each line is one row")
+    return row
+
+
+def split_of(id: str) -> str:
+    """train, validation or test, from the id alone: whatever else is in the file."""
+    percent = stable_hash(id) % 100
+    return next(split for split, end in SPLIT_ENDS if percent < end)
+
+
+def rows_of_hub(hub_id: str, split: str) -> tuple[Iterator[tuple[str, Row]], Callable[[str], bool]]:
+    """The rows (`id[split][row]`, row) of a hub data set, and which of their ids are in the split.
+
+    A data set without a split for validation has its train split cut in two by `split_of`.
+    """
     import datasets
 
     name, *configuration = hub_id.split(":")  # "owner/name:configuration"
@@ -157,88 +166,129 @@ def read_hub(hub_id: str, split: str) -> tuple[Iterator[tuple[str, Row]], Callab
         splits = datasets.load_dataset(name, *configuration)
     except Exception as error:  # many kinds: not in the cache, bad files
         raise UserError(
-            f"cannot load data set {hub_id} from the hub ({fault or one_line(error)}): "
-            "check data.hub_id and the network; offline, use data.source=path data.path=<file.jsonl>, or scale=laptop "
-            "data.source=embedded for the rehearsal"
+            f"cannot load data set {hub_id} from the hub ({fault or one_line(error)}): check "
+            "data.hub_id and the network; offline, use data.source=path data.path=<file.jsonl>, "
+            "or scale=laptop data.source=embedded for the rehearsal"
         ) from None
-    carved = (
-        split in ("train", "validation")
-        and "train" in splits
-        and not set(splits) & set(VALIDATION_NAMES)
-    )
-    if split not in splits and not carved:
+    has_validation = any(name in splits for name in VALIDATION_NAMES)
+    cut = split in ("train", "validation") and "train" in splits and not has_validation
+    if split not in splits and not cut:
         raise UserError(
-            f"data set {hub_id} has no split {split!r}: set data.train_split and data.eval_split to {', '.join(splits)}"
+            f"data set {hub_id} has no split {split!r}: set data.train_split and data.eval_split "
+            f"to {', '.join(splits)}"
         )
-    name = "train" if carved else split
-    rows = ((f"{hub_id}[{name}][{number}]", row) for number, row in enumerate(splits[name]))
-    return rows, lambda id: not carved or (split_of(id) == "validation") == (split == "validation")
+
+    stored = "train" if cut else split
+    rows = ((f"{hub_id}[{stored}][{number}]", row) for number, row in enumerate(splits[stored]))
+
+    def belongs(id: str) -> bool:
+        if not cut:
+            return True
+        in_validation = split_of(id) == "validation"
+        return in_validation == (split == "validation")
+
+    return rows, belongs
 
 
-def rows_of(source: Source) -> tuple[Iterable[tuple[str, Row]], Callable[[str], bool]]:
-    """The rows of a source, each with its place for error messages, and the test whether an id belongs to the split.
+def rows_of_source(source: Source) -> tuple[Iterable[tuple[str, Row]], Callable[[str], bool]]:
+    """The rows of a source, each with its position, and the test whether an id is in the split.
 
-    A file is cut by `split_of(id)`. The hub has splits of its own; only where none is for validation, `validation` is
-    the share of its train that `split_of` says, and `train` the rest.
+    A file is cut by `split_of(id)`. The hub has splits of its own; only where none is for
+    validation, `validation` is the share of its train that `split_of` says, and `train` the rest.
     """
     if source.kind == "path":
-        return read_jsonl(str(source.path)), lambda id: split_of(id) == source.split
+        return rows_of_file(str(source.path)), lambda id: split_of(id) == source.split
     if source.kind == "hub":
-        return read_hub(str(source.hub_id), source.split)
+        return rows_of_hub(str(source.hub_id), source.split)
     raise UserError(
         f"data.source={source.kind} has no rows of this task: use data.source=path or hub"
     )
 
 
-def load_rows(source: Source, read: Callable[[Row, str], Candidate]) -> Loaded:
-    """The examples of a split. `read` raises UserError on a malformed row, in whichever split it stands.
+# ---------------------------------------------------------------------- from rows to examples
 
-    A question that stood before is dropped, whatever its split; an id that stood before with another question is an
-    error. `num` takes those with the smallest hash of seed and id: a random sample, not the head of the file.
+
+def load_rows(source: Source, read: Callable[[Row, str], Candidate]) -> Loaded:
+    """The examples of a split. `read` raises UserError on a malformed row, in whichever split it is.
+
+    A question that stood before is dropped, whatever its split; an id that stood before with
+    another question is an error. `num` takes the examples with the smallest hash of seed and id: a
+    random sample, not the head of the file.
     """
-    rows, belongs = rows_of(source)
+    rows, belongs = rows_of_source(source)
     examples: list[Example] = []
     dropped: Counter[str] = Counter()
-    places: dict[str, str] = {}
+    position_of_id: dict[str, str] = {}
     questions: set[str] = set()
-    for place, row in rows:
-        try:
-            example, question, reason = read(row, place)
-        except (AttributeError, TypeError, ValueError, LookupError) as error:
+    for where, row in rows:
+        example, question, drop_reason = _read_row(read, row, where)
+        same_words = " ".join(question.casefold().split())
+        if same_words in questions:
+            drop_reason = "duplicate question"
+        elif example.id in position_of_id:
             raise UserError(
-                f"{place} has another form than this task's rows ({one_line(error)}): mend or remove the row"
-            ) from None
-        key = " ".join(question.casefold().split())
-        if key in questions:
-            reason = "duplicate question"
-        elif example.id in places:
-            raise UserError(
-                f"{place}: the id {example.id!r} is also that of {places[example.id]}: ids must differ"
+                f"{where}: the id {example.id!r} is also that of {position_of_id[example.id]}: "
+                "ids must differ"
             )
-        questions.add(key)
-        places[example.id] = place
+        questions.add(same_words)
+        position_of_id[example.id] = where
         if not belongs(example.id):
             continue
-        if reason:
-            dropped[reason] += 1
+        if drop_reason:
+            dropped[drop_reason] += 1
         else:
             examples.append(example)
     if not examples:
-        origin = source.path if source.kind == "path" else source.hub_id
-        why = (
-            ", ".join(f"{number} {reason}" for reason, number in dropped.items())
-            or "none of them falls into it"
-        )
-        raise UserError(
-            f"{origin}: split {source.split!r} is empty ({len(places)} rows; {why}): use another split or file"
-        )
+        raise UserError(_empty_split(source, num_rows=len(position_of_id), dropped=dropped))
     if source.num is not None and source.num < len(examples):
         examples.sort(key=lambda example: stable_hash(f"{source.seed} {example.id}"))
         del examples[source.num :]
     return Loaded(examples, dropped)
 
 
+def _read_row(read: Callable[[Row, str], Candidate], row: Row, where: str) -> Candidate:
+    try:
+        return read(row, where)
+    except (AttributeError, TypeError, ValueError, LookupError) as error:
+        raise UserError(
+            f"{where} has another form than this task's rows ({one_line(error)}): mend or remove "
+            "the row"
+        ) from None
+
+
+def _empty_split(source: Source, num_rows: int, dropped: Counter[str]) -> str:
+    origin = source.path if source.kind == "path" else source.hub_id
+    reasons = [f"{number} {reason}" for reason, number in dropped.items()]
+    why = ", ".join(reasons) or "none of them falls into it"
+    return (
+        f"{origin}: split {source.split!r} is empty ({num_rows} rows; {why}): use another split or "
+        "file"
+    )
+
+
+# ---------------------------------------------------------------------- of loaded examples
+
+
+def apply_target(examples: list[Example], target: str) -> list[Example]:
+    """The examples with what the reward pays for: data.target.
+
+    Where the golds form a distribution, that is a drawn label, or with `probabilities` each gold's
+    probability. Both agree in expectation.
+    """
+    if target != "probabilities":
+        return examples
+    if not all(example.truth in ("exact", "survey") for example in examples):
+        raise UserError(
+            "data.target=probabilities: not all golds have a probability; use data.target=auto"
+        )
+    return [replace(example, label=None) for example in examples]
+
+
 def chance_line(num_answers: int, num_options: int) -> str:
-    """What guessing is worth: of n options shown, K different ones hold the right one with chance K/n."""
-    coverage, top1 = min(1.0, num_answers / num_options), 1 / num_options
-    return f"chance, {num_options} options shown: coverage@{num_answers} {coverage:.3f}, top-1 {top1:.3f}"
+    """What guessing is worth: of n options shown, K different ones hold the gold with chance K/n."""
+    coverage = min(1.0, num_answers / num_options)
+    top1 = 1 / num_options
+    return (
+        f"chance, {num_options} options shown: coverage@{num_answers} {coverage:.3f}, "
+        f"top-1 {top1:.3f}"
+    )

@@ -1,38 +1,45 @@
-"""MBPP (Austin et al. 2021): a task in words, and tests that a Python function has to pass; every correct program is right.
+"""MBPP (Austin et al. 2021): a task in words, and tests that a Python function has to pass.
 
-Rows are {text or prompt, test_list, test_setup_code or test_imports}. The first test is shown, for name and signature; the others decide
-unseen. Each distinct program that passes is a hit, so coverage is the number of DISTINCT correct programs.
+Every correct program is right. Rows are {text or prompt, test_list, test_setup_code or
+test_imports}. The first test is shown, for name and signature; the others decide unseen. Each
+distinct program that passes is a hit, so coverage is the number of DISTINCT correct programs.
 """
 
 from mar.errors import UserError
 from mar.records import Example, Gold
-from mar.tasks.loading import Candidate, Row, id_of, text_of
+from mar.tasks.loading import Candidate, Row, example_id, required_text
 from mar.verify.programs import parse_tests
 
 
-def read(row: Row, place: str) -> Candidate:
-    """One row. Raises UserError naming place and key where it is malformed."""
-    text, tests = text_of(row, "text" if "text" in row else "prompt", place), row.get("test_list")
+def read(row: Row, where: str) -> Candidate:
+    """One row. Raises UserError with position and key where it is malformed."""
+    text = required_text(row, "text" if "text" in row else "prompt", where)
+    tests = row.get("test_list")
     if not isinstance(tests, list) or not tests or not all(isinstance(test, str) for test in tests):
-        raise UserError(f"{place}: 'test_list' must be a list of asserts that is not empty")
+        raise UserError(f"{where}: 'test_list' must be a list of asserts that is not empty")
     imports = row.get("test_imports") or []
     if not isinstance(imports, list):
-        raise UserError(f"{place}: 'test_imports' must be a list of statements")
+        raise UserError(f"{where}: 'test_imports' must be a list of statements")
+
     setup = "\n".join([*imports, row.get("test_setup_code") or ""]).strip()
-    statements, reason = (*([setup] if setup else []), *tests), None
+    statements = (setup, *tests) if setup else tuple(tests)
+    drop_reason = None
     try:
         parse_tests(statements)
     except UserError:
-        reason = "tests that no plain value can be compared with"
-    shown = f"{text}\nFor example:\n{tests[0].strip()}\nAnswer with the Python source of the whole function."
-    golds = (Gold("a program that passes its tests"),)
+        drop_reason = "tests that no plain value can be compared with"
+
+    question = (
+        f"{text}\nFor example:\n{tests[0].strip()}\n"
+        "Answer with the Python source of the whole function."
+    )
     example = Example(
-        id_of(row, "task_id", "mbpp", f"{text} {tests[0]}"),
-        "mbpp",
-        shown,
-        golds,
-        "rule",
+        id=example_id(row, "task_id", "mbpp", f"{text} {tests[0]}"),
+        task="mbpp",
+        question=question,
+        golds=(Gold("a program that passes its tests"),),
+        truth="rule",
         multi_label=True,
         tests=statements,
     )
-    return Candidate(example, f"{text}\n{tests[0]}", reason)
+    return Candidate(example, f"{text}\n{tests[0]}", drop_reason)

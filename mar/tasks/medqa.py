@@ -1,10 +1,12 @@
-"""MedQA-USMLE (Jin et al. 2021): questions of medical licensing examinations with four options, one of them right.
+"""MedQA-USMLE (Jin et al. 2021): licensing examination questions with options, one of them right.
 
-Rows are {question, options {A..D} or a list, answer, answer_idx, and realidx if there is one}. By default the options
-are hidden: the question is rewritten to an open one, and rows that cannot be asked so, or whose answer has more than
-`max_gold_words` words, are dropped and counted. `show_options` lists the options under the question as it is and drops
-nothing but duplicates; guesses then hit by chance (`chance_line`). Rows of mediQ (Li et al. 2024) hold the patient as
-sentences in `context`; the first `max_sentences` of them are shown (null: all): the same gold, rising uncertainty.
+Rows are {question, options {A..D} or a list, answer, answer_idx, and realidx if there is one}. By
+default the options are hidden: the question is rewritten to an open one, and rows that cannot be
+asked so, or whose answer has more than `max_gold_words` words, are dropped and counted.
+`show_options` lists the options under the question as it is and drops nothing but duplicates;
+guesses then hit by chance (`chance_line`). Rows of mediQ (Li et al. 2024) hold the patient as
+sentences in `context`; the first `max_sentences` of them are shown (null: all): the same gold,
+rising uncertainty.
 """
 
 import re
@@ -12,23 +14,30 @@ from string import ascii_uppercase
 
 from mar.errors import UserError
 from mar.records import Example, Gold
-from mar.tasks.loading import Candidate, Loaded, Row, Source, id_of, load_rows, text_of
+from mar.tasks.loading import Candidate, Loaded, Row, Source, example_id, load_rows, required_text
 
-NEEDS_OPTIONS, LONG_GOLD = "question needs its options", "answer too long for an open question"
+NEEDS_OPTIONS = "question needs its options"
+LONG_GOLD = "answer too long for an open question"
 
-# "Which of the following" is rewritten by what comes next: a verb or the end ("What is ...", "... shows what?"), a
-# plural noun with a singular verb ("Which drug is ..."), or anything else ("Which findings are ...").
+# ---------------------------------------------------------------------- words of the questions
+
+# Verbs with which "which <noun>" is a singular.
 _SINGULAR = "is|was|has|does|did|had|best|most|would|will|should|could|can|may|might|must"
 
-_VERB = rf"""(?:{_SINGULAR}|are|were|have|do|also|likely|correctly|describes|explains|represents|indicates|confirms
-    |correlates|helps|accounts|causes|constitutes)\b"""
+# What may follow "which of the following" directly, if no noun does.
+_VERB = rf"""(?:{_SINGULAR}|are|were|have|do|also|likely|correctly|describes|explains|represents
+    |indicates|confirms|correlates|helps|accounts|causes|constitutes)\b"""
 
 _END = r"\s*(?: [?.,:;\"”] | $ | (?:if|in|from|on|at|for|to|during|after)\b )"
 
 _WHICH = r"\bwhich(?:\ one)?\ of\ the\ following(?:\ options|\ choices)?\b"
 
+# A plural noun with up to three words before it.
 _NOUN = rf"(?: (?!{_VERB}|of\b)[\w-]+\  ){{0,3}}? (?!{_VERB}) [\w-]+ (?<![usi])s"
 
+# (pattern, what it becomes), tried one after another. "Which of the following" is rewritten by what
+# comes next: a verb or the end ("What is ...", "... shows what?"), a plural noun with a singular
+# verb ("Which drug is ..."), or anything else ("Which findings are ...").
 _OPENINGS = (
     (
         r"\bof\ the\ following(?:\ options|\ choices)?,\ (?:which|what)(?:\ one)?\b",
@@ -39,108 +48,164 @@ _OPENINGS = (
     (_WHICH, "which"),
 )
 
-_PLURALS = ((r"ies$", "y"), (r"(?<=agno)ses$", "sis"), (r"(ss|ch|sh|x|us)es$", r"\1"), (r"s$", ""))
+# (ending of a plural, of its singular); the first that fits.
+_PLURALS = (
+    (r"ies$", "y"),
+    (r"(?<=agno)ses$", "sis"),
+    (r"(ss|ch|sh|x|us)es$", r"\1"),
+    (r"s$", ""),
+)
 
-_COMPARES = re.compile(  # what only a look at the options can answer
+# Questions that only a look at the options can answer: they compare them.
+_COMPARES = re.compile(
     r"of the following\b[^?.]{0,60}\b(?:statements?|except|least|closest|(?:sets?|pairs?) of"
-    r"|(?:is|are|was|be|best|most|has|have|does|do|would) (?:not|true|false|(?:in)?correct|accurate))\b",
+    r"|(?:is|are|was|be|best|most|has|have|does|do|would)"
+    r" (?:not|true|false|(?:in)?correct|accurate))\b",
     re.I,
 )
 
-_POINTS = re.compile(
+# Words that still point at the options after rewriting.
+_POINTS_AT_OPTIONS = re.compile(
     r"\b(?:except|options|choices)\b|\bof the (?:\w+ below|following)\b|\| A[).]", re.I
 )
 
-_ABOVE = re.compile(
+# Answers that are about the other options.
+_ABOUT_OPTIONS = re.compile(
     r"\b(?:all|none|both|neither|any) (?:of )?(?:the )?(?:above|these|options|answers)\b", re.I
 )
 
-_ABBREVIATION = re.compile(r" \((?=[^()]*[A-Z][^()]*[A-Z])([A-Za-z0-9-]{2,8})\)")  # " (AFP)"
+# An abbreviation in brackets, as in "alpha-fetoprotein (AFP)".
+_ABBREVIATION = re.compile(r" \((?=[^()]*[A-Z][^()]*[A-Z])([A-Za-z0-9-]{2,8})\)")
 
 
 def open_question(question: str) -> str | None:
-    """The question without a mention of its options, or None where it cannot be answered without them."""
+    """The question without a mention of its options; None where it needs them."""
     if _COMPARES.search(question):
         return None
     for pattern, opening in _OPENINGS:
 
-        def replace(match: re.Match[str], opening: str = opening) -> str:
+        def rewrite(match: re.Match[str], opening: str = opening) -> str:
             noun = match[1] if match.re.groups else ""
-            ending, singular = next(((p, s) for p, s in _PLURALS if re.search(p, noun)), ("^", ""))
-            text = opening + re.sub(ending, singular, noun)
-            return text[0].upper() + text[1:] if match[0][0].isupper() else text
+            text = opening + _singular(noun)
+            starts_sentence = match[0][0].isupper()
+            return text[0].upper() + text[1:] if starts_sentence else text
 
-        question = re.compile(pattern, re.I | re.X).sub(replace, question)
-    last = re.split(r"(?<=[.?!])\s+", question.strip())[-1]
-    return (
-        None if _POINTS.search(last) or "which of the following" in question.lower() else question
-    )
+        question = re.compile(pattern, re.I | re.X).sub(rewrite, question)
+    last_sentence = re.split(r"(?<=[.?!])\s+", question.strip())[-1]
+    if _POINTS_AT_OPTIONS.search(last_sentence) or "which of the following" in question.lower():
+        return None
+    return question
 
 
-def _options(row: Row, place: str) -> tuple[dict[str, str], str]:
-    """({letter: text}, the right letter)."""
-    options, letter, answer = row.get("options"), row.get("answer_idx"), row.get("answer")
-    if isinstance(options, list):
-        options = dict(zip(ascii_uppercase, options, strict=False))
-    texts = options if isinstance(options, dict) else {}
-    if len(texts) < 2 or not all(isinstance(text, str) and text.strip() for text in texts.values()):
-        raise UserError(f"{place}: 'options' must hold two or more texts, as a list or by letter")
-    if isinstance(letter, int) and 0 <= letter < len(texts):
-        letter = list(texts)[letter]
-    if letter is None:
-        letter = next((key for key, text in texts.items() if text == answer), None)
-    if not isinstance(letter, str) or letter not in texts:
-        raise UserError(
-            f"{place}: 'answer_idx' ({letter!r}) names none of the options {', '.join(texts)}"
-        )
-    if answer is not None and answer not in (letter, texts[letter]):
-        raise UserError(
-            f"{place}: 'answer' ({answer!r}) is not option {letter} ({texts[letter]!r})"
-        )
-    return {key: text.strip() for key, text in texts.items()}, letter
+def _singular(noun: str) -> str:
+    for plural, singular in _PLURALS:
+        if re.search(plural, noun):
+            return re.sub(plural, singular, noun)
+    return noun
+
+
+# ---------------------------------------------------------------------- rows
 
 
 def load(source: Source) -> Loaded:
-    """The questions of a split of the hub or of a file. Raises UserError naming file, line and key."""
-    counts = set()
+    """The questions of a split of the hub or of a file. Raises UserError with file, line and key."""
+    option_counts: set[int] = set()
 
-    def read(row: Row, place: str) -> Candidate:
-        question, (options, letter) = text_of(row, "question", place), _options(row, place)
-        context = row.get("context") or []
-        if not isinstance(context, list) or not all(
-            isinstance(sentence, str) for sentence in context
-        ):
-            raise UserError(f"{place}: 'context' must be a list of sentences, not {context!r}")
-        if source.max_sentences is not None and "context" not in row:
-            raise UserError(
-                f"{place}: data.max_sentences needs rows with 'context', as mediQ has them"
-            )
-        asked = " ".join([*context[: source.max_sentences], question])
-        question = " ".join(
-            [*context, question]
-        )  # what tells rows apart, however much of it is shown
-        answer, shown, reason = options[letter], asked, None
-        short = _ABBREVIATION.sub("", answer)
-        aliases = {short, *(_ABBREVIATION.findall(answer) if answer.endswith(")") else ())}
-        if source.show_options:
-            counts.add(len(options))
-            shown += "\n" + "\n".join(f"{key}. {text}" for key, text in options.items())
-            aliases |= {f"{letter}. {answer}"} | (
-                {letter} - {text.upper() for text in options.values()}
-            )
-        else:
-            opened = None if _ABOVE.search(answer) else open_question(asked)
-            shown, reason = opened or asked, None if opened else NEEDS_OPTIONS
-            reason = LONG_GOLD if len(short.split()) > source.max_gold_words else reason
-        gold, id = (
-            Gold(answer, tuple(sorted(aliases - {answer}))),
-            id_of(row, "realidx", "medqa", question),
-        )
-        return Candidate(Example(id, "medqa", shown, (gold,)), question, reason)
+    def read(row: Row, where: str) -> Candidate:
+        candidate, num_options = _read(row, where, source)
+        option_counts.add(num_options)
+        return candidate
 
     loaded = load_rows(source, read)
-    if len(counts) > 1:
+    if not source.show_options:
+        return loaded
+    if len(option_counts) > 1:
         raise UserError(
-            f"data.show_options=true: rows have {sorted(counts)} options, all must have the same number"
+            f"data.show_options=true: rows have {sorted(option_counts)} options, all must have the "
+            "same number"
         )
-    return Loaded(loaded.examples, loaded.dropped, counts.pop() if counts else None)
+    return Loaded(loaded.examples, loaded.dropped, num_options=option_counts.pop())
+
+
+def _read(row: Row, where: str, source: Source) -> tuple[Candidate, int]:
+    """One row, and how many options it has."""
+    question = required_text(row, "question", where)
+    raw_options = _options(row, where)
+    letter = _right_letter(row, raw_options, where)
+    options = {key: text.strip() for key, text in raw_options.items()}
+    answer = options[letter]
+    context = _context(row, source, where)
+    asked = " ".join([*context[: source.max_sentences], question])
+    # What tells rows apart, however much of it is shown.
+    whole_question = " ".join([*context, question])
+
+    short_answer = _ABBREVIATION.sub("", answer)
+    aliases = {short_answer}
+    if answer.endswith(")"):
+        aliases |= set(_ABBREVIATION.findall(answer))
+
+    drop_reason = None
+    if source.show_options:
+        lines = [f"{key}. {text}" for key, text in options.items()]
+        asked = "\n".join([asked, *lines])
+        aliases.add(f"{letter}. {answer}")
+        if letter not in {text.upper() for text in options.values()}:
+            aliases.add(letter)
+    else:
+        opened = None if _ABOUT_OPTIONS.search(answer) else open_question(asked)
+        if len(short_answer.split()) > source.max_gold_words:
+            drop_reason = LONG_GOLD
+        elif not opened:
+            drop_reason = NEEDS_OPTIONS
+        asked = opened or asked
+
+    gold = Gold(answer, tuple(sorted(aliases - {answer})))
+    id = example_id(row, "realidx", "medqa", whole_question)
+    example = Example(id, "medqa", asked, (gold,))
+    return Candidate(example, whole_question, drop_reason), len(options)
+
+
+def _context(row: Row, source: Source, where: str) -> list[str]:
+    """The sentences of a mediQ row; none for other rows."""
+    context = row.get("context") or []
+    if not isinstance(context, list) or not all(isinstance(text, str) for text in context):
+        raise UserError(f"{where}: 'context' must be a list of sentences, not {context!r}")
+    if source.max_sentences is not None and "context" not in row:
+        raise UserError(f"{where}: data.max_sentences needs rows with 'context', as mediQ has them")
+    return context
+
+
+def _options(row: Row, where: str) -> dict[str, str]:
+    """{letter: text as it is in the file}"""
+    options = row.get("options")
+    if isinstance(options, list):
+        options = dict(zip(ascii_uppercase, options, strict=False))
+    if (
+        not isinstance(options, dict)
+        or len(options) < 2
+        or not all(map(_is_text, options.values()))
+    ):
+        raise UserError(f"{where}: 'options' must hold two or more texts, as a list or by letter")
+    return options
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str) and bool(value.strip())
+
+
+def _right_letter(row: Row, options: dict[str, str], where: str) -> str:
+    """The right option's letter: `answer_idx` (a letter or a number), else found by `answer`."""
+    letter, answer = row.get("answer_idx"), row.get("answer")
+    if isinstance(letter, int) and 0 <= letter < len(options):
+        letter = list(options)[letter]
+    if letter is None:
+        letter = next((key for key, text in options.items() if text == answer), None)
+    if not isinstance(letter, str) or letter not in options:
+        raise UserError(
+            f"{where}: 'answer_idx' ({letter!r}) names none of the options {', '.join(options)}"
+        )
+    if answer is not None and answer not in (letter, options[letter]):
+        raise UserError(
+            f"{where}: 'answer' ({answer!r}) is not option {letter} ({options[letter]!r})"
+        )
+    return letter

@@ -1,4 +1,6 @@
-"""The summary of the comparison on clinic: intervals by hand, holes stay holes, stale results are seen."""
+"""The summary of the comparison on clinic: intervals by hand, holes stay holes, stale results are
+seen.
+"""
 
 import copy
 import json
@@ -9,11 +11,13 @@ import pytest
 import torch
 
 from experiments.claims import confidences, probe, run, summary
+from experiments.common import commands
+from experiments.common.tables import arm_over_seeds
 from experiments.report import ROOT
 from mar.answers.prompts import build_prompt, load_tokenizer
 from mar.measure.answer_sets import AnswerSet, Item
-from mar.policy.attention import pack_groups
 from mar.policy.lora import merge
+from mar.policy.packing import pack_groups
 from mar.policy.sources import resolve_model
 from mar.policy.weights import load_model
 from mar.run.compose import compose
@@ -87,11 +91,11 @@ def test_numbers_and_intervals_by_hand():
         and found["floor"]["ece"]["mean"] is None
         and found["floor"]["top1"]["mean"] == 0.3
     )
-    line = next(row for row in summary.table(found).splitlines() if row.startswith("| multi_rlcr"))
+    line = next(row for row in summary.table(logs).splitlines() if row.startswith("| multi_rlcr"))
     assert (
-        line.startswith("| multi_rlcr | 2 | 0.550 ±") and line.count("–") == 4
+        line.startswith("| multi_rlcr | 2 | 0.500, 0.600 |") and line.count("–") == 4
     )  # coverage@30, unique@30, q_mse and tv_distance
-    assert summary.averaged(logs["multi_rlcr"])["unique_histogram"] == {"3": 10, "4": 12}
+    assert arm_over_seeds(logs["multi_rlcr"])["unique_histogram"] == {"3": 10, "4": 12}
 
 
 def test_other_logs_make_results_stale(tmp_path, monkeypatch):
@@ -136,7 +140,8 @@ def test_what_is_named_is_trained_anew(tmp_path, monkeypatch):
         )
         return 1.0
 
-    monkeypatch.setattr(run, "command", command)
+    monkeypatch.setattr(run, "run_module", command)
+    monkeypatch.setattr(commands, "run_module", command)
     monkeypatch.setattr(run, "RUNS", tmp_path / "runs")
     monkeypatch.setattr(run, "LOGS", tmp_path / "logs")
     both = ["mar.train", "mar.evaluate"]
@@ -159,7 +164,9 @@ def a_set(
 
 
 def test_error_of_confidences_by_hand():
-    """Drawn and expected parts, with a patient's other answers, format failures and answers given once set apart."""
+    """Drawn and expected parts, with a patient's other answers, format failures and answers given
+    once set apart.
+    """
     sets = (
         a_set("flu", 0.2, 0.5),
         a_set("flu", 0.4, 0.5),
@@ -223,7 +230,9 @@ def test_tables_of_confidences_and_probes_have_a_cell_for_each_column(tmp_path):
 
 
 def test_states_and_probabilities_are_those_of_the_place():
-    """The state before the first answer predicts its first token; the last layer's, normed, gives the probability that is returned."""
+    """The state before the first answer predicts its first token; the last layer's, normed, gives
+    the probability that is returned.
+    """
     folder, _ = resolve_model("embedded", "embedded", None)
     model, tokenizer = load_model(folder), load_tokenizer(folder)
     model.norm.weight.data.mul_(
@@ -336,7 +345,9 @@ def test_teaching_leaves_the_teacher_alone_and_moves_what_is_named(tmp_path, mon
 
 
 def test_scripts_that_are_run_by_path_find_the_experiments():
-    """`python experiments/x/run.py` has the script's folder on its path, not the repository's, which what imports `experiments` needs, or `-m`."""
+    """`python experiments/x/run.py` has the script's folder on its path, not the repository's,
+    which what imports `experiments` needs, or `-m`.
+    """
     texts = [
         *ROOT.glob("README.md"),
         *ROOT.glob("experiments/*/README.md"),

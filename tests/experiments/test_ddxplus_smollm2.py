@@ -1,4 +1,6 @@
-"""What the experiment on DDXPlus computes beside the runs: the constant answer, completions to read, the calibration table."""
+"""What the experiment on DDXPlus computes beside the runs: the constant answer, completions to
+read, the calibration table.
+"""
 
 import json
 
@@ -27,7 +29,9 @@ def test_the_most_frequent_golds_of_training_said_to_all():
 
 def test_completions_to_read(tmp_path):
     def kept(folder, *sets):
-        """What is kept of a run that wrote these sets, (answers, confidences, reason) each, for its first patient after training."""
+        """What is kept of a run that wrote these sets, (answers, confidences, reason) each, for its
+        first patient after training.
+        """
 
         def told(answers, confidences, reason):
             hits, again = (
@@ -100,7 +104,7 @@ def test_mean_confidence_weighs_bins_by_their_answers(tmp_path):
 def test_committed_logs_are_of_the_same_patients():
     logs = [
         log
-        for own in summary.grouped(summary.HERE / "logs", "method", summary.ORDER).values()
+        for own in summary.read_logs_by(summary.HERE / "logs", "method", summary.ORDER).values()
         for log in own
     ]
     assert len(logs) == 8 and len({log["num_items"] for log in logs}) == 1

@@ -1,4 +1,7 @@
-"""The tools of experiments/faults see what they say they see; the faults themselves are `make faults-quick`."""
+"""The tools of experiments/faults see what they say they see.
+
+The faults themselves are `make faults-quick`.
+"""
 
 import os
 import platform

@@ -93,7 +93,9 @@ def test_the_report_is_rendered_and_the_last_line_is_json(monkeypatch, tmp_path,
 
 
 def child(outcomes):
-    """In place of subprocess.run: (exit code, stderr) by module; a successful mar.train leaves two steps."""
+    """In place of subprocess.run: (exit code, stderr) by module; a successful mar.train leaves two
+    steps.
+    """
 
     def run(command, **_):
         code, stderr = outcomes[command[2]]

@@ -1,4 +1,6 @@
-"""experiments/launch/train.sbatch between a cluster that is played and a torchrun that is: what reaches whom, and when the job is queued again."""
+"""experiments/launch/train.sbatch between a cluster that is played and a torchrun that is: what
+reaches whom, and when the job is queued again.
+"""
 
 import os
 import signal

@@ -7,6 +7,7 @@ import pytest
 
 from experiments.algorithms import run as algorithms_run
 from experiments.algorithms import summary as algorithms
+from experiments.common.commands import confidence_sums
 from experiments.sweeps import run, summary
 from mar.run.compose import compose
 from mar.tasks import clinic
@@ -84,7 +85,7 @@ def test_sums_of_confidences_by_window(tmp_path):
     ]
     rows += [row(60, [1.0, 0.5]), row(60, [0.0, 0.5])]
     (tmp_path / "completions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert run.by_steps(tmp_path) == [pytest.approx(0.6), None, 1.0]
+    assert confidence_sums(tmp_path) == [pytest.approx(0.6), None, 1.0]
 
 
 def test_the_best_confidences_that_add_up_to_one():
@@ -106,13 +107,13 @@ def test_tables_by_hand(monkeypatch):
         }
 
     columns = {"gap": summary.gap, "ece": summary.metric("ece"), "q_mse": summary.metric("q_mse")}
-    lines = summary.lines_of(
+    lines = summary.table_over_seeds(
         {"a": [log(0, 0.7, 0.1), log(1, 0.7, 0.3)]}, columns, "trained"
     ).splitlines()
     assert lines == [
         "| trained | seeds | gap | ece | q_mse |",
         "| --- | --- | --- | --- | --- |",
-        "| a | 2 | 0.500 | 0.200 ± 1.271 | – |",
+        "| a | 2 | 0.500 | 0.100, 0.300 | – |",
     ]
 
 

@@ -15,7 +15,7 @@ from mar import sft
 from mar.answers.grammar import Grammar, parse
 from mar.answers.prompts import load_tokenizer
 from mar.errors import UserError
-from mar.learn import demonstrations as lessons
+from mar.learn import demonstrations
 from mar.policy.attention import group_attention
 from mar.policy.model import Decoder
 from mar.policy.sources import resolve_model
@@ -24,9 +24,9 @@ from mar.tasks import clinic
 
 PIECES = [
     "<",
-    lessons.Field(["a", "ab", "b", "abc"], [0.1, 0.2, 0.3, 0.4], 1),
+    demonstrations.DrawnText(["a", "ab", "b", "abc"], [0.1, 0.2, 0.3, 0.4], 1),
     ">c",
-    lessons.Field(["x", "xyz"], [0.25, 0.75], 1),
+    demonstrations.DrawnText(["x", "xyz"], [0.25, 0.75], 1),
     "!",
 ]
 
@@ -49,7 +49,7 @@ def test_targets_are_the_enumerated_next_token_distribution():
     for choice in itertools.product(*options):
         text = "".join(part for part, _ in choice)
         texts[text] = texts.get(text, 0.0) + math.prod(p for _, p in choice)
-    ids, targets = lessons.soft_targets(PIECES, characters, stop_id=0)
+    ids, targets = demonstrations.soft_targets(PIECES, characters, stop_id=0)
     assert "".join(map(chr, ids[:-1])) == "<ab>cxyz!" and ids[-1] == 0
     for position, target in enumerate(targets):
         exact: dict[int, float] = {}
@@ -62,33 +62,36 @@ def test_targets_are_the_enumerated_next_token_distribution():
 
 
 def test_a_field_that_one_token_cannot_foresee_is_refused():
-    pieces = ["<", lessons.Field(["a", "a>"], [0.5, 0.5], 1), ">c"]
+    pieces = ["<", demonstrations.DrawnText(["a", "a>"], [0.5, 0.5], 1), ">c"]
     with pytest.raises(ValueError, match="begins with another"):
-        lessons.soft_targets(pieces, characters, stop_id=0)
+        demonstrations.soft_targets(pieces, characters, stop_id=0)
 
 
 def test_confidences_are_noise_with_at_most_a_hint():
     for truth, share in ((0.7, 0.0), (None, 0.5)):
-        assert lessons.confidence_weights(truth, lessons.Hint(share)) == pytest.approx(
-            [1 / 101] * 101
-        )
-    weights = np.array(lessons.confidence_weights(0.7, lessons.Hint(0.25)))
+        assert demonstrations.confidence_weights(
+            truth, demonstrations.ConfidenceHint(share)
+        ) == pytest.approx([1 / 101] * 101)
+    weights = np.array(demonstrations.confidence_weights(0.7, demonstrations.ConfidenceHint(0.25)))
     assert (
         weights.sum() == pytest.approx(1) and weights.argmax() == 70 and weights.min() >= 0.75 / 101
     )
     narrow, wide = (
-        np.array(lessons.confidence_weights(0.5, lessons.Hint(1.0, 1.0, s))) for s in (0.02, 0.2)
+        np.array(demonstrations.confidence_weights(0.5, demonstrations.ConfidenceHint(1.0, 1.0, s)))
+        for s in (0.02, 0.2)
     )
     assert narrow[40:61].sum() > 0.98 and 0.2 < wide[40:61].sum() < 0.6
 
 
 def test_demonstrations_read_back_in_every_form_with_distinct_answers(tokenizer):
-    rng, encode = np.random.default_rng(0), lessons.make_encode(tokenizer)
+    rng, encode = np.random.default_rng(0), demonstrations.piece_encoder(tokenizer)
     forms = set()
     for example in clinic.load("train", 300):
-        grammar, _ = lessons.draw_grammar(rng)
-        ids, targets = lessons.soft_targets(
-            lessons.demonstration(example, grammar, [], rng), encode, tokenizer.eos_token_id
+        grammar, _ = demonstrations.draw_grammar(rng)
+        ids, targets = demonstrations.soft_targets(
+            demonstrations.draw_demonstration(example, grammar, [], rng),
+            encode,
+            tokenizer.eos_token_id,
         )
         parsed = parse(tokenizer.decode(ids[:-1]), grammar)
         assert parsed.reason is None and len(set(parsed.answers)) == grammar.num_answers
@@ -107,7 +110,7 @@ def test_later_slots_exclude_what_was_said():
         tuple(Gold(n, (), p) for n, p in zip("abc", (0.5, 0.3, 0.2), strict=True)),
         "exact",
     )
-    first, second, third = lessons.draw_answers(example, 3, [], np.random.default_rng(1))
+    first, second, third = demonstrations.draw_answers(example, 3, [], np.random.default_rng(1))
     assert sorted((first.text, second.text, third.text)) == ["a", "b", "c"]
     assert first.text not in second.candidates and third.probabilities == [1.0]
     chances = {"a": 0.5, "b": 0.3, "c": 0.2}
@@ -127,7 +130,7 @@ def test_where_the_posterior_has_too_few_names_others_follow():
     )
     names = [
         field.text
-        for field in lessons.draw_answers(
+        for field in demonstrations.draw_answers(
             example, 4, ["a", "p", "never", "q", "r"], np.random.default_rng(0)
         )
     ]
@@ -136,7 +139,9 @@ def test_where_the_posterior_has_too_few_names_others_follow():
 
 def test_an_example_without_probabilities_teaches_its_gold_among_others():
     example = Example("x", "medqa", "Why? Because.", (Gold("gold", (), None),), "single")
-    fields = lessons.draw_answers(example, 3, ["gold", "p", "q", "r"], np.random.default_rng(0))
+    fields = demonstrations.draw_answers(
+        example, 3, ["gold", "p", "q", "r"], np.random.default_rng(0)
+    )
     names = [field.text for field in fields]
     assert (
         "gold" in names
@@ -144,19 +149,21 @@ def test_an_example_without_probabilities_teaches_its_gold_among_others():
         and all(field.probabilities == [1.0] for field in fields)
     )
     with pytest.raises(UserError, match="too few different answers"):
-        lessons.demonstration(example, Grammar("rlvr_multi", 3), ["p"], np.random.default_rng(0))
+        demonstrations.draw_demonstration(
+            example, Grammar("rlvr_multi", 3), ["p"], np.random.default_rng(0)
+        )
 
 
 def test_of_several_golds_as_many_are_taught_as_fit_in_any_order():
     example = Example("x", "ddxplus", "?", tuple(Gold(n) for n in "abcd"), "uniform", True)
     rng = np.random.default_rng(0)
     drawn = [
-        tuple(field.text for field in lessons.draw_answers(example, 3, ["a", "p", "q"], rng))
+        tuple(field.text for field in demonstrations.draw_answers(example, 3, ["a", "p", "q"], rng))
         for _ in range(200)
     ]
     assert len(set(drawn)) == 24  # all ordered choices of three of the four
     drawn = [
-        tuple(field.text for field in lessons.draw_answers(example, 5, ["a", "p", "q"], rng))
+        tuple(field.text for field in demonstrations.draw_answers(example, 5, ["a", "p", "q"], rng))
         for _ in range(200)
     ]
     assert (
@@ -167,7 +174,7 @@ def test_of_several_golds_as_many_are_taught_as_fit_in_any_order():
 
 def test_the_short_mixture_has_every_form_once_and_no_thoughts():
     rng = np.random.default_rng(0)
-    drawn = {lessons.MIXTURES["short"](rng)[0] for _ in range(100)}
+    drawn = {demonstrations.MIXTURES["short"](rng)[0] for _ in range(100)}
     assert {(g.form, g.num_answers) for g in drawn} == {
         ("rlvr_single", 1),
         ("rlcr_single", 1),
@@ -181,33 +188,33 @@ def test_loss_is_the_dense_cross_entropy(tokenizer):
     torch.manual_seed(0)
     model = Decoder(embedded_config(len(tokenizer))).double()
     rng = np.random.default_rng(0)
-    encode = lessons.make_encode(tokenizer)
-    lesson = lessons.make_lesson(
+    encode = demonstrations.piece_encoder(tokenizer)
+    batch = demonstrations.make_demonstration_batch(
         clinic.load("train", 8),
         "diagnosis",
         tokenizer,
         encode,
         rng,
         [],
-        hint=lessons.Hint(0.3, 8.0),
+        hint=demonstrations.ConfidenceHint(0.3, 8.0),
         rows=2,
     )
-    assert len(lesson.packed.prompts) == 8 and len(lesson.packed.rows) == 16
-    packed, ends = lesson.packed, [*lesson.starts.tolist()[1:], len(lesson.weights)]
+    assert len(batch.packed.prompts) == 8 and len(batch.packed.rows) == 16
+    packed, ends = batch.packed, [*batch.target_starts.tolist()[1:], len(batch.target_weights)]
     hidden = model.hidden(packed.ids, packed.positions, group_attention(packed))[
         packed.predict_from
     ]
     logprobs = (hidden @ model.head_weight.T).log_softmax(-1)
     dense = torch.zeros_like(logprobs)
-    for row, (start, end) in enumerate(zip(lesson.starts.tolist(), ends, strict=True)):
-        dense[row].index_add_(0, lesson.alternatives[start:end], lesson.weights[start:end])
+    for row, (start, end) in enumerate(zip(batch.target_starts.tolist(), ends, strict=True)):
+        dense[row].index_add_(0, batch.target_ids[start:end], batch.target_weights[start:end])
     assert set(dense.sum(-1).round(decimals=9).tolist()) == {1.0, 8.0}
     expected = -(dense * logprobs).sum() / dense.sum()
-    loss = sft.lesson_loss(model, lesson)
+    loss = sft.soft_target_loss(model, batch)
     assert loss.item() == pytest.approx(expected.item(), rel=1e-12)
     shares = dense / dense.sum(-1, keepdim=True)
     entropy = (torch.special.entr(shares).sum(-1) * dense.sum(-1)).sum() / dense.sum()
-    assert lesson.entropy == pytest.approx(entropy.item(), rel=1e-12)
+    assert batch.entropy == pytest.approx(entropy.item(), rel=1e-12)
     ours, theirs = (
         torch.autograd.grad(x, model.embed.weight, retain_graph=True)[0] for x in (loss, expected)
     )
@@ -219,17 +226,17 @@ def test_a_file_is_taught_as_a_whole(monkeypatch):
     monkeypatch.setattr(sft, "STEPS_PER_LOAD", 2)
     asked = []
 
-    def lesson(chosen, *_):
+    def fake_batch(chosen, **_):
         asked.extend(example.id for example in chosen)
         if len(asked) >= 10:
             raise InterruptedError
-        return SimpleNamespace(entropy=0.0, counts=torch.ones(1))
+        return SimpleNamespace(entropy=0.0, token_weights=torch.ones(1))
 
-    monkeypatch.setattr(sft, "make_lesson", lesson)
+    monkeypatch.setattr(sft, "make_demonstration_batch", fake_batch)
     monkeypatch.setattr(
-        sft, "lesson_loss", lambda model, lesson: sum(p.sum() for p in model.parameters())
+        sft, "soft_target_loss", lambda model, batch: sum(p.sum() for p in model.parameters())
     )
-    monkeypatch.setattr(sft, "make_encode", lambda tokenizer: None)
+    monkeypatch.setattr(sft, "piece_encoder", lambda tokenizer: None)
     words = {
         "lr": 1e-3,
         "muon": False,
@@ -269,4 +276,4 @@ def test_a_tokenizer_whose_pieces_do_not_join_is_refused():
             return "".join(map(chr, ids))
 
     with pytest.raises(UserError, match="joins pieces"):
-        lessons.make_encode(Spaced())
+        demonstrations.piece_encoder(Spaced())

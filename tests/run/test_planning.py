@@ -21,11 +21,11 @@ from mar.policy.model import Decoder, ModelConfig
 from mar.run.compose import compose
 from mar.run.planning import (
     SHAPES,
-    count,
+    empty_policy,
+    model_shape,
+    num_parameters,
     plan,
-    policy_of,
     saved_per_token,
-    shape_of,
     update_memory,
 )
 
@@ -47,12 +47,12 @@ def planned(*words: str) -> dict:
 @pytest.mark.parametrize("name, parameters", PUBLISHED.items())
 def test_parameters_are_those_that_are_published(name, parameters):
     with torch.device("meta"):
-        assert count(Decoder(SHAPES[f"Qwen/{name}"])) == parameters
+        assert num_parameters(Decoder(SHAPES[f"Qwen/{name}"])) == parameters
 
 
 def test_a_llama_has_the_published_parameters_too():
     with torch.device("meta"):
-        assert count(Decoder(SHAPES["HuggingFaceTB/SmolLM2-135M-Instruct"])) == 134_515_008
+        assert num_parameters(Decoder(SHAPES["HuggingFaceTB/SmolLM2-135M-Instruct"])) == 134_515_008
 
 
 def test_memory_of_a_tiny_shape_by_hand():
@@ -60,9 +60,9 @@ def test_memory_of_a_tiny_shape_by_hand():
     head's backward: root and last block whole; 2 blocks' activations and twice x; 10x96 logits, the head's gradient, and in float32 the hidden
     states' and a product as large as the head. With checkpointing it is a block's backward."""
     model = Decoder(TINY)
-    assert count(model) == 2 * 496 + 1544 == 2536
+    assert num_parameters(model) == 2 * 496 + 1544 == 2536
     assert saved_per_token(TINY) == 4 * 8 + (8 + 2 * 4) + (8 + 4) + 8 + 4 * 12 == 116
-    parts = update_memory(model, tokens=10, shards=2, checkpointed=False, compute=2)
+    parts = update_memory(model, tokens=10, shards=2, checkpointed=False, compute_bytes=2)
     assert parts == {
         "weights": 4 * 1268,
         "gradients": 4 * 1268,
@@ -72,7 +72,7 @@ def test_memory_of_a_tiny_shape_by_hand():
         "backward": 2 * 10 * 96 + 2 * 96 * 8 + 4 * 8 * (10 + 96),
         "reduce": 0,
     }
-    again = update_memory(model, tokens=10, shards=2, checkpointed=True, compute=2)
+    again = update_memory(model, tokens=10, shards=2, checkpointed=True, compute_bytes=2)
     of_a_block = {
         "gathered": 2 * (1544 + 2 * 496),
         "activations": 2 * 10 * (8 + 116),
@@ -80,7 +80,7 @@ def test_memory_of_a_tiny_shape_by_hand():
     }  # its own x is one of the two kept
     assert again == parts | of_a_block | {"backward": 2 * 10 * (8 + 2 * 12) + 2 * 96 * 8 + 2 * 496}
     assert (
-        count(nn.Linear(3, 7, bias=False), shards=5) == 2 * 3
+        num_parameters(nn.Linear(3, 7, bias=False), shards=5) == 2 * 3
     )  # 7 rows on 5 ranks: the first has 2
 
 
@@ -91,12 +91,12 @@ def test_where_the_blocks_are_wide_their_backward_is_the_worst(checkpointed):
     model = Decoder(
         ModelConfig("Qwen3ForCausalLM", 16, 8, 64, 3, 2, 1, 4, qk_norm=True, tied_embeddings=True)
     )
-    parts = update_memory(model, tokens=1000, shards=8, checkpointed=checkpointed, compute=2)
+    parts = update_memory(model, tokens=1000, shards=8, checkpointed=checkpointed, compute_bytes=2)
     assert parts["gathered"] == 2 * (136 + 2 * 1752)
     assert parts["activations"] == 2000 * (2 * 8 + 336 if checkpointed else 3 * 336)
     assert parts["backward"] == 2000 * (8 + 2 * 64) + 2 * 16 * 8 + 2 * 1752
     assert parts["reduce"] == 4 * 1752
-    alone = update_memory(model, tokens=1000, shards=1, checkpointed=checkpointed, compute=2)
+    alone = update_memory(model, tokens=1000, shards=1, checkpointed=checkpointed, compute_bytes=2)
     assert alone["gathered"] == 2 * (136 + 1752)  # nothing is fetched ahead
 
 
@@ -105,7 +105,7 @@ def test_where_the_vocabulary_is_large_and_tokens_few_reducing_its_gradients_is_
     shards, reduced
 ):
     model = Decoder(replace(TINY, vocab_size=1000))
-    parts = update_memory(model, tokens=1, shards=shards, checkpointed=True, compute=2)
+    parts = update_memory(model, tokens=1, shards=shards, checkpointed=True, compute_bytes=2)
     assert (
         parts["backward"] + parts["reduce"] == reduced * (2 * 1000 * 8 + 8)
         and parts["gathered"] == parts["activations"] == 0
@@ -191,8 +191,8 @@ def test_what_grows_and_what_shrinks():
 
 
 def test_a_regular_expression_of_trainable_parameters():
-    model = policy_of(compose(["+experiment=paper", "scale=h100x8", "model.trainable='^norm'"]))
-    assert count(model, trained=True) == 4096
+    model = empty_policy(compose(["+experiment=paper", "scale=h100x8", "model.trainable='^norm'"]))
+    assert num_parameters(model, trained=True) == 4096
 
 
 def test_bad_input_is_one_sentence(capsys, tmp_path):
@@ -201,7 +201,7 @@ def test_bad_input_is_one_sentence(capsys, tmp_path):
     with pytest.raises(UserError, match="Qwen/Qwen9-1B: shape unknown here"):
         planned("model.path=Qwen/Qwen9-1B")
     with pytest.raises(UserError, match="config.json does not exist"):
-        shape_of(ModelOptions(name="x", source="folder", path=str(tmp_path)))
+        model_shape(ModelOptions(name="x", source="folder", path=str(tmp_path)))
     with pytest.raises(UserError, match="raise scale.kv_budget_tokens"):
         planned("scale.kv_budget_tokens=4096")
     assert main(["scale=h100x9"]) == 2 and capsys.readouterr().err.startswith("error: ")

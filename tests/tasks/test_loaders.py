@@ -17,7 +17,7 @@ from mar.run.console import Display
 from mar.run.setup import load_data
 from mar.tasks import ddxplus
 from mar.tasks.ambigqa import merge
-from mar.tasks.loading import Source, aim, split_of
+from mar.tasks.loading import Source, apply_target, split_of
 from mar.tasks.registry import TASKS, get_task
 from mar.verify.matching import expected_hits, matching_increments
 
@@ -215,11 +215,11 @@ def test_probabilities_are_the_expectation_over_labels():
 
 def test_a_target_is_for_tasks_that_have_it():
     label = Example("e", "t", "?", (Gold("a", (), 0.5), Gold("b", (), 0.5)), "exact", label=1)
-    assert aim([label], "probabilities") == [replace(label, label=None)] and aim(
+    assert apply_target([label], "probabilities") == [replace(label, label=None)] and apply_target(
         [label], "drawn"
     ) == [label]
     with pytest.raises(UserError, match="data.target=probabilities"):
-        aim([replace(label, truth="single")], "probabilities")
+        apply_target([replace(label, truth="single")], "probabilities")
     assert all(("set" in t.targets) <= ("probabilities" not in t.targets) for t in TASKS.values())
 
 

@@ -1,0 +1,194 @@
+"""The texts keep their promises: links lead somewhere, commands parse, files that are named exist."""
+
+import re
+import shlex
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from mar.errors import UserError
+from mar.run.compose import compose
+
+ROOT = Path(__file__).resolve().parents[1]
+README_BYTES = 10 * 1024
+FENCE = re.compile(r"^```(?P<language>\w*)\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL)
+LINK = re.compile(r"\]\((?P<target>[^)\s]+)\)")
+# Files of the repository that a text names, outside of a link too.
+NAMED = re.compile(
+    r"(?<![\w/.-])(?:mar|kernels|experiments|conf|tests)/[\w/.-]*\.(?:py|yaml|sh|md)"
+)
+# Made by the command beside which they are named.
+MADE = {"experiments/gpu/TESTED_ON.md"}
+# Modules whose words are settings, and how many come before them.
+COMPOSED = {"mar.train": 0, "mar.plan": 0, "mar.tasks": 1, "mar.evaluate": 1}
+# Words of `mar.evaluate` that are no settings.
+NO_SETTINGS = ("k=", "num_answers=", "arms=", "against=", "completions=")
+
+
+def texts() -> list[Path]:
+    """README, CONTRIBUTING, CHANGELOG, and the README of every folder."""
+    folders = ("conf", "experiments", "kernels", "mar")
+    readmes = [file for folder in folders for file in ROOT.glob(f"{folder}/**/README.md")]
+    top = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")]
+    return [*top, *sorted(readmes)]
+
+
+def sources() -> list[Path]:
+    """Code and settings, whose comments name files, too."""
+    folders = ("mar", "kernels", "experiments", "conf")
+    found = [file for folder in folders for file in ROOT.glob(f"{folder}/**/*.*")]
+    return [ROOT / "Makefile", *(f for f in found if f.suffix in (".py", ".yaml", ".sh"))]
+
+
+def name_of(file: Path) -> str:
+    return str(file.relative_to(ROOT))
+
+
+def anchors(text: str) -> set[str]:
+    """The anchors of a page's headings, made as GitHub makes them."""
+    without_code = FENCE.sub("", text)
+    found = set()
+    for heading in re.findall(r"^#+ +(.+)$", without_code, re.MULTILINE):
+        words = re.sub(r"[^\w\- ]", "", heading.lower())
+        found.add(words.replace(" ", "-"))
+    return found
+
+
+def broken_links(file: Path, text: str) -> list[str]:
+    """The links of a page that lead to no file, or to no heading of it."""
+    broken = []
+    for target in LINK.findall(FENCE.sub("", text)):
+        if re.match(r"https?:", target):
+            continue
+        path, _, anchor = target.partition("#")
+        page = (file.parent / path).resolve() if path else file
+        if not page.exists() or (anchor and anchor not in anchors(page.read_text("utf-8"))):
+            broken.append(target)
+    return broken
+
+
+def commands(text: str) -> list[str]:
+    """The lines of the fenced blocks of a shell, continued lines joined, comments left out."""
+    found = []
+    for block in FENCE.finditer(text):
+        if block["language"] != "bash":
+            continue
+        for line in block["text"].replace("\\\n", " ").splitlines():
+            command = re.sub(r"(^|\s)#.*$", "", line).strip()
+            if command:
+                found.append(command)
+    return found
+
+
+def words_of(command: str) -> list[str]:
+    """The words of a command; a placeholder such as <your file> is one word, environment is not."""
+    words = shlex.split(re.sub(r"<[^>]*>", "owner/name", command))
+    while words and re.match(r"[A-Z_]+=", words[0]):
+        words = words[1:]
+    return words
+
+
+def check_module(module: str, words: list[str]) -> None:
+    """The module exists, and its words compose where they are settings."""
+    assert find_spec(module) is not None, f"no module {module}"
+    if module not in COMPOSED:
+        return
+    settings = []
+    for word in words[COMPOSED[module] :]:
+        # `--cfg job` shows the settings; `-m` runs a sweep.
+        if word in ("-m", "--cfg", "job") or word.startswith(NO_SETTINGS):
+            continue
+        # The sweeper's own settings are only known to Hydra's command line.
+        if word.startswith("+sweep="):
+            assert (ROOT / "conf" / "sweep" / f"{word.partition('=')[2]}.yaml").exists()
+            continue
+        key, equals, value = word.partition("=")
+        assert equals, f"{word} is no setting"
+        first_of_sweep = value.partition(",")[0]
+        settings.append(f"{key}={first_of_sweep}")
+    if module == "mar.tasks":
+        settings.insert(0, "+experiment=jsonl")
+    if module == "mar.evaluate":
+        # The settings of its run are not at hand.
+        settings = [word for word in settings if not word.startswith("+experiment=")]
+        settings.insert(0, "+experiment=clinic")
+    compose(settings)
+
+
+def check_command(command: str) -> None:
+    """Modules, scripts and make targets exist; settings compose."""
+    words = words_of(command)
+    program = words[0]
+    if program == "make":
+        targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text("utf-8"), re.MULTILINE)
+        for word in words[1:]:
+            assert "=" in word or word in targets, f"no target {word} in the Makefile"
+    elif program in ("python", "torchrun") and "-m" in words:
+        start = words.index("-m") + 1
+        check_module(words[start], words[start + 1 :])
+    elif program in ("python", "bash", "sbatch"):
+        assert (ROOT / words[1]).is_file(), f"no file {words[1]}"
+
+
+@pytest.mark.parametrize("file", texts(), ids=name_of)
+def test_every_link_leads_somewhere(file):
+    assert not broken_links(file, file.read_text("utf-8"))
+
+
+@pytest.mark.parametrize("file", texts(), ids=name_of)
+def test_every_file_that_is_named_exists(file):
+    text = file.read_text("utf-8")
+    missing = [name for name in NAMED.findall(text) if not (ROOT / name).exists()]
+    assert not set(missing) - MADE
+
+
+@pytest.mark.parametrize("file", texts(), ids=name_of)
+def test_every_command_parses(file):
+    for command in commands(file.read_text("utf-8")):
+        try:
+            check_command(command)
+        except (AssertionError, UserError) as error:
+            pytest.fail(f"{command}: {error}")
+
+
+def test_every_file_that_a_comment_names_exists():
+    missing = []
+    for file in sources():
+        names = NAMED.findall(file.read_text("utf-8"))
+        missing += [f"{name_of(file)}: {name}" for name in names if not (ROOT / name).exists()]
+    assert not missing
+
+
+def test_the_readme_is_short():
+    assert (ROOT / "README.md").stat().st_size <= README_BYTES
+
+
+def test_every_experiment_stands_in_the_index():
+    index = (ROOT / "experiments/README.md").read_text("utf-8")
+    folders = {file.parent.name for file in ROOT.glob("experiments/*/README.md")}
+    assert not [folder for folder in sorted(folders) if f"]({folder}/README.md)" not in index]
+
+
+def test_what_is_broken_is_seen(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("# A heading, twice\n")
+    text = "[a](page.md#a-heading-twice) [b](page.md#nowhere) [c](gone.md) [d](https://x.y)"
+    assert broken_links(tmp_path / "other.md", text) == ["page.md#nowhere", "gone.md"]
+    assert NAMED.findall("see `mar/job.py`, ../mar/x.py and mar/learn/losses.py.") == [
+        "mar/job.py",
+        "mar/learn/losses.py",
+    ]
+    assert commands("```bash\nmake a \\\n  b  # why\n# all\n```\n```\nmar/ x\n```\n") == [
+        "make a    b"
+    ]
+    for wrong in (
+        "make nothing",
+        "python -m mar.trian +experiment=medqa",
+        "python -m mar.train +experiment=medqa trian.steps=3",
+        "python -m mar.train +experiment=nothing",
+        "python -m mar.train -m +experiment=clinic +sweep=nothing",
+        "python experiments/gone.py",
+    ):
+        with pytest.raises((AssertionError, UserError)):
+            check_command(wrong)
