@@ -47,7 +47,7 @@ from mar.run.console import Display
 from mar.run.setup import Training, build_training
 from mar.sample.rollout import judge_groups, sample
 from mar.tasks.registry import get_task
-from mar.verify.matching import normalise
+from mar.verify.normaliser import normalise
 
 RESULT = Path(__file__).parent / "confidences.jsonl"
 WHOLE = ("gap_closed", "coverage@3", "coverage@30", "ece", "q_mse", "tv_distance")

@@ -25,7 +25,7 @@ from mar.records import Example
 from mar.tasks import clinic
 from mar.verify.matching import matching_increments, repeats
 from mar.verify.programs import ProgramRunner, Tests, parse_tests
-from mar.verify.sandbox import require_sandbox
+from mar.verify.sandbox import LIMITS, MAX_BYTES, require_sandbox, run_program
 from tests.helpers import hostile_answers
 from tests.helpers import hostile_programs as hostile
 
@@ -91,7 +91,34 @@ def attacks() -> dict[str, list[str]]:
             parsed, hits, again, len(hostile_answers.GOLDS), hostile_answers.GRAMMAR, RewardSpec()
         )
         won += [name] if earned.parts["coverage"] > most else []
-    return {"tried": [*hostile.PROGRAMS, *hostile_answers.ANSWERS], "succeeded": won}
+    for name, signs in hostile_answers.SIGNS.items():
+        hits, _ = matching_increments(signs, hostile_answers.NUMBERS)
+        won += [f"sign: {name}"] if any(hits) else []
+    tried = [*hostile.PROGRAMS, *hostile_answers.ANSWERS, *hostile_answers.SIGNS]
+    tried += [*hostile.REWRITES, *hostile.MEMORY]
+    return {"tried": tried, "succeeded": won + rewrites_paid_twice() + memory_held()}
+
+
+def rewrites_paid_twice() -> list[str]:
+    """The rewrites of one solution that count as another one."""
+    runner = ProgramRunner()
+    example = Example("", "mbpp", "?", (), "rule", tests=hostile.TESTS)
+    runner.submit((example, program) for program in hostile.REWRITES.values())
+    keys = {
+        name: runner.verdict(example, program).key for name, program in hostile.REWRITES.items()
+    }
+    return [f"rewrite: {name}" for name, key in keys.items() if key != keys["itself"]]
+
+
+def memory_held() -> list[str]:
+    """The calls by which a program holds more than its limits."""
+    bound = LIMITS["RLIMIT_AS"] + 16 * MAX_BYTES
+    held = []
+    for name, program in hostile.MEMORY.items():
+        reply = run_program(hostile.HOLD + program, ["held"])
+        if reply.outcome == "returned" and reply.values[0] > bound:
+            held.append(f"memory: {name}")
+    return held
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -7,8 +7,10 @@
                   <answer{k}>T</answer{k}><confidence{k}>P</confidence{k}>         (interleaved)
                   or all answers, then <analysis>T</analysis>, then all confidences      (split)
 
-T is text, P a plain decimal in [0, 1]. `<think>` and `<analysis>` can be left out, and
-`<other>P</other>` may close a form that has confidences. White space between elements is free.
+T is text. P is a plain decimal in [0, 1] of at most 40 characters: the digits 0 to 9 and at most one
+point, as in 0.5, .25, 1, 1.0 or 0.3333333333333333, and no sign, exponent, per cent or comma.
+`<think>` and `<analysis>` can be left out, and `<other>P</other>` may close a form that has
+confidences. White space between elements is free, and around T and P inside them.
 
 **The parser is incremental.** It reads once, from left to right. An element is decided where its
 closing tag ends, and what is decided never changes, whatever follows. Two answers without
@@ -39,7 +41,10 @@ FORMS = ("rlvr_single", "rlcr_single", "rlvr_multi", "rlcr_multi")
 LAYOUTS = ("interleaved", "split")
 
 RESERVED_TAG = re.compile(r"</?(?:think|analysis|other|answer[0-9]*|confidence[0-9]*)>")
-PROBABILITY = re.compile(r"0?\.[0-9]{1,9}|0|1|1\.0{1,9}")
+# A plain decimal in [0, 1]. Models write up to 17 digits; there is a bound so that a number is a
+# number and not a text
+MAX_DECIMAL = 40
+PROBABILITY = re.compile(r"0?\.[0-9]+|0|1|1\.0+")
 
 # what a tokenizer shows for the first bytes of a character
 INCOMPLETE = "\ufffd"
@@ -235,8 +240,9 @@ def _content_fault(element: Element, content: str) -> str | None:
     if element.kind == "answer":
         visible = any(char.isprintable() and not char.isspace() for char in content)
         return None if visible else "empty_answer"
-    if element.kind in ("confidence", "other") and not PROBABILITY.fullmatch(content):
-        return "bad_confidence"
+    if element.kind in ("confidence", "other"):
+        readable = len(content) <= MAX_DECIMAL and PROBABILITY.fullmatch(content)
+        return None if readable else "bad_confidence"
     return None
 
 

@@ -38,12 +38,14 @@ class RewardSpec:
     # one of BRIERS
     brier: str = "paper"
 
-    # confidences, `<other>` included, that sum to more than 1 are a format failure. Right where
-    # one gold is, wrong where several may be
+    # confidences, `<other>` included, that sum to more than 1 are a format failure; with
+    # `brier=released` they cost the bracket alone. Right where one gold is, wrong where several
+    # may be
     sum_rule: bool = False
 
     # `per_slot`: a repeated answer earns nothing. `gate`: any repeat cancels the coverage of the
-    # completion; its Brier term stays, so that repeating is no way out of it
+    # completion; its Brier term stays, so that repeating is no way out of it. The bracket of
+    # `brier=released` is a gain, and goes with the coverage
     duplicates: str = "per_slot"
 
     # a format failure cancels the coverage and is charged the whole Brier term

@@ -69,13 +69,20 @@ class Judged:
 
     @cached_property
     def failed(self) -> bool:
-        """The whole text is not of the form asked for."""
-        return self.parsed.reason is not None or self.breaks_sum_rule
+        """The whole text is not of the form asked for. With `brier=released` a breach of the sum
+        rule is no failure: it costs the bracket alone."""
+        breach_fails = self.breaks_sum_rule and self.spec.brier != "released"
+        return self.parsed.reason is not None or breach_fails
 
     @property
     def gated(self) -> bool:
         """It failed, and the reward is one that then cancels what answers earned."""
         return self.spec.gate and self.failed
+
+    @property
+    def repeats_cancel(self) -> bool:
+        """An answer is repeated, and the reward is one that then cancels what answers earned."""
+        return self.spec.duplicates == "gate" and any(self.repeated)
 
 
 @dataclass(frozen=True)
@@ -146,8 +153,7 @@ def coverage_term(judged: Judged, weight: float) -> TermValue:
         if answer is not None:
             value = weight * rank_weight * marginal
         values.append(value)
-    cancelled = judged.gated or (spec.duplicates == "gate" and any(judged.repeated))
-    if cancelled:
+    if judged.gated or judged.repeats_cancel:
         return TermValue(answers=values, whole=0.0)
     return TermValue(answers=values)
 
@@ -174,7 +180,8 @@ def brier_term(judged: Judged, weight: float) -> TermValue:
     `<other>` is the probability that no answer hits, and its error against that counts too. A
     confidence that is missing, or whose answer is, has no value at its slot. In the whole text it
     is charged an error of 1, and with a gate so is every confidence of a text that failed.
-    `released` pays 0 then, and nothing for or against a missing confidence.
+    `released` pays 0 then, and where the sum rule or the duplicate gate is broken, and nothing for
+    or against a missing confidence.
     """
     parsed = judged.parsed
     unit = weight / judged.grammar.num_answers
@@ -189,9 +196,10 @@ def brier_term(judged: Judged, weight: float) -> TermValue:
         q = None if answer is None else confidence
         errors.append(squared_error(q, truth))
     readable = [error for error in errors if error is not None]
-    if judged.spec.brier == "released" and judged.failed:
+    released = judged.spec.brier == "released"
+    if released and (judged.failed or judged.breaks_sum_rule or judged.repeats_cancel):
         whole = 0.0
-    elif judged.spec.brier == "released":
+    elif released:
         whole = weight - unit * math.fsum(readable)
     elif judged.gated:
         whole = -unit * float(len(errors))

@@ -15,7 +15,8 @@ This is `brier=paper`. What the authors released pays the complement instead, `b
 
     format + coverage + brier_weight * [1 - (1/K) sum_k (q_k - y_k)^2]
 
-where the bracket is 0 on a format failure.
+where the bracket is 0 on a format failure. It is 0, too, where the sum rule is broken, which costs
+neither format nor coverage then, and where `duplicates=gate` cancels the coverage.
 
 Why Multi-RLCR is honest: with p_k the probability of y_k = 1 the Brier term is best at q_k = p_k.
 The slot is then worth p_k - p_k (1 - p_k) / K, which grows with p_k: the best set is the K most

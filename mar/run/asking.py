@@ -22,7 +22,7 @@ from mar.run.setup import sampling_params
 from mar.sample.draws import SamplingParams
 from mar.sample.rollout import Decode, make_decode, read, sample
 from mar.tasks.registry import get_task
-from mar.verify.matching import normalise
+from mar.verify.normaliser import normalise
 
 
 @dataclass(frozen=True)

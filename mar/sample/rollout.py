@@ -26,7 +26,7 @@ from mar.verify.matching import (
     repeats,
 )
 from mar.verify.programs import ProgramRunner
-from mar.verify.verifiers import AnswerChecker, verifier_for
+from mar.verify.verifiers import AnswerChecker, submit_answers, verifier_for
 
 OnCompletion = Callable[[Prompt, Completion], None]
 
@@ -283,13 +283,15 @@ def judge_groups(
         readings.append([read(prompt, c, scorer.grammar, scorer.decode) for c in group])
 
     verifier = scorer.verifier
-    if not isinstance(verifier, str):
-        verifier.submit(
+    submit_answers(
+        verifier,
+        (
             (reading.prompt.example, answer)
             for group in readings
             for reading in group
             for answer in reading.written_answers
-        )
+        ),
+    )
     rollouts = []
     for read_group in readings:
         rollouts.append(pay_group(read_group, scorer))

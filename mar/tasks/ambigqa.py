@@ -10,7 +10,7 @@ from typing import Any
 from mar.errors import UserError
 from mar.records import Example, Gold
 from mar.tasks.loading import Candidate, Row, example_id, required_text
-from mar.verify.matching import normalise
+from mar.verify.normaliser import normalise
 
 
 def read(row: Row, where: str) -> Candidate:

@@ -24,7 +24,8 @@ from pathlib import Path
 from mar.errors import UserError, one_line
 from mar.files import stable_hash
 from mar.records import Example, Gold
-from mar.verify.matching import normalise, text_verifier
+from mar.verify.matching import text_verifier
+from mar.verify.normaliser import normalise
 
 WORKERS = 16
 TRIES = 3

@@ -1,27 +1,40 @@
 """Answers that are mathematics (`data.verifier=math`).
 
-math-verify says whether two formulas are equal, in a child process that is killed where it does
-not come back. An answer names one value: lists, several formulas and chains of equations are no
-gold unless the gold is one.
+math-verify says whether two formulas are equal, in child processes that are killed where they do
+not come back. The answers of a step are compared side by side and within one budget of time: first
+all of them for a moment each, so that a few that never end cost the others nothing, then what is
+left for as long as one answer may take. An answer names one value: lists, several formulas and
+chains of equations are no gold unless the gold is one.
 """
 
 import importlib.util
 import json
+import os
+import queue
 import re
 import select
 import subprocess
 import sys
-from collections.abc import Sequence
-from functools import lru_cache
+import time
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 from mar.errors import UserError
-from mar.records import Gold
+from mar.records import Example, Gold
 from mar.verify.matching import text_verifier
 
+MOMENT_S = 0.5  # of one answer, at first
 WALL_S = 3.0  # of one answer
+STEP_S = 60.0  # of all answers of a step together
 START_S = 60.0  # of the child's imports
 
 MAX_ANSWER = 300  # characters
+
+MAX_REMEMBERED = 1 << 16  # verdicts
+NUM_CHILDREN = max(1, min(8, os.cpu_count() or 1))
+
+# an answer, and the names of one gold
+Case = tuple[str, tuple[str, ...]]
 
 # reads [answer, names of each gold] a line, writes the indices of the golds that are equal
 CHILD = """
@@ -54,9 +67,18 @@ def require_math_verify() -> None:
         )
 
 
-@lru_cache(maxsize=1)
-def _child() -> subprocess.Popen[str]:
-    """The process that waits for questions. It ends with ours, whose pipe it reads."""
+# Those that wait for a question; they end with us, whose pipes they read
+_idle: queue.SimpleQueue[subprocess.Popen[str]] = queue.SimpleQueue()
+
+# whether an answer equals a gold, of what was compared in time or is given up
+_verdicts: dict[Case, bool] = {}
+
+
+# of those, what no time was left for: the next step asks again
+_postponed: list[Case] = []
+
+
+def _start() -> subprocess.Popen[str]:
     child = subprocess.Popen(
         [sys.executable, "-c", CHILD],
         stdin=subprocess.PIPE,
@@ -67,6 +89,17 @@ def _child() -> subprocess.Popen[str]:
     if _next_line(child, START_S) != "ready\n":
         raise UserError("math-verify does not start: run python -c 'import math_verify'")
     return child
+
+
+def _take_child() -> subprocess.Popen[str]:
+    """A child that lives, started where none is idle."""
+    while True:
+        try:
+            child = _idle.get_nowait()
+        except queue.Empty:
+            return _start()
+        if child.poll() is None:
+            return child
 
 
 def _next_line(child: subprocess.Popen[str], wall_s: float) -> str:
@@ -89,17 +122,74 @@ def _bare(text: str) -> str:
     return boxed[1] if boxed else text
 
 
-@lru_cache(maxsize=1 << 16)
-def _equal(answer: str, names_of_golds: tuple[tuple[str, ...], ...]) -> tuple[int, ...]:
-    """The golds that have a name of the same value as the answer."""
-    was_killed = _child().poll() is not None
-    if was_killed:
-        _child.cache_clear()
-    child = _child()
+def _ask(said: str, golds: Sequence[tuple[str, ...]], wall_s: float) -> bool:
+    """Compare an answer with golds, given by their names. False: it did not end in time."""
+    child = _take_child()
     assert child.stdin
-    child.stdin.write(json.dumps([answer, names_of_golds]) + "\n")
+    child.stdin.write(json.dumps([said, golds]) + "\n")
     child.stdin.flush()
-    return tuple(json.loads(_next_line(child, WALL_S) or "[]"))
+    line = _next_line(child, wall_s)
+    if not line:
+        return False
+    _idle.put(child)
+    equal = json.loads(line)
+    for index, names in enumerate(golds):
+        _verdicts[said, names] = index in equal
+    return True
+
+
+def _give_up(said: str, golds: Sequence[tuple[str, ...]]) -> list[Case]:
+    cases = [(said, names) for names in golds]
+    _verdicts.update(dict.fromkeys(cases, False))
+    return cases
+
+
+def _question(answer: str, golds: Sequence[Gold]) -> tuple[str, list[tuple[str, ...]]]:
+    """What an answer says as one formula ("" where it says none), and the names of the golds."""
+    names_of_golds = [tuple(_bare(name) for name in (gold.name, *gold.aliases)) for gold in golds]
+    # `x = 3` says 3
+    said = re.sub(r"^[A-Za-z]\s*=(?!=)", "", _bare(answer)).strip()
+    golds_have_equations = any("=" in name for names in names_of_golds for name in names)
+    several_values = "$" in said or ("=" in said and not golds_have_equations)
+    if several_values or len(said) > MAX_ANSWER:
+        said = ""
+    return said, names_of_golds
+
+
+def compare_ahead(answers: Iterable[tuple[Example, str]]) -> None:
+    """Compare the answers of a step side by side, in STEP_S seconds; `math_verifier` then knows.
+
+    What has not been compared by then equals no gold, as what never ends does.
+    """
+    while _postponed:
+        _verdicts.pop(_postponed.pop(), None)
+    if len(_verdicts) > MAX_REMEMBERED:
+        _verdicts.clear()
+    waiting: dict[tuple[str, tuple[tuple[str, ...], ...]], None] = {}
+    for example, answer in answers:
+        said, golds = _question(answer, example.golds)
+        new = tuple(names for names in golds if (said, names) not in _verdicts)
+        if said and new:
+            waiting[said, new] = None
+
+    until = time.monotonic() + STEP_S
+    for wall_s in (MOMENT_S, WALL_S):
+
+        def compare(question: tuple[str, tuple[tuple[str, ...], ...]], limit: float) -> bool:
+            left = until - time.monotonic()
+            return left > 0 and _ask(*question, min(limit, left))
+
+        questions = list(waiting)
+        with ThreadPoolExecutor(NUM_CHILDREN) as pool:
+            in_time = list(pool.map(compare, questions, [wall_s] * len(questions)))
+        for question, ended in zip(questions, in_time, strict=True):
+            if ended:
+                del waiting[question]
+    no_time_left = time.monotonic() >= until
+    for said, golds_left in waiting:
+        given_up = _give_up(said, golds_left)
+        if no_time_left:
+            _postponed.extend(given_up)
 
 
 def math_verifier(answer: str, golds: Sequence[Gold]) -> tuple[int, ...]:
@@ -107,14 +197,11 @@ def math_verifier(answer: str, golds: Sequence[Gold]) -> tuple[int, ...]:
 
     What math-verify cannot decide in time equals none.
     """
-    names_of_golds = tuple(
-        tuple(_bare(name) for name in (gold.name, *gold.aliases)) for gold in golds
-    )
-    # `x = 3` says 3
-    said = re.sub(r"^[A-Za-z]\s*=(?!=)", "", _bare(answer)).strip()
-    golds_have_equations = any("=" in name for names in names_of_golds for name in names)
-    several_values = "$" in said or ("=" in said and not golds_have_equations)
-    equal: tuple[int, ...] = ()
-    if not several_values and 0 < len(said) <= MAX_ANSWER:
-        equal = _equal(said, names_of_golds)
+    said, golds_by_name = _question(answer, golds)
+    new = [names for names in golds_by_name if said and (said, names) not in _verdicts]
+    if new and not _ask(said, new, WALL_S):
+        _give_up(said, new)
+    equal = [
+        index for index, names in enumerate(golds_by_name) if _verdicts.get((said, names), False)
+    ]
     return tuple(sorted({*equal, *text_verifier(answer, golds)}))

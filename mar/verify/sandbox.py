@@ -1,10 +1,12 @@
 """Model-written programs run here and nowhere else: bubblewrap around one interpreter each.
 
 Inside there is no network, no /proc, nothing of the host but a read-only interpreter, a small
-empty tmpfs, an empty environment, an unprivileged user, and limits on time, memory, processes and
-file size. What comes out is data, never a verdict (`sandbox_child.py`).
+empty tmpfs, an empty environment, an unprivileged user, and limits on time, memory and file size.
+A program is one process, and calls that hold memory outside of its limits are refused
+(`syscall_filter.py`): RLIMIT_AS and the tmpfs bound all that it takes of the host. What comes out
+is data, never a verdict (`sandbox_child.py`).
 
-This is no barrier against bugs of the kernel: there is no system call filter.
+This is no barrier against bugs of the kernel.
 """
 
 import json
@@ -23,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from mar.errors import UserError
+from mar.verify.syscall_filter import syscall_filter
 
 WALL_S = 10.0
 CPU_S = 6
@@ -40,6 +43,9 @@ LIMITS = {
     "RLIMIT_NOFILE": 32,
     "RLIMIT_CORE": 0,
 }
+
+# stands in the command line for the number of the open file that holds the filter
+FILTER_FD = "{filter}"
 
 # where bubblewrap is started by root, each program gets a user of its own from here on
 FIRST_UID = 1_000_000
@@ -82,18 +88,26 @@ class Reply:
     detail: str = ""
 
 
+@lru_cache(maxsize=1)
+def _can_disable_namespaces() -> bool:
+    """Whether this bubblewrap can turn off user namespaces inside of its own."""
+    said = subprocess.run(["bwrap", "--help"], capture_output=True, text=True, check=False)
+    return "--disable-userns" in said.stdout
+
+
 @lru_cache(maxsize=2)
 def _command(unsafe: bool) -> tuple[str, ...]:
     """The command line of one sandbox, or of the bare interpreter."""
     python = os.path.realpath(getattr(sys, "_base_executable", sys.executable))
-    child = Path(__file__).with_name("sandbox_child.py").read_text(encoding="utf-8")
+    sources = [Path(__file__).with_name(name) for name in ("program_form.py", "sandbox_child.py")]
+    child = "\n".join(source.read_text(encoding="utf-8") for source in sources)
     interpreter = [python, "-s", "-S", "-P", "-B", "-c", child]
     if unsafe:
         return tuple(interpreter)
 
     words = ["bwrap", "--unshare-ipc", "--unshare-pid", "--unshare-net"]
     words += ["--unshare-uts", "--unshare-cgroup-try"]
-    words += ["--die-with-parent", "--new-session"]
+    words += ["--die-with-parent", "--new-session", "--seccomp", FILTER_FD]
     words += ["--clearenv", "--setenv", "PYTHONHASHSEED", "0"]
     if os.geteuid() == 0:
         # no user namespace: a user id mapped from root's would not be counted by RLIMIT_NPROC.
@@ -101,6 +115,9 @@ def _command(unsafe: bool) -> tuple[str, ...]:
         words += ["--cap-drop", "ALL", "--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"]
     else:
         words += ["--unshare-user", "--uid", NOBODY]
+        if _can_disable_namespaces():
+            # for bubblewrap older than 0.8 the filter alone has to refuse them
+            words += ["--disable-userns"]
 
     # of a distribution's own Python, whose prefix is /usr, the interpreter alone is shown
     prefix = os.path.realpath(sys.base_prefix)
@@ -180,15 +197,27 @@ def run_program(
 
 def _run_child(request: bytes, unsafe: bool, wall_s: float) -> tuple[bytes, bytes, bool]:
     """The beginnings of stderr and stdout, and whether the child had to be killed."""
-    with tempfile.TemporaryFile() as given, tempfile.TemporaryFile() as written:
+    with (
+        tempfile.TemporaryFile() as given,
+        tempfile.TemporaryFile() as written,
+        tempfile.TemporaryFile() as filter_file,
+    ):
         given.write(request)
         given.seek(0)
+        command = list(_command(unsafe))
+        inherited = []
+        if FILTER_FD in command:
+            inherited = [filter_file.fileno()]
+            filter_file.write(syscall_filter())
+            filter_file.seek(0)
+            command[command.index(FILTER_FD)] = str(filter_file.fileno())
         child = subprocess.Popen(
-            _command(unsafe),
+            command,
             stdin=given,
             stdout=written,
             stderr=subprocess.PIPE,
             start_new_session=True,
+            pass_fds=inherited,
         )
         ended = os.pidfd_open(child.pid)
         readable, _, _ = select.select([ended], [], [], wall_s)

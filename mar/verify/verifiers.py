@@ -1,5 +1,6 @@
 """The dictionary of verifiers, and which of them checks the answers of a task."""
 
+from collections.abc import Callable, Iterable
 from functools import partial
 
 from mar.config import DataOptions, RewardOptions
@@ -8,13 +9,17 @@ from mar.files import cache_folder
 from mar.records import Example
 from mar.verify.judge import Judge, make_judge
 from mar.verify.matching import Verifier, text_verifier
-from mar.verify.mathematics import math_verifier, require_math_verify
+from mar.verify.mathematics import compare_ahead, math_verifier, require_math_verify
 from mar.verify.programs import ProgramRunner
 from mar.verify.sandbox import require_sandbox
 
 # To add one: a function (answer, golds) -> the indices of the golds that the answer may take, and
 # an entry here. `data.verifier=<its name>` chooses it
 VERIFIERS: dict[str, Verifier] = {"text": text_verifier, "math": math_verifier}
+
+# name of a verifier -> a function that is given all answers of a step first, to work on them side
+# by side; most need none
+AHEAD: dict[str, Callable[[Iterable[tuple[Example, str]]], None]] = {"math": compare_ahead}
 
 # How a run checks its answers: by a key of VERIFIERS, or by a checker that is given all answers of
 # a step first (`submit`), so that it can work on them side by side, and may fail on some
@@ -32,6 +37,14 @@ def verifier_for(checker: AnswerChecker, example: Example) -> Verifier:
     if isinstance(checker, ProgramRunner):
         return lambda answer, golds: ()
     return VERIFIERS[checker]
+
+
+def submit_answers(checker: AnswerChecker, answers: Iterable[tuple[Example, str]]) -> None:
+    """Give a checker all answers of a step, so that it works on them side by side."""
+    if not isinstance(checker, str):
+        checker.submit(answers)
+    elif checker in AHEAD:
+        AHEAD[checker](answers)
 
 
 def make_answer_checker(

@@ -1,5 +1,6 @@
 """The grammar: what is rendered is read back, nothing raises, and a prefix decides for good."""
 
+import re
 import time
 
 import numpy as np
@@ -8,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mar.answers.grammar import FORMS, RESERVED_TAG, Grammar, decode_with_starts, parse, render
+from mar.answers.prompts import instructions
 
 WORDS = st.text(st.characters(exclude_categories=["Cs"]), max_size=12).map(str.strip)
 PROSE = WORDS.filter(lambda text: not RESERVED_TAG.search(text))
@@ -193,6 +195,31 @@ def test_every_breach_has_its_name(old, new, reason):
     assert parsed.reason == reason
     assert (parsed.violation_at is None) == (reason in (None, "unfinished"))
     assert_prefixes_agree(Grammar(num_answers=2), False, GOOD.replace(old, new) + "\n tail")
+
+
+@pytest.mark.parametrize(
+    "written",
+    ["0", "1", ".25", "0.5", "1.000000000000", "0.123456789", "0.1234567891", "0.3333333333333333"]
+    + ["0.1000000000000000055511151231257827", "0." + "0" * 38, "." + "9" * 39],
+)
+def test_every_plain_decimal_of_up_to_40_characters_is_a_confidence(written):
+    """Models write what a float prints: 16 digits and more."""
+    text = GOOD.replace(">0.5<", f">{written}<")
+    parsed = parse(text, Grammar(num_answers=2))
+    assert parsed.reason is None
+    assert parsed.confidences == (float(written), 0.25)
+    assert_prefixes_agree(Grammar(num_answers=2), False, text)
+    longer = GOOD.replace(">0.5<", f">{written:0<41}<")
+    assert parse(longer, Grammar(num_answers=2)).reason == "bad_confidence"
+
+
+def test_the_number_that_the_prompt_shows_is_read():
+    form = instructions(Grammar(num_answers=2, other=True, thinking=False), "answer").splitlines()[
+        -1
+    ]
+    shown = re.findall(r"<(?:confidence1|confidence2|other)>(.*?)</", form)
+    assert shown == ["0.5"] * 3
+    assert parse(GOOD.replace(">.25<", f">{shown[0]}<"), Grammar(num_answers=2)).reason is None
 
 
 def test_values_before_a_breach_stay_readable_and_later_ones_do_not():

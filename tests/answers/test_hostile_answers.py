@@ -7,7 +7,17 @@ import pytest
 from mar.answers.grammar import parse
 from mar.answers.rewards import RewardSpec, reward
 from mar.verify.matching import matching_increments, repeats
-from tests.helpers.hostile_answers import ANSWERS, GOLDS, GRAMMAR, HONEST, RIGHT, SUM_RULE, write
+from tests.helpers.hostile_answers import (
+    ANSWERS,
+    GOLDS,
+    GRAMMAR,
+    HONEST,
+    NUMBERS,
+    RIGHT,
+    SIGNS,
+    SUM_RULE,
+    write,
+)
 
 
 def earn(text, spec=None):
@@ -33,6 +43,14 @@ def test_hostile_answers_earn_no_more_than_they_know(name):
     assert time.perf_counter() - began < 10
     if most == 0:  # nothing beats an honest "I do not know"
         assert earned.total <= earn(write("x", "y", "z", q=("0", "0", "0"))).total
+
+
+@pytest.mark.parametrize("name", SIGNS)
+def test_a_sign_makes_another_answer(name):
+    """One answer that covers many numbers would be right too often."""
+    assert matching_increments(SIGNS[name], NUMBERS)[0] == (0.0, 0.0, 0.0)
+    plain = ("5 MG", "10 percent", "65 dollars")
+    assert matching_increments(plain, NUMBERS)[0] == (1.0, 1.0, 1.0)
 
 
 @pytest.mark.parametrize(("confidences", "allowed"), SUM_RULE.items())

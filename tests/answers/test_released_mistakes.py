@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from mar.answers.grammar import Grammar, parse, render
 from mar.answers.rewards import RewardSpec, reward
 from mar.records import Gold
-from mar.verify.matching import matching_increments, normalise, repeats, text_verifier
+from mar.verify.matching import matching_increments, repeats, text_verifier
+from mar.verify.normaliser import normalise
 from mar.verify.verifiers import VERIFIERS
 from mar_kernels import answer_advantages
 

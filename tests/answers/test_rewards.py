@@ -99,6 +99,7 @@ BRIER = (0.04 + 0.09 + 0.36) / 3
         ({"format_weight": 2.0, "coverage_weight": 3.0, "brier_weight": 0.1}, 2 + 6 - 0.1 * BRIER),
         ({"sum_rule": True}, -1),  # 0.8 + 0.3 + 0.4 > 1
         ({"sum_rule": True, "gate": False}, 2 - BRIER),
+        ({"sum_rule": True, "brier": "released"}, 0.5 + 2),  # its bracket alone
         ({"duplicates": "gate"}, 0.5 + 2 - BRIER),
         ({"gate": False}, 0.5 + 2 - BRIER),
     ],
@@ -137,6 +138,12 @@ def test_a_repeat_under_both_rules():
     # the Brier term stays: repeating is no way out of it
     assert gated.total == pytest.approx(0.5 - BRIER)
     assert gated.parts["repeats"] == 1
+    released = dataclasses.replace(spec, brier="released")
+    assert earn(text, grammar, released).total == pytest.approx(0.5 + 2 + 1 - BRIER)
+    # the bracket goes with the coverage
+    gated = earn(text, grammar, dataclasses.replace(released, duplicates="gate"))
+    assert gated.total == pytest.approx(0.5)
+    assert gated.components.sum() == pytest.approx(0.5)
 
 
 def test_other_is_charged_against_no_answer_hit():

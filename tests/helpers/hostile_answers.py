@@ -9,6 +9,9 @@ from mar.records import Gold
 
 GRAMMAR = Grammar("rlcr_multi", 3)
 GOLDS = (Gold("influenza", ("flu", "grippe")), Gold("gout"), Gold("vitamin B12 deficiency"))
+
+# of the attacks with signs: a number is asked for
+NUMBERS = (Gold("5 mg"), Gold("10%"), Gold("$65"))
 RIGHT = ("flu", "gout", "vitamin b12 deficiency")
 
 
@@ -49,7 +52,21 @@ REPEATS = {
 
 NO_PROBABILITY = [
     *("nan", "inf", "-0", "-0.1", "1e-9", "1%", "1.5", "1.0000001", "", "high", "0,5", "0x1"),
-    *("+0.5", "1_0", "\u0661", "\uff11", "0.5 0.9", "1/2"),
+    *(
+        "+0.5",
+        "1_0",
+        "\u0661",
+        "\uff11",
+        "0.5 0.9",
+        "1/2",
+        "0.5.",
+        "0..5",
+        ".",
+        "10",
+        "2",
+        "0.5\u0660",
+    ),
+    *("0.5f", "5e-1", "1.00000000000000000000000000000000001", "0." + "3" * 39, "0" * 10**6),
 ]
 
 # name -> (completion, the most coverage that it may be paid)
@@ -101,6 +118,24 @@ ANSWERS |= {
     "a million openings": (write("<answer1>" * 110_000), 0),
 }
 ANSWERS |= {f"confidence {q!r}": (write(*RIGHT, q=(q, "0.1", "0.1")), 0) for q in NO_PROBABILITY}
+
+# answers that cover more than one number, or another: none is one of NUMBERS
+SIGNS = {
+    "less than": ("<5 mg", "<10%", "<$65"),
+    "more than": (">5 mg", ">10%", ">$65"),
+    "at least": ("\u22655 mg", ">= 10%", "at least $65"),
+    "at most": ("\u22645 mg", "<= 10%", "at most $65"),
+    "unequal": ("\u22605 mg", "!=10%", "=\u0338$65"),
+    "about": ("~5 mg", "\u224810%", "about $65"),
+    "plus or minus": ("\u00b15 mg", "+/-10%", "\u00b1$65"),
+    "minus": ("-5 mg", "\u221210%", "- $65"),
+    "full width": ("\uff1c5 mg", "\uff1e10%", "\uff1d\u0338$65"),
+    "ranges": ("1-5 mg", "1..10%", "$1-65"),
+    "another unit": ("5 \u03bcg", "10\u2030", "\u20ac65"),
+    "no unit": ("5", "10", "65"),
+    "fractions": ("5/mg", "1/10%", "6/5"),
+    "factorials": ("5! mg", "10!%", "$65!"),
+}
 
 SUM_RULE = {  # three confidences, whether their sum is allowed
     ("0.33", "0.33", "0.34"): True,

@@ -68,6 +68,95 @@ PROGRAMS = {
     "hard-coded": "def double(x): return {2: 4}.get(x, 'abab')",
 }  # fmt: skip
 
+# Memory by different calls: `held` is the number of bytes that were had, at most 1 GiB each.
+HOLD = """
+import ctypes, mmap, os, socket
+c = ctypes.CDLL(None)
+c.shmat.restype = ctypes.c_void_p
+c.shmdt.argtypes = [ctypes.c_void_p]
+c.shmget.argtypes = [ctypes.c_int, ctypes.c_size_t, ctypes.c_int]
+c.mmap.restype = ctypes.c_void_p
+c.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
+held = 0
+"""
+MEMORY = {
+    "System V shared memory": "for _ in range(3):\n    s = c.shmget(0, 128 << 20, 0o1600)\n    if s < 0: break\n    p = c.shmat(s, None, 0)\n    if p in (None, 2**64 - 1): break\n    ctypes.memset(p, 1, 128 << 20); c.shmdt(p); held += 128 << 20",
+    "System V queues": "for _ in range(2000):\n    q = c.msgget(0, 0o1600)\n    if q < 0: break\n    while held < 1 << 30 and c.msgsnd(q, b'1' + bytes(8000), 7000, 0o4000) == 0: held += 7000",
+    "files without a name": "try:\n    for i in range(64):\n        f = os.memfd_create(str(i)); os.write(f, bytes(10**6)); p = c.mmap(None, 10**6, 3, 1, f, 0)\n        os.close(f); held += 10**6\nexcept OSError: pass",
+    "forks": "r, w = os.pipe()\ntry:\n    for _ in range(8):\n        if os.fork() == 0:\n            x = bytearray(128 << 20); os.write(w, b'x'); import time; time.sleep(1); os._exit(0)\n        os.read(r, 1); held += 128 << 20\nexcept OSError: pass",
+    "shared mappings": "kept = []\ntry:\n    for _ in range(16): kept.append(mmap.mmap(-1, 64 << 20)); kept[-1].write(b'x' * (64 << 20)); held += 64 << 20\nexcept (OSError, MemoryError, ValueError): pass",
+    "private mappings": "for _ in range(16):\n    p = c.mmap(None, 64 << 20, 3, 34, -1, 0)\n    if p in (None, 2**64 - 1): break\n    ctypes.memset(p, 1, 64 << 20); held += 64 << 20",
+    "files in tmp": "try:\n    for i in range(1000):\n        with open(f'/tmp/{i}', 'wb', 0) as f: held += f.write(bytes(10**6))\nexcept OSError: pass",
+    "deleted files": "kept = []\ntry:\n    for i in range(1000):\n        kept.append(open('/tmp/x', 'wb', 0)); os.unlink('/tmp/x'); held += kept[-1].write(bytes(10**6))\nexcept OSError: pass",
+    "pipes": "import fcntl\ntry:\n    for _ in range(1000):\n        r, w = os.pipe(); fcntl.fcntl(w, 1031, 1 << 20); os.set_blocking(w, False); held += os.write(w, bytes(1 << 20))\nexcept OSError: pass",
+    "sockets": "kept = []\ntry:\n    for _ in range(1000):\n        pair = socket.socketpair(); kept.append(pair); pair[0].setblocking(False); held += pair[0].send(bytes(1 << 17))\nexcept OSError: pass",
+    "a namespace with a tmpfs": "if c.unshare(0x10020000) == 0 and c.mount(b'none', b'/tmp', b'tmpfs', 0, b'size=1g') == 0:\n    for i in range(1000): held += open(f'/tmp/{i}', 'wb', 0).write(bytes(10**6))",
+}  # fmt: skip
+
+# Those that are refused: they hold nothing.
+REFUSED_MEMORY = (
+    "System V shared memory",
+    "System V queues",
+    "files without a name",
+    "forks",
+    "a namespace with a tmpfs",
+)
+
+# One solution, HONEST, thirty times: it earns one hit.
+REWRITES = {
+    "itself": "def double(x):\n    return x + x",
+    "another name": "def double(number):\n    return number + number",
+    "comments": "# doubles\ndef double(x):  # twice\n    return (x + x)",
+    "docstring": "def double(x):\n    'Twice.'\n    return x + x",
+    "annotations": "def double(x: object) -> object:\n    return x + x",
+    "pass": "def double(x):\n    pass\n    return x + x",
+    "unused variable": "def double(x):\n    unused = 0\n    return x + x",
+    "unused chain": "def double(x):\n    a = 1\n    b = a + 1\n    c = b * a\n    return x + x",
+    "unused copy": "def double(x):\n    kept = x\n    return x + x",
+    "unused call": "def double(x):\n    size = str(x)\n    return x + x",
+    "unused function": "def half(x):\n    return x / 2\n\ndef double(x):\n    return x + x",
+    "unused inner function": "def double(x):\n    def f(): return 7\n    return x + x",
+    "unused class": "class A:\n    pass\n\ndef double(x):\n    return x + x",
+    "unused import": "import math\nfrom os import path\ndef double(x):\n    return x + x",
+    "unused global": "LIMIT = 10\ndef double(x):\n    return x + x",
+    "dead branch": "def double(x):\n    if False:\n        return 3\n    return x + x",
+    "dead zero": "def double(x):\n    if 0:\n        x = 1\n    return x + x",
+    "live branch": "def double(x):\n    if True:\n        return x + x\n    else:\n        return 1",
+    "dead loop": "def double(x):\n    while False:\n        x = 1\n    return x + x",
+    "empty loop": "def double(x):\n    for i in range(3):\n        j = i\n    return x + x",
+    "one round": "def double(x):\n    while True:\n        return x + x",
+    "behind the return": "def double(x):\n    return x + x\n    return 1",
+    "result in a name": "def double(x):\n    result = x + x\n    return result",
+    "parts in names": "def double(x):\n    a = x\n    b = x\n    return a + b",
+    "reordered parts": "def double(x):\n    b = x\n    u = 1\n    a = x\n    return a + b",
+    "pairs": "def double(x):\n    a, b = x, x\n    return a + b",
+    "overwritten": "def double(x):\n    y = 1\n    y = x + x\n    return y",
+    "in place": "def double(x):\n    return (lambda: x + x)()",
+    "lambda": "double = lambda x: x + x",
+    "second name": "def f(x):\n    return x + x\n\ndouble = f",
+    "raised again": "def double(x):\n    try:\n        return x + x\n    except Exception:\n        raise",
+    "printed": "def double(x):\n    print('doubling', 2)\n    return x + x",
+    "both branches": "def double(x):\n    if x:\n        return x + x\n    else:\n        return x + x",
+    "nothing done": "def double(x):\n    x = x\n    assert True\n    x\n    return x + x",
+}  # fmt: skip
+
+# A longer one: its statements in another order, with other names.
+REORDERED = (
+    "def f(n):\n    a = [1]\n    b = {}\n    for i in range(n):\n        a.append(i)\n        b[i] = 1\n    return a, b",
+    "def f(k):\n    table = {}\n    rows = [1]\n    for j in range(k):\n        table[j] = 1\n        rows.append(j)\n    return rows, table",
+    "def f(n):\n    z = 0\n    b = dict()\n    b = {}\n    a = [1]\n    for i in range(n):\n        z += 1\n        b[i] = 1\n        a.append(i)\n    return a, b",
+)
+
+# Solutions that differ: each earns a hit of its own.
+DISTINCT = {
+    "sum": "def double(x):\n    return x + x",
+    "product": "def double(x):\n    return 2 * x",
+    "loop": "def double(x):\n    y = x\n    for _ in range(1, 2):\n        y = y + x\n    return y",
+    "operator": "import operator\ndef double(x):\n    return operator.add(x, x)",
+    "pair": "def double(x):\n    y = [x, x]\n    return y[0] + y[1]",
+    "cases": "def double(x):\n    if isinstance(x, str):\n        return x + x\n    return x * 2",
+}
+
 # What each finds must be nothing: the expression is 1 where the program got hold of something, else 0.
 PROBES = {
     "password file": "import os\nfound = os.path.exists('/etc/passwd') or os.path.exists('/etc/shadow')",
@@ -86,5 +175,7 @@ PROBES = {
     "mounting": "import ctypes\nfound = ctypes.CDLL(None).mount(b'none', b'/tmp', b'tmpfs', 0, 0) == 0",
     "signals to others": "import os\nfound = True\ntry: os.kill(PID, 0)\nexcept OSError: found = False",
     "open files": "import os\nfound = False\nfor fd in range(4, 32):\n    try: found |= bool(os.readlink(f'/proc/self/fd/{fd}'))\n    except OSError: pass",
+    "a user namespace": "import ctypes\nc = ctypes.CDLL(None)\nfound = c.unshare(0x10000000) == 0 or c.syscall(56, 0x10000011, 0, 0, 0, 0) >= 0 or c.syscall(435, bytes(88), 88) >= 0",
+    "other processes": "import os, subprocess, sys\nfound = True\ntry: os.fork()\nexcept OSError: found = False",
     "programs": "import shutil\nfound = bool(shutil.which('sh') or shutil.which('bash') or shutil.which('curl'))",
 }  # fmt: skip

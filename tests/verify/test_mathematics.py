@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from mar.records import Gold
+from mar.records import Example, Gold
 from mar.verify import mathematics
 from mar.verify.mathematics import math_verifier
 
@@ -61,15 +61,53 @@ def test_several_values_or_none_are_no_gold(answer):
     assert math_verifier(answer, [Gold("3")]) == ()
 
 
+ENDLESS = "9^{9^{9^{9}}}"
+
+
 def test_what_never_ends_is_killed_and_the_next_answer_is_read(monkeypatch):
     monkeypatch.setattr(mathematics, "WALL_S", 0.5)
     assert math_verifier("1", [Gold("1.0")]) == (0,)
-    child = mathematics._child()
     began = time.perf_counter()
-    assert math_verifier("9^{9^{9^{9}}}", [Gold("3")]) == ()
+    assert math_verifier(ENDLESS, [Gold("3")]) == ()
+    assert math_verifier(ENDLESS, [Gold("3")]) == ()
     assert time.perf_counter() - began < 5
-    assert child.poll() is not None
     assert math_verifier("2/4", [Gold("1/2")]) == (0,)
-    mathematics._child().kill()
-    mathematics._child().wait()
+    child = mathematics._take_child()
+    child.kill()
+    child.wait()
+    mathematics._idle.put(child)
     assert math_verifier("3/6", [Gold("1/2")]) == (0,)
+
+
+def test_answers_of_a_step_share_a_budget_and_the_slow_cost_the_others_nothing(monkeypatch):
+    """Ten that never end come first: the right ones behind them are still compared."""
+    mathematics._verdicts.clear()
+    math_verifier("1", [Gold("1.0")])
+    monkeypatch.setattr(mathematics, "MOMENT_S", 0.3)
+    monkeypatch.setattr(mathematics, "STEP_S", 30.0)
+    example = Example("q", "test", "?", (Gold("1/2"), Gold("7")))
+    slow = [f"{n}^{{9^{{9^{{9}}}}}}" for n in range(11, 13)]
+    right = ["0.5", "2/4", "\\frac{3}{6}", "14/2"]
+    began = time.perf_counter()
+    mathematics.compare_ahead([(example, answer) for answer in slow + right])
+    assert time.perf_counter() - began < 40
+
+    def forbidden(*_):
+        raise AssertionError("asked again")
+
+    monkeypatch.setattr(mathematics, "_ask", forbidden)
+    assert [math_verifier(a, example.golds) for a in right] == [(0,), (0,), (0,), (1,)]
+    assert [math_verifier(a, example.golds[1:]) for a in right] == [(), (), (), (0,)]
+    assert [math_verifier(a, example.golds) for a in slow] == [(), ()]
+
+
+def test_what_is_left_when_the_budget_ends_equals_none(monkeypatch):
+    mathematics._verdicts.clear()
+    monkeypatch.setattr(mathematics, "STEP_S", 0.0)
+    example = Example("q", "test", "?", (Gold("1/2"),))
+    mathematics.compare_ahead([(example, "4/8")])
+    assert math_verifier("4/8", example.golds) == ()
+    # the next step asks again
+    monkeypatch.setattr(mathematics, "STEP_S", 30.0)
+    mathematics.compare_ahead([(example, "4/8")])
+    assert math_verifier("4/8", example.golds) == (0,)

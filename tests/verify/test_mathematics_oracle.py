@@ -18,13 +18,14 @@ SCRAPS = [
     *("</think>", "<answer1>", "</answer2>", "<think>", "flu", " ", "\n", "1%", "nan", "1e-9", "<"),
     "<confidence1>0.5</confidence1>",
 ]
-P = r"\s*((?:0?\.[0-9]{1,9}|0|1|1\.0{1,9}))\s*"
+P = r"\s*((?:0?\.[0-9]{1,39}|0|1|1\.0{1,38}))\s*"
 NOTHING = r"((?:(?!</?(?:think|analysis|other|answer[0-9]*|confidence[0-9]*)>)[\s\S])*)"
 
 
 def plain(text):
-    """Lower case, no punctuation, no articles: enough for the words above."""
-    words = "".join(" " if c in string.punctuation else c for c in text.lower()).split()
+    """Lower case, no punctuation but relations, no articles: enough for the words above."""
+    gone = string.punctuation.translate(str.maketrans("", "", "<>=~"))
+    words = "".join(" " if c in gone else c for c in text.lower()).split()
     return " ".join(w for w in words if w not in ("a", "the")) or " ".join(words)
 
 
@@ -67,11 +68,15 @@ def best(answers, golds):
 
 
 def oracle(text, golds, K, confident, coverage, brier, sum_rule):
-    """format + coverage - Brier; without the format no coverage, and all of Brier."""
+    """format + coverage - Brier; without the format no coverage, and all of Brier.
+
+    The released reward breaks the sum rule at the cost of its Brier term alone.
+    """
     answers, q, whole = read(text, K, confident)
     totals = [best(answers[:k], golds) for k in range(K + 1)]
     y = [b - a for a, b in itertools.pairwise(totals)]
-    ok = whole and not (sum_rule and sum(c for c in q if c is not None) > 1 + 1e-6)
+    breach = sum_rule and sum(c for c in q if c is not None) > 1 + 1e-6
+    ok = whole and not (breach and brier != "released")
     paid = {
         "sum": sum(y),
         "any": float(any(y)),
@@ -80,7 +85,9 @@ def oracle(text, golds, K, confident, coverage, brier, sum_rule):
     }[coverage]
     error = sum((c - h) ** 2 for c, h in zip(q, y, strict=True)) / K if ok and confident else 1.0
     total = 0.5 * ok + paid * ok
-    return total + {"none": 0.0, "paper": -error, "released": (1 - error) * ok}[brier]
+    return (
+        total + {"none": 0.0, "paper": -error, "released": (1 - error) * (ok and not breach)}[brier]
+    )
 
 
 def completion(rng, K, confident):

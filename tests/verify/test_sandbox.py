@@ -4,17 +4,32 @@ import contextlib
 import os
 import shutil
 import socket
+import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
 from mar.errors import UserError
 from mar.records import Example
 from mar.verify import programs, sandbox
+from mar.verify.program_form import canonical
 from mar.verify.programs import ProgramRunner, Verdict, parse_tests, verify_program
 from mar.verify.sandbox import require_sandbox, run_program
-from tests.helpers.hostile_programs import HONEST, PROBES, PROGRAMS, TESTS
+from mar.verify.syscall_filter import syscall_filter
+from tests.helpers.hostile_programs import (
+    DISTINCT,
+    HOLD,
+    HONEST,
+    MEMORY,
+    PROBES,
+    PROGRAMS,
+    REFUSED_MEMORY,
+    REORDERED,
+    REWRITES,
+    TESTS,
+)
 
 needs_bubblewrap = pytest.mark.skipif(
     not shutil.which("bwrap"), reason="no bubblewrap here (apt-get install bubblewrap)"
@@ -117,6 +132,71 @@ def test_processes_are_limited():
 
 
 @needs_bubblewrap
+@pytest.mark.parametrize("name", MEMORY)
+def test_memory_is_bounded_by_whatever_call_it_is_taken(name):
+    """A program holds at most its address space, and the small tmpfs."""
+    reply = run_program(HOLD + MEMORY[name], ["held"])
+    bound = sandbox.LIMITS["RLIMIT_AS"] + 16 * sandbox.MAX_BYTES
+    assert reply.outcome != "infrastructure_error"
+    assert reply.outcome != "returned" or reply.values[0] <= bound, reply
+    if name in REFUSED_MEMORY:
+        assert reply.values == (0,), reply
+
+
+@needs_bubblewrap
+def test_threads_and_event_loops_still_run():
+    program = (
+        "import asyncio, threading\n"
+        "done = []\n"
+        "thread = threading.Thread(target=lambda: done.append(1))\n"
+        "thread.start(); thread.join()\n"
+        "async def f(): return 2\n"
+        "done.append(asyncio.run(f()))\n"
+    )
+    assert run_program(program, ["done"]).values == ([1, 2],)
+
+
+@needs_bubblewrap
+@pytest.mark.skipif(
+    os.geteuid() != 0 or not os.path.exists("/usr/bin/python3"),
+    reason="needs root, to become an ordinary user, and a Python that this one can read",
+)
+def test_an_ordinary_user_has_the_same_sandbox(tmp_path):
+    """Nested user namespaces are off, and memory is bounded, without root too."""
+    root = Path(sandbox.__file__).parents[2]
+    code = (
+        "from mar.verify.sandbox import _command, run_program\n"
+        "assert '--disable-userns' in _command(False)\n"
+        f"for program in {[HOLD + MEMORY['System V shared memory'], HOLD + MEMORY['forks']]!r}:\n"
+        "    reply = run_program(program, ['held'])\n"
+        "    assert reply.outcome == 'returned' and reply.values[0] <= 272 << 20, reply\n"
+        f"found = run_program({PROBES['a user namespace']!r}, ['bool(found)'])\n"
+        "assert found.values == (False,), found\n"
+    )
+    done = subprocess.run(
+        ["/usr/bin/python3", "-B", "-c", code],
+        cwd=root,
+        env={"PATH": os.environ["PATH"], "PYTHONPATH": str(root)},
+        user=65534,
+        group=65534,
+        extra_groups=[],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if "Permission" in done.stderr or "No module named 'mar'" in done.stderr:
+        pytest.skip("an ordinary user cannot read this folder")
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_machine_whose_calls_are_not_known_is_refused():
+    assert len(syscall_filter("x86_64")) % 8 == 0
+    assert len(syscall_filter("aarch64")) % 8 == 0
+    with pytest.raises(UserError, match="riscv64"):
+        syscall_filter("riscv64")
+
+
+@needs_bubblewrap
 @pytest.mark.parametrize(
     "value",
     [
@@ -149,7 +229,7 @@ def test_honest_programs_pass_side_by_side():
     variants = [
         HONEST,
         "def double(x):\n    return 2 * x",
-        "double = lambda x: x * 2",
+        "def double(x):\n    y = [x, x]\n    return y[0] + y[1]",
         "def double(x): return x",
     ]
     runner, example = ProgramRunner(), Example("q", "test", "?", (), truth="rule", tests=TESTS)
@@ -166,12 +246,32 @@ def test_honest_programs_pass_side_by_side():
         ("def double(y):  # doubled\n    'Twice.'\n    pass\n    return y + y\n\n", True),
         ("def double(number: int) -> int:\n    return number + number", True),
         ("def double(x):\n    return x * 2", False),
-        ("def double(x):\n    y = x\n    return y + x", False),
+        ("def double(x):\n    y = x\n    return y + x", True),
         ("def double(x):\n    return x + y", False),
     ],
 )
 def test_renaming_does_not_make_a_program_new(other, same):
     assert (run_program(HONEST, []).key == run_program(other, []).key) == same
+
+
+@needs_bubblewrap
+def test_thirty_rewrites_of_a_solution_are_one_program():
+    """Dead code, unused names, another order and other names earn nothing twice."""
+    assert len(REWRITES) >= 30
+    runner, example = ProgramRunner(), Example("q", "test", "?", (), truth="rule", tests=TESTS)
+    runner.submit([(example, program) for program in REWRITES.values()])
+    verdicts = {name: runner.verdict(example, program) for name, program in REWRITES.items()}
+    assert {verdict.outcome for verdict in verdicts.values()} == {"passed"}
+    first = verdicts["itself"].key
+    assert [name for name, verdict in verdicts.items() if verdict.key != first] == []
+
+
+def test_another_order_and_other_names_make_no_program_new():
+    assert len({canonical(program, ("f(3)",)) for program in REORDERED}) == 1
+
+
+def test_solutions_that_differ_stay_distinct():
+    assert len({canonical(program, TESTS) for program in DISTINCT.values()}) == len(DISTINCT)
 
 
 @needs_bubblewrap

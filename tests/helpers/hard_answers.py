@@ -1,0 +1,252 @@
+"""Answers that look like a gold and are not, and spellings of a gold that look like another thing.
+
+Each line of WRONG is `gold @ answer`: the answer must not be taken for the gold, nor the other way round. Each line of RIGHT holds
+spellings of one thing. Both grow by kinds: a case that was found wrong brings its siblings along.
+"""
+
+# relations
+RELATIONS = """
+5 mg @ <5 mg
+5 mg @ >5 mg
+65 @ >65
+65 @ \u226465
+65 @ \u226565
+<65 @ \u226465
+>65 @ \u226565
+<65 @ >65
+-5 @ \u2260-5
+5 @ \u22605
+5 @ !=5
+5 @ =/= 5
+5 @ =\u03385
+x=5 @ x\u22605
+x=5 @ x!=5
+10% @ <10%
+10% @ >10%
+p<0.05 @ p>0.05
+p < 0.05 @ p > 0.05
+p=0.05 @ p<0.05
+p<0.05 @ p 0.05
+a>b @ a<b
+a>b @ a b
+a>b @ a->b
+a=b @ a\u2260b
+a\u2208b @ a\u2209b
+a\u2282b @ a\u2284b
+5 @ ~5
+5 @ \u22485
+5 @ about 5
+5 @ \u00b15
+-5 @ +/-5
+5 @ at least 5
+5 @ at most 5
+less than 5 @ more than 5
+a implies b @ a=>b
+a\u2192b @ a\u2190b
+a\u2192b @ a\u2194b
+5 @ \uff1c5
+5 @ \ufe645
+5 @ < 5
+18 years @ under 18 years
+18 years @ over 18 years
+"""
+
+# currencies and units
+AMOUNTS = """
+$5 @ 5
+$5 @ \u00a35
+$5 @ \u20ac5
+$5 @ 5\u00a2
+$5 @ US$5 000
+$5 million @ $5
+$5 million @ 5 million
+5 dollars @ 5
+5 dollars @ 5 pounds
+\u00a35 @ 5 pounds
+\u00a35 @ 5
+5 euros @ 5
+5% @ 5
+5% @ 5\u2030
+5\u2030 @ 5
+5\u2031 @ 5
+5% @ 5 percentage points
+5\u00b0 @ 5
+5\u02da @ 5
+5\u00b0C @ 5\u00b0F
+-5\u00b0C @ 5\u00b0C
+5' @ 5
+5" @ 5
+5' @ 5"
+6'2" @ 62
+6'2 @ 6 2
+5' @ 3'
+5 mg @ 5 g
+5 mg/dl @ 5 mg dl
+5 N/m @ 5 N m
+5/day @ 5 day
+-$5 @ $5
+- $5 @ $5
+5 mg @ 5/mg
+5 mg @ 5 mcg
+10 kg @ 10 kg/m2
+"""
+
+# numbers, and signs between them
+NUMBERS = """
+5-10 @ 5 10
+5-10 @ 510
+5-10 @ 5, 10
+5\u201310 @ 5 10
+5 - 10 @ 5 10
+5..10 @ 5 10
+5-10 @ 5/10
+5-10 @ 5:10
+5 @ -5
+5 @ \u22125
+5 @ - 5
+5 @ minus 5
+5-10 @ -5-10
+5-10 @ -10
+0.5 @ 5
+.5 @ 5
+3.5 @ 35
+1/2 @ 1 2
+1/2 @ 12
+\u00bd @ 12
+1\u00bd @ 11/2
+1\u00bd @ 1/2
+3:1 @ 3 1
+3:1 @ 31
+3:1 @ 1:3
+9:11 @ 9/11
+2*3 @ 2 3
+2\u00d73 @ 23
+2\u00b73 @ 2 3
+2+3 @ 2 3
+2 + 3 @ 2 3
+2 + 3 @ 2 - 3
+2\u00f73 @ 2 3
+10^5 @ 105
+10\u2075 @ 105
+10^5 @ 10 5
+10^5 @ 10^-5
+10\u207b\u2075 @ 10\u2075
+10\u00b9\u2070 @ 10^1
+1e5 @ 15
+5! @ 5
+n! @ n
+|-5| @ -5
+|x| @ x
+1,000 @ 1
+1,5 @ 1.5
+1,000 @ 1,0,0,0
+120/80 @ 120 80
+2015-16 @ 2015 16
+555-1234 @ 555 1234
+1990s @ 1990
+1st @ 1
+two thirds @ 2
+[0, 1] @ (0, 1)
+[0, 1) @ [0, 1]
+[0, 1] @ 0 1
+\u230a2.5\u230b @ 2.5
+\u230a2.5\u230b @ \u23082.5\u2309
+\u20162\u2016 @ 2
+\u00a75 @ 5
+"""
+
+# letters, charges, and names that differ by a sign
+NAMES = """
+O- @ O
+O- @ O+
+AB- @ AB
+A+ @ A
+HER2- @ HER2+
+HER2- @ HER2
+Cl- @ Cl
+Ca2+ @ Ca2
+CD4- @ CD4
+C @ C++
+C @ C#
+B @ A, B
+B @ A/B
+B @ A-B
+B @ A B
+AB @ A/B
+a/b @ a b
+a|b @ a b
+Sagittarius A* @ Sagittarius A
+f'(x) @ f(x)
+R&B @ RB
+fib @ A-fib
+hepatitis A @ hepatitis
+hepatitis A @ hepatitis B
+vitamin B1 @ vitamin B12
+coop @ co-op
+flu @ no flu
+flu @ not flu
+flu @ flu or gout
+flu @ flu/gout
+flu @ flu + gout
+"""
+
+
+def pairs(*texts: str) -> list[tuple[str, str]]:
+    found = []
+    for text in texts:
+        for line in text.strip().splitlines():
+            gold, answer = line.split(" @ ")
+            found.append((gold, answer))
+    return found
+
+
+WRONG = pairs(RELATIONS, AMOUNTS, NUMBERS, NAMES)
+
+RIGHT = [
+    line.split(" @ ")
+    for line in """
+e-mail @ email @ e mail @ E-Mail
+co-trimoxazole @ cotrimoxazole @ co trimoxazole
+non-small cell lung cancer @ nonsmall cell lung cancer @ non small cell lung cancer
+anti-inflammatory @ antiinflammatory
+pre-eclampsia @ preeclampsia
+5 percent @ 5% @ 5 % @ five percent @ 5 per cent @ 5\\%
+1st @ first @ First
+21st century @ twenty-first century
+3rd degree burn @ third-degree burn
+Crohn's disease @ Crohn disease @ Crohns disease @ Crohn\u2019s Disease
+Bell's palsy @ Bell palsy @ Bells palsy
+Down's syndrome @ Down syndrome
+Cushing's syndrome @ cushing syndrome
+<5 mg @ < 5 mg @ less than 5 mg @ \uff1c5 mg
+\u226565 @ >= 65 @ at least 65 @ \u2a7e 65
+\u226465 @ <=65 @ at most 65
+\u22605 @ != 5 @ =\u03385 @ not equal to 5
+p<0.05 @ p < .05 @ p less than 0.05 @ P<0.05
+x = 5 @ x=5 @ x == 5
+~5 @ \u22485 @ about 5 @ approximately 5
+\u00b15 @ +/-5 @ +- 5
+a -> b @ a\u2192b @ a --> b
+$5 @ $ 5 @ 5$ @ 5 dollars @ $5.00
+$5 million @ 5 million dollars @ $5 Million
+$200,000 @ 200000 dollars
+\u20ac5 @ 5 \u20ac @ 5 euros
+5-10 @ 5\u201310 @ 5 - 10 @ 5 \u2014 10 @ 5..10
+-5 @ \u22125 @ - 5 @ minus 5 @ negative 5
+1/2 @ \u00bd @ 1 / 2
+1\u00bd @ 1 1/2
+3:1 @ 3 : 1 @ 3/1
+2\u00d73 @ 2 x 3 @ 2x3
+10\u2075 @ 10^5 @ 10**5
+10\u207b\u2075 @ 10^-5 @ 10^\u22125
+37\u00b0C @ 37 \u00b0C @ 37\u00b0 c
+"flu" @ 'flu' @ \u201cflu\u201d @ **flu** @ *flu* @ flu. @ <flu> @ flu! @ -flu-
+"5" @ '5' @ $5$ @ **5** @ 5.
+A & B @ A and B
+rock 'n' roll @ rock n roll
+1999-05-03 @ 3 May 1999 @ May 3rd, 1999 @ 1999/05/03
+HIV/AIDS @ HIV AIDS
+1,000 @ 1000
+the flu @ flu @ a flu
+""".strip().splitlines()
+]
