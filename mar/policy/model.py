@@ -243,6 +243,24 @@ def project(x: Tensor, weight: Tensor, bias: Tensor | None, reordered: Tensor | 
     return torch.ops.mkldnn._linear_pointwise(x, reordered, bias, "none", [], "")
 
 
+def precise_product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b, in float32 or wider: a product of bfloat16 is not rounded to bfloat16.
+
+    a [..., n, k], b [..., k, m] -> [..., n, m]. Without gradients: a GPU's product of two types has
+    none.
+    """
+    precise = torch.promote_types(a.dtype, torch.float32)
+    if a.dtype == precise:
+        return a @ b
+    if not a.is_cuda:
+        return a.to(precise) @ b.to(precise)
+    if a.dim() == 2:
+        return torch.mm(a, b, out_dtype=precise)
+    batch = a.shape[:-2]
+    product = torch.bmm(a.flatten(0, -3), b.flatten(0, -3), out_dtype=precise)
+    return product.unflatten(0, batch)
+
+
 class Linear(nn.Linear):
     """nn.Linear that uses a reordered copy of its weight while it has one (`reordered_weights`)."""
 
