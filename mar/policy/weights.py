@@ -5,6 +5,7 @@ The fused `qkv` and `gate_up` exist only in memory; a checkpoint has their parts
 
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.distributed.tensor import DTensor, Shard
 
 from mar.errors import UserError
 from mar.policy.model import Decoder, ModelConfig
@@ -150,16 +152,62 @@ def load_model(
     unexpected or of another shape.
     """
     folder = Path(folder)
-    config = ModelConfig.from_hf(read_json_object(folder / "config.json"))
+    config = read_config(folder)
+    with torch.device("meta"):
+        model = Decoder(config)
+    model.load_state_dict(dict(_parameters(folder, config, dtype, device)), assign=True)
+    return model
+
+
+def load_into(model: Decoder, folder: Path) -> None:
+    """Give a decoder, which may be sharded or have adapters, the weights of a checkpoint folder.
+
+    One parameter at a time, so that no more than one is whole in memory: the files are mapped. What
+    the decoder does not have, as a critic's trunk has no head, is left out. Raises as `load_model`.
+    """
+    parameters = dict(model.named_parameters())
+    dtype = model.embed.weight.dtype
+    for name, whole in _parameters(folder, model.config, dtype, "cpu"):
+        if name in parameters:
+            fill(parameters[name], whole)
+
+
+@torch.no_grad()
+def fill(parameter: Tensor, whole: Tensor) -> None:
+    """Give a parameter these values; one that is sharded takes this rank's rows of them."""
+    if isinstance(parameter, DTensor):
+        for axis, placement in enumerate(parameter.placements):
+            if isinstance(placement, Shard):
+                mesh = parameter.device_mesh
+                shards = whole.chunk(mesh.size(axis))
+                index = mesh.get_local_rank(axis)
+                # with fewer rows than ranks the last ranks have none
+                whole = shards[index] if index < len(shards) else whole[:0]
+        parameter = parameter.to_local()
+    parameter.copy_(whole)
+
+
+def read_config(folder: Path) -> ModelConfig:
+    """The shape that a checkpoint folder's config.json describes. Raises UserError."""
+    return ModelConfig.from_hf(read_json_object(folder / "config.json"))
+
+
+def _parameters(
+    folder: Path, config: ModelConfig, dtype: torch.dtype, device: torch.device | str
+) -> Iterator[tuple[str, Tensor]]:
+    """Name and value of each parameter of the decoder; see `load_model` for the errors."""
     found = _read_tensors(folder)
-    state: dict[str, Tensor] = {}
+    embedding = None
     for ours, parts in layout(config).items():
         pieces = [_take(found, folder, name, shape).to(device, dtype) for name, shape in parts]
         # a single piece is not copied
-        state[ours] = torch.cat(pieces) if len(pieces) > 1 else pieces[0]
-    if config.tied_embeddings and "lm_head.weight" in found:
+        whole = torch.cat(pieces) if len(pieces) > 1 else pieces[0]
+        if ours == "embed.weight" and config.tied_embeddings:
+            embedding = whole
+        yield ours, whole
+    if embedding is not None and "lm_head.weight" in found:
         head = found.pop("lm_head.weight").to(device, dtype)
-        if not torch.equal(head, state["embed.weight"]):
+        if not torch.equal(head, embedding):
             raise UserError(
                 f"{folder}: lm_head.weight differs from the embedding, "
                 "but tie_word_embeddings is true"
@@ -171,10 +219,6 @@ def load_model(
             f"{folder}: {config.architecture} has no tensor {unexpected[0]} "
             f"({len(unexpected)} unexpected)"
         )
-    with torch.device("meta"):
-        model = Decoder(config)
-    model.load_state_dict(state, assign=True)
-    return model
 
 
 def _take(found: dict[str, Tensor], folder: Path, name: str, shape: tuple[int, ...]) -> Tensor:
