@@ -43,42 +43,41 @@ def _block_layout(config: ModelConfig, ours: str, theirs: str) -> Layout:
     """The layout of one block, which is called `ours` here and `theirs` in the checkpoint."""
     parts: Layout = {}
 
-    def linear(name: str, outputs: dict[str, int], inputs: int, bias: bool) -> None:
-        """`outputs`: the checkpoint's layers, in our order, and how many outputs each has."""
+    def linear(name: str, sizes: tuple[int, ...], inputs: int, bias: bool) -> None:
+        """`sizes`: the outputs of each of the checkpoint's layers, in our order.
+
+        A checkpoint may have them as one layer, as we do.
+        """
+        layers = config.family.tensors[name]
+        if len(layers) == 1:
+            sizes = (sum(sizes),)
+        outputs = list(zip(layers, sizes, strict=True))
         parts[f"{ours}.{name}.weight"] = [
-            (f"{theirs}.{layer}.weight", (size, inputs)) for layer, size in outputs.items()
+            (f"{theirs}.{layer}.weight", (size, inputs)) for layer, size in outputs
         ]
         if bias:
             parts[f"{ours}.{name}.bias"] = [
-                (f"{theirs}.{layer}.bias", (size,)) for layer, size in outputs.items()
+                (f"{theirs}.{layer}.bias", (size,)) for layer, size in outputs
             ]
 
-    def norm(name: str, layer: str, size: int) -> None:
+    def norm(name: str, size: int) -> None:
+        (layer,) = config.family.tensors[name]
         parts[f"{ours}.{name}.weight"] = [(f"{theirs}.{layer}.weight", (size,))]
 
     hidden = config.hidden_size
     wide = config.intermediate_size
     queries = config.num_heads * config.head_dim
     keys = config.num_kv_heads * config.head_dim
-    linear(
-        "qkv",
-        outputs={"self_attn.q_proj": queries, "self_attn.k_proj": keys, "self_attn.v_proj": keys},
-        inputs=hidden,
-        bias=config.attention_bias,
-    )
-    linear("o", outputs={"self_attn.o_proj": hidden}, inputs=queries, bias=config.output_bias)
-    linear(
-        "gate_up",
-        outputs={"mlp.gate_proj": wide, "mlp.up_proj": wide},
-        inputs=hidden,
-        bias=config.mlp_bias,
-    )
-    linear("down", outputs={"mlp.down_proj": hidden}, inputs=wide, bias=config.mlp_bias)
-    norm("attention_norm", "input_layernorm", hidden)
-    norm("mlp_norm", "post_attention_layernorm", hidden)
+    linear("qkv", (queries, keys, keys), inputs=hidden, bias=config.attention_bias)
+    linear("o", (hidden,), inputs=queries, bias=config.output_bias)
+    linear("gate_up", (wide, wide), inputs=hidden, bias=config.mlp_bias)
+    linear("down", (hidden,), inputs=wide, bias=config.mlp_bias)
+    norm("attention_norm", hidden)
+    norm("mlp_norm", hidden)
     if config.qk_norm:
-        norm("q_norm", "self_attn.q_norm", config.head_dim)
-        norm("k_norm", "self_attn.k_norm", config.head_dim)
+        q_width, k_width = config.qk_norm_widths
+        norm("q_norm", q_width)
+        norm("k_norm", k_width)
     return parts
 
 
@@ -117,9 +116,10 @@ def save_model(
 
     dtype_name = str(dtype).removeprefix("torch.")
     config = model.config.to_hf() | {
-        # without these two, transformers fills in the numbers of its own class
+        # without these, transformers fills in the numbers of its own class
         "bos_token_id": None,
         "eos_token_id": None,
+        "pad_token_id": None,
         # transformers 4 reads the first name, transformers 5 the second
         "torch_dtype": dtype_name,
         "dtype": dtype_name,
