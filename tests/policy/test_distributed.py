@@ -150,6 +150,8 @@ def in_a_process_of_its_own(code: str) -> None:
 def test_a_sharded_learner_in_bfloat16():
     """FSDP of one process, as on one GPU: a reference, a critic, adapters and a sampling copy."""
     in_a_process_of_its_own("""
+        import gc
+        import itertools
         import torch
         import torch.distributed as dist
         from torch.distributed.tensor import DTensor
@@ -161,6 +163,7 @@ def test_a_sharded_learner_in_bfloat16():
         from mar.policy.weights import load_model
         from mar.run import setup
         from mar.run.compose import compose
+        from mar.run.planning import empty_policy, memory_per_gpu
         from tests.learn.test_batch import FIRST_OPEN, fake_groups
 
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
@@ -171,10 +174,33 @@ def test_a_sharded_learner_in_bfloat16():
             def deal(self, items): return [(item, 1.0) for item in items]
         sharded_alone = setup.shard
         setup.shard = lambda model, _, scale: sharded_alone(model, World(), scale)
+        def live_bytes():
+            tensors = [x for x in gc.get_objects() if isinstance(x, torch.Tensor)]
+            storages = [x.untyped_storage() for x in tensors if type(x) is not DTensor
+                        and x.device.type == "cpu"]
+            return sum({x.data_ptr(): x.nbytes() for x in storages}.values())
+
         config = compose(["+experiment=clinic", "algo=ppo", "algo.kl_coef=0.1", "algo.epochs=2",
-                          "model.lora_rank=4", "model.trainable=", "scale.dtype=bfloat16"])
+                          "model.lora_rank=4", "model.trainable=", "scale.dtype=bfloat16",
+                          "scale.num_gpus=1"])
+        held = []
+        fill_one = setup.load_into
+        def load_into(model, folder):
+            held.append(live_bytes())
+            fill_one(model, folder)
+        setup.load_into = load_into
+        before = live_bytes()
         learner = setup.build_learner(config, EMBEDDED, Alone(size=2))
+        held.append(live_bytes())
         models = (learner.policy, learner.reference, learner.critic)
+
+        # one model after another, then the copy: what mar.plan says
+        said = memory_per_gpu(config, empty_policy(config))
+        parts = said["bytes"]
+        order = (parts["weights"], parts["reference"], parts["critic"], parts["sampling_copy"])
+        for seen, planned in zip(held, itertools.accumulate(order), strict=True):
+            assert 0 <= seen - before - planned < 4096, (seen - before, planned)
+        assert said["peak_bytes"]["loading"] == sum(order)
 
         # filled: the weights of the folder, and the start of the adapters
         expected = dict(adapted(load_model(EMBEDDED), config.model).named_parameters())
