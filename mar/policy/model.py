@@ -23,8 +23,9 @@ from torch.utils.checkpoint import checkpoint
 
 import mar_kernels
 from mar.errors import UserError
-from mar.policy.attention import Attend, PackedGroups, group_attention
+from mar.policy.attention import Attend, group_attention
 from mar.policy.families import ARCHITECTURES, Family
+from mar.policy.packing import PackedGroups
 
 # our name of a field -> its name in Hugging Face's config.json
 HF_NAMES = {

@@ -8,7 +8,7 @@ import transformers
 
 from mar.errors import UserError
 from mar.policy import model as decoder
-from mar.policy.attention import group_attention, pack_groups
+from mar.policy.attention import group_attention
 from mar.policy.families import ARCHITECTURES
 from mar.policy.model import (
     LARGE_WEIGHT,
@@ -18,6 +18,7 @@ from mar.policy.model import (
     project,
     reorder_weight,
 )
+from mar.policy.packing import pack_groups
 from mar.policy.weights import load_model, save_model, split_state
 
 LLAMA3 = {
