@@ -95,7 +95,7 @@ def written(
     )
     items = []
     for prompt, rollouts in zip(prompts, judge_groups(prompts, groups, scorer), strict=True):
-        items.append(item_of_rollouts(prompt, rollouts, scorer.verifier))
+        items.append(item_of_rollouts(prompt, rollouts))
     return items
 
 
