@@ -67,6 +67,8 @@ def test_a_task_is_a_function_and_an_entry(
     assert "5 rows" in (out := capsys.readouterr().out) and "0 + 2 = ?" in out
 
 
+# transformers, whose tokenizer asks a config.json of an unknown model_type too
+@pytest.mark.filterwarnings("ignore:`rope_scaling` is deprecated")
 def test_a_model_family_is_an_entry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The embedded model under other names, and with its norms behind attention and MLP."""
     with pytest.raises(UserError, match="architecture MineForCausalLM is not supported"):
