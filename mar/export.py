@@ -43,6 +43,12 @@ It was asked in these words, after the question, and sampled at temperature {tem
 ```
 {results}"""
 
+# Small updates are less than half a unit in the last place of the weight that they are added to.
+ROUNDED = (
+    "adapters merged into bfloat16 weights are rounded: for exactly the policy that was trained "
+    "take --adapters or --dtype float32"
+)
+
 
 def card(config: Config, grammar: Grammar, step: int, dtype: str, measured: dict[str, Any]) -> str:
     """README.md of the exported folder. `measured` is the run's eval.json, or empty."""
@@ -102,6 +108,8 @@ def export(run: Path, folder: Path, dtype: str, adapters: bool = False) -> Path:
     grammar = fit_grammar(grammar_of(config), tokenizer)
     measured = json.loads((run / "eval.json").read_text()) if (run / "eval.json").exists() else {}
     (folder / "README.md").write_text(card(config, grammar, saved.step, dtype, measured))
+    if config.model.lora_rank and dtype == "bfloat16":
+        print(ROUNDED, file=sys.stderr)
     save_model(merge(model), folder, getattr(torch, dtype), extra=token_ids)
     return folder
 

@@ -12,6 +12,9 @@ SHAPES = {
     "MistralForCausalLM": {"num_kv_heads": 4},
     "Qwen2ForCausalLM": {"attention_bias": True},
     "Qwen3ForCausalLM": {"qk_norm": True, "tied_embeddings": True},
+    "Phi3ForCausalLM": {},
+    "SmolLM3ForCausalLM": {"tied_embeddings": True, "without_rope": (1,)},
+    "Olmo2ForCausalLM": {"qk_norm": True},
 }
 
 

@@ -43,7 +43,7 @@ from mar.learn.losses import (
     value_loss,
 )
 from mar.learn.optim import clip_gradients, learning_rate, set_learning_rate
-from mar.policy.distributed import World
+from mar.policy.distributed import World, reshard
 from mar.policy.packing import PackedGroups
 
 Columns = dict[str, Tensor]
@@ -74,18 +74,22 @@ def score_before_updates(learner: Learner, batch: Batch) -> Columns:
     algo = config.algo
     max_tokens = config.train.micro_batch_tokens
 
-    def logprobs_of(model: nn.Module) -> Callable[[PackedGroups], Tensor]:
-        return lambda packed: model(packed, algo.temperature)[0]
+    def logprobs_of(model: nn.Module) -> Tensor:
+        def run(packed: PackedGroups) -> Tensor:
+            return model(packed, algo.temperature)[0]
+
+        logprobs = one_pass(run, batch, max_tokens, learner.world)
+        reshard(model)
+        return logprobs
 
     columns = {}
     if algo.epochs * algo.minibatches > 1:
-        run = logprobs_of(learner.policy)
-        columns["old_logprobs"] = one_pass(run, batch, max_tokens, learner.world)
+        columns["old_logprobs"] = logprobs_of(learner.policy)
     if learner.reference is not None:
-        run = logprobs_of(learner.reference)
-        columns["ref_logprobs"] = one_pass(run, batch, max_tokens, learner.world)
+        columns["ref_logprobs"] = logprobs_of(learner.reference)
     if learner.critic is not None:
         columns["values"] = one_pass(learner.critic, batch, max_tokens, learner.world)
+        reshard(learner.critic)
     return columns
 
 

@@ -15,18 +15,20 @@ from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
+    FSDPModule,
     MixedPrecisionPolicy,
     OffloadPolicy,
     fully_shard,
 )
+from torch.distributed.tensor import DTensor
 
 from mar.config import ScaleOptions
 from mar.errors import UserError
-from mar.policy.lora import merged_parameters
+from mar.policy.critic import Critic
 from mar.policy.model import Block, Decoder
 
 T = TypeVar("T")
@@ -156,28 +158,51 @@ def shard(model: nn.Module, world: World, scale: ScaleOptions) -> None:
     )
     if scale.replicas == 1:
         mesh = mesh["shard"]
+    stored_dtype = next(model.parameters()).dtype
     precision = MixedPrecisionPolicy(
-        param_dtype=getattr(torch, scale.dtype), reduce_dtype=next(model.parameters()).dtype
+        param_dtype=getattr(torch, scale.dtype), reduce_dtype=stored_dtype
     )
     offload = OffloadPolicy()
     if scale.offload:
         offload = CPUOffloadPolicy(pin_memory=world.device.type == "cuda")
+    if isinstance(model, Critic):
+        # values are not rounded to the computation's dtype
+        precise = MixedPrecisionPolicy(param_dtype=stored_dtype, reduce_dtype=stored_dtype)
+        fully_shard(model.value, mesh=mesh, mp_policy=precise, offload_policy=offload)
     blocks = [module for module in model.modules() if isinstance(module, Block)]
     for part in (*blocks, model):
         fully_shard(part, mesh=mesh, mp_policy=precision, offload_policy=offload)
 
 
+def reshard(model: nn.Module) -> None:
+    """Free the parameters that a pass without gradients has left whole.
+
+    FSDP2 keeps those of its root (embedding, last norm and head) for a backward pass, which here
+    does not come. A model that is not sharded stays as it is.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 @torch.no_grad()
 def gather_weights(policy: Decoder, sampling_copy: Decoder) -> None:
-    """Copy a sharded policy's parameters, adapters merged, into an unsharded plain decoder.
+    """Copy a sharded policy's parameters into an unsharded decoder with the same adapters.
 
     Tensor by tensor, in the dtype of the copy. Parameters of the copy that were freed get their
-    memory back.
+    memory back. Adapters stay apart: merged into a bfloat16 weight, most of what they add would be
+    less than half a unit in its last place and be rounded away.
     """
     copies = dict(sampling_copy.named_parameters())
     for parameter in copies.values():
         storage = parameter.untyped_storage()
         if storage.size() == 0:
             storage.resize_(parameter.numel() * parameter.element_size())
-    for name, value in merged_parameters(policy):
-        copies[name].copy_(value)
+    for name, parameter in policy.named_parameters():
+        copies[name].copy_(_whole(parameter))
+
+
+def _whole(parameter: Tensor) -> Tensor:
+    if isinstance(parameter, DTensor):
+        return parameter.full_tensor()
+    return parameter

@@ -13,13 +13,12 @@ from typing import cast
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.nn.functional import linear
 
 from mar.config import ModelOptions
 from mar.errors import UserError
 from mar.policy.model import Decoder, Linear
-from mar.policy.weights import layout
+from mar.policy.weights import fill, layout
 
 # what the names of adapters' parameters have in common
 ADAPTERS = "lora_"
@@ -31,17 +30,14 @@ class AdaptedLinear(Linear):
     lora_a [rank, in] starts random, lora_b [out, rank] at zero: at first nothing changes.
     """
 
-    def __init__(
-        self, base: nn.Linear, rank: int, scale: float, generator: torch.Generator
-    ) -> None:
+    def __init__(self, base: nn.Linear, rank: int, scale: float) -> None:
         nn.Module.__init__(self)
         self.in_features = base.in_features
         self.out_features = base.out_features
         self.scale = scale
         self.weight = base.weight
         self.bias = base.bias
-        start = torch.randn(rank, base.in_features, generator=generator) * base.in_features**-0.5
-        self.lora_a = nn.Parameter(start.to(base.weight))
+        self.lora_a = nn.Parameter(base.weight.new_empty(rank, base.in_features))
         self.lora_b = nn.Parameter(base.weight.new_zeros(base.out_features, rank))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -50,7 +46,7 @@ class AdaptedLinear(Linear):
 
 def add_adapters(model: Decoder, rank: int, scale: float, layers: str) -> None:
     """Put an adapter on every linear layer of the blocks in whose name the regular expression
-    `layers` is found. In place, and with the same start every time.
+    `layers` is found. In place, and started (`start_adapters`).
 
     Raises UserError where it finds none.
     """
@@ -61,9 +57,23 @@ def add_adapters(model: Decoder, rank: int, scale: float, layers: str) -> None:
             f"model.lora_layers={layers!r} is found in no linear layer's name; "
             f"they are {', '.join([*linears][:4])}, ..."
         )
-    generator = torch.Generator().manual_seed(0)
     for name in chosen:
-        model.set_submodule(name, AdaptedLinear(linears[name], rank, scale, generator))
+        model.set_submodule(name, AdaptedLinear(linears[name], rank, scale))
+    start_adapters(model)
+
+
+def start_adapters(model: Decoder) -> None:
+    """Give the adapters the values that they start from, the same every time: what they add is 0.
+
+    A is normal with variance 1 / inputs, B is 0.
+    """
+    generator = torch.Generator().manual_seed(0)
+    for layer in model.modules():
+        if isinstance(layer, AdaptedLinear):
+            rank, inputs = layer.lora_a.shape
+            start = torch.randn(rank, inputs, generator=generator) * inputs**-0.5
+            fill(layer.lora_a, start)
+            fill(layer.lora_b, torch.zeros(layer.lora_b.shape))
 
 
 def adapted(model: Decoder, options: ModelOptions) -> Decoder:
@@ -91,10 +101,7 @@ def is_adapter(name: str) -> bool:
 
 
 def merged_parameters(model: Decoder) -> Iterator[tuple[str, Tensor]]:
-    """Name and value of each parameter of the plain decoder that computes the same.
-
-    One at a time, and whole where the model is sharded.
-    """
+    """Name and value of each parameter of the plain decoder that computes the same."""
     parameters = dict(model.named_parameters())
     for name, parameter in parameters.items():
         if is_adapter(name):
@@ -102,18 +109,12 @@ def merged_parameters(model: Decoder) -> Iterator[tuple[str, Tensor]]:
         layer = name.removesuffix(".weight")
         has_adapter = layer != name and f"{layer}.lora_a" in parameters
         if not has_adapter:
-            yield name, _unsharded(parameter)
+            yield name, parameter
             continue
-        a = _unsharded(parameters[f"{layer}.lora_a"])
-        b = _unsharded(parameters[f"{layer}.lora_b"])
+        a = parameters[f"{layer}.lora_a"]
+        b = parameters[f"{layer}.lora_b"]
         scale = cast(AdaptedLinear, model.get_submodule(layer)).scale
-        yield name, _unsharded(parameter) + scale * b @ a
-
-
-def _unsharded(parameter: Tensor) -> Tensor:
-    if isinstance(parameter, DTensor):
-        return parameter.full_tensor()
-    return parameter
+        yield name, parameter + scale * b @ a
 
 
 def merge(model: Decoder) -> Decoder:

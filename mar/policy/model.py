@@ -1,4 +1,4 @@
-"""The policy: one decoder for Llama, Mistral, Qwen2 and Qwen3, in training, prefill and decoding.
+"""The policy: one decoder for the families of `families.py`, in training, prefill and decoding.
 
 Its input is N packed tokens without padding. There is no cache, mask, generation or logits tensor
 here: how tokens attend is a function that the caller passes, and token log-probabilities come from
@@ -24,9 +24,8 @@ from torch.utils.checkpoint import checkpoint
 import mar_kernels
 from mar.errors import UserError
 from mar.policy.attention import Attend, group_attention
+from mar.policy.families import ARCHITECTURES, Family
 from mar.policy.packing import PackedGroups
-
-ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 
 # our name of a field -> its name in Hugging Face's config.json
 HF_NAMES = {
@@ -55,9 +54,6 @@ REQUIRED_SIZES = (
     "num_attention_heads",
 )
 
-# the window of a Mistral whose config.json names none
-MISTRAL_WINDOW = 4096
-
 # elements from which reordering a weight pays
 LARGE_WEIGHT = 1 << 18
 
@@ -71,7 +67,8 @@ LLAMA3_KEYS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_po
 class ModelConfig:
     """The shape of a decoder.
 
-    `rope_scaling` is None or the `llama3` dictionary of Hugging Face's config.json.
+    `rope_scaling` is None or the `llama3` dictionary of Hugging Face's config.json. The layers of
+    `without_rope` have no rotary positions.
     """
 
     architecture: str
@@ -90,6 +87,7 @@ class ModelConfig:
     mlp_bias: bool = False
     qk_norm: bool = False
     tied_embeddings: bool = False
+    without_rope: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if self.num_heads % self.num_kv_heads:
@@ -100,9 +98,20 @@ class ModelConfig:
             raise UserError(f"head_dim={self.head_dim} is odd: rotary positions need an even one")
 
     @property
+    def family(self) -> Family:
+        return ARCHITECTURES[self.architecture]
+
+    @property
     def output_bias(self) -> bool:
-        """Qwen2 has biases on q, k and v only."""
-        return self.attention_bias and self.architecture != "Qwen2ForCausalLM"
+        """Whether `o` has a bias, as q, k and v have by `attention_bias`."""
+        return self.attention_bias and not self.family.qkv_bias
+
+    @property
+    def qk_norm_widths(self) -> tuple[int, int]:
+        """The channels that the norms of queries and of keys each take together."""
+        if self.family.qk_norm == "all":
+            return self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        return self.head_dim, self.head_dim
 
     @classmethod
     def from_hf(cls, hf: dict[str, Any]) -> "ModelConfig":
@@ -117,43 +126,44 @@ class ModelConfig:
             raise UserError(
                 f"config.json: architecture {architecture} is not supported: use one of {known}"
             )
+        family = ARCHITECTURES[architecture]
         _refuse_unsupported(architecture, hf)
-        is_qwen2 = architecture == "Qwen2ForCausalLM"
-        is_qwen3 = architecture == "Qwen3ForCausalLM"
 
-        fields = {}
+        fields = dict(family.defaults)
         for ours, theirs in HF_NAMES.items():
             if hf.get(theirs) is not None:
                 fields[ours] = hf[theirs]
         num_heads = fields["num_heads"]
         fields.setdefault("num_kv_heads", num_heads)
-        if is_qwen3:
-            fields.setdefault("head_dim", 128)
-        else:
-            fields.setdefault("head_dim", fields["hidden_size"] // num_heads)
-        # Qwen2 always has these biases and does not say so
-        fields["attention_bias"] = is_qwen2 or fields.get("attention_bias", False)
-        fields["qk_norm"] = is_qwen3
-        fields |= _read_rope(hf)
+        fields.setdefault("head_dim", fields["hidden_size"] // num_heads)
+        fields["attention_bias"] = family.qkv_bias or fields.get("attention_bias", False)
+        fields["qk_norm"] = family.qk_norm != "none"
+        fields |= _read_rope(hf, family.defaults.get("rope_theta", 10000.0))
+        fields["without_rope"] = _layers_without_rope(hf, family, fields["num_layers"])
         return cls(architecture=architecture, **fields)
 
     def to_hf(self) -> dict[str, Any]:
         """The dictionary of config.json, in the keys of transformers 4, which 5 reads too."""
         shape = {theirs: getattr(self, ours) for ours, theirs in HF_NAMES.items()}
-        return {
+        hf = {
             "architectures": [self.architecture],
-            "model_type": self.architecture.removesuffix("ForCausalLM").lower(),
+            "model_type": self.family.model_type,
             **shape,
             "hidden_act": "silu",
             "sliding_window": None,
             "use_sliding_window": False,
         }
+        if self.family.no_rope_interval:
+            rotated = [int(layer not in self.without_rope) for layer in range(self.num_layers)]
+            hf["no_rope_layers"] = rotated
+        return hf
 
 
 def _refuse_unsupported(architecture: str, hf: dict[str, Any]) -> None:
+    family = ARCHITECTURES[architecture]
     window = None
-    if architecture == "MistralForCausalLM":
-        window = hf.get("sliding_window", MISTRAL_WINDOW)
+    if family.has_window:
+        window = hf.get("sliding_window", family.default_window)
     layer_types = hf.get("layer_types") or ()
     unsupported = {
         "hidden_act": hf.get("hidden_act", "silu") != "silu",
@@ -171,13 +181,28 @@ def _refuse_unsupported(architecture: str, hf: dict[str, Any]) -> None:
             raise UserError(f"config.json: {key} is missing or not an integer")
 
 
-def _read_rope(hf: dict[str, Any]) -> dict[str, Any]:
+def _layers_without_rope(hf: dict[str, Any], family: Family, num_layers: int) -> tuple[int, ...]:
+    """`no_rope_layers` has a 1 for each layer with rotary positions, and a 0 for one without."""
+    if not family.no_rope_interval:
+        return ()
+    rotated = hf.get("no_rope_layers")
+    if rotated is None:
+        interval = hf.get("no_rope_layer_interval", family.no_rope_interval)
+        rotated = [(layer + 1) % interval for layer in range(num_layers)]
+    if len(rotated) < num_layers:
+        raise UserError(
+            f"config.json: no_rope_layers has {len(rotated)} entries for {num_layers} layers"
+        )
+    return tuple(layer for layer in range(num_layers) if not rotated[layer])
+
+
+def _read_rope(hf: dict[str, Any], default_theta: float) -> dict[str, Any]:
     """The fields `rope_theta` and `rope_scaling`.
 
     transformers 5 writes both into `rope_parameters`, transformers 4 wrote two separate keys.
     """
     rope = dict(hf.get("rope_scaling") or hf.get("rope_parameters") or {})
-    theta = float(rope.get("rope_theta") or hf.get("rope_theta") or 10000.0)
+    theta = float(rope.get("rope_theta") or hf.get("rope_theta") or default_theta)
     kind = rope.get("rope_type", rope.get("type", "default"))
     rotated_part = rope.get("partial_rotary_factor") or hf.get("partial_rotary_factor") or 1.0
     if rotated_part != 1.0:
@@ -244,6 +269,24 @@ def project(x: Tensor, weight: Tensor, bias: Tensor | None, reordered: Tensor | 
     return torch.ops.mkldnn._linear_pointwise(x, reordered, bias, "none", [], "")
 
 
+def precise_product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b, in float32 or wider: a product of bfloat16 is not rounded to bfloat16.
+
+    a [..., n, k], b [..., k, m] -> [..., n, m]. Without gradients: a GPU's product of two types has
+    none.
+    """
+    precise = torch.promote_types(a.dtype, torch.float32)
+    if a.dtype == precise:
+        return a @ b
+    if not a.is_cuda:
+        return a.to(precise) @ b.to(precise)
+    if a.dim() == 2:
+        return torch.mm(a, b, out_dtype=precise)
+    batch = a.shape[:-2]
+    product = torch.bmm(a.flatten(0, -3), b.flatten(0, -3), out_dtype=precise)
+    return product.unflatten(0, batch)
+
+
 class Linear(nn.Linear):
     """nn.Linear that uses a reordered copy of its weight while it has one (`reordered_weights`)."""
 
@@ -254,10 +297,12 @@ class Linear(nn.Linear):
 
 
 class Block(nn.Module):
-    """One layer, pre-norm: attention, then a gated MLP (SwiGLU), each added to its input.
+    """One layer: attention, then a gated MLP (SwiGLU), each added to its input.
 
-    x = x + o(attend(q, k, v))              q, k, v = qkv(norm(x))
-    x = x + down(silu(gate) * up)           gate, up = gate_up(norm(x))
+    x = x + attention(norm(x))      attention(x) = o(attend(q, k, v)) with q, k, v = qkv(x)
+    x = x + mlp(norm(x))            mlp(x) = down(silu(gate) * up) with gate, up = gate_up(x)
+
+    Or, by the family, x + norm(attention(x)) and x + norm(mlp(x)).
     """
 
     def __init__(self, config: ModelConfig, index: int) -> None:
@@ -266,6 +311,8 @@ class Block(nn.Module):
         self.num_heads = config.num_heads
         self.num_kv_heads = config.num_kv_heads
         self.head_dim = config.head_dim
+        self.rotated = index not in config.without_rope
+        self.norms_after = config.family.norms == "after"
         width = config.hidden_size
         attention_width = config.num_heads * config.head_dim
         qkv_width = attention_width + 2 * config.num_kv_heads * config.head_dim
@@ -275,9 +322,11 @@ class Block(nn.Module):
         self.qkv = Linear(width, qkv_width, bias=config.attention_bias)
         self.q_norm: nn.RMSNorm | None = None
         self.k_norm: nn.RMSNorm | None = None
+        self.norm_all_heads = config.family.qk_norm == "all"
         if config.qk_norm:
-            self.q_norm = nn.RMSNorm(config.head_dim, config.rms_norm_eps)
-            self.k_norm = nn.RMSNorm(config.head_dim, config.rms_norm_eps)
+            q_width, k_width = config.qk_norm_widths
+            self.q_norm = nn.RMSNorm(q_width, config.rms_norm_eps)
+            self.k_norm = nn.RMSNorm(k_width, config.rms_norm_eps)
         self.o = Linear(attention_width, width, bias=config.output_bias)
         self.mlp_norm = nn.RMSNorm(width, config.rms_norm_eps)
         self.gate_up = Linear(width, 2 * mlp_width, bias=config.mlp_bias)
@@ -285,11 +334,20 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
         """x [N, D] -> [N, D]; cos and sin [N, 1, d] are those of `Decoder.rope`."""
-        q, k, v = self._queries_keys_values(self.attention_norm(x), cos, sin)
+        if self.norms_after:
+            x = x + self.attention_norm(self._attention(x, cos, sin, attend))
+            return x + self.mlp_norm(self._mlp(x))
+        x = x + self._attention(self.attention_norm(x), cos, sin, attend)
+        return x + self._mlp(self.mlp_norm(x))
+
+    def _attention(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
+        q, k, v = self._queries_keys_values(x, cos, sin)
         mixed = attend(self.index, q, k, v)
-        x = x + self.o(mixed.flatten(1))
-        gate, up = self.gate_up(self.mlp_norm(x)).chunk(2, dim=-1)
-        return x + self.down(F.silu(gate) * up)
+        return self.o(mixed.flatten(1))
+
+    def _mlp(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        return self.down(F.silu(gate) * up)
 
     def _queries_keys_values(
         self, x: Tensor, cos: Tensor, sin: Tensor
@@ -301,12 +359,23 @@ class Block(nn.Module):
         heads = rearrange(self.qkv(x), "n (h d) -> n h d", d=self.head_dim)
         qk, v = heads.split((self.num_heads + self.num_kv_heads, self.num_kv_heads), dim=1)
         if self.q_norm is not None and self.k_norm is not None:
-            q_weight = self.q_norm.weight.expand(self.num_heads, -1)
-            k_weight = self.k_norm.weight.expand(self.num_kv_heads, -1)
-            normed = F.rms_norm(qk, (self.head_dim,), eps=self.q_norm.eps)
-            qk = normed * torch.cat((q_weight, k_weight))
-        q, k = rotate(qk, cos, sin).split((self.num_heads, self.num_kv_heads), dim=1)
+            qk = self._normed(qk, self.q_norm, self.k_norm)
+        if self.rotated:
+            qk = rotate(qk, cos, sin)
+        q, k = qk.split((self.num_heads, self.num_kv_heads), dim=1)
         return q, k, v
+
+    def _normed(self, qk: Tensor, q_norm: nn.RMSNorm, k_norm: nn.RMSNorm) -> Tensor:
+        """Queries and keys [N, H + Hkv, d] with their norms, of each head or of all together."""
+        if self.norm_all_heads:
+            q, k = qk.split((self.num_heads, self.num_kv_heads), dim=1)
+            q = q_norm(q.flatten(1)).view_as(q)
+            k = k_norm(k.flatten(1)).view_as(k)
+            return torch.cat((q, k), dim=1)
+        q_weight = q_norm.weight.expand(self.num_heads, -1)
+        k_weight = k_norm.weight.expand(self.num_kv_heads, -1)
+        normed = F.rms_norm(qk, (self.head_dim,), eps=q_norm.eps)
+        return normed * torch.cat((q_weight, k_weight))
 
 
 class Decoder(nn.Module):

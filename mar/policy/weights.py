@@ -5,6 +5,7 @@ The fused `qkv` and `gate_up` exist only in memory; a checkpoint has their parts
 
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.distributed.tensor import DTensor, Shard
 
 from mar.errors import UserError
 from mar.policy.model import Decoder, ModelConfig
@@ -41,42 +43,41 @@ def _block_layout(config: ModelConfig, ours: str, theirs: str) -> Layout:
     """The layout of one block, which is called `ours` here and `theirs` in the checkpoint."""
     parts: Layout = {}
 
-    def linear(name: str, outputs: dict[str, int], inputs: int, bias: bool) -> None:
-        """`outputs`: the checkpoint's layers, in our order, and how many outputs each has."""
+    def linear(name: str, sizes: tuple[int, ...], inputs: int, bias: bool) -> None:
+        """`sizes`: the outputs of each of the checkpoint's layers, in our order.
+
+        A checkpoint may have them as one layer, as we do.
+        """
+        layers = config.family.tensors[name]
+        if len(layers) == 1:
+            sizes = (sum(sizes),)
+        outputs = list(zip(layers, sizes, strict=True))
         parts[f"{ours}.{name}.weight"] = [
-            (f"{theirs}.{layer}.weight", (size, inputs)) for layer, size in outputs.items()
+            (f"{theirs}.{layer}.weight", (size, inputs)) for layer, size in outputs
         ]
         if bias:
             parts[f"{ours}.{name}.bias"] = [
-                (f"{theirs}.{layer}.bias", (size,)) for layer, size in outputs.items()
+                (f"{theirs}.{layer}.bias", (size,)) for layer, size in outputs
             ]
 
-    def norm(name: str, layer: str, size: int) -> None:
+    def norm(name: str, size: int) -> None:
+        (layer,) = config.family.tensors[name]
         parts[f"{ours}.{name}.weight"] = [(f"{theirs}.{layer}.weight", (size,))]
 
     hidden = config.hidden_size
     wide = config.intermediate_size
     queries = config.num_heads * config.head_dim
     keys = config.num_kv_heads * config.head_dim
-    linear(
-        "qkv",
-        outputs={"self_attn.q_proj": queries, "self_attn.k_proj": keys, "self_attn.v_proj": keys},
-        inputs=hidden,
-        bias=config.attention_bias,
-    )
-    linear("o", outputs={"self_attn.o_proj": hidden}, inputs=queries, bias=config.output_bias)
-    linear(
-        "gate_up",
-        outputs={"mlp.gate_proj": wide, "mlp.up_proj": wide},
-        inputs=hidden,
-        bias=config.mlp_bias,
-    )
-    linear("down", outputs={"mlp.down_proj": hidden}, inputs=wide, bias=config.mlp_bias)
-    norm("attention_norm", "input_layernorm", hidden)
-    norm("mlp_norm", "post_attention_layernorm", hidden)
+    linear("qkv", (queries, keys, keys), inputs=hidden, bias=config.attention_bias)
+    linear("o", (hidden,), inputs=queries, bias=config.output_bias)
+    linear("gate_up", (wide, wide), inputs=hidden, bias=config.mlp_bias)
+    linear("down", (hidden,), inputs=wide, bias=config.mlp_bias)
+    norm("attention_norm", hidden)
+    norm("mlp_norm", hidden)
     if config.qk_norm:
-        norm("q_norm", "self_attn.q_norm", config.head_dim)
-        norm("k_norm", "self_attn.k_norm", config.head_dim)
+        q_width, k_width = config.qk_norm_widths
+        norm("q_norm", q_width)
+        norm("k_norm", k_width)
     return parts
 
 
@@ -115,9 +116,10 @@ def save_model(
 
     dtype_name = str(dtype).removeprefix("torch.")
     config = model.config.to_hf() | {
-        # without these two, transformers fills in the numbers of its own class
+        # without these, transformers fills in the numbers of its own class
         "bos_token_id": None,
         "eos_token_id": None,
+        "pad_token_id": None,
         # transformers 4 reads the first name, transformers 5 the second
         "torch_dtype": dtype_name,
         "dtype": dtype_name,
@@ -150,16 +152,62 @@ def load_model(
     unexpected or of another shape.
     """
     folder = Path(folder)
-    config = ModelConfig.from_hf(read_json_object(folder / "config.json"))
+    config = read_config(folder)
+    with torch.device("meta"):
+        model = Decoder(config)
+    model.load_state_dict(dict(_parameters(folder, config, dtype, device)), assign=True)
+    return model
+
+
+def load_into(model: Decoder, folder: Path) -> None:
+    """Give a decoder, which may be sharded or have adapters, the weights of a checkpoint folder.
+
+    One parameter at a time, so that no more than one is whole in memory: the files are mapped. What
+    the decoder does not have, as a critic's trunk has no head, is left out. Raises as `load_model`.
+    """
+    parameters = dict(model.named_parameters())
+    dtype = model.embed.weight.dtype
+    for name, whole in _parameters(folder, model.config, dtype, "cpu"):
+        if name in parameters:
+            fill(parameters[name], whole)
+
+
+@torch.no_grad()
+def fill(parameter: Tensor, whole: Tensor) -> None:
+    """Give a parameter these values; one that is sharded takes this rank's rows of them."""
+    if isinstance(parameter, DTensor):
+        for axis, placement in enumerate(parameter.placements):
+            if isinstance(placement, Shard):
+                mesh = parameter.device_mesh
+                shards = whole.chunk(mesh.size(axis))
+                index = mesh.get_local_rank(axis)
+                # with fewer rows than ranks the last ranks have none
+                whole = shards[index] if index < len(shards) else whole[:0]
+        parameter = parameter.to_local()
+    parameter.copy_(whole)
+
+
+def read_config(folder: Path) -> ModelConfig:
+    """The shape that a checkpoint folder's config.json describes. Raises UserError."""
+    return ModelConfig.from_hf(read_json_object(folder / "config.json"))
+
+
+def _parameters(
+    folder: Path, config: ModelConfig, dtype: torch.dtype, device: torch.device | str
+) -> Iterator[tuple[str, Tensor]]:
+    """Name and value of each parameter of the decoder; see `load_model` for the errors."""
     found = _read_tensors(folder)
-    state: dict[str, Tensor] = {}
+    embedding = None
     for ours, parts in layout(config).items():
         pieces = [_take(found, folder, name, shape).to(device, dtype) for name, shape in parts]
         # a single piece is not copied
-        state[ours] = torch.cat(pieces) if len(pieces) > 1 else pieces[0]
-    if config.tied_embeddings and "lm_head.weight" in found:
+        whole = torch.cat(pieces) if len(pieces) > 1 else pieces[0]
+        if ours == "embed.weight" and config.tied_embeddings:
+            embedding = whole
+        yield ours, whole
+    if embedding is not None and "lm_head.weight" in found:
         head = found.pop("lm_head.weight").to(device, dtype)
-        if not torch.equal(head, state["embed.weight"]):
+        if not torch.equal(head, embedding):
             raise UserError(
                 f"{folder}: lm_head.weight differs from the embedding, "
                 "but tie_word_embeddings is true"
@@ -171,10 +219,6 @@ def load_model(
             f"{folder}: {config.architecture} has no tensor {unexpected[0]} "
             f"({len(unexpected)} unexpected)"
         )
-    with torch.device("meta"):
-        model = Decoder(config)
-    model.load_state_dict(state, assign=True)
-    return model
 
 
 def _take(found: dict[str, Tensor], folder: Path, name: str, shape: tuple[int, ...]) -> Tensor:

@@ -19,6 +19,7 @@ from torch import nn
 from mar.config import Config, ModelOptions
 from mar.errors import UserError
 from mar.learn.optim import make_optimizer
+from mar.policy.critic import Critic
 from mar.policy.lora import adapted, trainable_pattern
 from mar.policy.model import Decoder, ModelConfig
 from mar.policy.sources import EMBEDDED
@@ -46,8 +47,8 @@ ASSUMED = (
     f"H100 SXM: {PEAK_FLOPS / 1e12:.0f} TFLOP/s at {MFU:.0%}, {BANDWIDTH / 1e12} TB/s at "
     f"{BANDWIDTH_USED:.0%}",
     "every prompt and completion has its largest length",
-    "not counted: verification, evaluation, communication that does not overlap, a critic, a "
-    "reference, what sampling and offloading move",
+    "seconds leave out verification, evaluation, communication that does not overlap, the passes "
+    "of a critic and a reference, what sampling and offloading move",
 )
 
 # (hidden size, intermediate size, layers, heads)
@@ -204,8 +205,25 @@ def update_memory(
     }
 
 
+def memory_beside_policy(
+    config: Config, shape: ModelConfig, shards: int, stored_bytes: int
+) -> dict[str, int]:
+    """Bytes per GPU of the reference's weights, and of the critic's weights and training state.
+
+    A critic has the policy's shape with another head, and is trained whole: its gradients and two
+    moments are three times its weights.
+    """
+    plain = empty_model(shape)
+    reference = critic = 0
+    if config.algo.kl_coef:
+        reference = stored_bytes * num_parameters(plain, shards=shards)
+    if config.algo.baseline == "value":
+        critic = stored_bytes * num_parameters(Critic(plain), shards=shards)
+    return {"reference": reference, "critic": critic, "critic_training": 3 * critic}
+
+
 def memory_per_gpu(config: Config, model: Decoder) -> dict[str, Any]:
-    """Bytes per GPU by part, the peaks of sampling and of the update, and the largest group.
+    """Bytes per GPU by part, the peaks of loading, sampling and the update, and the largest group.
 
     Raises UserError where a group exceeds the KV budget.
     """
@@ -215,23 +233,32 @@ def memory_per_gpu(config: Config, model: Decoder) -> dict[str, Any]:
     dtype = getattr(torch, scale.dtype)
     compute_bytes = dtype.itemsize
     tokens = max(P + R, config.train.micro_batch_tokens)
+    shards = scale.num_gpus // scale.replicas
+    stored_bytes = torch.promote_types(dtype, torch.float32).itemsize
     parts = update_memory(
         model,
         tokens=tokens,
-        shards=scale.num_gpus // scale.replicas,
+        shards=shards,
         checkpointed=config.train.checkpoint_activations,
         compute_bytes=compute_bytes,
-        stored_bytes=torch.promote_types(dtype, torch.float32).itemsize,
+        stored_bytes=stored_bytes,
     )
+    beside = memory_beside_policy(config, shape, shards, stored_bytes)
     if scale.offload:  # they live in CPU memory
         parts |= {"weights": 0, "gradients": 0, "optimizer": 0}
+        beside = dict.fromkeys(beside, 0)
+    parts |= beside
 
-    # The update: everything above, and the copy for sampling where it is kept.
-    copy = compute_bytes * num_parameters(empty_model(shape))
+    # Loading: the shards of all models, one after another, then the copy for sampling.
+    copy = compute_bytes * num_parameters(model)
+    loading_peak = parts["weights"] + parts["reference"] + parts["critic"] + copy
+
+    # The update: everything above, and the copy where it is kept.
     update_peak = sum(parts.values()) + (copy if scale.keep_copy else 0)
 
     # Sampling: what stays resident, the copy, and the KV cache.
-    resident = copy + parts["weights"] + parts["gradients"] + parts["optimizer"]
+    training_state = parts["weights"] + parts["gradients"] + parts["optimizer"]
+    resident = copy + training_state + sum(beside.values())
     num_prompts = ceil(config.algo.prompts_per_step / scale.num_gpus)
     prompt_slots, row_slots = capacity([P] * num_prompts, [G] * num_prompts, R, kv_budget)
     kv_bytes = compute_bytes * _kv_numbers_per_token(shape)
@@ -243,8 +270,8 @@ def memory_per_gpu(config: Config, model: Decoder) -> dict[str, Any]:
     largest_group = max(0, (min(tokens_in_memory, kv_budget) - P) // R)
     return {
         "bytes": parts | {"sampling_copy": copy, "kv_cache": kv_cache},
-        "peak_bytes": {"sampling": sampling_peak, "update": update_peak},
-        "fits": max(sampling_peak, update_peak) <= GPU_BYTES * USABLE,
+        "peak_bytes": {"loading": loading_peak, "sampling": sampling_peak, "update": update_peak},
+        "fits": max(loading_peak, sampling_peak, update_peak) <= GPU_BYTES * USABLE,
         "rows_at_once": row_slots,
         "activations_without_checkpointing": (
             compute_bytes * tokens * shape.num_layers * saved_per_token(shape)

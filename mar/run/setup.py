@@ -22,9 +22,9 @@ from mar.learn.optim import make_optimizer
 from mar.measure.held_out import HeldOut
 from mar.policy.critic import Critic
 from mar.policy.distributed import ALONE, World, shard
-from mar.policy.lora import adapted, trainable_pattern
-from mar.policy.model import Decoder, ModelConfig
-from mar.policy.weights import load_model, read_json_object
+from mar.policy.lora import adapted, start_adapters, trainable_pattern
+from mar.policy.model import Decoder
+from mar.policy.weights import load_into, read_config
 from mar.records import Example, Prompt
 from mar.run.console import Display
 from mar.sample.draws import SamplingParams, Truncation
@@ -183,7 +183,7 @@ def _encode(tokenizer: Any, text: str) -> tuple[int, ...]:
 
 def require_positions(config: Config, model_folder: Path, longest_prompt: int) -> None:
     """Raises UserError where a completion can reach positions that the model was not made for."""
-    positions = ModelConfig.from_hf(read_json_object(model_folder / "config.json")).max_positions
+    positions = read_config(model_folder).max_positions
     room = positions - longest_prompt
     most = config.model.max_completion_tokens
     if most > room:
@@ -196,26 +196,46 @@ def require_positions(config: Config, model_folder: Path, longest_prompt: int) -
 
 
 def build_learner(config: Config, model_folder: Path, world: World) -> Learner:
-    """The policy, the models beside it, and their optimizers."""
+    """The policy, the models beside it, and their optimizers.
+
+    All are laid out without memory first. Then each is sharded and filled, one after another: a
+    rank never holds more than its shards and one whole parameter. The sampling copy, which is
+    whole, comes last.
+    """
     algo = config.algo
     options = config.model
     compute_dtype = getattr(torch, config.scale.dtype)
     # Parameters are kept in float32: at lr 1e-6 a bfloat16 parameter would not move.
     stored_dtype = torch.promote_types(compute_dtype, torch.float32)
-    policy = load_model(model_folder, dtype=stored_dtype, device=world.device)
-    policy.checkpoint_blocks = config.train.checkpoint_activations
-    reference = copy.deepcopy(policy).requires_grad_(False) if algo.kl_coef else None
-    critic = Critic(policy) if algo.baseline == "value" else None
-    policy = adapted(policy, options)
+    with torch.device("meta"):
+        plain = Decoder(read_config(model_folder)).to(stored_dtype)
+    plain.checkpoint_blocks = config.train.checkpoint_activations
+    reference = copy.deepcopy(plain).requires_grad_(False) if algo.kl_coef else None
+    critic = Critic(plain) if algo.baseline == "value" else None
+    policy = adapted(plain, options)
+
+    sharded = world.size > 1 or world.device.type == "cuda"
+    for model in (policy, reference, critic):
+        if model is None:
+            continue
+        if sharded:
+            shard(model, world, config.scale)
+        offloaded = sharded and config.scale.offload
+        model.to_empty(device="cpu" if offloaded else world.device)
+        if isinstance(model, Critic):
+            load_into(model.trunk, model_folder)
+            model.start()
+        else:
+            load_into(model, model_folder)
+            start_adapters(model)
 
     sampling_copy = None
-    if world.size > 1 or world.device.type == "cuda":
+    if sharded:
         with torch.device("meta"):
-            sampling_copy = Decoder(policy.config).to(compute_dtype).requires_grad_(False)
+            sampling_copy = Decoder(policy.config)
+        # Adapters stay apart: merged into bfloat16 they would be another policy's.
+        sampling_copy = adapted(sampling_copy, options).to(compute_dtype).requires_grad_(False)
         sampling_copy.to_empty(device=world.device)
-        for model in (policy, reference, critic):
-            if model is not None:
-                shard(model, world, config.scale)
 
     optim = config.optim
     betas = (optim.betas[0], optim.betas[1])

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from mar.answers.grammar import decode_with_starts
 from mar.errors import UserError
-from mar.policy.model import Decoder, project, reorder_weight
+from mar.policy.model import Decoder, precise_product, project, reorder_weight
 from mar.policy.packing import chunks
 from mar.records import Completion
 from mar.sample.draws import DrawnTokens, SamplingParams, draw_tokens, uniforms
@@ -319,14 +319,19 @@ class Engine:
             self.close_thoughts(self.params.think_budget)
         rows = self.rows
         positions = self.cache.own_lengths
-        logits = project(rows.hidden, self.head_weight, None, self.reordered_head)
-        logits = logits.to(rows.full_logprobs.dtype)
+        logits = self.logits(rows.hidden)
         uniform = uniforms(rows.stream_keys, positions)
         drawn = draw_tokens(logits, uniform, self.params.temperature, self.params.truncation)
         if len(self.think_close):
             drawn = self.put_in_think_close(drawn, logits, positions)
         rows.record(positions, drawn, self.stop_ids)
         self.num_steps += 1
+
+    def logits(self, hidden: Float[Tensor, "B D"]) -> Float[Tensor, "B V"]:
+        """In float32 or wider, as the trainer's log-probabilities are computed."""
+        if self.reordered_head is not None:
+            return project(hidden, self.head_weight, None, self.reordered_head)
+        return precise_product(hidden, self.head_weight.T)
 
     def num_drawn(self, completion: CompletionState) -> int:
         """Tokens that its row has drawn; a row that is done still draws until it is taken out."""

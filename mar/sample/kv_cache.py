@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mar.errors import UserError
 from mar.policy.attention import Attend, cpu_attention
-from mar.policy.model import ModelConfig
+from mar.policy.model import ModelConfig, precise_product
 
 
 def capacity(
@@ -252,10 +252,9 @@ def _mix(q: Tensor, keys: Tensor, values: Tensor, bias: Tensor) -> tuple[Tensor,
     """Attention of q [N, H, M, head_dim] over T entries, with `bias` [N, 1, 1, T] on their scores.
 
     Returns the mixed values, and the log-sum-exp of the scores [N, H, M, 1]; both in float32 or
-    wider.
+    wider, and so are the scores: the trainer's fused attention rounds none of them either.
     """
-    precise = torch.promote_types(q.dtype, torch.float32)
-    scores = ((q @ keys.mT).to(precise) * q.shape[-1] ** -0.5).add_(bias)
+    scores = (precise_product(q, keys.mT) * q.shape[-1] ** -0.5).add_(bias)
     lse = scores.logsumexp(-1, keepdim=True)
     weights = scores.sub_(lse).exp_().to(q.dtype)
-    return (weights @ values).to(precise), lse
+    return precise_product(weights, values), lse

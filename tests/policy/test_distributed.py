@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -94,10 +95,7 @@ def test_a_critic_a_reference_and_several_updates_agree_too(tmp_path):
 
 @pytest.mark.slow
 def test_adapters_agree_too(tmp_path):
-    """Sharded adapters beside a frozen, sharded base.
-
-    The ranks sample from merged weights, one process from the adapters themselves.
-    """
+    """Sharded adapters beside a frozen, sharded base."""
     one, two = (train(tmp_path / str(ranks), ranks, "model.lora_rank=3") for ranks in (1, 2))
     assert (one / "completions.jsonl").read_text() == (two / "completions.jsonl").read_text()
     torch.testing.assert_close(parameters(one), parameters(two), rtol=0, atol=1e-8)
@@ -133,6 +131,141 @@ def test_the_copy_to_sample_from_is_filled_each_time_and_freed_if_asked(tiny_mod
                 p.add_(1)
     # what is kept is not allocated again
     assert len(addresses) == 1 or not kept
+
+
+def in_a_process_of_its_own(code: str) -> None:
+    """Run statements after which a process group would stay."""
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_a_sharded_learner_in_bfloat16():
+    """FSDP of one process, as on one GPU: a reference, a critic, adapters and a sampling copy."""
+    in_a_process_of_its_own("""
+        import gc
+        import itertools
+        import torch
+        import torch.distributed as dist
+        from torch.distributed.tensor import DTensor
+        from mar.learn.batch import make_batch, micro_batches
+        from mar.learn.update import score_before_updates
+        from mar.policy.distributed import World
+        from mar.policy.lora import adapted
+        from mar.policy.sources import EMBEDDED
+        from mar.policy.weights import load_model
+        from mar.run import setup
+        from mar.run.compose import compose
+        from mar.run.planning import empty_policy, memory_per_gpu
+        from tests.learn.test_batch import FIRST_OPEN, fake_groups
+
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        # what is sharded on a CPU has two ranks: one that says so, and is alone in its mesh
+        class Alone(World):
+            share = slice(0, None, 1)
+            def gather(self, mine): return mine
+            def deal(self, items): return [(item, 1.0) for item in items]
+        sharded_alone = setup.shard
+        setup.shard = lambda model, _, scale: sharded_alone(model, World(), scale)
+        def live_bytes():
+            tensors = [x for x in gc.get_objects() if isinstance(x, torch.Tensor)]
+            storages = [x.untyped_storage() for x in tensors if type(x) is not DTensor
+                        and x.device.type == "cpu"]
+            return sum({x.data_ptr(): x.nbytes() for x in storages}.values())
+
+        config = compose(["+experiment=clinic", "algo=ppo", "algo.kl_coef=0.1", "algo.epochs=2",
+                          "model.lora_rank=4", "model.trainable=", "scale.dtype=bfloat16",
+                          "scale.num_gpus=1"])
+        held = []
+        fill_one = setup.load_into
+        def load_into(model, folder):
+            held.append(live_bytes())
+            fill_one(model, folder)
+        setup.load_into = load_into
+        before = live_bytes()
+        learner = setup.build_learner(config, EMBEDDED, Alone(size=2))
+        held.append(live_bytes())
+        models = (learner.policy, learner.reference, learner.critic)
+
+        # one model after another, then the copy: what mar.plan says
+        said = memory_per_gpu(config, empty_policy(config))
+        parts = said["bytes"]
+        order = (parts["weights"], parts["reference"], parts["critic"], parts["sampling_copy"])
+        for seen, planned in zip(held, itertools.accumulate(order), strict=True):
+            assert 0 <= seen - before - planned < 4096, (seen - before, planned)
+        assert said["peak_bytes"]["loading"] == sum(order)
+
+        # filled: the weights of the folder, and the start of the adapters
+        expected = dict(adapted(load_model(EMBEDDED), config.model).named_parameters())
+        for name, parameter in learner.policy.named_parameters():
+            assert torch.equal(parameter.full_tensor(), expected[name]), name
+        for model in (learner.reference, learner.critic.trunk):
+            for name, parameter in model.named_parameters():
+                assert torch.equal(parameter.full_tensor(), expected[name]), name
+        assert not any(p.requires_grad for p in learner.reference.parameters())
+
+        # the critic's values are not rounded to bfloat16
+        learner.critic.value.bias.data.fill_(1.001)
+        batch = make_batch(fake_groups(), FIRST_OPEN)
+        columns = score_before_updates(learner, batch)
+        values = columns["values"][batch.completion_mask]
+        assert values.dtype == torch.float32
+        torch.testing.assert_close(values, torch.full_like(values, 1.001), rtol=0, atol=1e-6)
+
+        # after passes without gradients nothing is left whole
+        for model in models:
+            assert all(isinstance(p, DTensor) for p in model.parameters())
+
+        # the sampling copy is the trainer's policy to the bit, adapters apart
+        with torch.no_grad():
+            for name, parameter in learner.policy.named_parameters():
+                if "lora_b" in name:
+                    parameter.normal_(std=1e-4)
+        with learner.sampling_policy() as copy:
+            for name, parameter in learner.policy.named_parameters():
+                whole = parameter.full_tensor().bfloat16()
+                assert torch.equal(dict(copy.named_parameters())[name], whole), name
+            with torch.no_grad():
+                packed = next(iter(micro_batches(batch, 10**6))).packed
+                assert torch.equal(copy(packed)[0], learner.policy(packed)[0])
+    """)
+
+
+@pytest.mark.parametrize("rank", [0, 1, 2])
+def test_a_rank_fills_its_own_rows(rank):
+    """7 rows on 3 ranks are 3, 3 and 1; of 2 rows the last rank has none. With HSDP as well."""
+    in_a_process_of_its_own(f"""
+        import torch
+        import torch.distributed as dist
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+        from torch.testing._internal.distributed.fake_pg import FakeStore
+        from mar.policy.weights import fill
+
+        for shape, rank in (((3,), {rank}), ((2, 3), 3 + {rank})):
+            size = 3 * len(shape)
+            dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=size)
+            mesh = init_device_mesh("cpu", shape, mesh_dim_names=("r", "s")[-len(shape):])
+            for rows in (7, 2):
+                with torch.device("meta"):
+                    layer = torch.nn.Linear(4, rows, bias=False)
+                fully_shard(layer, mesh=mesh)
+                layer.to_empty(device="cpu")
+                whole = torch.arange(4.0 * rows).reshape(rows, 4)
+                fill(layer.weight, whole)
+                expected = [whole[:3], whole[3:6], whole[6:]]
+                if rows == 2:
+                    expected = [whole[:1], whole[1:], whole[:0]]
+                assert torch.equal(layer.weight.to_local(), expected[{rank}])
+            dist.destroy_process_group()
+    """)
 
 
 def test_micro_batches_are_dealt_in_equal_numbers():

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 from mar.errors import UserError
 from mar.export import export
+from mar.policy.families import ARCHITECTURES
 from mar.policy.lora import adapted, add_adapters, merge, save_adapters, trainable_pattern
 from mar.policy.model import Decoder, ModelConfig
 from mar.policy.packing import pack_groups
@@ -67,9 +68,7 @@ def test_adapters_change_nothing_before_they_are_trained():
         assert torch.equal(ours, theirs)
 
 
-@pytest.mark.parametrize(
-    "architecture", ["LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"]
-)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("where", ["", r"blocks\.1\.(o|gate_up)"])
 def test_the_merged_model_computes_the_same(architecture, where):
     model = with_random_adapters(shape(architecture), where)
@@ -161,6 +160,12 @@ def test_what_is_measured_and_exported_is_the_adapted_policy(trained, tmp_path):
     folder = export(trained, tmp_path / "adapters", "float32", adapters=True)
     files = {file.name for file in folder.iterdir()}
     assert files == {"adapter_config.json", "adapter_model.safetensors"}
+
+
+def test_an_export_says_where_merging_rounds(trained, tmp_path, capsys):
+    for dtype, said in (("float32", False), ("bfloat16", True)):
+        export(trained, tmp_path / dtype, dtype)
+        assert ("take --adapters or --dtype float32" in capsys.readouterr().err) == said
 
 
 def test_mistakes_are_one_sentence(trained, tmp_path):

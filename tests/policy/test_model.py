@@ -9,9 +9,17 @@ import transformers
 from mar.errors import UserError
 from mar.policy import model as decoder
 from mar.policy.attention import group_attention
-from mar.policy.model import LARGE_WEIGHT, Decoder, ModelConfig, project, reorder_weight
+from mar.policy.families import ARCHITECTURES
+from mar.policy.model import (
+    LARGE_WEIGHT,
+    REQUIRED_SIZES,
+    Decoder,
+    ModelConfig,
+    project,
+    reorder_weight,
+)
 from mar.policy.packing import pack_groups
-from mar.policy.weights import load_model, save_model
+from mar.policy.weights import load_model, save_model, split_state
 
 LLAMA3 = {
     "rope_type": "llama3",
@@ -36,6 +44,13 @@ CASES = {
     "qwen2": ("Qwen2", {"num_attention_heads": 6, "num_key_value_heads": 2, "tie_word_embeddings": True, "rope_theta": 1e6}),
     "qwen3": ("Qwen3", {"num_attention_heads": 3, "num_key_value_heads": 1, "head_dim": 14, "tie_word_embeddings": False}),
     "qwen3-tied": ("Qwen3", {"num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 32, "tie_word_embeddings": True}),
+    "phi3": ("Phi3", {"num_attention_heads": 6, "num_key_value_heads": 2, "pad_token_id": None}),
+    "smollm3": ("SmolLM3", {"num_attention_heads": 6, "num_key_value_heads": 2, "no_rope_layers": [0, 1], "pad_token_id": None}),
+    "smollm3-interval": ("SmolLM3", {"num_attention_heads": 3, "num_key_value_heads": 3, "no_rope_layer_interval": 2, "attention_bias": True,
+                                     "tie_word_embeddings": False, "pad_token_id": None}),
+    "olmo2": ("Olmo2", {"num_attention_heads": 6, "num_key_value_heads": 2, "rope_theta": 5e5, "pad_token_id": None}),
+    "olmo2-tied": ("Olmo2", {"num_attention_heads": 3, "num_key_value_heads": 3, "tie_word_embeddings": True, "attention_bias": True,
+                             "pad_token_id": None}),
 }  # fmt: skip
 
 
@@ -57,6 +72,18 @@ def our_logits(model, rows):
     return hidden @ model.head_weight.T
 
 
+def assert_same_gradients(ours, theirs, rows):
+    """Of the log-probability of the rows' own tokens, by the checkpoint's names; float64."""
+    logprobs = our_logits(ours, rows.tolist()).log_softmax(-1)
+    logprobs.gather(1, rows.flatten()[:, None]).sum().backward()
+    logprobs = theirs(rows).logits.log_softmax(-1)
+    logprobs.gather(2, rows[..., None]).sum().backward()
+    expected = dict(theirs.named_parameters())
+    found = split_state(ours.config, {name: p.grad for name, p in ours.named_parameters()})
+    for name, gradient in found.items():
+        torch.testing.assert_close(gradient, expected[name].grad, atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_logits_equal_transformers(case, tmp_path):
     theirs = hf_model(case)
@@ -70,6 +97,7 @@ def test_logits_equal_transformers(case, tmp_path):
             found = our_logits(ours, rows.tolist())
         torch.testing.assert_close(found, expected.flatten(0, 1), atol=tolerance, rtol=0)
     save_model(ours, tmp_path / "ours")
+    assert_same_gradients(ours, theirs, rows)
     back = transformers.AutoModelForCausalLM.from_pretrained(
         tmp_path / "ours", dtype=torch.float64, attn_implementation="eager"
     )
@@ -122,6 +150,26 @@ BASE = ModelConfig("LlamaForCausalLM", 31, 24, 40, 2, 3, 1, 8).to_hf()
     (
         ({"architectures": ["Qwen3MoeForCausalLM"]}, "Qwen3MoeForCausalLM"),
         ({"architectures": ["GemmaForCausalLM"]}, "GemmaForCausalLM"),
+        ({"architectures": ["Gemma3ForCausalLM"]}, "Gemma3ForCausalLM"),
+        ({"architectures": ["GraniteForCausalLM"]}, "GraniteForCausalLM"),
+        # Phi-3-mini-4k, Phi-4-mini, Phi-3-mini-128k
+        ({"architectures": ["Phi3ForCausalLM"], "sliding_window": 2047}, "sliding_window=2047"),
+        (
+            {"architectures": ["Phi3ForCausalLM"], "partial_rotary_factor": 0.75},
+            "partial_rotary_factor=0.75",
+        ),
+        (
+            {"architectures": ["Phi3ForCausalLM"], "rope_scaling": {"type": "longrope"}},
+            "'longrope'",
+        ),
+        (
+            {"architectures": ["SmolLM3ForCausalLM"], "use_sliding_window": True},
+            "use_sliding_window=True",
+        ),
+        (
+            {"architectures": ["SmolLM3ForCausalLM"], "no_rope_layers": [1]},
+            "no_rope_layers has 1 entries for 2 layers",
+        ),
         ({"architectures": None}, "architecture none"),
         ({"architectures": ["MistralForCausalLM"], "sliding_window": 4096}, "sliding_window=4096"),
         (
@@ -147,6 +195,24 @@ def test_what_is_not_computed_is_refused_by_name(change, message):
         ModelConfig.from_hf(
             {key: value for key, value in (BASE | change).items() if value is not None}
         )
+
+
+def test_keys_that_are_missing_have_transformers_defaults():
+    """As in the hub's config.json of SmolLM3, which leaves out what its class says."""
+    sizes = {key: BASE[key] for key in REQUIRED_SIZES}
+    for architecture in ARCHITECTURES:
+        name = architecture.removesuffix("ForCausalLM")
+        theirs = getattr(transformers, f"{name}Config")(**sizes)
+        hf = {"architectures": [architecture], "sliding_window": None, **sizes}
+        ours = ModelConfig.from_hf(hf)
+        assert ours.rms_norm_eps == theirs.rms_norm_eps
+        assert ours.rope_theta == theirs.rope_parameters["rope_theta"]
+        assert ours.tied_embeddings == theirs.tie_word_embeddings
+        assert ours.max_positions == theirs.max_position_embeddings
+    smollm3 = ModelConfig.from_hf(
+        {"architectures": ["SmolLM3ForCausalLM"], **sizes, "num_hidden_layers": 9}
+    )
+    assert smollm3.without_rope == (3, 7)
 
 
 def test_mistral_without_the_key_has_its_default_window():

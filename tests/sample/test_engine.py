@@ -560,6 +560,25 @@ def test_bfloat16_attention_is_about_as_exact_as_the_library(tiny_model):
     assert (ours - exact).norm() < 2.5 * (library - exact).norm()
 
 
+def test_bfloat16_rounds_neither_logits_nor_scores(tiny_model):
+    """As the trainer, which has both in float32: else one policy would have two distributions."""
+    torch.manual_seed(0)
+    model = tiny_model(dtype=torch.bfloat16)
+    engine = sampler.Engine(model, requests((3,), 2), SamplingParams(5), PLENTY)
+    hidden = torch.randn(2, model.config.hidden_size, dtype=torch.bfloat16)
+    exact = hidden.double() @ model.head_weight.double().T
+    found = engine.logits(hidden)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.double(), exact, atol=1e-5, rtol=1e-6)
+
+    q, keys, values = (torch.randn(5, 2, n, 8, dtype=torch.bfloat16) for n in (6, 40, 40))
+    bias = torch.zeros(5, 1, 1, 40, dtype=torch.bfloat16)
+    mixed, lse = kv_cache._mix(q, keys, values, bias)
+    scores = q.double() @ keys.double().mT / 8**0.5
+    torch.testing.assert_close(lse[..., 0].double(), scores.logsumexp(-1), atol=1e-5, rtol=0)
+    assert mixed.dtype == torch.float32
+
+
 @pytest.mark.parametrize("limits", [(1,), (1, 2, 3), (0, 4)])
 def test_limits_that_do_not_fit_the_keys_are_refused(limits):
     with pytest.raises(ValueError, match="limits"):
