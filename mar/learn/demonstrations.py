@@ -23,6 +23,7 @@ import torch.nn.functional as F
 import mar_kernels
 from mar.answers.grammar import FORMS, Element, Grammar
 from mar.answers.prompts import STYLES, build_prompt
+from mar.answers.tokenizer import encode_text
 from mar.errors import UserError
 from mar.policy.attention import PackedGroups, group_attention, pack_groups
 from mar.policy.model import Decoder
@@ -261,7 +262,7 @@ def piece_encoder(tokenizer: Any) -> Encode:
     """
 
     def ids_of(text: str) -> list[int]:
-        return tokenizer(text, add_special_tokens=False)["input_ids"]
+        return list(encode_text(tokenizer, text))
 
     joined = ids_of("</answer1>") + ids_of("word")
     if tokenizer.decode(joined, skip_special_tokens=False) != "</answer1>word":
