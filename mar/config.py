@@ -122,10 +122,11 @@ class AlgoOptions:
     # The penalty of truncated=penalise grows over so many tokens before the limit.
     overlong_tokens: int = number(0, low=0)
 
-    # Advantages. baseline=value is a critic.
-    credit: str = one_of("to_go", "set", "own")
-    baseline: str = one_of("leave_one_out", "matched", "mean", "none", "value")
-    scale_by: str = one_of("none", "group_std", "batch_std", "whiten")
+    # Advantages: CREDITS, BASELINES and SCALES of mar/learn/advantages.py. baseline=value is a
+    # critic, scale_by=whiten takes mean and spread out of all trained tokens.
+    credit: str = registered("credits", "to_go")
+    baseline: str = registered("baselines", "leave_one_out")
+    scale_by: str = registered("scales", "none")
     # Train the best of so many samples (pass@k) instead of the mean.
     pass_k: int = number(1, low=1)
 
@@ -137,9 +138,15 @@ class AlgoOptions:
     # Passes over each rollout batch, and optimizer steps per pass, on whole groups.
     epochs: int = number(1, low=1)
     minibatches: int = number(1, low=1)
-    # Importance weights of the trainer against the sampler, cut at the cap.
-    importance: str = one_of("none", "truncated")
+    # Hyper-parameters of the chosen loss alone: {name: value} (mar/learn/losses.py, `options`).
+    loss_options: dict[str, float] = field(default_factory=dict)
+    # Importance weights of the trainer against the sampler: truncated cuts them at the cap, masked
+    # drops tokens (or, with level=sequence, completions) outside [low, high].
+    importance: str = registered("importance", "none")
     importance_cap: float = number(2.0, low=1)
+    importance_low: float = number(0.5, low=0, high=1)
+    importance_high: float = number(5.0, low=1)
+    importance_level: str = one_of("token", "sequence")
 
     # KL to the first policy: k1 in the reward, k2 and k3 in the loss. At kl_coef=0 there is no
     # reference model.

@@ -4,12 +4,13 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from mar.errors import UserError, one_line
 
+BLOCK_BYTES = 1 << 20  # that are read at once from the end of a file
 NUM_NAMED_LINES = 5  # broken lines that a message names
 
 
@@ -93,6 +94,51 @@ def append_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     _write_rows(path, "a", rows)
 
 
+def truncate_jsonl(path: Path, last_step: int) -> None:
+    """Forget what a run wrote after the checkpoint it resumes from, and any half line.
+
+    Rows stand in the order of their steps, so the file is cut from its end: the cost is that of
+    what goes, not of what stays.
+    """
+    if not path.exists():
+        return
+    with path.open("r+b") as file:
+        end = file.seek(0, os.SEEK_END)
+        for start, line in _lines_from_the_end(file):
+            if line.endswith(b"\n") and _step_of(line) <= last_step:
+                break
+            end = start
+        file.truncate(end)
+        os.fsync(file.fileno())
+
+
+def _step_of(line: bytes) -> float:
+    """The step of a row; infinite where the line is no row."""
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return math.inf
+    return row.get("step", 0) if isinstance(row, dict) else math.inf
+
+
+def _lines_from_the_end(file: IO[bytes]) -> Iterator[tuple[int, bytes]]:
+    """(offset, line) of every line, the last one first. A last line may lack its line feed."""
+    block_start = file.seek(0, os.SEEK_END)
+    pending = b""  # the beginning of its first line may stand in the block before
+    while block_start > 0:
+        size = min(BLOCK_BYTES, block_start)
+        block_start -= size
+        file.seek(block_start)
+        pending = file.read(size) + pending
+        end = len(pending)
+        while (cut := pending.rfind(b"\n", 0, end - 1)) >= 0:
+            yield block_start + cut + 1, pending[cut + 1 : end]
+            end = cut + 1
+        pending = pending[:end]
+    if pending:
+        yield 0, pending
+
+
 def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """Write a file of rows so that a reader sees the old file or the new one, never half of it."""
     temporary = path.with_suffix(".tmp")
@@ -105,14 +151,6 @@ def write_json(path: Path, document: Mapping[str, Any]) -> None:
     temporary = path.with_suffix(".tmp")
     _write_rows(temporary, "w", [document], indent=2)
     temporary.replace(path)
-
-
-def truncate_jsonl(path: Path, last_step: int) -> None:
-    """Drop what a run wrote after the checkpoint it resumes from, and any broken line."""
-    if not path.exists():
-        return
-    rows, _ = read_jsonl(path)
-    write_jsonl(path, [row for row in rows if row.get("step", 0) <= last_step])
 
 
 def stable_hash(text: str) -> int:

@@ -155,8 +155,16 @@ class Rollout:
     # [T] int64: the character of `text` at which each token begins
     token_starts: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
 
-    # [K] where answers are programs: equal for programs that differ in nothing but names
+    # [K] what an answer is worth in the metrics: the exact probability of its gold where the task
+    # knows it, else the hit
+    mass: tuple[float, ...] = ()
+
+    # [K] equal for answers that mean the same. Programs: for those that differ in nothing but names
     keys: tuple[str | None, ...] = ()
+
+    # [K] the golds, by index, that each answer can be: of all golds where `mass` is exact, else of
+    # the targets
+    fits: tuple[tuple[int, ...], ...] = ()
 
     # number of answers whose check broke down. If any did, the completion is left out of the
     # update: to pay it 0 would be wrong

@@ -2,8 +2,8 @@
 
     python -m mar.train +experiment=medqa
 
-One step: sample G completions of P prompts, judge and pay them, one advantage per token, then the
-updates. REINFORCE with credit for each answer is the default; ratios, a critic, a reference model
+One step: sample G completions of P prompts, judge them, one advantage per token, then the updates.
+REINFORCE with credit for each answer is the default; ratios, a critic, a reference model
 and several updates per batch are switches (conf/algo/). There is no replay.
 """
 
@@ -22,12 +22,14 @@ from mar.answers.tokenizer import CLOCK
 from mar.config import Config
 from mar.errors import UserError, exit_code
 from mar.files import jsonable
+from mar.learn.advantages import is_flat
 from mar.learn.batch import make_batch
 from mar.learn.gradient_variance import variance_ratio
 from mar.learn.update import compute_advantages, update
 from mar.measure.bounds import known_bounds
 from mar.measure.step_metrics import step_metrics
 from mar.policy.distributed import join
+from mar.policy.model import Decoder
 from mar.policy.sources import environment, resolve_model
 from mar.records import Completion, Prompt, Rollout
 from mar.run import checkpoint
@@ -64,13 +66,15 @@ def train_step(training: Training, step: int) -> Step:
     learner = training.learner
     scorer = training.scorer
     timer = Timer()
-    with timer("sample"):
-        prompts = training.prompts.of_step(step)
-        completions, generation = sample_groups(training, prompts, step)
-    with timer("verify"):
-        judged = judge_on_all_ranks(training, prompts, completions)
-        groups = judged_only(judged, fewest=max(2, algo.pass_k))
-        groups, num_replaced = replace_flat_groups(training, groups, step)
+    prompts = training.prompt_order.of_step(step)
+    with learner.sampling_policy() as policy:
+        with timer("sample"):
+            # This rank's share of the completions; judging brings all of them to all ranks.
+            completions, generation = sample_groups(training, policy, prompts, step)
+        with timer("verify"):
+            judged = judge_on_all_ranks(training, prompts, completions)
+            groups = judged_only(judged, fewest=max(2, algo.pass_k))
+            groups, num_replaced = replace_flat_groups(training, policy, groups, step)
     with timer("update"):
         batch = make_batch(groups, scorer.first_open, learner.world.device)
         batch, columns = compute_advantages(learner, batch)
@@ -87,21 +91,20 @@ def train_step(training: Training, step: int) -> Step:
 
 
 def sample_groups(
-    training: Training, prompts: Sequence[Prompt], *identity: int
+    training: Training, policy: Decoder, prompts: Sequence[Prompt], *identity: int
 ) -> tuple[list[list[Completion]], Generation]:
     """This rank's share of the groups of `prompts`, and how the sampler did."""
-    with training.learner.sampling_policy() as policy:
-        return sample(
-            policy,
-            prompts,
-            group_size=training.config.algo.group_size,
-            params=training.params,
-            kv_budget_tokens=training.config.sampler.kv_budget_tokens,
-            identity=(training.config.seed, "train", *identity),
-            share=training.learner.world.share,
-            decode=training.scorer.decode,
-            on_completion=start_programs_early(training.scorer),
-        )
+    return sample(
+        policy,
+        prompts,
+        group_size=training.config.algo.group_size,
+        params=training.params,
+        kv_budget_tokens=training.config.sampler.kv_budget_tokens,
+        identity=(training.config.seed, "train", *identity),
+        share=training.learner.world.share,
+        decode=training.scorer.decode,
+        on_completion=start_programs_early(training.scorer),
+    )
 
 
 def judge_on_all_ranks(
@@ -113,7 +116,7 @@ def judge_on_all_ranks(
 
 
 def replace_flat_groups(
-    training: Training, groups: list[list[Rollout]], step: int
+    training: Training, policy: Decoder, groups: list[list[Rollout]], step: int
 ) -> tuple[list[list[Rollout]], int]:
     """Dynamic sampling (DAPO, arXiv 2503.14476, section 3.2): groups of other prompts in place of
     those whose completions all earned the same. At most `algo.resample` attempts. Returns the
@@ -121,11 +124,11 @@ def replace_flat_groups(
     groups = list(groups)
     num_replaced = 0
     for attempt in range(1, training.config.algo.resample + 1):
-        flat = [i for i, group in enumerate(groups) if len({r.total for r in group}) == 1]
+        flat = [i for i, group in enumerate(groups) if is_flat(group)]
         if not flat:
             break
-        prompts = training.prompts.out_of_turn(step, attempt)[: len(flat)]
-        completions, _ = sample_groups(training, prompts, step, attempt)
+        prompts = training.prompt_order.out_of_turn(step, attempt)[: len(flat)]
+        completions, _ = sample_groups(training, policy, prompts, step, attempt)
         fresh = judge_on_all_ranks(training, prompts, completions)
         for i, group in zip(flat, fresh, strict=True):
             if not any(rollout.unjudged for rollout in group):
@@ -165,7 +168,9 @@ def train(
                     stop = interrupts.agreed(world)
                     record.check_finite(step, done.metrics, done.rollouts)
                     is_last = stop or step == last_step
-                    if is_last or step % config.checkpoint.every == 0:
+                    # A signal during an evaluation stops at once: save before it.
+                    is_saved = step % config.checkpoint.every == 0 or evaluations.is_due(step)
+                    if is_last or is_saved:
                         checkpoints.save(step)
                     if is_last:
                         checkpoints.finish()
@@ -213,7 +218,7 @@ def run(config: Config) -> int:
     if world.leads:
         _lock = run_folder.lock(folder)  # until this function ends
         models = [learner.policy, learner.critic] if learner.critic else [learner.policy]
-        checkpoint.require_room(folder.parent, models)
+        checkpoint.require_room(folder / "checkpoints", models, config.checkpoint.keep)
         told_date = f"{CLOCK:%Y-%m-%d}"  # by a chat template that asks for today's
         origin = {"model": provenance, "chat_date": told_date, **environment()}
         opened = run_folder.prepare({**config.to_dict(), "provenance": origin})
@@ -257,7 +262,7 @@ def say_what_trains(training: Training, folder: Path, display: Display) -> None:
     total = sum(p.numel() for p in parameters)
     trained = sum(p.numel() for p in parameters if p.requires_grad)
     display.say(
-        f"{config.data.task}: {len(training.prompts.prompts)} training and "
+        f"{config.data.task}: {len(training.prompt_order.prompts)} training and "
         f"{len(training.held_out.prompts)} held-out prompts; "
         f"training {trained:,} of the {total:,} parameters of {config.model.name}; "
         f"writing to {folder}"

@@ -1,12 +1,15 @@
 """What the README's table of forks promises: one function and one dictionary entry."""
 
-import subprocess
-import sys
+import json
 from collections import Counter
 from pathlib import Path
 
 import pytest
 
+from mar.answers import rewards
+from mar.errors import UserError
+from mar.learn import losses
+from mar.learn.advantages import BASELINES, CREDITS, SCALES
 from mar.records import Example, Gold
 from mar.run.compose import compose
 from mar.tasks.__main__ import main as look
@@ -54,13 +57,100 @@ def test_a_task_is_a_function_and_an_entry(
     assert "5 rows" in (out := capsys.readouterr().out) and "0 + 2 = ?" in out
 
 
-def test_losses_and_coverages_are_a_function_and_an_entry() -> None:
-    """Their names are read off the dictionaries, here in a process where nothing has read them."""
-    code = """if 1:
-        from mar.answers import rewards
-        from mar.learn import losses
-        losses.LOSSES["mine"] = losses.reinforce
-        rewards.COVERAGES["mine"] = rewards.COVERAGES["sum"]
-        from mar.run.compose import compose
-        compose(["+experiment=clinic", "algo.loss=mine", "reward.coverage=mine"])"""
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+def first_step(tmp_path: Path, *words: str) -> dict[str, float]:
+    """The metrics of one real step of the clinic with a small batch."""
+    small = ["train.steps=1", "algo.group_size=4", "algo.prompts_per_step=2", "eval.num_items=2"]
+    fixed = ["+experiment=clinic", "algo=rloo", *small, "logger.console=plain", f"out={tmp_path}"]
+    assert run(compose([*fixed, *words])) == 0
+    return json.loads((tmp_path / "clinic/seed0/metrics.jsonl").read_text().splitlines()[0])
+
+
+def test_a_loss_with_an_option_is_a_function_and_an_entry(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    @losses.options(strength=losses.Option(default=1.0, low=0.0, high=10.0))
+    def mine(inputs: losses.LossInputs) -> losses.LossOutput:
+        strength = inputs.options["strength"]
+        plain = losses.policy_gradient(inputs.logprobs, inputs.advantages, inputs.weights)
+        logged = {
+            "strength": losses.Logged(strength, losses.LARGEST),
+            "counted": losses.Logged((inputs.weights != 0).sum().item(), losses.TOKEN_MEAN),
+        }
+        return losses.LossOutput(strength * plain, logged)
+
+    monkeypatch.setitem(losses.LOSSES, "mine", mine)
+    usual = first_step(tmp_path / "usual")
+    own = first_step(tmp_path / "own", "algo.loss=mine", "+algo.loss_options.strength=3")
+    assert own["policy/strength"] == 3 and own["policy/counted"] == 1
+    assert own["optim/grad_norm"] == pytest.approx(3 * usual["optim/grad_norm"], rel=1e-4)
+
+    with pytest.raises(UserError, match=r"loss_options.strngth is no option.*it has strength"):
+        compose(["+experiment=clinic", "algo.loss=mine", "+algo.loss_options.strngth=3"])
+    with pytest.raises(UserError, match=r"loss_options.strength=11"):
+        compose(["+experiment=clinic", "algo.loss=mine", "+algo.loss_options.strength=11"])
+
+
+def test_a_credit_rule_is_a_function_and_an_entry(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Under every baseline; the name does not fall through to another rule."""
+    monkeypatch.setitem(CREDITS, "nothing", lambda components, first_open: 0.0 * first_open)
+    for baseline in ("leave_one_out", "matched"):
+        words = ("algo.credit=nothing", f"algo.baseline={baseline}")
+        metrics = first_step(tmp_path / baseline, *words)
+        assert metrics["adv/std"] == 0 and metrics["optim/grad_norm"] == 0
+
+
+def test_a_baseline_is_a_function_and_an_entry(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(BASELINES, "all_of_it", lambda compared: compared.credited)
+    assert first_step(tmp_path, "algo.baseline=all_of_it")["optim/grad_norm"] == 0
+
+
+def test_a_scale_is_a_function_and_an_entry(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(SCALES, "tenth", lambda totals, group_ids: 0.1 + 0 * totals)
+    usual = first_step(tmp_path / "usual")
+    scaled = first_step(tmp_path / "scaled", "algo.scale_by=tenth")
+    assert scaled["adv/std"] == pytest.approx(10 * usual["adv/std"], rel=1e-4)
+
+
+def test_an_importance_weight_is_a_function_and_an_entry(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(losses.IMPORTANCE, "none_trusted", lambda inputs: 0 * inputs.old_logprobs)
+    assert first_step(tmp_path, "algo.importance=none_trusted")["optim/grad_norm"] == 0
+
+
+def test_a_kl_estimator_is_a_function_and_an_entry(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(losses.KL_ESTIMATORS, "seven", lambda logprobs, ref: 0 * logprobs + 7)
+    assert first_step(tmp_path, "algo.kl=seven", "algo.kl_coef=0.1")["policy/ref_kl"] == 7
+
+
+def test_a_coverage_is_a_function_and_an_entry(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(rewards.COVERAGES, "halves", lambda hits, _: [0.5 for _ in hits])
+    assert first_step(tmp_path, "reward.coverage=halves")["reward/coverage"] > 1.2
+
+
+@pytest.mark.parametrize(
+    "word",
+    [
+        "algo.credit=typo",
+        "algo.baseline=typo",
+        "algo.scale_by=typo",
+        "algo.importance=typo",
+        "algo.loss=typo",
+        "algo.kl=typo",
+        "algo.aggregation=typo",
+        "reward.coverage=typo",
+    ],
+)
+def test_an_unknown_name_is_refused(word: str) -> None:
+    with pytest.raises(UserError, match="typo is unknown: choose one of"):
+        compose(["+experiment=clinic", word])

@@ -13,11 +13,11 @@ import torch
 
 from mar.learn.batch import make_batch
 from mar.learn.learner import Learner
-from mar.learn.losses import reinforce, token_weights
+from mar.learn.losses import policy_gradient, token_weights
 from mar.learn.update import compute_advantages, update
-from mar.policy.attention import pack_groups
 from mar.policy.critic import Critic
 from mar.policy.model import Decoder, ModelConfig
+from mar.policy.packing import pack_groups
 from mar.records import Completion, Example, Prompt, Rollout
 from mar.run.compose import CONF_DIR, compose
 from mar_kernels import answer_advantages
@@ -77,7 +77,7 @@ def step(credit: str) -> dict[str, float]:
         credit,
     )
     logprobs, _, _ = model(pack_groups([[1, 2, 3, 4], [7, 8]], completions), 0.7)
-    loss = reinforce(logprobs, advantages[mask], token_weights(mask, "token_mean", 8)[mask])
+    loss = policy_gradient(logprobs, advantages[mask], token_weights(mask, "token_mean", 8)[mask])
     loss.backward()
     return {
         "loss": loss.item(),

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from mar.policy.attention import pack_groups
+from mar.policy.packing import pack_groups
 from mar.run.compose import compose
 from mar.sample import engine as sampler
 from mar.sample.draws import SamplingParams, stream_key

@@ -19,9 +19,9 @@ from typing import Any
 import torch
 
 from experiments.bench.common import reset_peak, resident_bytes
-from mar.learn.losses import reinforce
-from mar.policy.attention import pack_groups
+from mar.learn.losses import policy_gradient
 from mar.policy.model import Decoder, ModelConfig
+from mar.policy.packing import pack_groups
 from mar.policy.sources import resolve_model
 from mar.policy.weights import load_model, save_model
 from mar.run.compose import compose
@@ -104,7 +104,7 @@ def steps_of_ours(folder: Path, P: int, G: int, R: int, runs: int) -> None:
         logprobs, _, _ = model(pack_groups([prompt], [completions]))
         token_weights = torch.full_like(logprobs, 1 / (G * R))
         optimizer.zero_grad()
-        reinforce(logprobs, advantages.flatten().float(), token_weights).backward()
+        policy_gradient(logprobs, advantages.flatten().float(), token_weights).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
         optimizer.step()
 

@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from experiments.bench.common import alternate, quiet_machine, record
 from experiments.bench.rl_step import SIDES, VOCAB, policy, random_prompt
-from mar.policy.attention import pack_groups
+from mar.policy.packing import pack_groups
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = Path(__file__).parent / "results" / "step.csv"

@@ -36,9 +36,9 @@ from mar.learn.optim import clip_gradients, learning_rate, make_optimizer, set_l
 from mar.measure.answer_sets import Item, item_of_rollouts, item_of_texts
 from mar.measure.bounds import coverage_bounds, gap_closed
 from mar.measure.metrics import AnswerArrays, compute_metrics
-from mar.policy.attention import pack_groups
 from mar.policy.lora import merge
 from mar.policy.model import Decoder
+from mar.policy.packing import pack_groups
 from mar.policy.sources import environment, resolve_model
 from mar.policy.weights import load_model
 from mar.records import Example, Prompt
@@ -96,7 +96,7 @@ def written(
     )
     items = []
     for prompt, rollouts in zip(prompts, judge_groups(prompts, groups, scorer), strict=True):
-        items.append(item_of_rollouts(prompt, rollouts, scorer.verifier))
+        items.append(item_of_rollouts(prompt, rollouts))
     return items
 
 
@@ -161,7 +161,7 @@ def teach(
     teacher = training.learner.policy
     num_sets = training.config.algo.group_size
     for step in range(steps):
-        prompts = training.prompts.of_step(step)
+        prompts = training.prompt_order.of_step(step)
         rows = []
         for item in written(training, teacher, prompts, num_sets, "taught", step):
             of_item = []

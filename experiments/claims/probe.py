@@ -26,8 +26,8 @@ from mar.answers.grammar import Grammar
 from mar.answers.prompts import build_prompt
 from mar.answers.tokenizer import load_tokenizer
 from mar.files import write_json
-from mar.policy.attention import chunks, pack_groups
 from mar.policy.model import Decoder
+from mar.policy.packing import chunks, pack_groups
 from mar.policy.sources import environment, resolve_model
 from mar.policy.weights import load_model
 from mar.records import Example

@@ -39,7 +39,7 @@ from mar.learn.advantages import (
     with_truncation_rule,
 )
 from mar.learn.batch import Batch, make_batch
-from mar.learn.losses import LOSSES, kl_k1, token_weights
+from mar.learn.losses import LOSSES, LossInputs, kl_k1, token_weights
 from mar.policy.sources import environment
 from mar.records import Completion, Example, Gold, Prompt, Rollout
 from mar.sample.rollout import Scorer, judge_groups
@@ -333,7 +333,7 @@ def measure(e: Estimator, toy: Toy, groups: Groups, size: int) -> dict[str, floa
         old = toy.logprobs()[groups.rows][mask]
     leaf = old.clone().requires_grad_()
     row_ids = torch.arange(len(mask))[:, None].expand_as(mask)[mask]
-    loss = LOSSES[e.loss](leaf, advantages[mask], weights[mask], old, row_ids, 0.2, 0.2)
+    loss, _ = LOSSES[e.loss](LossInputs(leaf, advantages[mask], weights[mask], old, row_ids))
     (slope,) = torch.autograd.grad(loss, leaf)
     # What the estimate multiplies each token's score with, [rows, T].
     coefficients = torch.zeros(mask.shape, dtype=torch.float64)

@@ -65,7 +65,7 @@ def main() -> None:
         )
         model, _ = resolve_model("folder", "hf", config.model.path)
         training = build_training(config, model, display)
-        train = [prompt.example for prompt in training.prompts.prompts]
+        train = [prompt.example for prompt in training.prompt_order.prompts]
         held_out = [prompt.example for prompt in training.held_out.prompts]
         seeds[str(seed)] = {
             "patients": len(held_out),

@@ -30,8 +30,8 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from mar.policy.attention import pack_groups
 from mar.policy.model import Decoder, ModelConfig
+from mar.policy.packing import pack_groups
 from mar.sample import engine as sampler
 from mar.sample.draws import SamplingParams, stream_key
 from mar.sample.engine import Request, generate

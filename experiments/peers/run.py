@@ -81,7 +81,7 @@ def trl(training: Training, out: Path) -> Curve:
 
     algo = training.config.algo
     max_tokens = training.held_out.params.max_tokens
-    asked = [prompt for step in range(STEPS) for prompt in training.prompts.of_step(step)]
+    asked = [prompt for step in range(STEPS) for prompt in training.prompt_order.of_step(step)]
     rewards: list[float] = []
     seconds: list[float] = []
     clock: list[float] = []

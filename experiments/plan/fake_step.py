@@ -35,10 +35,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import mar_kernels
 from mar.config import ModelOptions, ScaleOptions
 from mar.learn.optim import make_optimizer
-from mar.policy.attention import PackedGroups, pack_groups
 from mar.policy.distributed import World, shard
 from mar.policy.lora import adapted, trainable_pattern
 from mar.policy.model import Decoder, ModelConfig
+from mar.policy.packing import PackedGroups, pack_groups
 from mar.run.planning import SHAPES, update_memory
 from mar_kernels import triton_logprobs
 

@@ -8,6 +8,8 @@
 a kernel for their type. Nothing but the call decides; triton is imported when it is first needed.
 """
 
+import warnings
+from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
 from types import ModuleType
@@ -82,6 +84,25 @@ def selected_logprobs(logits: Tensor, targets: Tensor, *, backend: str = "auto")
     return _choose("triton_logprobs", backend, logits).selected_logprobs(logits, targets)
 
 
+# what the Triton kernel of the advantages computes; everything else runs in the reference
+KERNEL_CREDITS = ("to_go", "set", "own")
+KERNEL_BASELINES = ("leave_one_out", "mean", "none")
+KERNEL_SCALES = ("none", "group_std", "batch_std")
+
+
+@cache
+def _kernel_has(credit: str, baseline: str, scale: str) -> bool:
+    """Whether the kernel has these rules. Says so, once, where it does not and there is a GPU."""
+    known = credit in KERNEL_CREDITS and baseline in KERNEL_BASELINES and scale in KERNEL_SCALES
+    if not known and torch.cuda.is_available():
+        warnings.warn(
+            f"no kernel for credit={credit}, baseline={baseline}, scale={scale}: "
+            "the advantages run in plain PyTorch",
+            stacklevel=3,
+        )
+    return known
+
+
 def answer_advantages(
     components: Tensor,
     weights: Tensor,
@@ -96,8 +117,10 @@ def answer_advantages(
 ) -> Tensor:
     """One advantage per token [B, T] from the components [B, C] of each completion.
 
-    See reference.answer_advantages.
+    See reference.answer_advantages. A rule that the kernel does not have runs in the reference.
     """
+    if backend == "auto" and not _kernel_has(credit, baseline, scale):
+        backend = "reference"
     ops = _choose("triton_advantages", backend, components, weights)
     return ops.answer_advantages(
         components, weights, first_open, segment_ids, group_ids, credit, baseline, scale

@@ -3,11 +3,13 @@
 Letters: M trained tokens, V vocabulary, D width; B rows, T tokens, C components, S segments.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from itertools import product
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 # the largest block of logits ever held: 8 MiB in float32, which a cache holds between two passes
@@ -169,13 +171,167 @@ def selected_logprobs(logits: Tensor, targets: Tensor) -> Tensor:
     return logits.gather(-1, targets[:, None]).squeeze(-1) - torch.logsumexp(logits, dim=-1)
 
 
-def _group_sums(values: Tensor, group_ids: Tensor) -> Tensor:
-    """For each row of values [B, ...], the sum over the rows of its group."""
-    num_groups = 0
-    if len(group_ids) > 0:
-        num_groups = int(group_ids.max()) + 1
-    sums = values.new_zeros(num_groups, *values.shape[1:]).index_add_(0, group_ids, values)
-    return sums[group_ids]
+# --- advantages ---------------------------------------------------------------------------------
+#
+# Letters: B completions, C components, S segments, T tokens. Components stand in the order in which
+# they are decided, the last one at the very end. first_open[b, s] is the first component that is
+# still undecided when segment s begins, C where none is.
+
+
+def to_go(components: Tensor, first_open: Tensor) -> Tensor:
+    """What is decided in the segment or later. Unbiased."""
+    return _sum_from(components).gather(1, first_open)
+
+
+def whole_set(components: Tensor, first_open: Tensor) -> Tensor:
+    """Everything: one number per completion. Unbiased, with more noise."""
+    return _sum_from(components)[:, :1].expand(-1, first_open.shape[1])
+
+
+def own(components: Tensor, first_open: Tensor) -> Tensor:
+    """What the segment itself decides, and always the last component; `to_go` where it decides
+    nothing. Biased: it ignores what an answer does to later ones."""
+    num_components = components.shape[1]
+    last = torch.full_like(first_open, num_components - 1)
+    sum_from = _sum_from(components)
+    # What a segment decides ends where the next segment's first open component begins.
+    none_open = torch.full_like(first_open[:, :1], num_components)
+    end = torch.cat([first_open[:, 1:], none_open], dim=1)
+    still_to_go = sum_from.gather(1, first_open)
+    last_value = sum_from.gather(1, last)
+    this_and_last = components.gather(1, first_open.clamp(max=num_components - 1)) + last_value
+    several = still_to_go - sum_from.gather(1, torch.minimum(end, last)) + last_value
+    decided_here = torch.where(end == first_open + 1, this_and_last, several)
+    decides = (end > first_open) & (first_open < last)
+    return torch.where(decides, decided_here, still_to_go)
+
+
+# name -> what a token of segment s is credited with: (components [B, C], first_open [B, S]) -> [B, S]
+# A rule must be linear in the components, or its baseline means nothing.
+CreditRule = Callable[[Tensor, Tensor], Tensor]
+CREDITS: dict[str, CreditRule] = {"to_go": to_go, "set": whole_set, "own": own}
+
+
+def _sum_from(components: Tensor) -> Tensor:
+    """[B, C + 1]: the sum of everything decided from component c on; nothing for c = C."""
+    num_rows, num_components = components.shape
+    sums = components.new_zeros(num_rows, num_components + 1)
+    sums[:, :num_components] = components.flip(1).cumsum(1).flip(1)
+    return sums
+
+
+@dataclass(frozen=True)
+class Compared:
+    """What a baseline may look at."""
+
+    credit: str  # the name of the credit rule
+    credited: Tensor  # [B, S] by that rule
+    components: Tensor  # [B, C]
+    first_open: Tensor  # [B, S]
+    group_ids: Tensor  # [B] which prompt a completion belongs to
+
+
+def leave_one_out(compared: Compared) -> Tensor:
+    """The mean of the other completions of the group; 0 for one that has none."""
+    credited = compared.credited
+    sums = _group_sums(credited, compared.group_ids)
+    counts = _group_sums(credited.new_ones(len(credited), 1), compared.group_ids)
+    return (sums - credited) / (counts - 1).clamp(min=1)
+
+
+def group_mean(compared: Compared) -> Tensor:
+    """The mean of the group: (G - 1) / G of the advantage under `leave_one_out`."""
+    credited = compared.credited
+    counts = _group_sums(credited.new_ones(len(credited), 1), compared.group_ids)
+    return _group_sums(credited, compared.group_ids) / counts
+
+
+def no_baseline(compared: Compared) -> Tensor:
+    return torch.zeros_like(compared.credited)
+
+
+def matched(compared: Compared) -> Tensor:
+    """The mean of those other completions of the group that have earned as much so far.
+
+        earned_i[c]  sum of the positive parts of the components before c
+        matches      completions j != i with earned_j[c] = earned_i[c], c the first open component;
+                     all j != i where there is none
+
+    What i has earned is its own past, and what the others go on to earn does not depend on i's next
+    token, so the estimator stays unbiased. It loses the noise that the past explains: after a hit
+    on the only label nothing more can be hit, and a confidence is compared with confidences in
+    answers as right as its own.
+    """
+    if compared.credit == "set":
+        # It counts from the start on, before which no completion has earned anything: all match.
+        return leave_one_out(compared)
+    members, is_member = _rows_of_groups(compared.group_ids)
+    earned = F.pad(compared.components.clamp(min=0).cumsum(1), (1, 0))
+    past = earned.gather(1, compared.first_open)[members]  # [P, G, S]
+    values = compared.credited[members]  # [P, G, S]
+
+    # masks [P, G, G, S] over (group, completion i, completion j, segment)
+    is_self = torch.eye(is_member.shape[1], dtype=torch.bool, device=members.device)
+    is_other = (is_member[:, None] & ~is_self)[..., None]
+    same_past = (past[:, :, None] == past[:, None]) & is_other
+    has_match = same_past.any(2, keepdim=True)
+    matches = torch.where(has_match, same_past, is_other).to(values)
+
+    means = torch.einsum("pijs,pjs->pis", matches, values) / matches.sum(2).clamp(min=1)
+    out = torch.empty_like(compared.credited)
+    return out.index_copy_(0, members[is_member], means[is_member])
+
+
+# name -> what a token is compared with: Compared -> [B, S]
+Baseline = Callable[[Compared], Tensor]
+BASELINES: dict[str, Baseline] = {
+    "leave_one_out": leave_one_out,
+    "matched": matched,
+    "mean": group_mean,
+    "none": no_baseline,
+}
+
+
+def no_scale(totals: Tensor, group_ids: Tensor) -> Tensor:
+    return torch.ones_like(totals)
+
+
+def group_std(totals: Tensor, group_ids: Tensor) -> Tensor:
+    """The standard deviation of the group's rewards (GRPO, arXiv:2402.03300). Biased."""
+    counts = _group_sums(torch.ones_like(totals), group_ids)
+    deviations = totals - _group_sums(totals, group_ids) / counts
+    variance = _group_sums(deviations**2, group_ids) / (counts - 1).clamp(min=1)
+    return _divisor(variance.sqrt())
+
+
+def batch_std(totals: Tensor, group_ids: Tensor) -> Tensor:
+    """The standard deviation of all rewards."""
+    deviations = totals - totals.mean()
+    variance = (deviations**2).sum() / max(len(totals) - 1, 1)
+    return _divisor(variance.sqrt()).expand(len(totals))
+
+
+def group_mean_reward(totals: Tensor, group_ids: Tensor) -> Tensor:
+    """MaxRL, A = (r - mean) / mean (arXiv:2602.02710), for rewards of 0 and 1: with the group's mean
+    as baseline. A group that earned nothing has no gradient, and rewards must not be negative."""
+    counts = _group_sums(torch.ones_like(totals), group_ids)
+    means = _group_sums(totals, group_ids) / counts
+    return torch.where(means > 1e-6, means, torch.full_like(means, torch.inf))
+
+
+def _divisor(std: Tensor) -> Tensor:
+    # Totals can all agree where components do not: then there is nothing to divide by.
+    return torch.where(std > 1e-4, std + 1e-4, torch.ones_like(std))
+
+
+# name -> what the advantages of a completion are divided by: (totals [B], group_ids [B]) -> [B]
+Scale = Callable[[Tensor, Tensor], Tensor]
+SCALES: dict[str, Scale] = {
+    "none": no_scale,
+    "group_std": group_std,
+    "batch_std": batch_std,
+    "group_mean": group_mean_reward,
+}
 
 
 def answer_advantages(
@@ -190,88 +346,52 @@ def answer_advantages(
 ) -> Tensor:
     """One advantage per token [B, T] from the reward components of each completion.
 
-        A_t = sum over the components c that are open at token t of  w_c (component_c - baseline_c)
+        A_t = (credit_s - baseline_s) / scale,   s the segment of token t
 
     components   [B, C] in the order in which they are decided, the last one at the very end
     weights      [C]
     first_open   [B, S] the first component that is still undecided when segment s begins
     segment_ids  [B, T] the segment of each token
-    group_ids    [B] which prompt a row belongs to
+    group_ids    [B] which prompt a completion belongs to
 
-    credit, the components that count as open:
-        to_go          decided in the token's segment or later (unbiased)
-        set            all of them: one number per completion
-        own            decided in the token's own segment, and always the last; where that segment
-                       decides none, those of to_go (biased)
-    baseline, of each component over the group:
-        leave_one_out  mean of the other completions
-        mean           mean of all
-        none           0
-    scale, what advantages are divided by:
-        group_std      standard deviation of the total reward in the group
-        batch_std      that among all rows
-        none           1
+    credit is a name of CREDITS, baseline of BASELINES, scale of SCALES. Raises ValueError for any
+    other.
     """
     weighted = components * weights
-    centred = _minus_baseline(weighted, group_ids, baseline)
+    credited = _named(CREDITS, "credit", credit)(weighted, first_open)
+    compared = Compared(credit, credited, weighted, first_open, group_ids)
+    centred = credited - _named(BASELINES, "baseline", baseline)(compared)
     if scale != "none":
-        std = _reward_std(weighted.sum(1), group_ids, scale)
-        # totals can all agree where components do not: there is nothing to divide by then
-        divisor = torch.where(std > 1e-4, std + 1e-4, torch.ones_like(std))
-        centred = centred / divisor.reshape(-1, 1)
-    return _credited(centred, first_open, segment_ids, credit)
+        centred = centred / _named(SCALES, "scale", scale)(weighted.sum(1), group_ids)[:, None]
+    return centred.gather(1, segment_ids)
 
 
-def _minus_baseline(weighted: Tensor, group_ids: Tensor, baseline: str) -> Tensor:
-    """Weighted components [B, C] minus their baseline in the group."""
-    sums = _group_sums(weighted, group_ids)
-    counts = _group_sums(weighted.new_ones(len(weighted), 1), group_ids)
-    if baseline == "leave_one_out":
-        others = sums - weighted
-        # a completion without others keeps its components: 0 is their baseline
-        return weighted - others / (counts - 1).clamp(min=1)
-    if baseline == "mean":
-        return weighted - sums / counts
-    if baseline == "none":
-        return weighted
-    raise ValueError(f"unknown baseline {baseline!r}")
+Rule = TypeVar("Rule")
 
 
-def _reward_std(totals: Tensor, group_ids: Tensor, scale: str) -> Tensor:
-    """Sample standard deviation of the total rewards [B], in each row's group [B] or of all []."""
-    if scale == "group_std":
-        counts = _group_sums(torch.ones_like(totals), group_ids)
-        deviations = totals - _group_sums(totals, group_ids) / counts
-        return (_group_sums(deviations**2, group_ids) / (counts - 1).clamp(min=1)).sqrt()
-    if scale == "batch_std":
-        deviations = totals - totals.mean()
-        return ((deviations**2).sum() / max(len(totals) - 1, 1)).sqrt()
-    raise ValueError(f"unknown scale {scale!r}")
+def _named(rules: Mapping[str, Rule], kind: str, name: str) -> Rule:
+    if name not in rules:
+        raise ValueError(f"unknown {kind} {name!r}; known: {', '.join(rules)}")
+    return rules[name]
 
 
-def _credited(centred: Tensor, first_open: Tensor, segment_ids: Tensor, credit: str) -> Tensor:
-    """For each token [B, T] the sum of the components [B, C] that it is credited with."""
-    num_rows, num_components = centred.shape
-    last = num_components - 1
-    # sum_from[:, c] is the sum of everything decided from component c on, for c = C nothing
-    sum_from = centred.new_zeros(num_rows, num_components + 1)
-    sum_from[:, :num_components] = centred.flip(1).cumsum(1).flip(1)
+def _group_sums(values: Tensor, group_ids: Tensor) -> Tensor:
+    """For each row of values [B, ...], the sum over the rows of its group."""
+    num_groups = 0
+    if len(group_ids) > 0:
+        num_groups = int(group_ids.max()) + 1
+    sums = values.new_zeros(num_groups, *values.shape[1:]).index_add_(0, group_ids, values)
+    return sums[group_ids]
 
-    start = first_open.gather(1, segment_ids)  # [B, T]
-    to_go = sum_from.gather(1, start)
-    if credit == "to_go":
-        return to_go
-    if credit == "set":
-        return sum_from[:, :1].expand(-1, segment_ids.shape[1]).clone()
-    if credit == "own":
-        # what the segment decides ends where the next segment's first open component begins
-        none_open = torch.full_like(first_open[:, :1], num_components)
-        next_first_open = torch.cat([first_open[:, 1:], none_open], dim=1)
-        end = next_first_open.gather(1, segment_ids)
-        decides = (end > start) & (start < last)
-        # from start to end, and the last component whether it is among them or not
-        last_index = torch.full_like(start, last)
-        sum_from_end = sum_from.gather(1, torch.minimum(end, last_index))
-        own = to_go - sum_from_end + sum_from.gather(1, last_index)
-        return torch.where(decides, own, to_go)
-    raise ValueError(f"unknown credit {credit!r}")
+
+def _rows_of_groups(group_ids: Tensor) -> tuple[Tensor, Tensor]:
+    """The rows of each group [P, G], G the size of the largest, and which entries are rows.
+
+    A smaller group is padded with row 0.
+    """
+    order = group_ids.argsort(stable=True)
+    sizes = group_ids.bincount()
+    sizes = sizes[sizes > 0]
+    is_member = torch.arange(int(sizes.max()), device=group_ids.device) < sizes[:, None]
+    members = torch.zeros_like(is_member, dtype=torch.int64).masked_scatter(is_member, order)
+    return members, is_member

@@ -11,14 +11,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import KERNEL_BASELINES, KERNEL_CREDITS, KERNEL_SCALES
+
 # rows or tokens, times components, that a program holds at a time: 16 numbers a thread
 TILE_ELEMENTS = 2048
 
-CHOICES = {
-    "baseline": ("leave_one_out", "mean", "none"),
-    "scale": ("none", "group_std", "batch_std"),
-    "credit": ("to_go", "set", "own"),
-}
+CHOICES = {"baseline": KERNEL_BASELINES, "scale": KERNEL_SCALES, "credit": KERNEL_CREDITS}
 
 
 @triton.jit

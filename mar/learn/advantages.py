@@ -1,125 +1,51 @@
 """From reward components to one advantage per completion token.
 
+Which components a token is credited with, what they are compared with and what they are divided by
+are functions in three dictionaries, CREDITS, BASELINES and SCALES. They stand in
+kernels/mar_kernels/reference.py, beside the estimator itself (`answer_advantages`); what is not
+per component stands here.
+
 What changes a reward (a KL cost, a length penalty) changes `components`, before credit is given.
 
 Letters: P prompts, G group_size, B rows, T tokens, C components, S segments.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from mar.learn.batch import Batch
+from mar.records import Rollout
 from mar_kernels import answer_advantages
+from mar_kernels.reference import BASELINES, CREDITS, SCALES
+
+__all__ = ["BASELINES", "CREDITS", "SCALES"]
 
 
 def token_advantages(batch: Batch, credit: str, baseline: str, scale: str) -> Tensor:
     """Advantages [B, T] float64, zero outside completions. Takes the whole step at once.
 
-    credit and baseline are those of `mar_kernels.answer_advantages`; baseline `matched` is
-    `matched_advantages`. scale is `none`, `group_std`, `batch_std`, or `whiten`: the mean and the
-    standard deviation of all trained tokens are taken out (REINFORCE++, arXiv:2501.03262, eq. 9).
+    credit, baseline and scale are names of CREDITS, BASELINES and SCALES (mar_kernels/reference.py
+    defines them), or scale `whiten`: the mean and the standard deviation of all trained tokens are
+    taken out (REINFORCE++, arXiv:2501.03262, eq. 9).
     """
-    if baseline == "matched" and credit != "set":
-        advantages = matched_advantages(batch, credit)
-    else:
-        # `set` credits everything from the start on, before which no completion has earned
-        # anything: all of them match, and matched is leave_one_out
-        group_baseline = "leave_one_out" if baseline == "matched" else baseline
-        reward_scale = "none" if scale == "whiten" else scale
-        advantages = answer_advantages(
-            components=batch.components,
-            # the components of a batch are weighted already
-            weights=batch.components.new_ones(batch.components.shape[1]),
-            first_open=batch.first_open,
-            segment_ids=batch.segment_ids,
-            group_ids=batch.group_ids,
-            credit=credit,
-            baseline=group_baseline,
-            scale=reward_scale,
-        )
-    if scale == "whiten":
+    whitened = scale == "whiten"
+    advantages = answer_advantages(
+        components=batch.components,
+        # the components of a batch are weighted already
+        weights=batch.components.new_ones(batch.components.shape[1]),
+        first_open=batch.first_open,
+        segment_ids=batch.segment_ids,
+        group_ids=batch.group_ids,
+        credit=credit,
+        baseline=baseline,
+        scale="none" if whitened else scale,
+    )
+    if whitened:
         advantages = whiten(advantages, batch.loss_mask)
     return advantages * batch.completion_mask
-
-
-def matched_advantages(batch: Batch, credit: str) -> Tensor:
-    """`to_go` or `own` credit [B, T] against completions of the group that stand as well so far.
-
-    For a token of completion i in a segment where component c is the first still open:
-
-        credit_i[c]    what the token is credited with: to_go: sum of the components from c on;
-                       own: component c and the last one, if the segment decides c
-        earned_i[c]    sum of the positive parts of the components before c: what i has earned
-        matches        completions j != i of the group with earned_j[c] = earned_i[c],
-                       or all j != i where there is none
-        A_i[c]       = credit_i[c] - mean of credit_j[c] over the matches j
-
-    What i has earned is its own past, and what the others go on to earn does not depend on i's next
-    token, so the estimator stays unbiased. It loses the noise that the past explains: after a hit
-    on the only label nothing more can be hit, and a confidence is compared with confidences in
-    answers as right as its own.
-    """
-    components = batch.components
-    num_components = components.shape[1]
-
-    # [B, C + 1]: entry c belongs to tokens where component c is the first open one, C: none is
-    to_go = F.pad(components.flip(1).cumsum(1).flip(1), (0, 1))
-    earned = F.pad(components.clamp(min=0).cumsum(1), (1, 0))
-    credited = [to_go]
-    if credit == "own":
-        this_and_last = components[:, :-1] + components[:, -1:]
-        credited.append(torch.cat([this_and_last, to_go[:, num_components - 1 :]], 1))
-    centred = _minus_mean_of_matches(torch.stack(credited, 1), earned, batch.group_ids)
-
-    # from one entry per component to one per token, [B, T]
-    first_open = batch.first_open.gather(1, batch.segment_ids)
-    advantages = centred[:, 0].gather(1, first_open)
-    if credit == "own":
-        open_afterwards = F.pad(batch.first_open[:, 1:], (0, 1), value=num_components)
-        next_open = open_afterwards.gather(1, batch.segment_ids)
-        # a segment that decides nothing, or only the last component, is credited to_go
-        decides = (next_open > first_open) & (first_open < num_components - 1)
-        own = centred[:, 1].gather(1, first_open)
-        advantages = torch.where(decides, own, advantages)
-    return advantages * batch.completion_mask
-
-
-def _minus_mean_of_matches(credited: Tensor, earned: Tensor, group_ids: Tensor) -> Tensor:
-    """credited [B, R, C + 1] minus their mean over the matches of each completion (see above).
-
-    R credit rules share the matches, which earned [B, C + 1] and the groups [B] decide.
-    """
-    members, is_member = _rows_of_groups(group_ids)
-    values = credited[members]  # [P, G, R, C + 1]
-    past = earned[members]  # [P, G, C + 1]
-
-    # masks [P, G, G, C + 1] over (group, completion i, completion j, first open component)
-    is_self = torch.eye(is_member.shape[1], dtype=torch.bool, device=group_ids.device)
-    is_other = (is_member[:, None] & ~is_self)[..., None]
-    same_past = (past[:, :, None] == past[:, None]) & is_other
-    has_match = same_past.any(2, keepdim=True)
-    matches = torch.where(has_match, same_past, is_other).to(values)
-
-    sums = torch.einsum("pijc,pjrc->pirc", matches, values)
-    counts = matches.sum(2).clamp(min=1)[:, :, None]
-    centred = values - sums / counts
-    return torch.empty_like(credited).index_copy_(0, members[is_member], centred[is_member])
-
-
-def _rows_of_groups(group_ids: Tensor) -> tuple[Tensor, Tensor]:
-    """The rows of each group [P, G], G the size of the largest, and which entries are rows.
-
-    A smaller group is padded with row 0.
-    """
-    order = group_ids.argsort(stable=True)
-    sizes = group_ids.bincount()
-    sizes = sizes[sizes > 0]
-    is_member = torch.arange(int(sizes.max()), device=group_ids.device) < sizes[:, None]
-    members = torch.zeros_like(is_member, dtype=torch.int64).masked_scatter(is_member, order)
-    return members, is_member
 
 
 def whiten(advantages: Tensor, mask: Tensor) -> Tensor:
@@ -211,12 +137,14 @@ def with_truncation_rule(
 
 
 def zero_group_frac(batch: Batch) -> float:
-    """Share of groups whose completions all earned the same.
+    """Share of groups whose completions all earned the same."""
+    return sum(is_flat(group) for group in batch.groups) / len(batch.groups)
 
-    They teach nothing: the baseline of such a group makes all its advantages 0.
+
+def is_flat(group: Sequence[Rollout]) -> bool:
+    """Whether all completions of a group earned the same in total.
+
+    With credit `set` such a group teaches nothing. With credit per answer it may: a hit and then a
+    miss earn as much as a miss and then a hit.
     """
-    num_equal = 0
-    for group in batch.groups:
-        totals = {rollout.total for rollout in group}
-        num_equal += len(totals) == 1
-    return num_equal / len(batch.groups)
+    return len({rollout.total for rollout in group}) == 1

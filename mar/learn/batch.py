@@ -1,6 +1,6 @@
 """Rollouts to the tensors of one optimizer step, and that step cut into micro-batches.
 
-Tokens are shifted once, in `pack_groups`; denominators are counted once, over the whole step.
+Tokens are shifted once, in `pack_groups` (policy/packing.py); denominators are counted once, over the whole step.
 """
 
 from bisect import bisect_left
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from mar.policy.attention import PackedGroups, chunks, pack_groups
+from mar.policy.packing import PackedGroups, chunks, pack_groups
 from mar.records import Rollout
 
 Rollouts = Sequence[Rollout]

@@ -25,8 +25,9 @@ from mar.answers.grammar import FORMS, Element, Grammar
 from mar.answers.prompts import STYLES, build_prompt
 from mar.answers.tokenizer import encode_text
 from mar.errors import UserError
-from mar.policy.attention import PackedGroups, group_attention, pack_groups
+from mar.policy.attention import group_attention
 from mar.policy.model import Decoder
+from mar.policy.packing import PackedGroups, pack_groups
 from mar.records import Example
 
 ANALYSES = (

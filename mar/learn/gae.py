@@ -15,6 +15,8 @@ def token_rewards(batch: Batch, credit: str) -> Tensor:
     With gamma = lambda = 1 and V = 0 the advantages of `gae` are then those of answer_advantages
     without a baseline.
     """
+    if credit not in ("to_go", "set"):
+        raise ValueError(f"a critic goes with credit to_go or set, not {credit!r}")
     rewards = batch.components.new_zeros(batch.completion_mask.shape)
     if credit == "set":
         last_token = batch.completion_mask.sum(1, keepdim=True) - 1

@@ -10,7 +10,7 @@ from mar.errors import UserError
 from mar.learn.advantages import token_advantages
 from mar.learn.batch import Batch, micro_batches
 from mar.learn.learner import Learner
-from mar.learn.losses import reinforce, token_weights
+from mar.learn.losses import policy_gradient, token_weights
 from mar.learn.update import flat_columns
 
 CREDITS = ("to_go", "set")
@@ -78,7 +78,7 @@ def _group_gradients(
         logprobs = learner.policy(micro.packed, config.algo.temperature)[0]
         columns = flat_columns(micro, group, {"weights": weights, **advantages}, logprobs.dtype)
         for credit, gradient in gradients.items():
-            loss = reinforce(logprobs, columns[credit], columns["weights"])
+            loss = policy_gradient(logprobs, columns[credit], columns["weights"])
             parts = torch.autograd.grad(loss, parameters, retain_graph=True)
             for total, part in zip(gradient, parts, strict=True):
                 total += part

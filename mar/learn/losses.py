@@ -1,103 +1,206 @@
-"""Losses, KL estimators, token weights and diagnostics: pure functions of flat per-token tensors.
+"""Losses, KL estimators, token weights and importance weights: pure functions of per-token tensors.
 
 Letters: M trained tokens of a micro-batch, B rows, T tokens of the longest completion.
 
-Every loss of LOSSES takes the same arguments, all tensors [M]:
-
-    logprobs      log pi(token), with gradient
-    advantages    A
-    weights       w: `token_weights`, times `importance_weights` where those are asked for
-    old_logprobs  log pi_old(token), of the policy that sampled
-    rows          the completion that a token belongs to
-
-then the numbers clip_low and clip_high: how far the ratio may fall below and rise above 1. It
-returns a scalar, the sum over the tokens. The weights are fixed for the whole optimizer step, so
-the losses of its micro-batches add up. A token of weight 0 changes nothing.
+A loss takes one record, `LossInputs`, and returns the loss and what it wants logged. To add one,
+write such a function and enter it into LOSSES; hyper-parameters of its own come from
+`algo.loss_options` and are declared beside it with `options`. The weights are fixed for the whole
+optimizer step, so the losses of its micro-batches add up. A token of weight 0 changes nothing.
 
 In the equations r_t = pi(token_t) / pi_old(token_t), and sg stops the gradient.
 """
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+# --- what a loss sees, and what it returns --------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class LossInputs:
+    """The trained tokens of a micro-batch. Tensors are [M]."""
+
+    logprobs: Tensor  # log pi(token), with gradient
+    advantages: Tensor  # A
+    weights: Tensor  # w: `token_weights`, times the importance weights where these are asked for
+    old_logprobs: Tensor  # log pi_old(token), of the policy that sampled
+    rows: Tensor  # the completion that a token belongs to
+    clip_low: float = 0.2  # how far the ratio may fall below 1
+    clip_high: float = 0.2  # how far it may rise above 1
+    options: Mapping[str, float] = field(default_factory=dict)  # the loss's own hyper-parameters
+
+    @property
+    def log_ratio(self) -> Tensor:
+        return self.logprobs - self.old_logprobs
+
+
+# How a logged number adds up over the micro-batches, ranks and updates of a step.
+TOKEN_MEAN = "token_mean"  # given as a sum over tokens; logged as a mean over all trained tokens
+UPDATE_MEAN = "update_mean"  # summed over micro-batches; logged as a mean over the updates
+LARGEST = "largest"
+
+
+class Logged(NamedTuple):
+    """A number for metrics.jsonl, and how it adds up."""
+
+    value: float
+    adds_up: str
+
+
+class LossOutput(NamedTuple):
+    """The loss (a sum over tokens) and what is logged as `policy/<name>`."""
+
+    loss: Tensor
+    logged: dict[str, Logged]
+
+
+class Option(NamedTuple):
+    """A hyper-parameter of one function: its default and the range [low, high] of its values."""
+
+    default: float
+    low: float
+    high: float
+
+
+Loss = Callable[[LossInputs], LossOutput]
+
+
+def options(**declared: Option) -> Callable[[Loss], Loss]:
+    """Declare the hyper-parameters that a loss reads from `inputs.options`."""
+
+    def declare(loss: Loss) -> Loss:
+        loss.options = declared  # type: ignore[attr-defined]
+        return loss
+
+    return declare
+
+
+def options_of(loss: Loss) -> Mapping[str, Option]:
+    """The hyper-parameters of a loss; empty for one that has none."""
+    return getattr(loss, "options", {})
+
+
 # --- weights of the tokens ------------------------------------------------------------------------
 
-AGGREGATIONS = ("token_mean", "sequence_mean", "constant")
+
+def token_mean(mask: Tensor, max_completion_tokens: int) -> Tensor:
+    """1 / tokens of the step (DAPO, arXiv:2503.14476, eq. 8)."""
+    return mask / mask.sum().clamp(min=1)
+
+
+def sequence_mean(mask: Tensor, max_completion_tokens: int) -> Tensor:
+    """1 / (B x tokens of the completion) (GRPO, arXiv:2402.03300, eq. 3)."""
+    num_rows = max(mask.shape[0], 1)
+    lengths = mask.sum(1, keepdim=True)
+    return mask / (num_rows * lengths.clamp(min=1))
+
+
+def constant(mask: Tensor, max_completion_tokens: int) -> Tensor:
+    """1 / (B x max_completion_tokens) (Dr. GRPO, arXiv:2503.20783). The only one that leaves the
+    policy gradient unbiased."""
+    num_rows = max(mask.shape[0], 1)
+    return mask / (num_rows * max_completion_tokens)
+
+
+# name -> the weight of each token: (mask [B, T] float64, max_completion_tokens) -> [B, T]
+AGGREGATIONS: dict[str, Callable[[Tensor, int], Tensor]] = {
+    "token_mean": token_mean,
+    "sequence_mean": sequence_mean,
+    "constant": constant,
+}
 
 
 def token_weights(mask: Tensor, aggregation: str, max_completion_tokens: int) -> Tensor:
-    """The weight [B, T] of each token of `mask` [B, T] in the loss of the whole step.
-
-        token_mean     1 / tokens of the step                    DAPO, arXiv:2503.14476, eq. 8
-        sequence_mean  1 / (B x tokens of the completion)        GRPO, arXiv:2402.03300, eq. 3
-        constant       1 / (B x max_completion_tokens)           Dr. GRPO, arXiv:2503.20783
-
-    Only `constant` leaves the policy gradient unbiased.
-    """
-    mask = mask.double()
-    num_rows = max(mask.shape[0], 1)
-    if aggregation == "token_mean":
-        return mask / mask.sum().clamp(min=1)
-    if aggregation == "sequence_mean":
-        lengths = mask.sum(1, keepdim=True)
-        return mask / (num_rows * lengths.clamp(min=1))
-    if aggregation == "constant":
-        return mask / (num_rows * max_completion_tokens)
-    raise ValueError(f"unknown aggregation {aggregation!r}; known: {', '.join(AGGREGATIONS)}")
+    """The weight [B, T] of each token of `mask` [B, T] in the loss of the whole step."""
+    if aggregation not in AGGREGATIONS:
+        known = ", ".join(AGGREGATIONS)
+        raise ValueError(f"unknown aggregation {aggregation!r}; known: {known}")
+    return AGGREGATIONS[aggregation](mask.double(), max_completion_tokens)
 
 
-def importance_weights(old_logprobs: Tensor, sampler_logprobs: Tensor, cap: float) -> Tensor:
-    """Truncated importance weights min(pi_old / pi_sampler, cap) [M], without gradient.
+# --- importance weights: the sampler drew from another distribution than is trained -------------
 
-    They correct for a sampler that draws from another distribution (top-k, top-p, min-p) or
-    computes in another precision. Espeholt et al. 2018, arXiv:1802.01561, eq. 1; for language
-    models Yao et al. 2025.
-    """
-    return (old_logprobs - sampler_logprobs).detach().exp().clamp(max=cap)
+
+@dataclass(frozen=True)
+class ImportanceInputs:
+    """Log-probabilities of the sampled tokens, [M], and the options of `algo.importance_*`."""
+
+    old_logprobs: Tensor  # by the trainer
+    sampler_logprobs: Tensor  # of the distribution that was drawn from
+    weights: Tensor  # 0: the token does not count
+    rows: Tensor  # the completion that a token belongs to
+    cap: float
+    low: float
+    high: float
+    by_sequence: bool
+
+    @property
+    def ratio(self) -> Tensor:
+        """pi_old / pi_sampler of the token, or with `by_sequence` the geometric mean over its
+        completion."""
+        log_ratio = (self.old_logprobs - self.sampler_logprobs).detach()
+        if self.by_sequence:
+            log_ratio = sequence_mean_log_ratio(log_ratio, self.weights, self.rows)
+        return log_ratio.exp()
+
+
+def no_importance(inputs: ImportanceInputs) -> Tensor:
+    return torch.ones_like(inputs.old_logprobs)
+
+
+def truncated(inputs: ImportanceInputs) -> Tensor:
+    """min(pi_old / pi_sampler, cap) (Espeholt et al. 2018, arXiv:1802.01561, eq. 1; for language
+    models Yao et al. 2025)."""
+    return inputs.ratio.clamp(max=inputs.cap)
+
+
+def masked(inputs: ImportanceInputs) -> Tensor:
+    """The ratio where it lies in [low, high], 0 elsewhere: a token that the two disagree about too
+    much is not trained on, on either side (IcePop, Ling team 2025)."""
+    ratio = inputs.ratio
+    trusted = (ratio >= inputs.low) & (ratio <= inputs.high)
+    return torch.where(trusted, ratio, torch.zeros_like(ratio))
+
+
+# name -> a factor on the token weights, [M], without gradient
+IMPORTANCE: dict[str, Callable[[ImportanceInputs], Tensor]] = {
+    "none": no_importance,
+    "truncated": truncated,
+    "masked": masked,
+}
 
 
 # --- losses ---------------------------------------------------------------------------------------
 
-# (logprobs, advantages, weights, old_logprobs, rows, clip_low, clip_high) -> the loss
-Loss = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, float, float], Tensor]
+
+def policy_gradient(logprobs: Tensor, advantages: Tensor, weights: Tensor) -> Tensor:
+    """-sum_t w_t A_t log pi(token_t)."""
+    return -(weights * advantages * logprobs).sum()
 
 
-def reinforce(logprobs: Tensor, advantages: Tensor, weights: Tensor, *_: object) -> Tensor:
+def reinforce(inputs: LossInputs) -> LossOutput:
     """REINFORCE (Williams 1992).
 
     loss = -sum_t w_t A_t log pi(token_t)
     """
-    return -(weights * advantages * logprobs).sum()
+    loss = policy_gradient(inputs.logprobs, inputs.advantages, inputs.weights)
+    return LossOutput(loss, ratio_logs(inputs, inputs.log_ratio.exp()))
 
 
-def ppo_clip(
-    logprobs: Tensor,
-    advantages: Tensor,
-    weights: Tensor,
-    old_logprobs: Tensor,
-    rows: Tensor,
-    clip_low: float,
-    clip_high: float,
-) -> Tensor:
+def ppo_clip(inputs: LossInputs) -> LossOutput:
     """PPO (arXiv:1707.06347, eq. 7) with two separate bounds (DAPO, arXiv:2503.14476, eq. 8).
 
     loss = -sum_t w_t min(r_t A_t, clip(r_t, 1 - clip_low, 1 + clip_high) A_t)
     """
-    ratio = (logprobs - old_logprobs).exp()
-    return _clipped_loss(ratio, advantages, weights, clip_low, clip_high)
+    ratio = inputs.log_ratio.exp()
+    return LossOutput(_clipped_loss(inputs, ratio), ratio_logs(inputs, ratio))
 
 
-def gspo(
-    logprobs: Tensor,
-    advantages: Tensor,
-    weights: Tensor,
-    old_logprobs: Tensor,
-    rows: Tensor,
-    clip_low: float,
-    clip_high: float,
-) -> Tensor:
+def gspo(inputs: LossInputs) -> LossOutput:
     """GSPO (arXiv:2507.18071, eq. 5 and 7) in its token form (eq. 13 and 14).
 
         s = sg(exp(mean of log r_t over the completion))
@@ -106,40 +209,82 @@ def gspo(
     With one advantage per completion, value and gradient are those of GSPO; the token form also
     allows advantages that differ along a completion.
     """
-    log_ratio = (logprobs - old_logprobs).detach()
-    mean_log_ratio = sequence_mean_log_ratio(log_ratio, weights, rows)
+    logprobs = inputs.logprobs
+    log_ratio = inputs.log_ratio.detach()
+    mean_log_ratio = sequence_mean_log_ratio(log_ratio, inputs.weights, inputs.rows)
     ratio = (mean_log_ratio + logprobs - logprobs.detach()).exp()
-    return _clipped_loss(ratio, advantages, weights, clip_low, clip_high)
+    return LossOutput(_clipped_loss(inputs, ratio), ratio_logs(inputs, mean_log_ratio.exp()))
 
 
-def cispo(
-    logprobs: Tensor,
-    advantages: Tensor,
-    weights: Tensor,
-    old_logprobs: Tensor,
-    rows: Tensor,
-    clip_low: float,
-    clip_high: float,
-) -> Tensor:
+def cispo(inputs: LossInputs) -> LossOutput:
     """CISPO (MiniMax-M1, arXiv:2506.13585, eq. 4 and 5): REINFORCE weighted by the clipped ratio.
 
         loss = -sum_t w_t sg(clip(r_t, 1 - clip_low, 1 + clip_high)) A_t log pi(token_t)
 
     No token loses its gradient. clip_low = 1 is no lower bound.
     """
-    ratio = (logprobs - old_logprobs).detach().exp()
-    clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
-    return -(weights * clipped * advantages * logprobs).sum()
+    ratio = inputs.log_ratio.detach().exp()
+    clipped = ratio.clamp(1 - inputs.clip_low, 1 + inputs.clip_high)
+    loss = -(inputs.weights * clipped * inputs.advantages * inputs.logprobs).sum()
+    return LossOutput(loss, ratio_logs(inputs, ratio))
 
 
-LOSSES: dict[str, Loss] = {"reinforce": reinforce, "ppo": ppo_clip, "gspo": gspo, "cispo": cispo}
+@options(
+    delta_low=Option(default=0.2, low=0.0, high=1.0),
+    delta_high=Option(default=0.2, low=0.0, high=1.0),
+    penalty=Option(default=0.001, low=0.0, high=100.0),
+)
+def dppo(inputs: LossInputs) -> LossOutput:
+    """DPPO: a mask by the change of the probability itself, and a squared log-ratio.
+
+        d_t = pi(token_t) - pi_old(token_t)
+        m_t = 0 where A_t > 0 and d_t > delta_high, or A_t < 0 and d_t < -delta_low; else 1
+        loss = sum_t w_t [ -m_t sg(r_t) A_t log pi(token_t) + penalty (log r_t)^2 ]
+
+    A ratio overstates the change of a rare token and understates that of a likely one; the
+    difference of probabilities bounds the total variation (arXiv:2602.04879, the binary TV mask).
+    The penalty is prime-rl's (docs/algorithms.md).
+    """
+    log_ratio = inputs.log_ratio
+    ratio = log_ratio.detach().exp()
+    change = inputs.logprobs.detach().exp() - inputs.old_logprobs.exp()
+    rose_too_far = (inputs.advantages > 0) & (change > inputs.options["delta_high"])
+    fell_too_far = (inputs.advantages < 0) & (change < -inputs.options["delta_low"])
+    masked_out = rose_too_far | fell_too_far
+    weighted_advantages = inputs.weights * ratio * inputs.advantages
+    gain = torch.where(masked_out, torch.zeros_like(ratio), weighted_advantages) * inputs.logprobs
+    cost = inputs.options["penalty"] * inputs.weights * log_ratio**2
+    logged = ratio_logs(inputs, ratio)
+    counted = inputs.weights != 0
+    logged["masked_frac"] = Logged(masked_out[counted].sum().item(), TOKEN_MEAN)
+    return LossOutput((cost - gain).sum(), logged)
 
 
-def _clipped_loss(
-    ratio: Tensor, advantages: Tensor, weights: Tensor, clip_low: float, clip_high: float
-) -> Tensor:
-    clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
-    return -(weights * torch.minimum(ratio * advantages, clipped * advantages)).sum()
+LOSSES: dict[str, Loss] = {
+    "reinforce": reinforce,
+    "ppo": ppo_clip,
+    "gspo": gspo,
+    "cispo": cispo,
+    "dppo": dppo,
+}
+
+
+def _clipped_loss(inputs: LossInputs, ratio: Tensor) -> Tensor:
+    clipped = ratio.clamp(1 - inputs.clip_low, 1 + inputs.clip_high)
+    gains = torch.minimum(ratio * inputs.advantages, clipped * inputs.advantages)
+    return -(inputs.weights * gains).sum()
+
+
+@torch.no_grad()
+def ratio_logs(inputs: LossInputs, ratio: Tensor) -> dict[str, Logged]:
+    """`clip_frac`: share of the tokens whose ratio lies outside the bounds; `ratio_max`."""
+    ratio = ratio.detach()[inputs.weights != 0]
+    outside = (ratio < 1 - inputs.clip_low) | (ratio > 1 + inputs.clip_high)
+    largest = ratio.max().item() if len(ratio) > 0 else 1.0
+    return {
+        "clip_frac": Logged(outside.sum().item(), TOKEN_MEAN),
+        "ratio_max": Logged(largest, LARGEST),
+    }
 
 
 def sequence_mean_log_ratio(log_ratio: Tensor, weights: Tensor, rows: Tensor) -> Tensor:
@@ -194,7 +339,12 @@ def kl_k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
     return log_ratio.exp() - log_ratio - 1
 
 
-KL_ESTIMATORS = {"k3": kl_k3, "k2": kl_k2, "k1": kl_k1}
+# name -> (logprobs [M], ref_logprobs [M]) -> [M]
+KL_ESTIMATORS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "k3": kl_k3,
+    "k2": kl_k2,
+    "k1": kl_k1,
+}
 
 
 # --- diagnostics ----------------------------------------------------------------------------------
@@ -202,41 +352,25 @@ KL_ESTIMATORS = {"k3": kl_k3, "k2": kl_k2, "k1": kl_k1}
 
 @torch.no_grad()
 def diagnostics(
-    logprobs: Tensor, columns: Mapping[str, Tensor], by_sequence: bool, low: float, high: float
-) -> dict[str, float]:
-    """How far the policy has moved, and how far off the sampler was.
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    sampler_logprobs: Tensor,
+    full_logprobs: Tensor,
+    weights: Tensor,
+) -> dict[str, Logged]:
+    """How far the policy has moved, and how far off the sampler was. All [M].
 
-    Tokens of weight 0 are left out.
-
-    Sums over tokens, to be divided by `num`:
-        approx_kl    r - 1 - log r, estimates KL(old || new)
-        clip_frac    1 where the ratio is outside [1 - low, 1 + high]
-        sampler_kl   k1 of KL(sampler || old); k3 would be wrong where the sampler leaves tokens out
-        num          1
-    Maxima:
-        ratio_max             the ratio
-        sampler_mismatch_max  |old_logprobs - full_logprobs|, over all tokens
-
-    The ratio is that of the token, or with `by_sequence` that of its completion (gspo). `columns`
-    holds `weights`, `old_logprobs`, `rows`, `sampler_logprobs` and `full_logprobs`, each [M].
+    approx_kl             r - 1 - log r, estimates KL(old || new)
+    sampler_kl            k1 of KL(sampler || old); k3 would be wrong where the sampler leaves
+                          tokens out
+    sampler_mismatch_max  |old_logprobs - full_logprobs|, also of tokens of weight 0
     """
-    weights = columns["weights"]
-    old_logprobs = columns["old_logprobs"]
-    kept = weights != 0
-    log_ratio = logprobs - old_logprobs
-    if by_sequence:
-        log_ratio = sequence_mean_log_ratio(log_ratio, weights, columns["rows"])
-    ratio = log_ratio.exp()[kept]
-    outside = (ratio < 1 - low) | (ratio > 1 + high)
-    ratio_max = 1.0
-    if len(ratio) > 0:
-        ratio_max = ratio.max().item()
-    mismatch = (old_logprobs - columns["full_logprobs"]).abs()
+    counted = weights != 0
+    moved = kl_k3(old_logprobs, logprobs)[counted]
+    off = kl_k1(sampler_logprobs, old_logprobs)[counted]
+    mismatch = (old_logprobs - full_logprobs).abs()
     return {
-        "approx_kl": kl_k3(old_logprobs, logprobs)[kept].sum().item(),
-        "clip_frac": outside.sum().item(),
-        "sampler_kl": kl_k1(columns["sampler_logprobs"], old_logprobs)[kept].sum().item(),
-        "num": kept.sum().item(),
-        "ratio_max": ratio_max,
-        "sampler_mismatch_max": mismatch.max().item(),
+        "approx_kl": Logged(moved.sum().item(), TOKEN_MEAN),
+        "sampler_kl": Logged(off.sum().item(), TOKEN_MEAN),
+        "sampler_mismatch_max": Logged(mismatch.max().item(), LARGEST),
     }

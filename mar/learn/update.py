@@ -8,7 +8,6 @@ has them `old_logprobs`, `ref_logprobs`, `values` and `returns`. Without `old_lo
 update, by the policy that sampled, and the ratio is 1.
 """
 
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -28,30 +27,38 @@ from mar.learn.batch import Batch, MicroBatch, micro_batches
 from mar.learn.gae import explained_variance, gae, token_rewards
 from mar.learn.learner import Learner
 from mar.learn.losses import (
+    IMPORTANCE,
     KL_ESTIMATORS,
+    LARGEST,
     LOSSES,
+    TOKEN_MEAN,
+    UPDATE_MEAN,
+    ImportanceInputs,
+    Logged,
+    LossInputs,
     diagnostics,
-    importance_weights,
     kl_k1,
+    options_of,
     token_weights,
     value_loss,
 )
 from mar.learn.optim import clip_gradients, learning_rate, set_learning_rate
-from mar.policy.attention import PackedGroups
 from mar.policy.distributed import World
+from mar.policy.packing import PackedGroups
 
 Columns = dict[str, Tensor]
-Logs = defaultdict[str, float]
-
-MAXIMA = ("ratio_max", "sampler_mismatch_max")  # logged as the largest; everything else as a sum
+Logs = dict[str, Logged]
 
 
 # --- once per batch --------------------------------------------------------------------------
 
 
 def compute_advantages(learner: Learner, batch: Batch) -> tuple[Batch, Columns]:
-    """The batch under the rule for truncated completions, and the columns that its updates share:
-    the advantages and what they are computed from."""
+    """The advantages of a step, with everything else that its updates share.
+
+    Returns the batch under the rule for truncated completions (algo.truncated changes masks or
+    rewards), and the columns: `advantages` and what they are computed from.
+    """
     config = learner.config
     algo = config.algo
     longest = config.model.max_completion_tokens
@@ -128,30 +135,34 @@ def update(learner: Learner, batch: Batch, columns: Columns, step: int) -> dict[
     critic_lr = learning_rate(step, num_steps, algo.critic_lr, optim.warmup_frac, optim.schedule)
     bonus = entropy_coef(algo, step, num_steps)
 
-    logs = []
+    logs: list[Logs] = []
     skipped = 0
     for minibatch, own_columns in _minibatches(learner, batch, columns, step):
-        sums = Logs(float)
+        of_update: Logs = {"optim/grad_norm": Logged(0.0, UPDATE_MEAN)}
         if step >= algo.critic_warmup:
             learner.optimizer.zero_grad()
-            sums = _policy_gradients(learner, minibatch, own_columns, bonus)
-            sums["grad_norm"], finite = _clip_and_step(
-                learner.policy, learner.optimizer, sums["loss"], lr, optim.grad_clip
+            of_update |= _policy_gradients(learner, minibatch, own_columns, bonus)
+            loss = of_update["policy/loss"].value
+            norm, finite = _clip_and_step(
+                learner.policy, learner.optimizer, loss, lr, optim.grad_clip
             )
+            of_update["optim/grad_norm"] = Logged(norm, UPDATE_MEAN)
             skipped += not finite
         if learner.critic is not None and learner.critic_optimizer is not None:
             learner.critic_optimizer.zero_grad()
-            sums |= _critic_gradients(learner, learner.critic, minibatch, own_columns)
-            sums["critic_grad_norm"], finite = _clip_and_step(
-                learner.critic,
-                learner.critic_optimizer,
-                sums["value_loss"],
-                critic_lr,
-                optim.grad_clip,
+            of_update |= _critic_gradients(learner, learner.critic, minibatch, own_columns)
+            loss = of_update["value/loss"].value
+            norm, finite = _clip_and_step(
+                learner.critic, learner.critic_optimizer, loss, critic_lr, optim.grad_clip
             )
+            of_update["optim/critic_grad_norm"] = Logged(norm, UPDATE_MEAN)
             skipped += not finite
-        logs.append(sums)
-    metrics = _update_metrics(learner, batch, columns, logs)
+        logs.append(of_update)
+    metrics = _mean_over_updates(logs, int(batch.loss_mask.sum()) * algo.epochs)
+    if learner.critic is not None:
+        values = columns["values"][batch.loss_mask].double()
+        returns = columns["returns"][batch.loss_mask].double()
+        metrics["value/explained_variance"] = explained_variance(values, returns)
     return metrics | {"optim/lr": lr, "optim/skipped": skipped}
 
 
@@ -190,16 +201,16 @@ def _policy_gradients(learner: Learner, batch: Batch, columns: Columns, bonus: f
     algo = config.algo
     world = learner.world
     max_tokens = config.train.micro_batch_tokens
-    logs: list[dict[str, float]] = []
+    logs: list[Logs] = []
     for micro, factor in world.deal(list(micro_batches(batch, max_tokens, world.size))):
         logprobs, entropy, _ = learner.policy(micro.packed, algo.temperature)
         flat = {"old_logprobs": logprobs.detach()}
         flat |= flat_columns(micro, batch, columns, logprobs.dtype)
-        loss = policy_loss(algo, logprobs, entropy, flat, bonus)
+        loss, logged = policy_loss(algo, logprobs, entropy, flat, bonus)
         (factor * loss).backward()
         if factor:
-            logs.append(_policy_logs(algo, logprobs, entropy, flat, loss))
-    return _joined(world, logs)
+            logs.append({f"policy/{name}": entry for name, entry in logged.items()})
+    return _add_up(world, logs)
 
 
 def flat_columns(micro: MicroBatch, batch: Batch, columns: Columns, dtype: torch.dtype) -> Columns:
@@ -217,50 +228,67 @@ def flat_columns(micro: MicroBatch, batch: Batch, columns: Columns, dtype: torch
 
 def policy_loss(
     algo: AlgoOptions, logprobs: Tensor, entropy: Tensor, columns: Columns, bonus: float
-) -> Tensor:
+) -> tuple[Tensor, Logs]:
     """The loss of a micro-batch's tokens: the policy gradient, plus KL to the reference, minus the
-    entropy bonus. All columns are [M]."""
+    entropy bonus; and what is logged of it. All columns are [M]."""
     weights = columns["weights"]
-    trusted = weights
-    if algo.importance == "truncated":
-        old, sampled = columns["old_logprobs"], columns["sampler_logprobs"]
-        trusted = weights * importance_weights(old, sampled, algo.importance_cap)
-    loss = LOSSES[algo.loss](
-        logprobs,
-        columns["advantages"],
-        trusted,
-        columns["old_logprobs"],
-        columns["rows"],
-        algo.clip_low,
-        algo.clip_high,
+    inputs = LossInputs(
+        logprobs=logprobs,
+        advantages=columns["advantages"],
+        weights=weights * _trust(algo, columns),
+        old_logprobs=columns["old_logprobs"],
+        rows=columns["rows"],
+        clip_low=algo.clip_low,
+        clip_high=algo.clip_high,
+        options=loss_options(algo),
     )
-    if "ref_logprobs" in columns and algo.kl != "k1":
+    loss, logged = LOSSES[algo.loss](inputs)
+    counted = weights != 0
+    if "ref_logprobs" in columns:
         kl = KL_ESTIMATORS[algo.kl](logprobs, columns["ref_logprobs"])
-        loss = loss + algo.kl_coef * (weights * kl).sum()
+        logged["ref_kl"] = Logged(kl.detach()[counted].sum().item(), TOKEN_MEAN)
+        if algo.kl != "k1":
+            loss = loss + algo.kl_coef * (weights * kl).sum()
     if bonus:
         loss = loss - bonus * (weights * entropy).sum()
-    return loss
+    logged["loss"] = Logged(loss.item(), UPDATE_MEAN)
+    logged["entropy"] = Logged(entropy.detach()[counted].sum().item(), TOKEN_MEAN)
+    logged |= diagnostics(
+        logprobs,
+        columns["old_logprobs"],
+        columns["sampler_logprobs"],
+        columns["full_logprobs"],
+        weights,
+    )
+    return loss, logged
 
 
-def _policy_logs(
-    algo: AlgoOptions, logprobs: Tensor, entropy: Tensor, columns: Columns, loss: Tensor
-) -> dict[str, float]:
-    """What a micro-batch says of itself: sums over its tokens, and maxima."""
-    counted = columns["weights"] != 0
-    logs = diagnostics(logprobs, columns, algo.loss == "gspo", algo.clip_low, algo.clip_high)
-    logs["loss"] = loss.item()
-    logs["entropy"] = entropy.detach()[counted].sum().item()
-    if "ref_logprobs" in columns:
-        kl = KL_ESTIMATORS[algo.kl](logprobs.detach(), columns["ref_logprobs"])
-        logs["ref_kl"] = kl[counted].sum().item()
-    return logs
+def loss_options(algo: AlgoOptions) -> dict[str, float]:
+    """The loss's own hyper-parameters: those of algo.loss_options, else the defaults."""
+    defaults = {name: option.default for name, option in options_of(LOSSES[algo.loss]).items()}
+    return defaults | algo.loss_options
+
+
+def _trust(algo: AlgoOptions, columns: Columns) -> Tensor:
+    """The importance weight of each token, [M]."""
+    inputs = ImportanceInputs(
+        old_logprobs=columns["old_logprobs"],
+        sampler_logprobs=columns["sampler_logprobs"],
+        weights=columns["weights"],
+        rows=columns["rows"],
+        cap=algo.importance_cap,
+        low=algo.importance_low,
+        high=algo.importance_high,
+        by_sequence=algo.importance_level == "sequence",
+    )
+    return IMPORTANCE[algo.importance](inputs)
 
 
 def _critic_gradients(learner: Learner, critic: nn.Module, batch: Batch, columns: Columns) -> Logs:
     config = learner.config
     world = learner.world
     max_tokens = config.train.micro_batch_tokens
-    logs: list[dict[str, float]] = []
+    logs: list[Logs] = []
     for micro, factor in world.deal(list(micro_batches(batch, max_tokens, world.size))):
         values = critic(micro.packed)
         flat = flat_columns(micro, batch, columns, values.dtype)
@@ -269,17 +297,8 @@ def _critic_gradients(learner: Learner, critic: nn.Module, batch: Batch, columns
         )
         (factor * loss).backward()
         if factor:
-            logs.append({"value_loss": loss.item()})
-    return _joined(world, logs)
-
-
-def _joined(world: World, logs: list[dict[str, float]]) -> Logs:
-    """What the micro-batches of all ranks say: summed, or the largest."""
-    joined = Logs(float)
-    for micro_batch in world.gather(logs):
-        for name, value in micro_batch.items():
-            joined[name] = max(joined[name], value) if name in MAXIMA else joined[name] + value
-    return joined
+            logs.append({"value/loss": Logged(loss.item(), UPDATE_MEAN)})
+    return _add_up(world, logs)
 
 
 def _clip_and_step(
@@ -295,28 +314,33 @@ def _clip_and_step(
     return norm, finite
 
 
-def _update_metrics(
-    learner: Learner, batch: Batch, columns: Columns, logs: Sequence[Logs]
-) -> dict[str, Any]:
-    """Losses and norms as means over the updates, the rest as means over the tokens of all updates,
-    and maxima."""
-    mean_over_updates = {"policy/loss": "loss", "optim/grad_norm": "grad_norm"}
-    mean_over_tokens = ["entropy", "approx_kl", "clip_frac", "sampler_kl"]
-    metrics: dict[str, Any] = {}
-    if learner.reference is not None:
-        mean_over_tokens.append("ref_kl")
-    if learner.critic is not None:
-        mean_over_updates["value/loss"] = "value_loss"
-        mean_over_updates["optim/critic_grad_norm"] = "critic_grad_norm"
-        values = columns["values"][batch.loss_mask].double()
-        returns = columns["returns"][batch.loss_mask].double()
-        metrics["value/explained_variance"] = explained_variance(values, returns)
+def _add_up(world: World, logs: list[Logs]) -> Logs:
+    """What the micro-batches of all ranks log, as one: sums, or the largest."""
+    joined: Logs = {}
+    for of_micro_batch in world.gather(logs):
+        for name, entry in of_micro_batch.items():
+            joined[name] = _both(joined[name], entry) if name in joined else entry
+    return joined
 
-    num_tokens = max(sum(sums["num"] for sums in logs), 1)
-    for key, name in mean_over_updates.items():
-        metrics[key] = sum(sums[name] for sums in logs) / len(logs)
-    for name in mean_over_tokens:
-        metrics[f"policy/{name}"] = sum(sums[name] for sums in logs) / num_tokens
-    for name in MAXIMA:
-        metrics[f"policy/{name}"] = max(sums[name] for sums in logs)
+
+def _both(a: Logged, b: Logged) -> Logged:
+    value = max(a.value, b.value) if a.adds_up == LARGEST else a.value + b.value
+    return Logged(value, a.adds_up)
+
+
+def _mean_over_updates(logs: Sequence[Logs], num_tokens: int) -> dict[str, Any]:
+    """The metrics of all updates of a step. What an update did not log counts as 0.
+
+    num_tokens: trained tokens, counted once for each pass over the batch.
+    """
+    kinds = {name: entry.adds_up for of_update in logs for name, entry in of_update.items()}
+    metrics: dict[str, Any] = {}
+    for name, adds_up in kinds.items():
+        values = [of_update[name].value for of_update in logs if name in of_update]
+        if adds_up == LARGEST:
+            metrics[name] = max(values)
+        elif adds_up == UPDATE_MEAN:
+            metrics[name] = sum(values) / len(logs)
+        else:
+            metrics[name] = sum(values) / max(num_tokens, 1)
     return metrics

@@ -5,7 +5,7 @@ drawn 0 or 1: the same expectation, without the noise of the labels.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from mar.answers.grammar import Grammar, Parsed, parse
@@ -13,7 +13,14 @@ from mar.errors import UserError
 from mar.measure.bounds import ceiling_value, posteriors
 from mar.records import Example, Gold, Prompt, Rollout
 from mar.verify.judge import Judge
-from mar.verify.matching import Verifier, matching_increments, normalise, repeats
+from mar.verify.matching import (
+    candidates,
+    exact_masses,
+    matching_increments,
+    meanings,
+    remembering,
+    repeats,
+)
 from mar.verify.verifiers import AnswerChecker, verifier_for
 
 Keys = tuple[str | None, ...]
@@ -36,6 +43,7 @@ class AnswerSet:
     repeated: tuple[bool, ...]  # [K] says again what an earlier slot said
     reason: str | None
     tokens: int
+    fits: tuple[tuple[int, ...], ...] = ()  # [K] golds each answer can be; see Item.gold_worth
 
 
 @dataclass(frozen=True)
@@ -52,28 +60,37 @@ class Item:
     prompt_tokens: int
     sets: tuple[AnswerSet, ...]
 
+    # What each gold is worth; only where some answer can be more than one gold. Then the union of
+    # several sets covers what a matching of its answers with the golds covers, and no more.
+    gold_worth: tuple[float, ...] = ()
+
     @staticmethod
     def from_row(row: Mapping[str, Any]) -> "Item":
         """The item that `asdict` made a row of; JSON has turned its tuples into lists."""
         sets = tuple(AnswerSet(**_tuples(fields)) for fields in row["sets"])
-        return Item(**{**row, "sets": sets})
+        gold_worth = tuple(row.get("gold_worth", ()))
+        return Item(**{**row, "sets": sets, "gold_worth": gold_worth})
 
 
-def _tuples(fields: Mapping[str, Any]) -> dict[str, Any]:
-    return {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
+def _tuples(value: Any) -> Any:
+    """The value with tuples for lists, at any depth."""
+    if isinstance(value, Mapping):
+        return {key: _tuples(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return tuple(_tuples(inner) for inner in value)
+    return value
 
 
-def item_of_rollouts(prompt: Prompt, rollouts: Sequence[Rollout], verifier: AnswerChecker) -> Item:
-    """An item from rollouts of its prompt; the rollout has matched their answers already."""
-    verify = _remembering(verifier_for(verifier, prompt.example))
+def item_of_rollouts(prompt: Prompt, rollouts: Sequence[Rollout]) -> Item:
+    """An item from rollouts of its prompt. They carry what the verifier found."""
     sets = [
         _answer_set(
             said=rollout,
             hits=rollout.hits,
+            mass=rollout.mass,
+            keys=rollout.keys,
+            fits=rollout.fits,
             repeated=rollout.repeated,
-            program_keys=rollout.keys,
-            example=prompt.example,
-            verify=verify,
             text=rollout.text,
             num_tokens=len(rollout.completion.ids),
         )
@@ -93,17 +110,18 @@ def item_of_texts(
     readings = [parse(text, grammar, prompt.think_open) for text, _ in texts]
     if isinstance(verifier, Judge):
         _ask_judge(verifier, example, readings)
-    verify = _remembering(verifier_for(verifier, example))
+    verify = remembering(verifier_for(verifier, example))
     sets = []
     for parsed, (text, num_tokens) in zip(readings, texts, strict=True):
         hits, _ = matching_increments(parsed.answers, example.targets(), verify)
+        exact = example.truth == "exact"
         one = _answer_set(
             said=parsed,
             hits=hits,
+            mass=exact_masses(parsed.answers, example.golds, verify) if exact else hits,
+            keys=meanings(parsed.answers, example.golds, verify),
+            fits=candidates(parsed.answers, _worth_golds(example), verify),
             repeated=repeats(parsed.answers, example.golds, verify),
-            program_keys=(),
-            example=example,
-            verify=verify,
             text=text,
             num_tokens=num_tokens,
         )
@@ -124,43 +142,23 @@ def _ask_judge(judge: Judge, example: Example, readings: Sequence[Parsed]) -> No
         )
 
 
-def _remembering(verifier: Verifier) -> Verifier:
-    """The same verifier, asked once: the same few answers come again and again.
-
-    Of one example it compares with all golds or with the targets: their number tells them apart.
-    """
-    known: dict[tuple[str, int], tuple[int, ...]] = {}
-
-    def verify(answer: str, golds: Sequence[Gold]) -> tuple[int, ...]:
-        question = (answer, len(golds))
-        if question not in known:
-            known[question] = verifier(answer, golds)
-        return known[question]
-
-    return verify
-
-
 def _answer_set(
     said: Parsed | Rollout,
     hits: tuple[float, ...],
+    mass: tuple[float, ...],
+    keys: Keys,
+    fits: tuple[tuple[int, ...], ...],
     repeated: tuple[bool, ...],
-    program_keys: Keys,
-    example: Example,
-    verify: Verifier,
     text: str,
     num_tokens: int,
 ) -> AnswerSet:
-    """The set of one completion. `program_keys`: () unless the answers are programs."""
+    """The set of one completion; one that breaks the format hits nothing and means nothing."""
     K = len(said.answers)
-    mass: tuple[float, ...]
-    keys: Keys
     if said.reason is not None:
-        hits = mass = (0.0,) * K
+        hits = (0.0,) * K
+        mass = (0.0,) * K
         keys = (None,) * K
-    else:
-        exact = example.truth == "exact"
-        mass = _exact_masses(said.answers, example.golds, verify) if exact else hits
-        keys = program_keys or _meanings(said.answers, example.golds, verify)
+        fits = ((),) * K
     return AnswerSet(
         text=text,
         answers=said.answers,
@@ -171,31 +169,20 @@ def _answer_set(
         repeated=repeated,
         reason=said.reason,
         tokens=num_tokens,
+        fits=fits,
     )
-
-
-def _exact_masses(
-    answers: Sequence[str | None], golds: Sequence[Gold], verify: Verifier
-) -> tuple[float, ...]:
-    """[K] posterior mass of the gold that each answer takes in the maximum matching."""
-    _, taken = matching_increments(answers, golds, verify)
-    return tuple(0.0 if g is None else golds[g].probability or 0.0 for g in taken)
-
-
-def _meanings(answers: Sequence[str | None], golds: Sequence[Gold], verify: Verifier) -> Keys:
-    """[K] normalised name of the gold that each answer means, or the answer itself."""
-    keys = []
-    for answer in map(str, answers):
-        candidates = verify(answer, golds)
-        name = golds[candidates[0]].name if len(candidates) == 1 else answer
-        keys.append(normalise(name))
-    return tuple(keys)
 
 
 def _item(prompt: Prompt, sets: Sequence[AnswerSet]) -> Item:
     example = prompt.example
     K = len(sets[0].answers)
     p = posteriors([example], K)
+    ambiguous = any(len(golds) > 1 for one in sets for golds in one.fits)
+    gold_worth: tuple[float, ...] = ()
+    if ambiguous:
+        gold_worth = _gold_worth(example)
+    else:  # then a key names one gold, and nothing needs to be matched
+        sets = [replace(one, fits=()) for one in sets]
     return Item(
         id=example.id,
         num_golds=_num_golds(example, K),
@@ -203,7 +190,19 @@ def _item(prompt: Prompt, sets: Sequence[AnswerSet]) -> Item:
         best_value=None if p is None else ceiling_value(p, K).item(),
         prompt_tokens=len(prompt.ids),
         sets=tuple(sets),
+        gold_worth=gold_worth,
     )
+
+
+def _worth_golds(example: Example) -> Sequence[Gold]:
+    """The golds that `mass` counts: all where their probabilities are exact, else the targets."""
+    return example.golds if example.truth == "exact" else example.targets()
+
+
+def _gold_worth(example: Example) -> tuple[float, ...]:
+    if example.truth == "exact":
+        return tuple(gold.probability or 0.0 for gold in example.golds)
+    return (1.0,) * len(example.targets())
 
 
 def _num_golds(example: Example, K: int) -> int:

@@ -149,6 +149,5 @@ def sample_items(
             "the sandbox or judge has stopped working: the same command goes on"
         )
     return [
-        item_of_rollouts(prompt, group, verifier)
-        for prompt, group in zip(prompts, rollouts, strict=True)
+        item_of_rollouts(prompt, group) for prompt, group in zip(prompts, rollouts, strict=True)
     ]

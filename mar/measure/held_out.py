@@ -47,7 +47,7 @@ def measure(
     judged = judge_groups(prompts[world.share], completions, scorer)
     rollouts = [group[0] for group in judged_only(world.gather(judged))]
 
-    values, statistics = set_metrics(rollouts, scorer.verifier, scorer.grammar.confident)
+    values, statistics = set_metrics(rollouts, scorer.grammar.confident)
     weights = resample_weights(len(rollouts))
     intervals = {}
     for name, statistic in statistics.items():

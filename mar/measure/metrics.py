@@ -8,11 +8,12 @@ Shapes: P prompts (the items), G sets of each item, K answers in a set. A format
 wrong. A metric that the answers cannot have (calibration without confidences) is left out, never 0.
 """
 
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
-from itertools import pairwise
+from itertools import pairwise, permutations
 
 import numpy as np
 
@@ -20,9 +21,10 @@ from mar.answers.grammar import RESERVED_TAG
 from mar.measure.answer_sets import AnswerSet, Item, item_of_rollouts
 from mar.measure.bootstrap import Statistic, divide_or_nan, mean_of, point_estimate
 from mar.records import Rollout
-from mar.verify.verifiers import AnswerChecker
+from mar.verify.matching import matching_increments
 
 NUM_BINS = 10  # of confidence, equally wide
+NUM_ORDERS = 64  # of the sets of an item, where their union has to be matched
 
 
 # ---- The sets of all items as arrays ----
@@ -45,10 +47,15 @@ class AnswerArrays:
         """G sets of each item."""
         return len(self.items[0].sets)
 
-    @property
-    def exact(self) -> bool:
-        """The posterior is known."""
-        return self.items[0].best_value is not None
+    @cached_property
+    def known(self) -> np.ndarray:
+        """[P] the posterior of the item is known."""
+        return np.array([item.best_value is not None for item in self.items])
+
+    @cached_property
+    def written(self) -> np.ndarray:
+        """[P, G, K] an answer was written."""
+        return self._of_sets(lambda s: [answer is not None for answer in s.answers]) > 0
 
     @property
     def multi_label(self) -> bool:
@@ -89,7 +96,11 @@ class AnswerArrays:
     @cached_property
     def coverage_curve(self) -> np.ndarray:
         """[P, G] mass that the union of m = 1..G sets covers."""
-        return self._union_curves(_covered)
+        curves = self._union_curves(_covered)
+        for row, item in zip(curves, self.items, strict=True):
+            if item.gold_worth:
+                row[:] = matched_union_curve(item)
+        return curves
 
     @cached_property
     def unique_curve(self) -> np.ndarray:
@@ -147,6 +158,46 @@ def _union_curve_of(item: Item, outcomes: Callable[[AnswerSet], Mapping[str, flo
     return union_curve(seen, np.array(list(worth.values())))
 
 
+def matched_union_curve(item: Item) -> np.ndarray:
+    """[G] what m = 1..G sets cover together where an answer can be more than one gold.
+
+    The worth of the golds in a maximum matching with all answers of the m sets, on average over
+    NUM_ORDERS random orders of the sets (all orders where there are no more).
+    """
+    num_sets = len(item.sets)
+    if math.factorial(num_sets) <= NUM_ORDERS:
+        orders = list(permutations(range(num_sets)))
+    else:
+        rng = np.random.default_rng(0)
+        orders = [tuple(rng.permutation(num_sets)) for _ in range(NUM_ORDERS)]
+    total = np.zeros(num_sets)
+    for order in orders:
+        total += _worth_of_prefixes([item.sets[i] for i in order], item.gold_worth)
+    return total / len(orders)
+
+
+def _worth_of_prefixes(sets: Sequence[AnswerSet], gold_worth: Sequence[float]) -> np.ndarray:
+    """[G] worth of the golds that the answers of the first m = 1..G sets take."""
+    answers: list[str] = []
+    golds_of: dict[str, tuple[int, ...]] = {}
+    worth = []
+    for one in sets:
+        for key, golds in zip(one.keys, one.fits, strict=True):
+            if key is not None and key not in golds_of:
+                golds_of[key] = golds
+                answers.append(key)
+        _, taken = match_keys(answers, golds_of)
+        worth.append(sum(gold_worth[gold] for gold in taken if gold is not None))
+    return np.array(worth)
+
+
+def match_keys(
+    answers: Sequence[str], golds_of: Mapping[str, tuple[int, ...]]
+) -> tuple[tuple[float, ...], tuple[int | None, ...]]:
+    """`matching_increments` of answers whose golds are known already."""
+    return matching_increments(answers, (), lambda key, _: golds_of[key], key=str)
+
+
 def union_curve(seen: np.ndarray, worth: np.ndarray) -> np.ndarray:
     """[G] expected worth of what m = 1..G of the G sets show together, over all choices of m.
 
@@ -183,8 +234,8 @@ def recall(a: AnswerArrays) -> Statistic:
 
 
 def precision(a: AnswerArrays) -> Statistic:
-    """`coverage` per answer written."""
-    return mean_of(a.mass)
+    """Share of the answers written that are right, by the label that the reward pays for."""
+    return mean_of(np.where(a.written, a.hits, np.nan))
 
 
 def pass_of_one_set(a: AnswerArrays) -> Statistic:
@@ -351,22 +402,28 @@ def ranking_quality(mass: np.ndarray, confidence: np.ndarray) -> Statistic:
     return Statistic(columns.reshape(len(confidence), -1), probability)
 
 
-# ---- Against a known posterior ----
+# ---- Against a known posterior: of the items that have one ----
+
+
+def _where_known(a: AnswerArrays, values: np.ndarray) -> np.ndarray:
+    """values [P, ...] with nan, which no mean counts, for items without a known posterior."""
+    known = a.known.reshape(-1, *(1,) * (values.ndim - 1))
+    return np.where(known, values, np.nan)
 
 
 def q_mse(a: AnswerArrays) -> Statistic:
     """Mean (q - p)^2 over slots with a confidence."""
-    return mean_of((a.confidence - a.mass) ** 2)
+    return mean_of(_where_known(a, (a.confidence - a.mass) ** 2))
 
 
 def total_variation(a: AnswerArrays) -> Statistic:
     """Total variation between what a set says and the posterior."""
-    return mean_of(tv_distance(a.mass, a.confidence))
+    return mean_of(_where_known(a, tv_distance(a.mass, a.confidence)))
 
 
 def value(a: AnswerArrays) -> Statistic:
     """E[sum y - mean (q - y)^2] of a set."""
-    return mean_of(set_value(a.mass, a.confidence))
+    return mean_of(_where_known(a, set_value(a.mass, a.confidence)))
 
 
 def regret(a: AnswerArrays) -> Statistic:
@@ -429,7 +486,7 @@ def has_confidences(a: AnswerArrays) -> bool:
 
 
 def knows_posterior(a: AnswerArrays) -> bool:
-    return a.exact and a.confident
+    return bool(a.known.any()) and a.confident
 
 
 @dataclass(frozen=True)
@@ -487,10 +544,10 @@ def compute_metrics(arrays: AnswerArrays) -> dict[str, Statistic]:
 
 
 def set_metrics(
-    rollouts: Sequence[Rollout], verifier: AnswerChecker, confident: bool
+    rollouts: Sequence[Rollout], confident: bool
 ) -> tuple[dict[str, float | None], dict[str, Statistic]]:
     """Every metric of rollouts, one set each: values (None where undefined) and statistics."""
-    items = [item_of_rollouts(r.prompt, [r], verifier) for r in rollouts]
+    items = [item_of_rollouts(rollout.prompt, [rollout]) for rollout in rollouts]
     statistics = compute_metrics(AnswerArrays(items, confident))
     values = {name: point_estimate(statistic) for name, statistic in statistics.items()}
     return values, statistics

@@ -27,7 +27,7 @@ def step_metrics(
     completions left out because nobody could judge them.
     """
     rollouts = [rollout for group in batch.groups for rollout in group]
-    of_sets, _ = set_metrics(rollouts, scorer.verifier, scorer.grammar.confident)
+    of_sets, _ = set_metrics(rollouts, scorer.grammar.confident)
     trained_advantages = advantages[batch.completion_mask]
     truncated = [rollout.completion.finish_reason == "length" for rollout in rollouts]
 

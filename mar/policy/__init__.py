@@ -1,5 +1,5 @@
 """The policy: the decoder, where its weights come from, and how they are adapted and sharded.
 
-Read `attention.py` (the layout of a batch's tokens) and `model.py` first; then `weights.py` and
-`sources.py` (checkpoints), `lora.py` (adapters), `critic.py` (values), `distributed.py`.
+Read `packing.py` (the layout of the tokens, the token shift), `attention.py` and `model.py` first;
+then `weights.py`, `sources.py` (checkpoints), `lora.py`, `critic.py` and `distributed.py`.
 """

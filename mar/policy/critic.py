@@ -5,8 +5,9 @@ import copy
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from mar.policy.attention import PackedGroups, group_attention
+from mar.policy.attention import group_attention
 from mar.policy.model import Decoder
+from mar.policy.packing import PackedGroups
 
 
 class Critic(nn.Module):

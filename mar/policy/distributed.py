@@ -8,10 +8,10 @@ statistic is ever reduced. Micro-batches are dealt out in turn, and FSDP adds up
 
 import atexit
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -63,6 +63,14 @@ class World:
         dist.all_gather_object(shares, mine)
         num_items = sum(len(share) for share in shares)
         return [shares[i % self.size][i // self.size] for i in range(num_items)]
+
+    def told(self, decide: Callable[[], T]) -> T:
+        """What rank 0 decides, on every rank."""
+        if self.size == 1:
+            return decide()
+        decided = [decide() if self.leads else None]
+        dist.broadcast_object_list(decided, src=0)
+        return cast(T, decided[0])
 
     def deal(self, items: Sequence[T]) -> list[tuple[T, float]]:
         """This rank's share, each item with a factor for its loss.

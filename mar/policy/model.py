@@ -23,7 +23,8 @@ from torch.utils.checkpoint import checkpoint
 
 import mar_kernels
 from mar.errors import UserError
-from mar.policy.attention import Attend, PackedGroups, group_attention
+from mar.policy.attention import Attend, group_attention
+from mar.policy.packing import PackedGroups
 
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 

@@ -205,19 +205,26 @@ def _publish(temporary: Path, target: Path, step: int, keep: int) -> None:
         shutil.rmtree(path)
 
 
-def require_room(folder: Path, models: Iterable[nn.Module]) -> None:
-    """Raises UserError where the disk of `folder` has no room for one checkpoint: the weights, and
-    two moments of those that are trained."""
-    needed = 0
+def require_room(folder: Path, models: Iterable[nn.Module], keep: int) -> None:
+    """Raises UserError where the disk has no room for the checkpoints of a run in `folder`.
+
+    `keep` of them stay while the next one is written. Each holds the weights, and two moments of
+    those that are trained. What is in the folder already counts.
+    """
+    one = 0
     for model in models:
         for parameter in model.parameters():
             copies = 3 if parameter.requires_grad else 1
-            needed += copies * parameter.numel() * parameter.element_size()
-    free = shutil.disk_usage(folder).free
+            one += copies * parameter.numel() * parameter.element_size()
+    there = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    needed = (keep + 1) * one - there
+    nearest = next(path for path in (folder, *folder.parents) if path.exists())
+    free = shutil.disk_usage(nearest).free
     if free < needed:
         raise UserError(
-            f"{folder} has room for {free / 1e6:.0f} of a checkpoint's {needed / 1e6:.0f} MB: "
-            "make room, or take another out="
+            f"{nearest} has room for {free / 1e6:.0f} MB and {keep + 1} checkpoints of "
+            f"{one / 1e6:.0f} MB need {needed / 1e6:.0f} MB more: make room, lower "
+            "checkpoint.keep, or take another out="
         )
 
 

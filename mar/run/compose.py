@@ -7,7 +7,7 @@ of tasks are checked by `mar.tasks`.
 
 import math
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -24,18 +24,24 @@ from omegaconf.errors import OmegaConfBaseException
 from mar.answers.rewards import COVERAGES, DUPLICATES
 from mar.config import AlgoOptions, Config, DataOptions, ModelOptions, OptimOptions, RewardOptions
 from mar.errors import UserError, one_line
-from mar.learn.losses import AGGREGATIONS, KL_ESTIMATORS, LOSSES
+from mar.learn.advantages import BASELINES, CREDITS, SCALES
+from mar.learn.losses import AGGREGATIONS, IMPORTANCE, KL_ESTIMATORS, LOSSES, options_of
 from mar.run import folder as rundir
 
 CONF_DIR = Path(__file__).resolve().parents[2] / "conf"
 
-# The names that the fields `config.registered` may hold.
-REGISTRIES: dict[str, Collection[str]] = {
-    "losses": LOSSES,
-    "aggregations": AGGREGATIONS,
-    "kl_estimators": KL_ESTIMATORS,
-    "coverages": COVERAGES,
-    "duplicates": DUPLICATES,
+# The names that the fields `config.registered` may hold. Looked up when a config is checked, so that
+# what a fork adds to a dictionary counts.
+REGISTRIES: dict[str, Callable[[], Collection[str]]] = {
+    "credits": lambda: CREDITS,
+    "baselines": lambda: [*BASELINES, "value"],
+    "scales": lambda: [*SCALES, "whiten"],
+    "importance": lambda: IMPORTANCE,
+    "losses": lambda: LOSSES,
+    "aggregations": lambda: AGGREGATIONS,
+    "kl_estimators": lambda: KL_ESTIMATORS,
+    "coverages": lambda: COVERAGES,
+    "duplicates": lambda: DUPLICATES,
 }
 
 # Rules, in the order in which they are checked: (is it broken?, what to say then).
@@ -55,7 +61,7 @@ def _field_faults(options: Any, prefix: str = "") -> Iterator[str]:
         elif "names" in item.metadata:
             yield from _name_faults(key, value, item.metadata["names"])
         elif "registry" in item.metadata:
-            yield from _name_faults(key, value, REGISTRIES[item.metadata["registry"]])
+            yield from _name_faults(key, value, REGISTRIES[item.metadata["registry"]]())
         elif "low" in item.metadata and value is not None:
             yield from _range_faults(key, value, item.metadata)
 
@@ -197,12 +203,27 @@ def _group_rules(algo: AlgoOptions, num_answers: int) -> Rules:
     ]
 
 
+def _loss_option_faults(algo: AlgoOptions) -> Iterator[str]:
+    """Each of algo.loss_options against what the loss declares."""
+    declared = options_of(LOSSES[algo.loss])
+    for name, value in algo.loss_options.items():
+        key = f"algo.loss_options.{name}"
+        if name not in declared:
+            known = ", ".join(declared) or "none"
+            yield f"{key} is no option of algo.loss={algo.loss}: it has {known}"
+        else:
+            option = declared[name]
+            bounds = {"low": option.low, "high": option.high, "above": False}
+            yield from _range_faults(key, value, bounds)
+
+
 def _algo_rules(algo: AlgoOptions, max_completion_tokens: int, steps: int) -> Rules:
     """Sampling, the update and the critic."""
     draws_from_part = (algo.top_k, algo.top_p, algo.min_p) != (0, 1.0, 0.0)
     several_updates = algo.epochs * algo.minibatches > 1
-    divides_by_std = algo.scale_by in ("group_std", "batch_std")
+    divides = algo.scale_by not in ("none", "whiten")
     kl_in_reward = algo.kl == "k1" and algo.kl_coef != 0
+    ratio_losses = [name for name in LOSSES if name != "reinforce"]
     return [
         (
             draws_from_part and algo.importance == "none",
@@ -212,7 +233,7 @@ def _algo_rules(algo: AlgoOptions, max_completion_tokens: int, steps: int) -> Ru
         (
             several_updates and algo.loss == "reinforce",
             "algo.loss=reinforce takes one update per batch: set algo.epochs=1 and "
-            "algo.minibatches=1, or loss=ppo, gspo or cispo",
+            f"algo.minibatches=1, or loss={' or '.join(ratio_losses)}",
         ),
         (
             algo.minibatches > algo.prompts_per_step,
@@ -235,14 +256,18 @@ def _algo_rules(algo: AlgoOptions, max_completion_tokens: int, steps: int) -> Ru
             "value, or take algo=grpo",
         ),
         (
-            algo.baseline == "value" and algo.credit == "own",
-            "algo.baseline=value goes with algo.credit=to_go or set, not own: take "
+            algo.baseline == "value" and algo.credit not in ("to_go", "set"),
+            f"algo.baseline=value goes with algo.credit=to_go or set, not {algo.credit}: take "
             "algo.baseline=matched",
         ),
         (
-            algo.baseline in ("value", "matched") and divides_by_std,
+            algo.baseline in ("value", "matched") and divides,
             f"algo.baseline={algo.baseline} goes with algo.scale_by=none or whiten, not "
             f"{algo.scale_by}: take algo.baseline=leave_one_out",
+        ),
+        (
+            algo.scale_by == "group_mean" and algo.baseline != "mean",
+            "algo.scale_by=group_mean is (reward - mean) / mean: set algo.baseline=mean",
         ),
         (
             algo.baseline == "matched" and kl_in_reward,
@@ -303,6 +328,7 @@ def _faults(config: Config) -> Iterator[str]:
     for broken, sentence in rules:
         if broken:
             yield sentence
+    yield from _loss_option_faults(config.algo)
     yield from _pattern_faults(config.model)
 
 

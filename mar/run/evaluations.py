@@ -59,9 +59,11 @@ class Evaluations:
             document["gap_closed"] = summary(document, num_answers)["gap_closed"]
         if learner.world.leads:
             append_jsonl(self.folder / "completions.jsonl", texts)
-            write_json(self.folder / "eval.json", document)
         if self.display.mirror:
             self.display.mirror.completions(step, jsonable(texts))
+        if learner.world.leads:
+            # Last: with `after` in it the run counts as finished.
+            write_json(self.folder / "eval.json", document)
 
         if metrics["format_rate"] == 0:
             self.display.say(

@@ -18,7 +18,8 @@ def resume(folder: Path, learner: Learner, document: dict[str, Any], display: Di
     `document` (what `eval.json` holds) gets back the evaluations up to there. Returns the number of
     updates that the checkpoint holds; 0 where there is none.
     """
-    found = checkpoint.newest(folder / "checkpoints", display.say)
+    # One rank reads and chooses: another might find another one, and all would hash all of it.
+    found = learner.world.told(lambda: checkpoint.newest(folder / "checkpoints", display.say))
     step = 0
     if found:
         step = found.step

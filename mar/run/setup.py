@@ -17,13 +17,14 @@ from mar.answers.rewards import RewardSpec
 from mar.answers.tokenizer import load_tokenizer, num_tokens, stop_ids
 from mar.config import Config, RewardOptions
 from mar.errors import UserError
+from mar.files import read_json_object
 from mar.learn.learner import Learner
 from mar.learn.optim import make_optimizer
 from mar.measure.held_out import HeldOut
 from mar.policy.critic import Critic
 from mar.policy.distributed import ALONE, World, shard
 from mar.policy.lora import adapted, trainable_pattern
-from mar.policy.model import Decoder
+from mar.policy.model import Decoder, ModelConfig
 from mar.policy.weights import load_model
 from mar.records import Example, Prompt
 from mar.run.console import Display
@@ -43,7 +44,7 @@ class Training:
     config: Config
     learner: Learner
     scorer: Scorer
-    prompts: PromptOrder
+    prompt_order: PromptOrder
     params: SamplingParams
     held_out: HeldOut
 
@@ -182,6 +183,20 @@ def _encode(tokenizer: Any, text: str) -> tuple[int, ...]:
 # --- models ----------------------------------------------------------------------------------
 
 
+def require_positions(config: Config, model_folder: Path, longest_prompt: int) -> None:
+    """Raises UserError where a completion can reach positions that the model was not made for."""
+    positions = ModelConfig.from_hf(read_json_object(model_folder / "config.json")).max_positions
+    room = positions - longest_prompt
+    most = config.model.max_completion_tokens
+    if most > room:
+        raise UserError(
+            f"the longest prompt has {longest_prompt} tokens and model.max_completion_tokens={most} "
+            f"goes beyond the {positions} positions of {config.model.name} "
+            f"(max_position_embeddings): lower model.max_completion_tokens to {max(room, 0)}, or "
+            "model.max_prompt_tokens"
+        )
+
+
 def build_learner(
     config: Config, model_folder: Path, world: World, num_tokens: int | None = None
 ) -> Learner:
@@ -248,6 +263,7 @@ def build_training(
     grammar = fit_grammar(grammar_of(config), tokenizer)
     scorer = Scorer(grammar, reward_of(reward), verifier, make_decode(tokenizer))
     prompts = make_prompts(config, train, grammar, tokenizer, data.train_split, display)
+    held_out_prompts = make_prompts(config, held_out, grammar, tokenizer, data.eval_split, display)
     # Refuses a budget below one group, before the model is loaded.
     capacity(
         [max(len(prompt.ids) for prompt in prompts)],
@@ -255,16 +271,18 @@ def build_training(
         options.max_completion_tokens,
         config.sampler.kv_budget_tokens,
     )
+    longest = max(len(prompt.ids) for prompt in (*prompts, *held_out_prompts))
+    require_positions(config, model_folder, longest)
     learner = build_learner(config, model_folder, world, num_tokens(tokenizer))
     params = sampling_params(config, grammar, tokenizer, model_folder)
     return Training(
         config=config,
         learner=learner,
         scorer=scorer,
-        prompts=PromptOrder(prompts, config.algo.prompts_per_step, config.seed),
+        prompt_order=PromptOrder(prompts, config.algo.prompts_per_step, config.seed),
         params=params,
         held_out=HeldOut(
-            prompts=make_prompts(config, held_out, grammar, tokenizer, data.eval_split, display),
+            prompts=held_out_prompts,
             scorer=scorer,
             params=params,
             kv_budget_tokens=config.sampler.kv_budget_tokens,

@@ -58,6 +58,8 @@ def close(
         display.mirror.close(jsonable(end), lambda: pictures(folder))
     for name in FILES:
         display.say(f"  {folder / name}")
+    for command in ("ask", "show", "report"):
+        display.say(f"  python -m mar.{command} {folder}")
     line = {"run_dir": str(folder), "job_s": round(seconds, 1), **end}
     print(json.dumps(jsonable(line)), flush=True)
 

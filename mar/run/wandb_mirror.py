@@ -78,12 +78,15 @@ class Mirror:
                 x_disable_stats=True,
             ),
         )
+        # Steps of our own: after a rewind wandb would drop what is logged for steps it has seen.
+        self.run.define_metric("step")
+        self.run.define_metric("*", step_metric="step")
         self.wandb = wandb
 
     def step(self, step: int, metrics: Mapping[str, Any]) -> None:
         """The metrics of a finished step; what is undefined is left out."""
         known = {key: value for key, value in metrics.items() if value is not None}
-        self._guard(lambda: self.run.log(known, step=step))
+        self._guard(lambda: self.run.log({"step": step, **known}))
 
     def completions(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
         """Add to the table of completions, which grows with the run."""
@@ -96,7 +99,7 @@ class Mirror:
                 self.table = self.wandb.Table(columns=list(TEXT_COLUMNS), log_mode="INCREMENTAL")
             for row in rows:
                 self.table.add_data(*(cell(row[name]) for name in TEXT_COLUMNS))
-            self.run.log({"completions": self.table}, step=step)
+            self.run.log({"step": step, "completions": self.table})
 
         self._guard(add)
 

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from mar.answers.grammar import decode_with_starts
 from mar.errors import UserError
-from mar.policy.attention import chunks
 from mar.policy.model import Decoder, project, reorder_weight
+from mar.policy.packing import chunks
 from mar.records import Completion
 from mar.sample.draws import DrawnTokens, SamplingParams, draw_tokens, uniforms
 from mar.sample.kv_cache import KVCache, PackedPrompt, capacity
@@ -33,7 +33,7 @@ Decode = Callable[[tuple[int, ...]], str]
 # gets the index of a request and one of its completions, as soon as that is done
 OnDone = Callable[[int, Completion], None]
 
-# steps between two looks for finished rows, where a look waits for the device
+# Looking for finished rows waits for the device. Where that costs time, look every so many steps.
 RETIRE_EVERY = 8
 
 # prompts are computed this many tokens at a time: bounds the activations, and on a CPU they stay
@@ -43,14 +43,15 @@ PREFILL_TOKENS = 4096
 # devices on which decode steps are captured and replayed
 GRAPHED = ("cuda",)
 
-# a captured step serves the next so many widths: fewer captures, for fewer than so many masked
-# entries a row
+# A decode step is captured for widths (longest completion so far) rounded up to a multiple of this.
+# A larger multiple means fewer captures, and more masked entries to read in each step.
 GRAPH_WIDTH = 128
 
 # when nothing waits any more, free slots are dropped once fewer than this share are in use
 WORTH_SHRINKING = 7 / 8
 
-# of a completion that is not in a row, and of a prompt that is not in the cache
+# The row slot of a completion that is not running, and the prompt slot of a prompt that is not in
+# the cache.
 NO_SLOT = -1
 
 
@@ -141,8 +142,7 @@ class Status(Enum):
 
 @dataclass(eq=False)
 class PromptState:
-    """A request, the prompt slot it holds from its first row's entry to its last row's end, and
-    its completions."""
+    """A request and its completions. It holds a prompt slot while any of them is running."""
 
     index: int
     request: Request
@@ -442,7 +442,8 @@ class Engine:
         cache = self.cache
         oldest = self.running[0]
         width = min(self.num_drawn(oldest), self.params.max_tokens)
-        # rows that are done, and free slots, write over their last entry
+        # Rows that are done go on until they are retired, and free slots always do: they must not
+        # write past the cache, so they write over their last entry.
         cache.own_lengths.clamp_(max=width - 1)
         if self.device.type in GRAPHED:
             self.replay_decode_step(width)

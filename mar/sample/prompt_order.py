@@ -2,10 +2,17 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
 from mar.records import Prompt
+
+
+@lru_cache(maxsize=2)  # a step may reach into the next epoch
+def order_of_epoch(seed: int, epoch: int, count: int) -> np.ndarray:
+    """A permutation of `count` prompts, drawn once for each epoch."""
+    return np.random.default_rng([seed, epoch]).permutation(count)
 
 
 @dataclass(frozen=True)
@@ -21,9 +28,9 @@ class PromptOrder:
         count = len(self.prompts)
         chosen = []
         for position in range(step * self.per_step, (step + 1) * self.per_step):
-            epoch = position // count
-            order = np.random.default_rng([self.seed, epoch]).permutation(count)
-            chosen.append(self.prompts[order[position % count]])
+            epoch, place_in_epoch = divmod(position, count)
+            order = order_of_epoch(self.seed, epoch, count)
+            chosen.append(self.prompts[order[place_in_epoch]])
         return chosen
 
     def out_of_turn(self, step: int, attempt: int) -> list[Prompt]:

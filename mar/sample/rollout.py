@@ -15,7 +15,15 @@ from mar.policy.model import Decoder
 from mar.records import Completion, Gold, Prompt, Rollout
 from mar.sample.draws import SamplingParams, stream_key
 from mar.sample.engine import Decode, Generation, Request, generate
-from mar.verify.matching import expected_hits, matching_increments, repeats
+from mar.verify.matching import (
+    candidates,
+    exact_masses,
+    expected_hits,
+    matching_increments,
+    meanings,
+    remembering,
+    repeats,
+)
 from mar.verify.programs import ProgramRunner
 from mar.verify.verifiers import AnswerChecker, verifier_for
 
@@ -143,7 +151,9 @@ class Verified:
     hits: tuple[float, ...]  # [K] y_k: what answer k adds to the coverage
     repeated: tuple[bool, ...]  # [K] says again what an earlier answer said
     num_golds: int
-    keys: tuple[str | None, ...] = ()  # [K] equal for programs that are the same
+    mass: tuple[float, ...]  # [K] exact probability where the task knows it, else the hit
+    keys: tuple[str | None, ...]  # [K] equal for answers that mean the same
+    fits: tuple[tuple[int, ...], ...] = ()  # [K] the golds that each answer can be
 
 
 def verify_programs(reading: Reading, runner: ProgramRunner) -> Verified:
@@ -163,21 +173,32 @@ def verify_programs(reading: Reading, runner: ProgramRunner) -> Verified:
 
     hits, _ = matching_increments(answers, golds, takes, key)
     keys = [None if answer is None else key(answer) for answer in answers]
-    return Verified(hits, repeats(answers, key=key), len(golds), tuple(keys))
+    repeated = repeats(answers, key=key)
+    return Verified(hits, repeated, len(golds), mass=hits, keys=tuple(keys))
 
 
 def verify_words(reading: Reading, verifier: AnswerChecker) -> Verified:
     """Answers against this prompt's own golds: its label, or the probability of each gold."""
     example = reading.prompt.example
     answers = reading.parsed.answers
-    takes = verifier_for(verifier, example)
+    takes = remembering(verifier_for(verifier, example))
     repeated = repeats(answers, example.golds, takes)
     targets = example.targets()
+    num_golds = len(targets)
     paid_in_expectation = example.label is None and example.truth in ("exact", "survey")
     if paid_in_expectation:  # data.target=probabilities: one gold is right, nobody drew which
-        return Verified(expected_hits(answers, targets, takes), repeated, num_golds=1)
-    hits, _ = matching_increments(answers, targets, takes)
-    return Verified(hits, repeated, len(targets))
+        num_golds = 1
+        hits = expected_hits(answers, targets, takes)
+    else:
+        hits, _ = matching_increments(answers, targets, takes)
+    mass = hits
+    golds = targets
+    if example.truth == "exact":
+        golds = example.golds
+        mass = exact_masses(answers, golds, takes)
+    keys = meanings(answers, example.golds, takes)
+    fits = candidates(answers, golds, takes)
+    return Verified(hits, repeated, num_golds, mass, keys, fits)
 
 
 def pay(reading: Reading, scorer: Scorer) -> Rollout:
@@ -215,7 +236,9 @@ def pay(reading: Reading, scorer: Scorer) -> Rollout:
         components=earned.components,
         segment_ids=parsed.segments(reading.token_starts),
         total=earned.total,
+        mass=verified.mass,
         keys=verified.keys,
+        fits=verified.fits,
         unjudged=unjudged,
         parts=earned.parts,
         token_starts=reading.token_starts,

@@ -7,8 +7,7 @@
 - One gold: `truth` is single.
 - Several: all of them are right at once (multi-label), `truth` is uniform.
 - All with a probability, which sum to 1: the golds are a distribution, `truth` is exact. One of
-  them is
-  drawn as the label, by the id, once and for all.
+  them is drawn as the label, by the id, once and for all.
 
 A key "truth" says otherwise (`survey` for shares of people). Without "id" the question's words make
 one. The id decides the split: of a file 70 % are train, 20 % validation and 10 % test.

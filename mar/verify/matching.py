@@ -286,3 +286,50 @@ def repeats(
         seen_keys.add(mark)
         seen_golds |= meant
     return tuple(repeated)
+
+
+def exact_masses(
+    answers: Answers, golds: Sequence[Gold], verifier: Verifier = text_verifier
+) -> tuple[float, ...]:
+    """[K] the probability of the gold that each answer takes in the maximum matching, else 0."""
+    _, taken = matching_increments(answers, golds, verifier)
+    return tuple(0.0 if gold is None else golds[gold].probability or 0.0 for gold in taken)
+
+
+def meanings(
+    answers: Answers, golds: Sequence[Gold], verifier: Verifier = text_verifier
+) -> tuple[str | None, ...]:
+    """[K] equal for answers that mean the same: the name of the one gold that an answer can be, or
+    the answer itself, normalised. None where nothing was written."""
+    keys: list[str | None] = []
+    for answer in answers:
+        if answer is None:
+            keys.append(None)
+            continue
+        candidates = verifier(answer, golds)
+        name = golds[candidates[0]].name if len(candidates) == 1 else answer
+        keys.append(normalise(name))
+    return tuple(keys)
+
+
+def candidates(
+    answers: Answers, golds: Sequence[Gold], verifier: Verifier = text_verifier
+) -> tuple[tuple[int, ...], ...]:
+    """[K] the golds, by index, that each answer can be."""
+    return tuple(() if answer is None else verifier(answer, golds) for answer in answers)
+
+
+def remembering(verifier: Verifier) -> Verifier:
+    """The same verifier of one example, asked once about each answer.
+
+    It compares with all golds or with the targets: their number tells the two apart.
+    """
+    known: dict[tuple[str, int], tuple[int, ...]] = {}
+
+    def verify(answer: str, golds: Sequence[Gold]) -> tuple[int, ...]:
+        question = (answer, len(golds))
+        if question not in known:
+            known[question] = verifier(answer, golds)
+        return known[question]
+
+    return verify

@@ -17,8 +17,8 @@ from experiments.report import ROOT
 from mar.answers.prompts import build_prompt
 from mar.answers.tokenizer import load_tokenizer
 from mar.measure.answer_sets import AnswerSet, Item
-from mar.policy.attention import pack_groups
 from mar.policy.lora import merge
+from mar.policy.packing import pack_groups
 from mar.policy.sources import resolve_model
 from mar.policy.weights import load_model
 from mar.run.compose import compose

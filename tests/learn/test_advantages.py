@@ -122,6 +122,19 @@ def test_advantages_by_hand():
     )
 
 
+def test_maxrl_by_hand():
+    """(r - mean) / mean: one hit of four, three hits of four, and a group that earned nothing."""
+    rewards = torch.tensor([1, 0, 0, 0, 1, 1, 1, 0, 0, 0, 0, 0], dtype=F64)[:, None]
+    groups = torch.arange(3).repeat_interleave(4)
+    zeros = torch.zeros(12, 1, dtype=torch.int64)
+    one = torch.ones(1, dtype=F64)
+    rules = {"credit": "set", "baseline": "mean", "scale": "group_mean"}
+    got = answer_advantages(rewards, one, zeros, zeros, groups, **rules)[:, 0]
+    hit = 0.25 / 0.75
+    expected = [3, -1, -1, -1, hit, hit, hit, -1, 0, 0, 0, 0]
+    np.testing.assert_allclose(got, expected)
+
+
 @pytest.mark.parametrize("choice", ["credit", "baseline", "scale"])
 def test_unknown_choices_are_refused(choice):
     with pytest.raises(ValueError, match=f"unknown {choice} 'typo'"):

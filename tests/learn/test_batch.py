@@ -9,7 +9,7 @@ import torch
 from mar.learn.advantages import token_advantages, zero_group_frac
 from mar.learn.batch import make_batch, micro_batches
 from mar.learn.learner import Learner
-from mar.learn.losses import AGGREGATIONS, reinforce, token_weights
+from mar.learn.losses import AGGREGATIONS, policy_gradient, token_weights
 from mar.learn.update import update
 from mar.records import Completion, Example, Prompt, Rollout
 from mar.run.compose import compose
@@ -61,7 +61,7 @@ def step_gradients(model, batch, max_tokens, aggregation):
     loss, count = 0.0, 0
     for micro in micro_batches(batch, max_tokens):
         logprobs, _, _ = model(micro.packed, 0.7)
-        part = reinforce(
+        part = policy_gradient(
             logprobs,
             *(micro.flat(column, batch.completion_mask) for column in (advantages, weights)),
         )

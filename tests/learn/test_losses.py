@@ -13,10 +13,16 @@ import torch
 
 from experiments.credit.run import ESTIMATORS, GATED, UNGATED, Toy, facts, report
 from mar.learn.losses import (
+    IMPORTANCE,
     KL_ESTIMATORS,
+    LARGEST,
     LOSSES,
+    TOKEN_MEAN,
+    ImportanceInputs,
+    LossInputs,
     diagnostics,
-    importance_weights,
+    options_of,
+    ratio_logs,
     sequence_mean_log_ratio,
     token_weights,
     value_loss,
@@ -30,7 +36,13 @@ def column(*values):
     return torch.tensor(values, dtype=F64)
 
 
-def by_hand(name, low=0.2, high=0.3):
+def run_loss(name, *tensors, low=0.2, high=0.2, **chosen):
+    """The loss on (logprobs, advantages, weights, old_logprobs, rows), and what it logs."""
+    defaults = {key: option.default for key, option in options_of(LOSSES[name]).items()}
+    return LOSSES[name](LossInputs(*tensors, low, high, defaults | chosen))
+
+
+def by_hand(name, low=0.2, high=0.3, **chosen):
     """Loss and gradient of four tokens in two completions.
 
     Ratios e^0.5, e^-0.5 | e^0.1, e^0.1; advantages 2, -1 | 1, 1; weights 1, 0.5 | 1, 0.
@@ -40,7 +52,8 @@ def by_hand(name, low=0.2, high=0.3):
     weights = column(1, 0.5, 1, 0)
     old_logprobs = column(-1, -1, -1, -2)
     rows = torch.tensor([0, 0, 1, 1])
-    loss = LOSSES[name](logprobs, advantages, weights, old_logprobs, rows, low, high)
+    tensors = (logprobs, advantages, weights, old_logprobs, rows)
+    loss, _ = run_loss(name, *tensors, low=low, high=high, **chosen)
     loss.backward()
     return loss.item(), logprobs.grad.tolist()
 
@@ -74,9 +87,36 @@ def test_gspo_by_hand():
     assert gradient == pytest.approx([-2, 0.5, 0, 0])
 
 
+def test_dppo_by_hand():
+    """Probabilities .61 from .37 with A = 2 (rose by .24); .22 from .37 with A = -1 (fell by .14);
+    .41 from .37; the last token does not count."""
+    gone = 0.001 * (0.5**2 + 0.5 * 0.5**2 + 0.1**2)
+    kept_second = 0.5 * E**-0.5 * -1 * -1.5
+    kept_third = E**0.1 * -0.9
+    loss, gradient = by_hand("dppo")  # the first is masked: it rose too far
+    assert loss == pytest.approx(-kept_second - kept_third + gone)
+    cost = [0.001, -0.001 * 0.5, 0.0002, 0]
+    assert gradient == pytest.approx([cost[0], 0.5 * E**-0.5 + cost[1], -(E**0.1) + cost[2], 0])
+    loss, gradient = by_hand("dppo", delta_low=0.1, delta_high=0.3, penalty=0.0)
+    assert gradient == pytest.approx([-2 * E**0.5, 0, -(E**0.1), 0])  # now the second fell too far
+    assert loss == pytest.approx(2 * E**0.5 * 0.5 + E**0.1 * 0.9)
+
+
 def test_importance_weights_by_hand():
-    weights = importance_weights(column(-1, -1, -3), column(-1, -2, -1), 2.0)
-    assert weights.tolist() == pytest.approx([1, 2, E**-2])
+    old, sampled = column(-1, -1, -3, -1), column(-1, -2, -1, -1.5)
+    weights, rows = column(1, 1, 1, 0), torch.tensor([0, 0, 1, 1])
+
+    def factors(name, low=0.5, high=2.0, by_sequence=False):
+        inputs = ImportanceInputs(old, sampled, weights, rows, 2.0, low, high, by_sequence)
+        return IMPORTANCE[name](inputs).tolist()
+
+    assert factors("none") == [1, 1, 1, 1]
+    assert factors("truncated") == pytest.approx([1, 2, E**-2, E**0.5])
+    assert factors("masked") == pytest.approx([1, 0, 0, E**0.5])
+    assert factors("masked", low=0.1, high=3.0) == pytest.approx([1, E, E**-2, E**0.5])
+    # the mean log ratio of a completion over its tokens that count: .5 and -2
+    by_sequence = factors("masked", by_sequence=True)
+    assert by_sequence == pytest.approx([E**0.5, E**0.5, 0, 0])
 
 
 @pytest.mark.parametrize(
@@ -122,30 +162,28 @@ def test_kl_estimators_have_the_gradients_that_they_state():
 def test_diagnostics_by_hand():
     new = column(-0.5, -1.5, -0.9, -1.9)
     old = column(-1, -1, -1, -9)
-    columns = {
-        "weights": column(1, 0.5, 1, 0),
-        "old_logprobs": old,
-        "rows": torch.tensor([0, 0, 1, 1]),
-        "sampler_logprobs": old - 0.1,
-        "full_logprobs": old + column(0, 0.2, 0, -0.3),
-    }
-    by_token = diagnostics(new, columns, by_sequence=False, low=0.2, high=0.3)
-    assert by_token["approx_kl"] == pytest.approx(E**0.5 - 1.5 + E**-0.5 - 0.5 + E**0.1 - 1.1)
-    assert by_token["clip_frac"] == 2
-    assert by_token["num"] == 3
-    assert by_token["ratio_max"] == pytest.approx(E**0.5)
-    assert by_token["sampler_kl"] == pytest.approx(-0.3)
-    assert by_token["sampler_mismatch_max"] == pytest.approx(0.3)
+    full = old + column(0, 0.2, 0, -0.3)
+    weights = column(1, 0.5, 1, 0)
+    said = diagnostics(new, old, old - 0.1, full, weights)
+    moved = E**0.5 - 1.5 + E**-0.5 - 0.5 + E**0.1 - 1.1
+    assert said["approx_kl"] == (pytest.approx(moved), TOKEN_MEAN)
+    assert said["sampler_kl"] == (pytest.approx(-0.3), TOKEN_MEAN)
+    assert said["sampler_mismatch_max"] == (pytest.approx(0.3), LARGEST)
 
-    by_completion = diagnostics(new, columns, by_sequence=True, low=0.2, high=0.05)
-    assert by_completion["clip_frac"] == 1
-    assert by_completion["ratio_max"] == pytest.approx(E**0.1)
 
-    # all rows truncated
-    columns["weights"] = torch.zeros(4, dtype=F64)
-    nothing = diagnostics(new, columns, by_sequence=False, low=0.2, high=0.3)
-    assert nothing["num"] == 0
-    assert nothing["ratio_max"] == 1.0
+@pytest.mark.parametrize(
+    ("name", "high", "clip_frac", "ratio_max"), [("ppo", 0.3, 2, E**0.5), ("gspo", 0.05, 1, E**0.1)]
+)
+def test_what_a_loss_logs_of_its_ratio(name, high, clip_frac, ratio_max):
+    new = column(-0.5, -1.5, -0.9, -1.9)
+    old = column(-1, -1, -1, -9)
+    weights = column(1, 0.5, 1, 0)
+    rows = torch.tensor([0, 0, 1, 1])
+    _, logged = run_loss(name, new, 0 * new, weights, old, rows, high=high)
+    assert logged["clip_frac"] == (clip_frac, TOKEN_MEAN)
+    assert logged["ratio_max"] == (pytest.approx(ratio_max), LARGEST)
+    all_truncated = ratio_logs(LossInputs(new, 0 * new, 0 * weights, old, rows), new - old)
+    assert all_truncated["ratio_max"].value == 1.0
 
 
 @pytest.mark.parametrize("name", LOSSES)
@@ -161,9 +199,8 @@ def test_a_token_of_weight_zero_is_not_there(name):
 
     def loss_of(change, weights):
         changed = new + change * gone
-        return LOSSES[name](
-            changed, advantages + change * gone, weights, old, rows, 0.2, 0.2
-        ).item()
+        moved = advantages + change * gone
+        return run_loss(name, changed, moved, weights, old, rows).loss.item()
 
     assert loss_of(0.0, weights) == loss_of(1.7, weights) != 0.0
     assert loss_of(0.0, 0 * weights) == 0.0
@@ -240,9 +277,8 @@ def ours_and_inputs(match):
     weights = token_weights(mask, aggregation, 12)[mask]
     rows = torch.arange(6)[:, None].expand(-1, 9)[mask]
     flat = logprobs[mask]
-    total = LOSSES[loss](
-        flat, columns["advantages"][rows], weights, columns["old"][mask], rows, low, high
-    )
+    tensors = (flat, columns["advantages"][rows], weights, columns["old"][mask], rows)
+    total, _ = run_loss(loss, *tensors, low=low, high=high)
     total = total + beta * (weights * KL_ESTIMATORS["k3"](flat, columns["ref"][mask])).sum()
     (gradient,) = torch.autograd.grad(total, logprobs)
     return total.item(), gradient, logprobs, columns, mask

@@ -8,9 +8,9 @@ from torch import nn
 from mar.errors import UserError
 from mar.learn.advantages import token_advantages
 from mar.learn.batch import make_batch, micro_batches
-from mar.learn.losses import reinforce, token_weights
+from mar.learn.losses import policy_gradient, token_weights
 from mar.learn.optim import SCHEDULES, learning_rate, make_optimizer, set_learning_rate
-from mar.policy.attention import pack_groups
+from mar.policy.packing import pack_groups
 from mar.records import Completion, Example, Prompt, Rollout
 from mar.sample.draws import SamplingParams
 from mar.sample.rollout import sample
@@ -108,7 +108,7 @@ def learn(model, optimizer, groups, first_open):
     optimizer.zero_grad()
     for micro in micro_batches(batch, 30):
         logprobs, _, _ = model(micro.packed, 1.0)
-        reinforce(
+        policy_gradient(
             logprobs,
             *(
                 micro.flat(column, batch.completion_mask).to(logprobs.dtype)

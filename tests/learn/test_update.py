@@ -20,7 +20,7 @@ from mar.learn.batch import make_batch, micro_batches
 from mar.learn.gae import explained_variance, gae, token_rewards
 from mar.learn.gradient_variance import variance_ratio
 from mar.learn.learner import Learner
-from mar.learn.losses import reinforce
+from mar.learn.losses import policy_gradient
 from mar.learn.optim import make_optimizer
 from mar.learn.update import _minibatches, compute_advantages, entropy_coef, one_pass, update
 from mar.policy.critic import Critic
@@ -206,7 +206,7 @@ def test_the_critic_learns_the_returns_and_leaves_the_policy_alone(tiny_model):
 def test_one_update_of_every_loss_is_reinforce(tiny_model):
     """At a ratio of 1 all losses have one gradient."""
     gradients = {}
-    for loss in ("reinforce", "ppo", "gspo", "cispo"):
+    for loss in ("reinforce", "ppo", "gspo", "cispo", "dppo"):
         model = tiny_model()
         learner = learner_of(model, f"algo.loss={loss}", "optim.grad_clip=1e9")
         metrics = update(learner, *compute_advantages(learner, batch_of(model)), 0)
@@ -349,7 +349,7 @@ def test_variance_ratio_is_that_of_the_groups_gradients(tiny_model):
             (micro,) = micro_batches(part, 10**6)
             model.zero_grad()
             a = micro.flat(advantages, part.completion_mask)
-            reinforce(model(micro.packed, 1.0)[0], a, torch.ones_like(a)).backward()
+            policy_gradient(model(micro.packed, 1.0)[0], a, torch.ones_like(a)).backward()
             gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
         spread.append(torch.stack(gradients).var(0).sum().item())
     assert variance_ratio(learner, batch) == pytest.approx(spread[0] / spread[1], rel=1e-9)

@@ -195,7 +195,7 @@ def test_one_set_an_item_measures_what_training_measures(truth):
         rollouts.append(judge_groups([p], [[done]], scorer)[0][0])
         found.append(item_of_texts(p, [(text, len(text))], GRAMMAR, "text"))
     of_texts = metrics(found)
-    of_rollouts, _ = set_metrics(rollouts, "text", True)
+    of_rollouts, _ = set_metrics(rollouts, True)
     assert of_rollouts == pytest.approx(of_texts, abs=1e-12)
     assert ("q_mse" in of_texts) == (truth == "exact")
     assert of_texts["format_rate"] < 1
@@ -238,6 +238,51 @@ def test_coverage_and_unique_answers_of_several_sets():
     assert found["recall@2"] == pytest.approx(0.5)
     assert found["precision"] == pytest.approx(3 / 6)
     assert found["unique@6"] == 3
+
+
+def test_sets_together_cover_no_more_golds_than_there_are():
+    """Two clusters share an alias: the curve of three sets was 1, 2, 3 of two golds."""
+    golds = (Gold("cat", ("pet",)), Gold("dog", ("pet",)))
+    asked = Prompt(Example("e", "t", "?", golds, "uniform", True), "?", (1,))
+    sets = [("pet", "x"), ("cat", "x"), ("dog", "x")]
+    written = [(render(GRAMMAR, answers, (0.5, 0.5)), 3) for answers in sets]
+    item = item_of_texts(asked, written, GRAMMAR, "text")
+    assert AnswerArrays([item], True).coverage_curve[0] == pytest.approx([1, 2, 2])
+    assert Item.from_row(json.loads(json.dumps(asdict(item)))) == item
+    # where no answer is ambiguous nothing is matched, and nothing more is stored
+    plain = item_of_texts(asked, written[1:], GRAMMAR, "text")
+    assert plain.gold_worth == () and plain.sets[0].fits == ()
+
+
+def test_an_exact_mass_is_counted_once():
+    golds = (Gold("cat", ("pet",), 0.7), Gold("dog", ("pet",), 0.3))
+    asked = Prompt(Example("e", "t", "?", golds, "exact", label=0), "?", (1,))
+    written = [(render(GRAMMAR, (answer, "x"), (0.5, 0.5)), 3) for answer in ("pet", "cat")]
+    item = item_of_texts(asked, written, GRAMMAR, "text")
+    assert AnswerArrays([item], True).coverage_curve[0] == pytest.approx([0.7, 1.0])
+
+
+def test_precision_is_of_the_answers_written():
+    asked = Prompt(Example("e", "t", "?", (Gold("flu"), Gold("gout")), "uniform", True), "?", (1,))
+    texts = [(render(GRAMMAR, ("flu", "x"), (0.5, 0.5)), 3), ("<answer1>flu</answer1>", 2)]
+    item = item_of_texts(asked, texts, GRAMMAR, "text")
+    # three answers were written; the one of the set without the right form counts as wrong
+    assert metrics([item])["precision"] == pytest.approx(1 / 3)
+
+
+def test_items_with_and_without_a_posterior_give_the_same_in_any_order():
+    known = Example("k", "t", "?", (Gold("flu", (), 0.8), Gold("cold", (), 0.2)), "exact", label=0)
+    unknown = Example("u", "t", "?", (Gold("gout"),), "single")
+    items = []
+    for asked in (known, unknown):
+        text = render(GRAMMAR, (asked.golds[0].name, "x"), (0.5, 0.1))
+        items.append(item_of_texts(Prompt(asked, "?", (1,)), [(text, 3)], GRAMMAR, "text"))
+    found = metrics(items)
+    assert found == metrics(items[::-1])
+    alone = metrics(items[:1])
+    for name in ("q_mse", "tv_distance", "value", "regret"):
+        assert found[name] == alone[name]
+    assert "q_mse" not in metrics(items[1:])
 
 
 def test_set_ece_and_top1_conf():

@@ -14,7 +14,7 @@ from mar.measure.bootstrap import student_t_95
 from mar.measure.bounds import gap_closed, known_bounds
 from mar.measure.metrics import calibration_error, set_metrics
 from mar.records import Completion, Example, Gold, Prompt, Rollout
-from mar.verify.matching import matching_increments, repeats
+from mar.verify.matching import exact_masses, matching_increments, meanings, repeats
 from mar.verify.verifiers import VERIFIERS
 
 NAN = float("nan")
@@ -33,6 +33,7 @@ def rollout(asked, answers, confidences, reason=None, num_tokens=4):
     hits, _ = matching_increments(answers, asked.targets(), VERIFIERS["text"])
     done = Completion(0, ids, ids, ids, "stop")
     again = repeats(answers, asked.golds)
+    mass = exact_masses(answers, asked.golds) if asked.truth == "exact" else hits
     return Rollout(
         prompt=Prompt(asked, "?", (1,) * 6),
         completion=done,
@@ -45,6 +46,8 @@ def rollout(asked, answers, confidences, reason=None, num_tokens=4):
         components=np.zeros(1),
         segment_ids=ids,
         total=0.0,
+        mass=mass,
+        keys=meanings(answers, asked.golds),
     )
 
 
@@ -53,7 +56,7 @@ def broken(asked, answers=("a", None, None), confidences=(0.9, None, None)):
 
 
 def measured(rollouts, confident=True):
-    return set_metrics(rollouts, "text", confident)[0]
+    return set_metrics(rollouts, confident)[0]
 
 
 def ece(mass, confidence):

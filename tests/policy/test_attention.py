@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from mar.policy.attention import _block_mask, _flex_attend, chunks, group_attention, pack_groups
+from mar.policy.attention import _block_mask, _flex_attend, group_attention
 from mar.policy.model import Decoder, ModelConfig
+from mar.policy.packing import chunks, pack_groups
 
 CONFIG = ModelConfig("Qwen3ForCausalLM", 37, 24, 40, 2, 6, 2, 6, qk_norm=True)
 PROMPTS, LENGTHS = (7, 1, 19, 4), ((5, 1, 9), (3, 3), (1, 1), (12, 2, 2, 1, 30))

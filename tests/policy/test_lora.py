@@ -10,9 +10,9 @@ from safetensors.torch import load_file
 
 from mar.errors import UserError
 from mar.export import export
-from mar.policy.attention import pack_groups
 from mar.policy.lora import adapted, add_adapters, merge, save_adapters, trainable_pattern
 from mar.policy.model import Decoder, ModelConfig
+from mar.policy.packing import pack_groups
 from mar.policy.sources import resolve_model
 from mar.policy.weights import layout, load_model, split_state
 from mar.run import checkpoint

@@ -8,8 +8,9 @@ import transformers
 
 from mar.errors import UserError
 from mar.policy import model as decoder
-from mar.policy.attention import group_attention, pack_groups
+from mar.policy.attention import group_attention
 from mar.policy.model import LARGE_WEIGHT, Decoder, ModelConfig, project, reorder_weight
+from mar.policy.packing import pack_groups
 from mar.policy.weights import load_model, save_model
 
 LLAMA3 = {

@@ -359,7 +359,8 @@ def test_wheel_needs_gguf(cache, monkeypatch):
 def test_cached_smollm2_equals_transformers():
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from mar.policy.attention import group_attention, pack_groups
+    from mar.policy.attention import group_attention
+    from mar.policy.packing import pack_groups
     from mar.policy.weights import load_model
 
     assert sources.weight_hashes(CACHED) == RECORD["sha256"]

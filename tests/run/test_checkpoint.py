@@ -228,22 +228,25 @@ def test_a_full_disk_is_an_os_error(tiny_model, tmp_path, monkeypatch):
 
 def test_room_is_asked_for_before_training(tiny_model, tmp_path, monkeypatch):
     model, _ = trained(tiny_model, 0)
+    (tmp_path / "checkpoints/step000001").mkdir(parents=True)
+    (tmp_path / "checkpoints/step000001/weights").write_bytes(b"12345")
     size = sum(p.numel() * 4 for p in model.parameters())
-    for free, trainable in ((3 * size, True), (size, False)):
+    for one, trainable in ((3 * size, True), (size, False)):
+        free = 3 * one - 5  # two are kept while the third is written, and five bytes are there
         model.requires_grad_(trainable)
         monkeypatch.setattr(
             checkpoint.shutil,
             "disk_usage",
             lambda _, free=free: shutil._ntuple_diskusage(free, 0, free),
         )
-        checkpoint.require_room(tmp_path, [model])
+        checkpoint.require_room(tmp_path / "checkpoints", [model], keep=2)
         monkeypatch.setattr(
             checkpoint.shutil,
             "disk_usage",
             lambda _, free=free: shutil._ntuple_diskusage(free, 0, free - 1),
         )
         with pytest.raises(UserError, match="make room"):
-            checkpoint.require_room(tmp_path, [model])
+            checkpoint.require_room(tmp_path / "checkpoints", [model], keep=2)
 
 
 @pytest.mark.parametrize("moment", ["data", "manifest", "rename"])

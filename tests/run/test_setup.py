@@ -12,7 +12,10 @@ from mar.answers.grammar import Grammar
 from mar.answers.tokenizer import load_tokenizer
 from mar.errors import UserError
 from mar.policy.sources import EMBEDDED, environment
+from mar.run import checkpoint
 from mar.run.answering import Target, load_weights
+from mar.run.asking import open_policy
+from mar.run.checkpoint import CheckpointWriter
 from mar.run.compose import compose
 from mar.run.console import Display
 from mar.run.setup import build_training, sampling_params
@@ -77,4 +80,21 @@ def test_every_model_and_the_sampler_know_the_checkpoints_tokens(padded):
     assert training.params.stop_ids == training.held_out.params.stop_ids == (1, 3)
     target = Target("x", config, padded, {}, None, padded)
     policy, untrained = load_weights(target, "cpu")
+    assert policy.config.num_tokens == untrained.config.num_tokens == 1180
+    asked = open_policy(str(padded), ["+experiment=clinic", "model.thinking=false"])
+    assert asked.policy.config.num_tokens == 1180 and asked.params.stop_ids == (1, 3)
+
+
+def test_a_trained_policy_is_measured_over_the_tokens_alone(padded, tmp_path):
+    """Both models that `mar.evaluate` loads for a run, the trained and the untrained one."""
+    words = ["model=hf", f"model.path={padded}", "model.lr=1e-4", "model.thinking=false"]
+    config = compose(["+experiment=clinic", "eval.num_items=2", *words])
+    training = build_training(config, padded, Display("plain", 0, 0))
+    writer = CheckpointWriter(tmp_path / "checkpoints", training.learner, 1, print)
+    writer.save(1)
+    writer.finish()
+    found = checkpoint.newest(tmp_path / "checkpoints")
+    target = Target("x", config, padded, {}, found, padded)
+    policy, untrained = load_weights(target, "cpu")
+    assert policy is not untrained
     assert policy.config.num_tokens == untrained.config.num_tokens == 1180

@@ -72,7 +72,7 @@ def test_a_run_and_its_mirror(tmp_path: Path, capsys: pytest.CaptureFixture[str]
         history(found),
         [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()],
     )
-    assert [row["_step"] for row in logged] == [1, 2, 3]
+    assert [row["step"] for row in logged] == [1, 2, 3]
     for theirs, ours in zip(logged, own, strict=True):
         for key, value in ours.items():
             if key != "step" and value is not None:

@@ -13,8 +13,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mar.errors import UserError
 from mar.policy import model as decoder
-from mar.policy.attention import group_attention, pack_groups
+from mar.policy.attention import group_attention
 from mar.policy.model import ARCHITECTURES
+from mar.policy.packing import pack_groups
 from mar.sample import engine as sampler
 from mar.sample import kv_cache
 from mar.sample.draws import (

@@ -1,0 +1,100 @@
+"""Asking a policy: what is shown, what is pooled, and what is refused."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mar import ask
+from mar.run.asking import AnswerSet, PooledAnswer, open_policy, pool
+from mar.run.compose import compose
+from mar.tasks import clinic
+from mar.train import run
+
+QUESTION = clinic.load("test", 1)[0].question
+
+
+def answers(*pairs: tuple[str, float | None], reason: str | None = None) -> AnswerSet:
+    names, confidences = zip(*pairs, strict=True)
+    return AnswerSet("text", names, confidences, reason)
+
+
+def test_sets_are_pooled_by_meaning():
+    sets = [
+        answers(("flu", 0.6), ("cold", 0.2), ("Flu", 0.9)),  # a repeat counts once
+        answers(("the flu", 0.4), ("covid", 0.4), ("gout", 0.0)),
+        answers(("flu", 1.0), ("gout", 1.0), ("cold", 1.0), reason="unfinished"),
+    ]
+    assert pool(sets) == [
+        PooledAnswer("flu", 1.0, 0.5),
+        PooledAnswer("covid", 0.5, 0.2),
+        PooledAnswer("cold", 0.5, 0.1),
+        PooledAnswer("gout", 0.5, 0.0),
+    ]
+    assert pool([answers(("a", None), ("b", None)), answers(("a", None), ("a", None))]) == [
+        PooledAnswer("a", 1.0, None),
+        PooledAnswer("b", 0.5, None),
+    ]
+    assert pool(sets[2:]) == []
+
+
+def test_the_same_question_and_seed_give_the_same_answers(capsys: pytest.CaptureFixture[str]):
+    policy = open_policy("embedded", ["algo.temperature=0.5"])
+    sets = policy.ask(QUESTION, num_sets=3, seed=0)
+    assert sets == policy.ask(QUESTION, 3, 0) and sets != policy.ask(QUESTION, 3, 1)
+    assert sets[:1] == policy.ask(QUESTION, 1, 0)
+    assert all(len(one.answers) == 3 for one in sets)
+    ask.show(QUESTION, sets[:1], ask.Console(width=80))
+    said = capsys.readouterr().out
+    for answer, confidence in zip(sets[0].answers, sets[0].confidences, strict=True):
+        assert f"{answer}" in said and f"{confidence:.2f}" in said and "█" in said
+
+
+def test_a_run_answers_from_its_newest_checkpoint_and_a_pipe_is_read(tmp_path: Path):
+    words = [
+        "+experiment=clinic",
+        "train.steps=1",
+        "algo.prompts_per_step=2",
+        "algo.group_size=2",
+        "eval.num_items=2",
+        "model.lr=1",
+        f"out={tmp_path}",
+        "logger.console=plain",
+    ]
+    assert run(compose(words)) == 0
+    command = [sys.executable, "-m", "mar.ask", str(tmp_path / "clinic/seed0"), "--json"]
+    done = subprocess.run(
+        [*command, "--samples", "2"],
+        input=f"{QUESTION}\n\n{QUESTION}\n",
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    first, second = (json.loads(line) for line in done.stdout.splitlines())
+    assert first == second and first["question"] == QUESTION and len(first["sets"]) == 2
+    untrained = open_policy("embedded", []).ask(QUESTION, 2, 0)
+    assert first["sets"][0]["text"] != untrained[0].text
+
+
+BAD = {
+    "nothing there": (["nowhere"], "neither a run"),
+    "two questions": (["embedded", "a", "b"], "one question at a time"),
+    "no sets": (["embedded", "a", "--samples", "0"], "at least one"),
+    "unknown setting": (["embedded", "a", "algo.temprature=1"], "algo.temperature"),
+    "a book": (["embedded", "fever " * 3000], "shorten it"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_mistakes_are_one_sentence(name: str, capsys: pytest.CaptureFixture[str]):
+    words, expected = BAD[name]
+    assert ask.main(words) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") and expected in said and said.count("\n") == 1
+
+
+def test_what_a_model_wrote_is_not_obeyed(capsys: pytest.CaptureFixture[str]):
+    ask.show("?", [answers(("\x1b[2Jgone", 0.5))], ask.Console(width=80))
+    assert "\\x1b[2Jgone" in capsys.readouterr().out

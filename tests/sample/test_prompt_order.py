@@ -1,0 +1,29 @@
+"""Which prompts a step asks: all of them once an epoch, by the seed and the step alone."""
+
+from mar.sample.prompt_order import PromptOrder, order_of_epoch
+
+
+def test_every_epoch_asks_all_prompts_once_in_an_order_of_its_own():
+    asked = PromptOrder(prompts=range(10), per_step=4, seed=3)
+    epochs = [p for step in range(5) for p in asked.of_step(step)]
+    first, second = epochs[:10], epochs[10:]
+    assert sorted(first) == sorted(second) == list(range(10))
+    assert first != second
+    assert asked.of_step(2) == epochs[8:12]  # across the border of an epoch
+    assert asked.of_step(2) == PromptOrder(range(10), 4, 3).of_step(2)
+    assert asked.of_step(2) != PromptOrder(range(10), 4, 4).of_step(2)
+
+
+def test_a_step_of_a_million_prompts_does_not_order_all_of_them_again():
+    asked = PromptOrder(prompts=range(1_000_000), per_step=48, seed=0)
+    asked.of_step(0)
+    drawn_before = order_of_epoch.cache_info().misses
+    for step in range(1, 101):
+        asked.of_step(step)
+    assert order_of_epoch.cache_info().misses == drawn_before
+
+
+def test_prompts_out_of_turn_depend_on_the_attempt():
+    asked = PromptOrder(prompts=range(50), per_step=4, seed=3)
+    assert asked.out_of_turn(1, 1) == asked.out_of_turn(1, 1) != asked.out_of_turn(1, 2)
+    assert len(PromptOrder(range(2), 4, 3).out_of_turn(1, 1)) == 4
