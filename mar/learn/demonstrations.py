@@ -265,7 +265,10 @@ def piece_encoder(tokenizer: Any) -> Encode:
     def ids_of(text: str) -> list[int]:
         return list(encode_text(tokenizer, text))
 
-    joined = ids_of("</answer1>") + ids_of("word")
+    pieces = ("</answer1>", "word")
+    joined = [
+        id for piece in pieces for id in tokenizer(piece, add_special_tokens=False)["input_ids"]
+    ]
     if tokenizer.decode(joined, skip_special_tokens=False) != "</answer1>word":
         raise UserError(
             "mar.sft joins pieces of text token by token; this tokenizer adds something to the "
