@@ -365,6 +365,10 @@ def test_medmcqa_numbers_its_options(tmp_path):
     ),
 )
 def test_tests_that_leave_nothing_to_solve_are_dropped_and_counted(tests, reason, tmp_path):
-    good = PROGRAM | {"task_id": 2, "text": "Cube it.", "test_list": ["assert f(2) == 8", "assert f(3) == 27"]}
+    good = PROGRAM | {
+        "task_id": 2,
+        "text": "Cube it.",
+        "test_list": ["assert f(2) == 8", "assert f(3) == 27"],
+    }
     kept, said = examples("mbpp", tmp_path, [PROGRAM | {"test_list": tests}, good])
     assert [example.id for example in kept] == ["mbpp-2"] and f"1 {reason}" in said
