@@ -173,7 +173,7 @@ class AlgoOptions:
 class RewardOptions:
     """`conf/reward/*.yaml`: what a completion must look like and what it earns.
 
-    Code: mar/answers/grammar.py and mar/answers/rewards.py.
+    Code: mar/answers/grammar.py, rewards.py and reward_terms.py.
     """
 
     objective: str = one_of("multi_rlcr", "multi_rlvr", "rlcr_single", "rlvr_single")
@@ -192,6 +192,8 @@ class RewardOptions:
     brier: str = one_of("paper", "released")
     brier_weight: float = number(1.0, low=0)
     format_weight: float = number(0.5, low=0)
+    # Further terms and their weights, {name: weight} (REWARD_TERMS of mar/answers/reward_terms.py).
+    terms: dict[str, float] = field(default_factory=dict)
     # A format failure cancels the answer reward.
     gate: bool = True
     # Confidences that sum to more than 1 are paid as a format failure: for single-label tasks only.
@@ -362,4 +364,8 @@ def _checkpoint_source(path: str | None) -> str:
 
 OmegaConf.register_new_resolver("checkpoint_source", _checkpoint_source, replace=True)
 
-ConfigStore.instance().store(name="schema", node=Config)
+SCHEMA = OmegaConf.structured(Config)
+# Their keys are names of a registry, not fields: they need no + on the command line.
+OmegaConf.set_struct(SCHEMA.reward.terms, False)
+OmegaConf.set_struct(SCHEMA.algo.loss_options, False)
+ConfigStore.instance().store(name="schema", node=SCHEMA)

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from mar.answers import rewards
+from mar.answers import reward_spec
+from mar.answers.reward_terms import REWARD_TERMS, Judged, Term, TermValue
 from mar.errors import UserError
 from mar.learn import losses
 from mar.learn.advantages import BASELINES, CREDITS, SCALES
@@ -80,14 +81,14 @@ def test_a_loss_with_an_option_is_a_function_and_an_entry(
 
     monkeypatch.setitem(losses.LOSSES, "mine", mine)
     usual = first_step(tmp_path / "usual")
-    own = first_step(tmp_path / "own", "algo.loss=mine", "+algo.loss_options.strength=3")
+    own = first_step(tmp_path / "own", "algo.loss=mine", "algo.loss_options.strength=3")
     assert own["policy/strength"] == 3 and own["policy/counted"] == 1
     assert own["optim/grad_norm"] == pytest.approx(3 * usual["optim/grad_norm"], rel=1e-4)
 
     with pytest.raises(UserError, match=r"loss_options.strngth is no option.*it has strength"):
-        compose(["+experiment=clinic", "algo.loss=mine", "+algo.loss_options.strngth=3"])
+        compose(["+experiment=clinic", "algo.loss=mine", "algo.loss_options.strngth=3"])
     with pytest.raises(UserError, match=r"loss_options.strength=11"):
-        compose(["+experiment=clinic", "algo.loss=mine", "+algo.loss_options.strength=11"])
+        compose(["+experiment=clinic", "algo.loss=mine", "algo.loss_options.strength=11"])
 
 
 def test_a_credit_rule_is_a_function_and_an_entry(
@@ -134,7 +135,7 @@ def test_a_kl_estimator_is_a_function_and_an_entry(
 def test_a_coverage_is_a_function_and_an_entry(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(rewards.COVERAGES, "halves", lambda hits, _: [0.5 for _ in hits])
+    monkeypatch.setitem(reward_spec.COVERAGES, "halves", lambda hits, _: [0.5 for _ in hits])
     assert first_step(tmp_path, "reward.coverage=halves")["reward/coverage"] > 1.2
 
 
@@ -154,3 +155,27 @@ def test_a_coverage_is_a_function_and_an_entry(
 def test_an_unknown_name_is_refused(word: str) -> None:
     with pytest.raises(UserError, match="typo is unknown: choose one of"):
         compose(["+experiment=clinic", word])
+
+
+def test_a_reward_term_is_a_function_and_an_entry(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is paid, logged and trained on; one that changes its mind is refused before the run."""
+
+    def vowels(judged: Judged, weight: float) -> TermValue:
+        counts = [sum(c in "aeiou" for c in answer or "") for answer in judged.parsed.answers]
+        return TermValue(answers=[weight * count for count in counts])
+
+    monkeypatch.setitem(REWARD_TERMS, "vowels", Term(vowels, decides=("answer",)))
+    usual = first_step(tmp_path / "usual")
+    own = first_step(tmp_path / "own", "reward.terms.vowels=0.5")
+    assert "reward/vowels" not in usual and own["reward/vowels"] > 0
+    assert own["reward/total"] == pytest.approx(usual["reward/total"] + own["reward/vowels"])
+    assert own["optim/grad_norm"] != pytest.approx(usual["optim/grad_norm"], rel=1e-3)
+
+    def last_first(judged: Judged, weight: float) -> TermValue:
+        return TermValue(answers=[weight * sum(judged.hits), 0.0, 0.0])
+
+    monkeypatch.setitem(REWARD_TERMS, "vowels", Term(last_first, decides=("answer",)))
+    with pytest.raises(UserError, match="reward term vowels changes its mind"):
+        first_step(tmp_path / "refused", "reward.terms.vowels=0.5")

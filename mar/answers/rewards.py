@@ -24,14 +24,16 @@ probable different answers, each with its probability.
 Unreadable text never gains: a confidence that is missing, or whose answer is, is charged an error
 of 1. With `gate`, a format failure cancels the coverage and is charged the whole Brier term.
 
+Each of these is a term (`mar.answers.reward_terms`), and `reward.terms` adds others to the sum.
+
 **Components.** The total is split in the order in which the text decides its terms, as in
 
     Multi-RLCR, K = 2    coverage1  brier1  coverage2  brier2  end
 
-`coverage{k}` is decided where answer k closes and `brier{k}` where confidence k does. These places
-are stopping times: they, and the values, are functions of the text up to there (`grammar.parse`)
-and stay as they are whatever follows. All that looks at the whole text (format, gates, sum rule)
-enters once, in the last component:
+`coverage{k}` is decided where answer k closes and `brier{k}` where confidence k does; what several
+terms decide at one place is one component. These places are stopping times: they, and the values,
+are functions of the text up to there (`grammar.parse`) and stay as they are whatever follows. All
+that looks at the whole text (format, gates, sum rule) enters once, in the last component:
 
     end = total - sum of the components before it
 
@@ -40,76 +42,59 @@ alone (`mar.learn.advantages`).
 """
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
 from functools import lru_cache
 
 import numpy as np
 
-from mar.answers.grammar import Grammar, Parsed
+from mar.answers.grammar import Element, Grammar, Parsed
+from mar.answers.reward_spec import RewardSpec
+from mar.answers.reward_terms import REWARD_TERMS, Judged
+from mar.config import RewardOptions
 from mar.errors import UserError
 
+# the terms whose weights are settings of their own
+PAPER_TERMS = ("format", "coverage", "brier")
 
-def any_hit(hits: Sequence[float], num_golds: int) -> list[float]:
-    """The first hit is worth 1, further ones nothing."""
-    covered = np.minimum(np.cumsum(hits), 1.0)
-    return np.diff(covered, prepend=0.0).tolist()
-
-
-# name -> what each answer adds to the coverage [K], given all hits [K] and the number of golds.
-# The value of answer k may look at the hits up to k only: it is decided when answer k is
-COVERAGES: dict[str, Callable[[Sequence[float], int], Sequence[float]]] = {
-    "sum": lambda hits, num_golds: hits,
-    "any": any_hit,
-    "fraction_golds": lambda hits, num_golds: [hit / max(num_golds, 1) for hit in hits],
-    "fraction_answers": lambda hits, num_golds: [hit / len(hits) for hit in hits],
-}
-
-BRIERS = ("none", "paper", "released")
-
-DUPLICATES = ("per_slot", "gate")
-
-# of the sum rule: 0.33 + 0.33 + 0.34 must pass
-SUM_TOLERANCE = 1e-6
+# what is logged beside the terms, under names that no term can have
+LOGGED = ("total", "sum_rule_breach", "repeats")
 
 
-@dataclass(frozen=True)
-class RewardSpec:
-    """Which reward. Hashable; raises UserError for names that do not exist."""
+def reward_of(options: RewardOptions) -> RewardSpec:
+    """The reward that the config names."""
+    values = {item.name: getattr(options, item.name) for item in fields(RewardSpec)}
+    if not options.confident:
+        values["brier"] = "none"
+    values["rank_weights"] = tuple(options.rank_weights or ())
+    values["terms"] = tuple(options.terms.items())
+    return RewardSpec(**values)
 
-    # a key of COVERAGES
-    coverage: str = "sum"
 
-    # one of BRIERS
-    brier: str = "paper"
+def needs_group(spec: RewardSpec) -> bool:
+    """A term of it looks at the other completions of the prompt."""
+    return any("group" in REWARD_TERMS[name].needs for name in spec.weights)
 
-    # confidences, `<other>` included, that sum to more than 1 are a format failure. Right where
-    # one gold is, wrong where several may be
-    sum_rule: bool = False
 
-    # `per_slot`: a repeated answer earns nothing. `gate`: any repeat cancels the coverage of the
-    # completion; its Brier term stays, so that repeating is no way out of it
-    duplicates: str = "per_slot"
-
-    # a format failure cancels the coverage and is charged the whole Brier term
-    gate: bool = True
-
-    # w_1 >= w_2 >= ... on the coverage of each answer, never on its Brier term; empty: all 1
-    rank_weights: tuple[float, ...] = ()
-
-    format_weight: float = 0.5
-    coverage_weight: float = 1.0
-    brier_weight: float = 1.0
-
-    def __post_init__(self) -> None:
-        known = (
-            self.coverage in COVERAGES and self.brier in BRIERS and self.duplicates in DUPLICATES
-        )
-        if not known:
-            raise UserError(
-                f"{self}: coverage is one of {', '.join(COVERAGES)}, brier of {BRIERS}, "
-                f"duplicates of {DUPLICATES}"
-            )
+def term_faults(terms: Mapping[str, float], confident: bool, other: bool) -> Iterator[str]:
+    """What is wrong with `reward.terms` for a form that has confidences, or `<other>`, or not."""
+    for name, weight in terms.items():
+        key = f"reward.terms.{name}={weight}"
+        if name in PAPER_TERMS:
+            yield f"{key}: the weight of this term is reward.{name}_weight, set that"
+        elif name not in REWARD_TERMS:
+            known = [term for term in REWARD_TERMS if term not in PAPER_TERMS]
+            yield f"{key} is unknown: choose one of {', '.join(known)}"
+        elif name in LOGGED:
+            yield f"{key}: reward/{name} is logged for something else, give the term another name"
+        elif not 0 <= weight < math.inf:
+            yield f"{key} is out of range: a weight is at least 0"
+        else:
+            needs = REWARD_TERMS[name].needs
+            if "confidences" in needs and not confident:
+                yield f"{key} needs confidences: leave it out, or take an rlcr objective"
+            if "other" in needs and not other:
+                yield f"{key} needs the probability that no answer is right: set reward.other=true"
 
 
 @dataclass(frozen=True)
@@ -141,16 +126,34 @@ def component_layout(grammar: Grammar, spec: RewardSpec) -> tuple[tuple[str, int
             f"reward.rank_weights has {len(spec.rank_weights)} numbers "
             f"for {grammar.num_answers} answers"
         )
-    layout = []
-    for index, element in enumerate(grammar.elements):
-        if element.kind == "answer":
-            layout.append((f"coverage{element.slot + 1}", index))
-        elif element.kind == "confidence" and spec.brier != "none":
-            layout.append((f"brier{element.slot + 1}", index))
-        elif element.kind == "other" and spec.brier != "none":
-            layout.append(("other", index))
+    for fault in term_faults(dict(spec.terms), grammar.confident, grammar.other):
+        raise UserError(fault)
+    layout = [
+        (_component_name(element, names), index)
+        for index, element, names in _paid_at(grammar, spec)
+    ]
     layout.append(("end", len(grammar.elements)))
     return tuple(layout)
+
+
+@lru_cache(maxsize=256)
+def _paid_at(
+    grammar: Grammar, spec: RewardSpec
+) -> tuple[tuple[int, Element, tuple[str, ...]], ...]:
+    """(index, element, names of the terms) of each element that decides a part of some term."""
+    found = []
+    for index, element in enumerate(grammar.elements):
+        names = [name for name in spec.weights if element.kind in REWARD_TERMS[name].decides]
+        if names:
+            found.append((index, element, tuple(names)))
+    return tuple(found)
+
+
+def _component_name(element: Element, terms: Sequence[str]) -> str:
+    """`brier2`; where several terms are decided together `coverage1+batch_exploration1`."""
+    if element.kind == "other":
+        return "other"
+    return "+".join(f"{term}{element.slot + 1}" for term in terms)
 
 
 def first_open(grammar: Grammar, spec: RewardSpec) -> np.ndarray:
@@ -164,45 +167,6 @@ def first_open(grammar: Grammar, spec: RewardSpec) -> np.ndarray:
     return np.searchsorted(decided_by, segments, side="left").astype(np.int64)
 
 
-def _coverage_terms(hits: Sequence[float], num_golds: int, spec: RewardSpec) -> list[float]:
-    """[K] what each answer adds to the coverage, weights included."""
-    rank_weights = spec.rank_weights or (1.0,) * len(hits)
-    marginals = COVERAGES[spec.coverage](hits, num_golds)
-    return [
-        spec.coverage_weight * weight * marginal
-        for weight, marginal in zip(rank_weights, marginals, strict=True)
-    ]
-
-
-def _squared_error(q: float | None, hit: float) -> float | None:
-    """E (q - y)^2 of a y that is 1 with probability h = `hit`: (q - h)^2 + h (1 - h).
-
-    With a verdict, h = 0 or 1, this is the plain square. Where answers are paid by the
-    probabilities of the golds (`mar.verify.matching.expected_hits`), h lies between.
-    """
-    if q is None:
-        return None
-    return (q - hit) ** 2 + hit * (1.0 - hit)
-
-
-def _squared_errors(
-    parsed: Parsed, hits: Sequence[float], grammar: Grammar
-) -> dict[str, float | None]:
-    """By component: the squared error of each confidence; None where it or its answer is missing.
-
-    `<other>` is the probability that no answer hits, and is judged against that.
-    """
-    errors = {}
-    slots = zip(parsed.answers, parsed.confidences, hits, strict=True)
-    for k, (answer, confidence, hit) in enumerate(slots):
-        q = None if answer is None else confidence
-        errors[f"brier{k + 1}"] = _squared_error(q, hit)
-    if grammar.other:
-        nothing_hits = 1.0 - min(1.0, math.fsum(hits))
-        errors["other"] = _squared_error(parsed.other, nothing_hits)
-    return errors
-
-
 def reward(
     parsed: Parsed,
     hits: Sequence[float],
@@ -211,49 +175,31 @@ def reward(
     grammar: Grammar,
     spec: RewardSpec,
 ) -> Reward:
-    """The reward of one completion; the formulas stand at the top of this file.
+    """The reward of one completion by itself; the formulas stand at the top of this file.
 
     `hits` [K] and `repeated` [K] are what `mar.verify.matching` says of its answers: y_k, and
     whether an answer repeats an earlier one. Both are 0 where nothing was written.
     """
+    return pay_terms(Judged(parsed, hits, repeated, num_golds, grammar, spec))
+
+
+def pay_terms(judged: Judged) -> Reward:
+    """The sum of the terms, and its components: what prefixes decided, then the rest."""
+    grammar = judged.grammar
+    spec = judged.spec
     layout = component_layout(grammar, spec)
-    coverages = _coverage_terms(hits, num_golds, spec)
-    errors: dict[str, float | None] = {}
-    if spec.brier != "none":
-        errors = _squared_errors(parsed, hits, grammar)
-    unit = spec.brier_weight / grammar.num_answers
+    values = {name: REWARD_TERMS[name].pay(judged, weight) for name, weight in spec.weights.items()}
+    parts = dict.fromkeys(PAPER_TERMS, 0.0)
+    for name, value in values.items():
+        parts[name] = value.total
+    total = math.fsum(parts.values())
 
-    # what looks at the whole text
-    said = [q for q in (*parsed.confidences, parsed.other) if q is not None]
-    breach = spec.sum_rule and math.fsum(said) > 1.0 + SUM_TOLERANCE
-    failed = parsed.reason is not None or breach
-    gated = spec.gate and failed
-    cancelled = gated or (spec.duplicates == "gate" and any(repeated))
-
-    # the total
-    format_term = 0.0 if failed else spec.format_weight
-    coverage_term = 0.0 if cancelled else math.fsum(coverages)
-    brier_term = 0.0
-    if spec.brier == "paper":
-        charged = [1.0 if gated or error is None else error for error in errors.values()]
-        brier_term = -unit * math.fsum(charged)
-    elif spec.brier == "released" and not failed:
-        charged = [error for error in errors.values() if error is not None]
-        brier_term = spec.brier_weight - unit * math.fsum(charged)
-    total = math.fsum([format_term, coverage_term, brier_term])
-
-    # the components: what the prefixes decided, and the rest of the total
-    decided = {f"coverage{k + 1}": coverage for k, coverage in enumerate(coverages)}
-    for name, error in errors.items():
-        decided[name] = 0.0 if error is None else -unit * error
-    components = np.array([decided.get(name, 0.0) for name, _ in layout], dtype=np.float64)
+    components = np.zeros(len(layout), dtype=np.float64)
+    for c, (_, element, names) in enumerate(_paid_at(grammar, spec)):
+        first, *more = [values[name].at(element) for name in names]
+        components[c] = sum(more, start=first)
     components[-1] = total - math.fsum(components[:-1])
 
-    parts = {
-        "format": format_term,
-        "coverage": coverage_term,
-        "brier": brier_term,
-        "sum_rule_breach": float(breach),
-        "repeats": float(sum(repeated)),
-    }
+    parts["sum_rule_breach"] = float(judged.breaks_sum_rule)
+    parts["repeats"] = float(sum(judged.repeated))
     return Reward(components, total, parts)

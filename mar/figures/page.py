@@ -19,7 +19,7 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 from mar.answers.grammar import grammar_of
-from mar.answers.rewards import RewardSpec, component_layout
+from mar.answers.rewards import component_layout, reward_of
 from mar.errors import UserError
 from mar.figures import plots
 from mar.figures.runs import Run, group_by_setting, read_run
@@ -149,8 +149,8 @@ def _spread_steps(step_of_group: Sequence[int]) -> set[int]:
 def _component_names(run: Run) -> list[str]:
     """What the reward's components are called, in their order."""
     config = load_config(run.path / "config.yaml")
-    brier = config.reward.brier if config.reward.confident else "none"
-    return [name for name, _ in component_layout(grammar_of(config), RewardSpec(brier=brier))]
+    layout = component_layout(grammar_of(config), reward_of(config.reward))
+    return [name for name, _ in layout]
 
 
 def figures_of_runs(groups: Mapping[str, Sequence[Run]]) -> dict[str, Figure]:

@@ -7,7 +7,7 @@ marker or dash of its own, so that print needs no colour. A point is [value, low
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import count
+from itertools import count, cycle
 from pathlib import Path
 from typing import Any
 
@@ -55,8 +55,8 @@ STYLE: Any = {
     "svg.hashsalt": "mar",
 }
 
-# The weighted terms of the reward, after their sum.
-REWARD_TERMS = ("reward/total", "reward/format", "reward/coverage", "reward/brier")
+# What is logged of the reward beside its sum and its weighted terms.
+COUNTS = ("reward/sum_rule_breach", "reward/repeats")
 
 # Metrics (beginning so) whose floor and ceiling are drawn.
 BOUNDED = ("coverage", "top1", "brier", "ece", "q_mse")
@@ -178,7 +178,9 @@ def components(rows: Sequence[Row]) -> Figure:
     with _panels(1, 5.2, 2.8) as (figure, (axes,)):
         axes.set(title="reward components", xlabel="step")
         steps = [row["step"] for row in rows]
-        for name, colour, dash in zip(REWARD_TERMS, COLOURS, DASHES, strict=False):
+        logged = dict.fromkeys(key for row in rows for key in row)  # in the order of the log
+        names = [key for key in logged if key.startswith("reward/") and key not in COUNTS]
+        for name, colour, dash in zip(names, cycle(COLOURS), cycle(DASHES), strict=False):
             values = series(rows, name)
             axes.plot(steps, values, color=colour, alpha=0.2, linewidth=0.7)
             axes.plot(steps, smoothed(values), color=colour, linestyle=dash, label=name)

@@ -21,7 +21,9 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from mar.answers.rewards import COVERAGES, DUPLICATES
+from mar.answers.reward_spec import COVERAGES, DUPLICATES
+from mar.answers.reward_terms import REWARD_TERMS
+from mar.answers.rewards import term_faults
 from mar.config import AlgoOptions, Config, DataOptions, ModelOptions, OptimOptions, RewardOptions
 from mar.errors import UserError, one_line
 from mar.learn.advantages import BASELINES, CREDITS, SCALES
@@ -305,6 +307,17 @@ def _run_rules(name: str, steps: int, stop_at: int | None, optim: OptimOptions) 
     ]
 
 
+def _term_faults(reward: RewardOptions, group_size: int) -> Iterator[str]:
+    """The further terms of the reward against the form and the group."""
+    yield from term_faults(reward.terms, reward.confident, reward.other)
+    for name, weight in reward.terms.items():
+        if group_size == 1 and "group" in REWARD_TERMS[name].needs:
+            yield (
+                f"reward.terms.{name}={weight} compares the completions of a group and "
+                "algo.group_size=1 has one: take 2 or more, or leave the term out"
+            )
+
+
 def _pattern_faults(model: ModelOptions) -> Iterator[str]:
     """The regular expressions that choose parameters and layers."""
     for key in ("trainable", "lora_layers"):
@@ -328,6 +341,7 @@ def _faults(config: Config) -> Iterator[str]:
     for broken, sentence in rules:
         if broken:
             yield sentence
+    yield from _term_faults(config.reward, config.algo.group_size)
     yield from _loss_option_faults(config.algo)
     yield from _pattern_faults(config.model)
 

@@ -13,9 +13,10 @@ import torch
 
 from mar.answers.grammar import Grammar, grammar_of, render
 from mar.answers.prompts import build_prompt, fit_grammar
-from mar.answers.rewards import RewardSpec
+from mar.answers.rewards import reward_of
+from mar.answers.term_check import check_terms
 from mar.answers.tokenizer import load_tokenizer, num_tokens, stop_ids
-from mar.config import Config, RewardOptions
+from mar.config import Config
 from mar.errors import UserError
 from mar.files import read_json_object
 from mar.learn.learner import Learner
@@ -116,15 +117,6 @@ def make_prompts(
 
 
 # --- scoring and sampling --------------------------------------------------------------------
-
-
-def reward_of(options: RewardOptions) -> RewardSpec:
-    """The reward that the config names."""
-    values = {item.name: getattr(options, item.name) for item in fields(RewardSpec)}
-    if not options.confident:
-        values["brier"] = "none"
-    values["rank_weights"] = tuple(options.rank_weights or ())
-    return RewardSpec(**values)
 
 
 def verifier_of(config: Config) -> AnswerChecker:
@@ -262,6 +254,7 @@ def build_training(
     tokenizer = load_tokenizer(model_folder)
     grammar = fit_grammar(grammar_of(config), tokenizer)
     scorer = Scorer(grammar, reward_of(reward), verifier, make_decode(tokenizer))
+    check_terms(grammar, scorer.reward)
     prompts = make_prompts(config, train, grammar, tokenizer, data.train_split, display)
     held_out_prompts = make_prompts(config, held_out, grammar, tokenizer, data.eval_split, display)
     # Refuses a budget below one group, before the model is loaded.

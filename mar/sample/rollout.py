@@ -2,14 +2,15 @@
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
 
 from mar.answers.grammar import Grammar, Parsed, decode_with_starts, parse
-from mar.answers.rewards import RewardSpec, first_open, reward
+from mar.answers.reward_terms import Judged
+from mar.answers.rewards import RewardSpec, first_open, needs_group, pay_terms
 from mar.errors import UserError
 from mar.policy.model import Decoder
 from mar.records import Completion, Gold, Prompt, Rollout
@@ -201,14 +202,47 @@ def verify_words(reading: Reading, verifier: AnswerChecker) -> Verified:
     return Verified(hits, repeated, num_golds, mass, keys, fits)
 
 
-def pay(reading: Reading, scorer: Scorer) -> Rollout:
-    """Verify the answers of one completion and split its reward into components."""
-    verifier = scorer.verifier
+def verify(reading: Reading, verifier: AnswerChecker) -> Verified:
     if isinstance(verifier, ProgramRunner):
-        verified = verify_programs(reading, verifier)
-    else:
-        verified = verify_words(reading, verifier)
+        return verify_programs(reading, verifier)
+    return verify_words(reading, verifier)
 
+
+def judge_group(
+    readings: Sequence[Reading], verdicts: Sequence[Verified], scorer: Scorer
+) -> list[Judged]:
+    """What the terms of the reward see of each completion of one prompt."""
+    group = [
+        Judged(
+            parsed=reading.parsed,
+            hits=verified.hits,
+            repeated=verified.repeated,
+            num_golds=verified.num_golds,
+            grammar=scorer.grammar,
+            spec=scorer.reward,
+            text=reading.text,
+            num_tokens=len(reading.completion.ids),
+            meanings=verified.keys,
+        )
+        for reading, verified in zip(readings, verdicts, strict=True)
+    ]
+    if not needs_group(scorer.reward):
+        return group
+    return [replace(judged, others=(*group[:i], *group[i + 1 :])) for i, judged in enumerate(group)]
+
+
+def pay_group(readings: Sequence[Reading], scorer: Scorer) -> list[Rollout]:
+    """Verify the answers of one prompt's completions and pay each of them."""
+    verdicts = [verify(reading, scorer.verifier) for reading in readings]
+    group = judge_group(readings, verdicts, scorer)
+    return [
+        pay(reading, verified, judged, scorer.verifier)
+        for reading, verified, judged in zip(readings, verdicts, group, strict=True)
+    ]
+
+
+def pay(reading: Reading, verified: Verified, judged: Judged, verifier: AnswerChecker) -> Rollout:
+    """The rollout of one completion, its reward split into components."""
     unjudged = 0
     if not isinstance(verifier, str):
         example = reading.prompt.example
@@ -216,14 +250,7 @@ def pay(reading: Reading, scorer: Scorer) -> Rollout:
         unjudged = sum(not verifier.has_verdict(example, answer) for answer in distinct)
 
     parsed = reading.parsed
-    earned = reward(
-        parsed,
-        verified.hits,
-        verified.repeated,
-        verified.num_golds,
-        scorer.grammar,
-        scorer.reward,
-    )
+    earned = pay_terms(judged)
     return Rollout(
         prompt=reading.prompt,
         completion=reading.completion,
@@ -266,7 +293,7 @@ def judge_groups(
         )
     rollouts = []
     for read_group in readings:
-        rollouts.append([pay(reading, scorer) for reading in read_group])
+        rollouts.append(pay_group(read_group, scorer))
     if isinstance(verifier, ProgramRunner):
         verifier.running.clear()  # a breakdown may be tried again
     return rollouts

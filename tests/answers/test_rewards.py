@@ -10,19 +10,11 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from mar.answers.grammar import Grammar, parse, render
-from mar.answers.rewards import (
-    BRIERS,
-    COVERAGES,
-    DUPLICATES,
-    RewardSpec,
-    component_layout,
-    first_open,
-    reward,
-)
+from mar.answers.reward_spec import BRIERS, COVERAGES, DUPLICATES, RewardSpec
+from mar.answers.rewards import component_layout, first_open, reward, reward_of
 from mar.errors import UserError
 from mar.records import Gold
 from mar.run.compose import compose
-from mar.run.setup import reward_of
 from mar.verify.matching import matching_increments, repeats
 
 GOLDS = (Gold("flu", ("influenza",)), Gold("cold"), Gold("gout"), Gold("mumps"))

@@ -476,3 +476,12 @@ def test_show_marks_what_is_right(tmp_path: Path) -> None:
     (tmp_path / "completions.jsonl").write_text('{"step": 1}\n')
     with pytest.raises(UserError, match="another version"):
         show.show(tmp_path, None, "", None)
+
+
+def test_every_logged_reward_term_is_drawn_without_being_listed() -> None:
+    rows = [
+        {"step": 1, "policy/loss": 0.1, "reward/total": 1.0, "reward/format": 0.5},
+        {"step": 2, "reward/total": 1.2, "reward/mine": 0.2, "reward/repeats": 0.0},
+    ]
+    labels = [text.get_text() for text in plots.components(rows).legends[0].get_texts()]
+    assert labels == ["reward/total", "reward/format", "reward/mine"]
