@@ -28,7 +28,8 @@ from pathlib import Path
 from typing import Any
 
 from mar.answers.grammar import grammar_of
-from mar.answers.prompts import fit_grammar, load_tokenizer
+from mar.answers.prompts import fit_grammar
+from mar.answers.tokenizer import load_tokenizer
 from mar.errors import UserError, exit_code
 from mar.files import write_json
 from mar.measure.answer_sets import Item

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 
 from mar.answers.grammar import Grammar, grammar_of
-from mar.answers.prompts import fit_grammar, instructions, load_tokenizer
+from mar.answers.prompts import fit_grammar, instructions
+from mar.answers.tokenizer import CLOCK, copy_tokenizer, load_tokenizer, reads_clock, stop_ids
 from mar.config import Config
 from mar.errors import UserError, exit_code
 from mar.policy.lora import adapted, is_adapter, merge, save_adapters, trainable_pattern
@@ -25,7 +26,6 @@ from mar.policy.sources import resolve_model
 from mar.policy.weights import load_model, save_model
 from mar.run import checkpoint
 from mar.run.compose import load_config
-from mar.run.setup import STOP_TOKENS
 from mar.tasks.registry import get_task
 
 CARD = """---
@@ -41,7 +41,7 @@ It was asked in these words, after the question, and sampled at temperature {tem
 ```
 {instructions}
 ```
-{results}"""
+{told_date}{results}"""
 
 # Small updates are less than half a unit in the last place of the weight that they are added to.
 ROUNDED = (
@@ -50,8 +50,16 @@ ROUNDED = (
 )
 
 
-def card(config: Config, grammar: Grammar, step: int, dtype: str, measured: dict[str, Any]) -> str:
-    """README.md of the exported folder. `measured` is the run's eval.json, or empty."""
+def card(
+    config: Config,
+    grammar: Grammar,
+    step: int,
+    dtype: str,
+    measured: dict[str, Any],
+    told_date: str = "",
+) -> str:
+    """README.md of the exported folder. `measured` is the run's eval.json, or empty; `told_date`
+    the date that a chat template with a clock was told in training, or empty."""
     task = config.data.task
     after = measured.get("after") or {}
     rows = [
@@ -61,6 +69,8 @@ def card(config: Config, grammar: Grammar, step: int, dtype: str, measured: dict
     if rows:
         header = f"\nOn {measured['num_items']} held-out items:\n\n| metric | |\n|---|---|\n"
         results = header + "".join(rows)
+    if told_date:
+        told_date = f"\nIts chat template asks for the date; in training it was told {told_date}.\n"
     return CARD.format(
         model=config.model.path or config.model.name,
         step=step,
@@ -73,6 +83,7 @@ def card(config: Config, grammar: Grammar, step: int, dtype: str, measured: dict
         temperature=config.algo.temperature,
         instructions=instructions(grammar, get_task(task).noun),
         results=results,
+        told_date=told_date,
     )
 
 
@@ -102,14 +113,16 @@ def export(run: Path, folder: Path, dtype: str, adapters: bool = False) -> Path:
         save_adapters(model, folder, config.model.path or config.model.name)
         return folder
 
-    tokenizer.save_pretrained(folder)
-    token_ids = _special_token_ids(tokenizer)
+    copy_tokenizer(source, folder)
+    token_ids = _special_token_ids(tokenizer, source)
     _save_generation_config(folder, config, token_ids)
     grammar = fit_grammar(grammar_of(config), tokenizer)
     measured = json.loads((run / "eval.json").read_text()) if (run / "eval.json").exists() else {}
-    (folder / "README.md").write_text(card(config, grammar, saved.step, dtype, measured))
     if config.model.lora_rank and dtype == "bfloat16":
         print(ROUNDED, file=sys.stderr)
+    told_date = f"{CLOCK:%d %B %Y}" if reads_clock(tokenizer) else ""
+    readme = card(config, grammar, saved.step, dtype, measured, told_date)
+    (folder / "README.md").write_text(readme)
     save_model(merge(model), folder, getattr(torch, dtype), extra=token_ids)
     return folder
 
@@ -124,12 +137,10 @@ def _require_only_adapters(run: Path, config: Config, model: Decoder) -> None:
             raise UserError(f"{run} trained {name} too: export without --adapters")
 
 
-def _special_token_ids(tokenizer: Any) -> dict[str, Any]:
+def _special_token_ids(tokenizer: Any, source: Path) -> dict[str, Any]:
     """Stop tokens and padding, under the keys of Hugging Face's configs."""
-    vocabulary = tokenizer.get_vocab()
-    stops = {tokenizer.eos_token_id}
-    stops |= {vocabulary[token] for token in STOP_TOKENS if token in vocabulary}
-    eos = sorted(stops) if len(stops) > 1 else tokenizer.eos_token_id
+    stops = stop_ids(tokenizer, source)
+    eos = list(stops) if len(stops) > 1 else stops[0]
     return {"eos_token_id": eos, "pad_token_id": tokenizer.pad_token_id}
 
 

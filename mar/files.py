@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from mar.errors import one_line
+from mar.errors import UserError, one_line
 
 BLOCK_BYTES = 1 << 20  # that are read at once from the end of a file
 NUM_NAMED_LINES = 5  # broken lines that a message names
@@ -54,6 +54,23 @@ def read_jsonl(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
         elif row is not None:
             broken.append(f"{path}:{number}")
     return rows, broken
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """One JSON object of a checkpoint folder. Raises UserError naming the file."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(
+            f"{path} does not exist: give a folder with config.json and safetensors files"
+        ) from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error})") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} is not a JSON object")
+    return content
 
 
 def skipped_lines(broken: Sequence[str]) -> str:

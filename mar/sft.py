@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from mar.answers.prompts import load_tokenizer
+from mar.answers.tokenizer import copy_tokenizer, load_tokenizer, num_tokens
 from mar.errors import exit_code
 from mar.learn.demonstrations import (
     MIXTURES,
@@ -179,11 +179,9 @@ def main() -> None:
         return task.load(source).examples
 
     torch.manual_seed(args.seed)
-    model = load_model(args.model)
     tokenizer = load_tokenizer(args.model)
-    for key in ("is_local", "local_files_only"):  # how it was loaded is no property of it
-        tokenizer.init_kwargs.pop(key, None)
-    tokenizer.save_pretrained(args.out)
+    model = load_model(args.model, num_tokens=num_tokens(tokenizer))
+    copy_tokenizer(args.model, args.out)
     sizes = {
         "parameters": sum(p.numel() for p in model.parameters()),
         "vocabulary": len(tokenizer),

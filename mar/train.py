@@ -18,6 +18,7 @@ import hydra
 import torch
 from torch import Tensor
 
+from mar.answers.tokenizer import CLOCK
 from mar.config import Config
 from mar.errors import UserError, exit_code
 from mar.files import jsonable
@@ -218,7 +219,8 @@ def run(config: Config) -> int:
         _lock = run_folder.lock(folder)  # until this function ends
         models = [learner.policy, learner.critic] if learner.critic else [learner.policy]
         checkpoint.require_room(folder / "checkpoints", models, config.checkpoint.keep)
-        origin = {"model": provenance, **environment()}
+        told_date = f"{CLOCK:%Y-%m-%d}"  # by a chat template that asks for today's
+        origin = {"model": provenance, "chat_date": told_date, **environment()}
         opened = run_folder.prepare({**config.to_dict(), "provenance": origin})
         if opened.archive:
             differs = ", ".join(opened.differs) or "nothing"

@@ -29,7 +29,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from experiments.bench.common import alternate, quiet_machine, record, seconds
 from mar.answers.grammar import Grammar
-from mar.answers.prompts import build_prompt, load_tokenizer
+from mar.answers.prompts import build_prompt
+from mar.answers.tokenizer import load_tokenizer
 from mar.policy.sources import resolve_model
 from mar.policy.weights import load_model
 from mar.sample.draws import SamplingParams, stream_key

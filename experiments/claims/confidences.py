@@ -28,7 +28,8 @@ import torch
 
 from experiments.common.tables import markdown_table
 from mar.answers.grammar import Grammar, render
-from mar.answers.prompts import build_prompt, load_tokenizer
+from mar.answers.prompts import build_prompt
+from mar.answers.tokenizer import load_tokenizer
 from mar.errors import UserError, exit_code
 from mar.files import read_jsonl, write_jsonl
 from mar.learn.optim import clip_gradients, learning_rate, make_optimizer, set_learning_rate

@@ -23,7 +23,8 @@ from torch import Tensor, nn
 
 from experiments.common.tables import markdown_table
 from mar.answers.grammar import Grammar
-from mar.answers.prompts import build_prompt, load_tokenizer
+from mar.answers.prompts import build_prompt
+from mar.answers.tokenizer import load_tokenizer
 from mar.files import write_json
 from mar.policy.model import Decoder
 from mar.policy.packing import chunks, pack_groups

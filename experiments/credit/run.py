@@ -51,6 +51,9 @@ UNGATED = RewardSpec(gate=False)
 FORMAT_GATED = RewardSpec()
 KL_COEF = 0.1
 
+# An em space, cut between its bytes.
+HALVES = (b"\xe2\x80", b"\x83")
+
 
 @dataclass(frozen=True)
 class Estimator:
@@ -103,7 +106,8 @@ class Toy:
     """The policy and all n completions.
 
     `answers` x `confidences` choices in each of two slots; `well_formed` is the log-odds against a
-    break of the form.
+    break of the form. With `halves` (interleaved) some tokens end inside a character, which is a
+    space where the next token completes it, and a breach of the form where none does.
     """
 
     def __init__(
@@ -113,26 +117,33 @@ class Toy:
         answers: int = 4,
         confidences: int = 3,
         well_formed: float = 1.0,
+        halves: bool = False,
     ):
         self.grammar = Grammar("rlcr_multi", 2, layout, thinking=False)
         self.spec = spec
         names = [chr(ord("a") + i) for i in range(answers)]
         levels = (0.5, 0.9, 0.1)[:confidences]
         # What may stand in each slot; the last choice is not well-formed.
-        answer1 = [f"<answer1>{name}</answer1>" for name in names]
-        answer1.append("so: ")  # a break that ends the completion
-        confidence1 = [f"<confidence1>{q}</confidence1>" for q in levels]
-        confidence1.append("<confidence1>50%</confidence1>")  # a break after which it goes on
-        answer2 = [f"<answer2>{name}</answer2>" for name in names]
-        answer2.append("")  # stops early
-        confidence2 = [f"<confidence2>{q}</confidence2>" for q in levels]
-        confidence2.append("<confidence2>0.")  # runs into the length limit
-        end = ["", "bye"]  # the stop token, or text that trails
+        answer1 = [f"<answer1>{name}</answer1>".encode() for name in names]
+        answer1.append(b"so: ")  # a break that ends the completion
+        confidence1 = [f"<confidence1>{q}</confidence1>".encode() for q in levels]
+        confidence1.append(b"<confidence1>50%</confidence1>")  # a break after which it goes on
+        answer2 = [f"<answer2>{name}</answer2>".encode() for name in names]
+        answer2.append(b"")  # stops early
+        confidence2 = [f"<confidence2>{q}</confidence2>".encode() for q in levels]
+        confidence2.append(b"<confidence2>0.")  # runs into the length limit
+        end = [b"", b"bye"]  # the stop token, or text that trails
+        if halves:
+            first, second = HALVES
+            confidence1.insert(0, confidence1[0] + first)
+            answer2.insert(0, second + answer2[0])
+            confidence2.insert(0, confidence2[0] + first)
+            end.append(second)
         if layout == "interleaved":
             self.steps = [answer1, confidence1, answer2, confidence2, end]
         else:
             self.steps = [answer1, answer2, confidence1, confidence2, end]
-        self.ends = {"so: ", "", "<confidence2>0.", "bye"}
+        self.ends = {b"so: ", b"", b"<confidence2>0.", b"bye", HALVES[1]}
         self.texts = [text for step in self.steps for text in step]
         self.offsets = np.cumsum([0, *map(len, self.steps)])
         self._enumerate()
@@ -189,7 +200,7 @@ class Toy:
         done = []
         for i, actions in enumerate(self.sequences):
             ids = np.array([self.offsets[t] + a for t, a in enumerate(actions)])
-            reason = {"": "stop", "<confidence2>0.": "length"}.get(
+            reason = {b"": "stop", b"<confidence2>0.": "length"}.get(
                 self.texts[ids[-1]], "stop_string"
             )
             drawn = columns[i, : len(ids)].copy()
@@ -199,7 +210,7 @@ class Toy:
         )[0]
 
     def _decode(self, ids: tuple[int, ...]) -> str:
-        return "".join(self.texts[i] for i in ids)
+        return b"".join(self.texts[i] for i in ids).decode("utf-8", "replace")
 
     def logprobs(self) -> Tensor:
         """[n, T], of the padding too."""
@@ -415,6 +426,16 @@ def cases(quick: bool, answers: int) -> list[tuple[str, Toy, int]]:
     found = [
         ("interleaved, all gates", toy("interleaved", GATED), 2),
         ("interleaved, no gate", toy("interleaved", UNGATED), 2),
+        (
+            "interleaved, all gates, characters cut in two",
+            Toy("interleaved", GATED, 2, 1, halves=True),
+            2,
+        ),
+        (
+            "interleaved, no gate, characters cut in two",
+            Toy("interleaved", UNGATED, 2, 1, halves=True),
+            2,
+        ),
     ]
     if quick:
         return found
@@ -474,7 +495,7 @@ def main() -> None:
     document = {}
     for name, toy, size in cases(args.quick, args.answers):
         # Of these only the variance of two estimators is wanted.
-        few = "only" in name or (args.quick and "no gate" in name)
+        few = "only" in name or (args.quick and name == "interleaved, no gate")
         chosen = ("to_go", "set") if few else tuple(ESTIMATORS)
         rows = report(toy, size, chosen)
         ratio = rows["to_go"]["variance"] / rows["set"]["variance"]

@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from mar.answers.prompts import instructions, load_tokenizer
+from mar.answers.prompts import instructions
+from mar.answers.tokenizer import load_tokenizer
 from mar.learn.demonstrations import demonstration_text, draw_demonstration, draw_grammar
 from mar.policy.model import Decoder, ModelConfig
 from mar.policy.weights import save_model

@@ -13,8 +13,9 @@ import numpy as np
 import torch
 
 from mar.answers.grammar import Grammar
-from mar.answers.prompts import build_prompt, load_tokenizer
+from mar.answers.prompts import build_prompt
 from mar.answers.rewards import RewardSpec
+from mar.answers.tokenizer import load_tokenizer
 from mar.learn.demonstrations import make_demonstration_batch, piece_encoder, soft_target_loss
 from mar.measure.bounds import floor_coverage
 from mar.measure.held_out import HeldOut, measure

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
-from mar.answers.prompts import load_tokenizer
+from mar.answers.tokenizer import load_tokenizer
 from mar.files import read_jsonl
 from mar.policy.sources import EMBEDDED
 from mar.run import checkpoint

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from experiments.common.commands import write_log
-from mar.answers.prompts import load_tokenizer
+from mar.answers.tokenizer import load_tokenizer
 from mar.files import jsonable
 from mar.measure.held_out import measure
 from mar.policy.sources import EMBEDDED, environment

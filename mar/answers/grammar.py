@@ -344,7 +344,10 @@ def render(
 def decode_with_starts(
     ids: Sequence[int], decode: Callable[[tuple[int, ...]], str]
 ) -> tuple[str, np.ndarray]:
-    """The text of T tokens, and the character at which each begins ([T] int64).
+    """The text of T tokens, and the character at which each begins, [T + 1] int64.
+
+    The last entry is where a token after them would begin: it may not depend on which one that
+    is, nor on whether there is one.
 
     A token begins where the text of the tokens before it ends. This decodes a short moving window
     of the generated ids and never tokenises text again: another tokenisation of the same text
@@ -353,20 +356,22 @@ def decode_with_starts(
     the end.
     """
     text = ""
-    starts = np.zeros(len(ids), dtype=np.int64)
+    starts = np.zeros(len(ids) + 1, dtype=np.int64)
     # ids[context:shown] are the last ids whose text was added; they give the next ones a context,
     # as a tokenizer decodes a token at the beginning of a text in another way (no leading space)
     context = 0
     shown = 0
     for n in range(1, len(ids) + 1):
-        starts[n - 1] = len(text)
+        starts[n] = len(text)
         before = decode(tuple(ids[context:shown]))
         now = decode(tuple(ids[context:n]))
-        may_wait = n < len(ids) and n - shown < MAX_PENDING
-        if may_wait and now.endswith(INCOMPLETE):
+        waits = n - shown < MAX_PENDING and now.endswith(INCOMPLETE)
+        if waits and n < len(ids):
             continue
         if len(now) < len(before):
             continue
         text += now[len(before) :]
         context, shown = shown, n
+        if not waits:
+            starts[n] = len(text)
     return text, starts

@@ -6,11 +6,10 @@ tag, confidences that are probabilities.
 
 import re
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from mar.answers.grammar import Element, Grammar
-from mar.errors import UserError, one_line
+from mar.answers.tokenizer import encode_chat, render_chat
 from mar.records import Example, Prompt
 
 # How a set of answers is asked for. `ranked` is the method; `prompted_k` and `verbalized`
@@ -78,16 +77,6 @@ def instructions(grammar: Grammar, noun: str, style: str = "ranked") -> str:
     return " ".join(sentences) + "\n" + _form(grammar)
 
 
-def render_chat(tokenizer: Any, content: str, thinking: bool) -> str:
-    """`content` as a user's turn, up to where the assistant begins."""
-    if not tokenizer.chat_template:
-        return content + "\n"
-    messages = [{"role": "user", "content": content}]
-    return tokenizer.apply_chat_template(
-        messages, tokenize=False, add_generation_prompt=True, enable_thinking=thinking
-    )
-
-
 def think_state(rendered: str) -> str:
     """What the chat template has already written of the thoughts at the end of the prompt.
 
@@ -120,20 +109,6 @@ def build_prompt(
     `grammar` is one that `fit_grammar` returned for this tokenizer.
     """
     content = f"{example.question}\n{instructions(grammar, noun, style)}"
-    text = render_chat(tokenizer, content, grammar.thinking)
-    # a chat template writes the special tokens itself
-    ids = tokenizer(text, add_special_tokens=not tokenizer.chat_template)["input_ids"]
+    text, ids = encode_chat(tokenizer, content, grammar.thinking)
     think_open = think_state(text) == "open"
-    return Prompt(example=example, text=text, ids=tuple(ids), think_open=think_open)
-
-
-def load_tokenizer(folder: str | Path) -> Any:
-    """The tokenizer of a Hugging Face model folder. UserError where there is none to read."""
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"{folder} has no readable tokenizer ({one_line(error)}): it needs tokenizer.json"
-        ) from None
+    return Prompt(example=example, text=text, ids=ids, think_open=think_open)

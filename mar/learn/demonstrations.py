@@ -23,6 +23,7 @@ import torch.nn.functional as F
 import mar_kernels
 from mar.answers.grammar import FORMS, Element, Grammar
 from mar.answers.prompts import STYLES, build_prompt
+from mar.answers.tokenizer import encode_text
 from mar.errors import UserError
 from mar.policy.attention import group_attention
 from mar.policy.model import Decoder
@@ -262,9 +263,12 @@ def piece_encoder(tokenizer: Any) -> Encode:
     """
 
     def ids_of(text: str) -> list[int]:
-        return tokenizer(text, add_special_tokens=False)["input_ids"]
+        return list(encode_text(tokenizer, text))
 
-    joined = ids_of("</answer1>") + ids_of("word")
+    pieces = ("</answer1>", "word")
+    joined = [
+        id for piece in pieces for id in tokenizer(piece, add_special_tokens=False)["input_ids"]
+    ]
     if tokenizer.decode(joined, skip_special_tokens=False) != "</answer1>word":
         raise UserError(
             "mar.sft joins pieces of text token by token; this tokenizer adds something to the "

@@ -54,6 +54,10 @@ REQUIRED_SIZES = (
     "num_attention_heads",
 )
 
+# config.json: whole numbers above 0, and switches
+COUNTS = (*REQUIRED_SIZES, "num_key_value_heads", "head_dim", "max_position_embeddings")
+SWITCHES = ("attention_bias", "mlp_bias", "tie_word_embeddings")
+
 # elements from which reordering a weight pays
 LARGE_WEIGHT = 1 << 18
 
@@ -88,8 +92,13 @@ class ModelConfig:
     qk_norm: bool = False
     tied_embeddings: bool = False
     without_rope: tuple[int, ...] = ()
+    # ids from here on have rows but are no tokens (embeddings are padded): nothing draws them, and
+    # the distribution is over the others alone. None: all vocab_size ids are tokens
+    num_tokens: int | None = None
 
     def __post_init__(self) -> None:
+        if self.num_tokens is not None and not 0 < self.num_tokens <= self.vocab_size:
+            raise ValueError(f"num_tokens={self.num_tokens} of {self.vocab_size} rows")
         if self.num_heads % self.num_kv_heads:
             raise UserError(
                 f"num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}"
@@ -120,7 +129,10 @@ class ModelConfig:
         Raises UserError, naming the key, where the model asks for what this decoder does not
         compute.
         """
-        architecture = (hf.get("architectures") or ["none"])[0]
+        architectures = hf.get("architectures")
+        if not isinstance(architectures, list):
+            architectures = []
+        architecture = architectures[0] if architectures else "none"
         if architecture not in ARCHITECTURES:
             known = ", ".join(ARCHITECTURES)
             raise UserError(
@@ -165,6 +177,8 @@ def _refuse_unsupported(architecture: str, hf: dict[str, Any]) -> None:
     if family.has_window:
         window = hf.get("sliding_window", family.default_window)
     layer_types = hf.get("layer_types") or ()
+    if not isinstance(layer_types, list | tuple):
+        layer_types = (layer_types,)
     unsupported = {
         "hidden_act": hf.get("hidden_act", "silu") != "silu",
         "quantization_config": hf.get("quantization_config") is not None,
@@ -177,8 +191,25 @@ def _refuse_unsupported(architecture: str, hf: dict[str, Any]) -> None:
             value = hf.get(key, window)
             raise UserError(f"config.json: {key}={value!r} is not supported for {architecture}")
     for key in REQUIRED_SIZES:
-        if not isinstance(hf.get(key), int):
-            raise UserError(f"config.json: {key} is missing or not an integer")
+        if hf.get(key) is None:
+            raise UserError(f"config.json: {key} is missing")
+    for key in COUNTS:
+        value = hf.get(key)
+        if value is not None and (type(value) is not int or value < 1):
+            raise UserError(f"config.json: {key}={value!r} must be a whole number above 0")
+    for key in ("rms_norm_eps", "rope_theta"):
+        value = hf.get(key)
+        if value is not None and not _is_positive(value):
+            raise UserError(f"config.json: {key}={value!r} must be a number above 0")
+    for key in SWITCHES:
+        value = hf.get(key)
+        if not isinstance(value, bool | None):
+            raise UserError(f"config.json: {key}={value!r} must be true or false")
+
+
+def _is_positive(value: object) -> bool:
+    """A number above 0. JSON's true is none."""
+    return type(value) in (int, float) and 0 < value < math.inf  # type: ignore[operator]
 
 
 def _layers_without_rope(hf: dict[str, Any], family: Family, num_layers: int) -> tuple[int, ...]:
@@ -201,21 +232,45 @@ def _read_rope(hf: dict[str, Any], default_theta: float) -> dict[str, Any]:
 
     transformers 5 writes both into `rope_parameters`, transformers 4 wrote two separate keys.
     """
-    rope = dict(hf.get("rope_scaling") or hf.get("rope_parameters") or {})
-    theta = float(rope.get("rope_theta") or hf.get("rope_theta") or default_theta)
+    rope = _rope_section(hf)
+    theta = rope.get("rope_theta") or hf.get("rope_theta") or default_theta
+    if not _is_positive(theta):
+        raise UserError(f"config.json: rope_theta={theta!r} must be a number above 0")
     kind = rope.get("rope_type", rope.get("type", "default"))
     rotated_part = rope.get("partial_rotary_factor") or hf.get("partial_rotary_factor") or 1.0
     if rotated_part != 1.0:
         raise UserError(f"config.json: partial_rotary_factor={rotated_part} is not supported")
     if kind == "default":
-        return {"rope_theta": theta, "rope_scaling": None}
+        return {"rope_theta": float(theta), "rope_scaling": None}
     if kind != "llama3":
         raise UserError(f"config.json: rope type {kind!r} is not supported: default and llama3 are")
     for key in LLAMA3_KEYS:
-        if key not in rope:
-            raise UserError(f"config.json: the llama3 rope scaling has no {key}")
+        if not _is_positive(rope.get(key)):
+            raise UserError(f"config.json: the llama3 rope scaling has no {key} above 0")
     scaling = {"rope_type": "llama3"} | {key: rope[key] for key in LLAMA3_KEYS}
-    return {"rope_theta": theta, "rope_scaling": scaling}
+    return {"rope_theta": float(theta), "rope_scaling": scaling}
+
+
+def _rope_section(hf: dict[str, Any]) -> dict[str, Any]:
+    """What config.json says of rotary positions.
+
+    It may say it for each kind of layer. All layers here have full attention, so that theirs is
+    the one; where it is missing, or something else is nested, nothing is guessed.
+    """
+    key = "rope_scaling" if hf.get("rope_scaling") else "rope_parameters"
+    rope = hf.get(key) or {}
+    if isinstance(rope, dict) and isinstance(rope.get("full_attention"), dict):
+        key = f"{key}.full_attention"
+        rope = rope["full_attention"]
+    if not isinstance(rope, dict):
+        raise UserError(f"config.json: {key}={rope!r} is not a JSON object")
+    for name, value in rope.items():
+        if isinstance(value, dict):
+            raise UserError(
+                f"config.json: {key} is nested ({name}: {value!r}), which is not supported: "
+                "rope_type, rope_theta and the scaling must stand in it directly"
+            )
+    return rope
 
 
 def rope_frequencies(
@@ -419,10 +474,12 @@ class Decoder(nn.Module):
 
     @property
     def head_weight(self) -> Float[Tensor, "vocab size"]:
-        """[V, D]: the embedding's where they are tied."""
-        if self.head is None:
-            return self.embed.weight
-        return self.head.weight
+        """[V, D]: the embedding's where they are tied; without the rows that are no tokens."""
+        weight = self.embed.weight if self.head is None else self.head.weight
+        num_tokens = self.config.num_tokens
+        if num_tokens is None or num_tokens == len(weight):
+            return weight
+        return weight[:num_tokens]
 
     @contextmanager
     def reordered_weights(self) -> Iterator[None]:

@@ -6,6 +6,7 @@ The fused `qkv` and `gate_up` exist only in memory; a checkpoint has their parts
 import json
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
 
 from mar.errors import UserError
+from mar.files import read_json_object
 from mar.policy.model import Decoder, ModelConfig
 
 INDEX = "model.safetensors.index.json"
@@ -128,31 +130,22 @@ def save_model(
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
-def read_json_object(path: Path) -> dict[str, Any]:
-    """One JSON object of a checkpoint folder. Raises UserError naming the file."""
-    try:
-        content = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise UserError(
-            f"{path} does not exist: give a folder with config.json and safetensors files"
-        ) from None
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path} is not a JSON object")
-    return content
-
-
 def load_model(
-    folder: str | Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+    folder: str | Path,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    num_tokens: int | None = None,
 ) -> Decoder:
     """A decoder with the weights of a checkpoint folder.
+
+    `num_tokens`: how many ids the tokenizer has, where the embedding may have more rows
+    (ModelConfig.num_tokens).
 
     Raises UserError naming the file that is missing or damaged, or the tensor that is missing,
     unexpected or of another shape.
     """
     folder = Path(folder)
-    config = read_config(folder)
+    config = read_config(folder, num_tokens)
     with torch.device("meta"):
         model = Decoder(config)
     model.load_state_dict(dict(_parameters(folder, config, dtype, device)), assign=True)
@@ -187,9 +180,15 @@ def fill(parameter: Tensor, whole: Tensor) -> None:
     parameter.copy_(whole)
 
 
-def read_config(folder: Path) -> ModelConfig:
-    """The shape that a checkpoint folder's config.json describes. Raises UserError."""
-    return ModelConfig.from_hf(read_json_object(folder / "config.json"))
+def read_config(folder: Path, num_tokens: int | None = None) -> ModelConfig:
+    """The shape that a checkpoint folder's config.json describes. Raises UserError.
+
+    `num_tokens`: how many ids the tokenizer has, where the embedding may have more rows.
+    """
+    config = ModelConfig.from_hf(read_json_object(folder / "config.json"))
+    if num_tokens is None or num_tokens == config.vocab_size:
+        return config
+    return replace(config, num_tokens=num_tokens)
 
 
 def _parameters(
@@ -238,7 +237,7 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
     """All tensors of `model.safetensors`, or of the files that the index names."""
     files = [SINGLE]
     if (folder / INDEX).exists():
-        files = sorted(set(read_json_object(folder / INDEX).get("weight_map", {}).values()))
+        files = _indexed_files(folder / INDEX)
     tensors: dict[str, Tensor] = {}
     for file in files:
         path = folder / file
@@ -246,9 +245,29 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
             raise UserError(f"{path} does not exist: the checkpoint is incomplete")
         try:
             with safe_open(path, framework="pt") as handle:
-                tensors |= {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
+                inside = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
         except (SafetensorError, OSError) as error:
             raise UserError(
                 f"{path} is truncated or not a safetensors file ({error}): fetch or copy it again"
             ) from None
+        twice = sorted(inside.keys() & tensors.keys())
+        if twice:
+            raise UserError(f"{path} holds {twice[0]}, which another file of the index holds too")
+        tensors |= inside
     return tensors
+
+
+def _indexed_files(index: Path) -> list[str]:
+    """The files that an index names. Each must lie beside it: the hashes that a run records are of
+    the files there (sources.hashes), and a checkpoint has no business elsewhere on the disk."""
+    weight_map = read_json_object(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise UserError(f"{index}: weight_map must say in which file each tensor is")
+    for name, file in weight_map.items():
+        is_plain_name = isinstance(file, str) and Path(file).name == file
+        if not is_plain_name or not file.endswith(".safetensors"):
+            raise UserError(
+                f"{index}: {name} is said to be in {file!r}, "
+                "which is no *.safetensors file beside the index"
+            )
+    return sorted(set(weight_map.values()))

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from mar.answers.tokenizer import load_tokenizer, num_tokens
 from mar.config import Config
 from mar.errors import UserError
 from mar.files import append_jsonl, jsonable, read_jsonl, skipped_lines, stable_hash, write_jsonl
@@ -112,10 +113,11 @@ def _newest_checkpoint(folder: Path, config: Config, display: Display) -> checkp
 def load_weights(target: Target, device: str) -> tuple[Decoder, Decoder]:
     """(the policy, the untrained model); one object where they are the same."""
     dtype = getattr(torch, target.config.scale.dtype)
-    untrained = load_model(target.model_folder, dtype=dtype, device=device)
+    ids = num_tokens(load_tokenizer(target.model_folder))
+    untrained = load_model(target.model_folder, dtype=dtype, device=device, num_tokens=ids)
     if target.run is None:
         return untrained, untrained
-    copy = load_model(target.model_folder, dtype=dtype, device=device)
+    copy = load_model(target.model_folder, dtype=dtype, device=device, num_tokens=ids)
     policy = adapted(copy, target.config.model)
     checkpoint.restore_weights(target.run, policy)
     return policy, untrained
@@ -194,7 +196,7 @@ def answer_questions(
         began = time.perf_counter()
         items = done.setdefault(arm.name, [])
         chunk = chunks[arm.name]
-        params = _sampling_params(config, arm, questions)
+        params = _sampling_params(target, arm, questions)
         for start in range(len(items), len(ids), chunk):
             sampled = sample_items(
                 arm=arm,
@@ -216,9 +218,10 @@ def answer_questions(
     return done
 
 
-def _sampling_params(config: Config, arm: Arm, questions: Questions) -> SamplingParams:
+def _sampling_params(target: Target, arm: Arm, questions: Questions) -> SamplingParams:
     """As in training; more answers than in training get room in proportion."""
-    params = sampling_params(config, arm.grammar, questions.tokenizer)
+    config = target.config
+    params = sampling_params(config, arm.grammar, questions.tokenizer, target.model_folder)
     room = max(1.0, arm.grammar.num_answers / config.reward.num_answers)
     return replace(params, max_tokens=int(params.max_tokens * room))
 

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from mar.answers.grammar import Grammar, grammar_of
-from mar.answers.prompts import build_prompt, fit_grammar, load_tokenizer
+from mar.answers.prompts import build_prompt, fit_grammar
+from mar.answers.tokenizer import load_tokenizer, num_tokens
 from mar.config import Config
 from mar.errors import UserError
 from mar.policy.lora import adapted
@@ -120,7 +121,10 @@ def open_policy(target: str, settings: Sequence[str]) -> AskedPolicy:
     if config.device != "cpu" and torch.cuda.is_available():
         device = "cuda"
     policy = load_model(
-        model_folder, dtype=getattr(torch, config.scale.dtype), device=torch.device(device)
+        model_folder,
+        dtype=getattr(torch, config.scale.dtype),
+        device=torch.device(device),
+        num_tokens=num_tokens(tokenizer),
     )
     if found is not None:
         policy = adapted(policy, options)
@@ -130,7 +134,7 @@ def open_policy(target: str, settings: Sequence[str]) -> AskedPolicy:
         policy=policy.requires_grad_(False),
         tokenizer=tokenizer,
         grammar=grammar,
-        params=sampling_params(config, grammar, tokenizer),
+        params=sampling_params(config, grammar, tokenizer, model_folder),
         decode=decode,
     )
 

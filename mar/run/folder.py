@@ -9,7 +9,8 @@ import fcntl
 import hashlib
 import os
 import re
-from collections.abc import Iterable, Mapping
+import sys
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import IO, Any
 
 import yaml
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.types import RunMode
 from omegaconf import OmegaConf
 
@@ -25,7 +27,9 @@ from mar.errors import UserError
 LONGEST_VARIANT = 80  # characters of a folder's name
 MOST_DIFFERENCES = 8  # settings that are named when a finished run moves aside
 
-# These name, place or show a run. They do not change what it computes.
+# A run's path has these already.
+IN_THE_PATH = {"seed", "name", "out", "run_dir"}
+# These name, place or show a run, or are the same for all jobs of a sweep unless they are swept.
 NOT_A_VARIANT = {
     "seed",
     "name",
@@ -55,14 +59,19 @@ class RunDir:
 # --- names -----------------------------------------------------------------------------------
 
 
-def variant(overrides: Iterable[str]) -> str:
+def variant(overrides: Iterable[str], swept: Collection[str] = ()) -> str:
     """What of a job's command line makes it another experiment, as the name of a folder; may be
-    empty. Long or odd texts end with a hash."""
+    empty. Long or odd texts end with a hash.
+
+    `swept`: the keys in which the jobs of this sweep differ. Whichever they are, the folders
+    differ, or one job would move another's results aside.
+    """
     kept = {}
     for override in overrides:
         key, _, value = override.lstrip("+~").partition("=")
         about_display = key.startswith(("logger.", "hydra.", "hydra/"))
-        if key not in NOT_A_VARIANT and not about_display:
+        names_this_job = key in swept and key not in IN_THE_PATH
+        if names_this_job or not (key in NOT_A_VARIANT or about_display):
             kept[key] = value
     text = ",".join(f"{key}={value}" for key, value in sorted(kept.items()))
     clean = re.sub(r"[^\w.,=+-]+", "-", text)
@@ -72,11 +81,22 @@ def variant(overrides: Iterable[str]) -> str:
     return f"{clean[: LONGEST_VARIANT - 11]}-{digest}"
 
 
+def swept_keys(words: Iterable[str]) -> set[str]:
+    """The keys of a command line that have several values."""
+    overrides = [word for word in words if "=" in word and not word.startswith("-")]
+    parsed = OverridesParser.create().parse_overrides(overrides)
+    return {o.get_key_element().lstrip("+~") for o in parsed if o.is_sweep_override()}
+
+
 def _job_variant() -> str:
     """`/<variant>` inside a job of a sweep, "" elsewhere."""
     if not HydraConfig.initialized() or HydraConfig.get().mode != RunMode.MULTIRUN:
         return ""
-    return f"/{variant(HydraConfig.get().overrides.task)}".rstrip("/")
+    # A job knows its own values alone; what the sweep is over stands in the command line and in
+    # the file of conf/sweep.
+    from_file = HydraConfig.get().sweeper.get("params") or {}
+    words = [*sys.argv[1:], *(f"{key}={value}" for key, value in from_file.items())]
+    return f"/{variant(HydraConfig.get().overrides.task, swept_keys(words))}".rstrip("/")
 
 
 OmegaConf.register_new_resolver("variant", _job_variant, replace=True)

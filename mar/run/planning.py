@@ -18,12 +18,12 @@ from torch import nn
 
 from mar.config import Config, ModelOptions
 from mar.errors import UserError
+from mar.files import read_json_object
 from mar.learn.optim import make_optimizer
 from mar.policy.critic import Critic
 from mar.policy.lora import adapted, trainable_pattern
 from mar.policy.model import Decoder, ModelConfig
 from mar.policy.sources import EMBEDDED
-from mar.policy.weights import read_json_object
 from mar.sample.kv_cache import capacity
 
 # ---------------------------------------------------------------------- what is assumed

@@ -12,9 +12,10 @@ from typing import Any
 import torch
 
 from mar.answers.grammar import Grammar, grammar_of, render
-from mar.answers.prompts import build_prompt, fit_grammar, load_tokenizer
+from mar.answers.prompts import build_prompt, fit_grammar
 from mar.answers.rewards import reward_of
 from mar.answers.term_check import check_terms
+from mar.answers.tokenizer import load_tokenizer, num_tokens, stop_ids
 from mar.config import Config
 from mar.errors import UserError
 from mar.learn.learner import Learner
@@ -34,9 +35,6 @@ from mar.sample.rollout import Scorer, make_decode
 from mar.tasks.loading import Source, apply_target, chance_line
 from mar.tasks.registry import get_task
 from mar.verify.verifiers import AnswerChecker, make_answer_checker
-
-# Chat templates end a turn with these, beside the tokenizer's own end token.
-STOP_TOKENS = ("<|im_end|>", "<|eot_id|>")
 
 
 @dataclass(frozen=True)
@@ -126,8 +124,10 @@ def verifier_of(config: Config) -> AnswerChecker:
     return make_answer_checker(task_verifier, config.data, config.reward)
 
 
-def sampling_params(config: Config, grammar: Grammar, tokenizer: Any) -> SamplingParams:
-    """How completions are drawn. Raises UserError where the thinking budget leaves no room for the
+def sampling_params(
+    config: Config, grammar: Grammar, tokenizer: Any, model_folder: Path
+) -> SamplingParams:
+    """How completions are drawn, by a model of `model_folder`. Raises UserError where the thinking budget leaves no room for the
     answers."""
     algo = config.algo
     think_close: tuple[int, ...] = ()
@@ -137,19 +137,12 @@ def sampling_params(config: Config, grammar: Grammar, tokenizer: Any) -> Samplin
     return SamplingParams(
         max_tokens=config.model.max_completion_tokens,
         temperature=algo.temperature,
-        stop_ids=stop_ids(tokenizer),
+        stop_ids=stop_ids(tokenizer, model_folder),
         truncation=Truncation(algo.top_k, algo.top_p, algo.min_p),
         stop_strings=tuple(config.sampler.stop_strings),
         think_budget=config.sampler.think_budget,
         think_close=think_close,
     )
-
-
-def stop_ids(tokenizer: Any) -> tuple[int, ...]:
-    """The tokens that end a completion."""
-    vocabulary = tokenizer.get_vocab()
-    stops = {vocabulary[token] for token in STOP_TOKENS if token in vocabulary}
-    return tuple(sorted(stops | {tokenizer.eos_token_id}))
 
 
 def _require_room_for_answers(
@@ -195,8 +188,10 @@ def require_positions(config: Config, model_folder: Path, longest_prompt: int) -
         )
 
 
-def build_learner(config: Config, model_folder: Path, world: World) -> Learner:
-    """The policy, the models beside it, and their optimizers.
+def build_learner(
+    config: Config, model_folder: Path, world: World, num_tokens: int | None = None
+) -> Learner:
+    """The policy, the models beside it, and their optimizers. `num_tokens`: see `load_model`.
 
     All are laid out without memory first. Then each is sharded and filled, one after another: a
     rank never holds more than its shards and one whole parameter. The sampling copy, which is
@@ -208,7 +203,7 @@ def build_learner(config: Config, model_folder: Path, world: World) -> Learner:
     # Parameters are kept in float32: at lr 1e-6 a bfloat16 parameter would not move.
     stored_dtype = torch.promote_types(compute_dtype, torch.float32)
     with torch.device("meta"):
-        plain = Decoder(read_config(model_folder)).to(stored_dtype)
+        plain = Decoder(read_config(model_folder, num_tokens)).to(stored_dtype)
     plain.checkpoint_blocks = config.train.checkpoint_activations
     reference = copy.deepcopy(plain).requires_grad_(False) if algo.kl_coef else None
     critic = Critic(plain) if algo.baseline == "value" else None
@@ -288,8 +283,8 @@ def build_training(
     )
     longest = max(len(prompt.ids) for prompt in (*prompts, *held_out_prompts))
     require_positions(config, model_folder, longest)
-    learner = build_learner(config, model_folder, world)
-    params = sampling_params(config, grammar, tokenizer)
+    learner = build_learner(config, model_folder, world, num_tokens(tokenizer))
+    params = sampling_params(config, grammar, tokenizer, model_folder)
     return Training(
         config=config,
         learner=learner,

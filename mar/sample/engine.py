@@ -534,5 +534,5 @@ def _tokens_to_a_stop_string(
     ends = [text.find(stop) + len(stop) for stop in stop_strings if stop in text]
     if not ends:
         return None
-    token_ends = np.append(starts[1:], len(text))
+    token_ends = np.append(starts[1:-1], len(text))
     return int(np.searchsorted(token_ends, min(ends))) + 1

@@ -122,7 +122,7 @@ class Reading:
     prompt: Prompt
     completion: Completion
     text: str
-    token_starts: np.ndarray  # [R] where in `text` each token begins; the stop token at its end
+    token_starts: np.ndarray  # [R] where in `text` each token begins
     parsed: Parsed
 
     @property
@@ -136,7 +136,8 @@ def read(prompt: Prompt, completion: Completion, grammar: Grammar, decode: Decod
     if completion.finish_reason == "stop":
         ids = ids[:-1]
     text, starts = decode_with_starts(ids.tolist(), decode)
-    token_starts = np.append(starts, len(text))[: len(completion.ids)]
+    # The stop token begins where any other would: the segment of a token is known before it.
+    token_starts = starts[: len(completion.ids)]
     parsed = parse(text, grammar, prompt.think_open)
     return Reading(prompt, completion, text, token_starts, parsed)
 

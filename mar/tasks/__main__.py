@@ -13,7 +13,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from mar.answers.grammar import grammar_of
-from mar.answers.prompts import build_prompt, fit_grammar, load_tokenizer
+from mar.answers.prompts import build_prompt, fit_grammar
+from mar.answers.tokenizer import load_tokenizer
 from mar.config import Config
 from mar.errors import UserError, exit_code
 from mar.policy.sources import resolve_model

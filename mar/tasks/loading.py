@@ -4,7 +4,9 @@ A loader reads rows one by one. Each becomes a `Candidate`: an example, or a cou
 cannot be used. `where` is always the position of a row for error messages, such as `file.jsonl:17`.
 """
 
+import gzip
 import json
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -20,6 +22,25 @@ Row = Mapping[str, Any]
 
 # The per cent of ids below which a split ends: 10 % test, 20 % validation, 70 % train.
 SPLIT_ENDS = (("test", 10), ("validation", 30), ("train", 100))
+
+# Tables are read by `datasets`: the end of a file's name, also before .gz -> its reader.
+TABLES = {".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
+
+READ = "jsonl, .json, .csv, .tsv (each also as .gz) or .parquet"
+
+# The first bytes of files that are no plain text.
+FIRST_BYTES = {
+    b"\x1f\x8b": "gzip",
+    b"PAR1": "parquet",
+    b"\xff\xfe": "text in UTF-16",
+    b"\xfe\xff": "text in UTF-16",
+    b"PK\x03\x04": "a zip archive (or a spreadsheet)",
+    b"\x28\xb5\x2f\xfd": "compressed by zstandard",
+    b"BZh": "compressed by bzip2",
+    b"\xfd7zXZ": "compressed by xz",
+    b"ARROW1": "an arrow file",
+    b"%PDF": "a PDF",
+}
 
 # What the hub's data sets call a split for validation.
 VALIDATION_NAMES = ("validation", "valid", "val", "dev")
@@ -115,26 +136,67 @@ def read_json(file: Path) -> Any:
 
 
 def rows_of_file(path: str) -> Iterator[tuple[str, Row]]:
-    """(`file:line`, row) of a jsonl file, or (`file[n]`, row) of the array in a .json file.
+    """(`file:line`, row) of a jsonl file, or (`file[n]`, row) of a table or the array in a .json.
 
     Raises UserError for what cannot be read.
     """
     file = Path(path).expanduser()
-    if file.suffix == ".json":
+    packed = file.is_file() and _kind_of_bytes(file, path) == "gzip"
+    suffixes = [suffix for suffix in file.suffixes if suffix != ".gz"]
+    suffix = suffixes[-1] if suffixes else ""
+    if suffix in TABLES and file.is_file():
+        yield from _rows_of_table(file, path, TABLES[suffix])
+        return
+    if suffix == ".json" and not packed:
         array = read_json(file)
         if not isinstance(array, list) or not all(isinstance(row, dict) for row in array):
             raise UserError(f"{path} is no array of objects: give one row an element, or jsonl")
         for number, row in enumerate(array):
+            _require_whole_characters(row, f"{path}[{number}]")
             yield f"{path}[{number}]", row
         return
     if file.is_dir():
         raise UserError(f"data.path={path} is a folder: name a file in it")
     if not file.is_file():
         raise UserError(f"data.path={path} is not there")
-    with file.open("rb") as lines:
-        for number, line in enumerate(lines, 1):
-            if line.strip():
-                yield f"{path}:{number}", _row_of_line(line, f"{path}:{number}")
+    with gzip.open(file) if packed else file.open("rb") as lines:
+        try:
+            for number, line in enumerate(lines, 1):
+                if line.strip():
+                    yield f"{path}:{number}", _row_of_line(line, f"{path}:{number}")
+        except (EOFError, OSError, zlib.error) as error:
+            raise UserError(f"{path} cannot be read ({one_line(error)}): copy it again") from None
+
+
+def _kind_of_bytes(file: Path, path: str) -> str | None:
+    """`gzip`, or None for what may be text or a table. Raises UserError for what is not read."""
+    with file.open("rb") as opened:
+        start = opened.read(max(map(len, FIRST_BYTES)))
+    kind = next((kind for first, kind in FIRST_BYTES.items() if start.startswith(first)), None)
+    if kind not in (None, "gzip", "parquet"):
+        raise UserError(f"{path} is {kind}, which is not read: give {READ}, in UTF-8")
+    if kind == "parquet" and file.suffix != ".parquet":
+        raise UserError(f"{path} is a parquet file: let its name end in .parquet")
+    return kind
+
+
+def _rows_of_table(file: Path, path: str, kind: str) -> Iterator[tuple[str, Row]]:
+    """(`file[n]`, row) of a table, read by `datasets`; gzip inside is its business."""
+    import datasets
+
+    options: dict[str, Any] = {}
+    if kind == "csv":
+        # A cell that says None or NA is a word.
+        options = {"keep_default_na": False, "sep": "\t" if ".tsv" in file.suffixes else ","}
+    try:
+        table = datasets.load_dataset(kind, data_files=str(file), split="train", **options)
+    except Exception as error:  # many kinds: of pandas, of pyarrow, of datasets
+        cause = error.__cause__ or error
+        raise UserError(
+            f"{path} is no readable {kind} table ({one_line(cause)}): mend it"
+        ) from None
+    for number, row in enumerate(table):
+        yield f"{path}[{number}]", row
 
 
 def _row_of_line(line: bytes, where: str) -> Row:
@@ -144,7 +206,20 @@ def _row_of_line(line: bytes, where: str) -> Row:
         raise UserError(f"{where} is not valid JSON ({error}): mend or remove the line") from None
     if not isinstance(row, dict):
         raise UserError(f"{where} is {type(row).__name__}, not an object: each line is one row")
+    if b"\\u" in line:
+        _require_whole_characters(row, where)
     return row
+
+
+def _require_whole_characters(row: Row, where: str) -> None:
+    """JSON can write half of a surrogate pair, which is no character: no tokenizer takes it."""
+    try:
+        json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        half = ascii(error.object[error.start]).strip("'")
+        raise UserError(
+            f"{where} holds half a character ({half}, one of two surrogates): mend or remove the row"
+        ) from None
 
 
 def split_of(id: str) -> str:

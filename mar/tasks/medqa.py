@@ -10,6 +10,7 @@ rising uncertainty.
 """
 
 import re
+from collections.abc import Mapping
 from string import ascii_uppercase
 
 from mar.errors import UserError
@@ -129,6 +130,7 @@ def load(source: Source) -> Loaded:
 
 def _read(row: Row, where: str, source: Source) -> tuple[Candidate, int]:
     """One row, and how many options it has."""
+    row = _usual_form(row)
     question = required_text(row, "question", where)
     raw_options = _options(row, where)
     letter = _right_letter(row, raw_options, where)
@@ -163,6 +165,40 @@ def _read(row: Row, where: str, source: Source) -> tuple[Candidate, int]:
     id = example_id(row, "realidx", "medqa", whole_question)
     example = Example(id, "medqa", asked, (gold,))
     return Candidate(example, whole_question, drop_reason), len(options)
+
+
+def _usual_form(row: Row) -> Row:
+    """The row in this file's form, out of those of the hub's other copies.
+
+    bigbio, source      options [{key, value}, ...]
+    bigbio, qa          choices [text, ...], answer [text]
+    openlifescienceai   data {Question, Options {letter: text}, Correct Option, Correct Answer}
+    medmcqa             opa, opb, opc, opd, and cop, the right one's number from 0
+    """
+    data = row.get("data")
+    if isinstance(data, Mapping) and "Question" in data:
+        return {
+            "question": data["Question"],
+            "options": data.get("Options"),
+            "answer_idx": data.get("Correct Option"),
+            "answer": data.get("Correct Answer"),
+        }
+    if "options" not in row and "choices" in row:
+        answer = row.get("answer")
+        if isinstance(answer, list) and len(answer) == 1:
+            answer = answer[0]
+        # bigbio's empty text: there is no context
+        usual = {key: value for key, value in row.items() if value != ""}
+        return usual | {"options": row["choices"], "answer": answer}
+    if "options" not in row and "opa" in row:
+        texts = [row.get(f"op{letter}") for letter in "abcd"]
+        return {**row, "options": texts, "answer_idx": row.get("cop")}
+    options = row.get("options")
+    if isinstance(options, list) and all(isinstance(option, Mapping) for option in options):
+        by_letter = {option.get("key"): option.get("value") for option in options}
+        if len(by_letter) == len(options):
+            return {**row, "options": by_letter}
+    return row
 
 
 def _context(row: Row, source: Source, where: str) -> list[str]:

@@ -343,7 +343,7 @@ class ToyWithOther(Toy):
         self.grammar = replace(self.grammar, other=True)
         *right, cut = self.steps[3]
         pairs = itertools.product(right, (0.0, 0.3))
-        self.steps[3] = [*(f"{text}<other>{q}</other>" for text, q in pairs), cut]
+        self.steps[3] = [*(text + f"<other>{q}</other>".encode() for text, q in pairs), cut]
         self.texts = [text for step in self.steps for text in step]
         self.offsets = np.cumsum([0, *map(len, self.steps)])
         self._enumerate()

@@ -10,7 +10,7 @@ import torch
 
 from mar import evaluate
 from mar.answers.grammar import Grammar, render
-from mar.answers.prompts import load_tokenizer
+from mar.answers.tokenizer import load_tokenizer
 from mar.errors import UserError
 from mar.measure.baselines import build_arms
 from mar.measure.comparison import coverage_at_tokens

@@ -1,5 +1,7 @@
 """An exported run is a checkpoint that transformers reads, equal to the policy."""
 
+import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +13,7 @@ import transformers
 from mar.errors import UserError
 from mar.export import export
 from mar.policy.lora import adapted, merged_parameters
-from mar.policy.sources import resolve_model
+from mar.policy.sources import EMBEDDED, resolve_model
 from mar.policy.weights import load_model
 from mar.run import checkpoint
 from mar.run.compose import compose
@@ -63,3 +65,24 @@ def test_mistakes_are_one_sentence(trained, tmp_path):
     command = [sys.executable, "-m", "mar.export", str(tmp_path / "nothing")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and not (tmp_path / "out").exists()
+
+
+def test_an_export_ends_where_its_source_does_and_has_its_files(trained, tmp_path, monkeypatch):
+    source = Path(shutil.copytree(EMBEDDED, tmp_path / "source"))
+    (source / "generation_config.json").write_text('{"eos_token_id": [1, 3]}')
+    options = json.loads((source / "tokenizer_config.json").read_text())
+    options |= {"tokenizer_class": "PreTrainedTokenizerFast", "local_files_only": True}
+    (source / "tokenizer_config.json").write_text(json.dumps(options))
+    template = (source / "chat_template.jinja").read_text()
+    (source / "chat_template.jinja").write_text(template + "{{ strftime_now('%d') }}")
+    monkeypatch.setattr("mar.export.resolve_model", lambda *_: (source, {}))
+    folder = export(trained, tmp_path / "hf", "float32")
+    for name in ("generation_config.json", "config.json"):
+        assert json.loads((folder / name).read_text())["eos_token_id"] == [1, 3]
+    options.pop("local_files_only")
+    assert json.loads((folder / "tokenizer_config.json").read_text()) == options
+    for name in ("tokenizer.json", "chat_template.jinja"):
+        assert (folder / name).read_bytes() == (source / name).read_bytes()
+    assert "in training it was told 26 July 2024" in (folder / "README.md").read_text()
+    theirs = transformers.GenerationConfig.from_pretrained(folder)
+    assert theirs.eos_token_id == [1, 3]

@@ -14,7 +14,8 @@ from experiments.claims import confidences, probe, run, summary
 from experiments.common import commands
 from experiments.common.tables import arm_over_seeds
 from experiments.report import ROOT
-from mar.answers.prompts import build_prompt, load_tokenizer
+from mar.answers.prompts import build_prompt
+from mar.answers.tokenizer import load_tokenizer
 from mar.measure.answer_sets import AnswerSet, Item
 from mar.policy.lora import merge
 from mar.policy.packing import pack_groups

@@ -362,7 +362,7 @@ class Toy:
             self.mask[i, :R], self.actions[i, :R], self.segments[i, :R] = (
                 1,
                 tokens,
-                parsed.segments(starts),
+                parsed.segments(starts[:-1]),
             )
             self.states[i, :R] = [self.policy[tokens[:t]][0] for t in range(R)]
         self.components, self.totals = np.array(components), np.array(totals)

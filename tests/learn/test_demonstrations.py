@@ -13,7 +13,7 @@ import torch
 from experiments.embedded_model.begin import embedded_config
 from mar import sft
 from mar.answers.grammar import Grammar, parse
-from mar.answers.prompts import load_tokenizer
+from mar.answers.tokenizer import load_tokenizer
 from mar.errors import UserError
 from mar.learn import demonstrations
 from mar.policy.attention import group_attention

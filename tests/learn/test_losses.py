@@ -327,6 +327,14 @@ def test_every_estimator_against_the_enumerated_policy(layout, spec):
             assert row["relative_error"] < 1e-10, name
 
 
+@pytest.mark.parametrize("spec", [GATED, UNGATED], ids=["gates", "no gate"])
+def test_characters_cut_in_two_bias_nothing(spec):
+    """A token's segment is known before it is drawn, also behind half a character."""
+    exact = [name for name in ESTIMATORS if not ESTIMATORS[name].biased]
+    for name, row in report(Toy("interleaved", spec, 2, 1, halves=True), 2, exact).items():
+        assert row["relative_error"] < 1e-10, name
+
+
 def test_groups_of_three():
     exact = [name for name in ESTIMATORS if not ESTIMATORS[name].biased]
     for name, row in report(Toy("interleaved", GATED, 2, 1), 3, exact).items():

@@ -253,3 +253,57 @@ def test_only_large_float32_weights_are_reordered_and_only_for_a_while(tiny_mode
         and len(layers) == 4 * model.config.num_layers
     )
     torch.testing.assert_close(model.state_dict(), state, rtol=0, atol=0)
+
+
+PLAIN = {
+    "architectures": ["Qwen3ForCausalLM"],
+    "vocab_size": 31,
+    "hidden_size": 24,
+    "intermediate_size": 40,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 3,
+}
+
+
+@pytest.mark.parametrize("key", ("rope_parameters", "rope_scaling"))
+def test_rotary_positions_said_by_kind_of_layer_are_read_or_refused(key):
+    full = {"rope_type": "default", "rope_theta": 1e6}
+    windowed = {"rope_type": "default", "rope_theta": 1e4}
+    for kinds in (
+        {"full_attention": full},
+        {"full_attention": full, "sliding_attention": windowed},
+    ):
+        assert ModelConfig.from_hf(PLAIN | {key: kinds}).rope_theta == 1e6
+    for kinds in (
+        {"sliding_attention": windowed},
+        {"default": full},
+        {"full_attention": {"x": {}}},
+    ):
+        with pytest.raises(UserError, match=f"{key}.* is nested"):
+            ModelConfig.from_hf(PLAIN | {key: kinds})
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    (
+        ("rope_parameters", "default"),
+        ("rope_parameters", [1]),
+        ("rope_theta", -1.0),
+        ("rope_theta", "1e6"),
+        ("rms_norm_eps", True),
+        ("hidden_size", 24.0),
+        ("vocab_size", True),
+        ("num_attention_heads", 0),
+        ("num_key_value_heads", "3"),
+        ("head_dim", -8),
+        ("max_position_embeddings", "2k"),
+        ("tie_word_embeddings", "true"),
+        ("attention_bias", 1),
+        ("architectures", 5),
+        ("architectures", []),
+        ("layer_types", 5),
+    ),
+)
+def test_a_value_of_another_kind_is_named(key, value):
+    with pytest.raises(UserError, match=key[:12]):
+        ModelConfig.from_hf(PLAIN | {key: value})

@@ -129,3 +129,64 @@ def test_a_tied_head_and_old_buffers_may_be_present(tmp_path):
     tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.zeros(4)
     save_file(tensors, tmp_path / "model.safetensors")
     assert_same(model, load_model(tmp_path))
+
+
+# --- folders that are damaged, or mean harm ------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "weight_map",
+    (
+        None,
+        [],
+        {},
+        ["model-1.safetensors"],
+        "model-1.safetensors",
+        {"model.norm.weight": 1},
+        {"model.norm.weight": ["model-1.safetensors"]},
+        {"model.norm.weight": "../model-1.safetensors"},
+        {"model.norm.weight": "/tmp/model-1.safetensors"},
+        {"model.norm.weight": "below/model-1.safetensors"},
+        {"model.norm.weight": "./model-1.safetensors"},
+        {"model.norm.weight": ".."},
+        {"model.norm.weight": ""},
+        {"model.norm.weight": "model-1.bin"},
+    ),
+)
+def test_an_index_names_files_beside_it(weight_map, tmp_path):
+    """The hashes that a run records are of the files in the folder."""
+    folder = tmp_path / "model"
+    saved(UNTIED, folder)
+    shard(folder)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(UserError, match=r"index\.json: (weight_map must|model\.norm\.weight is)"):
+        load_model(folder)
+
+
+def test_a_tensor_in_two_files_is_named(tmp_path):
+    saved(UNTIED, tmp_path)
+    shard(tmp_path)
+    both = load_file(tmp_path / "model-1.safetensors") | load_file(tmp_path / "model-2.safetensors")
+    save_file(both, tmp_path / "model-2.safetensors")
+    with pytest.raises(UserError, match="which another file of the index holds too"):
+        load_model(tmp_path)
+
+
+@pytest.mark.parametrize("content", (b"\xff\xfe", b"[" * 100_000, b"[1]", b"3", b""))
+def test_a_config_that_is_no_object_is_named(content, tmp_path):
+    saved(TIED, tmp_path)
+    (tmp_path / "config.json").write_bytes(content)
+    with pytest.raises(UserError, match=r"config\.json is not"):
+        load_model(tmp_path)
+
+
+def test_a_padded_embedding_keeps_its_rows(tmp_path):
+    """`num_tokens` is about the distribution; what is saved again has all rows."""
+    model = saved(TIED, tmp_path)
+    loaded = load_model(tmp_path, num_tokens=29)
+    assert loaded.head_weight.shape == (29, 24) and loaded.embed.weight.shape == (31, 24)
+    save_model(loaded, tmp_path / "again")
+    assert_same(model, load_model(tmp_path / "again"))
+    assert_same(model, load_model(tmp_path, num_tokens=31))
+    with pytest.raises(ValueError, match="num_tokens=32 of 31 rows"):
+        load_model(tmp_path, num_tokens=32)

@@ -17,7 +17,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from mar.config import Config
 from mar.errors import UserError
 from mar.run.compose import CONF_DIR, compose
-from mar.run.folder import RunDir, differing_keys, find, lock, prepare, variant
+from mar.run.folder import RunDir, differing_keys, find, lock, prepare, swept_keys, variant
 
 
 @cache
@@ -106,6 +106,32 @@ def test_eight_jobs_have_eight_folders(tmp_path: Path) -> None:
     assert len(folders) == 8
 
 
+@pytest.mark.parametrize(
+    "swept",
+    [
+        "data.path=/c/a.jsonl,/c/b.jsonl",
+        "data.path=a.jsonl,b/a.jsonl",
+        "train.stop_at=1,2",
+        "logger.wandb=off,offline",
+        "+experiment=medqa,clinic",
+        "train.steps=range(1,3)",
+        "data.path='choice(a.jsonl,b.jsonl)'",
+    ],
+)
+def test_every_swept_key_makes_folders(swept: str) -> None:
+    words = ["name=x", "data.train_split=train", swept.replace("'", "")]
+    jobs = jobs_of(words)
+    folders = {variant(job, swept_keys(["-m", *words])) for job in jobs}
+    assert len(folders) == len(jobs) == 2
+    assert variant(jobs[0]) == variant(jobs[0], swept_keys(jobs[0])), "a single job is no sweep"
+
+
+def test_swept_keys_that_the_path_has_are_not_repeated() -> None:
+    words = ["seed=0,1", "name=a,b", "out=x,y", "run_dir=c,d", "reward.num_answers=2"]
+    assert swept_keys(words) == {"seed", "name", "out", "run_dir"}
+    assert {variant(job, swept_keys(words)) for job in jobs_of(words)} == {"reward.num_answers=2"}
+
+
 @pytest.mark.slow
 def test_multirun_by_hydra_itself(tmp_path: Path) -> None:
     """Eight jobs, eight folders, and nothing beside them but the record of the multirun."""
@@ -138,6 +164,29 @@ def test_multirun_by_hydra_itself(tmp_path: Path) -> None:
     assert len([f for f in files if f.endswith("/config.yaml")]) == 8
     assert len(files) == 9 and "runs/medqa/multirun.yaml" in files
     assert (work / "runs/medqa/reward=multi_rlvr,reward.num_answers=2/seed1/config.yaml").is_file()
+
+
+@pytest.mark.slow
+def test_a_sweep_over_files_by_hydra_itself(tmp_path: Path) -> None:
+    script = tmp_path / "main.py"
+    script.write_text(
+        "import hydra\n"
+        "from mar.run.compose import from_omegaconf\n"
+        "from mar.run.folder import prepare\n"
+        f"@hydra.main(config_path={str(CONF_DIR)!r}, config_name='config', version_base='1.3')\n"
+        "def main(tree): prepare(from_omegaconf(tree).to_dict())\n"
+        "main()\n"
+    )
+    words = ["+experiment=jsonl", "data.path=a.jsonl,b.jsonl", "name=x", "--multirun"]
+    subprocess.run(
+        [sys.executable, script, *words],
+        cwd=tmp_path,
+        env={"PYTHONPATH": str(CONF_DIR.parent)},
+        check=True,
+        timeout=120,
+    )
+    folders = sorted(path.parent.parent.name for path in tmp_path.rglob("config.yaml"))
+    assert folders == ["data.path=a.jsonl", "data.path=b.jsonl"]
 
 
 def test_new_then_resume_then_aside(tmp_path: Path) -> None:

@@ -1,15 +1,24 @@
 """How a run's settings become the sampler's."""
 
+import json
 import shutil
+from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from mar.answers.grammar import Grammar
-from mar.answers.prompts import load_tokenizer
+from mar.answers.tokenizer import load_tokenizer
 from mar.errors import UserError
-from mar.policy.sources import environment, resolve_model
+from mar.policy.sources import EMBEDDED, environment
+from mar.run import checkpoint
+from mar.run.answering import Target, load_weights
+from mar.run.asking import open_policy
+from mar.run.checkpoint import CheckpointWriter
 from mar.run.compose import compose
-from mar.run.setup import sampling_params
+from mar.run.console import Display
+from mar.run.setup import build_training, sampling_params
 
 
 def test_a_machine_without_git_has_no_commit(monkeypatch):
@@ -19,12 +28,12 @@ def test_a_machine_without_git_has_no_commit(monkeypatch):
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return load_tokenizer(resolve_model("embedded", "embedded", None)[0])
+    return load_tokenizer(EMBEDDED)
 
 
 def params(tokenizer, *overrides, thinking=True):
     config = compose(["+experiment=clinic", *overrides])
-    return sampling_params(config, Grammar(thinking=thinking), tokenizer)
+    return sampling_params(config, Grammar(thinking=thinking), tokenizer, EMBEDDED)
 
 
 def test_a_thinking_budget_becomes_tokens_that_close_the_thoughts(tokenizer):
@@ -42,3 +51,50 @@ def test_a_thinking_budget_keeps_room_for_the_answers(tokenizer):
         params(tokenizer, "sampler.think_budget=90")
     with pytest.raises(UserError, match="model.thinking=true"):
         params(tokenizer, "sampler.think_budget=20", thinking=False)
+
+
+# --- checkpoints from elsewhere ----------------------------------------------------------------
+
+
+@pytest.fixture
+def padded(tmp_path) -> Path:
+    """The embedded model with 100 rows that are no tokens, and a second end token (3)."""
+    folder = Path(shutil.copytree(EMBEDDED, tmp_path / "padded"))
+    weights = load_file(folder / "model.safetensors")
+    embedding = weights["model.embed_tokens.weight"]
+    weights["model.embed_tokens.weight"] = torch.cat((embedding, embedding[:100]))
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text()) | {"vocab_size": 1280}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "generation_config.json").write_text('{"eos_token_id": [1, 3]}')
+    return folder
+
+
+def test_every_model_and_the_sampler_know_the_checkpoints_tokens(padded):
+    words = ["model=hf", f"model.path={padded}", "model.lr=1e-4", "model.thinking=false"]
+    config = compose(["+experiment=clinic", "algo.kl_coef=0.1", "eval.num_items=2", *words])
+    training = build_training(config, padded, Display("plain", 0, 0))
+    learner = training.learner
+    for model in (learner.policy, learner.reference):
+        assert model.head_weight.shape[0] == 1180 and len(model.embed.weight) == 1280
+    assert training.params.stop_ids == training.held_out.params.stop_ids == (1, 3)
+    target = Target("x", config, padded, {}, None, padded)
+    policy, untrained = load_weights(target, "cpu")
+    assert policy.config.num_tokens == untrained.config.num_tokens == 1180
+    asked = open_policy(str(padded), ["+experiment=clinic", "model.thinking=false"])
+    assert asked.policy.config.num_tokens == 1180 and asked.params.stop_ids == (1, 3)
+
+
+def test_a_trained_policy_is_measured_over_the_tokens_alone(padded, tmp_path):
+    """Both models that `mar.evaluate` loads for a run, the trained and the untrained one."""
+    words = ["model=hf", f"model.path={padded}", "model.lr=1e-4", "model.thinking=false"]
+    config = compose(["+experiment=clinic", "eval.num_items=2", *words])
+    training = build_training(config, padded, Display("plain", 0, 0))
+    writer = CheckpointWriter(tmp_path / "checkpoints", training.learner, 1, print)
+    writer.save(1)
+    writer.finish()
+    found = checkpoint.newest(tmp_path / "checkpoints")
+    target = Target("x", config, padded, {}, found, padded)
+    policy, untrained = load_weights(target, "cpu")
+    assert policy is not untrained
+    assert policy.config.num_tokens == untrained.config.num_tokens == 1180

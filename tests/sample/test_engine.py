@@ -600,3 +600,34 @@ def test_options_that_read_text_need_a_decode(tiny_model):
     params = SamplingParams(10, stop_strings=("a",))
     with pytest.raises(ValueError, match="they need decode"):
         generate(tiny_model(), requests((3,), 2), params, PLENTY)
+
+
+@pytest.mark.parametrize("temperature", (0.0, 1.0, 0.7))
+@pytest.mark.parametrize("architecture", ("Qwen3ForCausalLM", "Qwen2ForCausalLM"))
+def test_rows_that_are_no_tokens_are_never_drawn(architecture, temperature, tiny_model):
+    """Embeddings are padded, and the padding may well have the largest logit. The sampler and the
+    trainer know the same distribution, over the tokens alone."""
+    model = tiny_model(architecture)
+    assert (model.head is None) == (architecture == "Qwen3ForCausalLM"), "tied, and not"
+    model.config = replace(model.config, num_tokens=17)
+    weight = model.embed.weight if model.head is None else model.head.weight
+    weight.data[17:] = 3 * weight.data[:6]
+    asked = requests([4, 1, 7], 6, vocab=17)
+    groups = generate(model, asked, SamplingParams(12, temperature), PLENTY)
+    assert max(int(c.ids.max()) for c in flat(groups)) < 17
+    np.testing.assert_allclose(
+        join(groups, "full_logprobs"),
+        trainer_logprobs(model, asked, groups, temperature or 1.0),
+        atol=1e-10,
+    )
+
+    # The probabilities of the tokens alone add up to one.
+    ids = list(range(17))
+    packed = pack_groups([asked[0].prompt_ids], [[[id] for id in ids]])
+    logprobs, entropy, _ = model(packed)
+    probabilities = logprobs.exp()
+    assert abs(probabilities.sum().item() - 1) < 1e-12
+    expected = -(probabilities * logprobs).sum()
+    torch.testing.assert_close(entropy, expected.expand(17), rtol=1e-10, atol=0)
+    (gradient,) = torch.autograd.grad(logprobs.sum() + entropy.sum(), weight)
+    assert gradient[17:].abs().max() == 0 and gradient[:17].abs().max() > 0

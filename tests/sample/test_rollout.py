@@ -5,11 +5,12 @@ import pytest
 
 from experiments.embedded_model.begin import train_tokenizer
 from mar.answers.grammar import Grammar, render
-from mar.answers.prompts import build_prompt, load_tokenizer
+from mar.answers.prompts import build_prompt
 from mar.answers.rewards import RewardSpec, first_open
+from mar.answers.tokenizer import load_tokenizer
 from mar.records import Completion, Example, Gold, Prompt
 from mar.sample.draws import SamplingParams
-from mar.sample.rollout import Scorer, judge_groups, make_decode, sample
+from mar.sample.rollout import Scorer, judge_groups, make_decode, read, sample
 
 GRAMMAR, SPEC = Grammar("rlcr_multi", 2, thinking=False), RewardSpec()
 
@@ -261,3 +262,23 @@ def test_draws_depend_on_identity_not_on_company(tiny_model):
         assert not set(map(tuple, ids(sample(model, [a], 3, params, 1000, other)[0])[0])) & set(
             map(tuple, ids(first)[0])
         )
+
+
+@pytest.mark.parametrize("first", (b"\xe2\x82", b"<answer1>a</answer1>\xe2\x80", b"\xff", b"a"))
+def test_a_tokens_segment_is_known_before_it_is_drawn(first):
+    """After half a character the stop token belongs to the segment of any other token there."""
+    pieces = [first, b"\xac", b"<", b"\x83<answer2>b</answer2>"]
+    stop = len(pieces)
+    grammar = Grammar("rlvr_multi", 2, thinking=False)
+
+    def decode(ids):
+        return b"".join(pieces[i] for i in ids).decode("utf-8", "replace")
+
+    def second_segment(token, reason):
+        zeros = np.zeros(2)
+        drawn = Completion(0, np.array([0, token]), zeros, zeros, reason)
+        reading = read(prompt(Gold("a")), drawn, grammar, decode)
+        return int(reading.parsed.segments(reading.token_starts)[1])
+
+    found = {second_segment(token, "length") for token in range(1, stop)}
+    assert found | {second_segment(stop, "stop")} == found and len(found) == 1

@@ -1,10 +1,12 @@
 """The paper's tasks: rows of each real schema become examples; what is drawn is drawn by the id; targets agree in expectation."""
 
+import gzip
 import json
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 
@@ -17,7 +19,7 @@ from mar.run.console import Display
 from mar.run.setup import load_data
 from mar.tasks import ddxplus
 from mar.tasks.ambigqa import merge
-from mar.tasks.loading import Source, apply_target, split_of
+from mar.tasks.loading import Source, apply_target, rows_of_file, split_of
 from mar.tasks.registry import TASKS, get_task
 from mar.verify.matching import expected_hits, matching_increments
 
@@ -228,7 +230,7 @@ REAL = {  # rows kept of the real files, over all splits
     "protoqa/dev.scraped.jsonl": 980,
     "hotpotqa/distractor_100_dev_reflexion.jsonl": 82,
     "ddxplus/patients_all49_en.jsonl": 617,
-    "mbpp/mbpp.jsonl": 973,
+    "mbpp/mbpp.jsonl": 966,
 }
 
 
@@ -241,3 +243,132 @@ def test_real_rows(file):
         e for split in SPLITS for e in load_data(config, split, None, 0, Display("plain", 0, 0))
     ]
     assert len({e.id for e in kept}) == len(kept) == REAL[file] and all(e.golds for e in kept)
+
+
+# --- files and rows as they come ---------------------------------------------------------------
+
+ROWS = [{"question": f"Name a planet ({n})?", "golds": "Mars", "id": f"r{n}"} for n in range(40)]
+
+
+def questions_of(path) -> set[str]:
+    return {row["question"] for _, row in rows_of_file(str(path))}
+
+
+def test_tables_and_packed_files_are_read(tmp_path):
+    jsonl = "".join(json.dumps(row) + "\n" for row in ROWS).encode()
+    table = "question,golds,id\n" + "".join(
+        f'"{row["question"]}",Mars,{row["id"]}\n' for row in ROWS
+    )
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(jsonl))
+    (tmp_path / "no-ending").write_bytes(gzip.compress(jsonl))
+    (tmp_path / "a.csv").write_text(table)
+    (tmp_path / "a.csv.gz").write_bytes(gzip.compress(table.encode()))
+    (tmp_path / "a.tsv").write_text(table.replace(",", "\t"))
+    datasets.Dataset.from_list(ROWS).to_parquet(tmp_path / "a.parquet")
+    wanted = {row["question"] for row in ROWS}
+    for path in sorted(tmp_path.iterdir()):
+        assert questions_of(path) == wanted, path.name
+    where, row = next(iter(rows_of_file(str(tmp_path / "a.csv"))))
+    assert where.endswith("a.csv[0]") and row == ROWS[0]
+
+
+def test_a_cell_that_says_none_is_a_word(tmp_path):
+    (tmp_path / "a.csv").write_text("question,golds\nWhat is left?,None\nWhich country code?,NA\n")
+    assert [row["golds"] for _, row in rows_of_file(str(tmp_path / "a.csv"))] == ["None", "NA"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "sentence"),
+    (
+        ("a.jsonl", '{"question": "x"}'.encode("utf-16"), "UTF-16, which is not read: give jsonl"),
+        ("a.csv", "question\nx".encode("utf-16"), "UTF-16, which is not read"),
+        ("a.xlsx", b"PK\x03\x04....", "zip archive .* not read"),
+        ("a.jsonl.zst", b"\x28\xb5\x2f\xfd....", "zstandard, which is not read"),
+        ("a.jsonl", b"PAR1....", r"let its name end in \.parquet"),
+        ("a.parquet", b"PAR1....", "no readable parquet table"),
+        ("a.csv", b'question\n"x', "no readable csv table"),
+        ("a.jsonl.gz", gzip.compress(b'{"question": "x"}\n' * 999)[:-9], "cannot be read .* copy"),
+        ("a.jsonl", b'{"question": "half \\ud83d pair"}', r"a\.jsonl:1 holds half a character"),
+        ("a.jsonl", b'{"a": [{"b": "\\uDE00"}]}', r"half a character \(\\ude00"),
+        ("a.json", b'[{"question": "half \\ud83d pair"}]', r"a\.json\[0\] holds half a character"),
+    ),
+)
+def test_what_is_not_read_is_named(name, content, sentence, tmp_path):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=sentence) as caught:
+        questions_of(tmp_path / name)
+    assert "\n" not in str(caught.value) and name in str(caught.value)
+
+
+def test_whole_characters_beyond_the_first_plane_are_read(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b'{"question": "\\ud83d\\ude00", "x": "\\\\ud83d"}')
+    assert questions_of(tmp_path / "a.jsonl") == {"\U0001f600"}
+
+
+MEDQA_FORMS = {
+    "letters": {
+        "question": "Which drug?",
+        "options": {"A": "X", "B": "Y"},
+        "answer": "Y",
+        "answer_idx": "B",
+    },
+    "bigbio source": {
+        "question": "Which drug?",
+        "options": [{"key": "A", "value": "X"}, {"key": "B", "value": "Y"}],
+        "answer": "Y",
+        "answer_idx": "B",
+    },
+    "bigbio qa": {
+        "question": "Which drug?",
+        "type": "multiple_choice",
+        "choices": ["X", "Y"],
+        "context": "",
+        "answer": ["Y"],
+    },
+    "openlifescienceai": {
+        "id": "x1",
+        "data": {
+            "Question": "Which drug?",
+            "Options": {"A": "X", "B": "Y"},
+            "Correct Answer": "Y",
+            "Correct Option": "B",
+        },
+        "subject_name": "Drugs",
+    },
+}
+
+
+@pytest.mark.parametrize("form", MEDQA_FORMS)
+def test_medqa_in_every_common_form(form, tmp_path):
+    ((example,), _) = examples("medqa", tmp_path, [MEDQA_FORMS[form]])
+    assert example.question == "Which drug?" and example.golds[0].name == "Y"
+
+
+def test_medmcqa_numbers_its_options(tmp_path):
+    row = {"question": "Which drug?", "opa": "X", "opb": "Y", "opc": "Z", "opd": "W", "cop": 2}
+    ((example,), _) = examples("medqa", tmp_path, [row])
+    assert example.golds[0].name == "Z"
+    with pytest.raises(UserError, match=r"'answer_idx' \(-1\) names none of the options"):
+        examples("medqa", tmp_path, [row | {"cop": -1}])
+
+
+@pytest.mark.parametrize(
+    ("tests", "reason"),
+    (
+        (["assert f(2) == 4"], "no test but the one in the prompt"),
+        (["assert f(2) == 4", "assert f(2)==4"], "no test but the one in the prompt"),
+        (["assert f(2) == True", "assert f(3)"], "tests that one constant passes"),
+        (["assert not f(2)", "assert f(3) == 0"], "tests that one constant passes"),
+        (["assert f(2) == [1]", "assert f(9) == [1]"], "tests that one constant passes"),
+        (["assert set(f(2)) == {1}", "assert set(f(3)) == {1}"], "tests that one constant passes"),
+        (["assert f(2) > 1", "assert f(3) == 9"], "tests that one constant passes"),
+    ),
+)
+def test_tests_that_leave_nothing_to_solve_are_dropped_and_counted(tests, reason, tmp_path):
+    good = PROGRAM | {
+        "task_id": 2,
+        "text": "Cube it.",
+        "test_list": ["assert f(2) == 8", "assert f(3) == 27"],
+    }
+    kept, said = examples("mbpp", tmp_path, [PROGRAM | {"test_list": tests}, good])
+    assert [example.id for example in kept] == ["mbpp-2"] and f"1 {reason}" in said
