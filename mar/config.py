@@ -57,6 +57,9 @@ class ModelOptions:
     lora_rank: int = number(0, low=0)
     # What the adapters add is multiplied by this (alpha / rank elsewhere).
     lora_scale: float = number(2.0, low=0, above=True)
+    # What the weights below adapters are kept and multiplied in; bfloat16 is faster on a CPU with
+    # AMX.
+    lora_base: str = one_of("as_stored", "bfloat16")
     # A regular expression that finds the linear layers with an adapter. Empty: all of the blocks.
     lora_layers: str = ""
     # A longer prompt is dropped and counted.
@@ -95,6 +98,13 @@ class DataOptions:
     data_seed: int = number(0, low=0)
     # ddxplus: a condition of the differential is a gold from this probability on.
     min_prob: float = number(0.1, low=0, high=1)
+    # ddxplus_bayes: findings as questions with yes or no, or in short in two lists, those present
+    # and those absent.
+    findings: str = one_of("questions", "lists")
+    # ddxplus_bayes: how many findings are asked for, each number equally often.
+    num_asked: list[int] = field(default_factory=lambda: [8, 12, 20])
+    # The request stands above the question: the prompts of a task then begin alike.
+    request_first: bool = False
     # What is paid. auto: the drawn label where the golds form a distribution, else all golds.
     # ddxplus: set is the differential, drawn the pathology.
     target: str = one_of("auto", "drawn", "probabilities", "set")

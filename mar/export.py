@@ -36,7 +36,7 @@ tags: [multi-answer, reinforcement-learning]
 
 {model} after {step} of {steps} steps of `mar` on {task} ({objective}, K={K}, credit {credit}); parameters in {dtype}.
 
-It was asked in these words, after the question, and sampled at temperature {temperature}:
+It was asked in these words, {place} the question, and sampled at temperature {temperature}:
 
 ```
 {instructions}
@@ -80,6 +80,7 @@ def card(
         K=grammar.num_answers,
         credit=config.algo.credit,
         dtype=dtype,
+        place="above" if config.data.request_first else "after",
         temperature=config.algo.temperature,
         instructions=instructions(grammar, get_task(task).noun),
         results=results,

@@ -22,6 +22,7 @@ from mar.answers.tokenizer import copy_tokenizer, load_tokenizer, num_tokens
 from mar.errors import exit_code
 from mar.learn.demonstrations import (
     MIXTURES,
+    SFT_SEED,
     ConfidenceHint,
     make_demonstration_batch,
     piece_encoder,
@@ -36,9 +37,6 @@ from mar.tasks.registry import get_task
 
 # Embedded tasks draw new examples after so many steps.
 STEPS_PER_LOAD = 200
-
-# Their seeds start here; those of training runs are small numbers.
-SFT_SEED = 1_000_000
 
 # A low rate, and most of the way spent lowering it, did better than a higher one.
 LR = 1e-3

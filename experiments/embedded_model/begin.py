@@ -14,11 +14,10 @@ import torch
 
 from mar.answers.prompts import instructions
 from mar.answers.tokenizer import load_tokenizer
-from mar.learn.demonstrations import demonstration_text, draw_demonstration, draw_grammar
+from mar.learn.demonstrations import SFT_SEED, demonstration_text, draw_demonstration, draw_grammar
 from mar.policy.model import Decoder, ModelConfig
 from mar.policy.weights import save_model
 from mar.records import Example
-from mar.sft import SFT_SEED
 from mar.tasks import clinic
 
 VOCABULARY = 2048  # at most

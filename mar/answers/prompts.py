@@ -102,13 +102,21 @@ def fit_grammar(grammar: Grammar, tokenizer: Any) -> Grammar:
 
 
 def build_prompt(
-    example: Example, grammar: Grammar, tokenizer: Any, noun: str, style: str = "ranked"
+    example: Example,
+    grammar: Grammar,
+    tokenizer: Any,
+    noun: str,
+    style: str = "ranked",
+    request_first: bool = False,
 ) -> Prompt:
-    """Question, request and chat template as token ids.
+    """Question, request and chat template as token ids. `request_first`: the request above.
 
     `grammar` is one that `fit_grammar` returned for this tokenizer.
     """
-    content = f"{example.question}\n{instructions(grammar, noun, style)}"
+    parts = [example.question, instructions(grammar, noun, style)]
+    if request_first:
+        parts.reverse()
+    content = "\n".join(parts)
     text, ids = encode_chat(tokenizer, content, grammar.thinking)
     think_open = think_state(text) == "open"
     return Prompt(example=example, text=text, ids=ids, think_open=think_open)

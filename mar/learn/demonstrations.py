@@ -39,6 +39,10 @@ ANALYSES = (
 
 CONFIDENCES = tuple(f"{percent / 100:.2f}" for percent in range(101))
 
+# The seeds of examples that are drawn for supervision start here; those of training runs are small
+# numbers.
+SFT_SEED = 1_000_000
+
 # Token ids of a piece of text.
 Encode = Callable[[str], list[int]]
 
@@ -168,7 +172,9 @@ def draw_answers(
     if missing == 0:
         return answers
     gold_names = [gold.name for gold in example.golds]
-    wrong = [name for name in dict.fromkeys(others) if name not in set(gold_names)]
+    # A gold that is impossible is as wrong as the others.
+    known = {gold.name for gold in example.golds if gold.probability != 0}
+    wrong = [name for name in dict.fromkeys(others) if name not in known]
     right = [] if answers else gold_names
     names = _shuffled(right, rng)[:missing]
     names += _shuffled(wrong, rng)[: missing - len(names)]
@@ -375,7 +381,13 @@ def make_demonstration_batch(
             targets += of_tokens
         prompts.append(list(prompt.ids))
         completions.append(group)
+    return batch_of_targets(pack_groups(prompts, completions), targets)
 
+
+def batch_of_targets(
+    packed: PackedGroups, targets: Sequence[dict[int, float]]
+) -> DemonstrationBatch:
+    """The batch whose M tokens have these targets."""
     flat_ids: list[int] = []
     flat_weights: list[float] = []
     starts: list[int] = []
@@ -388,7 +400,7 @@ def make_demonstration_batch(
     # With q = weights / counts: sum over tokens of counts * H(q), over the sum of counts.
     entropy = (torch.special.entr(weights).sum() + (counts * counts.log()).sum()) / counts.sum()
     return DemonstrationBatch(
-        packed=pack_groups(prompts, completions),
+        packed=packed,
         target_ids=torch.tensor(flat_ids),
         target_weights=weights,
         target_starts=torch.tensor(starts),

@@ -5,20 +5,25 @@ has one A; its B has the rows of all its parts. peft's format knows the parts ap
 """
 
 import json
+import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import cast
 
 import torch
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from mar.config import ModelOptions
 from mar.errors import UserError
+from mar.files import read_json_object
 from mar.policy.model import Decoder, Linear
 from mar.policy.weights import fill, layout
+
+ADAPTER_FILE, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 # what the names of adapters' parameters have in common
 ADAPTERS = "lora_"
@@ -27,10 +32,14 @@ ADAPTERS = "lora_"
 class AdaptedLinear(Linear):
     """A linear layer with an adapter.
 
-    lora_a [rank, in] starts random, lora_b [out, rank] at zero: at first nothing changes.
+    lora_a [rank, in] starts random, lora_b [out, rank] at zero: at first nothing changes. With a
+    `base_dtype` the frozen weight is kept in it, and everything is multiplied in it; the adapter is
+    kept as the weight was.
     """
 
-    def __init__(self, base: nn.Linear, rank: int, scale: float) -> None:
+    def __init__(
+        self, base: nn.Linear, rank: int, scale: float, base_dtype: torch.dtype | None = None
+    ) -> None:
         nn.Module.__init__(self)
         self.in_features = base.in_features
         self.out_features = base.out_features
@@ -39,14 +48,28 @@ class AdaptedLinear(Linear):
         self.bias = base.bias
         self.lora_a = nn.Parameter(base.weight.new_empty(rank, base.in_features))
         self.lora_b = nn.Parameter(base.weight.new_zeros(base.out_features, rank))
+        if base_dtype not in (None, base.weight.dtype):
+            self.weight = nn.Parameter(base.weight.detach().to(base_dtype), requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.weight.dtype != x.dtype:
+            low = x.to(self.weight.dtype)
+            bias = None if self.bias is None else self.bias.to(low.dtype)
+            inner = self.scale * linear(low, self.lora_a.to(low.dtype))
+            below = linear(low, self.weight, bias)
+            return torch.addmm(below, inner, self.lora_b.to(low.dtype).T).to(x.dtype)
         return super().forward(x) + self.scale * linear(linear(x, self.lora_a), self.lora_b)
 
 
-def add_adapters(model: Decoder, rank: int, scale: float, layers: str) -> None:
+def add_adapters(
+    model: Decoder,
+    rank: int,
+    scale: float,
+    layers: str,
+    base_dtype: torch.dtype | None = None,
+) -> None:
     """Put an adapter on every linear layer of the blocks in whose name the regular expression
-    `layers` is found. In place, and started (`start_adapters`).
+    `layers` is found. In place, and started (`start_adapters`). `base_dtype`: see `AdaptedLinear`.
 
     Raises UserError where it finds none.
     """
@@ -58,7 +81,7 @@ def add_adapters(model: Decoder, rank: int, scale: float, layers: str) -> None:
             f"they are {', '.join([*linears][:4])}, ..."
         )
     for name in chosen:
-        model.set_submodule(name, AdaptedLinear(linears[name], rank, scale))
+        model.set_submodule(name, AdaptedLinear(linears[name], rank, scale, base_dtype))
     start_adapters(model)
 
 
@@ -79,7 +102,8 @@ def start_adapters(model: Decoder) -> None:
 def adapted(model: Decoder, options: ModelOptions) -> Decoder:
     """The same model, with the adapters that the config asks for."""
     if options.lora_rank:
-        add_adapters(model, options.lora_rank, options.lora_scale, options.lora_layers)
+        base_dtype = torch.bfloat16 if options.lora_base == "bfloat16" else None
+        add_adapters(model, options.lora_rank, options.lora_scale, options.lora_layers, base_dtype)
     return model
 
 
@@ -126,11 +150,14 @@ def merge(model: Decoder) -> Decoder:
     return plain
 
 
-def save_adapters(model: Decoder, folder: Path, base: str) -> None:
+def save_adapters(
+    model: Decoder, folder: Path, base: str, dtype: torch.dtype | None = None
+) -> None:
     """Write `adapter_config.json` and `adapter_model.safetensors`, which peft reads:
     `PeftModel.from_pretrained(base_model, folder)`.
 
-    Other parameters that were trained (`model.trainable`) are not in them.
+    Other parameters that were trained (`model.trainable`) are not in them. `dtype`: what they are
+    stored in; None: their own.
     """
     parts = layout(model.config)
     tensors: dict[str, Tensor] = {}
@@ -162,5 +189,40 @@ def save_adapters(model: Decoder, folder: Path, base: str) -> None:
         "fan_in_fan_out": False,
     }
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    (folder / "adapter_config.json").write_text(json.dumps(adapter_config, indent=2) + "\n")
+    tensors = {name: tensor.to(dtype or tensor.dtype) for name, tensor in tensors.items()}
+    save_file(tensors, folder / ADAPTER_FILE, metadata={"format": "pt"})
+    (folder / ADAPTER_CONFIG).write_text(json.dumps(adapter_config, indent=2) + "\n")
+
+
+def load_adapters(model: Decoder, folder: Path) -> None:
+    """Put what `save_adapters` wrote, in place, into a model with adapters of the same rank, scale
+    and layers. Raises UserError where they differ or the folder cannot be read."""
+    told = read_json_object(folder / ADAPTER_CONFIG)
+    try:
+        tensors = load_file(folder / ADAPTER_FILE)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{folder / ADAPTER_FILE} cannot be read ({error})") from None
+    advice = "set the model.lora_* that it was made with"
+    parts = layout(model.config)
+    for name, layer in model.named_modules():
+        if not isinstance(layer, AdaptedLinear):
+            continue
+        rank = len(layer.lora_a)
+        modules = [theirs.removesuffix(".weight") for theirs, _ in parts[f"{name}.weight"]]
+        prefixes = [f"base_model.model.{module}" for module in modules]
+        a_of_parts = [tensors.pop(f"{prefix}.lora_A.weight", None) for prefix in prefixes]
+        b_of_parts = [tensors.pop(f"{prefix}.lora_B.weight", None) for prefix in prefixes]
+        if any(a is None or a.shape != layer.lora_a.shape for a in a_of_parts):
+            raise UserError(f"{folder} has no adapter of rank {rank} for {name}: {advice}")
+        alpha = told.get("lora_alpha")
+        if not isinstance(alpha, int | float) or not math.isclose(alpha, rank * layer.scale):
+            raise UserError(
+                f"{folder} has lora_alpha={alpha}, which is not rank * "
+                f"model.lora_scale = {rank * layer.scale:g}: {advice}"
+            )
+        fill(layer.lora_a, cast(Tensor, a_of_parts[0]))
+        fill(layer.lora_b, torch.cat([cast(Tensor, b) for b in b_of_parts]))
+    if tensors:
+        raise UserError(
+            f"{folder} has {min(tensors)}, for which the model has no adapter: {advice}"
+        )

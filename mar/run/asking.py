@@ -60,8 +60,11 @@ class AskedPolicy:
     def ask(self, question: str, num_sets: int, seed: int) -> list[AnswerSet]:
         """`num_sets` answer sets; the same for the same question and seed."""
         example = Example(id=question, task=self.config.data.task, question=question, golds=())
-        noun = get_task(self.config.data.task).noun
-        prompt = build_prompt(example, self.grammar, self.tokenizer, noun)
+        data = self.config.data
+        noun = get_task(data.task).noun
+        prompt = build_prompt(
+            example, self.grammar, self.tokenizer, noun, request_first=data.request_first
+        )
         limit = self.config.model.max_prompt_tokens
         if len(prompt.ids) > limit:
             raise UserError(

@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from hydra import compose as hydra_compose
@@ -29,6 +29,8 @@ from mar.errors import UserError, one_line
 from mar.learn.advantages import BASELINES, CREDITS, SCALES
 from mar.learn.losses import AGGREGATIONS, IMPORTANCE, KL_ESTIMATORS, LOSSES, options_of
 from mar.run import folder as rundir
+
+Options = TypeVar("Options")
 
 CONF_DIR = Path(__file__).resolve().parents[2] / "conf"
 
@@ -96,6 +98,11 @@ def _source_rules(model: ModelOptions, data: DataOptions) -> Rules:
     unread_path = data.source != "path" and data.path is not None
     return [
         (
+            model.lora_base != "as_stored" and not model.lora_rank,
+            f"model.lora_base={model.lora_base} is of the weights below adapters and there are "
+            "none: set model.lora_rank, or drop it",
+        ),
+        (
             no_checkpoint,
             f"model={model.name} needs a checkpoint: add model.path=<folder or hub id>",
         ),
@@ -112,6 +119,11 @@ def _source_rules(model: ModelOptions, data: DataOptions) -> Rules:
         (
             data.num_eval < 1,
             f"data.num_eval={data.num_eval} is out of range: it must be at least 1",
+        ),
+        (
+            not data.num_asked or min(data.num_asked) < 1,
+            f"data.num_asked={data.num_asked} is out of range: give one or more numbers of "
+            "findings, each at least 1",
         ),
         (
             data.source == "path" and not data.path,
@@ -411,6 +423,25 @@ def compose(overrides: Sequence[str] = (), check: bool = True) -> Config:
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(_in_a_sentence(error)) from None
     return validate(tree) if check else tree
+
+
+def own_options(schema: type[Options], prefix: str, words: Sequence[str]) -> Options:
+    """A command's own options, a dataclass, of its words `prefix.key=value`.
+
+    Raises UserError with the keys there are.
+    """
+    own = [word.removeprefix(f"{prefix}.") for word in words]
+    try:
+        tree = OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.from_dotlist(own))
+        options = OmegaConf.to_object(tree)
+    except OmegaConfBaseException as error:
+        known = ", ".join(item.name for item in fields(schema))  # type: ignore[arg-type]
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{prefix}: {reason}; there are {known}") from None
+    assert isinstance(options, schema)
+    for fault in _field_faults(options, prefix=f"{prefix}."):
+        raise UserError(fault)
+    return options
 
 
 def _in_a_sentence(error: Exception) -> str:

@@ -98,7 +98,10 @@ def make_prompts(
     """Prompts of all examples. Those over the limit are dropped and counted, never cut."""
     noun = get_task(config.data.task).noun
     limit = config.model.max_prompt_tokens
-    prompts = [build_prompt(example, grammar, tokenizer, noun, style) for example in examples]
+    first = config.data.request_first
+    prompts = [
+        build_prompt(example, grammar, tokenizer, noun, style, first) for example in examples
+    ]
     kept = tuple(prompt for prompt in prompts if len(prompt.ids) <= limit)
     num_dropped = len(prompts) - len(kept)
     if num_dropped:
@@ -210,6 +213,11 @@ def build_learner(
     policy = adapted(plain, options)
 
     sharded = world.size > 1 or world.device.type == "cuda"
+    if sharded and options.lora_base != "as_stored":
+        raise UserError(
+            f"model.lora_base={options.lora_base} is for one process on a CPU: drop it, here "
+            "scale.dtype says what is multiplied in"
+        )
     for model in (policy, reference, critic):
         if model is None:
             continue

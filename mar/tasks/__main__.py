@@ -44,7 +44,11 @@ def main(words: Sequence[str]) -> None:
     for split in _splits(config):
         examples = load_data(config, split, config.data.num_train, config.seed, display)
         if not prompts:
-            prompts = [build_prompt(example, grammar, tokenizer, noun) for example in examples]
+            first = config.data.request_first
+            prompts = [
+                build_prompt(example, grammar, tokenizer, noun, request_first=first)
+                for example in examples
+            ]
         display.say(f"{split}: {_summary(examples)}")
 
     lengths = [len(prompt.ids) for prompt in prompts]

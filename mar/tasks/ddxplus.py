@@ -13,7 +13,9 @@ given the answers.
 
 import ast
 from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +30,8 @@ from mar.tasks.loading import Candidate, Loaded, Row, Source, load_rows, read_js
 EVIDENCES = ("release_evidences_en.json", "release_evidences.json")
 STATISTICS = "evidence_given_condition_probs.json"
 
-# How many findings are asked for, each number equally often.
-NUM_ASKED = (8, 12, 20)
+# Our own short words for each finding, for data.findings=lists.
+SHORT_WORDS = Path(__file__).with_name("ddxplus_findings.json")
 
 NO_GOLD = "differential has no condition above data.min_prob"
 
@@ -167,6 +169,10 @@ def _value_in_words(evidence: dict[str, Any], value: str) -> str:
 # ---------------------------------------------------------------------- ddxplus_bayes: draws
 
 
+# (findings asked for, answers, codes of all findings) -> the question's text.
+FindingsInWords = Callable[[np.ndarray, np.ndarray, list[str]], str]
+
+
 @dataclass(frozen=True)
 class _Statistics:
     """The release's statistics: C conditions, F findings."""
@@ -206,6 +212,10 @@ def load_bayes(source: Source) -> Loaded:
     # Findings that tell conditions apart, with a large variance over them, are asked for more
     # often.
     spread = prior @ (present - prior @ present) ** 2
+    _check_num_asked(source.num_asked, most=int(np.count_nonzero(spread)))
+    in_words: FindingsInWords = partial(_questions_and_answers, table=table)
+    if source.findings == "lists":
+        in_words = partial(_two_lists, short=_short_words(statistics.findings))
 
     rng = np.random.default_rng(source.seed)
     examples: list[Example] = []
@@ -213,12 +223,12 @@ def load_bayes(source: Source) -> Loaded:
     dropped: Counter[str] = Counter()
     while len(examples) < source.num:
         condition = rng.choice(num_conditions, p=prior)
-        num_asked = rng.choice(NUM_ASKED)
+        num_asked = rng.choice(source.num_asked)
         weights = spread / spread.sum()
         asked = np.sort(rng.choice(num_findings, num_asked, replace=False, p=weights))
         answers = np.full(num_findings, -1)
         answers[asked] = rng.random(num_asked) < present[condition, asked]
-        text = _questions_and_answers(asked, answers, statistics.findings, table)
+        text = in_words(asked, answers, statistics.findings)
         if split_of(text) != source.split:
             continue
         if text in seen:
@@ -251,6 +261,42 @@ def _questions_and_answers(
         question = table[findings[finding]]["question_en"]
         lines.append(f"- {question} {'yes' if answers[finding] else 'no'}")
     return "\n".join(lines)
+
+
+def _two_lists(
+    asked: np.ndarray, answers: np.ndarray, findings: list[str], short: dict[str, str]
+) -> str:
+    present, absent = (
+        [short[findings[finding]] for finding in asked if answers[finding] == answer]
+        for answer in (1, 0)
+    )
+    return two_lists(present, absent)
+
+
+def two_lists(present: Sequence[str], absent: Sequence[str]) -> str:
+    """A line of the findings that a patient has, and a line of those that were not found."""
+    parts = (("Present", present), ("Absent", absent))
+    return "\n".join(f"{name}: {', '.join(names) or 'none'}." for name, names in parts)
+
+
+def _short_words(findings: Sequence[str]) -> dict[str, str]:
+    short: dict[str, str] = read_json(SHORT_WORDS)
+    unknown = [finding for finding in findings if finding not in short]
+    if unknown:
+        raise UserError(
+            f"{STATISTICS} has the finding {unknown[0]}, for which {SHORT_WORDS.name} has no "
+            "words: add them, or use data.findings=questions"
+        )
+    return short
+
+
+def _check_num_asked(num_asked: Sequence[int], most: int) -> None:
+    """No more findings can be asked for than tell conditions apart."""
+    if max(num_asked) > most:
+        raise UserError(
+            f"data.num_asked={list(num_asked)} asks for {max(num_asked)} findings, and {most} of "
+            f"{STATISTICS} tell conditions apart: ask for fewer"
+        )
 
 
 def posterior(prior: np.ndarray, present: np.ndarray, answers: np.ndarray) -> np.ndarray:

@@ -64,6 +64,8 @@ class Source:
     min_prob: float = 0.1
     target: str = "auto"
     data_seed: int = 0
+    findings: str = "questions"
+    num_asked: Sequence[int] = (8, 12, 20)
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,8 @@ class Task:
     targets: tuple[str, ...] = ("auto",)
     # `load` makes its examples itself, from no file (data.source=embedded).
     embedded: bool = False
+    # Examples are drawn: another seed gives others, and there is no end of them.
+    endless: bool = False
 
 
 def _load_clinic(source: Source) -> Loaded:
@@ -47,10 +49,14 @@ def _load_clinic(source: Source) -> Loaded:
 DISTRIBUTION = ("auto", "drawn", "probabilities")
 
 TASKS: dict[str, Task] = {
-    "clinic": Task(load=_load_clinic, noun=clinic.NOUN, targets=DISTRIBUTION, embedded=True),
+    "clinic": Task(
+        load=_load_clinic, noun=clinic.NOUN, targets=DISTRIBUTION, embedded=True, endless=True
+    ),
     "medqa": Task(load=medqa.load, noun="answer"),
     "ddxplus": Task(load=ddxplus.load, noun="diagnosis", targets=("auto", "set", "drawn")),
-    "ddxplus_bayes": Task(load=ddxplus.load_bayes, noun="diagnosis", targets=DISTRIBUTION),
+    "ddxplus_bayes": Task(
+        load=ddxplus.load_bayes, noun="diagnosis", targets=DISTRIBUTION, endless=True
+    ),
     "hotpotqa": Task(load=hotpotqa.load, noun="answer"),
     "ambigqa": Task(load=partial(load_rows, read=ambigqa.read), noun="answer"),
     "protoqa": Task(

@@ -11,7 +11,14 @@ from safetensors.torch import load_file
 from mar.errors import UserError
 from mar.export import export
 from mar.policy.families import ARCHITECTURES
-from mar.policy.lora import adapted, add_adapters, merge, save_adapters, trainable_pattern
+from mar.policy.lora import (
+    adapted,
+    add_adapters,
+    load_adapters,
+    merge,
+    save_adapters,
+    trainable_pattern,
+)
 from mar.policy.model import Decoder, ModelConfig
 from mar.policy.packing import pack_groups
 from mar.policy.sources import resolve_model
@@ -186,3 +193,53 @@ def test_mistakes_are_one_sentence(trained, tmp_path):
         assert run(compose([*WORDS, *one, f"out={out}", *words])) == 0
         with pytest.raises(UserError, match=f"{reason}: export without --adapters"):
             export(out / "clinic/seed0", tmp_path / "peft", "float32", adapters=True)
+
+
+def test_adapters_come_back_from_the_folder(tmp_path: Path) -> None:
+    config = shape("LlamaForCausalLM")
+    saved = with_random_adapters(config, "qkv|down")
+    save_adapters(saved, tmp_path, "base")
+    again = Decoder(config).double()
+    again.load_state_dict(saved.state_dict(), strict=False)
+    add_adapters(again, 3, 0.7, "qkv|down")
+    load_adapters(again, tmp_path)
+    for name, parameter in again.named_parameters():
+        assert "lora_" not in name or torch.equal(parameter, saved.get_parameter(name))
+
+
+@pytest.mark.parametrize(
+    "rank, scale, layers, sentence",
+    [
+        (4, 0.7, "qkv|down", "no adapter of rank 4 for"),
+        (3, 0.5, "qkv|down", "not rank \\* model.lora_scale = 1.5"),
+        (3, 0.7, "", "no adapter of rank 3 for"),
+        (3, 0.7, "qkv", "for which the model has no adapter"),
+    ],
+)
+def test_other_adapters_are_refused(
+    rank: int, scale: float, layers: str, sentence: str, tmp_path: Path
+) -> None:
+    config = shape("LlamaForCausalLM")
+    save_adapters(with_random_adapters(config, "qkv|down"), tmp_path, "base")
+    other = Decoder(config)
+    add_adapters(other, rank, scale, layers)
+    with pytest.raises(UserError, match=sentence):
+        load_adapters(other, tmp_path)
+
+
+def test_adapters_that_cannot_be_read_are_named(tmp_path: Path) -> None:
+    config = shape("LlamaForCausalLM")
+    model = with_random_adapters(config, "qkv")
+    with pytest.raises(UserError, match="adapter_config.json does not exist"):
+        load_adapters(model, tmp_path)
+    save_adapters(model, tmp_path, "base")
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"short")
+    with pytest.raises(UserError, match="adapter_model.safetensors cannot be read"):
+        load_adapters(model, tmp_path)
+
+
+def test_weights_in_bfloat16_merge_into_wide_ones() -> None:
+    model = Decoder(shape("LlamaForCausalLM"))
+    add_adapters(model, 3, 0.7, "qkv", torch.bfloat16)
+    assert model.blocks[0].qkv.weight.dtype == torch.bfloat16
+    assert {parameter.dtype for parameter in merge(model).parameters()} == {torch.float32}

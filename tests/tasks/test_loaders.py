@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import re
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -122,6 +123,48 @@ def test_drawn_patients_have_the_posterior_that_bayes_gives_and_one_split_each(t
         prior = {"a": 0.75, "b": 0.25}
     again = get_task("ddxplus_bayes").load(Source("path", "test", 60, 5, str(tmp_path))).examples
     assert again == parts["test"]
+
+
+def test_findings_in_two_lists_ask_the_same_patients(tmp_path, monkeypatch):
+    statistics(tmp_path)
+    short = tmp_path / "short.json"
+    short.write_text(json.dumps({f"E_{n}": f"sign {n}" for n in range(30)}))
+    monkeypatch.setattr(ddxplus, "SHORT_WORDS", short)
+    options = {"findings": "lists", "num_asked": (2, 4)}
+    source = Source("path", "train", 60, 5, str(tmp_path), **options)
+    prior = {"a": 0.75, "b": 0.25}
+    for e in get_task("ddxplus_bayes").load(source).examples:
+        present, absent = e.question.splitlines()
+        assert present.startswith("Present: ") and absent.startswith("Absent: ")
+        findings = [(int(n), True) for n in re.findall(r"sign (\d+)", present)]
+        findings += [(int(n), False) for n in re.findall(r"sign (\d+)", absent)]
+        assert len(findings) in (2, 4) and e.stratum == f"asked{len(findings)}"
+        mass = dict(prior)
+        for name, low in (("a", 0), ("b", 15)):
+            for n, yes in findings:
+                p = (0.8 if name == "a" else 0.6) if low <= n < low + 15 else 0.0
+                mass[name] *= p if yes else 1 - p
+        expected = [mass[g.name] / sum(mass.values()) for g in e.golds]
+        assert [g.probability for g in e.golds] == pytest.approx(expected)
+
+
+def test_two_lists_say_none():
+    assert (
+        ddxplus.two_lists(["cough"], ["fever", "rash"]) == "Present: cough.\nAbsent: fever, rash."
+    )
+    assert ddxplus.two_lists([], ["fever"]) == "Present: none.\nAbsent: fever."
+
+
+def test_lists_and_numbers_that_the_statistics_do_not_have_are_refused(tmp_path, monkeypatch):
+    statistics(tmp_path)
+    short = tmp_path / "short.json"
+    short.write_text(json.dumps({"E_0": "sign 0"}))
+    monkeypatch.setattr(ddxplus, "SHORT_WORDS", short)
+    load = get_task("ddxplus_bayes").load
+    with pytest.raises(UserError, match=r"finding E_1, for which short.json has no words"):
+        load(Source("path", "train", 2, 5, str(tmp_path), findings="lists"))
+    with pytest.raises(UserError, match="asks for 31 findings, and 30 of"):
+        load(Source("path", "train", 2, 5, str(tmp_path), num_asked=[31]))
 
 
 def test_two_of_ten_paragraphs_are_gone(tmp_path):
