@@ -134,7 +134,15 @@ def test_where_the_posterior_has_too_few_names_others_follow():
             example, 4, ["a", "p", "never", "q", "r"], np.random.default_rng(0)
         )
     ]
-    assert set(names[:2]) == {"a", "b"} and len({*names[2:]} & {"p", "q", "r"}) == 2
+    # "never" has probability 0: it is as wrong as the others
+    assert set(names[:2]) == {"a", "b"} and len({*names[2:]} & {"p", "q", "r", "never"}) == 2
+
+
+def test_impossible_golds_follow_where_all_names_are_golds():
+    golds = tuple(Gold(name, (), p) for name, p in (("a", 1.0), ("b", 0.0), ("c", 0.0)))
+    example = Example("x", "ddxplus_bayes", "?", golds, "exact")
+    answers = demonstrations.draw_answers(example, 3, ["a", "b", "c"], np.random.default_rng(0))
+    assert answers[0].text == "a" and {answer.text for answer in answers} == {"a", "b", "c"}
 
 
 def test_an_example_without_probabilities_teaches_its_gold_among_others():

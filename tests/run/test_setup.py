@@ -11,14 +11,15 @@ from safetensors.torch import load_file, save_file
 from mar.answers.grammar import Grammar
 from mar.answers.tokenizer import load_tokenizer
 from mar.errors import UserError
+from mar.policy.distributed import World
 from mar.policy.sources import EMBEDDED, environment
-from mar.run import checkpoint
+from mar.run import asking, checkpoint
 from mar.run.answering import Target, load_weights
 from mar.run.asking import open_policy
 from mar.run.checkpoint import CheckpointWriter
 from mar.run.compose import compose
 from mar.run.console import Display
-from mar.run.setup import build_training, sampling_params
+from mar.run.setup import build_learner, build_training, sampling_params
 
 
 def test_a_machine_without_git_has_no_commit(monkeypatch):
@@ -51,6 +52,34 @@ def test_a_thinking_budget_keeps_room_for_the_answers(tokenizer):
         params(tokenizer, "sampler.think_budget=90")
     with pytest.raises(UserError, match="model.thinking=true"):
         params(tokenizer, "sampler.think_budget=20", thinking=False)
+
+
+# --- options of the real model -----------------------------------------------------------------
+
+
+def test_the_request_stands_above_the_question_wherever_a_run_asks():
+    words = ["+experiment=clinic", "data.request_first=true", "data.num_train=2", "data.num_eval=2"]
+    training = build_training(compose(words), EMBEDDED, Display("plain", 0, 1))
+    for prompt in (*training.prompt_order.prompts, *training.held_out.prompts):
+        assert prompt.text.index("<answer1>") < prompt.text.index(prompt.example.question)
+
+
+def test_a_question_from_the_keyboard_is_asked_as_in_training(monkeypatch):
+    asked = []
+    monkeypatch.setattr(asking, "build_prompt", lambda *_, **told: asked.append(told) or 1 / 0)
+    policy = open_policy("embedded", ["data.request_first=true"])
+    with pytest.raises(ZeroDivisionError):
+        policy.ask("Cough?", 1, 0)
+    assert asked == [{"request_first": True}]
+
+
+def test_weights_in_bfloat16_are_not_sharded():
+    config = compose(["+experiment=clinic", "model.lora_rank=2", "model.lora_base=bfloat16"])
+    policy = build_learner(config, EMBEDDED, World()).policy
+    narrow = [name for name, p in policy.named_parameters() if p.dtype == torch.bfloat16]
+    assert narrow and not any("lora_" in name for name in narrow)
+    with pytest.raises(UserError, match="for one process on a CPU"):
+        build_learner(config, EMBEDDED, World(size=2))
 
 
 # --- checkpoints from elsewhere ----------------------------------------------------------------
