@@ -241,7 +241,9 @@ class Teacher:
     def log_start(self, args: argparse.Namespace) -> None:
         """The size of the model and the settings of this start."""
         size = sum(p.numel() for p in self.model.parameters())
-        self.log({"parameters": size, **{key: str(value) for key, value in vars(args).items()}})
+        # The folder of a model to start from is a path of this machine.
+        settings = {key: str(value) for key, value in vars(args).items() if key != "model"}
+        self.log({"parameters": size} | settings)
 
     def save(self) -> None:
         state = {
