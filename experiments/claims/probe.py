@@ -1,6 +1,8 @@
 """Where does the untrained model know how probable an answer is?
 
-    python -m experiments.claims.probe      # writes probe.json, a minute or two
+    python -m experiments.claims.probe [--model FOLDER] [--out FILE]
+
+Without options it reads the embedded model and writes probe.json, in a minute or two.
 
 Probes read its state after each of its layers, at two places of a set of three answers:
 
@@ -12,6 +14,7 @@ The answers are draws from the exact posterior. The probes are measured on other
 those that they were trained on.
 """
 
+import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -169,10 +172,17 @@ def markdown(file: Path = RESULT) -> str:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--model", type=Path, default=resolve_model("embedded", "embedded", None)[0]
+    )
+    parser.add_argument("--out", type=Path, default=RESULT)
+    args = parser.parse_args()
     torch.manual_seed(0)
-    folder, _ = resolve_model("embedded", "embedded", None)
-    model = load_model(folder)
-    tokenizer = load_tokenizer(folder)
+    model = load_model(args.model)
+    tokenizer = load_tokenizer(args.model)
     task = get_task("clinic")
 
     def read(split: str, num: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -196,7 +206,7 @@ def main() -> None:
         "own_answers": ((written - truth) ** 2).mean().item(),
         "layers": layers,
     }
-    write_json(RESULT, document)
+    write_json(args.out, document)
 
 
 if __name__ == "__main__":

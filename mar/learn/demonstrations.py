@@ -11,7 +11,7 @@ sampling noise beyond the choice of patients and forms.
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import pairwise
 from typing import Any
@@ -23,7 +23,7 @@ import torch.nn.functional as F
 import mar_kernels
 from mar.answers.grammar import FORMS, Element, Grammar
 from mar.answers.prompts import STYLES, build_prompt
-from mar.answers.tokenizer import encode_text
+from mar.answers.tokenizer import encode_chat, encode_text
 from mar.errors import UserError
 from mar.policy.attention import group_attention
 from mar.policy.model import Decoder
@@ -362,10 +362,12 @@ def make_demonstration_batch(
     mixture: str = "all",
     hint: ConfidenceHint = NO_HINT,
     rows: int = 1,
+    bare: bool = False,
 ) -> DemonstrationBatch:
     """`rows` demonstrations for each example, in a form that it draws from one of MIXTURES.
 
-    `others` are answers to other questions.
+    `others` are answers to other questions. `bare`: a prompt is the question alone, without the
+    request for a form.
     """
     prompts: list[list[int]] = []
     completions: list[list[list[int]]] = []
@@ -373,6 +375,9 @@ def make_demonstration_batch(
     for example in examples:
         grammar, style = MIXTURES[mixture](rng)
         prompt = build_prompt(example, grammar, tokenizer, noun, style)
+        if bare:
+            text, prompt_ids = encode_chat(tokenizer, example.question, grammar.thinking)
+            prompt = replace(prompt, text=text, ids=prompt_ids)
         group: list[list[int]] = []
         for _ in range(rows):
             pieces = draw_demonstration(example, grammar, others, rng, prompt.think_open, hint)

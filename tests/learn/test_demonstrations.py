@@ -229,6 +229,22 @@ def test_loss_is_the_dense_cross_entropy(tokenizer):
     torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
 
 
+def test_a_bare_prompt_is_the_question_alone(tokenizer):
+    examples = clinic.load("train", 3)
+
+    def batch(bare: bool) -> demonstrations.DemonstrationBatch:
+        encode = demonstrations.piece_encoder(tokenizer)
+        teach = ("diagnosis", tokenizer, encode, np.random.default_rng(0), [], "plain")
+        return demonstrations.make_demonstration_batch(examples, *teach, bare=bare)
+
+    asked, alone = batch(False), batch(True)
+    for example, span in zip(examples, alone.packed.prompts, strict=True):
+        ids = alone.packed.ids[span[0] : span[0] + span[1]].tolist()
+        assert tokenizer.decode(ids) == f"<|user|>{example.question}<|end|><|assistant|>"
+    assert alone.packed.targets.tolist() == asked.packed.targets.tolist()
+    assert alone.target_weights.tolist() == asked.target_weights.tolist()
+
+
 def test_a_file_is_taught_as_a_whole(monkeypatch):
     """Beyond the first STEPS_PER_LOAD steps too, and it is read once; embedded patients are fresh ones."""
     monkeypatch.setattr(sft, "STEPS_PER_LOAD", 2)

@@ -42,6 +42,7 @@ SHAPE |= {
     "head_dim": 8,
     "rms_norm_eps": 1e-6,
     "tie_word_embeddings": True,
+    "max_position_embeddings": 2048,
 }
 
 

@@ -1,0 +1,377 @@
+"""Makes the embedded model, from random weights, in three steps.
+
+    python experiments/embedded_model/recipe.py --out FOLDER [--until bare|forms|truth|noise]
+
+A, stages `bare` and `forms`: answers that follow the exact posterior, first to the bare question,
+then in every form. Confidences are noise.
+B, stage `truth`: confidences at the truth, in sets of three above all, until a confidence follows
+the probability of its answer.
+C, stage `noise`: confidences become nearly uninformative again. Reinforcement learning is to bring
+them back.
+
+The posterior is asked for after layer `EARLY` as well as after the last one. Where a confidence is
+written, the layers above can then look it up.
+
+A step's patients and forms depend on the seed, the stage and the step alone. A run that was stopped
+goes on at its last checkpoint. FOLDER/log.jsonl has the loss (nats a completion above the least
+possible) and what is measured on validation patients.
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from begin import VOCABULARY, embedded_config, train_tokenizer
+from measure import posterior_kl, run, slot_correlations
+from torch import Tensor
+
+import mar_kernels
+from mar.answers.grammar import Grammar
+from mar.answers.tokenizer import copy_tokenizer, load_tokenizer
+from mar.learn.demonstrations import (
+    MIXTURES,
+    ConfidenceHint,
+    DemonstrationBatch,
+    make_demonstration_batch,
+    piece_encoder,
+)
+from mar.learn.optim import Muon, set_learning_rate
+from mar.policy.attention import group_attention
+from mar.policy.model import Decoder
+from mar.policy.weights import save_model
+from mar.records import Rollout
+from mar.sft import SFT_SEED
+from mar.tasks import clinic
+
+# The layer, counted from 1, after which the posterior has to be known already.
+EARLY = 4
+SETS = Grammar("rlcr_multi", 3, thinking=False)
+WARM_UP = 50
+SAVE_EVERY = 50
+LOG_EVERY = 25
+MEASURE_EVERY = 200
+# Validation patients that are measured.
+ITEMS = 300
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of the training; the names of its fields are those of the logs."""
+
+    name: str
+    steps: int
+    lr: float
+    # Patients of a step that are asked the bare question.
+    bare: int
+    # Patients of a step that are asked in a form, with so many demonstrations each.
+    prompts: int = 0
+    rows: int = 1
+    # Share of the prompts that ask for a set of three.
+    sets: float = 0.0
+    # Share of a confidence's mass that lies near the truth.
+    share: float = 1.0
+    # What a token of a confidence counts in the loss.
+    counts: float = 4.0
+    # What the loss after layer EARLY counts, of the tokens that count 1.
+    early: float = 1.0
+    # The rate falls to the share `last` of itself, over the share `falling` of the steps.
+    last: float = 0.0
+    falling: float = 0.3
+
+
+STAGES = (
+    Stage("bare", 1200, 1e-3, bare=64, last=1.0),
+    Stage("forms", 1000, 1e-3, bare=32, prompts=24, rows=2, share=0.0, counts=1.0, last=0.5),
+    Stage("truth", 3000, 5e-4, bare=16, prompts=16, rows=6, sets=0.7, falling=0.7),
+    Stage(
+        "noise",
+        250,
+        3e-4,
+        bare=0,
+        prompts=24,
+        rows=4,
+        share=0.35,
+        counts=2.0,
+        early=0.0,
+        falling=0.7,
+    ),
+)
+
+
+# ---------------------------------------------------------------------- the loss
+
+
+@contextmanager
+def states_after(model: Decoder, layer: int) -> Iterator[list[Tensor]]:
+    """What leaves a layer (counted from 1) while this is open: [N, D] for each forward pass."""
+    states: list[Tensor] = []
+    block = model.blocks[layer - 1]
+    hook = block.register_forward_hook(lambda _, args, out: states.append(out))
+    try:
+        yield states
+    finally:
+        hook.remove()
+
+
+def cross_entropy(
+    hidden: Tensor, head: Tensor, batch: DemonstrationBatch, counts: Tensor
+) -> Tensor:
+    """Nats in all to the exact distributions, of states [M, D] whose tokens count `counts` [M]."""
+    _, _, log_sum_exp = mar_kernels.linear_logprobs(hidden, head, batch.packed.targets)
+    weighted_rows = F.embedding_bag(
+        batch.target_ids,
+        head,
+        batch.target_starts,
+        mode="sum",
+        per_sample_weights=batch.target_weights.to(head.dtype),
+    )
+    # The targets hold what a token counts in the batch: replace it by what it counts here.
+    scale = counts / batch.token_weights.to(log_sum_exp.dtype)
+    return (counts * log_sum_exp - (hidden * weighted_rows).sum(-1) * scale).sum()
+
+
+def loss_and_excess(
+    model: Decoder, batch: DemonstrationBatch, early: float
+) -> tuple[Tensor, float]:
+    """The loss a counted token, and how many nats in all the last layer lies above the least."""
+    packed = batch.packed
+    head = model.head_weight
+    counts = batch.token_weights.to(head.dtype)
+    with states_after(model, min(EARLY, len(model.blocks))) as states:
+        hidden = model.hidden(packed.ids, packed.positions, group_attention(packed))
+    of_last = cross_entropy(hidden[packed.predict_from], head, batch, counts)
+    excess = of_last.item() - batch.entropy * counts.sum().item()
+    loss = of_last / counts.sum()
+    if early:
+        # Confidences are left out wherever they do not count 1.
+        counts_early = counts * (counts == 1.0)
+        hidden_early = model.norm(states[0][packed.predict_from])
+        of_early = cross_entropy(hidden_early, head, batch, counts_early)
+        loss = loss + early * of_early / counts.sum()
+    return loss, excess
+
+
+# ---------------------------------------------------------------------- what is measured
+
+
+def slot_errors(rollouts: list[Rollout]) -> list[float]:
+    """Mean squared error of the confidences of each slot, over right-formed sets."""
+    errors = []
+    for rollout in (r for r in rollouts if r.reason is None):
+        probability = {gold.name: gold.probability for gold in rollout.prompt.example.golds}
+        truth = [
+            0.0 if again else probability.get(answer, 0.0)
+            for answer, again in zip(rollout.answers, rollout.repeated, strict=True)
+        ]
+        errors.append((np.array(rollout.confidences) - np.array(truth)) ** 2)
+    if not errors:
+        return []
+    return [round(float(error), 4) for error in np.mean(errors, axis=0)]
+
+
+def measured(model: Decoder, tokenizer: Any, sets: bool) -> dict[str, Any]:
+    """On validation patients: the posterior of a single answer, and sets of three if wanted."""
+    examples = clinic.load("validation", ITEMS)
+    found: dict[str, Any] = {"posterior_kl": round(posterior_kl(model, tokenizer, examples), 4)}
+    if not sets:
+        return found
+    metrics, rollouts = run(model, tokenizer, examples, SETS, "ranked")
+    for name in ("format_rate", "coverage@3", "q_mse", "ece"):
+        # None: no set was right-formed.
+        if metrics[name] is not None:
+            found[name] = round(metrics[name], 4)
+    found["slots"] = slot_errors(rollouts)
+    if found["slots"]:
+        found["correlations"] = [round(x, 2) for x in slot_correlations(rollouts)]
+    return found
+
+
+# ---------------------------------------------------------------------- the training
+
+
+def optimizers_of(model: Decoder) -> list[tuple[torch.optim.Optimizer, float]]:
+    """Optimizers of what is to be trained, and what each multiplies the rate by.
+
+    Muon has the matrices inside the blocks, at ten times the rate of AdamW, which has the rest.
+    """
+    inside, rest = [], []
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        is_inside = name.startswith("blocks.") and parameter.ndim == 2
+        (inside if is_inside else rest).append(parameter)
+    adamw = torch.optim.AdamW(rest, betas=(0.9, 0.95), weight_decay=0.0)
+    return [(adamw, 1.0), (Muon(inside, lr=1e-2), 10.0)]
+
+
+class Teacher:
+    """A model in training, what it has gone through, and the folder where that is kept.
+
+    `words` is the folder of its tokenizer.
+    """
+
+    def __init__(
+        self, folder: Path, words: Path, model: Decoder, seed: int, stages: tuple[Stage, ...]
+    ) -> None:
+        self.folder = folder
+        self.words = words
+        self.tokenizer = load_tokenizer(words)
+        self.encode = piece_encoder(self.tokenizer)
+        self.model = model
+        self.seed = seed
+        self.stages = stages
+        self.optimizers = optimizers_of(model)
+        # Where it is: the index of the stage, its next step, and seconds of steps so far.
+        self.stage = 0
+        self.step = 0
+        self.seconds = 0.0
+
+    def log(self, line: dict[str, Any]) -> None:
+        with (self.folder / "log.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def log_start(self, args: argparse.Namespace) -> None:
+        """The size of the model and the settings of this start."""
+        size = sum(p.numel() for p in self.model.parameters())
+        # The folder of a model to start from is a path of this machine.
+        settings = {key: str(value) for key, value in vars(args).items() if key != "model"}
+        self.log({"parameters": size} | settings)
+
+    def save(self) -> None:
+        state = {
+            "model": self.model.state_dict(),
+            "stage": self.stage,
+            "step": self.step,
+            "seconds": self.seconds,
+            "optimizers": [optimizer.state_dict() for optimizer, _ in self.optimizers],
+        }
+        # An interrupted save leaves no half file under the real name.
+        unfinished = self.folder / "checkpoint.new"
+        torch.save(state, unfinished)
+        unfinished.rename(self.folder / "checkpoint.pt")
+
+    def resume(self) -> None:
+        """Go on where the folder's checkpoint was, if it has one."""
+        file = self.folder / "checkpoint.pt"
+        if not file.exists():
+            return
+        state = torch.load(file, weights_only=True)
+        self.model.load_state_dict(state["model"])
+        self.stage = state["stage"]
+        self.step = state["step"]
+        self.seconds = state["seconds"]
+        for (optimizer, _), kept in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(kept)
+
+    def batches(self, stage: Stage) -> Iterator[DemonstrationBatch]:
+        """Those of this step: first of bare questions, then of forms."""
+
+        def draw_form(rng: np.random.Generator) -> tuple[Grammar, str]:
+            return (SETS, "ranked") if rng.random() < stage.sets else MIXTURES["all"](rng)
+
+        rng = np.random.default_rng([self.seed, self.stage, self.step])
+        seed = SFT_SEED + 100_000 * (1 + self.stage) + self.step
+        patients = clinic.load("train", stage.bare + stage.prompts, seed)
+        names = [gold.name for gold in patients[0].golds]
+        teach = (clinic.NOUN, self.tokenizer, self.encode, rng, names)
+        if stage.bare:
+            yield make_demonstration_batch(patients[: stage.bare], *teach, "plain", bare=True)
+        if stage.prompts:
+            MIXTURES["recipe"] = draw_form
+            hint = ConfidenceHint(stage.share, stage.counts, 0.02)
+            yield make_demonstration_batch(
+                patients[stage.bare :], *teach, "recipe", hint, stage.rows
+            )
+
+    def rate(self, stage: Stage) -> float:
+        left = min(1.0, (stage.steps - self.step) / (stage.falling * stage.steps))
+        warm = min(1.0, (self.step + 1) / WARM_UP) if self.stage == 0 else 1.0
+        return stage.lr * warm * (stage.last + (1 - stage.last) * left)
+
+    def teach(self, stage: Stage) -> None:
+        """The steps of a stage that are left; logs, measures and saves now and then."""
+        # Of each step since the last line, the excess of each of its batches, in nats.
+        recent: list[list[float]] = []
+        while self.step < stage.steps:
+            began = time.perf_counter()
+            self.model.zero_grad()
+            recent.append([])
+            for batch in self.batches(stage):
+                loss, excess = loss_and_excess(self.model, batch, stage.early)
+                loss.backward()
+                recent[-1].append(excess)
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+            rate = self.rate(stage)
+            for optimizer, times in self.optimizers:
+                set_learning_rate(optimizer, times * rate)
+                optimizer.step()
+            self.step += 1
+            self.seconds += time.perf_counter() - began
+
+            last = self.step == stage.steps
+            where = {"stage": stage.name, "step": self.step}
+            if self.step % LOG_EVERY == 0 or last:
+                sizes = [n for n in (stage.bare, stage.prompts * stage.rows) if n]
+                kl = [round(x, 4) for x in (np.mean(recent, axis=0) / sizes).tolist()]
+                spent = {"lr": round(rate, 6), "seconds": round(self.seconds)}
+                self.log(where | {"kl": kl} | spent)
+                recent.clear()
+            if self.step % MEASURE_EVERY == 0 or last:
+                self.log(where | measured(self.model, self.tokenizer, sets=stage.prompts > 0))
+            if self.step % SAVE_EVERY == 0 or last:
+                self.save()
+
+    def go(self, until: str) -> None:
+        """All stages that are left, to the end of the stage `until`; each leaves its model."""
+        for index, stage in enumerate(self.stages):
+            if index < self.stage:
+                continue
+            if index > self.stage:
+                self.stage, self.step = index, 0
+            self.log(asdict(stage) | {"from": self.step})
+            self.teach(stage)
+            save_model(self.model, self.folder / stage.name, torch.float32)
+            copy_tokenizer(self.words, self.folder / stage.name)
+            if stage.name == until:
+                return
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--out", type=Path, required=True)
+    add("--until", default="noise", choices=[stage.name for stage in STAGES])
+    add("--layers", type=int, default=6)
+    add("--wide", type=int, default=256, help="units inside a block")
+    add("--seed", type=int, default=0)
+    add("--steps", type=int, help="at most so many of each stage, to try it out")
+    args = parser.parse_args()
+    stages = STAGES
+    if args.steps is not None:
+        stages = tuple(replace(stage, steps=min(stage.steps, args.steps)) for stage in STAGES)
+
+    words = args.out / "tokenizer"
+    if not words.exists():
+        examples = clinic.load("train", 4000, SFT_SEED - 1)
+        train_tokenizer(examples, clinic.NOUN, VOCABULARY, words)
+    torch.manual_seed(args.seed)
+    config = embedded_config(len(load_tokenizer(words)))
+    model = Decoder(replace(config, num_layers=args.layers, intermediate_size=args.wide))
+    teacher = Teacher(args.out, words, model, args.seed, stages)
+    teacher.resume()
+    teacher.log_start(args)
+    teacher.go(args.until)
+
+
+if __name__ == "__main__":
+    main()
