@@ -38,6 +38,7 @@ from mar.answers.grammar import Grammar
 from mar.answers.tokenizer import copy_tokenizer, load_tokenizer
 from mar.learn.demonstrations import (
     MIXTURES,
+    SFT_SEED,
     ConfidenceHint,
     DemonstrationBatch,
     make_demonstration_batch,
@@ -48,7 +49,6 @@ from mar.policy.attention import group_attention
 from mar.policy.model import Decoder
 from mar.policy.weights import save_model
 from mar.records import Rollout
-from mar.sft import SFT_SEED
 from mar.tasks import clinic
 
 # The layer, counted from 1, after which the posterior has to be known already.
