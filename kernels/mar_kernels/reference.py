@@ -189,8 +189,13 @@ def whole_set(components: Tensor, first_open: Tensor) -> Tensor:
 
 
 def own(components: Tensor, first_open: Tensor) -> Tensor:
-    """What the segment itself decides, and always the last component; `to_go` where it decides
-    nothing. Biased: it ignores what an answer does to later ones."""
+    """What the segment itself decides, plus the last component.
+
+        a segment that decides components start .. end - 1   their sum, plus the last component
+        one that decides none, or only the last component    all that is still to come, as `to_go`
+
+    Biased: it ignores what an answer does to later ones.
+    """
     num_components = components.shape[1]
     last = torch.full_like(first_open, num_components - 1)
     sum_from = _sum_from(components)
@@ -251,23 +256,25 @@ def no_baseline(compared: Compared) -> Tensor:
 
 
 def matched(compared: Compared) -> Tensor:
-    """The mean of those other completions of the group that have earned as much so far.
+    """The mean of the other completions of the group that have hit as much so far.
 
-        earned_i[c]  sum of the positive parts of the components before c
-        matches      completions j != i with earned_j[c] = earned_i[c], c the first open component;
-                     all j != i where there is none
+        hit_i[c]  sum of the positive components before c. Costs do not count: a confidence's error
+                  is a number of its own in every completion, and nobody would match
+        matches   the completions j != i with hit_j[c] = hit_i[c], c the first open component;
+                  if nobody matches, all j != i
 
-    What i has earned is its own past, and what the others go on to earn does not depend on i's next
-    token, so the estimator stays unbiased. It loses the noise that the past explains: after a hit
-    on the only label nothing more can be hit, and a confidence is compared with confidences in
-    answers as right as its own.
+    With credit `to_go` this is unbiased: what i has hit is its past, and the rewards of the others
+    do not depend on i's next token (a reward term that looks at the group breaks that). It takes
+    out the noise that the past explains: after a hit on the only label nothing more can be hit, and
+    the confidence of a right answer is compared with confidences of right answers.
     """
     if compared.credit == "set":
-        # It counts from the start on, before which no completion has earned anything: all match.
+        # `set` counts from the first token on, before which nobody has hit anything: all match.
         return leave_one_out(compared)
     members, is_member = _rows_of_groups(compared.group_ids)
-    earned = F.pad(compared.components.clamp(min=0).cumsum(1), (1, 0))
-    past = earned.gather(1, compared.first_open)[members]  # [P, G, S]
+    hit = F.pad(compared.components.clamp(min=0).cumsum(1), (1, 0))
+    # Compared exactly: equal hits are the same numbers, added in the same order.
+    past = hit.gather(1, compared.first_open)[members]  # [P, G, S]
     values = compared.credited[members]  # [P, G, S]
 
     # masks [P, G, G, S] over (group, completion i, completion j, segment)

@@ -7,6 +7,8 @@ write such a function and enter it into LOSSES; hyper-parameters of its own come
 `algo.loss_options` and are declared beside it with `options`. The weights are fixed for the whole
 optimizer step, so the losses of its micro-batches add up. A token of weight 0 changes nothing.
 
+The loss that is minimised adds KL and an entropy bonus: `policy_loss` in update.py.
+
 In the equations r_t = pi(token_t) / pi_old(token_t), and sg stops the gradient.
 """
 

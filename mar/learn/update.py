@@ -208,6 +208,7 @@ def _policy_gradients(learner: Learner, batch: Batch, columns: Columns, bonus: f
     logs: list[Logs] = []
     for micro, factor in world.deal(list(micro_batches(batch, max_tokens, world.size))):
         logprobs, entropy, _ = learner.policy(micro.packed, algo.temperature)
+        # Without old log-probabilities the policy that sampled is this one, and the ratio is 1.
         flat = {"old_logprobs": logprobs.detach()}
         flat |= flat_columns(micro, batch, columns, logprobs.dtype)
         loss, logged = policy_loss(algo, logprobs, entropy, flat, bonus)

@@ -44,8 +44,8 @@ class Interrupts:
             raise KeyboardInterrupt
 
     def agreed(self, world: World) -> bool:
-        """Whether to stop: a signal to one rank is a signal to all, so all decide alike. One that
-        comes later waits for the next step."""
+        """Whether to stop: a signal to one rank is a signal to all, so all decide the same. One
+        that comes later waits for the next step; in the last step it has no effect."""
         mine = 0.0 if self.received_at is None else 1.0
         return world.reduce((mine,), largest=True) != [0.0]
 

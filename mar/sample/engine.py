@@ -1,8 +1,9 @@
 """Our sampler: continuous batching over fixed row slots, with each prompt computed once.
 
-Completions wait until a row slot is free, run in it token by token, and make room for the next as
-soon as they are done. The rows of a group share their prompt's keys and values. No draw depends on
-the slot, the batch or the time (draws.py).
+Completions wait until a row slot is free, run in it token by token, and make room for the next once
+they are found to be done: at every step, or every RETIRE_EVERY steps where looking costs time. The
+rows of a group share their prompt's keys and values. No draw depends on the slot, the batch or the
+time (draws.py).
 
 Read `generate` first, then `CompletionState`, then the four steps of `Engine`.
 """
@@ -30,7 +31,7 @@ from mar_kernels.graphs import capture
 # token ids to text
 Decode = Callable[[tuple[int, ...]], str]
 
-# gets the index of a request and one of its completions, as soon as that is done
+# gets the index of a request and one of its completions, once that is found to be done
 OnDone = Callable[[int, Completion], None]
 
 # Looking for finished rows waits for the device. Where that costs time, look every so many steps.
@@ -109,9 +110,12 @@ def generate(
     """Sample the completions of every request.
 
     `decode` is needed where `params` has stop strings or a thinking budget. `on_done` is called
-    with each completion as soon as it is done.
+    with each completion once it is found to be done.
 
-    Raises UserError where a group does not fit the budget, or probabilities are not finite.
+    Each round draws before it feeds: a prompt's last hidden state predicts the first token.
+
+    Raises UserError where a group does not fit the budget, or probabilities are not finite;
+    ValueError where `decode` is needed and missing.
     """
     if params.reads_text and decode is None:
         raise ValueError("stop_strings and think_budget read text: they need decode")

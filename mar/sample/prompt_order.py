@@ -34,7 +34,8 @@ class PromptOrder:
         return chosen
 
     def out_of_turn(self, step: int, attempt: int) -> list[Prompt]:
-        """Other prompts for a step whose own taught nothing (algo.resample); attempts from 1."""
+        """Prompts drawn at random, for a step whose own taught nothing (algo.resample). Attempts are
+        counted from 1."""
         count = len(self.prompts)
         rng = np.random.default_rng([self.seed, step, attempt])
         drawn = rng.choice(count, self.per_step, replace=self.per_step > count)

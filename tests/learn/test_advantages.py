@@ -123,15 +123,16 @@ def test_advantages_by_hand():
 
 
 def test_maxrl_by_hand():
-    """(r - mean) / mean: one hit of four, three hits of four, and a group that earned nothing."""
-    rewards = torch.tensor([1, 0, 0, 0, 1, 1, 1, 0, 0, 0, 0, 0], dtype=F64)[:, None]
-    groups = torch.arange(3).repeat_interleave(4)
-    zeros = torch.zeros(12, 1, dtype=torch.int64)
+    """(r - mean) / mean: one hit of four, three hits of four; nothing where the mean is not above
+    0."""
+    rewards = torch.tensor([1, 0, 0, 0, 1, 1, 1, 0, 0, 0, 0, 0, -1, 0, 0, 0], dtype=F64)[:, None]
+    groups = torch.arange(4).repeat_interleave(4)
+    zeros = torch.zeros(16, 1, dtype=torch.int64)
     one = torch.ones(1, dtype=F64)
     rules = {"credit": "set", "baseline": "mean", "scale": "group_mean"}
     got = answer_advantages(rewards, one, zeros, zeros, groups, **rules)[:, 0]
     hit = 0.25 / 0.75
-    expected = [3, -1, -1, -1, hit, hit, hit, -1, 0, 0, 0, 0]
+    expected = [3, -1, -1, -1, hit, hit, hit, -1, *[0] * 8]
     np.testing.assert_allclose(got, expected)
 
 

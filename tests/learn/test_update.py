@@ -20,9 +20,17 @@ from mar.learn.batch import make_batch, micro_batches
 from mar.learn.gae import explained_variance, gae, token_rewards
 from mar.learn.gradient_variance import variance_ratio
 from mar.learn.learner import Learner
-from mar.learn.losses import policy_gradient
+from mar.learn.losses import LARGEST, TOKEN_MEAN, UPDATE_MEAN, Logged, policy_gradient
 from mar.learn.optim import make_optimizer
-from mar.learn.update import _minibatches, compute_advantages, entropy_coef, one_pass, update
+from mar.learn.update import (
+    _add_up,
+    _mean_over_updates,
+    _minibatches,
+    compute_advantages,
+    entropy_coef,
+    one_pass,
+    update,
+)
 from mar.policy.critic import Critic
 from mar.policy.distributed import ALONE
 from mar.run import checkpoint
@@ -377,3 +385,14 @@ def test_the_critic_and_its_moments_come_back_bit_for_bit(tiny_model, tmp_path):
         update(learner, *compute_advantages(learner, batch), 3)
         after.append([*learner.policy.parameters(), *learner.critic.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*after, strict=True))
+
+
+def test_what_is_logged_adds_up_as_it_says():
+    """Two updates of two tokens each, the second in two micro-batches."""
+    first = {"a": Logged(3.0, TOKEN_MEAN), "b": Logged(5.0, UPDATE_MEAN), "c": Logged(2.0, LARGEST)}
+    parts = [
+        {"a": Logged(1.0, TOKEN_MEAN), "b": Logged(1.0, UPDATE_MEAN), "c": Logged(7.0, LARGEST)},
+        {"a": Logged(4.0, TOKEN_MEAN), "b": Logged(2.0, UPDATE_MEAN), "c": Logged(1.0, LARGEST)},
+    ]
+    second = _add_up(ALONE, parts)
+    assert _mean_over_updates([first, second], num_tokens=4) == {"a": 2.0, "b": 4.0, "c": 7.0}
