@@ -151,6 +151,8 @@ def test_gae_without_values_is_to_go_credit_without_a_baseline():
         advantages, returns = gae(rewards, torch.zeros_like(rewards), batch.completion_mask, 1.0)
         torch.testing.assert_close(advantages, token_advantages(batch, credit, "none", "none"))
         assert torch.equal(returns, advantages)
+    with pytest.raises(ValueError, match="to_go or set, not 'own'"):
+        token_rewards(batch, "own")
 
 
 def test_gae_is_its_sum():
