@@ -95,12 +95,7 @@ def export(run: Path, folder: Path, dtype: str, adapters: bool = False) -> Path:
     adapters alone are not what was trained.
     """
     config = load_config(run / "config.yaml")
-    saved = checkpoint.newest(run / "checkpoints")
-    if saved is None:
-        raise UserError(
-            f"{run} has no readable checkpoint: let the run reach "
-            f"checkpoint.every={config.checkpoint.every}"
-        )
+    saved = checkpoint.require_newest(run, config)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} exists and is no empty folder: name another or remove it")
 

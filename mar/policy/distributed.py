@@ -107,6 +107,20 @@ class World:
 ALONE = World()
 
 
+def compute_device(device: str, local_rank: int = 0) -> torch.device:
+    """Where to compute: `cpu`, `cuda`, or `auto`, which is a GPU where there is one.
+
+    Raises UserError for cuda without a GPU.
+    """
+    if device == "cpu":
+        return torch.device("cpu")
+    if torch.cuda.is_available():
+        return torch.device("cuda", local_rank)
+    if device == "cuda":
+        raise UserError("device=cuda and PyTorch sees no GPU here: take device=cpu or device=auto")
+    return torch.device("cpu")
+
+
 def join(device: str, scale: ScaleOptions) -> World:
     """The world of this process, by torchrun's environment variables.
 
@@ -115,7 +129,8 @@ def join(device: str, scale: ScaleOptions) -> World:
     size = int(os.environ.get("WORLD_SIZE", 1))
     rank = int(os.environ.get("RANK", 0))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    gpu = device == "cuda" or (device == "auto" and torch.cuda.is_available())
+    own_device = compute_device(device, local_rank)
+    gpu = own_device.type == "cuda"
     if scale.num_gpus > 1 and size == 1:
         command = f"torchrun --nproc-per-node {scale.num_gpus} -m mar.train ..."
         raise UserError(
@@ -127,12 +142,10 @@ def join(device: str, scale: ScaleOptions) -> World:
         raise UserError(
             "scale.dtype=bfloat16 is for GPUs, a CPU is slower in it: take scale.dtype=float32"
         )
-    compute_device = torch.device("cpu")
     backend = "gloo"
     if gpu:
-        compute_device = torch.device("cuda", local_rank)
         backend = "cpu:gloo,cuda:nccl"
-        torch.cuda.set_device(compute_device)
+        torch.cuda.set_device(own_device)
     checkpoint_group = None
     if size > 1:
         dist.init_process_group(backend, timeout=TIMEOUT)
@@ -142,7 +155,7 @@ def join(device: str, scale: ScaleOptions) -> World:
     elif gpu:
         # FSDP of one process keeps float32 parameters beside computation in bfloat16
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    return World(rank, size, compute_device, checkpoint_group)
+    return World(rank, size, own_device, checkpoint_group)
 
 
 def shard(model: nn.Module, world: World, scale: ScaleOptions) -> None:

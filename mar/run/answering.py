@@ -21,15 +21,23 @@ from mar.measure.answer_sets import Item
 from mar.measure.baselines import Arm, sample_items
 from mar.measure.comparison import paired_differences
 from mar.measure.given_texts import items_of_file
+from mar.policy.distributed import compute_device
 from mar.policy.lora import adapted
 from mar.policy.model import Decoder
 from mar.policy.sources import resolve_model
 from mar.policy.weights import load_model
 from mar.records import Example, Prompt
 from mar.run import checkpoint
-from mar.run.compose import compose, load_config
+from mar.run.compose import compose, load_config, quoted
 from mar.run.console import Display
-from mar.run.setup import announce, load_data, make_prompts, sampling_params, verifier_of
+from mar.run.setup import (
+    announce,
+    load_data,
+    make_prompts,
+    require_positions,
+    sampling_params,
+    verifier_of,
+)
 from mar.sample.draws import SamplingParams
 from mar.sample.rollout import Decode, make_decode
 from mar.verify.programs import ProgramRunner
@@ -78,7 +86,7 @@ def find_target(
             raise UserError(
                 f"{name} is neither a run (config.yaml), nor a checkpoint (config.json), nor base"
             )
-        composed = compose(["model=hf", f"model.path={folder.resolve()}", *settings])
+        composed = compose(["model=hf", f"model.path={quoted(folder.resolve())}", *settings])
         config = announce(composed, display)
         default_out = Path("runs/evaluation") / folder.resolve().name
     else:
@@ -99,18 +107,13 @@ def find_target(
 
 
 def _newest_checkpoint(folder: Path, config: Config, display: Display) -> checkpoint.Found:
-    found = checkpoint.newest(folder / "checkpoints")
-    if found is None:
-        raise UserError(
-            f"{folder} has no readable checkpoint: "
-            f"let the run reach checkpoint.every={config.checkpoint.every} steps"
-        )
+    found = checkpoint.require_newest(folder, config)
     if found.step < config.train.steps:
         display.say(f"{folder} is unfinished: measuring step {found.step} of {config.train.steps}")
     return found
 
 
-def load_weights(target: Target, device: str) -> tuple[Decoder, Decoder]:
+def load_weights(target: Target, device: torch.device) -> tuple[Decoder, Decoder]:
     """(the policy, the untrained model); one object where they are the same."""
     dtype = getattr(torch, target.config.scale.dtype)
     ids = num_tokens(load_tokenizer(target.model_folder))
@@ -190,13 +193,16 @@ def answer_questions(
     target.out.mkdir(parents=True, exist_ok=True)
     done = _resume(path, header, chunks, ids, display)
 
-    gpu = config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available())
-    policy, untrained = load_weights(target, "cuda" if gpu else "cpu")
+    params_of = {arm.name: _sampling_params(target, arm, questions) for arm in arms}
+    for arm in arms:
+        longest = max(len(prompt.ids) for prompt in questions.prompts[arm.name])
+        require_positions(config, target.model_folder, longest, params_of[arm.name].max_tokens)
+    policy, untrained = load_weights(target, compute_device(config.device))
     for arm in arms:
         began = time.perf_counter()
         items = done.setdefault(arm.name, [])
         chunk = chunks[arm.name]
-        params = _sampling_params(target, arm, questions)
+        params = params_of[arm.name]
         for start in range(len(items), len(ids), chunk):
             sampled = sample_items(
                 arm=arm,

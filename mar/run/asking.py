@@ -12,13 +12,14 @@ from mar.answers.prompts import build_prompt, fit_grammar
 from mar.answers.tokenizer import load_tokenizer, num_tokens
 from mar.config import Config
 from mar.errors import UserError
+from mar.policy.distributed import compute_device
 from mar.policy.lora import adapted
 from mar.policy.model import Decoder
 from mar.policy.sources import resolve_model
 from mar.policy.weights import load_model
 from mar.records import Example
 from mar.run import checkpoint
-from mar.run.compose import compose, load_config
+from mar.run.compose import compose, load_config, quoted
 from mar.run.setup import sampling_params
 from mar.sample.draws import SamplingParams
 from mar.sample.rollout import Decode, make_decode, read, sample
@@ -71,6 +72,13 @@ class AskedPolicy:
                 f"the question takes {len(prompt.ids)} tokens and model.max_prompt_tokens is "
                 f"{limit}: shorten it, or raise the limit"
             )
+        positions = self.policy.config.max_positions
+        if len(prompt.ids) + self.params.max_tokens > positions:
+            raise UserError(
+                f"the question takes {len(prompt.ids)} tokens, which leaves no room for an answer of up "
+                f"to {self.params.max_tokens} tokens in the {positions} positions of the model: shorten "
+                "it, or lower model.max_completion_tokens"
+            )
         budget = len(prompt.ids) + num_sets * self.params.max_tokens
         groups, _ = sample(
             self.policy,
@@ -99,14 +107,9 @@ def open_policy(target: str, settings: Sequence[str]) -> AskedPolicy:
     found = None
     if (folder / "config.yaml").is_file():
         config = load_config(folder / "config.yaml", settings)
-        found = checkpoint.newest(folder / "checkpoints")
-        if found is None:
-            raise UserError(
-                f"{folder} has no readable checkpoint: let the run reach "
-                f"checkpoint.every={config.checkpoint.every} steps"
-            )
+        found = checkpoint.require_newest(folder, config)
     elif (folder / "config.json").is_file():
-        config = compose(["model=hf", f"model.path='{folder.resolve()}'", *settings])
+        config = compose(["model=hf", f"model.path={quoted(folder.resolve())}", *settings])
     elif target == "embedded":
         config = compose(["+experiment=clinic", *settings])
     else:
@@ -120,13 +123,10 @@ def open_policy(target: str, settings: Sequence[str]) -> AskedPolicy:
     tokenizer = load_tokenizer(model_folder)
     grammar = fit_grammar(grammar_of(config), tokenizer)
     decode = make_decode(tokenizer)
-    device = "cpu"
-    if config.device != "cpu" and torch.cuda.is_available():
-        device = "cuda"
     policy = load_model(
         model_folder,
         dtype=getattr(torch, config.scale.dtype),
-        device=torch.device(device),
+        device=compute_device(config.device),
         num_tokens=num_tokens(tokenizer),
     )
     if found is not None:

@@ -29,6 +29,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.optim import Optimizer
 
+from mar.config import Config
 from mar.errors import UserError
 from mar.learn.learner import Learner
 from mar.policy.distributed import ALONE, World
@@ -244,6 +245,17 @@ def newest(folder: Path, say: Callable[[str], object] = warnings.warn) -> Found 
             return Found(path, int(path.name[-6:]))
         say(f"passed over a checkpoint: {fault}")
     return None
+
+
+def require_newest(run: Path, config: Config) -> Found:
+    """The newest valid checkpoint of a run's folder. Raises UserError where there is none."""
+    found = newest(run / "checkpoints")
+    if found is None:
+        raise UserError(
+            f"{run} has no readable checkpoint: let the run reach "
+            f"checkpoint.every={config.checkpoint.every} steps"
+        )
+    return found
 
 
 def _fault(path: Path) -> str | None:

@@ -412,6 +412,13 @@ def load_config(file: Path, overrides: Sequence[str] = ()) -> Config:
     return validate(tree)
 
 
+def quoted(value: object) -> str:
+    """A value as a word of Hydra's command line, whatever signs it holds."""
+    # Hydra reads a backslash as itself, except before a quote.
+    escaped = re.sub(r"(\\*)('|$)", lambda m: 2 * m[1] + (m[2] and "\\'"), str(value))
+    return f"'{escaped}'"
+
+
 def compose(overrides: Sequence[str] = (), check: bool = True) -> Config:
     """The config of a command line such as `["+experiment=medqa", "model.lr=1e-6"]`.
 

@@ -177,17 +177,16 @@ def _encode(tokenizer: Any, text: str) -> tuple[int, ...]:
 # --- models ----------------------------------------------------------------------------------
 
 
-def require_positions(config: Config, model_folder: Path, longest_prompt: int) -> None:
+def require_positions(
+    config: Config, model_folder: Path, longest_prompt: int, max_tokens: int
+) -> None:
     """Raises UserError where a completion can reach positions that the model was not made for."""
     positions = read_config(model_folder).max_positions
-    room = positions - longest_prompt
-    most = config.model.max_completion_tokens
-    if most > room:
+    if longest_prompt + max_tokens > positions:
         raise UserError(
-            f"the longest prompt has {longest_prompt} tokens and model.max_completion_tokens={most} "
-            f"goes beyond the {positions} positions of {config.model.name} "
-            f"(max_position_embeddings): lower model.max_completion_tokens to {max(room, 0)}, or "
-            "model.max_prompt_tokens"
+            f"a prompt of {longest_prompt} tokens and a completion of up to {max_tokens} go beyond "
+            f"the {positions} positions of {config.model.name} (max_position_embeddings): lower "
+            "model.max_completion_tokens or model.max_prompt_tokens"
         )
 
 
@@ -290,7 +289,7 @@ def build_training(
         config.sampler.kv_budget_tokens,
     )
     longest = max(len(prompt.ids) for prompt in (*prompts, *held_out_prompts))
-    require_positions(config, model_folder, longest)
+    require_positions(config, model_folder, longest, options.max_completion_tokens)
     learner = build_learner(config, model_folder, world, num_tokens(tokenizer))
     params = sampling_params(config, grammar, tokenizer, model_folder)
     return Training(

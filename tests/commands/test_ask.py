@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from mar import ask
 from mar.run.asking import AnswerSet, PooledAnswer, open_policy, pool
@@ -84,11 +85,19 @@ BAD = {
     "no sets": (["embedded", "a", "--samples", "0"], "at least one"),
     "unknown setting": (["embedded", "a", "algo.temprature=1"], "algo.temperature"),
     "a book": (["embedded", "fever " * 3000], "shorten it"),
+    "beyond its positions": (
+        ["embedded", "a", "model.max_completion_tokens=3000"],
+        "2048 positions",
+    ),
+    "no GPU here": (["embedded", "a", "device=cuda"], "device=auto"),
 }
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_mistakes_are_one_sentence(name: str, capsys: pytest.CaptureFixture[str]):
+def test_mistakes_are_one_sentence(
+    name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     words, expected = BAD[name]
     assert ask.main(words) == 2
     said = capsys.readouterr().err

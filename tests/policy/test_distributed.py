@@ -10,11 +10,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from mar.config import ScaleOptions
 from mar.errors import UserError
 from mar.learn.learner import Learner
-from mar.policy.distributed import World, join
+from mar.policy.distributed import World, compute_device, join
 from mar.policy.lora import adapted
 from mar.policy.sources import resolve_model
 from mar.policy.weights import load_model
@@ -131,6 +132,30 @@ def test_the_copy_to_sample_from_is_filled_each_time_and_freed_if_asked(tiny_mod
                 p.add_(1)
     # what is kept is not allocated again
     assert len(addresses) == 1 or not kept
+
+
+def test_only_rank_0_decides_and_every_rank_is_told(monkeypatch):
+    channel = []
+
+    def broadcast(values, src):
+        assert src == 0
+        if values[0] is not None:
+            channel[:] = values
+        values[:] = channel
+
+    monkeypatch.setattr(dist, "broadcast_object_list", broadcast)
+    assert World(rank=0, size=2).told(lambda: "step 4") == "step 4"
+    assert World(rank=1, size=2).told(lambda: pytest.fail("rank 1 decided")) == "step 4"
+    assert World().told(lambda: "alone") == "alone"
+
+
+@pytest.mark.parametrize(
+    "device, gpus, expected",
+    [("cpu", True, "cpu"), ("auto", True, "cuda:1"), ("auto", False, "cpu")],
+)
+def test_auto_is_a_gpu_where_there_is_one(monkeypatch, device, gpus, expected):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus)
+    assert str(compute_device(device, local_rank=1)) == expected
 
 
 def in_a_process_of_its_own(code: str) -> None:

@@ -157,7 +157,7 @@ def test_only_the_adapters_train_and_the_run_resumes(trained, tmp_path):
 def test_what_is_measured_and_exported_is_the_adapted_policy(trained, tmp_path):
     config = compose(WORDS)
     target = Target("x", config, EMBEDDED, {}, checkpoint.newest(trained / "checkpoints"), tmp_path)
-    measured, _ = load_weights(target, "cpu")
+    measured, _ = load_weights(target, torch.device("cpu"))
     folder = export(trained, tmp_path / "hf", "float32")
     for ours in (measured, load_model(folder)):
         for got, expected in zip(columns(ours), columns(policy_of(trained)), strict=True):

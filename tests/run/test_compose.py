@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 from mar.answers import grammar, reward_spec
 from mar.config import AlgoOptions, Config, RewardOptions
 from mar.errors import UserError
-from mar.run.compose import CONF_DIR, compose, from_omegaconf, validate
+from mar.run.compose import CONF_DIR, compose, from_omegaconf, quoted, validate
 from mar.train import run
 
 LR = {"embedded": 1.5e-1, "smollm2-135m": 1e-5, "qwen3-1.7b": 2e-6, "qwen3-8b": 1e-6, "hf": 1e-6}
@@ -183,6 +183,10 @@ def test_the_rehearsal_is_the_same_job() -> None:
 def test_hf_takes_a_hub_id_or_a_folder(tmp_path: Path) -> None:
     assert compose(["model=hf", "model.path=owner/name"]).model.source == "hub"
     assert compose(["model=hf", f"model.path={tmp_path}"]).model.source == "folder"
+    for name in ("lr=1,bs=2", "it's", 'a "b" {c} [d]', "a\\b", "a\\", "a\\'b", "é ~:"):
+        folder = tmp_path / name
+        folder.mkdir()
+        assert compose(["model=hf", f"model.path={quoted(folder)}"]).model.path == str(folder)
 
 
 @pytest.mark.parametrize("reward", options("reward"))

@@ -108,7 +108,7 @@ def test_every_model_and_the_sampler_know_the_checkpoints_tokens(padded):
         assert model.head_weight.shape[0] == 1180 and len(model.embed.weight) == 1280
     assert training.params.stop_ids == training.held_out.params.stop_ids == (1, 3)
     target = Target("x", config, padded, {}, None, padded)
-    policy, untrained = load_weights(target, "cpu")
+    policy, untrained = load_weights(target, torch.device("cpu"))
     assert policy.config.num_tokens == untrained.config.num_tokens == 1180
     asked = open_policy(str(padded), ["+experiment=clinic", "model.thinking=false"])
     assert asked.policy.config.num_tokens == 1180 and asked.params.stop_ids == (1, 3)
@@ -124,6 +124,6 @@ def test_a_trained_policy_is_measured_over_the_tokens_alone(padded, tmp_path):
     writer.finish()
     found = checkpoint.newest(tmp_path / "checkpoints")
     target = Target("x", config, padded, {}, found, padded)
-    policy, untrained = load_weights(target, "cpu")
+    policy, untrained = load_weights(target, torch.device("cpu"))
     assert policy is not untrained
     assert policy.config.num_tokens == untrained.config.num_tokens == 1180
