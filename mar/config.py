@@ -125,7 +125,8 @@ class AlgoOptions:
     top_k: int = number(0, low=0)
     top_p: float = number(1.0, low=0, high=1, above=True)
     min_p: float = number(0.0, low=0, high=1)
-    # How many times groups without spread are replaced by other prompts' (dynamic sampling).
+    # How many times groups without spread are replaced by groups of newly drawn prompts
+    # (dynamic sampling).
     resample: int = number(0, low=0)
     # What becomes of completions that hit the length limit.
     truncated: str = one_of("keep", "mask", "penalise")

@@ -28,7 +28,7 @@ from mar.learn.demonstrations import (
     piece_encoder,
     soft_target_loss,
 )
-from mar.learn.optim import make_optimizers, set_learning_rate
+from mar.learn.optim import clip_gradients, make_optimizers, require_finite, set_learning_rate
 from mar.policy.model import Decoder
 from mar.policy.weights import load_model, save_model
 from mar.records import Example
@@ -92,7 +92,8 @@ def train(
         loss = soft_target_loss(model, batch)
         model.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        norm = clip_gradients(model, 1.0)
+        require_finite(norm, step + 1, "lower --lr; what was saved last is whole")
         factor = rate_factor(step, args.steps)
         for optimizer, peak in optimizers:
             set_learning_rate(optimizer, peak * factor)

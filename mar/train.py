@@ -31,7 +31,7 @@ from mar.measure.step_metrics import step_metrics
 from mar.policy.distributed import join
 from mar.policy.model import Decoder
 from mar.policy.sources import environment, resolve_model
-from mar.records import Completion, Prompt, Rollout
+from mar.records import Prompt, Rollout
 from mar.run import checkpoint
 from mar.run import folder as run_folder
 from mar.run.checkpoint import CheckpointWriter
@@ -68,13 +68,9 @@ def train_step(training: Training, step: int) -> Step:
     timer = Timer()
     prompts = training.prompt_order.of_step(step)
     with learner.sampling_policy() as policy:
-        with timer("sample"):
-            # This rank's share of the completions; judging brings all of them to all ranks.
-            completions, generation = sample_groups(training, policy, prompts, step)
-        with timer("verify"):
-            judged = judge_on_all_ranks(training, prompts, completions)
-            groups = judged_only(judged, fewest=max(2, algo.pass_k))
-            groups, num_replaced = replace_flat_groups(training, policy, groups, step)
+        judged, generation = sample_and_judge(training, policy, prompts, timer, step)
+        groups = judged_only(judged, fewest=max(2, algo.pass_k))
+        groups, num_replaced = replace_flat_groups(training, policy, groups, timer, step)
     with timer("update"):
         batch = make_batch(groups, scorer.first_open, learner.world.device)
         batch, columns = compute_advantages(learner, batch)
@@ -90,51 +86,53 @@ def train_step(training: Training, step: int) -> Step:
     return Step(metrics, [rollout for group in groups for rollout in group], advantages)
 
 
-def sample_groups(
-    training: Training, policy: Decoder, prompts: Sequence[Prompt], *identity: int
-) -> tuple[list[list[Completion]], Generation]:
-    """This rank's share of the groups of `prompts`, and how the sampler did."""
-    return sample(
-        policy,
-        prompts,
-        group_size=training.config.algo.group_size,
-        params=training.params,
-        kv_budget_tokens=training.config.sampler.kv_budget_tokens,
-        identity=(training.config.seed, "train", *identity),
-        share=training.learner.world.share,
-        decode=training.scorer.decode,
-        on_completion=start_programs_early(training.scorer),
-    )
+def sample_and_judge(
+    training: Training, policy: Decoder, prompts: Sequence[Prompt], timer: Timer, *identity: int
+) -> tuple[list[list[Rollout]], Generation]:
+    """The groups of all prompts, on every rank, and how this rank's sampler did.
 
-
-def judge_on_all_ranks(
-    training: Training, prompts: Sequence[Prompt], completions: Sequence[Sequence[Completion]]
-) -> list[list[Rollout]]:
-    """The rollouts of all groups, on every rank; each rank judges its own share."""
+    Each rank samples and judges its own share of the prompts.
+    """
     world = training.learner.world
-    return world.gather(judge_groups(prompts[world.share], completions, training.scorer))
+    with timer("sample"):
+        completions, generation = sample(
+            policy,
+            prompts,
+            group_size=training.config.algo.group_size,
+            params=training.params,
+            kv_budget_tokens=training.config.sampler.kv_budget_tokens,
+            identity=(training.config.seed, "train", *identity),
+            share=world.share,
+            decode=training.scorer.decode,
+            on_completion=start_programs_early(training.scorer),
+        )
+    with timer("verify"):
+        own_groups = judge_groups(prompts[world.share], completions, training.scorer)
+        groups = world.gather(own_groups)
+    return groups, generation
 
 
 def replace_flat_groups(
-    training: Training, policy: Decoder, groups: list[list[Rollout]], step: int
+    training: Training, policy: Decoder, groups: list[list[Rollout]], timer: Timer, step: int
 ) -> tuple[list[list[Rollout]], int]:
-    """Dynamic sampling (DAPO, arXiv 2503.14476, section 3.2): groups of other prompts in place of
-    those whose completions all earned the same. At most `algo.resample` attempts. Returns the
-    groups, and how many were replaced."""
+    """Dynamic sampling (DAPO, arXiv 2503.14476, section 3.2): groups of newly drawn prompts in
+    place of those whose completions all earned the same. At most `algo.resample` attempts.
+
+    Returns the groups, and how many of them are new.
+    """
     groups = list(groups)
-    num_replaced = 0
+    replaced = set()
     for attempt in range(1, training.config.algo.resample + 1):
         flat = [i for i, group in enumerate(groups) if is_flat(group)]
         if not flat:
             break
         prompts = training.prompt_order.out_of_turn(step, attempt)[: len(flat)]
-        completions, _ = sample_groups(training, policy, prompts, step, attempt)
-        fresh = judge_on_all_ranks(training, prompts, completions)
+        fresh, _ = sample_and_judge(training, policy, prompts, timer, step, attempt)
         for i, group in zip(flat, fresh, strict=True):
             if not any(rollout.unjudged for rollout in group):
                 groups[i] = group
-                num_replaced += 1
-    return groups, num_replaced
+                replaced.add(i)
+    return groups, len(replaced)
 
 
 # --- the run ---------------------------------------------------------------------------------

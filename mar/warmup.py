@@ -27,7 +27,7 @@ from mar.answers.tokenizer import load_tokenizer, num_tokens
 from mar.errors import exit_code
 from mar.files import append_jsonl, truncate_jsonl, write_jsonl
 from mar.learn.demonstrations import SHORT, piece_encoder, soft_target_loss
-from mar.learn.optim import clip_gradients, make_optimizer, set_learning_rate
+from mar.learn.optim import clip_gradients, make_optimizer, require_finite, set_learning_rate
 from mar.learn.warm_up import Asking, answer_masses, make_form_batch
 from mar.measure.single_answers import bars_of, coverage_of, divergence, gold_probabilities, means
 from mar.policy.lora import adapted, save_adapters, trainable_pattern
@@ -102,6 +102,7 @@ def run(words: Sequence[str]) -> None:
         model.zero_grad()
         loss.backward()
         norm = clip_gradients(model, optim.grad_clip)
+        require_finite(norm, step + 1, f"lower model.lr; {folder} has the last state")
         rate = learning_rate(step, sft, optim.lr)
         set_learning_rate(optimizer, rate)
         optimizer.step()

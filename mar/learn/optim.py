@@ -69,6 +69,12 @@ def clip_gradients(model: nn.Module, max_norm: float) -> float:
     return norm.item()
 
 
+def require_finite(norm: float, step: int, remedy: str) -> None:
+    """Raises UserError before a supervised step (from 1) that would spoil the weights."""
+    if not math.isfinite(norm):
+        raise UserError(f"the gradient of step {step} is not finite, it was not taken: {remedy}")
+
+
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
     for group in optimizer.param_groups:
         group["lr"] = lr

@@ -19,6 +19,7 @@ from mar.records import Example
 from mar.run.compose import compose, own_options
 from mar.run.console import Display
 from mar.run.setup import load_data
+from mar.sample.prompt_order import items_of_step
 from mar.tasks.registry import get_task
 
 # Of a task that draws its questions so many steps' are loaded at once.
@@ -99,10 +100,7 @@ class Questions:
     def of(self, step: int) -> list[Example]:
         if self.endless:
             return self._drawn(step)
-        first = step * self.batch
-        places = [divmod(place, len(self.examples)) for place in range(first, first + self.batch)]
-        orders = {epoch: self._order(epoch) for epoch, _ in places}
-        return [self.examples[orders[epoch][place]] for epoch, place in places]
+        return items_of_step(self.examples, step, self.batch, self.config.seed)
 
     def _drawn(self, step: int) -> list[Example]:
         chunk, place = divmod(step, STEPS_PER_LOAD)
@@ -112,10 +110,6 @@ class Questions:
             self.examples = load_data(self.config, "train", count, seed, self.display)
             self.chunk = chunk
         return self.examples[place * self.batch : (place + 1) * self.batch]
-
-    def _order(self, epoch: int) -> np.ndarray:
-        rng = np.random.default_rng([self.config.seed, epoch])
-        return rng.permutation(len(self.examples))
 
 
 @dataclass(frozen=True)

@@ -1,23 +1,37 @@
-"""Which prompts a training step asks: a function of the seed and the step alone."""
+"""Which questions a training step asks: a function of the seed and the step alone."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import TypeVar
 
 import numpy as np
 
 from mar.records import Prompt
 
+T = TypeVar("T")
+
 
 @lru_cache(maxsize=2)  # a step may reach into the next epoch
 def order_of_epoch(seed: int, epoch: int, count: int) -> np.ndarray:
-    """A permutation of `count` prompts, drawn once for each epoch."""
+    """A permutation of `count` items, drawn once for each epoch."""
     return np.random.default_rng([seed, epoch]).permutation(count)
+
+
+def items_of_step(items: Sequence[T], step: int, per_step: int, seed: int) -> list[T]:
+    """The `per_step` items of a step, counted from 0. Every epoch is a new order of all items."""
+    count = len(items)
+    chosen = []
+    for position in range(step * per_step, (step + 1) * per_step):
+        epoch, place_in_epoch = divmod(position, count)
+        order = order_of_epoch(seed, epoch, count)
+        chosen.append(items[order[place_in_epoch]])
+    return chosen
 
 
 @dataclass(frozen=True)
 class PromptOrder:
-    """All training prompts, asked `per_step` at a time; every epoch is a new order of all of them."""
+    """All training prompts, asked `per_step` at a time."""
 
     prompts: Sequence[Prompt]
     per_step: int
@@ -25,13 +39,7 @@ class PromptOrder:
 
     def of_step(self, step: int) -> list[Prompt]:
         """The prompts of a step, counted from 0."""
-        count = len(self.prompts)
-        chosen = []
-        for position in range(step * self.per_step, (step + 1) * self.per_step):
-            epoch, place_in_epoch = divmod(position, count)
-            order = order_of_epoch(self.seed, epoch, count)
-            chosen.append(self.prompts[order[place_in_epoch]])
-        return chosen
+        return items_of_step(self.prompts, step, self.per_step, self.seed)
 
     def out_of_turn(self, step: int, attempt: int) -> list[Prompt]:
         """Prompts drawn at random, for a step whose own taught nothing (algo.resample). Attempts are

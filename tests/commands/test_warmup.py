@@ -56,6 +56,15 @@ def test_the_same_command_goes_on(tmp_path, monkeypatch):
         warmup.run([*WORDS, "model.lora_rank=3", f"run_dir={cut}"])
 
 
+def test_a_step_that_is_not_finite_is_not_taken(tmp_path, monkeypatch):
+    monkeypatch.setattr(warm_up, "NUM_FOR_PRIOR", 50)
+    loss = warmup.soft_target_loss
+    monkeypatch.setattr(warmup, "soft_target_loss", lambda *given: loss(*given) * float("nan"))
+    with pytest.raises(UserError, match="step 1 is not finite.*lower model.lr"):
+        warmup.run([*WORDS, f"run_dir={tmp_path}"])
+    assert not (tmp_path / warm_up.STATE).exists()
+
+
 def test_the_questions_of_a_file_come_in_a_new_order_each_epoch(tmp_path):
     file = tmp_path / "rows.jsonl"
     lines = [json.dumps({"question": f"Number {n}?", "golds": [f"g{n}"]}) for n in range(40)]

@@ -231,7 +231,7 @@ def test_groups_without_spread_are_replaced(model_folder: Path, tmp_path: Path) 
     chosen = ["algo.resample=2", "train.steps=1", "model.max_completion_tokens=4"]
     assert run(compose(words(model_folder, tmp_path, *chosen))) == 0
     (row,) = records(tmp_path / "clinic/seed0")
-    assert row["adv/replaced_groups"] == 4 and row["adv/zero_group_frac"] == 1
+    assert row["adv/replaced_groups"] == 2 and row["adv/zero_group_frac"] == 1
 
 
 def records(folder: Path) -> list[dict[str, float]]:
