@@ -35,10 +35,16 @@ RUNS = Path("runs/ideas")
 LOGS = HERE / "logs" / "ideas"
 SEEDS = 3
 # Held-out patients, and answers of each.
-ITEMS = 500
+ITEMS = 300
 ANSWERS = 30
-# The main job, with one thread.
-SHARED = ["+experiment=clinic", "train.steps=200", f"eval.num_items={ITEMS}", "model.threads=1"]
+# The main job with half of its patients a step, on one thread.
+SHARED = [
+    "+experiment=clinic",
+    "train.steps=200",
+    "algo.prompts_per_step=8",
+    f"eval.num_items={ITEMS}",
+    "model.threads=1",
+]
 # A term that the whole set decides can teach all of its tokens only where they are credited with
 # what comes later: `own` would pay it to the last tag alone.
 TO_GO = ["algo=reinforce", "reward.other=true"]
@@ -57,15 +63,6 @@ SETTINGS = {
     "single": SINGLE,
     "single, batch exploration": [*SINGLE, "reward.terms.batch_exploration=1"],
     "single, MaxRL": [*SINGLE, "algo.scale_by=group_mean"],
-    "spherical": [*TO_GO, "reward.brier_weight=0", "reward.terms.spherical=1"],
-    "best answer": [
-        *TO_GO,
-        "reward.coverage_weight=0",
-        "reward.brier_weight=0",
-        "reward.terms.best_answer=3",
-    ],
-    "own, batch exploration": ["reward.terms.batch_exploration=1"],
-    "length": [*TO_GO, "reward.brier_weight=3", "reward.terms.length=1"],
 }
 
 

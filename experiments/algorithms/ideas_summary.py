@@ -23,10 +23,6 @@ SHOWN_ANSWERS = 3
 REFERENCES = {
     "to_go": ("own",),
     "simplex Brier": ("own", "to_go"),
-    "spherical": ("own", "to_go"),
-    "best answer": ("own", "to_go"),
-    "length": ("to_go",),
-    "own, batch exploration": ("own",),
     "single": ("own",),
     "single, batch exploration": ("own", "single"),
     "single, MaxRL": ("own", "single"),

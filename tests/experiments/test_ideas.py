@@ -12,7 +12,7 @@ def test_every_idea_is_a_config_with_a_log_of_its_own():
     for words in ideas.SETTINGS.values():
         config = compose([*ideas.SHARED, *words])
         assert config.train.steps == 200
-        assert config.algo.prompts_per_step * config.algo.group_size == 128
+        assert config.algo.prompts_per_step * config.algo.group_size == 64
     names = [ideas.name_of(setting) for setting in ideas.SETTINGS]
     assert len(set(names)) == len(names)
 
