@@ -2,10 +2,11 @@
 
 from collections.abc import Mapping, Sequence
 
-from experiments.algorithms.ideas import LOGS, SETTINGS
+from experiments.algorithms.ideas import HERE, LOGS, SETTINGS
 from experiments.common.tables import (
     Columns,
     Log,
+    arm_over_seeds,
     curve_at,
     interval,
     markdown_table,
@@ -14,6 +15,7 @@ from experiments.common.tables import (
     read_logs_by,
     table_over_seeds,
 )
+from mar.figures import plots
 from mar.measure.bounds import gap_closed
 
 # Three answers: one set, or three single ones.
@@ -27,6 +29,8 @@ REFERENCES = {
     "single, batch exploration": ("own", "single"),
     "single, MaxRL": ("own", "single"),
 }
+# The settings in the figure.
+DRAWN = ("own", "single", "single, batch exploration", "single, MaxRL")
 
 
 def read_logs() -> dict[str, list[Log]]:
@@ -103,3 +107,16 @@ def signed(differences: Sequence[float | None]) -> str:
     if found["lo"] is None:
         return text
     return f"{text} ({found['lo']:+.3f} to {found['hi']:+.3f})"
+
+
+def write() -> None:
+    """ideas.png: what k answers cover, one after another, and what that costs in tokens."""
+    logs = read_logs()
+    arms = {}
+    for setting in DRAWN:
+        if setting in logs:
+            # The token counts of single completions are not kept, and not drawn.
+            arms[setting] = arm_over_seeds([{**log, "tokens": []} for log in logs[setting]])
+    bars = next(iter(logs.values()))[0]["bars"]
+    plots.save({"ideas": plots.coverage(arms, bars)}, HERE)
+    (HERE / "ideas.svg").unlink()
