@@ -133,8 +133,8 @@ class AlgoOptions:
     # The penalty of truncated=penalise grows over so many tokens before the limit.
     overlong_tokens: int = number(0, low=0)
 
-    # Advantages: CREDITS, BASELINES and SCALES of mar/learn/advantages.py. baseline=value is a
-    # critic, scale_by=whiten takes mean and spread out of all trained tokens.
+    # Advantages: CREDITS, BASELINES, SCALES and STEP_SCALES of mar/learn/advantages.py.
+    # baseline=value is a critic.
     credit: str = registered("credits", "to_go")
     baseline: str = registered("baselines", "leave_one_out")
     scale_by: str = registered("scales", "none")

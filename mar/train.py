@@ -72,7 +72,8 @@ def train_step(training: Training, step: int) -> Step:
         groups = judged_only(judged, fewest=max(2, algo.pass_k))
         groups, num_replaced = replace_flat_groups(training, policy, groups, timer, step)
     with timer("update"):
-        batch = make_batch(groups, scorer.first_open, learner.world.device)
+        device = learner.world.device
+        batch = make_batch(groups, scorer.first_open, device, scorer.of_confidence)
         batch, columns = compute_advantages(learner, batch)
         metrics: dict[str, Any] = {}
         if algo.variance_every and step % algo.variance_every == 0:
