@@ -67,7 +67,7 @@ def train_step(training: Training, step: int) -> Step:
     scorer = training.scorer
     timer = Timer()
     prompts = training.prompt_order.of_step(step)
-    with learner.sampling_policy() as policy:
+    with learner.rollout_policy() as policy:
         judged, generation = sample_and_judge(training, policy, prompts, timer, step)
         groups = judged_only(judged, fewest=max(2, algo.pass_k))
         groups, num_replaced = replace_flat_groups(training, policy, groups, timer, step)
@@ -217,7 +217,8 @@ def run(config: Config) -> int:
     if world.leads:
         _lock = run_folder.lock(folder)  # until this function ends
         models = [learner.policy, learner.critic] if learner.critic else [learner.policy]
-        checkpoint.require_room(folder / "checkpoints", models, config.checkpoint.keep)
+        keep, lag = config.checkpoint.keep, config.algo.lag
+        checkpoint.require_room(folder / "checkpoints", models, keep, num_past=lag)
         told_date = f"{CLOCK:%Y-%m-%d}"  # by a chat template that asks for today's
         origin = {"model": provenance, "chat_date": told_date, **environment()}
         opened = run_folder.prepare({**config.to_dict(), "provenance": origin})

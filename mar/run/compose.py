@@ -250,6 +250,11 @@ def _algo_rules(algo: AlgoOptions, max_completion_tokens: int, steps: int) -> Ru
             f"algo.minibatches=1, or loss={' or '.join(ratio_losses)}",
         ),
         (
+            algo.lag > 0 and algo.variance_every > 0,
+            f"algo.variance_every={algo.variance_every} measures the gradient of the policy that "
+            f"sampled and algo.lag={algo.lag} samples from an older one: set one of them to 0",
+        ),
+        (
             algo.minibatches > algo.prompts_per_step,
             f"algo.minibatches={algo.minibatches} are cut from "
             f"algo.prompts_per_step={algo.prompts_per_step} whole groups: lower it",

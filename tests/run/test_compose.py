@@ -242,6 +242,8 @@ REFUSED = [
     ("algo.group_size=1 algo.baseline=mean", "algo.baseline=mean"),
     ("algo.group_size=1 algo.baseline=none algo.scale_by=group_std", "scale_by=none"),
     ("algo.group_size=1 algo.baseline=none algo.scale_by=term_std", "scale_by=term_std: take 2"),
+    ("algo.lag=-1", "algo.lag=-1 is out of range: it must be at least 0"),
+    ("algo.lag=1 algo.variance_every=5", "algo.lag=1 samples from an older one"),
     ("algo=gdpo algo.truncated=penalise", "algo.scale_by=term_std divides the terms"),
     ("algo=gdpo algo.kl=k1 algo.kl_coef=0.1", "neither algo.kl=k1 nor"),
     ("algo.scale_by=term_std", "algo.baseline=matched goes with algo.scale_by=none or whiten"),
