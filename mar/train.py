@@ -27,7 +27,7 @@ from mar.learn.batch import make_batch
 from mar.learn.gradient_variance import variance_ratio
 from mar.learn.update import compute_advantages, update
 from mar.measure.bounds import known_bounds
-from mar.measure.step_metrics import step_metrics
+from mar.measure.step_metrics import StepSeen, step_metrics
 from mar.policy.distributed import join
 from mar.policy.model import Decoder
 from mar.policy.sources import environment, resolve_model
@@ -82,7 +82,8 @@ def train_step(training: Training, step: int) -> Step:
 
     advantages = columns["advantages"]
     num_unjudged = sum(rollout.unjudged > 0 for group in judged for rollout in group)
-    metrics |= step_metrics(batch, advantages, scorer, generation, num_replaced, num_unjudged)
+    seen = StepSeen(batch, advantages, scorer, generation, num_replaced, num_unjudged)
+    metrics |= step_metrics(seen)
     metrics |= timer.metrics(batch.num_tokens)
     return Step(metrics, [rollout for group in groups for rollout in group], advantages)
 

@@ -58,8 +58,12 @@ from mar.errors import UserError
 # the terms whose weights are settings of their own
 PAPER_TERMS = ("format", "coverage", "brier")
 
-# what is logged beside the terms, under names that no term can have
-LOGGED = ("total", "sum_rule_breach", "repeats")
+# what is logged beside the terms and the total -> its line in the glossary, mar/measure/README.md
+LOGGED = {
+    "sum_rule_breach": "share of completions whose confidences add up to more than 1 (with the "
+    "rule on)",
+    "repeats": "repeated answers in a completion",
+}
 
 
 def reward_of(options: RewardOptions) -> RewardSpec:
@@ -86,7 +90,7 @@ def term_faults(terms: Mapping[str, float], confident: bool, other: bool) -> Ite
         elif name not in REWARD_TERMS:
             known = [term for term in REWARD_TERMS if term not in PAPER_TERMS]
             yield f"{key} is unknown: choose one of {', '.join(known)}"
-        elif name in LOGGED:
+        elif name in LOGGED or name == "total":
             yield f"{key}: reward/{name} is logged for something else, give the term another name"
         elif not 0 <= weight < math.inf:
             yield f"{key} is out of range: a weight is at least 0"

@@ -55,6 +55,19 @@ from mar.policy.packing import PackedGroups
 Columns = dict[str, Tensor]
 Logs = dict[str, Logged]
 
+# what updates log, beside what losses.py does -> its line in the glossary, mar/measure/README.md
+MEANINGS = {
+    "policy/loss": "the policy-gradient loss",
+    "policy/entropy": "mean token entropy, in nats",
+    "policy/ref_kl": "KL to the reference (with `algo.kl_coef`)",
+    "value/loss": "the critic's loss",
+    "value/explained_variance": "share of the variance of the returns that the critic explains",
+    "optim/grad_norm": "gradient norm before clipping",
+    "optim/critic_grad_norm": "gradient norm of the critic before clipping",
+    "optim/lr": "learning rate",
+    "optim/skipped": "updates left out because something was not finite",
+}
+
 
 # --- once per batch --------------------------------------------------------------------------
 
