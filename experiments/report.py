@@ -29,6 +29,7 @@ from experiments.algorithms import ideas_summary as ideas
 from experiments.algorithms import summary as algorithms
 from experiments.claims import confidences, probe
 from experiments.claims import summary as claims
+from experiments.common import glossary
 from experiments.common.tables import markdown_table
 from experiments.credit import run as credit
 from experiments.ddxplus_smollm2 import constant, profile
@@ -90,6 +91,9 @@ TABLES: dict[str, Callable[..., str]] = {
     "credit": sweeps.credit,
     "credit expectation": credit.expectation,
     "credit variance": credit.variances,
+    "glossary of one set": glossary.one_set,
+    "glossary of several sets": glossary.several_sets,
+    "glossary of steps": glossary.steps,
 }
 
 

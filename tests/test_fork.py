@@ -139,7 +139,7 @@ def test_a_credit_rule_is_a_function_and_an_entry(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Under every baseline; the name does not fall through to another rule."""
-    monkeypatch.setitem(CREDITS, "nothing", lambda components, first_open: 0.0 * first_open)
+    monkeypatch.setitem(CREDITS, "nothing", lambda decided: 0.0 * decided.first_open)
     for baseline in ("leave_one_out", "matched"):
         words = ("algo.credit=nothing", f"algo.baseline={baseline}")
         metrics = first_step(tmp_path / baseline, *words)

@@ -112,6 +112,8 @@ def answer_advantages(
     credit: str = "to_go",
     baseline: str = "leave_one_out",
     scale: str = "none",
+    confidence_components: Tensor | None = None,
+    confidence_segments: Tensor | None = None,
     *,
     backend: str = "auto",
 ) -> Tensor:
@@ -122,6 +124,8 @@ def answer_advantages(
     if backend == "auto" and not _kernel_has(credit, baseline, scale):
         backend = "reference"
     ops = _choose("triton_advantages", backend, components, weights)
-    return ops.answer_advantages(
-        components, weights, first_open, segment_ids, group_ids, credit, baseline, scale
-    )
+    arguments = (components, weights, first_open, segment_ids, group_ids, credit, baseline, scale)
+    if ops is reference:
+        # no rule of the kernel asks which are of confidences
+        return ops.answer_advantages(*arguments, confidence_components, confidence_segments)
+    return ops.answer_advantages(*arguments)

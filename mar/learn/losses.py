@@ -351,6 +351,20 @@ KL_ESTIMATORS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 # --- diagnostics ----------------------------------------------------------------------------------
 
+# what is logged as `policy/<name>` by the functions of this file -> its line in the glossary,
+# mar/measure/README.md
+MEANINGS = {
+    "approx_kl": "KL from the policy that sampled, mean of r - 1 - log r",
+    "clip_frac": "share of tokens whose ratio is outside the clip bounds",
+    "ratio_max": "largest ratio r",
+    "masked_frac": "share of tokens that the mask of `algo.loss=dppo` leaves out",
+    "sampler_kl": "KL from the sampler's distribution to that of the trainer, mean of "
+    "log(sampler / trainer)",
+    "sampler_mismatch_max": "largest difference between the sampler's and the trainer's "
+    "log-probability of a token (with `algo.lag` and an importance weight, also what the steps "
+    "since then changed)",
+}
+
 
 @torch.no_grad()
 def diagnostics(

@@ -5,7 +5,13 @@ makes the optimizer steps: `algo.epochs` passes of `algo.minibatches` updates.
 
 Columns are [B, T] tensors by name, beside those of the batch: `advantages`, and where the algorithm
 has them `old_logprobs`, `ref_logprobs`, `values` and `returns`. Without `old_logprobs` there is one
-update, by the policy that sampled, and the ratio is 1.
+update, and the ratio is 1.
+
+With `algo.lag` the policy that sampled is an older one. Something has to account for that:
+
+    importance=none   the ratio of the loss: `old_logprobs` are those of the policy that sampled
+    another           the importance weight, from the sampler to the policy before the first update;
+                      the ratio of the loss is to that policy (decoupled PPO, arXiv:2110.00641)
 """
 
 from collections.abc import Callable, Sequence
@@ -49,6 +55,19 @@ from mar.policy.packing import PackedGroups
 Columns = dict[str, Tensor]
 Logs = dict[str, Logged]
 
+# what updates log, beside what losses.py does -> its line in the glossary, mar/measure/README.md
+MEANINGS = {
+    "policy/loss": "the policy-gradient loss",
+    "policy/entropy": "mean token entropy, in nats",
+    "policy/ref_kl": "KL to the reference (with `algo.kl_coef`)",
+    "value/loss": "the critic's loss",
+    "value/explained_variance": "share of the variance of the returns that the critic explains",
+    "optim/grad_norm": "gradient norm before clipping",
+    "optim/critic_grad_norm": "gradient norm of the critic before clipping",
+    "optim/lr": "learning rate",
+    "optim/skipped": "updates left out because something was not finite",
+}
+
 
 # --- once per batch --------------------------------------------------------------------------
 
@@ -69,7 +88,8 @@ def compute_advantages(learner: Learner, batch: Batch) -> tuple[Batch, Columns]:
 
 def score_before_updates(learner: Learner, batch: Batch) -> Columns:
     """Log-probabilities before the first update and of the reference, and values: each only where
-    it is needed."""
+    it is needed. With `algo.lag` and without importance weights the old log-probabilities are those
+    of the policy that sampled."""
     config = learner.config
     algo = config.algo
     max_tokens = config.train.micro_batch_tokens
@@ -83,7 +103,10 @@ def score_before_updates(learner: Learner, batch: Batch) -> Columns:
         return logprobs
 
     columns = {}
-    if algo.epochs * algo.minibatches > 1:
+    if algo.lag > 0 and algo.importance == "none":
+        with learner.lagged_policy() as policy:
+            columns["old_logprobs"] = logprobs_of(policy)
+    elif algo.epochs * algo.minibatches > 1:
         columns["old_logprobs"] = logprobs_of(learner.policy)
     if learner.reference is not None:
         columns["ref_logprobs"] = logprobs_of(learner.reference)
@@ -138,6 +161,7 @@ def update(learner: Learner, batch: Batch, columns: Columns, step: int) -> dict[
     lr = learning_rate(step, num_steps, optim.lr, optim.warmup_frac, optim.schedule)
     critic_lr = learning_rate(step, num_steps, algo.critic_lr, optim.warmup_frac, optim.schedule)
     bonus = entropy_coef(algo, step, num_steps)
+    learner.remember_weights()
 
     logs: list[Logs] = []
     skipped = 0
@@ -208,7 +232,7 @@ def _policy_gradients(learner: Learner, batch: Batch, columns: Columns, bonus: f
     logs: list[Logs] = []
     for micro, factor in world.deal(list(micro_batches(batch, max_tokens, world.size))):
         logprobs, entropy, _ = learner.policy(micro.packed, algo.temperature)
-        # Without old log-probabilities the policy that sampled is this one, and the ratio is 1.
+        # Without old log-probabilities they are those of this policy, and the ratio is 1.
         flat = {"old_logprobs": logprobs.detach()}
         flat |= flat_columns(micro, batch, columns, logprobs.dtype)
         loss, logged = policy_loss(algo, logprobs, entropy, flat, bonus)

@@ -26,7 +26,7 @@ from mar.answers.reward_terms import REWARD_TERMS
 from mar.answers.rewards import term_faults
 from mar.config import AlgoOptions, Config, DataOptions, ModelOptions, OptimOptions, RewardOptions
 from mar.errors import UserError, one_line
-from mar.learn.advantages import BASELINES, CREDITS, SCALES
+from mar.learn.advantages import BASELINES, CREDITS, SCALES, STEP_SCALES
 from mar.learn.losses import AGGREGATIONS, IMPORTANCE, KL_ESTIMATORS, LOSSES, options_of
 from mar.run import folder as rundir
 
@@ -39,7 +39,7 @@ CONF_DIR = Path(__file__).resolve().parents[2] / "conf"
 REGISTRIES: dict[str, Callable[[], Collection[str]]] = {
     "credits": lambda: CREDITS,
     "baselines": lambda: [*BASELINES, "value"],
-    "scales": lambda: [*SCALES, "whiten"],
+    "scales": lambda: [*SCALES, *STEP_SCALES],
     "importance": lambda: IMPORTANCE,
     "losses": lambda: LOSSES,
     "aggregations": lambda: AGGREGATIONS,
@@ -194,9 +194,9 @@ def _group_rules(algo: AlgoOptions, num_answers: int) -> Rules:
             "take 2 or baseline=none",
         ),
         (
-            alone and algo.scale_by == "group_std",
-            "algo.group_size=1 has no spread for algo.scale_by=group_std: take 2 or more, or "
-            "scale_by=none",
+            alone and algo.scale_by in ("group_std", "term_std"),
+            f"algo.group_size=1 has no spread for algo.scale_by={algo.scale_by}: take 2 or more, "
+            "or scale_by=none",
         ),
         (
             alone and algo.resample > 0,
@@ -250,6 +250,11 @@ def _algo_rules(algo: AlgoOptions, max_completion_tokens: int, steps: int) -> Ru
             f"algo.minibatches=1, or loss={' or '.join(ratio_losses)}",
         ),
         (
+            algo.lag > 0 and algo.variance_every > 0,
+            f"algo.variance_every={algo.variance_every} measures the gradient of the policy that "
+            f"sampled and algo.lag={algo.lag} samples from an older one: set one of them to 0",
+        ),
+        (
             algo.minibatches > algo.prompts_per_step,
             f"algo.minibatches={algo.minibatches} are cut from "
             f"algo.prompts_per_step={algo.prompts_per_step} whole groups: lower it",
@@ -282,6 +287,12 @@ def _algo_rules(algo: AlgoOptions, max_completion_tokens: int, steps: int) -> Ru
         (
             algo.scale_by == "group_mean" and algo.baseline != "mean",
             "algo.scale_by=group_mean is (reward - mean) / mean: set algo.baseline=mean",
+        ),
+        (
+            algo.scale_by == "term_std" and (kl_in_reward or algo.truncated == "penalise"),
+            "algo.scale_by=term_std divides the terms of the reward, and neither algo.kl=k1 nor "
+            "algo.truncated=penalise is one: take algo.kl=k3, and reward.terms.length for "
+            "truncated=keep",
         ),
         (
             algo.baseline == "matched" and kl_in_reward,
@@ -319,6 +330,16 @@ def _run_rules(name: str, steps: int, stop_at: int | None, optim: OptimOptions) 
     ]
 
 
+def _credit_faults(config: Config) -> Iterator[str]:
+    """The credit rule against the form."""
+    reward = config.reward
+    if config.algo.credit == "decoupled" and not reward.confident:
+        yield (
+            f"algo.credit=decoupled parts answers from confidences and reward.objective="
+            f"{reward.objective} has none: take algo.credit=to_go, or an rlcr objective"
+        )
+
+
 def _term_faults(reward: RewardOptions, group_size: int) -> Iterator[str]:
     """The further terms of the reward against the form and the group."""
     yield from term_faults(reward.terms, reward.confident, reward.other)
@@ -353,6 +374,7 @@ def _faults(config: Config) -> Iterator[str]:
     for broken, sentence in rules:
         if broken:
             yield sentence
+    yield from _credit_faults(config)
     yield from _term_faults(config.reward, config.algo.group_size)
     yield from _loss_option_faults(config.algo)
     yield from _pattern_faults(config.model)
