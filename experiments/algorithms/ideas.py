@@ -48,6 +48,11 @@ SHARED = [
 # A term that the whole set decides can teach all of its tokens only where they are credited with
 # what comes later: `own` would pay it to the last tag alone.
 TO_GO = ["algo=reinforce", "reward.other=true"]
+# Answers are paid for answers, confidences and `<other>` for confidences.
+DECOUPLED = ["algo.credit=decoupled", "reward.other=true"]
+# In place of an error of each slot, one score of the whole set.
+SIMPLEX = ["reward.brier_weight=0", "reward.terms.simplex_brier=1"]
+SPHERICAL = ["reward.brier_weight=0", "reward.terms.spherical=1"]
 # Rewards of 0 and 1.
 SINGLE = [
     "reward=rlvr_single",
@@ -59,10 +64,19 @@ SINGLE = [
 SETTINGS = {
     "own": [],
     "to_go": [*TO_GO, "reward.brier_weight=3"],
-    "simplex Brier": [*TO_GO, "reward.brier_weight=0", "reward.terms.simplex_brier=1"],
+    "simplex Brier": [*TO_GO, *SIMPLEX],
     "single": SINGLE,
     "single, batch exploration": [*SINGLE, "reward.terms.batch_exploration=1"],
     "single, MaxRL": [*SINGLE, "algo.scale_by=group_mean"],
+    "decoupled": DECOUPLED,
+    "decoupled, simplex Brier": [*DECOUPLED, *SIMPLEX],
+    "decoupled, spherical": [*DECOUPLED, *SPHERICAL],
+    "DCPO": [
+        "algo.credit=decoupled",
+        "algo.scale_by=term_std",
+        "algo.baseline=leave_one_out",
+    ],
+    "GDPO": ["algo=gdpo"],
 }
 
 

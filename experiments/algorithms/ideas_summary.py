@@ -25,6 +25,11 @@ SHOWN_ANSWERS = 3
 REFERENCES = {
     "to_go": ("own",),
     "simplex Brier": ("own", "to_go"),
+    "decoupled": ("own", "to_go"),
+    "decoupled, simplex Brier": ("own", "decoupled"),
+    "decoupled, spherical": ("own", "decoupled"),
+    "DCPO": ("own", "decoupled"),
+    "GDPO": ("own",),
     "single": ("own",),
     "single, batch exploration": ("own", "single"),
     "single, MaxRL": ("own", "single"),
