@@ -53,6 +53,14 @@ DECOUPLED = ["algo.credit=decoupled", "reward.other=true"]
 # In place of an error of each slot, one score of the whole set.
 SIMPLEX = ["reward.brier_weight=0", "reward.terms.simplex_brier=1"]
 SPHERICAL = ["reward.brier_weight=0", "reward.terms.spherical=1"]
+# VPO's reward is a third of a hit on average, beside brevity and calibration.
+BEST_ANSWER = [
+    "reward.coverage_weight=0",
+    "reward.brier_weight=0",
+    "reward.terms.best_answer=3",
+]
+# Without a lag, and with one update a step, all ratios are 1.
+LAG = ["algo.lag=8"]
 # Rewards of 0 and 1.
 SINGLE = [
     "reward=rlvr_single",
@@ -77,6 +85,10 @@ SETTINGS = {
         "algo.baseline=leave_one_out",
     ],
     "GDPO": ["algo=gdpo"],
+    "best answer": [*TO_GO, *BEST_ANSWER],
+    "lag": LAG,
+    "lag, masked": [*LAG, "algo.importance=masked"],
+    "lag, DPPO": [*LAG, "algo.loss=dppo"],
 }
 
 
