@@ -78,6 +78,7 @@ SETTINGS = {
     "single, MaxRL": [*SINGLE, "algo.scale_by=group_mean"],
     "decoupled": DECOUPLED,
     "decoupled, simplex Brier": [*DECOUPLED, *SIMPLEX],
+    "decoupled, Brier and simplex": [*DECOUPLED, "reward.terms.simplex_brier=1"],
     "decoupled, spherical": [*DECOUPLED, *SPHERICAL],
     "DCPO": [
         "algo.credit=decoupled",

@@ -27,6 +27,7 @@ REFERENCES = {
     "simplex Brier": ("own", "to_go"),
     "decoupled": ("own", "to_go"),
     "decoupled, simplex Brier": ("own", "decoupled"),
+    "decoupled, Brier and simplex": ("own", "decoupled"),
     "decoupled, spherical": ("own", "decoupled"),
     "DCPO": ("own", "decoupled"),
     "GDPO": ("own",),
