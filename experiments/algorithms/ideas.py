@@ -45,8 +45,8 @@ SHARED = [
     f"eval.num_items={ITEMS}",
     "model.threads=1",
 ]
-# A term that the whole set decides can teach all of its tokens only where they are credited with
-# what comes later: `own` would pay it to the last tag alone.
+# What `<other>` decides, as the scores of the whole set, must reach the confidences before it. `own`
+# would pay it to `<other>` alone.
 TO_GO = ["algo=reinforce", "reward.other=true"]
 # Answers are paid for answers, confidences and `<other>` for confidences.
 DECOUPLED = ["algo.credit=decoupled", "reward.other=true"]
