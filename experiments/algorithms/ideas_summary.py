@@ -58,6 +58,16 @@ def gap(log: Log) -> float | None:
     return gap_closed(covered, floor, ceiling)
 
 
+def q_mse_scaled(log: Log) -> float | None:
+    """The q_mse that is left when a set's confidences and `<other>` are scaled to the sum 1.
+
+    None where the form has no `<other>`: then nothing says what they should add up to.
+    """
+    if "reward.other=true" not in log["words"]:
+        return None
+    return log["scaled"]["q_mse_scaled"]
+
+
 COMPARED: Columns = {
     "gap_closed": gap,
     "ece": metric("ece"),
@@ -71,7 +81,7 @@ def markdown() -> str:
     """One line a setting, after training."""
     columns: Columns = {
         **COMPARED,
-        "q_mse, scaled": lambda log: log["scaled"].get("q_mse_scaled"),
+        "q_mse, scaled": q_mse_scaled,
         "sum said": lambda log: log["scaled"].get("said"),
         "top1": metric("top1"),
         "format_rate": metric("format_rate"),

@@ -64,7 +64,8 @@ def test_differences_of_ideas_are_taken_seed_by_seed(monkeypatch):
             "curve": {"k": [3, 30], "coverage": [[covered], [0.9]], "unique": [[3.0], [5.0]]},
             "bars": {"floor": [0.3, 0.5, 0.6], "ceiling": [0.5, 0.7, 0.8]},
             "metrics": {"ece": [ece, 0.0, 1.0]} if ece else {},
-            "scaled": {},
+            "words": [],
+            "scaled": {"said": 0.5, "q_mse_scaled": 0.01},
         }
 
     logs = {
@@ -82,4 +83,5 @@ def test_differences_of_ideas_are_taken_seed_by_seed(monkeypatch):
         f"| single − own | 2 | -0.100 (-1.371 to +1.171) | – | – | {same} | {same} |",
     ]
     table = ideas_summary.markdown().splitlines()
-    assert table[2].startswith("| own | 2 | 0.500 | 0.100, 0.200 | – | 5.0 | 0.900 | – | – |")
+    # without <other> nothing says what the confidences should add up to
+    assert table[2].startswith("| own | 2 | 0.500 | 0.100, 0.200 | – | 5.0 | 0.900 | – | 0.500 |")
