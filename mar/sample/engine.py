@@ -321,6 +321,11 @@ class Engine:
         """Draw one token of every row, and record it."""
         if self.params.think_budget is not None:
             self.close_thoughts(self.params.think_budget)
+        self.draw_and_record()
+        self.num_steps += 1
+
+    def draw_and_record(self) -> None:
+        """What `draw` does on the device: like `decode_step`, fit for a CUDA graph."""
         rows = self.rows
         positions = self.cache.own_lengths
         logits = self.logits(rows.hidden)
@@ -329,7 +334,6 @@ class Engine:
         if len(self.think_close):
             drawn = self.put_in_think_close(drawn, logits, positions)
         rows.record(positions, drawn, self.stop_ids)
-        self.num_steps += 1
 
     def logits(self, hidden: Float[Tensor, "B D"]) -> Float[Tensor, "B V"]:
         """In float32 or wider, as the trainer's log-probabilities are computed."""
