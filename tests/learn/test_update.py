@@ -26,6 +26,7 @@ from mar.learn.update import (
     _add_up,
     _mean_over_updates,
     _minibatches,
+    advantage_columns,
     compute_advantages,
     entropy_coef,
     one_pass,
@@ -35,7 +36,7 @@ from mar.policy.critic import Critic
 from mar.policy.distributed import ALONE
 from mar.run import checkpoint
 from mar.run.compose import compose
-from tests.learn.test_batch import FIRST_OPEN, fake_groups
+from tests.learn.test_batch import FIRST_OPEN, fake_groups, fake_rollout
 
 F64 = torch.float64
 SIZES = [
@@ -94,25 +95,70 @@ def test_truncated_completions():
         with_truncation_rule(batch, "drop", 12, 0)
 
 
-def test_the_cost_of_kl_falls_on_what_is_still_open():
+def random_kl(batch):
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(batch.completion_mask.shape, dtype=F64, generator=generator)
+
+
+def test_a_token_pays_its_own_kl_and_that_of_later_ones():
+    """With every credit, also with one scalar for the set; so do returns with a critic."""
     batch = make_batch(fake_groups(), FIRST_OPEN)
-    kl = torch.randn(
-        batch.completion_mask.shape, dtype=F64, generator=torch.Generator().manual_seed(0)
-    )
+    kl = random_kl(batch)
     paid = with_kl_cost(batch, kl, 0.1)
     torch.testing.assert_close(paid.totals, batch.totals - 0.1 * (kl * batch.loss_mask).sum(1))
-    for credit in (
-        "to_go",
-        "set",
-    ):  # a token's advantage holds the cost of its segment and of all later ones
-        change = token_advantages(paid, credit, "none", "none") - token_advantages(
-            batch, credit, "none", "none"
-        )
-        for b, t in batch.completion_mask.nonzero().tolist():
-            later = (batch.segment_ids[b] >= batch.segment_ids[b, t]) | (credit == "set")
-            assert change[b, t].item() == pytest.approx(
-                -0.1 * kl[b][later & batch.loss_mask[b]].sum().item()
-            )
+    expected = -0.1 * (kl * batch.loss_mask).flip(1).cumsum(1).flip(1) * batch.completion_mask
+
+    def change(of):
+        return of(paid) - of(batch)
+
+    for credit in ("to_go", "set", "own"):
+        got = change(lambda b, credit=credit: token_advantages(b, credit, "none", "none"))
+        torch.testing.assert_close(got, expected)
+    for credit in ("to_go", "set"):
+        own = change(lambda b, credit=credit: token_rewards(b, credit))
+        torch.testing.assert_close(own, -0.1 * kl * batch.loss_mask)
+    # of a part of the step, too
+    part, rows = paid.take([2, 0])
+    assert torch.equal(part.token_costs, paid.token_costs[rows])
+    assert batch.take([1])[0].token_costs is None
+
+
+def test_a_long_thought_pays_for_the_token_that_left_the_reference():
+    """One nat at the first of 115 tokens that one component is decided by, coefficient 0.02. Paid
+    where the component is decided, 0.02 x 0.95^114 = 5.8e-5 of it came back to that token."""
+    asked = fake_groups()[0][0].prompt
+    segments = [0] * 115 + [1] * 3 + [2] * 2
+    batch = make_batch([[fake_rollout(asked, np.arange(120), np.zeros(3), segments)]], FIRST_OPEN)
+    kl = torch.zeros(1, 120, dtype=F64)
+    kl[0, 0] = 1.0
+    paid = with_kl_cost(batch, kl, 0.02)
+    rewards = token_rewards(paid, "to_go")
+    advantages, _ = gae(rewards, torch.zeros_like(rewards), batch.completion_mask, 0.95)
+    assert advantages[0].tolist() == pytest.approx([-0.02] + [0.0] * 119)
+
+
+def test_reinforce_pp_pays_kl_from_each_token_on():
+    """A_t = r - 0.01 x the KL of token t and later ones, whitened (arXiv:2501.03262)."""
+    batch = make_batch(fake_groups(), FIRST_OPEN)
+    algo = compose(["+experiment=medqa", "algo=reinforce_pp"]).algo
+    kl = random_kl(batch)
+    got = advantage_columns(algo, batch, {"ref_logprobs": batch.full_logprobs - kl})["advantages"]
+    raw = torch.zeros_like(got)
+    for b, t in batch.completion_mask.nonzero().tolist():
+        raw[b, t] = batch.totals[b] - 0.01 * kl[b, t:][batch.loss_mask[b, t:]].sum()
+    chosen = raw[batch.loss_mask]
+    expected = (raw - chosen.mean()) / chosen.std() * batch.completion_mask
+    torch.testing.assert_close(got, expected, atol=1e-6, rtol=1e-6)
+
+
+def test_the_best_of_k_is_chosen_by_reward_and_each_pays_its_own_kl():
+    batch = make_batch(fake_groups(), FIRST_OPEN)
+    paid = with_kl_cost(batch, random_kl(batch), 0.1)
+    costs_alone = replace(paid, components=torch.zeros_like(paid.components))
+    of_costs = token_advantages(costs_alone, "to_go", "leave_one_out", "none")
+    assert of_costs.abs().max() > 0.1
+    got = best_of_k_advantages(paid, 3)
+    torch.testing.assert_close(got, best_of_k_advantages(batch, 3) + of_costs)
 
 
 def test_whitened_advantages():
