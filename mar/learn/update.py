@@ -261,6 +261,7 @@ def policy_loss(
     """The loss of a micro-batch's tokens: the policy gradient, plus KL to the reference, minus the
     entropy bonus; and what is logged of it. All columns are [M]."""
     weights = columns["weights"]
+    counted = weights != 0
     inputs = LossInputs(
         logprobs=logprobs,
         advantages=columns["advantages"],
@@ -270,9 +271,9 @@ def policy_loss(
         clip_low=algo.clip_low,
         clip_high=algo.clip_high,
         options=loss_options(algo),
+        trained=counted,
     )
     loss, logged = LOSSES[algo.loss](inputs)
-    counted = weights != 0
     if "ref_logprobs" in columns:
         kl = KL_ESTIMATORS[algo.kl](logprobs, columns["ref_logprobs"])
         logged["ref_kl"] = Logged(kl.detach()[counted].sum().item(), TOKEN_MEAN)

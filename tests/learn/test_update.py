@@ -444,6 +444,27 @@ def test_without_correction_older_weights_bias_the_gradient():
     assert (gradient - exact).norm() / exact.norm() > 0.05
 
 
+@pytest.mark.parametrize("loss", ["ppo", "dppo"])
+def test_a_token_that_importance_leaves_out_still_counts_in_what_is_logged(loss):
+    """Two of four tokens moved too far, and one of them, whose sampler was far off, has no weight
+    in the loss. The mean over tokens divides by all that are trained: both count."""
+    words = [f"algo.loss={loss}", "algo.importance=masked", "algo.epochs=2"]
+    old = torch.log(torch.tensor([0.1, 0.1, 0.5, 0.5], dtype=F64))
+    logprobs = torch.log(torch.tensor([0.9, 0.9, 0.5, 0.5], dtype=F64))
+    columns = {
+        "weights": torch.full((4,), 0.25, dtype=F64),
+        "advantages": torch.ones(4, dtype=F64),
+        "old_logprobs": old,
+        "sampler_logprobs": old - torch.tensor([3.0, 0, 0, 0], dtype=F64),
+        "full_logprobs": old,
+        "rows": torch.zeros(4, dtype=torch.int64),
+    }
+    _, logged = policy_loss(compose(words).algo, logprobs, torch.zeros(4), columns, 0.0)
+    assert logged["clip_frac"].value == 2
+    if loss == "dppo":
+        assert logged["masked_frac"].value == 2
+
+
 def test_past_weights_come_back_bit_for_bit(tiny_model, tmp_path):
     model = tiny_model()
     learner = learner_of(model, "algo.lag=2")

@@ -242,6 +242,10 @@ REFUSED = [
     ("algo.group_size=1 algo.baseline=mean", "algo.baseline=mean"),
     ("algo.group_size=1 algo.baseline=none algo.scale_by=group_std", "scale_by=none"),
     ("algo.group_size=1 algo.baseline=none algo.scale_by=term_std", "scale_by=term_std: take 2"),
+    (
+        "algo.loss=ppo algo.loss_options.delta_high=0.3",
+        "algo.loss_options.delta_high is no option of algo.loss=ppo: it has none",
+    ),
     ("algo.lag=-1", "algo.lag=-1 is out of range: it must be at least 0"),
     ("algo.lag=1 algo.variance_every=5", "algo.lag=1 samples from an older one"),
     ("algo=gdpo algo.truncated=penalise", "algo.scale_by=term_std divides the terms"),
