@@ -74,7 +74,7 @@ def train_step(training: Training, step: int) -> Step:
     with timer("update"):
         device = learner.world.device
         batch = make_batch(groups, scorer.first_open, device, scorer.of_confidence)
-        batch, columns = compute_advantages(learner, batch)
+        batch, columns = compute_advantages(learner, batch, step)
         metrics: dict[str, Any] = {}
         if algo.variance_every and step % algo.variance_every == 0:
             metrics["adv/variance_ratio"] = variance_ratio(learner, batch)

@@ -237,6 +237,7 @@ def _algo_rules(algo: AlgoOptions, max_completion_tokens: int, steps: int) -> Ru
     several_updates = algo.epochs * algo.minibatches > 1
     divides = algo.scale_by not in ("none", "whiten")
     kl_in_reward = algo.kl == "k1" and algo.kl_coef != 0
+    costs_beside_terms = kl_in_reward or algo.truncated == "penalise"
     ratio_losses = [name for name in LOSSES if name != "reinforce"]
     return [
         (
@@ -289,15 +290,10 @@ def _algo_rules(algo: AlgoOptions, max_completion_tokens: int, steps: int) -> Ru
             "algo.scale_by=group_mean is (reward - mean) / mean: set algo.baseline=mean",
         ),
         (
-            algo.scale_by == "term_std" and (kl_in_reward or algo.truncated == "penalise"),
+            algo.scale_by == "term_std" and costs_beside_terms,
             "algo.scale_by=term_std divides the terms of the reward, and neither algo.kl=k1 nor "
             "algo.truncated=penalise is one: take algo.kl=k3, and reward.terms.length for "
             "truncated=keep",
-        ),
-        (
-            algo.baseline == "matched" and kl_in_reward,
-            "algo.baseline=matched compares equal rewards and algo.kl=k1 makes all of them "
-            "differ: take algo.kl=k3 or baseline=leave_one_out",
         ),
         (
             algo.critic_warmup > 0 and algo.baseline != "value",
