@@ -19,7 +19,7 @@ from hydra import initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverrideParseException
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
 
 from mar.answers.reward_spec import COVERAGES, DUPLICATES
 from mar.answers.reward_terms import REWARD_TERMS
@@ -394,8 +394,10 @@ def from_omegaconf(config: Any) -> Config:
     try:
         tree = OmegaConf.to_object(config)
     except OmegaConfBaseException as error:
-        first_line = str(error).splitlines()[0]
-        raise UserError(f"the configuration cannot be resolved: {first_line}") from None
+        reason = str(error).splitlines()[0]
+        if isinstance(error, InterpolationResolutionError):
+            reason += " (${key} in a value is the value of that key; \\${ is the sign itself)"
+        raise UserError(f"the configuration cannot be resolved: {reason}") from None
     assert isinstance(tree, Config)
     known = rundir.flatten(tree.to_dict())
     given = rundir.flatten(dict(config))
@@ -413,7 +415,7 @@ def load_config(file: Path, overrides: Sequence[str] = ()) -> Config:
     Raises UserError where another version of the schema wrote it.
     """
     try:
-        saved = dict(yaml.safe_load(file.read_text(encoding="utf-8")))
+        saved = _without_references(dict(yaml.safe_load(file.read_text(encoding="utf-8"))))
         saved.pop("provenance", None)
         if saved["data"]["num_eval"] == saved["eval"]["num_items"]:
             del saved["data"]["num_eval"]  # it followed the other
@@ -430,10 +432,23 @@ def load_config(file: Path, overrides: Sequence[str] = ()) -> Config:
     return validate(tree)
 
 
+def _without_references(value: Any) -> Any:
+    """A value, with what it holds, in which OmegaConf does not take `${` for a reference."""
+    if isinstance(value, str):
+        # OmegaConf reads a backslash as itself, except before these signs.
+        return re.sub(r"(\\*)\$\{", lambda m: 2 * m[1] + "\\${", value)
+    if isinstance(value, dict):
+        return {key: _without_references(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_without_references(item) for item in value]
+    return value
+
+
 def quoted(value: object) -> str:
     """A value as a word of Hydra's command line, whatever signs it holds."""
+    plain = _without_references(str(value))
     # Hydra reads a backslash as itself, except before a quote.
-    escaped = re.sub(r"(\\*)('|$)", lambda m: 2 * m[1] + (m[2] and "\\'"), str(value))
+    escaped = re.sub(r"(\\*)('|$)", lambda m: 2 * m[1] + (m[2] and "\\'"), plain)
     return f"'{escaped}'"
 
 
