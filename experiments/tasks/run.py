@@ -34,7 +34,7 @@ QUICK_PROGRAMS = 100
 
 
 def texts_per_s() -> float:
-    """Completions of three answers a second, against each patient's 60 conditions."""
+    """Completions of three answers a second of CPU time, against each patient's 60 conditions."""
     rng = np.random.default_rng(0)
     grammar = Grammar("rlcr_multi", 3, thinking=False)
     patients = clinic.load("validation", NUM_TEXTS)
@@ -43,12 +43,12 @@ def texts_per_s() -> float:
         render(grammar, list(rng.choice(names, 3, replace=False)), [0.5, 0.3, 0.1])
         for _ in patients
     ]
-    began = time.perf_counter()
+    began = time.process_time()
     for patient, text in zip(patients, texts, strict=True):
         parsed = parse(text, grammar)
         hits, _ = matching_increments(parsed.answers, patient.targets())
         reward(parsed, hits, repeats(parsed.answers, patient.golds), 1, grammar, RewardSpec())
-    return NUM_TEXTS / (time.perf_counter() - began)
+    return NUM_TEXTS / (time.process_time() - began)
 
 
 def outcomes(jobs: Sequence[tuple[str, Tests]]) -> list[str]:
