@@ -26,10 +26,9 @@ MOST_INDICES = 1 << 12
 
 
 @lru_cache(maxsize=1 << 16)
-def _accepted(gold: Gold) -> frozenset[str]:
-    """The normalised answers that are this gold; never "" (nothing visible)."""
-    names = (gold.name, *gold.aliases)
-    return frozenset(normalise(name) for name in names) - {""}
+def _accepted(name: str, aliases: tuple[str, ...]) -> frozenset[str]:
+    """The normalised answers that are a gold; never "" (nothing visible)."""
+    return frozenset(normalise(one) for one in (name, *aliases)) - {""}
 
 
 # Of many golds each answer would be compared with all. Kept by identity, because to hash the golds
@@ -44,7 +43,7 @@ def _index(golds: Sequence[Gold]) -> Index:
         return kept[1]
     positions: dict[str, list[int]] = {}
     for position, gold in enumerate(golds):
-        for name in _accepted(gold):
+        for name in _accepted(gold.name, gold.aliases):
             positions.setdefault(name, []).append(position)
     index = {name: tuple(found) for name, found in positions.items()}
     if len(_indices) >= MOST_INDICES:
@@ -59,7 +58,7 @@ def text_verifier(answer: str, golds: Sequence[Gold]) -> tuple[int, ...]:
     # what can change is no key, and of a few golds an index saves nothing
     if isinstance(golds, tuple) and len(golds) >= MANY_GOLDS:
         return _index(golds).get(wanted, ())
-    return tuple(i for i, gold in enumerate(golds) if wanted in _accepted(gold))
+    return tuple(i for i, gold in enumerate(golds) if wanted in _accepted(gold.name, gold.aliases))
 
 
 def matching_increments(
