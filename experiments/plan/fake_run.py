@@ -167,7 +167,7 @@ def compare(words: list[str], num_layers: int | None = None) -> dict[str, dict[s
     return {moment: {"tracked": tracked[moment], "planned": planned[moment]} for moment in tracked}
 
 
-def markdown(which: str) -> str:
+def markdown() -> str:
     """README's table of the settings."""
     return table(json.loads(RESULTS.read_text(encoding="utf-8")))
 

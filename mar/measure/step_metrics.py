@@ -17,13 +17,14 @@ def step_metrics(
     batch: Batch,
     advantages: Tensor,
     scorer: Scorer,
-    generation: Generation,
+    generations: Sequence[Generation],
     num_replaced: int,
     num_unjudged: int,
 ) -> dict[str, Any]:
     """Rewards, advantages, the set metrics of the step's own rollouts, and how the sampler did.
 
-    advantages [B, T]. `num_replaced`: groups that dynamic sampling replaced. `num_unjudged`:
+    advantages [B, T]. `generations`: of the step's prompts, then of those that replace others, of
+    which only the decode steps count. `num_replaced`: groups that dynamic sampling replaced. `num_unjudged`:
     completions left out because nobody could judge them.
     """
     rollouts = [rollout for group in batch.groups for rollout in group]
@@ -42,8 +43,8 @@ def step_metrics(
         metrics[f"train/{name}"] = value
     metrics["train/unjudged"] = num_unjudged
     metrics["train/truncated_frac"] = _mean(truncated)
-    metrics["sampler/decode_steps"] = generation.num_steps
-    metrics["sampler/occupancy"] = generation.occupancy
+    metrics["sampler/decode_steps"] = sum(generation.num_steps for generation in generations)
+    metrics["sampler/occupancy"] = generations[0].occupancy
     return metrics
 
 
