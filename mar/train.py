@@ -70,7 +70,7 @@ def train_step(training: Training, step: int) -> Step:
     with learner.rollout_policy() as policy:
         judged, generation = sample_and_judge(training, policy, prompts, timer, step)
         groups = judged_only(judged, fewest=max(2, algo.pass_k))
-        groups, num_replaced = replace_flat_groups(training, policy, groups, timer, step)
+        groups, num_replaced, more = replace_flat_groups(training, policy, groups, timer, step)
     with timer("update"):
         device = learner.world.device
         batch = make_batch(groups, scorer.first_open, device, scorer.of_confidence)
@@ -82,7 +82,8 @@ def train_step(training: Training, step: int) -> Step:
 
     advantages = columns["advantages"]
     num_unjudged = sum(rollout.unjudged > 0 for group in judged for rollout in group)
-    seen = StepSeen(batch, advantages, scorer, generation, num_replaced, num_unjudged)
+    generations = (generation, *more)
+    seen = StepSeen(batch, advantages, scorer, generations, num_replaced, num_unjudged)
     metrics |= step_metrics(seen)
     metrics |= timer.metrics(batch.num_tokens)
     return Step(metrics, [rollout for group in groups for rollout in group], advantages)
@@ -116,25 +117,27 @@ def sample_and_judge(
 
 def replace_flat_groups(
     training: Training, policy: Decoder, groups: list[list[Rollout]], timer: Timer, step: int
-) -> tuple[list[list[Rollout]], int]:
+) -> tuple[list[list[Rollout]], int, list[Generation]]:
     """Dynamic sampling (DAPO, arXiv 2503.14476, section 3.2): groups of newly drawn prompts in
     place of those whose completions all earned the same. At most `algo.resample` attempts.
 
-    Returns the groups, and how many of them are new.
+    Returns the groups, how many of them are new, and how this rank's sampler did in each attempt.
     """
     groups = list(groups)
     replaced = set()
+    generations = []
     for attempt in range(1, training.config.algo.resample + 1):
         flat = [i for i, group in enumerate(groups) if is_flat(group)]
         if not flat:
             break
         prompts = training.prompt_order.out_of_turn(step, attempt)[: len(flat)]
-        fresh, _ = sample_and_judge(training, policy, prompts, timer, step, attempt)
+        fresh, generation = sample_and_judge(training, policy, prompts, timer, step, attempt)
+        generations.append(generation)
         for i, group in zip(flat, fresh, strict=True):
             if not any(rollout.unjudged for rollout in group):
                 groups[i] = group
                 replaced.add(i)
-    return groups, len(replaced)
+    return groups, len(replaced), generations
 
 
 # --- the run ---------------------------------------------------------------------------------

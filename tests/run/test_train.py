@@ -242,6 +242,7 @@ def test_groups_without_spread_are_replaced(model_folder: Path, tmp_path: Path) 
     assert run(compose(words(model_folder, tmp_path, *chosen))) == 0
     (row,) = records(tmp_path / "clinic/seed0")
     assert row["adv/replaced_groups"] == 2 and row["adv/zero_group_frac"] == 1
+    assert 4 < row["sampler/decode_steps"] <= 3 * 4  # of all three rounds
 
 
 def records(folder: Path) -> list[dict[str, float]]:
