@@ -15,9 +15,26 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, OmegaConf
 
 
-def one_of(*names: str, default: str | None = None) -> Any:
-    """A field that holds one of these names; the first is the default."""
-    return field(default=names[0] if default is None else default, metadata={"names": names})
+def one_of(*names: str, default: str | None = None, help: str = "") -> Any:
+    """A field that holds one of these names; the first is the default. `help`: what a command's -h
+    says of it."""
+    metadata = {"names": names, "help": help}
+    return field(default=names[0] if default is None else default, metadata=metadata)
+
+
+def option(default: Any, help: str) -> Any:
+    """A field of a command's own options that may hold anything of its type."""
+    return field(default=default, metadata={"help": help})
+
+
+def listed(default: list[Any], help: str) -> Any:
+    """A field of a command's own options that holds several values."""
+    return field(default_factory=lambda: list(default), metadata={"help": help})
+
+
+def location(default: str | None) -> Any:
+    """A field that names a folder or a file, in which ~ is the home folder."""
+    return field(default=default, metadata={"is_path": True})
 
 
 def registered(registry: str, default: str) -> Any:
@@ -26,13 +43,18 @@ def registered(registry: str, default: str) -> Any:
 
 
 def number(
-    default: Any, low: float = -math.inf, high: float = math.inf, above: bool = False
+    default: Any,
+    low: float = -math.inf,
+    high: float = math.inf,
+    above: bool = False,
+    help: str = "",
 ) -> Any:
     """A number in [low, high], or in (low, high] with `above`.
 
     A default `${key}` takes that key's value.
     """
-    return field(default=default, metadata={"low": low, "high": high, "above": above})
+    metadata = {"low": low, "high": high, "above": above, "help": help}
+    return field(default=default, metadata=metadata)
 
 
 # ---------------------------------------------------------------------- conf's groups
@@ -48,7 +70,7 @@ class ModelOptions:
     name: str = MISSING
     source: str = one_of("embedded", "folder", "hub", "wheel", default=MISSING)
     # A folder, or a hub id.
-    path: str | None = None
+    path: str | None = location(None)
     lr: float = number(MISSING, low=0, above=True)
     # A regular expression that finds the parameters to train. Empty: the adapters, and without
     # adapters all parameters.
@@ -77,7 +99,7 @@ class DataOptions:
     task: str = MISSING
     source: str = one_of("embedded", "hub", "path", default="${scale.data_source}")
     # A jsonl file, for source=path.
-    path: str | None = None
+    path: str | None = location(None)
     # owner/name or owner/name:configuration, for source=hub.
     hub_id: str | None = None
     train_split: str = "train"
@@ -340,8 +362,8 @@ class Config:
 
     name: str = "run"
     seed: int = number(0, low=0)
-    out: str = "runs"
-    run_dir: str = "${out}/${name}${variant:}/seed${seed}"
+    out: str = location("runs")
+    run_dir: str = location("${out}/${name}${variant:}/seed${seed}")
     device: str = one_of("auto", "cpu", "cuda")
     model: ModelOptions = field(default_factory=ModelOptions)
     data: DataOptions = field(default_factory=DataOptions)

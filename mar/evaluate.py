@@ -1,21 +1,7 @@
-"""Measure a policy, or texts from anywhere, with every metric and its interval:
+"""Measure a policy, or texts from anywhere, with every metric and its interval.
 
-    python -m mar.evaluate runs/medqa/seed0
-        the newest checkpoint of a run, and baselines of its untrained model
-    python -m mar.evaluate <folder with config.json> +experiment=clinic
-        a Hugging Face checkpoint
-    python -m mar.evaluate base +experiment=clinic
-        the model that the config names, untrained
-    python -m mar.evaluate completions=file.jsonl +experiment=clinic
-        rows of {id, text}; several rows of one id are several samples
-
-Options:
-    k=30               answers per question, in sets of K
-    num_answers=1..6   sets of other sizes; empty for none
-    arms=policy,base   which arms, of those that are compared by default
-    out=<folder>       where the results go
-    against=<folder>   a paired comparison with another evaluation
-All other words are settings, e.g. eval.num_items=500.
+What is measured: a run (its newest checkpoint, and baselines of its untrained model), a folder with
+config.json, `base` (the model that the settings name, untrained), or completions=<file>.
 
 It writes `eval_items.jsonl`, one line per arm and item, and `evaluation.json`. The same command
 goes on where it was interrupted; draws depend on seed and item alone.
@@ -24,13 +10,15 @@ goes on where it was interrupted; draws depend on seed and item alone.
 import re
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mar.answers.grammar import grammar_of
 from mar.answers.prompts import fit_grammar
 from mar.answers.tokenizer import load_tokenizer
-from mar.errors import UserError, exit_code
+from mar.config import number, option
+from mar.errors import UserError
 from mar.files import write_json
 from mar.measure.answer_sets import Item
 from mar.measure.baselines import Arm, build_arms
@@ -42,43 +30,24 @@ from mar.run.answering import (
     prepare_questions,
     read_given_texts,
 )
+from mar.run.compose import require_choice
 from mar.run.console import Display
 from mar.run.summary import show_evaluation
-
-# Option -> its default.
-OPTIONS = {
-    "k": "30",
-    "num_answers": "1..6",
-    "arms": "",
-    "completions": "",
-    "against": "",
-    "out": "",
-}
+from mar.run.words import Command, Words, read_words, run_command
 
 MAX_SET_SIZE = 10
 
 
-def split_words(words: Sequence[str]) -> tuple[str, dict[str, str], list[str]]:
-    """(target, options, settings) of a command line."""
-    targets: list[str] = []
-    given: dict[str, str] = {}
-    settings: list[str] = []
-    for word in words:
-        key, equals, value = word.partition("=")
-        # A folder of a sweep has = in its name.
-        if not equals or Path(word).exists():
-            targets.append(word)
-        elif key in OPTIONS:
-            given[key] = value
-        else:
-            settings.append(word)
-    if len(targets) + bool(given.get("completions")) != 1:
-        raise UserError(
-            "name one thing to measure: a run, a checkpoint folder, base or completions=<file>, "
-            f"not {targets or 'nothing'}"
-        )
-    target = targets[0] if targets else ""
-    return target, {**OPTIONS, **given}, settings
+@dataclass
+class EvaluateOptions:
+    """Words of this command alone."""
+
+    k: int = number(30, low=1, high=9999, help="answers of a question, in sets of K")
+    num_answers: str = option("1..6", help="sets of other sizes, too; empty for none")
+    arms: str = option("", help="such as policy,base: these alone, not all that apply")
+    completions: Path | None = option(None, help="texts from anywhere: jsonl rows of {id, text}")
+    against: Path | None = option(None, help="another evaluation's folder, compared in pairs")
+    out: Path | None = option(None, help="folder of the results; the run's, or runs/evaluation/...")
 
 
 def parse_sizes(text: str) -> list[int]:
@@ -106,27 +75,38 @@ def choose_arms(arms: Sequence[Arm], chosen: str) -> list[Arm]:
 
 
 def run(words: Sequence[str], display: Display) -> Path:
+    """Measure what a command line names; returns the folder with the results."""
+    return evaluate(read_words(COMMAND, words), display)
+
+
+def evaluate(words: Words[EvaluateOptions], display: Display) -> Path:
     """Measure what the words name; returns the folder with the results."""
-    name, options, settings = split_words(words)
-    target = find_target(name, settings, options["out"], options["completions"], display)
-    if not re.fullmatch(r"[1-9]\d{0,3}", options["k"]):
-        raise UserError(f"k={options['k']} is no whole number from 1 to 9999")
-    k = int(options["k"])
+    options = words.options
+    given = options.completions
+    if len(words.places) + bool(given) != 1:
+        raise UserError(
+            "name one thing to measure: a run, a checkpoint folder, base or completions=<file>, "
+            f"not {words.places or 'nothing'}"
+        )
+    name = words.places[0] if words.places else ""
+    if not name or name == "base":
+        require_choice(words.settings)
+    target = find_target(name, words.settings, options.out, given, display)
+    k = options.k
     config = target.config
 
     tokenizer = load_tokenizer(target.model_folder)
     grammar = fit_grammar(grammar_of(config), tokenizer)
-    sizes = parse_sizes(options["num_answers"])
+    sizes = parse_sizes(options.num_answers)
     arms = build_arms(grammar, k, sizes, trained=target.run is not None)
-    arms = choose_arms(arms, options["arms"])
-    if options["completions"]:
+    arms = choose_arms(arms, options.arms)
+    if given:
         arms = arms[:1]
     questions = prepare_questions(config, arms, tokenizer, display)
 
     items: dict[str, list[Item]]
-    if options["completions"]:
-        file = Path(options["completions"])
-        arm, read = read_given_texts(target, file, arms[0], questions, display)
+    if given:
+        arm, read = read_given_texts(target, given, arms[0], questions, display)
         arms = [arm]
         items = {arm.name: read}
     else:
@@ -138,22 +118,36 @@ def run(words: Sequence[str], display: Display) -> Path:
         "step": target.step,
         **compare_arms(arms, items, questions.examples, k),
     }
-    if options["against"]:
-        other = Path(options["against"])
-        pair = f"policy - {options['against']}"
-        document["paired"][pair] = compare_with(other, items["policy"], grammar.confident)
+    if options.against:
+        pair = f"policy - {options.against}"
+        document["paired"][pair] = compare_with(options.against, items["policy"], grammar.confident)
     write_json(target.out / "evaluation.json", document)
     show_evaluation(document, display)
     display.say(f"wrote {target.out / 'evaluation.json'} and eval_items.jsonl")
     return target.out
 
 
+COMMAND = Command(
+    name="mar.evaluate",
+    about=__doc__,
+    places="[RUN|FOLDER|base]",
+    options=EvaluateOptions,
+    settings=("eval.num_items", "data.eval_split", "data.path", "seed", "device"),
+    examples=(
+        "runs/medqa/seed0 eval.num_items=500",
+        "runs/medqa/seed1 against=runs/medqa/seed0",
+        "completions=texts.jsonl +experiment=clinic",
+    ),
+)
+
+
 def main(words: Sequence[str]) -> int:
-    if {"-h", "--help"} & set(words):
-        print(__doc__)
-        return 0
-    return exit_code(
-        lambda: run(words, Display("plain", 0, 0)), "interrupted: the same command goes on"
+    display = Display("plain", 0, 0)
+    return run_command(
+        COMMAND,
+        words,
+        lambda read: evaluate(read, display),
+        "interrupted: the same command goes on",
     )
 
 

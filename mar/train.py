@@ -1,6 +1,4 @@
-"""Train a policy to write K answers with honest confidences:
-
-    python -m mar.train +experiment=medqa
+"""Train a policy to write K answers with honest confidences.
 
 One step: sample G completions of P prompts, judge them, one advantage per token, then the updates.
 REINFORCE with credit for each answer is the default; ratios, a critic, a reference model
@@ -16,6 +14,7 @@ from typing import Any
 
 import hydra
 import torch
+from hydra.core.hydra_config import HydraConfig
 from torch import Tensor
 
 from mar.answers.tokenizer import CLOCK
@@ -35,7 +34,15 @@ from mar.records import Prompt, Rollout
 from mar.run import checkpoint
 from mar.run import folder as run_folder
 from mar.run.checkpoint import CheckpointWriter
-from mar.run.compose import compose, from_omegaconf, validate
+from mar.run.compose import (
+    check_sweep,
+    compose,
+    from_omegaconf,
+    require_choice,
+    require_language,
+    require_one_run,
+    validate,
+)
 from mar.run.console import Display
 from mar.run.evaluations import Evaluations
 from mar.run.interrupts import Interrupts
@@ -45,6 +52,7 @@ from mar.run.setup import Training, announce, build_training
 from mar.run.summary import close
 from mar.run.timing import Timer
 from mar.run.wandb_mirror import Mirror
+from mar.run.words import HYDRA_FLAGS, Command, NoOptions, Words, run_command, spelled
 from mar.sample.engine import Generation
 from mar.sample.rollout import judge_groups, judged_only, sample, start_programs_early
 
@@ -285,20 +293,64 @@ def pictures(folder: Path) -> Mapping[str, Path]:
 
 
 @hydra.main(config_path="../conf", config_name="config", version_base="1.3")
-def main(tree: Any) -> None:
-    if code := exit_code(lambda: run(validate(from_omegaconf(tree)))):
+def with_hydra(tree: Any) -> None:
+    """A job of a sweep, or what --cfg and --info show."""
+    config = from_omegaconf(tree)
+    require_language(config, HydraConfig.get().overrides.task)
+    if code := exit_code(lambda: run(validate(config))):
         sys.exit(code)
 
 
-def refuse_unknown_words(words: Sequence[str]) -> None:
-    """Exit with one sentence where Hydra would print a page: a misspelt key or option. Sweeps and
-    flags are left to Hydra."""
-    if any(word.startswith("-") for word in words):
-        return
-    if code := exit_code(lambda: compose(words, check=False)):
-        sys.exit(code)
+def start(words: Words[NoOptions]) -> int:
+    """One run, or with Hydra's flags a sweep or a look at the settings."""
+    flags = [word for word in words.settings if word in HYDRA_FLAGS]
+    values = {word for flag in flags for word in HYDRA_FLAGS[flag]}
+    settings = [word for word in words.settings if word not in flags and word not in values]
+    if {"-m", "--multirun"} & set(flags):
+        require_choice(settings)
+        check_sweep(settings)
+    else:
+        require_one_run(settings)
+        if not flags:
+            require_choice(settings)
+            return run(compose(settings))
+        compose(settings, check=False)
+    sys.argv[1:] = spelled(words.settings, sweep=True)
+    with_hydra()
+    return 0
+
+
+COMMAND = Command(
+    name="mar.train",
+    about=__doc__,
+    options=NoOptions,
+    settings=(
+        "train.steps",
+        "algo.prompts_per_step",
+        "algo.group_size",
+        "reward.num_answers",
+        "model.path",
+        "data.path",
+        "eval.num_items",
+        "checkpoint.every",
+        "seed",
+        "name",
+        "out",
+        "device",
+    ),
+    flags=True,
+    examples=(
+        "+experiment=medqa                                   # without a GPU: some minutes",
+        "+experiment=jsonl data.path=<your file> model=hf model.path=<hub id or folder>",
+        "-m +experiment=clinic seed=0,1 algo=own,reinforce   # a sweep: one run for each",
+        "+experiment=clinic --cfg job                        # every setting with its value",
+    ),
+)
+
+
+def main(words: Sequence[str]) -> int:
+    return run_command(COMMAND, words, start)
 
 
 if __name__ == "__main__":
-    refuse_unknown_words(sys.argv[1:])
-    main()
+    sys.exit(main(sys.argv[1:]))

@@ -131,6 +131,12 @@ def join(device: str, scale: ScaleOptions) -> World:
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     own_device = compute_device(device, local_rank)
     gpu = own_device.type == "cuda"
+    if scale.num_gpus and not gpu:
+        why = "device=cpu leaves it unused" if device == "cpu" else "PyTorch sees none here"
+        raise UserError(
+            f"scale={scale.name} is a machine with {scale.num_gpus} GPUs (its model is chosen for "
+            f"them) and {why}: leave it out, or start this where they are"
+        )
     if scale.num_gpus > 1 and size == 1:
         command = f"torchrun --nproc-per-node {scale.num_gpus} -m mar.train ..."
         raise UserError(

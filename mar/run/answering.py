@@ -28,8 +28,9 @@ from mar.policy.sources import resolve_model
 from mar.policy.weights import load_model
 from mar.records import Example, Prompt
 from mar.run import checkpoint
-from mar.run.compose import compose, load_config, quoted
+from mar.run.compose import compose, load_config
 from mar.run.console import Display
+from mar.run.folder import no_run
 from mar.run.setup import (
     announce,
     load_data,
@@ -69,7 +70,11 @@ class Target:
 
 
 def find_target(
-    name: str, settings: Sequence[str], out: str, completions: str, display: Display
+    name: str,
+    settings: Sequence[str],
+    out: Path | None,
+    completions: Path | None,
+    display: Display,
 ) -> Target:
     """What a command line names. `completions`: a file, where there is no name.
 
@@ -83,26 +88,24 @@ def find_target(
         default_out = folder
     elif name and name != "base":
         if not (folder / "config.json").is_file():
-            raise UserError(
-                f"{name} is neither a run (config.yaml), nor a checkpoint (config.json), nor base"
-            )
-        composed = compose(["model=hf", f"model.path={quoted(folder.resolve())}", *settings])
+            raise UserError(no_run(folder, ", a checkpoint (config.json) or base"))
+        composed = compose(["model=hf", f"model.path={folder.resolve()}", *settings])
         config = announce(composed, display)
         default_out = Path("runs/evaluation") / folder.resolve().name
     else:
         config = announce(compose(settings), display)
-        result = Path(completions).stem if completions else f"base-{config.model.name}"
+        result = completions.stem if completions else f"base-{config.model.name}"
         default_out = Path("runs/evaluation") / result
     model_folder, provenance = resolve_model(
         config.model.source, config.model.name, config.model.path
     )
     return Target(
-        name=name or completions,
+        name=name or str(completions),
         config=config,
         model_folder=model_folder,
         provenance=provenance,
         run=run,
-        out=Path(out) if out else default_out,
+        out=out or default_out,
     )
 
 

@@ -12,6 +12,7 @@ import re
 import sys
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
+from difflib import get_close_matches
 from itertools import count
 from pathlib import Path
 from typing import IO, Any
@@ -25,6 +26,7 @@ from omegaconf import OmegaConf
 from mar.errors import UserError
 
 LONGEST_VARIANT = 80  # characters of a folder's name
+MOST_NAMED_RUNS = 4  # of a folder that holds many
 MOST_DIFFERENCES = 8  # settings that are named when a finished run moves aside
 
 # A run's path has these already.
@@ -131,6 +133,31 @@ def differing_keys(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
 
 
 # --- the folder ------------------------------------------------------------------------------
+
+
+def require_run(path: Path) -> Path:
+    """The folder of a run. Raises UserError with what to name instead."""
+    if not (path / "config.yaml").is_file():
+        raise UserError(no_run(path))
+    return path
+
+
+def no_run(path: Path, others: str = "") -> str:
+    """What to say of a path that is no run. `others`: what else it might have been."""
+    wanted = f"name a run (a folder with config.yaml){others}"
+    if not path.exists():
+        siblings = [str(other) for other in path.parent.glob("*") if other.is_dir()]
+        near = get_close_matches(str(path), siblings, n=1)
+        meant = f"; did you mean {near[0]}?" if near else ""
+        return f"{path} is not there: {wanted}{meant}"
+    if path.is_file():
+        return f"{path} is a file: {wanted}"
+    below = [file.parent for file in sorted(path.rglob("config.yaml")) if "wandb" not in file.parts]
+    if not below:
+        return f"{path} is no run: {wanted}"
+    some = ", ".join(map(str, below[:MOST_NAMED_RUNS]))
+    more = ", ..." if len(below) > MOST_NAMED_RUNS else ""
+    return f"{path} is a folder of {len(below)} runs: name one of them, {some}{more}"
 
 
 def find(config: Mapping[str, Any]) -> RunDir:

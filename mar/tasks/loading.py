@@ -205,6 +205,11 @@ def _row_of_line(line: bytes, where: str) -> Row:
     try:
         row = json.loads(line.decode("utf-8-sig"))
     except ValueError as error:
+        if where.endswith(":1") and line.lstrip()[:1] not in (b"{", b"["):
+            raise UserError(
+                f"{where.removesuffix(':1')} holds no JSON: a table wants a name that ends in "
+                '.csv, .tsv or .parquet, and of jsonl each line is one row, {"question": ...}'
+            ) from None
         raise UserError(f"{where} is not valid JSON ({error}): mend or remove the line") from None
     if not isinstance(row, dict):
         raise UserError(f"{where} is {type(row).__name__}, not an object: each line is one row")

@@ -20,6 +20,7 @@ from mar.run import answering
 from mar.run.compose import compose
 from mar.run.console import Display
 from mar.run.setup import build_training
+from mar.run.words import read_words
 
 EMBEDDED = Path("mar/embedded/model").absolute()
 DISPLAY = Display("plain", 0, 0)
@@ -323,19 +324,14 @@ def test_arms() -> None:
 def test_words(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run_of_sweep = tmp_path / "algo.credit=own/seed0"
     run_of_sweep.mkdir(parents=True)
-    target, _, settings = evaluate.split_words([str(run_of_sweep), "seed=1"])
-    assert (target, settings) == (str(run_of_sweep), ["seed=1"])
+    words = read_words(evaluate.COMMAND, [str(run_of_sweep), "seed=1"])
+    assert (words.places, words.settings) == ([str(run_of_sweep)], ["seed=1"])
     assert evaluate.main(["--help"]) == 0
-    assert "completions=file.jsonl" in capsys.readouterr().out
-    name, options, settings = evaluate.split_words(
-        ["runs/x", "k=6", "eval.num_items=5", "+experiment=clinic", "completions="]
-    )
-    assert (name, options["k"], options["completions"], settings) == (
-        "runs/x",
-        "6",
-        "",
-        ["eval.num_items=5", "+experiment=clinic"],
-    )
+    assert "completions=texts.jsonl" in capsys.readouterr().out
+    given = ["runs/x", "k=6", "eval.num_items=5", "+experiment=clinic", "completions="]
+    words = read_words(evaluate.COMMAND, given)
+    assert words.places == ["runs/x"] and words.settings == given[2:4]
+    assert words.options == evaluate.EvaluateOptions(k=6)
     assert evaluate.parse_sizes("2..4") == [2, 3, 4]
     assert evaluate.parse_sizes("2,5") == [2, 5]
     assert evaluate.parse_sizes("") == []
@@ -360,13 +356,13 @@ def broken_inputs(tmp_path: Path, trained: Path) -> dict[str, tuple[list[str], s
     own = ["data=jsonl", f"data.path={tmp_path}/tiny.jsonl", "data.eval_split=test"]
     return {
         "nothing": ([], "name one thing to measure"),
-        "two things": (["base", "other"], "name one thing to measure"),
-        "no such place": (["nowhere"], "neither a run"),
+        "two things": (["base", "other"], "one word too many"),
+        "no such place": (["nowhere"], "nowhere is not there: name a run"),
         "no checkpoint yet": ([str(tmp_path / "young")], "no readable checkpoint"),
         "another schema": ([str(tmp_path / "old")], "another version"),
-        "misspelt setting": ([str(trained), "eval.nun_items=3"], "override"),
+        "misspelt setting": ([str(trained), "eval.nun_items=3"], "did you mean eval.num_items=3?"),
         "no ids": ([f"completions={tmp_path}/no_ids.jsonl", *clinic], "keys id and text"),
-        "no rows": ([f"completions={tmp_path}/empty.jsonl", *clinic], "keys id and text"),
+        "no rows": ([f"completions={tmp_path}/empty.jsonl", *clinic], "one JSON object a line"),
         "other ids": ([f"completions={tmp_path}/other_ids.jsonl", *clinic], "clinic-test-000000"),
         "no file": ([f"completions={tmp_path}/none.jsonl", *clinic], "no such file"),
         "unknown arm": (["base", "arms=policy,singel", *clinic], "arms=singel"),
