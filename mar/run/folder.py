@@ -40,6 +40,8 @@ NOT_A_VARIANT = {
     "out",
     "run_dir",
     "data.path",
+    "data.train_path",
+    "data.eval_path",
     "train.stop_at",
 }
 # A run resumes with other values of these. (Threads may change the last bits.)

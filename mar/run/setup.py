@@ -5,6 +5,7 @@ Everything that can fail on a user's input fails here, in one sentence.
 
 import contextlib
 import copy
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -17,7 +18,7 @@ from mar.answers.prompts import build_prompt, fit_grammar
 from mar.answers.rewards import reward_of
 from mar.answers.term_check import check_terms
 from mar.answers.tokenizer import load_tokenizer, num_tokens, stop_ids
-from mar.config import Config
+from mar.config import Config, DataOptions
 from mar.errors import UserError
 from mar.learn.learner import Learner
 from mar.learn.optim import make_optimizer
@@ -36,6 +37,10 @@ from mar.sample.rollout import Scorer, make_decode
 from mar.tasks.loading import Source, apply_target, chance_line
 from mar.tasks.registry import TASKS, get_task
 from mar.verify.verifiers import AnswerChecker, make_answer_checker
+
+# Held-out questions, below which a run says how little they tell: half of the 95 % interval of a rate
+# of one half is then more than 0.1.
+FEW_HELD_OUT = 100
 
 
 @dataclass(frozen=True)
@@ -61,9 +66,11 @@ def load_data(
     """The examples of a split. Says what was dropped, and what guessing is worth where the options
     are shown."""
     data = config.data
-    shared = {item.name for item in fields(Source)} - {"kind", "split", "num", "seed"}
+    shared = {item.name for item in fields(Source)} & {item.name for item in fields(data)}
     options = {name: getattr(data, name) for name in shared}
     source = Source(kind=data.source, split=split, num=num, seed=seed, **options)
+    if data.train_path is not None:
+        source = _of_two_files(source, data)
     try:
         loaded = get_task(data.task).load(source)
     except UserError as error:
@@ -95,6 +102,46 @@ def _tasks_that_read(source: Source, task: str) -> list[str]:
                 other.load(replace(source, split=split, num=1, target="auto"))
                 found.append(name)
     return found
+
+
+def _of_two_files(source: Source, data: DataOptions) -> Source:
+    """The file of the split, uncut. Training goes without the questions of the other one."""
+    if get_task(data.task).endless:
+        raise UserError(
+            f"data.train_path: {data.task} draws its questions and has no files of them; drop it "
+            "and data.eval_path"
+        )
+    if source.split == data.train_split:
+        return replace(
+            source,
+            path=data.train_path,
+            path_key="data.train_path",
+            whole_file=True,
+            without_path=data.eval_path,
+        )
+    return replace(source, path=data.eval_path, path_key="data.eval_path", whole_file=True)
+
+
+def say_few_rows(config: Config, split: str, num_rows: int, display: Display) -> None:
+    """Of a file: whether a split is too small for what is asked of it."""
+    data = config.data
+    if data.source != "path":
+        return
+    per_step = config.algo.prompts_per_step
+    if split == data.train_split and num_rows < per_step:
+        display.say(
+            f"{split}: only {num_rows} question(s) and algo.prompts_per_step={per_step}: a step asks "
+            "some of them twice; give more rows, or lower it"
+        )
+    if split != data.train_split and num_rows < min(FEW_HELD_OUT, data.num_eval):
+        half = min(0.5, 1.96 * math.sqrt(0.25 / num_rows))
+        more = "give more rows"
+        if data.path is not None:
+            more += ", or two files that are not cut (data.train_path, data.eval_path)"
+        display.say(
+            f"{split}: only {num_rows} held-out question(s), with which a rate is known to about "
+            f"±{half:.2f}: {more}"
+        )
 
 
 def load_training_data(config: Config, display: Display) -> list[Example]:
@@ -307,6 +354,8 @@ def build_training(
     train = load_training_data(config, display)
     # Measured against drawn labels, whatever the reward pays for.
     held_out = load_data(config, data.eval_split, data.num_eval, 0, display)
+    say_few_rows(config, data.train_split, len(train), display)
+    say_few_rows(config, data.eval_split, len(held_out), display)
 
     tokenizer = load_tokenizer(model_folder)
     grammar = fit_grammar(grammar_of(config), tokenizer)

@@ -19,7 +19,7 @@ from mar.policy.sources import resolve_model
 from mar.records import Example, Prompt
 from mar.run.compose import compose, require_choice
 from mar.run.console import Display
-from mar.run.setup import announce, load_data
+from mar.run.setup import announce, load_data, say_few_rows
 from mar.run.words import Command, NoOptions, Words, choices_of, run_command
 from mar.tasks.registry import get_task
 
@@ -61,6 +61,7 @@ def run(words: Words[NoOptions]) -> None:
                 for example in examples
             ]
         display.say(f"{split}: {_summary(examples)}")
+        say_few_rows(config, split, len(examples), display)
 
     lengths = [len(prompt.ids) for prompt in prompts]
     low, middle, high = np.percentile(lengths, [0, 50, 100]).astype(int)
@@ -70,8 +71,8 @@ def run(words: Words[NoOptions]) -> None:
 
 
 def _splits(config: Config) -> tuple[str, ...]:
-    """A file has all three; elsewhere those that a run would read."""
-    if config.data.source == "path":
+    """A file that is cut has all three; elsewhere those that a run would read."""
+    if config.data.path is not None:
         return ("train", "validation", "test")
     return (config.data.train_split, config.data.eval_split)
 

@@ -1,4 +1,5 @@
-"""Your own questions, without code: `data=jsonl data.path=my.jsonl`, one JSON object per line.
+"""Your own questions, without code: `data=jsonl data.path=my.jsonl`, one JSON object per line
+(README.md has tables, two files and what to set).
 
     {"question": "Name a planet without moons.", "golds": ["Mercury", "Venus"]}
     {"question": "What causes flu?", "golds": [{"name": "influenza virus", "aliases": ["influenza"]}], "id": "flu"}
@@ -13,11 +14,12 @@ A key "truth" says otherwise (`survey` for shares of people). Without "id" the q
 one. The id decides the split: of a file 70 % are train, 20 % validation and 10 % test.
 """
 
+import json
 from typing import Any
 
 from mar.errors import UserError
 from mar.records import TRUTHS, Example, Gold
-from mar.tasks.loading import Candidate, Row, draw_label, example_id, required_text
+from mar.tasks.loading import Candidate, Cells, Row, draw_label, example_id, required_text
 
 GOLD_KEYS = {"name", "aliases", "probability"}
 
@@ -26,8 +28,13 @@ def read(row: Row, where: str) -> Candidate:
     """One row. Raises UserError with position and key where it is malformed."""
     question = required_text(row, "question", where)
     raw = row.get("golds")
+    if isinstance(row, Cells) and raw:
+        raw = _golds_of_cell(raw, where)
     if not isinstance(raw, list) or not raw:
-        raise UserError(f"{where}: 'golds' must be a list of at least one gold")
+        columns = ", ".join(map(str, row))
+        raise UserError(
+            f"{where}: 'golds' must be a list of at least one gold (the row has {columns})"
+        )
     golds = tuple(_gold(gold, where) for gold in raw)
     id = example_id(row, "id", "jsonl", question)
     is_distribution = golds[0].probability is not None
@@ -41,6 +48,19 @@ def read(row: Row, where: str) -> Candidate:
         label=draw_label(id, golds) if is_distribution else None,
     )
     return Candidate(example, question)
+
+
+def _golds_of_cell(cell: str, where: str) -> Any:
+    """The cell of a csv file is one gold, or a list of golds in JSON."""
+    if not cell.lstrip().startswith("["):
+        return [cell]
+    try:
+        return json.loads(cell)
+    except ValueError as error:
+        raise UserError(
+            f"{where}: 'golds' begins with [ and is no list in JSON ({error}): write "
+            '["Mercury", "Venus"], or one gold as plain text'
+        ) from None
 
 
 def _gold(raw: Any, where: str) -> Gold:
