@@ -180,18 +180,15 @@ def _read_yaml(file: Path, strict: bool = True) -> dict[str, Any]:
         ) from None
 
 
-def lock(path: Path) -> IO[str]:
+def lock(path: Path, remedy: str = "wait for it, or choose another name= or seed=") -> IO[str]:
     """Keep a run's folder for this process while the returned file is open. The kernel lets go when
-    the process ends, however it ends."""
+    the process ends, however it ends. `remedy`: what to do where another process has it."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         file = path.with_name(f".{path.name}.lock").open("w")
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise UserError(
-            f"{path} is being written by another process: wait for it, "
-            "or choose another name= or seed="
-        ) from None
+        raise UserError(f"{path} is being written by another process: {remedy}") from None
     except OSError as error:
         raise UserError(
             f"cannot write beside {path} ({error}): set the permissions, or choose another out="
