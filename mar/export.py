@@ -22,10 +22,10 @@ from mar.config import Config
 from mar.errors import UserError, exit_code
 from mar.policy.lora import adapted, is_adapter, merge, save_adapters, trainable_pattern
 from mar.policy.model import Decoder
-from mar.policy.sources import resolve_model
 from mar.policy.weights import load_model, save_model
 from mar.run import checkpoint
 from mar.run.compose import load_config
+from mar.run.from_run import model_of
 from mar.tasks.registry import get_task
 
 CARD = """---
@@ -99,7 +99,7 @@ def export(run: Path, folder: Path, dtype: str, adapters: bool = False) -> Path:
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} exists and is no empty folder: name another or remove it")
 
-    source, _ = resolve_model(config.model.source, config.model.name, config.model.path)
+    source, _ = model_of(config.model)
     model = adapted(load_model(source), config.model)
     tokenizer = load_tokenizer(source)
     if adapters:

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from mar.measure.bounds import known_bounds
 from mar.measure.step_metrics import step_metrics
 from mar.policy.distributed import join
 from mar.policy.model import Decoder
-from mar.policy.sources import environment, resolve_model
+from mar.policy.sources import environment
 from mar.records import Prompt, Rollout
 from mar.run import checkpoint
 from mar.run import folder as run_folder
@@ -38,11 +39,13 @@ from mar.run.checkpoint import CheckpointWriter
 from mar.run.compose import compose, from_omegaconf, validate
 from mar.run.console import Display
 from mar.run.evaluations import Evaluations
+from mar.run.from_run import model_of, pin_source
 from mar.run.interrupts import Interrupts
 from mar.run.record import StepRecord
-from mar.run.resume import resume
+from mar.run.resume import announce_extension, resume
 from mar.run.setup import Training, announce, build_training
 from mar.run.summary import close
+from mar.run.sweep import Sweep, in_one_process, in_sweep
 from mar.run.timing import Timer
 from mar.run.wandb_mirror import Mirror
 from mar.sample.engine import Generation
@@ -196,8 +199,14 @@ def train(
 
 
 def run(config: Config) -> int:
+    """`run_until_end`, as an exit code."""
+    return 130 if run_until_end(config) == "interrupted" else 0
+
+
+def run_until_end(config: Config, skip_finished: bool = False) -> str:
     """Prepare, resume if there is something to resume, train, and close with a table and one JSON
-    line. Returns the exit code."""
+    line. Returns what `train` does; with `skip_finished` a run that is finished is left as it is,
+    and `finished before` returned."""
     began = time.perf_counter()
     display = Display(config.logger.console, 0, config.train.steps)
     world = join(config.device, config.scale)
@@ -206,10 +215,17 @@ def run(config: Config) -> int:
     if config.model.threads:
         torch.set_num_threads(config.model.threads)
 
+    asked = config
+    config = world.told(lambda: pin_source(asked, display.say))
     # Refuse a folder that belongs to something else before anything is loaded.
-    run_folder.find(config.to_dict())
-    options = config.model
-    model_folder, provenance = resolve_model(options.source, options.name, options.path)
+    found = run_folder.find(config.to_dict())
+    if skip_finished and found.is_done:
+        display.say(f"{found.path} is finished with an equal configuration: skipped")
+        return "finished before"
+    if found.extends is not None:
+        announce_extension(config, found.extends, world, display)
+    world.told(lambda: model_of(config.model))  # now the other ranks find it in the cache
+    model_folder, provenance = model_of(config.model)
     training = build_training(config, model_folder, display, world)
     learner = training.learner
     folder = Path(config.run_dir)
@@ -250,7 +266,7 @@ def run(config: Config) -> int:
     if outcome == "finished" and world.leads:
         seconds = time.perf_counter() - began
         close(document, num_answers, folder, display, seconds, pictures)
-    return 130 if outcome == "interrupted" else 0
+    return outcome
 
 
 def say_what_trains(training: Training, folder: Path, display: Display) -> None:
@@ -284,10 +300,21 @@ def pictures(folder: Path) -> Mapping[str, Path]:
 # --- the command -----------------------------------------------------------------------------
 
 
+SWEEP = Sweep()
+
+
 @hydra.main(config_path="../conf", config_name="config", version_base="1.3")
 def main(tree: Any) -> None:
-    if code := exit_code(lambda: run(validate(from_omegaconf(tree)))):
-        sys.exit(code)
+    def config() -> Config:
+        return validate(from_omegaconf(tree))
+
+    if not in_sweep():
+        if code := exit_code(lambda: run(config())):
+            sys.exit(code)
+    elif in_one_process():
+        SWEEP.take(config, partial(run_until_end, skip_finished=True))
+    else:
+        run_until_end(config(), skip_finished=True)
 
 
 def refuse_unknown_words(words: Sequence[str]) -> None:
@@ -301,4 +328,4 @@ def refuse_unknown_words(words: Sequence[str]) -> None:
 
 if __name__ == "__main__":
     refuse_unknown_words(sys.argv[1:])
-    main()
+    sys.exit(SWEEP.run_to_its_end(main))

@@ -31,9 +31,9 @@ from mar.learn.optim import clip_gradients, make_optimizer, require_finite, set_
 from mar.learn.warm_up import Asking, answer_masses, make_form_batch
 from mar.measure.single_answers import bars_of, coverage_of, divergence, gold_probabilities, means
 from mar.policy.lora import adapted, save_adapters, trainable_pattern
-from mar.policy.sources import resolve_model
 from mar.policy.weights import load_model
 from mar.run.console import Display
+from mar.run.from_run import model_of
 from mar.run.setup import load_data
 from mar.run.warm_up import (
     Progress,
@@ -58,7 +58,7 @@ def run(words: Sequence[str]) -> None:
     folder = Path(config.run_dir)
     folder.mkdir(parents=True, exist_ok=True)
 
-    model_folder, _ = resolve_model(options.source, options.name, options.path)
+    model_folder, _ = model_of(options)
     tokenizer = load_tokenizer(model_folder)
     model = adapted(load_model(model_folder, num_tokens=num_tokens(tokenizer)), options)
     noun = get_task(data.task).noun

@@ -23,13 +23,13 @@ from mar.measure.given_texts import items_of_file
 from mar.policy.distributed import compute_device
 from mar.policy.lora import adapted
 from mar.policy.model import Decoder
-from mar.policy.sources import resolve_model
 from mar.policy.weights import load_model
 from mar.records import Example, Prompt
 from mar.run import checkpoint
 from mar.run.compose import compose, load_config, quoted
 from mar.run.console import Display
 from mar.run.evaluation_folder import ITEMS_FILE
+from mar.run.from_run import model_of
 from mar.run.setup import (
     announce,
     load_data,
@@ -91,9 +91,7 @@ def find_target(
         config = announce(compose(settings), display)
         result = Path(completions).stem if completions else f"base-{config.model.name}"
         default_out = Path("runs/evaluation") / result
-    model_folder, provenance = resolve_model(
-        config.model.source, config.model.name, config.model.path
-    )
+    model_folder, provenance = model_of(config.model)
     if completions and not Path(completions).is_file():
         raise UserError(f"completions={completions}: there is no such file")
     return Target(

@@ -24,7 +24,16 @@ from omegaconf.errors import OmegaConfBaseException
 from mar.answers.reward_spec import COVERAGES, DUPLICATES
 from mar.answers.reward_terms import REWARD_TERMS
 from mar.answers.rewards import term_faults
-from mar.config import AlgoOptions, Config, DataOptions, ModelOptions, OptimOptions, RewardOptions
+from mar.config import (
+    RUN_PIN,
+    AlgoOptions,
+    Config,
+    DataOptions,
+    ModelOptions,
+    OptimOptions,
+    RewardOptions,
+    run_of_path,
+)
 from mar.errors import UserError, one_line
 from mar.learn.advantages import BASELINES, CREDITS, SCALES
 from mar.learn.losses import AGGREGATIONS, IMPORTANCE, KL_ESTIMATORS, LOSSES, options_of
@@ -94,6 +103,9 @@ def _source_rules(model: ModelOptions, data: DataOptions) -> Rules:
     """Where the model and the data come from."""
     no_checkpoint = model.source in ("folder", "hub") and not model.path
     no_folder = model.source == "folder" and not Path(str(model.path)).expanduser().is_dir()
+    is_pinned = bool(re.search(RUN_PIN, str(model.path)))
+    config_of_run = run_of_path(str(model.path)) / "config.yaml"
+    no_run = model.source == "run" and not is_pinned and not config_of_run.is_file()
     other_wheel = model.source == "wheel" and model.name != "smollm2-135m"
     unread_path = data.source != "path" and data.path is not None
     return [
@@ -110,6 +122,16 @@ def _source_rules(model: ModelOptions, data: DataOptions) -> Rules:
             no_folder,
             f"model.path={model.path} is no folder here: give one with config.json and "
             "*.safetensors, or a hub id",
+        ),
+        (
+            no_run and not model.path,
+            f"model={model.name} starts from another run's policy: add model.path=<its folder>, "
+            "such as runs/medqa/seed0",
+        ),
+        (
+            no_run,
+            f"model.path={model.path} is no run (it has no config.yaml): name a folder that "
+            "mar.train wrote, or take model=hf for a checkpoint",
         ),
         (
             other_wheel,

@@ -17,10 +17,10 @@ from mar.answers.prompts import build_prompt, fit_grammar
 from mar.answers.tokenizer import load_tokenizer
 from mar.config import Config
 from mar.errors import UserError, exit_code
-from mar.policy.sources import resolve_model
 from mar.records import Example, Prompt
 from mar.run.compose import CONF_DIR, compose
 from mar.run.console import Display
+from mar.run.from_run import model_of
 from mar.run.setup import load_data
 from mar.tasks.registry import get_task
 
@@ -36,7 +36,7 @@ def main(words: Sequence[str]) -> None:
         [f"+experiment={experiment}", f"data.task={task}", "model=smollm2-135m", *overrides]
     )
     display = Display("plain", 0, 0)
-    folder, _ = resolve_model(config.model.source, config.model.name, config.model.path)
+    folder, _ = model_of(config.model)
     tokenizer = load_tokenizer(folder)
     grammar = fit_grammar(grammar_of(config), tokenizer)
 
