@@ -7,10 +7,12 @@ dataclasses travel, never a DictConfig.
 """
 
 import math
+import re
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import yaml
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, OmegaConf
 
@@ -68,8 +70,8 @@ class ModelOptions:
     """
 
     name: str = MISSING
-    source: str = one_of("embedded", "folder", "hub", "wheel", default=MISSING)
-    # A folder, or a hub id.
+    source: str = one_of("embedded", "folder", "hub", "wheel", "run", default=MISSING)
+    # A folder, or a hub id; for source=run the folder of a run, `@` and which checkpoint of it.
     path: str | None = location(None)
     lr: float = number(MISSING, low=0, above=True)
     # A regular expression that finds the parameters to train. Empty: the adapters, and without
@@ -399,6 +401,37 @@ def _checkpoint_source(path: str | None) -> str:
 
 
 OmegaConf.register_new_resolver("checkpoint_source", _checkpoint_source, replace=True)
+
+# The end of a `model.path` that says which checkpoint of a run it is: step and hash.
+RUN_PIN = r"@\d+-[0-9a-f]{12}$"
+
+# What conf/model/run.yaml takes where there is no such run; the config is then refused.
+WITHOUT_RUN = {
+    "lr": 1e-6,
+    "max_prompt_tokens": 3072,
+    "max_completion_tokens": 1024,
+    "thinking": True,
+}
+
+
+def run_of_path(path: str) -> Path:
+    """The folder of the run that a `model.path` names."""
+    return Path(re.sub(RUN_PIN, "", path)).expanduser()
+
+
+def _of_run(path: str | None, key: str) -> Any:
+    """A key of the model section of a run's config."""
+    default = WITHOUT_RUN.get(key, getattr(ModelOptions, key, None))
+    if path is None:
+        return default
+    try:
+        saved = yaml.safe_load((run_of_path(path) / "config.yaml").read_text(encoding="utf-8"))
+        return saved["model"].get(key, default)
+    except (OSError, yaml.YAMLError, KeyError, TypeError, AttributeError, ValueError):
+        return default
+
+
+OmegaConf.register_new_resolver("of_run", _of_run, replace=True)
 
 SCHEMA = OmegaConf.structured(Config)
 # Their keys are names of a registry, not fields: they need no + on the command line.

@@ -21,11 +21,11 @@ from mar.config import Config, one_of, option
 from mar.errors import UserError
 from mar.policy.lora import adapted, is_adapter, merge, save_adapters, trainable_pattern
 from mar.policy.model import Decoder
-from mar.policy.sources import resolve_model
 from mar.policy.weights import load_model, save_model
 from mar.run import checkpoint
 from mar.run.compose import load_config
 from mar.run.folder import require_run
+from mar.run.from_run import model_of
 from mar.run.words import Command, Words, run_command
 from mar.tasks.registry import get_task
 
@@ -109,7 +109,7 @@ def export(run: Path, folder: Path, dtype: str, adapters: bool = False) -> Path:
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} exists and is no empty folder: name another or remove it")
 
-    source, _ = resolve_model(config.model.source, config.model.name, config.model.path)
+    source, _ = model_of(config.model)
     model = adapted(load_model(source), config.model)
     tokenizer = load_tokenizer(source)
     if adapters:

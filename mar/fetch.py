@@ -39,8 +39,8 @@ def hub_id_of(name: str) -> str | None:
     model: dict[str, Any] = yaml.safe_load((CONF_DIR / "model" / f"{name}.yaml").read_text())
     if name == "embedded":
         raise UserError("the embedded model ships with mar: there is nothing to fetch")
-    if name == "hf":
-        raise UserError("model=hf is any checkpoint: name it by its hub id (owner/name)")
+    if model["source"] != "hub":
+        raise UserError(f"model={name} is a checkpoint of yours: name a hub id (owner/name)")
     return str(model["path"])
 
 

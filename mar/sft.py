@@ -39,11 +39,11 @@ from mar.learn.warm_up import Asking, answer_masses, make_form_batch
 from mar.measure.single_answers import bars_of, coverage_of, divergence, gold_probabilities, means
 from mar.policy.lora import adapted, merge, save_adapters, trainable_pattern
 from mar.policy.model import Decoder
-from mar.policy.sources import resolve_model
 from mar.policy.weights import load_model, save_model
 from mar.records import Example
 from mar.run.compose import compose, require_choice
 from mar.run.console import Display
+from mar.run.from_run import model_of
 from mar.run.setup import load_data
 from mar.run.warm_up import (
     ADAPTERS_LR,
@@ -133,7 +133,7 @@ def run(words: Words[SftOptions]) -> None:
     log = folder / LOG
     require_own_folder(folder, log)
 
-    source, _ = resolve_model(options.source, options.name, options.path)
+    source, _ = model_of(options)
     tokenizer = load_tokenizer(source)
     noun = get_task(data.task).noun
     asking = Asking(tokenizer, piece_encoder(tokenizer), noun, data.request_first)

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from mar.answers.tokenizer import CLOCK
 from mar.config import Config
-from mar.errors import UserError, exit_code
+from mar.errors import UserError
 from mar.files import jsonable
 from mar.learn.advantages import is_flat
 from mar.learn.batch import make_batch
@@ -29,7 +30,7 @@ from mar.measure.bounds import known_bounds
 from mar.measure.step_metrics import step_metrics
 from mar.policy.distributed import join
 from mar.policy.model import Decoder
-from mar.policy.sources import environment, resolve_model
+from mar.policy.sources import environment
 from mar.records import Prompt, Rollout
 from mar.run import checkpoint
 from mar.run import folder as run_folder
@@ -45,11 +46,13 @@ from mar.run.compose import (
 )
 from mar.run.console import Display
 from mar.run.evaluations import Evaluations
+from mar.run.from_run import model_of, pin_source
 from mar.run.interrupts import Interrupts
 from mar.run.record import StepRecord
-from mar.run.resume import resume
+from mar.run.resume import announce_extension, resume
 from mar.run.setup import Training, announce, build_training
 from mar.run.summary import close
+from mar.run.sweep import Sweep, in_one_process
 from mar.run.timing import Timer
 from mar.run.wandb_mirror import Mirror
 from mar.run.words import HYDRA_FLAGS, Command, NoOptions, Words, run_command, spelled
@@ -204,8 +207,14 @@ def train(
 
 
 def run(config: Config) -> int:
+    """`run_until_end`, as an exit code."""
+    return 130 if run_until_end(config) == "interrupted" else 0
+
+
+def run_until_end(config: Config, skip_finished: bool = False) -> str:
     """Prepare, resume if there is something to resume, train, and close with a table and one JSON
-    line. Returns the exit code."""
+    line. Returns what `train` does; with `skip_finished` a run that is finished is left as it is,
+    and `finished before` returned."""
     began = time.perf_counter()
     display = Display(config.logger.console, 0, config.train.steps)
     world = join(config.device, config.scale)
@@ -214,10 +223,17 @@ def run(config: Config) -> int:
     if config.model.threads:
         torch.set_num_threads(config.model.threads)
 
+    asked = config
+    config = world.told(lambda: pin_source(asked, display.say))
     # Refuse a folder that belongs to something else before anything is loaded.
-    run_folder.find(config.to_dict())
-    options = config.model
-    model_folder, provenance = resolve_model(options.source, options.name, options.path)
+    found = run_folder.find(config.to_dict())
+    if skip_finished and found.is_done:
+        display.say(f"{found.path} is finished with an equal configuration: skipped")
+        return "finished before"
+    if found.extends is not None:
+        announce_extension(config, found.extends, world, display)
+    world.told(lambda: model_of(config.model))  # now the other ranks find it in the cache
+    model_folder, provenance = model_of(config.model)
     training = build_training(config, model_folder, display, world)
     learner = training.learner
     folder = Path(config.run_dir)
@@ -258,7 +274,7 @@ def run(config: Config) -> int:
     if outcome == "finished" and world.leads:
         seconds = time.perf_counter() - began
         close(document, num_answers, folder, display, seconds, pictures)
-    return 130 if outcome == "interrupted" else 0
+    return outcome
 
 
 def say_what_trains(training: Training, folder: Path, display: Display) -> None:
@@ -292,13 +308,22 @@ def pictures(folder: Path) -> Mapping[str, Path]:
 # --- the command -----------------------------------------------------------------------------
 
 
+SWEEP = Sweep()
+
+
 @hydra.main(config_path="../conf", config_name="config", version_base="1.3")
 def with_hydra(tree: Any) -> None:
-    """A job of a sweep, or what --cfg and --info show."""
-    config = from_omegaconf(tree)
-    require_language(config, HydraConfig.get().overrides.task)
-    if code := exit_code(lambda: run(validate(config))):
-        sys.exit(code)
+    """A job of a sweep; with --cfg and --info Hydra shows the settings, and comes not here."""
+
+    def checked() -> Config:
+        config = from_omegaconf(tree)
+        require_language(config, HydraConfig.get().overrides.task)
+        return validate(config)
+
+    if in_one_process():
+        SWEEP.take(checked, partial(run_until_end, skip_finished=True))
+    else:
+        run_until_end(checked(), skip_finished=True)
 
 
 def start(words: Words[NoOptions]) -> int:
@@ -316,8 +341,7 @@ def start(words: Words[NoOptions]) -> int:
             return run(compose(settings))
         compose(settings, check=False)
     sys.argv[1:] = spelled(words.settings, sweep=True)
-    with_hydra()
-    return 0
+    return SWEEP.run_to_its_end(with_hydra)
 
 
 COMMAND = Command(

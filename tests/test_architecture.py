@@ -15,7 +15,7 @@ COMMANDS = set("train sft evaluate report ask show runs export plan fetch".split
 # A part imports only what stands before it. All commands stand at the end.
 ORDER = [*GROUND, "mar_kernels", *FOLDERS]
 TEXT_SIDE = {*GROUND, "answers", "verify", "tasks"}
-MAY_SEE_HYDRA = {"config.py", "train.py", "run/compose.py", "run/folder.py"}
+MAY_SEE_HYDRA = {"config.py", "train.py", "run/compose.py", "run/folder.py", "run/sweep.py"}
 
 
 def source_files() -> list[Path]:

@@ -29,8 +29,9 @@ def items_of_file(
     """The items of all prompts that the file has texts for.
 
     Several rows of one id are several sets; every item keeps as many as the one with the fewest. A
-    row may give its `num_tokens`, else its text is tokenised. `say` hears what is left out. Raises
-    UserError for a file that does not fit the questions.
+    row may give its `num_tokens`, else the tokens of its text and one stop token are counted, as
+    those of our own completions are. `say` hears what is left out. Raises UserError for a file that
+    does not fit the questions.
     """
     example = prompts[0].id
     rows, broken = read_jsonl(file)
@@ -89,4 +90,7 @@ def _is_complete(row: Mapping[str, Any]) -> bool:
 
 def _num_tokens(row: Mapping[str, Any], tokenizer: Any) -> int:
     given = row.get("num_tokens")
-    return given if isinstance(given, int) else len(tokenizer.tokenize(row["text"]))
+    if isinstance(given, int):
+        return given
+    ids = tokenizer(row["text"], add_special_tokens=False)["input_ids"]
+    return len(ids) + 1  # the stop token, which the text does not show

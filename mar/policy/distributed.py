@@ -153,12 +153,14 @@ def join(device: str, scale: ScaleOptions) -> World:
         backend = "cpu:gloo,cuda:nccl"
         torch.cuda.set_device(own_device)
     checkpoint_group = None
+    joined = dist.is_initialized()  # by an earlier job of a sweep
     if size > 1:
-        dist.init_process_group(backend, timeout=TIMEOUT)
-        # else its threads may abort a process that has done its work
-        atexit.register(dist.destroy_process_group)
+        if not joined:
+            dist.init_process_group(backend, timeout=TIMEOUT)
+            # else its threads may abort a process that has done its work
+            atexit.register(dist.destroy_process_group)
         checkpoint_group = dist.new_group(timeout=TIMEOUT, backend="gloo")
-    elif gpu:
+    elif gpu and not joined:
         # FSDP of one process keeps float32 parameters beside computation in bfloat16
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     return World(rank, size, own_device, checkpoint_group)

@@ -24,7 +24,16 @@ from omegaconf.errors import OmegaConfBaseException
 from mar.answers.reward_spec import COVERAGES, DUPLICATES
 from mar.answers.reward_terms import REWARD_TERMS
 from mar.answers.rewards import term_faults
-from mar.config import AlgoOptions, Config, DataOptions, ModelOptions, OptimOptions, RewardOptions
+from mar.config import (
+    RUN_PIN,
+    AlgoOptions,
+    Config,
+    DataOptions,
+    ModelOptions,
+    OptimOptions,
+    RewardOptions,
+    run_of_path,
+)
 from mar.errors import UserError, one_line
 from mar.learn.advantages import BASELINES, CREDITS, SCALES
 from mar.learn.losses import AGGREGATIONS, IMPORTANCE, KL_ESTIMATORS, LOSSES, options_of
@@ -65,6 +74,9 @@ def _source_rules(model: ModelOptions, data: DataOptions) -> Rules:
     """Where the model and the data come from."""
     no_checkpoint = model.source in ("folder", "hub") and not model.path
     no_folder = model.source == "folder" and not Path(str(model.path)).expanduser().is_dir()
+    is_pinned = bool(re.search(RUN_PIN, str(model.path)))
+    config_of_run = run_of_path(str(model.path)) / "config.yaml"
+    no_run = model.source == "run" and not is_pinned and not config_of_run.is_file()
     other_wheel = model.source == "wheel" and model.name != "smollm2-135m"
     files = {
         f"data.{key}": getattr(data, key)
@@ -87,6 +99,16 @@ def _source_rules(model: ModelOptions, data: DataOptions) -> Rules:
             no_folder,
             f"model.path={model.path} is no folder here: give one with config.json and "
             "*.safetensors, or a hub id",
+        ),
+        (
+            no_run and not model.path,
+            f"model={model.name} starts from another run's policy: add model.path=<its folder>, "
+            "such as runs/medqa/seed0",
+        ),
+        (
+            no_run,
+            f"model.path={model.path} is no run (it has no config.yaml): name a folder that "
+            "mar.train wrote, or take model=hf for a checkpoint",
         ),
         (
             other_wheel,
@@ -496,8 +518,8 @@ def require_one_run(words: Sequence[str]) -> None:
 def check_sweep(words: Sequence[str]) -> None:
     """Compose every value that a sweep goes over, the others at their first value.
 
-    Raises UserError, before the first job starts, for a word, a value or a file that no job could
-    read.
+    Raises UserError, before the first job starts, for a word, a value or a file that cannot be
+    read. What does not fit together is refused job by job.
     """
     first: list[str] = []
     swept: list[tuple[int, str]] = []
@@ -508,9 +530,9 @@ def check_sweep(words: Sequence[str]) -> None:
         values = _values_of(word)
         swept += [(len(first), value) for value in values[1:]]
         first.append(values[0])
-    compose(first)
+    compose(first, check=False)
     for position, value in swept:
-        compose([*first[:position], value, *first[position + 1 :]])
+        compose([*first[:position], value, *first[position + 1 :]], check=False)
 
 
 def _words_of_sweeps(words: Sequence[str]) -> list[str]:

@@ -103,6 +103,8 @@ class Words(Generic[Options]):
     options: Options
     # As `compose` takes them, Hydra's flags among them.
     settings: list[str]
+    # The keys of the options that stand there, and are no defaults.
+    given: frozenset[str]
 
 
 def run_command(
@@ -148,7 +150,7 @@ def read_words(command: Command[Options], words: Sequence[str]) -> Words[Options
     _require_places(command, places, own)
     options = _read_options(command, given)
     homes = [str(Path(place).expanduser()) if place[:1] == "~" else place for place in places]
-    return Words(homes, options, settings)
+    return Words(homes, options, settings, frozenset(given))
 
 
 def _is_flag(word: str) -> bool:

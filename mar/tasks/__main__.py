@@ -15,10 +15,10 @@ from mar.answers.grammar import grammar_of
 from mar.answers.prompts import build_prompt, fit_grammar
 from mar.answers.tokenizer import load_tokenizer
 from mar.config import Config
-from mar.policy.sources import resolve_model
 from mar.records import Example, Prompt
 from mar.run.compose import compose, require_choice
 from mar.run.console import Display
+from mar.run.from_run import model_of
 from mar.run.setup import announce, load_data, say_few_rows
 from mar.run.words import Command, NoOptions, Words, choices_of, run_command
 from mar.tasks.registry import get_task
@@ -44,7 +44,7 @@ def run(words: Words[NoOptions]) -> None:
     display = Display("plain", 0, 0)
     config = announce(compose(words_of_training(words)), display)
     noun = get_task(config.data.task).noun
-    folder, _ = resolve_model(config.model.source, config.model.name, config.model.path)
+    folder, _ = model_of(config.model)
     tokenizer = load_tokenizer(folder)
     grammar = fit_grammar(grammar_of(config), tokenizer)
 

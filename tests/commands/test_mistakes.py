@@ -98,6 +98,9 @@ MISTAKES = [
     ("export", "{here}", "is no run: name a run"),
     ("show", "", "mar.show wants RUN: `python -m mar.show runs/medqa/seed0`"),
     ("fetch", "", "mar.fetch wants MODEL"),
+    ("runs", "{runs} {runs}", "one word too many"),
+    ("runs", "{runs}/clinik", "is no folder"),
+    ("runs", "jsn=true", "did you mean json=true?"),
     ("ask", f"{RUN} what is it", "texts with spaces in quotes"),
     ("evaluate", f"{RUN} +experiment=clinic", "keeps what it was trained with"),
     ("ask", f"{RUN} hello model=hf", "keeps what it was trained with"),
@@ -108,7 +111,6 @@ MISTAKES = [
     ("train", "+experiment=medqa scale=h100x8", "and PyTorch sees none here: leave it out"),
     # sweeps
     ("train", f"-m {CLINIC} seed=0,x", "Value 'x'"),
-    ("train", f"-m {CLINIC} seed=0,-1", "seed=-1 is out of range"),
     ("train", f"-m {CLINIC} +sweep=foo", "there is no conf/sweep/foo.yaml"),
     ("train", f"-m {CLINIC} sweep=seeds", "put a + before it, +sweep=seeds"),
     ("train", f"-m {CLINIC} sed=0,1", "did you mean seed=0,1?"),
@@ -124,7 +126,8 @@ MISTAKES = [
     ("train", f"{CLINIC} model=hf", "add model.path=<folder or hub id>"),
     ("fetch", "qwen3-1.7", "did you mean qwen3-1.7b?"),
     ("fetch", "embedded", "ships with mar"),
-    ("fetch", "hf", "name it by its hub id"),
+    ("fetch", "hf", "name a hub id (owner/name)"),
+    ("fetch", "run", "name a hub id (owner/name)"),
     ("fetch", "qwen3-1.7b source=wheel", "cannot come from wheel"),
     # files
     ("tasks", "jsonl model=embedded data.path={here}/med.jsonl", "rows of medqa: take that task"),

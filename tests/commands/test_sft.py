@@ -8,6 +8,7 @@ import torch
 from mar import sft
 from mar.errors import UserError
 from mar.files import read_jsonl
+from mar.policy.sources import resolve_model
 from mar.policy.weights import load_model
 from mar.run import warm_up
 from mar.run.compose import compose
@@ -75,7 +76,7 @@ def test_the_checkpoint_is_what_was_trained(tmp_path, monkeypatch):
     train([*WORDS, "sft.steps=2", f"run_dir={tmp_path}"])
     trained = weights(tmp_path)
     assert any(value.any() for name, value in trained.items() if name.endswith("lora_b"))
-    before, after = load_model(sft.resolve_model("embedded", "", None)[0]), load_model(tmp_path)
+    before, after = load_model(resolve_model("embedded", "", None)[0]), load_model(tmp_path)
     a, b = trained["blocks.3.qkv.lora_a"], trained["blocks.3.qkv.lora_b"]
     scale = compose(["+experiment=clinic"]).model.lora_scale
     expected = before.blocks[3].qkv.weight + scale * b @ a

@@ -20,7 +20,9 @@ from mar.run.words import quoted
 from mar.train import run
 
 LR = {"embedded": 1.5e-1, "smollm2-135m": 1e-5, "qwen3-1.7b": 2e-6, "qwen3-8b": 1e-6, "hf": 1e-6}
-MODEL_SOURCE = {"embedded": "embedded", "hf": "hub"}
+LR["run"] = 1e-6  # of a run that is not there
+MODEL_SOURCE = {"embedded": "embedded", "hf": "hub", "run": "run"}
+PATHS = {"hf": ["model.path=owner/name"], "run": ["model.path=nowhere@1-0123456789ab"]}
 SCALE_MODEL = {"laptop": "embedded", "h100x1": "qwen3-1.7b", "h100x8": "qwen3-8b"}
 SCALE_SOURCE = {"laptop": "embedded", "h100x1": "hub", "h100x8": "hub"}
 
@@ -53,7 +55,7 @@ def test_every_experiment_on_every_scale_with_every_model(experiment: str, scale
     assert (default.name, default.data.task, default.data.source) == (experiment, task, task_source)
     for model, lr in LR.items():
         chosen = compose(
-            [*words, f"model={model}", *(["model.path=owner/name"] if model == "hf" else [])],
+            [*words, f"model={model}", *PATHS.get(model, [])],
             check=False,
         )
         assert (chosen.model.name, chosen.model.lr, chosen.optim.lr) == (model, lr, lr)
@@ -292,6 +294,8 @@ REFUSED = [
     ("data.source=internet", "choose one of embedded, hub, path"),
     ("model=hf", "model.path=<folder or hub id>"),
     ("model=hf model.path=./nowhere", "no folder here"),
+    ("model=run", "model.path=<its folder>"),
+    ("model=run model.path=nowhere", "is no run"),
     ("model.source=wheel", "model=smollm2-135m"),
 ]
 

@@ -290,12 +290,12 @@ def test_resumed_run_is_the_uninterrupted_one(
 def test_finished_run_moves_aside_and_another_config_is_refused(
     model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run(compose(words(model_folder, tmp_path, "train.steps=1"))) == 0
+    assert run(compose(words(model_folder, tmp_path, "train.steps=1", "optim.eps=1e-7"))) == 0
     assert run(compose(words(model_folder, tmp_path, "train.steps=2", "train.stop_at=1"))) == 0
     assert (tmp_path / "clinic/seed0~1/eval.json").exists() and "seed0 was finished: it is " in (
         said := capsys.readouterr().out
     )
-    assert "and differed in train.steps\n" in said
+    assert "and differed in optim.eps, train.steps\n" in said
     with pytest.raises(UserError, match=r"optim\.lr"):
         run(compose(words(model_folder, tmp_path, "train.steps=2", "optim.lr=1e-3")))
 
