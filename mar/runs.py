@@ -1,8 +1,4 @@
-"""All runs in a table, the newest first:
-
-    python -m mar.runs                     those below runs/
-    python -m mar.runs runs/medqa          those below another folder
-    python -m mar.runs json=true           one JSON document, for programs
+"""All runs in a table, the newest first.
 
 A row has the run's folder, task, model, method, steps, state, coverage of one set with half of its
 95 % interval, and when it last wrote. Coverage in brackets was measured before the run's end. A
@@ -12,6 +8,7 @@ folder that cannot be read is a row that says why.
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
@@ -19,10 +16,12 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
-from mar.errors import UserError, exit_code
+from mar.config import option
+from mar.errors import UserError
 from mar.files import jsonable
 from mar.run.console import format_metric, printable
 from mar.run.overview import RunRow, list_runs
+from mar.run.words import Command, Words, run_command
 
 COLOURS = {"finished": "green", "running": "bold cyan", "damaged": "red"}
 # Columns that a narrow terminal goes without, the first one first. A pipe has room for all.
@@ -30,25 +29,11 @@ DISPENSABLE = ("model", "last wrote", "task")
 PIPE_WIDTH = 10_000
 
 
-def split_words(words: Sequence[str]) -> tuple[Path, bool]:
-    """(the folder, whether JSON is wanted) of a command line. Raises UserError."""
-    folders = []
-    as_json = False
-    for word in words:
-        key, equals, value = word.partition("=")
-        # A folder of a sweep has = in its name.
-        if not equals or Path(word).exists():
-            folders.append(Path(word).expanduser())
-        elif key == "json" and value in ("true", "false"):
-            as_json = value == "true"
-        else:
-            raise UserError(f"{word}: there are a folder and json=true; -h shows examples")
-    if len(folders) > 1:
-        raise UserError(f"name one folder, not {len(folders)}: all runs below it are listed")
-    folder = folders[0] if folders else Path("runs")
-    if not folder.is_dir():
-        raise UserError(f"{folder} is no folder: name one that holds runs, or train one first")
-    return folder, as_json
+@dataclass
+class RunsOptions:
+    """Words of this command alone."""
+
+    json: bool = option(False, help="true: one JSON document, for programs")
 
 
 def coverage_cell(row: RunRow, with_name: bool) -> str:
@@ -116,10 +101,12 @@ def print_table(rows: Sequence[RunRow], console: Console) -> None:
         console.print(Text(said, "dim"), soft_wrap=True)
 
 
-def run(words: Sequence[str]) -> None:
-    folder, as_json = split_words(words)
+def run(words: Words[RunsOptions]) -> None:
+    folder = Path(words.places[0]) if words.places else Path("runs")
+    if not folder.is_dir():
+        raise UserError(f"{folder} is no folder: name one that holds runs, or train one first")
     rows = list_runs(folder)
-    if as_json:
+    if words.options.json:
         print(json.dumps(jsonable({"runs": [row.as_json() for row in rows]})))
         return
     if not rows:
@@ -130,11 +117,21 @@ def run(words: Sequence[str]) -> None:
     print_table(rows, console)
 
 
+COMMAND = Command(
+    name="mar.runs",
+    about=__doc__,
+    places="[FOLDER]",
+    options=RunsOptions,
+    examples=(
+        "                    # those below runs/",
+        "runs/medqa          # those below another folder",
+        "json=true",
+    ),
+)
+
+
 def main(words: Sequence[str]) -> int:
-    if {"-h", "--help"} & set(words):
-        print(__doc__)
-        return 0
-    return exit_code(lambda: run(words))
+    return run_command(COMMAND, words, run)
 
 
 if __name__ == "__main__":

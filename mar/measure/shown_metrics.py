@@ -50,13 +50,15 @@ def headline_metrics(num_answers: int) -> tuple[str, ...]:
 
 
 def evaluation_metrics(num_answers: int, most_answers: int) -> tuple[str, ...]:
-    """Coverage of one set and of all sets of an item, unique answers of all, then EVALUATION."""
-    return (
+    """Coverage of one set and of all sets of an item, unique answers of all, then EVALUATION. Each
+    once, also where all sets are one."""
+    names = (
         f"coverage@{num_answers}",
         f"coverage@{most_answers}",
         f"unique@{most_answers}",
         *EVALUATION,
     )
+    return tuple(dict.fromkeys(names))
 
 
 # The range of values that a metric can take, by the beginning of its name; any other has none.

