@@ -14,7 +14,6 @@ A key "truth" says otherwise (`survey` for shares of people). Without "id" the q
 one. The id decides the split: of a file 70 % are train, 20 % validation and 10 % test.
 """
 
-import json
 from typing import Any
 
 from mar.errors import UserError
@@ -28,12 +27,12 @@ def read(row: Row, where: str) -> Candidate:
     """One row. Raises UserError with position and key where it is malformed."""
     question = required_text(row, "question", where)
     raw = row.get("golds")
-    if isinstance(row, Cells) and raw:
-        raw = _golds_of_cell(raw, where)
+    if isinstance(row, Cells) and _is_text(raw):
+        raw = _gold_of_cell(raw, where)
     if not isinstance(raw, list) or not raw:
-        columns = ", ".join(map(str, row))
         raise UserError(
-            f"{where}: 'golds' must be a list of at least one gold (the row has {columns})"
+            f'{where}: \'golds\' must be a list of at least one gold, as in ["Mercury", "Venus"] '
+            f"(the row has {', '.join(map(str, row))})"
         )
     golds = tuple(_gold(gold, where) for gold in raw)
     id = example_id(row, "id", "jsonl", question)
@@ -50,17 +49,14 @@ def read(row: Row, where: str) -> Candidate:
     return Candidate(example, question)
 
 
-def _golds_of_cell(cell: str, where: str) -> Any:
-    """The cell of a csv file is one gold, or a list of golds in JSON."""
-    if not cell.lstrip().startswith("["):
-        return [cell]
-    try:
-        return json.loads(cell)
-    except ValueError as error:
+def _gold_of_cell(cell: str, where: str) -> list[str]:
+    """The cell of a csv file that spells no list is one gold."""
+    if cell.lstrip().startswith("["):
         raise UserError(
-            f"{where}: 'golds' begins with [ and is no list in JSON ({error}): write "
+            f"{where}: 'golds' begins with [ and is no list of texts or objects: write "
             '["Mercury", "Venus"], or one gold as plain text'
-        ) from None
+        )
+    return [cell]
 
 
 def _gold(raw: Any, where: str) -> Gold:

@@ -462,8 +462,11 @@ def test_words(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert evaluate.parse_sizes("") == []
     curve = {"tokens": [10.0, 20.0], "coverage": [[0.5, 0, 1], [0.7, 0, 1]]}
     assert coverage_at_tokens(curve, 15) == pytest.approx(0.6)
-    assert coverage_at_tokens(curve, 5) is None
-    assert coverage_at_tokens(curve, 21) is None
+    # A set that just misses the budget is got by a share of the items.
+    assert coverage_at_tokens(curve, 5) == pytest.approx(0.25)
+    # No third set fits into 29 tokens; whether it would into 30 was not sampled.
+    assert coverage_at_tokens(curve, 29) == pytest.approx(0.7)
+    assert coverage_at_tokens(curve, 30) is None
 
 
 def broken_inputs(tmp_path: Path, trained: Path) -> dict[str, tuple[list[str], str]]:

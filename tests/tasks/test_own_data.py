@@ -55,9 +55,9 @@ def test_a_cell_is_one_gold_or_a_list_in_json(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "cell, words",
     [
-        ('"[""Mercury"", "', r"rows.csv\[0\]: 'golds' begins with \[ and is no list in JSON"),
+        ('"[""Mercury"", "', r"rows.csv\[0\]: 'golds' begins with \[ and is no list"),
         ("", r"rows.csv\[0\]: 'golds' must be a list .*the row has question, golds"),
-        ('"[]"', "at least one gold"),
+        ('"[]"', "is no list of texts or objects"),
     ],
 )
 def test_a_malformed_cell_is_named(cell: str, words: str, tmp_path: Path) -> None:
