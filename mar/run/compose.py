@@ -462,7 +462,8 @@ def _in_a_sentence(error: Exception) -> str:
             f"{error.override}: Hydra cannot read that; signs, and letters beyond a-z, want "
             "quotes: \"key='value'\""
         )
-    return re.sub(" (Config search path|full_key:|See https).*|^Error merging override ", "", text)
+    text = re.sub(" (Config search path|full_key:|See https).*|^Error merging override ", "", text)
+    return re.sub(r"^(\S+=\S+) Value ", r"\1: the value ", text)
 
 
 # --------------------------------------------------------------------------- what was chosen

@@ -138,15 +138,14 @@ def read_words(command: Command[Options], words: Sequence[str]) -> Words[Options
                 settings.append(_value_of_flag(word, rest))
         elif _is_flag(word):
             raise UserError(_no_flag(word, rest, own, command))
+        elif "=" in word and word.partition("=")[0] in own:
+            key, _, value = word.partition("=")
+            given[key] = value
         elif command.places and _is_place(word):
             places.append(word)
         else:
-            key, _, value = word.partition("=")
-            if key in own and "=" in word:
-                given[key] = value
-            else:
-                _require_setting(word, own, command)
-                settings.append(word)
+            _require_setting(word, own, command)
+            settings.append(word)
     _require_places(command, places, own)
     options = _read_options(command, given)
     homes = [str(Path(place).expanduser()) if place[:1] == "~" else place for place in places]
@@ -400,18 +399,26 @@ def _without_value(word: str, own: Collection[str], command: Command[Any] | None
     if bare in own or bare in _defaults():
         default = _shown(_defaults().get(bare, ""))
         return f"{bare} has no value: write {bare}={default or '...'}"
-    for group in (*ADDED, *CHOSEN):
-        plus = "+" if group in ADDED else ""
-        if bare in choices_of(group) and (command is None or command.settings):
-            return f"{word!r} has no key: did you mean {plus}{group}={bare}?"
-    near = [
-        f"{'+' if group in ADDED else ''}{group}={name}"
-        for group in ("experiment", "model")
-        for name in _near(bare, choices_of(group))
-    ]
-    if near and (command is None or command.settings):
-        return f"{word!r} has no key: words are key=value; did you mean {near[0]}?"
+    if command is None or command.settings:
+        near = _choice_called(bare)
+        if near:
+            return f"{word!r} has no key: words are key=value; did you mean {near}?"
     return f"{word!r} has no key: words are key=value, and {_there_is(own, command)}"
+
+
+def _choice_called(name: str) -> str:
+    """The word that chooses the file of conf/ of that name, or of nearly that name; else empty."""
+    for group in (*ADDED, *CHOSEN):
+        if name in choices_of(group):
+            return f"{_plus(group)}{group}={name}"
+    for group in ("experiment", "model"):
+        for near in _near(name, choices_of(group)):
+            return f"{_plus(group)}{group}={near}"
+    return ""
+
+
+def _plus(group: str) -> str:
+    return "+" if group in ADDED else ""
 
 
 def _no_flag(word: str, rest: Sequence[str], own: Collection[str], command: Command[Any]) -> str:
@@ -456,8 +463,7 @@ def help_text(command: Command[Any]) -> str:
             lines.append(_line(f"{key}={_shown(_defaults()[key])}", MEANINGS[key]))
         lines += ["", "and files of conf/, chosen whole:"]
         for group in (*ADDED, *CHOSEN):
-            plus = "+" if group in ADDED else ""
-            lines.append(_line(f"{plus}{group}=", " ".join(choices_of(group))))
+            lines.append(_line(f"{_plus(group)}{group}=", " ".join(choices_of(group))))
         lines.append(f"{ALL_SETTINGS.replace('`', '')} settings with their values.")
     lines += ["", "Examples:"]
     lines += [f"  python -m {command.name} {example}".rstrip() for example in command.examples]

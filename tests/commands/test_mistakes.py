@@ -107,10 +107,10 @@ MISTAKES = [
     # the machine
     ("train", f"{CLINIC} device=cuda", "PyTorch sees no GPU here: take device=cpu"),
     ("evaluate", f"{RUN} device=cuda out={{here}}/e", "take device=cpu or device=auto"),
-    ("train", f"{CLINIC} scale=h100x1", "scale=h100x1 is a machine with 1 GPU"),
+    ("train", f"{CLINIC} scale=h100x1", "scale=h100x1 wants 1 GPU(s)"),
     ("train", "+experiment=medqa scale=h100x8", "and PyTorch sees none here: leave it out"),
     # sweeps
-    ("train", f"-m {CLINIC} seed=0,x", "Value 'x'"),
+    ("train", f"-m {CLINIC} seed=0,x", "seed=x: the value 'x'"),
     ("train", f"-m {CLINIC} +sweep=foo", "there is no conf/sweep/foo.yaml"),
     ("train", f"-m {CLINIC} sweep=seeds", "put a + before it, +sweep=seeds"),
     ("train", f"-m {CLINIC} sed=0,1", "did you mean seed=0,1?"),
