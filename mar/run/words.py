@@ -65,6 +65,22 @@ MEANINGS = {
     "device": "auto, cpu or cuda",
 }
 
+# What other programs call a setting.
+SYNONYMS = {
+    "batch_size": "algo.prompts_per_step",
+    "checkpoint": "model.path",
+    "dataset": "data",
+    "k": "reward.num_answers",
+    "learning_rate": "model.lr",
+    "max_steps": "train.steps",
+    "max_tokens": "model.max_completion_tokens",
+    "num_steps": "train.steps",
+    "output": "out",
+    "output_dir": "out",
+}
+
+HELP = {"-h", "--help", "-help"}
+
 Options = TypeVar("Options")
 
 
@@ -114,7 +130,7 @@ def run_command(
     interrupted: str = "interrupted",
 ) -> int:
     """Print the help, or read the words and run; returns the exit code."""
-    if {"-h", "--help"} & set(words):
+    if HELP & set(words) or list(words) == ["help"]:
         print(help_text(command))
         return 0
     return exit_code(lambda: run(read_words(command, words)), interrupted)
@@ -344,13 +360,16 @@ def _require_choice(sign: str, group: str, value: str) -> None:
 
 
 def nearest(key: str, known: Collection[str]) -> list[str]:
-    """The known keys that a wrong one may stand for, the likeliest first: those with the same last
-    part, else those that are spelt nearly so, whole or in their last part."""
-    last = key.split(".")[-1].replace("-", "_")
+    """The known keys that a wrong one may stand for, the likeliest first: those with the same
+    last part, one of SYNONYMS, else those that are spelt nearly so, whole or in their last part."""
+    key = key.replace("-", "_").lower()
+    last = key.split(".")[-1]
     same = [name for name in known if name.split(".")[-1] == last]
     if same:
         return same[:MOST_SUGGESTED]
-    near = get_close_matches(key.replace("-", "_"), known, n=MOST_SUGGESTED, cutoff=0.8)
+    if SYNONYMS.get(key) in known:
+        return [SYNONYMS[key]]
+    near = get_close_matches(key, known, n=MOST_SUGGESTED, cutoff=0.8)
     if near:
         return near
     lasts = {name.split(".")[-1] for name in known}
@@ -399,6 +418,9 @@ def _without_value(word: str, own: Collection[str], command: Command[Any] | None
     if bare in own or bare in _defaults():
         default = _shown(_defaults().get(bare, ""))
         return f"{bare} has no value: write {bare}={default or '...'}"
+    if bare in (*ADDED, *CHOSEN):
+        choices = ", ".join(choices_of(bare))
+        return f"{word} has no value: write {_plus(bare)}{bare}=... with one of {choices}"
     if command is None or command.settings:
         near = _choice_called(bare)
         if near:
