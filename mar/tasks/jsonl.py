@@ -27,7 +27,7 @@ def read(row: Row, where: str) -> Candidate:
     """One row. Raises UserError with position and key where it is malformed."""
     question = required_text(row, "question", where)
     raw = row.get("golds")
-    if isinstance(row, Cells) and _is_text(raw):
+    if isinstance(row, Cells) and isinstance(raw, str) and raw.strip():
         raw = _gold_of_cell(raw, where)
     if not isinstance(raw, list) or not raw:
         raise UserError(
