@@ -149,7 +149,7 @@ def evaluate(words: Words[EvaluateOptions], display: Display) -> Path:
             f"not {words.places or 'nothing'}"
         )
     name = words.places[0] if words.places else ""
-    if not name or name == "base":
+    if not name or name == "base" or (Path(name) / "config.json").is_file():
         require_choice(words.settings)
     k = options.k
     sizes = parse_sizes(options.num_answers)

@@ -44,7 +44,7 @@ from mar.records import Example
 from mar.run.compose import compose, require_choice
 from mar.run.console import Display
 from mar.run.from_run import model_of
-from mar.run.setup import load_data
+from mar.run.setup import announce, load_data
 from mar.run.warm_up import (
     ADAPTERS_LR,
     LR,
@@ -123,12 +123,12 @@ def run(words: Words[SftOptions]) -> None:
     """Train, measure and save; a folder that was begun goes on."""
     sft = words.options
     require_choice(words.settings)
-    config = compose(words.settings)
+    display = Display("plain", 0, sft.steps)
+    config = announce(compose(words.settings), display)
     check_options(sft, config, words.settings)
     options, data, optim = config.model, config.data, config.optim
     torch.set_num_threads(options.threads or torch.get_num_threads())
     torch.manual_seed(config.seed)
-    display = Display(config.logger.console, 0, sft.steps)
     folder = folder_of(config, words.settings)
     log = folder / LOG
     require_own_folder(folder, log)

@@ -104,7 +104,8 @@ def check_module(module: str, words: list[str]) -> None:
     elif "-m" in words:
         check_sweep(settings)
     elif command.settings and not names_a_run:
-        compose(settings)
+        # The run that it starts from is not here.
+        compose(settings, check="model=run" not in settings)
 
 
 def check_command(command: str) -> None:

