@@ -76,7 +76,7 @@ def train_step(training: Training, step: int) -> Step:
         groups, num_replaced = replace_flat_groups(training, policy, groups, timer, step)
     with timer("update"):
         batch = make_batch(groups, scorer.first_open, learner.world.device)
-        batch, columns = compute_advantages(learner, batch)
+        batch, columns = compute_advantages(learner, batch, step)
         metrics: dict[str, Any] = {}
         if algo.variance_every and step % algo.variance_every == 0:
             metrics["adv/variance_ratio"] = variance_ratio(learner, batch)
