@@ -282,12 +282,13 @@ def say_what_trains(training: Training, folder: Path, display: Display) -> None:
     config = training.config
     learner = training.learner
     parameters = list(learner.policy.parameters())
+    model = config.model.path if config.model.source == "run" else config.model.name
     total = sum(p.numel() for p in parameters)
     trained = sum(p.numel() for p in parameters if p.requires_grad)
     display.say(
         f"{config.data.task}: {len(training.prompt_order.prompts)} training and "
         f"{len(training.held_out.prompts)} held-out prompts; "
-        f"training {trained:,} of the {total:,} parameters of {config.model.name}; "
+        f"training {trained:,} of the {total:,} parameters of {model}; "
         f"writing to {folder}"
     )
     if learner.sampling_copy:

@@ -85,10 +85,11 @@ def show_evaluation(document: Mapping[str, Any], display: Display) -> None:
     arms = document["arms"]
     columns = {name: arm["metrics"] for name, arm in arms.items() if not name.startswith("K=")}
     most = max(arm["num_answers"] * arm["num_sets"] for arm in arms.values())
+    names = evaluation_metrics(arms["policy"]["num_answers"], most)
     display.table(
         f"{document['task']}, {document['num_items']} items, ± half of the 95 % interval",
         columns,
-        evaluation_metrics(arms["policy"]["num_answers"], most),
+        [name for name in names if any(name in column for column in columns.values())],
     )
     for pair, differences in document["paired"].items():
         coverage = next((name for name in differences if name.startswith("coverage@")), None)
