@@ -37,7 +37,7 @@ from mar.run.answering import (
     write_given_texts,
 )
 from mar.run.compose import require_choice
-from mar.run.console import Display
+from mar.run.console import Display, hint_where_busy
 from mar.run.evaluation_folder import (
     ITEMS_FILE,
     RESULT_FILE,
@@ -45,7 +45,7 @@ from mar.run.evaluation_folder import (
     earlier_pairs,
     require_writable,
 )
-from mar.run.summary import show_evaluation
+from mar.run.summary import say_next_commands, show_evaluation
 from mar.run.words import Command, Words, read_words, run_command
 
 MAX_SET_SIZE = 10
@@ -158,7 +158,8 @@ def evaluate(words: Words[EvaluateOptions], display: Display) -> Path:
     require_writable(target.out)
     other = options.against
     others = read_other(other, target.out) if other else []
-    compute_device(config.device)
+    device = compute_device(config.device)
+    hint_where_busy(display, device.type, config.model.threads)
 
     tokenizer = load_tokenizer(target.model_folder)
     grammar = fit_grammar(grammar_of(config), tokenizer)
@@ -203,6 +204,8 @@ def evaluate(words: Words[EvaluateOptions], display: Display) -> Path:
         document["paired"] = earlier_pairs(target.out) | document["paired"]
         write_json(target.out / RESULT_FILE, document)
     show_evaluation(document, display)
+    if target.run is not None:
+        say_next_commands(Path(target.name), display)
     display.say(f"wrote {target.out / RESULT_FILE} and {ITEMS_FILE}")
     return target.out
 
@@ -222,7 +225,7 @@ COMMAND = Command(
 
 
 def main(words: Sequence[str]) -> int:
-    display = Display("plain", 0, 0)
+    display = Display("auto", 0, 0)
     return run_command(
         COMMAND,
         words,

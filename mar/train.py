@@ -44,7 +44,7 @@ from mar.run.compose import (
     require_one_run,
     validate,
 )
-from mar.run.console import Display
+from mar.run.console import Display, hint_where_busy
 from mar.run.evaluations import Evaluations
 from mar.run.from_run import model_of, pin_source
 from mar.run.interrupts import Interrupts
@@ -220,6 +220,7 @@ def run_until_end(config: Config, skip_finished: bool = False) -> str:
     world = join(config.device, config.scale)
     display.console.quiet = not world.leads
     config = announce(config, display)
+    hint_where_busy(display, world.device.type, config.model.threads)
     if config.model.threads:
         torch.set_num_threads(config.model.threads)
 
@@ -281,12 +282,13 @@ def say_what_trains(training: Training, folder: Path, display: Display) -> None:
     config = training.config
     learner = training.learner
     parameters = list(learner.policy.parameters())
+    model = config.model.path if config.model.source == "run" else config.model.name
     total = sum(p.numel() for p in parameters)
     trained = sum(p.numel() for p in parameters if p.requires_grad)
     display.say(
         f"{config.data.task}: {len(training.prompt_order.prompts)} training and "
         f"{len(training.held_out.prompts)} held-out prompts; "
-        f"training {trained:,} of the {total:,} parameters of {config.model.name}; "
+        f"training {trained:,} of the {total:,} parameters of {model}; "
         f"writing to {folder}"
     )
     if learner.sampling_copy:

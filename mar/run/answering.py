@@ -220,20 +220,23 @@ def answer_questions(
         began = time.perf_counter()
         items = done.setdefault(arm.name, [])
         chunk = chunks[arm.name]
-        for start in range(len(items), len(ids), chunk):
-            sampled = sample_items(
-                arm=arm,
-                prompts=questions.prompts[arm.name][start : start + chunk],
-                model=models.policy if arm.trained else models.untrained,
-                params=models.params[arm.name],
-                kv_budget_tokens=config.sampler.kv_budget_tokens,
-                seed=config.seed,
-                verifier=questions.verifier,
-                decode=questions.decode,
-            )
-            rows = [_as_written(item) for item in sampled]
-            append_jsonl(path, [{"arm": arm.name, **row} for row in rows])
-            items += map(Item.from_row, rows)
+        num_left = (len(ids) - len(items)) * arm.num_sets
+        with display.counting(arm.name, num_left) as tick:
+            for start in range(len(items), len(ids), chunk):
+                sampled = sample_items(
+                    arm=arm,
+                    prompts=questions.prompts[arm.name][start : start + chunk],
+                    model=models.policy if arm.trained else models.untrained,
+                    params=models.params[arm.name],
+                    kv_budget_tokens=config.sampler.kv_budget_tokens,
+                    seed=config.seed,
+                    verifier=questions.verifier,
+                    decode=questions.decode,
+                    on_completion=tick,
+                )
+                rows = [_as_written(item) for item in sampled]
+                append_jsonl(path, [{"arm": arm.name, **row} for row in rows])
+                items += map(Item.from_row, rows)
         seconds = time.perf_counter() - began
         display.say(
             f"{arm.name}: {len(ids)} items x {arm.num_sets} ({seconds:.0f} s), {arm.description}"

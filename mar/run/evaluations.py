@@ -47,8 +47,13 @@ class Evaluations:
         training = self.training
         learner = training.learner
         num_answers = training.config.reward.num_answers
-        with learner.sampling_policy() as policy:
-            metrics, rollouts = measure(policy, training.held_out, learner.world)
+        world = learner.world
+        num_prompts = len(training.held_out.prompts[world.share])
+        with (
+            learner.sampling_policy() as policy,
+            self.display.counting(f"eval {stage}", num_prompts) as tick,
+        ):
+            metrics, rollouts = measure(policy, training.held_out, world, tick)
 
         texts = [completion_row(rollout, "eval", step) for rollout in rollouts[:NUM_TEXTS]]
         document = self.document

@@ -47,6 +47,8 @@ NOT_A_VARIANT = {
     "data.eval_path",
     "train.stop_at",
 }
+# A run that gets more steps may be measured and saved at others, too.
+BESIDE_MORE_STEPS = {"eval.every", "checkpoint.every", "checkpoint.keep"}
 # A run resumes with other values of these. (Threads may change the last bits.)
 NOT_A_DIFFERENCE = {"train.stop_at", "out", "run_dir", "logger", "provenance", "model.threads"}
 
@@ -192,7 +194,7 @@ def find(config: Mapping[str, Any]) -> RunDir:
     finished = is_finished(path)
     saved = _read_yaml(path / "config.yaml", strict=not finished)
     keys = differing_keys(saved, config)
-    if keys == ["train.steps"]:
+    if "train.steps" in keys and set(keys) <= {"train.steps", *BESIDE_MORE_STEPS}:
         old_steps = flatten(saved).get("train.steps", math.inf)
         if old_steps < config["train"]["steps"]:
             return RunDir(path, resume=True, extends=old_steps)

@@ -32,6 +32,10 @@ REFUSED = "refused"
 EXIT_CODES = {INTERRUPTED: 130, FAILED: 1, REFUSED: 2}
 
 
+class RanksApart(BaseException):
+    """A job ended by an error on this rank, while others may still wait for it in that job."""
+
+
 @dataclass(frozen=True)
 class Job:
     """A job that has ended: its swept words, its state, its folder, and why it is not finished."""
@@ -51,7 +55,7 @@ class Sweep:
 
     def take(self, config_of: Callable[[], Config], train: Callable[[Config], str]) -> None:
         """Run one job and remember how it ended; `train` returns its state. Raises
-        KeyboardInterrupt where the whole sweep is to stop."""
+        KeyboardInterrupt, or RanksApart, where the whole sweep is to stop."""
         heed_ctrl_c()
         words = words_of_job()
         self.num_jobs = count_jobs()
@@ -78,6 +82,9 @@ class Sweep:
         # A signal in the last step of a job does not stop the job, but it does stop the sweep.
         if state == INTERRUPTED or Interrupts.any_received:
             raise KeyboardInterrupt
+        # All ranks refuse a config alike; of what comes later one may know alone.
+        if reason and folder and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise RanksApart
 
     def _require_own_folder(self, folder: str) -> None:
         """Raises UserError where an earlier job has this folder: it would move aside."""
@@ -96,6 +103,8 @@ class Sweep:
             command()
         except KeyboardInterrupt:
             interrupted = True
+        except RanksApart:
+            pass  # torchrun ends the other ranks when this one has left
         if self.ended:
             self._say_states()
         states = {job.state for job in self.ended}

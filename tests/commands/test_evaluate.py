@@ -26,6 +26,7 @@ from mar.run.compose import compose
 from mar.run.console import Display
 from mar.run.evaluation_folder import claimed, step_aside
 from mar.run.setup import build_training
+from mar.run.summary import show_evaluation
 from mar.run.words import read_words
 
 EMBEDDED = Path("mar/embedded/model").absolute()
@@ -620,6 +621,18 @@ def test_all_arms_are_compared_at_a_multiple_of_a_set(capsys: pytest.CaptureFixt
 def test_a_table_has_no_row_twice() -> None:
     assert evaluation_metrics(3, 3).count("coverage@3") == 1
     assert evaluation_metrics(3, 6)[:3] == ("coverage@3", "coverage@6", "unique@6")
+
+
+def test_a_table_has_no_row_that_no_arm_has(base: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = document(base)
+    for name in ("single", "K=2"):
+        del found["arms"][name]
+    metrics = found["arms"]["policy"]["metrics"]
+    found["arms"]["policy"]["num_sets"] = 1
+    del metrics["unique@6"]
+    show_evaluation(found | {"paired": {}}, Display("plain", 0, 0))
+    said = capsys.readouterr().out
+    assert said.count("coverage@3") == 1 and "unique@" not in said and "top1" in said
 
 
 def test_nothing_of_a_resampled_interval_depends_on_the_order_of_arms(base: Path) -> None:

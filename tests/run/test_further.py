@@ -94,8 +94,10 @@ def test_a_finished_run_gets_more_steps(tmp_path: Path, capsys: pytest.CaptureFi
 def test_an_unfinished_run_gets_more_steps_too(tmp_path: Path) -> None:
     words = [*SMALL, f"out={tmp_path}"]
     assert run(compose([*words, "train.steps=3", "train.stop_at=2"])) == 0
-    assert run(compose([*words, "train.steps=4"])) == 0
-    assert [row["step"] for row in records(tmp_path / "clinic/seed0")] == [1, 2, 3, 4]
+    assert run(compose([*words, "train.steps=4", "eval.every=3"])) == 0
+    folder = tmp_path / "clinic/seed0"
+    assert [row["step"] for row in records(folder)] == [1, 2, 3, 4]
+    assert [entry["step"] for entry in document(folder)["history"]] == [0, 3, 4]
     with pytest.raises(UserError, match=r"optim\.lr, train\.steps"):
         unfinished = [*words, "seed=1", "train.steps=3", "train.stop_at=1"]
         assert run(compose(unfinished)) == 0

@@ -156,6 +156,25 @@ def test_an_interrupt_ends_the_sweep(
     assert "3 not begun" in said and "the same command goes on" in said
 
 
+def test_of_several_ranks_an_error_within_a_job_ends_the_sweep(
+    jobs: Sweep, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The others may wait for this rank in the job: it must not go on to the next one."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+
+    def refuse(*_: object) -> str:
+        raise UserError("the disk is full")
+
+    def command() -> None:
+        jobs.take(lambda: refuse(), lambda _: "finished")
+        jobs.take(lambda: config_in("b"), lambda _: "finished")
+        jobs.take(lambda: config_in("c"), refuse)
+        pytest.fail("the next job began")
+
+    assert jobs.run_to_its_end(command) == 2
+    assert "4 jobs: 2 refused, 1 finished, 1 not begun" in capsys.readouterr().out
+
+
 def test_two_jobs_of_one_folder_are_refused(jobs: Sweep) -> None:
     """Repeated, each would move the other's results aside and train anew."""
     jobs.take(lambda: config_in("a"), lambda _: "finished")
