@@ -105,6 +105,9 @@ def check_module(module: str, words: list[str]) -> None:
             continue
         key, equals, value = word.partition("=")
         assert equals, f"{word} is no setting"
+        if key == "model.path" and value.startswith("runs/"):
+            # That run is not at hand. Named with its checkpoint, it need not be.
+            value = f"{value}@1-{'0' * 12}"
         first_of_sweep = value.partition(",")[0]
         settings.append(f"{key}={first_of_sweep}")
     if module == "mar.tasks":
