@@ -28,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from experiments.algorithms import summary as algorithms
 from experiments.claims import confidences, probe
 from experiments.claims import summary as claims
+from experiments.common import glossary
 from experiments.common.tables import markdown_table
 from experiments.credit import run as credit
 from experiments.ddxplus_smollm2 import constant, profile
@@ -87,6 +88,9 @@ TABLES: dict[str, Callable[..., str]] = {
     "credit": sweeps.credit,
     "credit expectation": credit.expectation,
     "credit variance": credit.variances,
+    "glossary of one set": glossary.one_set,
+    "glossary of several sets": glossary.several_sets,
+    "glossary of steps": glossary.steps,
 }
 
 

@@ -27,7 +27,7 @@ from mar.learn.batch import make_batch
 from mar.learn.gradient_variance import variance_ratio
 from mar.learn.update import compute_advantages, update
 from mar.measure.bounds import known_bounds
-from mar.measure.step_metrics import step_metrics
+from mar.measure.step_metrics import StepSeen, step_metrics
 from mar.policy.distributed import join
 from mar.policy.model import Decoder
 from mar.policy.sources import environment, resolve_model
@@ -67,12 +67,13 @@ def train_step(training: Training, step: int) -> Step:
     scorer = training.scorer
     timer = Timer()
     prompts = training.prompt_order.of_step(step)
-    with learner.sampling_policy() as policy:
+    with learner.rollout_policy() as policy:
         judged, generation = sample_and_judge(training, policy, prompts, timer, step)
         groups = judged_only(judged, fewest=max(2, algo.pass_k))
         groups, num_replaced = replace_flat_groups(training, policy, groups, timer, step)
     with timer("update"):
-        batch = make_batch(groups, scorer.first_open, learner.world.device)
+        device = learner.world.device
+        batch = make_batch(groups, scorer.first_open, device, scorer.of_confidence)
         batch, columns = compute_advantages(learner, batch, step)
         metrics: dict[str, Any] = {}
         if algo.variance_every and step % algo.variance_every == 0:
@@ -81,7 +82,8 @@ def train_step(training: Training, step: int) -> Step:
 
     advantages = columns["advantages"]
     num_unjudged = sum(rollout.unjudged > 0 for group in judged for rollout in group)
-    metrics |= step_metrics(batch, advantages, scorer, generation, num_replaced, num_unjudged)
+    seen = StepSeen(batch, advantages, scorer, generation, num_replaced, num_unjudged)
+    metrics |= step_metrics(seen)
     metrics |= timer.metrics(batch.num_tokens)
     return Step(metrics, [rollout for group in groups for rollout in group], advantages)
 
@@ -216,7 +218,8 @@ def run(config: Config) -> int:
     if world.leads:
         _lock = run_folder.lock(folder)  # until this function ends
         models = [learner.policy, learner.critic] if learner.critic else [learner.policy]
-        checkpoint.require_room(folder / "checkpoints", models, config.checkpoint.keep)
+        keep, lag = config.checkpoint.keep, config.algo.lag
+        checkpoint.require_room(folder / "checkpoints", models, keep, num_past=lag)
         told_date = f"{CLOCK:%Y-%m-%d}"  # by a chat template that asks for today's
         origin = {"model": provenance, "chat_date": told_date, **environment()}
         opened = run_folder.prepare({**config.to_dict(), "provenance": origin})

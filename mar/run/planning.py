@@ -244,12 +244,16 @@ def memory_per_gpu(config: Config, model: Decoder) -> dict[str, Any]:
         stored_bytes=stored_bytes,
     )
     beside = memory_beside_policy(config, shape, shards, stored_bytes)
+    if config.algo.lag:
+        one = stored_bytes * num_parameters(model, trained=True, shards=shards)
+        beside["past_weights"] = config.algo.lag * one
     if scale.offload:  # they live in CPU memory
         parts |= {"weights": 0, "gradients": 0, "optimizer": 0}
         beside = dict.fromkeys(beside, 0)
     parts |= beside
 
-    # Loading: the shards of all models, one after another, then the copy for sampling.
+    # Loading: the shards of all models, one after another, then the copy for sampling. Past weights
+    # (algo.lag) come with the first steps.
     copy = compute_bytes * num_parameters(model)
     loading_peak = parts["weights"] + parts["reference"] + parts["critic"] + copy
 

@@ -170,6 +170,18 @@ def test_loading_holds_the_shards_of_every_model_and_the_copy(words, loading, re
     assert peaks["sampling"] - kv_and_copy == pytest.approx(resident, abs=4 * 2 * 4 * 4097)
 
 
+@pytest.mark.parametrize("words", [(), ("model.lora_rank=16",)])
+def test_older_weights_are_copies_of_the_shards_that_are_trained(words):
+    plain = planned(*words)
+    lagging = planned(*words, "algo.lag=3")
+    held = lagging["bytes"]["past_weights"]
+    assert held == 3 * plain["bytes"]["gradients"] and "past_weights" not in plain["bytes"]
+    for peak, more in (("loading", 0), ("sampling", held), ("update", held)):
+        assert lagging["peak_bytes"][peak] - plain["peak_bytes"][peak] == more
+    offloaded = planned(*words, "algo.lag=3", "scale.offload=true")
+    assert offloaded["bytes"]["past_weights"] == 0
+
+
 def test_the_sampling_copy_has_the_adapters():
     lora = planned("model.lora_rank=16")
     assert lora["bytes"]["sampling_copy"] == COPY + 2 * lora["trained"]
