@@ -12,7 +12,7 @@ from mar.errors import UserError
 from mar.files import NUM_NAMED_LINES, read_jsonl, skipped_lines
 from mar.measure.answer_sets import Item, item_of_texts
 from mar.records import Prompt
-from mar.verify.verifiers import AnswerChecker
+from mar.verify.verifiers import WordChecker
 
 ROWS = "it takes one JSON object a line"
 
@@ -21,7 +21,7 @@ def items_of_file(
     file: Path,
     prompts: Sequence[Prompt],
     grammar: Grammar,
-    verifier: AnswerChecker,
+    verifier: WordChecker,
     tokenizer: Any,
     task: str,
     say: Callable[[str], None],

@@ -224,7 +224,8 @@ def restore_state(model: Decoder, optimizers: Optimizers, folder: Path) -> Progr
     file = folder / STATE
     if not file.exists():
         return Progress()
-    state = torch.load(file, weights_only=True)
+    # moments go where their parameters are, which may be another device than when they were saved
+    state = torch.load(file, weights_only=True, map_location="cpu")
     weights = state["weights"]
     named = dict(model.named_parameters())
     fits = all(name in named and named[name].shape == weights[name].shape for name in weights)
@@ -239,8 +240,16 @@ def restore_state(model: Decoder, optimizers: Optimizers, folder: Path) -> Progr
             of_group = {id(parameter) for parameter in group["params"]}
             for name, parameter in named.items():
                 if id(parameter) in of_group and name in state["moments"]:
-                    optimizer.state[parameter] = state["moments"][name]
+                    optimizer.state[parameter] = _moments_beside(parameter, state["moments"][name])
     return Progress(state["step"], state["seconds"], frozenset(weights))
+
+
+def _moments_beside(parameter: torch.nn.Parameter, moments: dict[str, Any]) -> dict[str, Any]:
+    """The moments on the parameter's device; the step count stays where AdamW keeps it."""
+    for key, value in moments.items():
+        if value.shape == parameter.shape:
+            moments[key] = value.to(parameter)
+    return moments
 
 
 def rate_factor(step: int, sft: SftOptions) -> float:

@@ -279,10 +279,23 @@ def _spelled(word: str, sweep: bool) -> str:
     return f"{found['sign']}{found['key']}={quoted(value)}"
 
 
+def without_references(value: Any) -> Any:
+    """A value, with what it holds, in which OmegaConf does not take `${` for a reference."""
+    if isinstance(value, str):
+        # OmegaConf reads a backslash as itself, except before these signs.
+        return re.sub(r"(\\*)\$\{", lambda m: 2 * m[1] + "\\${", value)
+    if isinstance(value, dict):
+        return {key: without_references(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [without_references(item) for item in value]
+    return value
+
+
 def quoted(value: object) -> str:
     """A value as a word of Hydra's command line, whatever signs it holds."""
+    plain = without_references(str(value))
     # Hydra reads a backslash as itself, except before a quote.
-    escaped = re.sub(r"(\\*)('|$)", lambda m: 2 * m[1] + (m[2] and "\\'"), str(value))
+    escaped = re.sub(r"(\\*)('|$)", lambda m: 2 * m[1] + (m[2] and "\\'"), plain)
     return f"'{escaped}'"
 
 
