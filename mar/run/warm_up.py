@@ -240,12 +240,16 @@ def restore_state(model: Decoder, optimizers: Optimizers, folder: Path) -> Progr
             of_group = {id(parameter) for parameter in group["params"]}
             for name, parameter in named.items():
                 if id(parameter) in of_group and name in state["moments"]:
-                    moments = state["moments"][name]
-                    for key, value in moments.items():
-                        if value.shape == parameter.shape:
-                            moments[key] = value.to(parameter)
-                    optimizer.state[parameter] = moments
+                    optimizer.state[parameter] = _moments_beside(parameter, state["moments"][name])
     return Progress(state["step"], state["seconds"], frozenset(weights))
+
+
+def _moments_beside(parameter: torch.nn.Parameter, moments: dict[str, Any]) -> dict[str, Any]:
+    """The moments on the parameter's device; the step count stays where AdamW keeps it."""
+    for key, value in moments.items():
+        if value.shape == parameter.shape:
+            moments[key] = value.to(parameter)
+    return moments
 
 
 def rate_factor(step: int, sft: SftOptions) -> float:

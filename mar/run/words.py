@@ -279,14 +279,6 @@ def _spelled(word: str, sweep: bool) -> str:
     return f"{found['sign']}{found['key']}={quoted(value)}"
 
 
-def quoted(value: object) -> str:
-    """A value as a word of Hydra's command line, whatever signs it holds."""
-    plain = without_references(str(value))
-    # Hydra reads a backslash as itself, except before a quote.
-    escaped = re.sub(r"(\\*)('|$)", lambda m: 2 * m[1] + (m[2] and "\\'"), plain)
-    return f"'{escaped}'"
-
-
 def without_references(value: Any) -> Any:
     """A value, with what it holds, in which OmegaConf does not take `${` for a reference."""
     if isinstance(value, str):
@@ -297,6 +289,14 @@ def without_references(value: Any) -> Any:
     if isinstance(value, list):
         return [without_references(item) for item in value]
     return value
+
+
+def quoted(value: object) -> str:
+    """A value as a word of Hydra's command line, whatever signs it holds."""
+    plain = without_references(str(value))
+    # Hydra reads a backslash as itself, except before a quote.
+    escaped = re.sub(r"(\\*)('|$)", lambda m: 2 * m[1] + (m[2] and "\\'"), plain)
+    return f"'{escaped}'"
 
 
 @cache

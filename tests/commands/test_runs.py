@@ -179,7 +179,10 @@ def test_values_of_another_kind_are_left_out(folder: Path) -> None:
     }
     (folder / "own/seed0/eval.json").write_text(json.dumps(document))
     (folder / "own/seed0/metrics.jsonl").write_text('[1]\n{"step": [2]}\n')
+    config = CONFIG | {"model": {"name": ["embedded"]}, "seed": True}
+    (folder / "own/seed0/config.yaml").write_text(yaml.safe_dump(config))
     row = by_name(folder)["own/seed0"]
+    assert row.model is None and row.seed is None
     assert (row.state, row.task, row.step, row.value, row.low) == (
         "finished",
         "medqa",
