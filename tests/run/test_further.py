@@ -125,16 +125,19 @@ def test_an_extension_that_was_cut_off_is_neither_finished_nor_refused(
     (folder / "eval.json").write_text(json.dumps({"before": {"top1": 0}, "after": {"top1": 1}}))
     longer = compose([*SMALL, f"out={tmp_path}", "train.steps=4"]).to_dict()
     replace = Path.replace
+    replaced = []
 
     def killed(self: Path, target: Path) -> Path:
-        if target.name == "config.yaml":
+        replaced.append(target.name)
+        if len(replaced) == 2:
             raise KeyboardInterrupt
         return replace(self, target)
 
     monkeypatch.setattr(Path, "replace", killed)
     with pytest.raises(KeyboardInterrupt):
         prepare(longer)
-    monkeypatch.undo()
+    monkeypatch.setattr(Path, "replace", replace)
+    assert set(replaced) == {"eval.json", "config.yaml"}
     again = prepare(longer)
     assert again.resume and again.extends == 2 and again.archive is None
     last = prepare(longer)
