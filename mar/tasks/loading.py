@@ -24,6 +24,11 @@ from mar.records import Example, Gold
 
 Row = Mapping[str, Any]
 
+
+class Cells(dict[str, Any]):
+    """The row of a csv or tsv file: whatever is in it had to be written as text."""
+
+
 # The per cent of ids below which a split ends: 10 % test, 20 % validation, 70 % train.
 SPLIT_ENDS = (("test", 10), ("validation", 30), ("train", 100))
 
@@ -71,6 +76,12 @@ class Source:
     num: int | None = None
     seed: int = 0
     path: str | None = None
+    # The setting that named the file, for messages.
+    path_key: str = "data.path"
+    # All rows of the file belong to the split: it is not cut.
+    whole_file: bool = False
+    # A file whose questions are left out (of training: those of the evaluation).
+    without_path: str | None = None
     hub_id: str | None = None
     max_gold_words: int = 3
     show_options: bool = False
@@ -125,7 +136,7 @@ def required_text(row: Row, key: str, where: str) -> str:
 def example_id(row: Row, key: str, prefix: str, question: str) -> str:
     """The row's own id, else one from the question's words: it does not move with the row."""
     given = row.get(key)
-    if given is not None:
+    if given not in (None, ""):  # an empty cell of a table is none
         return f"{prefix}-{given}"
     words = " ".join(question.split())
     return f"{prefix}-{stable_hash(words):016x}"
@@ -151,16 +162,16 @@ def read_json(file: Path) -> Any:
         raise UserError(f"{file} is not valid JSON ({error}): mend it") from None
 
 
-def rows_of_file(path: str) -> Iterator[tuple[str, Row]]:
+def rows_of_file(path: str, key: str = "data.path") -> Iterator[tuple[str, Row]]:
     """(`file:line`, row) of a jsonl file, or (`file[n]`, row) of a table or the array in a .json.
 
-    Raises UserError for what cannot be read.
+    Raises UserError for what cannot be read. key: the setting that named the file.
     """
     file = Path(path).expanduser()
     if file.is_dir():
-        raise UserError(f"data.path={path} is a folder: name a file in it")
+        raise UserError(f"{key}={path} is a folder: name a file in it")
     if not file.is_file():
-        raise UserError(f"data.path={path} is not there")
+        raise UserError(f"{key}={path} is not there")
     try:
         yield from _rows_by_kind(file, path)
     except (EOFError, OSError, zlib.error) as error:
@@ -262,7 +273,7 @@ def _rows_of_table(content: IO[bytes], path: str, separator: str) -> Iterator[tu
                     f"{path}[{number}] has {len(cells)} cells for {len(header)} columns (it ends "
                     f"in line {rows.line_num}): mend or remove the row"
                 )
-            yield f"{path}[{number}]", dict(zip(header, map(_cell, cells), strict=True))
+            yield f"{path}[{number}]", Cells(zip(header, map(_cell, cells), strict=True))
             number += 1
     except (csv.Error, UnicodeDecodeError) as error:
         raise UserError(
@@ -304,6 +315,11 @@ def _row_of_line(line: bytes, path: str, number: int) -> Row:
     try:
         row = json.loads(line.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
+        if number == 1 and line.lstrip()[:1] not in (b"{", b"["):
+            raise UserError(
+                f"{path} holds no JSON: a table wants a name that ends in .csv, .tsv or .parquet, "
+                'and of jsonl each line is one row, {"question": ...}'
+            ) from None
         if number == 1:
             raise UserError(
                 f"{where} is not valid JSON ({error}): mend the line, or give {READ}, in UTF-8"
@@ -377,7 +393,10 @@ def rows_of_source(source: Source) -> tuple[Iterable[tuple[str, Row]], Callable[
     validation, `validation` is the share of its train that `split_of` says, and `train` the rest.
     """
     if source.kind == "path":
-        return rows_of_file(str(source.path)), lambda id: split_of(id) == source.split
+        rows = rows_of_file(str(source.path), source.path_key)
+        if source.whole_file:
+            return rows, lambda id: True
+        return rows, lambda id: split_of(id) == source.split
     if source.kind == "hub":
         return rows_of_hub(str(source.hub_id), source.split)
     raise UserError(
@@ -400,10 +419,13 @@ def load_rows(source: Source, read: Callable[[Row, str], Candidate]) -> Loaded:
     dropped: Counter[str] = Counter()
     position_of_id: dict[str, str] = {}
     questions: set[str] = set()
+    left_out = _questions_left_out(source, read)
     for where, row in rows:
         example, question, drop_reason = _read_row(read, row, where)
-        same_words = " ".join(question.casefold().split())
-        if same_words in questions:
+        same_words = _same_words(question)
+        if same_words in left_out:
+            drop_reason = f"also in {source.without_path}"
+        elif same_words in questions:
             drop_reason = "duplicate question"
         elif example.id in position_of_id:
             raise UserError(
@@ -426,6 +448,19 @@ def load_rows(source: Source, read: Callable[[Row, str], Candidate]) -> Loaded:
     return Loaded(examples, dropped)
 
 
+def _same_words(question: str) -> str:
+    """Equal for questions that differ in nothing but case and spaces."""
+    return " ".join(question.casefold().split())
+
+
+def _questions_left_out(source: Source, read: Callable[[Row, str], Candidate]) -> set[str]:
+    """The questions of the other file: what is measured must not be trained."""
+    if source.without_path is None:
+        return set()
+    rows = rows_of_file(source.without_path, "data.eval_path")
+    return {_same_words(_read_row(read, row, where).question) for where, row in rows}
+
+
 def _read_row(read: Callable[[Row, str], Candidate], row: Row, where: str) -> Candidate:
     try:
         return read(row, where)
@@ -439,11 +474,13 @@ def _read_row(read: Callable[[Row, str], Candidate], row: Row, where: str) -> Ca
 def _empty_split(source: Source, num_rows: int, dropped: Counter[str]) -> str:
     origin = source.path if source.kind == "path" else source.hub_id
     reasons = [f"{number} {reason}" for reason, number in dropped.items()]
+    if source.whole_file:
+        return f"{origin}: no row is left of {num_rows} ({', '.join(reasons)}): use another file"
     why = ", ".join(reasons) or "none of them falls into it"
-    return (
-        f"{origin}: split {source.split!r} is empty ({num_rows} rows; {why}): use another split or "
-        "file"
-    )
+    remedy = "use another split or file"
+    if source.kind == "path":
+        remedy += ", or two files that are not cut, data.train_path and data.eval_path"
+    return f"{origin}: split {source.split!r} is empty ({num_rows} rows; {why}): {remedy}"
 
 
 # ---------------------------------------------------------------------- of loaded examples

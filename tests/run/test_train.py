@@ -28,7 +28,7 @@ from mar.run.compose import compose
 from mar.run.evaluations import Evaluations
 from mar.run.interrupts import Interrupts
 from mar.tasks import clinic
-from mar.train import refuse_unknown_words, run, train_step
+from mar.train import main, run, train_step
 
 SHAPE = {
     "architectures": ["Qwen3ForCausalLM"],
@@ -130,6 +130,8 @@ ALGORITHMS = {
     "ppo": PPO,
     "dapo": DAPO,
     "grpo": ["algo=grpo", "algo.entropy_coef=0.01", "algo.entropy_decay=true"],
+    "lag": ["algo.lag=2", "algo.loss=ppo"],
+    "lag and importance": ["algo.lag=1", "algo.importance=masked", "algo.resample=1"],
 }
 
 
@@ -159,6 +161,14 @@ def test_resumed_runs_of_other_algorithms_are_the_uninterrupted_ones(
             row["policy/sampler_kl"] for row in whole
         ]  # top_p cuts what is drawn from, less as the policy sharpens
         assert kept[0] > 1e-2 and min(kept) > 1e-5  # of rounding alone it would be 1e-7 at most
+    if name == "lag":  # two steps with the first weights: the ratio moves in the second
+        ratios = [row["policy/ratio_max"] for row in whole]
+        assert ratios[0] == pytest.approx(1, abs=1e-4) and min(ratios[1:]) > 1.001
+        assert max(row["policy/sampler_mismatch_max"] for row in whole) < 1e-4
+    if name == "lag and importance":
+        assert [row["policy/ratio_max"] for row in whole] == [1.0] * 4
+        assert abs(whole[0]["policy/sampler_kl"]) < 1e-6
+        assert min(row["policy/sampler_mismatch_max"] for row in whole[1:]) > 1e-3
     if name == "grpo":
         assert (
             whole[0]["policy/ref_kl"] == pytest.approx(0, abs=1e-6)
@@ -232,6 +242,7 @@ def test_groups_without_spread_are_replaced(model_folder: Path, tmp_path: Path) 
     assert run(compose(words(model_folder, tmp_path, *chosen))) == 0
     (row,) = records(tmp_path / "clinic/seed0")
     assert row["adv/replaced_groups"] == 2 and row["adv/zero_group_frac"] == 1
+    assert 4 < row["sampler/decode_steps"] <= 3 * 4  # of all three rounds
 
 
 def records(folder: Path) -> list[dict[str, float]]:
@@ -290,12 +301,12 @@ def test_resumed_run_is_the_uninterrupted_one(
 def test_finished_run_moves_aside_and_another_config_is_refused(
     model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run(compose(words(model_folder, tmp_path, "train.steps=1"))) == 0
+    assert run(compose(words(model_folder, tmp_path, "train.steps=1", "optim.eps=1e-7"))) == 0
     assert run(compose(words(model_folder, tmp_path, "train.steps=2", "train.stop_at=1"))) == 0
     assert (tmp_path / "clinic/seed0~1/eval.json").exists() and "seed0 was finished: it is " in (
         said := capsys.readouterr().out
     )
-    assert "and differed in train.steps\n" in said
+    assert "and differed in optim.eps, train.steps\n" in said
     with pytest.raises(UserError, match=r"optim\.lr"):
         run(compose(words(model_folder, tmp_path, "train.steps=2", "optim.lr=1e-3")))
 
@@ -529,19 +540,15 @@ def test_a_signal_that_arrives_twice_at_once_is_one(
 
 
 @pytest.mark.parametrize("word", ["+experiment=clinc", "algo.groupsize=4", "modle=hf", "garbage"])
-def test_a_misspelt_word_is_one_sentence(word: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as exit:
-        refuse_unknown_words(["+experiment=clinic"] * (not word.startswith("+")) + [word])
+@pytest.mark.parametrize("flags", [[], ["-m"], ["--cfg", "job"]], ids=["run", "sweep", "look"])
+def test_a_misspelt_word_is_one_sentence(
+    flags: list[str], word: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    task = [] if word.startswith("+") else ["+experiment=clinic"]
+    assert main([*flags, *task, word]) == 2
     said = capsys.readouterr()
-    assert (
-        exit.value.code == 2
-        and not said.out
-        and said.err.count("\n") == 1
-        and said.err.startswith("error: ")
-    )
+    assert not said.out and said.err.count("\n") == 1 and said.err.startswith("error: ")
     assert word.partition("=")[2 if word.startswith("+") else 0] in said.err
-    refuse_unknown_words(["-m", word])  # a sweep's words are read by Hydra
-    refuse_unknown_words(["+experiment=clinic", "algo.group_size=4"])
 
 
 def test_ctrl_c_while_the_code_is_loaded_leaves_no_traceback():
