@@ -23,7 +23,7 @@ STAMP := $(ENV)/.mar-$(shell echo '$(CURDIR)' | cksum | cut -d' ' -f1)
 CPU := OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES=''
 PYTEST := $(CPU) $(BIN)/python -m pytest -q
 
-.PHONY: help setup train test test-slow lint format check smoke golden golden-update bench report faults faults-quick gpu
+.PHONY: help setup train test test-slow lint format check smoke golden golden-update bench report faults faults-quick gpu compat
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -35,14 +35,16 @@ ifeq ($(ENV),$(CURDIR)/.venv)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "mar needs Python 3.11 or newer and $(PYTHON) is $$($(PYTHON) --version 2>&1): run make with PYTHON=<a newer one>" >&2; exit 1; }
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(ENV)
-	@echo "installing into $(ENV): some minutes the first time"
-	$(BIN)/python -m pip install -q $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) -c constraints.txt torch
-	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev,eval]'
+	@echo "1 of 2: torch into $(ENV), the largest download (gigabytes with CUDA; a CPU build by TORCH_INDEX=...)"
+	$(BIN)/python -m pip install $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) -c constraints.txt torch
+	@echo "2 of 2: mar and its libraries into $(ENV)"
+	$(BIN)/python -m pip install -c constraints.txt -e '.[dev,eval]'
 else
-	@echo "using the active environment $(ENV) and its torch"
-	$(BIN)/python -m pip install -q -e '.[dev,eval]'
+	@echo "1 of 1: mar and its libraries into the active environment $(ENV), whose torch is used"
+	$(BIN)/python -m pip install -e '.[dev,eval]'
 endif
 	@touch $@
+	@echo "set up: . $(BIN)/activate, then python -m mar lists the commands"
 
 train: setup ## train on this machine for some minutes; ends with a table
 	$(BIN)/python -m mar.train +experiment=medqa $(ARGS)
@@ -86,7 +88,13 @@ faults: setup ## crashes, broken files and, with root, full disks; writes experi
 faults-quick: setup ## those that need no mount, in at most 5 minutes; writes nothing
 	$(CPU) $(BIN)/python -m experiments.faults.run --quick $(ARGS)
 
-gpu: setup ## on a CUDA device: its tests, then what only it can measure
-	$(BIN)/python experiments/gpu/first_hour.py
+gpu: ## on a CUDA device, in at most 8 minutes: what only it can measure; installs nothing
+	PYTHONPATH=.:kernels:$$PYTHONPATH $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) \
+	  experiments/gpu/first_minutes.py $(ARGS)
+
+compat: ## the tests with the versions of experiments/gpu/constraints.txt, in .venv-compat
+	$(PYTHON) -m venv .venv-compat
+	.venv-compat/bin/python -m pip install -q -c experiments/gpu/constraints.txt -e '.[dev,eval]'
+	$(CPU) .venv-compat/bin/python -m pytest -q -n 2 -m 'not slow and not gpu' $(ARGS)
 
 check: lint test test-slow smoke golden ## everything that CI runs

@@ -37,6 +37,7 @@ from experiments.ddxplus_smollm2 import summary as ddxplus
 from experiments.generalise import run as generalise
 from experiments.medqa_smollm2 import run as medqa
 from experiments.peers import summary as peers
+from experiments.plan import fake_run as settings
 from experiments.plan import run as plans
 from experiments.sweeps import summary as sweeps
 from experiments.tasks import two_steps
@@ -64,6 +65,7 @@ TABLES: dict[str, Callable[..., str]] = {
     "peers": peers.markdown,
     "plan tracked": partial(plans.markdown, "tracked"),
     "plan computed": partial(plans.markdown, "computed"),
+    "plan settings": settings.markdown,
     "ddxplus": partial(ddxplus.held_out, DDXPLUS_LOGS, 9),
     "ddxplus learning": partial(ddxplus.learning, DDXPLUS_LOGS),
     "ddxplus calibration": partial(ddxplus.calibration, DDXPLUS_LOGS),

@@ -6,7 +6,8 @@ kernels/mar_kernels/reference.py, beside the estimator itself (`answer_advantage
 per component stands here, with the scales that one divisor for each completion cannot express
 (STEP_SCALES).
 
-What changes a reward (a KL cost, a length penalty) changes `components`, before credit is given.
+What changes a reward (a length penalty) changes `components`, before credit is given. What a token
+costs by itself (k1 in the reward) stands beside them in `token_costs`.
 
 Letters: P prompts, G group_size, B rows, T tokens, C components, S segments.
 """
@@ -34,11 +35,23 @@ def token_advantages(batch: Batch, credit: str, baseline: str, scale: str) -> Te
     if scale in STEP_SCALES:
         advantages = STEP_SCALES[scale](batch, credit, baseline)
     else:
-        advantages = estimate(batch, batch.components, credit, baseline, scale)
+        advantages = of_components(batch, credit, baseline, scale)
     return advantages * batch.completion_mask
 
 
-def estimate(batch: Batch, components: Tensor, credit: str, baseline: str, scale: str) -> Tensor:
+def of_components(batch: Batch, credit: str, baseline: str, scale: str) -> Tensor:
+    """The advantages [B, T] of all that a completion earns and its tokens cost."""
+    return estimate(batch, batch.components, credit, baseline, scale, batch.token_costs)
+
+
+def estimate(
+    batch: Batch,
+    components: Tensor,
+    credit: str,
+    baseline: str,
+    scale: str,
+    token_costs: Tensor | None = None,
+) -> Tensor:
     """`answer_advantages` [B, T] of these components [B, C], which have their weights already."""
     return answer_advantages(
         components=components,
@@ -49,6 +62,7 @@ def estimate(batch: Batch, components: Tensor, credit: str, baseline: str, scale
         credit=credit,
         baseline=baseline,
         scale=scale,
+        token_costs=token_costs,
         confidence_components=batch.confidence_components,
         confidence_segments=batch.confidence_segments,
     )
@@ -57,7 +71,7 @@ def estimate(batch: Batch, components: Tensor, credit: str, baseline: str, scale
 def whitened(batch: Batch, credit: str, baseline: str) -> Tensor:
     """The mean and the standard deviation of all trained tokens are taken out (REINFORCE++,
     arXiv:2501.03262, eq. 9)."""
-    return whiten(estimate(batch, batch.components, credit, baseline, "none"), batch.loss_mask)
+    return whiten(of_components(batch, credit, baseline, "none"), batch.loss_mask)
 
 
 def term_by_term(batch: Batch, credit: str, baseline: str) -> Tensor:
@@ -111,11 +125,14 @@ def best_of_k_advantages(batch: Batch, k: int) -> Tensor:
     A_i grad log pi is an unbiased gradient of E[max of k rewards], for rewards of 0 and 1 of pass@k
     (arXiv:2505.15201, section 4; what is subtracted does not depend on sample i).
     Needs 2 <= k <= the size of each group.
+
+    What tokens cost by themselves is no part of the maximum: each completion pays for its own.
     """
-    out = torch.zeros_like(batch.totals)
+    earned = batch.components.sum(1)
+    out = torch.zeros_like(earned)
     for group in batch.group_ids.unique():
         members = (batch.group_ids == group).nonzero()[:, 0]
-        rewards, order = batch.totals[members].sort()
+        rewards, order = earned[members].sort()
         n = len(members)
 
         # In ascending order m of the n - 1 others lie below the m-th of them. It is the largest of
@@ -130,18 +147,18 @@ def best_of_k_advantages(batch: Batch, k: int) -> Tensor:
             others = torch.cat([rewards[:i], rewards[i + 1 :]])
             gain = (rewards[i] - others).clamp(min=0)
             out[members[order[i]]] = k * (chance_largest * gain).sum()
-    return out[:, None] * batch.completion_mask
+    advantages = out[:, None] * batch.completion_mask
+    if batch.token_costs is not None:
+        costs_alone = replace(batch, components=torch.zeros_like(batch.components))
+        advantages = advantages + token_advantages(costs_alone, "to_go", "leave_one_out", "none")
+    return advantages
 
 
 def with_kl_cost(batch: Batch, kl: Tensor, coef: float) -> Batch:
-    """The batch paid `coef` less per nat of `kl` [B, T] (k1 in the reward).
-
-    The cost of a segment's tokens joins the component that is first open there. So to-go credit
-    stays exact: while costs of a component are still to come, the component is open.
-    """
-    first_open = batch.first_open.gather(1, batch.segment_ids)
+    """The batch in which each trained token costs `coef` per nat of its `kl` [B, T] (k1 in the
+    reward)."""
     cost = coef * kl.to(batch.components.dtype) * batch.loss_mask
-    return replace(batch, components=batch.components.scatter_add(1, first_open, -cost))
+    return replace(batch, token_costs=cost)
 
 
 def with_truncation_rule(

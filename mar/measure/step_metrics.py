@@ -28,7 +28,8 @@ class StepSeen:
     batch: Batch
     advantages: Tensor  # [B, T]
     scorer: Scorer
-    generation: Generation
+    # of the step's prompts, then of those that replaced others
+    generations: Sequence[Generation]
     num_replaced: int  # groups that dynamic sampling replaced
     num_unjudged: int  # completions left out because nobody could judge them
 
@@ -83,14 +84,14 @@ def truncated_frac(seen: StepSeen) -> float:
 
 
 def decode_steps(seen: StepSeen) -> int:
-    """Decode steps of the sampler."""
-    return seen.generation.num_steps
+    """Decode steps of the sampler, with those of replaced groups."""
+    return sum(generation.num_steps for generation in seen.generations)
 
 
 def occupancy(seen: StepSeen) -> float | None:
     """Share of the sampler's row slots in use while prompts waited for one (null: none had to
     wait)."""
-    return seen.generation.occupancy
+    return seen.generations[0].occupancy
 
 
 # name -> a number of the step. What a reward's terms paid (`reward/...`) and the metrics of answer

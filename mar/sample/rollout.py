@@ -33,7 +33,7 @@ from mar.verify.matching import (
     repeats,
 )
 from mar.verify.programs import ProgramRunner
-from mar.verify.verifiers import AnswerChecker, submit_answers, verifier_for
+from mar.verify.verifiers import AnswerChecker, WordChecker, submit_answers, verifier_for
 
 OnCompletion = Callable[[Prompt, Completion], None]
 
@@ -191,7 +191,7 @@ def verify_programs(reading: Reading, runner: ProgramRunner) -> Verified:
     return Verified(hits, repeated, len(golds), mass=hits, keys=tuple(keys))
 
 
-def verify_words(reading: Reading, verifier: AnswerChecker) -> Verified:
+def verify_words(reading: Reading, verifier: WordChecker) -> Verified:
     """Answers against this prompt's own golds: its label, or the probability of each gold."""
     example = reading.prompt.example
     answers = reading.parsed.answers

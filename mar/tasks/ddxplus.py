@@ -85,6 +85,9 @@ def load(source: Source) -> Loaded:
 def _read(row: Row, where: str, table: dict[str, Any], source: Source) -> Candidate:
     row = {key.lower(): value for key, value in row.items()}
     row.setdefault("differential", row.get("differential_diagnosis"))
+    if str(row.get("age")).isdecimal():
+        # a table's cells are texts
+        row["age"] = int(row["age"])
     codes = _list_of(row, "evidences", where)
     differential = _list_of(row, "differential", where)
     unknown = [code for code in codes if str(code).partition("_@_")[0] not in table]

@@ -4,15 +4,19 @@ A loader reads rows one by one. Each becomes a `Candidate`: an example, or a cou
 cannot be used. `where` is always the position of a row for error messages, such as `file.jsonl:17`.
 """
 
+import ast
+import csv
 import gzip
+import io
 import json
+import re
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 from mar.errors import UserError, one_line
 from mar.files import hub_fault, stable_hash
@@ -20,18 +24,27 @@ from mar.records import Example, Gold
 
 Row = Mapping[str, Any]
 
+
+class Cells(dict[str, Any]):
+    """The row of a csv or tsv file: whatever is in it had to be written as text."""
+
+
 # The per cent of ids below which a split ends: 10 % test, 20 % validation, 70 % train.
 SPLIT_ENDS = (("test", 10), ("validation", 30), ("train", 100))
 
-# Tables are read by `datasets`: the end of a file's name, also before .gz -> its reader.
-TABLES = {".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
+# Tables in text: the end of a file's name, also before .gz -> what stands between two cells.
+SEPARATORS = {".csv": ",", ".tsv": "\t"}
 
 READ = "jsonl, .json, .csv, .tsv (each also as .gz) or .parquet"
 
 # The first bytes of files that are no plain text.
+GZIP = b"\x1f\x8b"
+BOM = b"\xef\xbb\xbf \t\r\n"
+NUM_FIRST_BYTES = 64
 FIRST_BYTES = {
-    b"\x1f\x8b": "gzip",
+    GZIP: "a packed file again",
     b"PAR1": "parquet",
+    b"\xff\xfe\0\0": "text in UTF-32",
     b"\xff\xfe": "text in UTF-16",
     b"\xfe\xff": "text in UTF-16",
     b"PK\x03\x04": "a zip archive (or a spreadsheet)",
@@ -40,6 +53,12 @@ FIRST_BYTES = {
     b"\xfd7zXZ": "compressed by xz",
     b"ARROW1": "an arrow file",
     b"%PDF": "a PDF",
+    b"\x04\x22\x4d\x18": "compressed by lz4",
+    b"SQLite": "a database",
+    b"\x80": "a pickle",
+    b"\x93NUMPY": "an array of numpy",
+    b"version https://git-lfs": "a pointer of Git LFS and not the file itself",
+    b"<": "a page of HTML or XML",
 }
 
 # What the hub's data sets call a split for validation.
@@ -57,6 +76,12 @@ class Source:
     num: int | None = None
     seed: int = 0
     path: str | None = None
+    # The setting that named the file, for messages.
+    path_key: str = "data.path"
+    # All rows of the file belong to the split: it is not cut.
+    whole_file: bool = False
+    # A file whose questions are left out (of training: those of the evaluation).
+    without_path: str | None = None
     hub_id: str | None = None
     max_gold_words: int = 3
     show_options: bool = False
@@ -111,7 +136,7 @@ def required_text(row: Row, key: str, where: str) -> str:
 def example_id(row: Row, key: str, prefix: str, question: str) -> str:
     """The row's own id, else one from the question's words: it does not move with the row."""
     given = row.get(key)
-    if given is not None:
+    if given not in (None, ""):  # an empty cell of a table is none
         return f"{prefix}-{given}"
     words = " ".join(question.split())
     return f"{prefix}-{stable_hash(words):016x}"
@@ -133,78 +158,172 @@ def read_json(file: Path) -> Any:
         raise UserError(f"{file}: there is no such file: check data.path")
     try:
         return json.loads(file.read_text(encoding="utf-8-sig"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{file} is not valid JSON ({error}): mend it") from None
 
 
-def rows_of_file(path: str) -> Iterator[tuple[str, Row]]:
+def rows_of_file(path: str, key: str = "data.path") -> Iterator[tuple[str, Row]]:
     """(`file:line`, row) of a jsonl file, or (`file[n]`, row) of a table or the array in a .json.
 
-    Raises UserError for what cannot be read.
+    Raises UserError for what cannot be read. key: the setting that named the file.
     """
     file = Path(path).expanduser()
-    packed = file.is_file() and _kind_of_bytes(file, path) == "gzip"
-    suffixes = [suffix for suffix in file.suffixes if suffix != ".gz"]
-    suffix = suffixes[-1] if suffixes else ""
-    if suffix in TABLES and file.is_file():
-        yield from _rows_of_table(file, path, TABLES[suffix])
-        return
-    if suffix == ".json" and not packed:
-        array = read_json(file)
-        if not isinstance(array, list) or not all(isinstance(row, dict) for row in array):
-            raise UserError(f"{path} is no array of objects: give one row an element, or jsonl")
-        for number, row in enumerate(array):
-            _require_whole_characters(row, f"{path}[{number}]")
-            yield f"{path}[{number}]", row
-        return
     if file.is_dir():
-        raise UserError(f"data.path={path} is a folder: name a file in it")
+        raise UserError(f"{key}={path} is a folder: name a file in it")
     if not file.is_file():
-        raise UserError(f"data.path={path} is not there")
-    with gzip.open(file) if packed else file.open("rb") as lines:
-        try:
+        raise UserError(f"{key}={path} is not there")
+    try:
+        yield from _rows_by_kind(file, path)
+    except (EOFError, OSError, zlib.error) as error:
+        raise UserError(f"{path} cannot be read ({one_line(error)}): copy it again") from None
+
+
+def _rows_by_kind(file: Path, path: str) -> Iterator[tuple[str, Row]]:
+    packed = _first_bytes(file, packed=False).startswith(GZIP)
+    _require_readable(_first_bytes(file, packed), file, path, packed)
+    suffixes = [suffix.lower() for suffix in file.suffixes if suffix.lower() != ".gz"]
+    suffix = suffixes[-1] if suffixes else ""
+    if suffix == ".parquet":
+        yield from _rows_of_parquet(file, path)
+    elif suffix in SEPARATORS:
+        with _opened(file, packed) as content:
+            yield from _rows_of_table(content, path, SEPARATORS[suffix])
+    else:
+        array = None
+        if suffix == ".json":
+            with _opened(file, packed) as content:
+                array = _array(content.read(), path)
+        if array is not None:
+            for number, row in enumerate(array):
+                _require_whole_characters(row, f"{path}[{number}]")
+                yield f"{path}[{number}]", row
+            return
+        with _opened(file, packed) as lines:
             for number, line in enumerate(lines, 1):
                 if line.strip():
-                    yield f"{path}:{number}", _row_of_line(line, f"{path}:{number}")
-        except (EOFError, OSError, zlib.error) as error:
-            raise UserError(f"{path} cannot be read ({one_line(error)}): copy it again") from None
+                    yield f"{path}:{number}", _row_of_line(line, path, number)
 
 
-def _kind_of_bytes(file: Path, path: str) -> str | None:
-    """`gzip`, or None for what may be text or a table. Raises UserError for what is not read."""
-    with file.open("rb") as opened:
-        start = opened.read(max(map(len, FIRST_BYTES)))
+def _opened(file: Path, packed: bool) -> IO[bytes]:
+    return gzip.open(file) if packed else file.open("rb")  # type: ignore[return-value]
+
+
+def _first_bytes(file: Path, packed: bool) -> bytes:
+    with _opened(file, packed) as content:
+        return content.read(NUM_FIRST_BYTES)
+
+
+def _require_readable(start: bytes, file: Path, path: str, packed: bool) -> None:
+    """Raises UserError for contents that are neither text in UTF-8 nor parquet."""
     kind = next((kind for first, kind in FIRST_BYTES.items() if start.startswith(first)), None)
-    if kind not in (None, "gzip", "parquet"):
-        raise UserError(f"{path} is {kind}, which is not read: give {READ}, in UTF-8")
-    if kind == "parquet" and file.suffix != ".parquet":
+    if kind is None and b"\0" in start[:4]:
+        kind = "text in UTF-16, or no text"
+    inside = "holds" if packed else "is"
+    if kind == "parquet" and packed:
+        raise UserError(f"{path} holds a packed parquet file: unpack it")
+    if kind == "parquet" and file.suffix.lower() != ".parquet":
         raise UserError(f"{path} is a parquet file: let its name end in .parquet")
-    return kind
+    if kind not in (None, "parquet"):
+        raise UserError(f"{path} {inside} {kind}, which is not read: give {READ}, in UTF-8")
 
 
-def _rows_of_table(file: Path, path: str, kind: str) -> Iterator[tuple[str, Row]]:
-    """(`file[n]`, row) of a table, read by `datasets`; gzip inside is its business."""
-    import datasets
-
-    options: dict[str, Any] = {}
-    if kind == "csv":
-        # A cell that says None or NA is a word.
-        options = {"keep_default_na": False, "sep": "\t" if ".tsv" in file.suffixes else ","}
+def _array(content: bytes, path: str) -> list[Row] | None:
+    """The rows in the array of a .json file. None: it has a row a line, as jsonl has."""
     try:
-        table = datasets.load_dataset(kind, data_files=str(file), split="train", **options)
-    except Exception as error:  # many kinds: of pandas, of pyarrow, of datasets
-        cause = error.__cause__ or error
+        array = json.loads(content.decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        if str(error).startswith("Extra data") and content.lstrip(BOM)[:1] == b"{":
+            return None
+        raise UserError(f"{path} is not valid JSON ({error}): mend it") from None
+    if not isinstance(array, list) or not all(isinstance(row, dict) for row in array):
+        raise UserError(f"{path} is no array of objects: give one row an element, or jsonl")
+    return array
+
+
+def _rows_of_parquet(file: Path, path: str) -> Iterator[tuple[str, Row]]:
+    # what `datasets` itself reads it with
+    from pyarrow import ArrowException, parquet
+
+    number = 0
+    try:
+        with parquet.ParquetFile(file) as table:
+            for batch in table.iter_batches():
+                for row in batch.to_pylist():
+                    yield f"{path}[{number}]", row
+                    number += 1
+    except (ArrowException, ValueError) as error:
         raise UserError(
-            f"{path} is no readable {kind} table ({one_line(cause)}): mend it"
+            f"{path} is no readable parquet table ({one_line(error)}): write it again"
         ) from None
-    for number, row in enumerate(table):
-        yield f"{path}[{number}]", row
 
 
-def _row_of_line(line: bytes, where: str) -> Row:
+def _rows_of_table(content: IO[bytes], path: str, separator: str) -> Iterator[tuple[str, Row]]:
+    """(`file[n]`, row) of a table in text, from 0, without its header. Cells are texts, whatever they look like."""
+    text = io.TextIOWrapper(content, encoding="utf-8-sig", newline="")
+    rows = csv.reader(text, delimiter=separator, strict=True)
+    try:
+        header = next(rows, [])
+        _require_columns(header, path)
+        number = 0
+        for cells in rows:
+            if not cells:
+                continue
+            if len(cells) != len(header):
+                raise UserError(
+                    f"{path}[{number}] has {len(cells)} cells for {len(header)} columns (it ends "
+                    f"in line {rows.line_num}): mend or remove the row"
+                )
+            yield f"{path}[{number}]", Cells(zip(header, map(_cell, cells), strict=True))
+            number += 1
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise UserError(
+            f"{path} is no readable table ({one_line(error)}, near line {rows.line_num + 1}): mend "
+            "it"
+        ) from None
+
+
+def _require_columns(header: list[str], path: str) -> None:
+    if not header:
+        raise UserError(f"{path} is an empty table: give its columns names and rows")
+    if len(header) == 1 and re.search(r"[;\t|,]", header[0]):
+        raise UserError(
+            f"{path} has one column, {header[0]!r}: separate columns by commas in .csv and by tabs "
+            "in .tsv"
+        )
+    twice = [name for name, count in Counter(header).items() if count > 1]
+    if twice:
+        raise UserError(f"{path} has two columns {twice[0]!r}: give each a name of its own")
+
+
+def _cell(text: str) -> Any:
+    """A text, or the list or object of texts and lists that it spells, in JSON or Python."""
+    if text[:1] + text[-1:] not in ("[]", "{}"):
+        return text
+    for read in (json.loads, ast.literal_eval):
+        try:
+            value = read(text)
+        except (ValueError, SyntaxError, RecursionError, MemoryError, TypeError):
+            continue
+        items = value.values() if isinstance(value, dict) else value
+        if value and all(isinstance(item, str | list | tuple | dict) for item in items):
+            return value
+    return text
+
+
+def _row_of_line(line: bytes, path: str, number: int) -> Row:
+    where = f"{path}:{number}"
     try:
         row = json.loads(line.decode("utf-8-sig"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
+        if number == 1 and line.lstrip()[:1] not in (b"{", b"["):
+            raise UserError(
+                f"{path} holds no JSON: a table wants a name that ends in .csv, .tsv or .parquet, "
+                'and of jsonl each line is one row, {"question": ...}'
+            ) from None
+        if number == 1:
+            raise UserError(
+                f"{where} is not valid JSON ({error}): mend the line, or give {READ}, in UTF-8"
+            ) from None
         raise UserError(f"{where} is not valid JSON ({error}): mend or remove the line") from None
     if not isinstance(row, dict):
         raise UserError(f"{where} is {type(row).__name__}, not an object: each line is one row")
@@ -274,7 +393,10 @@ def rows_of_source(source: Source) -> tuple[Iterable[tuple[str, Row]], Callable[
     validation, `validation` is the share of its train that `split_of` says, and `train` the rest.
     """
     if source.kind == "path":
-        return rows_of_file(str(source.path)), lambda id: split_of(id) == source.split
+        rows = rows_of_file(str(source.path), source.path_key)
+        if source.whole_file:
+            return rows, lambda id: True
+        return rows, lambda id: split_of(id) == source.split
     if source.kind == "hub":
         return rows_of_hub(str(source.hub_id), source.split)
     raise UserError(
@@ -297,10 +419,13 @@ def load_rows(source: Source, read: Callable[[Row, str], Candidate]) -> Loaded:
     dropped: Counter[str] = Counter()
     position_of_id: dict[str, str] = {}
     questions: set[str] = set()
+    left_out = _questions_left_out(source, read)
     for where, row in rows:
         example, question, drop_reason = _read_row(read, row, where)
-        same_words = " ".join(question.casefold().split())
-        if same_words in questions:
+        same_words = _same_words(question)
+        if same_words in left_out:
+            drop_reason = f"also in {source.without_path}"
+        elif same_words in questions:
             drop_reason = "duplicate question"
         elif example.id in position_of_id:
             raise UserError(
@@ -323,6 +448,19 @@ def load_rows(source: Source, read: Callable[[Row, str], Candidate]) -> Loaded:
     return Loaded(examples, dropped)
 
 
+def _same_words(question: str) -> str:
+    """Equal for questions that differ in nothing but case and spaces."""
+    return " ".join(question.casefold().split())
+
+
+def _questions_left_out(source: Source, read: Callable[[Row, str], Candidate]) -> set[str]:
+    """The questions of the other file: what is measured must not be trained."""
+    if source.without_path is None:
+        return set()
+    rows = rows_of_file(source.without_path, "data.eval_path")
+    return {_same_words(_read_row(read, row, where).question) for where, row in rows}
+
+
 def _read_row(read: Callable[[Row, str], Candidate], row: Row, where: str) -> Candidate:
     try:
         return read(row, where)
@@ -336,11 +474,13 @@ def _read_row(read: Callable[[Row, str], Candidate], row: Row, where: str) -> Ca
 def _empty_split(source: Source, num_rows: int, dropped: Counter[str]) -> str:
     origin = source.path if source.kind == "path" else source.hub_id
     reasons = [f"{number} {reason}" for reason, number in dropped.items()]
+    if source.whole_file:
+        return f"{origin}: no row is left of {num_rows} ({', '.join(reasons)}): use another file"
     why = ", ".join(reasons) or "none of them falls into it"
-    return (
-        f"{origin}: split {source.split!r} is empty ({num_rows} rows; {why}): use another split or "
-        "file"
-    )
+    remedy = "use another split or file"
+    if source.kind == "path":
+        remedy += ", or two files that are not cut, data.train_path and data.eval_path"
+    return f"{origin}: split {source.split!r} is empty ({num_rows} rows; {why}): {remedy}"
 
 
 # ---------------------------------------------------------------------- of loaded examples

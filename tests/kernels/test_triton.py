@@ -13,6 +13,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from importlib import import_module
 from importlib.util import find_spec
 from multiprocessing import get_context
 from types import SimpleNamespace
@@ -495,6 +496,24 @@ def test_triton_asked_for_and_missing_is_one_clear_sentence():
         linear_logprobs(a, a, targets, backend="cuda")
 
 
+def test_costs_of_tokens_run_in_the_reference():
+    """The kernel has none: asked for by itself it says so, and `auto` goes round it on a GPU."""
+    tensors = [torch.from_numpy(array) for array in batch_of(0, [0, 0])]
+    costs = torch.ones(tensors[3].shape, dtype=F64)
+    kernels = import_module("mar_kernels.triton_advantages")
+    with pytest.raises(ValueError, match="no token_costs: take backend=reference or auto"):
+        kernels.answer_advantages(*tensors, token_costs=costs)
+    rules = ("to_go", "leave_one_out", "none")
+    mar_kernels._kernel_has.cache_clear()
+    with patch.object(torch.cuda, "is_available", lambda: True):
+        assert mar_kernels._kernel_has(*rules, False)
+        with pytest.warns(
+            UserWarning, match="costs of tokens: the advantages run in plain PyTorch"
+        ):
+            assert not mar_kernels._kernel_has(*rules, True)
+    mar_kernels._kernel_has.cache_clear()
+
+
 # --- what the compiler says -----------------------------------------------------------------------
 
 
@@ -514,7 +533,7 @@ def test_every_launch_is_compiled():
     "change,problem",
     [
         ({}, None),
-        ({"COLUMNS": 256}, r"a stack of \d+ bytes: registers were spilled"),
+        ({"num_warps": 4}, r"a stack of \d+ bytes: registers were spilled"),
         pytest.param(
             {"UPCAST": True}, "multiplies without the tensor cores for its type", marks=slow
         ),
@@ -522,7 +541,7 @@ def test_every_launch_is_compiled():
     ],
 )
 def test_a_bad_kernel_is_rejected(change, problem, monkeypatch, capsys):
-    """A tile that does not fit the registers, a cast that loses the bf16 tensor cores, a size that
+    """Too few warps for the registers of a tile, a cast that loses the bf16 tensor cores, a size that
     triton has not.
     """
     import compile_report
@@ -530,7 +549,9 @@ def test_a_bad_kernel_is_rejected(change, problem, monkeypatch, capsys):
     launch = next(
         x for x in compile_report.launches(90) if x.name == "grads bf16 of_target of_entropy"
     )
-    launch.arguments |= change
+    for name, value in change.items():
+        where = launch.options if name in launch.options else launch.arguments
+        where[name] = value
     monkeypatch.setattr(
         compile_report, "launches", lambda capability: [launch] if capability == 90 else []
     )
@@ -562,7 +583,7 @@ def test_a_spill_that_ptxas_alone_reports_is_rejected(monkeypatch, capsys):
     )
     monkeypatch.setattr(sys, "argv", ["compile_report.py", "--check"])
     assert compile_report.main() == 1 and "ptxas -v: 16 bytes spilled" in capsys.readouterr().err
-    launch.arguments["COLUMNS"] = 256
+    launch.options["num_warps"] = 4
     assert compile_report.main() == 1
     if found == [None, None]:
         pytest.skip("the ptxas of this triton does not read its PTX")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from omegaconf import OmegaConf
@@ -15,11 +16,14 @@ from omegaconf import OmegaConf
 from mar.answers import grammar, reward_spec
 from mar.config import AlgoOptions, Config, RewardOptions
 from mar.errors import UserError
-from mar.run.compose import CONF_DIR, compose, from_omegaconf, quoted, validate
+from mar.run.compose import CONF_DIR, compose, from_omegaconf, load_config, validate
+from mar.run.words import quoted
 from mar.train import run
 
 LR = {"embedded": 1.5e-1, "smollm2-135m": 1e-5, "qwen3-1.7b": 2e-6, "qwen3-8b": 1e-6, "hf": 1e-6}
-MODEL_SOURCE = {"embedded": "embedded", "hf": "hub"}
+LR["run"] = 1e-6  # of a run that is not there
+MODEL_SOURCE = {"embedded": "embedded", "hf": "hub", "run": "run"}
+PATHS = {"hf": ["model.path=owner/name"], "run": ["model.path=nowhere@1-0123456789ab"]}
 SCALE_MODEL = {"laptop": "embedded", "h100x1": "qwen3-1.7b", "h100x8": "qwen3-8b"}
 SCALE_SOURCE = {"laptop": "embedded", "h100x1": "hub", "h100x8": "hub"}
 
@@ -52,7 +56,7 @@ def test_every_experiment_on_every_scale_with_every_model(experiment: str, scale
     assert (default.name, default.data.task, default.data.source) == (experiment, task, task_source)
     for model, lr in LR.items():
         chosen = compose(
-            [*words, f"model={model}", *(["model.path=owner/name"] if model == "hf" else [])],
+            [*words, f"model={model}", *PATHS.get(model, [])],
             check=False,
         )
         assert (chosen.model.name, chosen.model.lr, chosen.optim.lr) == (model, lr, lr)
@@ -184,10 +188,26 @@ def test_the_rehearsal_is_the_same_job() -> None:
 def test_hf_takes_a_hub_id_or_a_folder(tmp_path: Path) -> None:
     assert compose(["model=hf", "model.path=owner/name"]).model.source == "hub"
     assert compose(["model=hf", f"model.path={tmp_path}"]).model.source == "folder"
-    for name in ("lr=1,bs=2", "it's", 'a "b" {c} [d]', "a\\b", "a\\", "a\\'b", "é ~:"):
+    for name in (
+        "lr=1,bs=2",
+        "it's",
+        'a "b" {c} [d]',
+        "a\\b",
+        "a\\",
+        "a\\'b",
+        "é ~:",
+        "${x}",
+        "a\\${b",
+    ):
         folder = tmp_path / name
         folder.mkdir()
-        assert compose(["model=hf", f"model.path={quoted(folder)}"]).model.path == str(folder)
+        config = compose(["model=hf", f"model.path={quoted(folder)}"])
+        assert config.model.path == str(folder)
+        file = tmp_path / "config.yaml"
+        file.write_text(yaml.safe_dump(config.to_dict()))
+        assert load_config(file).model.path == str(folder)  # as the run wrote it
+    with pytest.raises(UserError, match=r"Interpolation key 'x' not found .*\\\$\{ is the sign"):
+        compose(["model=hf", f"model.path={tmp_path}/${{x}}"])
 
 
 @pytest.mark.parametrize("reward", options("reward"))
@@ -242,6 +262,10 @@ REFUSED = [
     ("algo.group_size=1 algo.baseline=mean", "algo.baseline=mean"),
     ("algo.group_size=1 algo.baseline=none algo.scale_by=group_std", "scale_by=none"),
     ("algo.group_size=1 algo.baseline=none algo.scale_by=term_std", "scale_by=term_std: take 2"),
+    (
+        "algo.loss=ppo algo.loss_options.delta_high=0.3",
+        "algo.loss_options.delta_high is no option of algo.loss=ppo: it has none",
+    ),
     ("algo.lag=-1", "algo.lag=-1 is out of range: it must be at least 0"),
     ("algo.lag=1 algo.variance_every=5", "algo.lag=1 samples from an older one"),
     ("algo=gdpo algo.truncated=penalise", "algo.scale_by=term_std divides the terms"),
@@ -260,7 +284,6 @@ REFUSED = [
     ("algo.truncated=penalise algo.overlong_tokens=97", "model.max_completion_tokens=96"),
     ("algo=ppo algo.baseline=mean", "take algo=grpo"),
     ("algo.baseline=value algo.credit=own", "not own"),
-    ("algo.baseline=matched algo.kl=k1 algo.kl_coef=0.1", "take algo.kl=k3"),
     ("algo.baseline=value algo.scale_by=group_std", "not group_std"),
     ("algo.baseline=matched algo.scale_by=batch_std", "take algo.baseline=leave_one_out"),
     ("algo.critic_warmup=1", "algo.baseline=value"),
@@ -299,6 +322,8 @@ REFUSED = [
     ("data.source=internet", "choose one of embedded, hub, path"),
     ("model=hf", "model.path=<folder or hub id>"),
     ("model=hf model.path=./nowhere", "no folder here"),
+    ("model=run", "model.path=<its folder>"),
+    ("model=run model.path=nowhere", "is no run"),
     ("model.source=wheel", "model=smollm2-135m"),
 ]
 
@@ -306,13 +331,13 @@ REFUSED = [
 REFUSED_BY_HYDRA = [
     ("experiment=paper", "put a + before it, +experiment="),
     ("name=ünï", "name=ünï: Hydra cannot read that"),
-    ("data.path=[rows.jsonl", "data.path=[rows.jsonl: Hydra cannot read that"),
-    ("model.lr=fast", "model.lr=fast Value 'fast' of type"),
-    ("model=gpt5", "Could not find 'model/gpt5'"),
-    ("data=medqaa", "Could not find 'data/medqaa'"),
-    ("+experiment=medqaa", "Could not find 'experiment/medqaa'"),
-    ("reward.num_answer=3", "reward.num_answer is no setting; did you mean reward.num_answers?"),
-    ("+reward.num_answer=3", "reward.num_answer: no such key"),
+    ("name=[rows", "name=[rows: Hydra cannot read that"),
+    ("model.lr=fast", "model.lr=fast: the value 'fast' of type"),
+    ("model=gpt5", "there is no conf/model/gpt5.yaml"),
+    ("data=medqaa", "did you mean data=medqa?"),
+    ("+experiment=medqaa", "did you mean +experiment=medqa?"),
+    ("reward.num_answer=3", "reward.num_answer is no setting; did you mean reward.num_answers=3?"),
+    ("+reward.num_answer=3", "reward.num_answer is no setting; did you mean"),
     ("train.steps=many", "could not be converted to Integer"),
     ("reward.analysis=maybe", "not a valid bool"),
 ]
