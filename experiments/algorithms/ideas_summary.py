@@ -23,13 +23,14 @@ SHOWN_ANSWERS = 3
 # Setting -> what it is compared with, seed by seed: `own`, and the setting that differs from it in
 # the idea alone.
 REFERENCES = {
-    "to_go": ("own",),
+    "own, <other>": ("own",),
+    "to_go": ("own, <other>",),
     "simplex Brier": ("own", "to_go"),
-    "decoupled": ("own", "to_go"),
+    "decoupled": ("own, <other>",),
     "decoupled, simplex Brier": ("own", "decoupled"),
     "decoupled, Brier and simplex": ("own", "decoupled"),
     "decoupled, spherical": ("own", "decoupled"),
-    "DCPO": ("own", "decoupled"),
+    "DCPO": ("own",),
     "GDPO": ("own",),
     "best answer": ("own", "to_go"),
     "lag": ("own",),
