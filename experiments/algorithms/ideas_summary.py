@@ -73,6 +73,7 @@ COMPARED: Columns = {
     "gap_closed": gap,
     "ece": metric("ece"),
     "q_mse": metric("q_mse"),
+    "q_mse, scaled": q_mse_scaled,
     "unique@30": curve_at("unique", 30),
     "coverage@30": curve_at("coverage", 30),
 }
@@ -82,7 +83,6 @@ def markdown() -> str:
     """One line a setting, after training."""
     columns: Columns = {
         **COMPARED,
-        "q_mse, scaled": q_mse_scaled,
         "sum said": lambda log: log["scaled"].get("said"),
         "top1": metric("top1"),
         "format_rate": metric("format_rate"),
