@@ -23,10 +23,9 @@ SHOWN_ANSWERS = 3
 # Setting -> what it is compared with, seed by seed: `own`, and the setting that differs from it in
 # the idea alone.
 REFERENCES = {
-    "own, <other>": ("own",),
-    "to_go": ("own, <other>",),
+    "to_go": ("own",),
     "simplex Brier": ("own", "to_go"),
-    "decoupled": ("own, <other>",),
+    "decoupled": ("own", "to_go"),
     "decoupled, simplex Brier": ("own", "decoupled"),
     "decoupled, Brier and simplex": ("own", "decoupled"),
     "decoupled, spherical": ("own", "decoupled"),

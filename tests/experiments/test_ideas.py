@@ -18,7 +18,9 @@ def test_every_idea_is_a_config_with_a_log_of_its_own():
 
 
 def test_the_logs_were_made_with_the_words_of_their_settings():
-    for file in ideas.LOGS.glob("*.json"):
+    files = [*ideas.LOGS.glob("*.json")]
+    assert files
+    for file in files:
         log = json.loads(file.read_text())
         name = ideas.name_of(log["setting"])
         assert file.name == f"{name}_seed{log['seed']}.json"
@@ -71,7 +73,7 @@ def test_differences_of_ideas_are_taken_seed_by_seed(monkeypatch):
     logs = {
         "own": [log(0, 0.7, 0.1), log(1, 0.7, 0.2)],
         # its seed 1 is missing, and seed 2 has no partner
-        "own, <other>": [log(0, 0.75, 0.1), log(2, 0.6, 0.1)],
+        "to_go": [log(0, 0.75, 0.1), log(2, 0.6, 0.1)],
         "single": [log(0, 0.66, None), log(1, 0.7, None)],
     }
     monkeypatch.setattr(ideas_summary, "read_logs", lambda: logs)
@@ -80,7 +82,7 @@ def test_differences_of_ideas_are_taken_seed_by_seed(monkeypatch):
     assert head == "|" + "|".join(columns) + "|"
     same = "+0.000 (+0.000 to +0.000)"
     assert lines == [
-        "| own, <other> − own | 1 | +0.250 | +0.000 | – | – | +0.000 | +0.000 |",
+        "| to_go − own | 1 | +0.250 | +0.000 | – | – | +0.000 | +0.000 |",
         f"| single − own | 2 | -0.100 (-1.371 to +1.171) | – | – | – | {same} | {same} |",
     ]
     table = ideas_summary.markdown().splitlines()
