@@ -175,7 +175,7 @@ def main() -> None:
             seed=SFT_SEED + 1000 * args.seed + chunk,
             path=args.path,
         )
-        return task.load(source).examples
+        return list(task.load(source).examples)
 
     torch.manual_seed(args.seed)
     tokenizer = load_tokenizer(args.model)

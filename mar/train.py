@@ -126,7 +126,7 @@ def replace_flat_groups(
         flat = [i for i, group in enumerate(groups) if is_flat(group)]
         if not flat:
             break
-        prompts = training.prompt_order.out_of_turn(step, attempt)[: len(flat)]
+        prompts = training.prompt_order.out_of_turn(step, attempt, num=len(flat))
         fresh, _ = sample_and_judge(training, policy, prompts, timer, step, attempt)
         for i, group in zip(flat, fresh, strict=True):
             if not any(rollout.unjudged for rollout in group):

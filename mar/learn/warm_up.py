@@ -46,7 +46,8 @@ class Asking:
                 "the warm-up teaches answers alone and this model's chat template opens <think>: "
                 "take another model, or mar.sft"
             )
-        return list(prompt.ids)
+        ids: list[int] = prompt.ids.tolist()
+        return ids
 
 
 def num_shared(lines: Sequence[Sequence[int]]) -> int:

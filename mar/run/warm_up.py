@@ -90,7 +90,7 @@ class Questions:
         self.display = display
         self.endless = get_task(config.data.task).endless
         self.chunk = -1
-        self.examples: list[Example] = []
+        self.examples: Sequence[Example] = []
         if not self.endless:
             data = config.data
             self.examples = load_data(
@@ -109,7 +109,7 @@ class Questions:
             count = self.batch * STEPS_PER_LOAD
             self.examples = load_data(self.config, "train", count, seed, self.display)
             self.chunk = chunk
-        return self.examples[place * self.batch : (place + 1) * self.batch]
+        return list(self.examples[place * self.batch : (place + 1) * self.batch])
 
 
 @dataclass(frozen=True)
