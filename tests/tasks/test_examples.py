@@ -11,7 +11,7 @@ import pytest
 from mar.errors import UserError
 from mar.records import Example
 from mar.tasks import loading
-from mar.tasks.loading import Source, apply_target, load_split, rows_of_file, split_of
+from mar.tasks.loading import Source, apply_target, load_split, plain_words, rows_of_file, split_of
 from mar.tasks.registry import get_task
 
 ROWS = [
@@ -65,6 +65,13 @@ def test_blank_lines_do_not_move_the_others(tmp_path):
         UserError, match=rf"{path}:7: the id 'jsonl-r1' is also that of {path}:3: ids"
     ):
         load(path)
+
+
+@pytest.mark.parametrize(
+    "text", ("", " ", "A b", " A\nb ", "a  b", "a\tb", "a \n b", "a\x1fb", "Straße\u2003É", "\n\n")
+)
+def test_plain_words_are_the_words(text):
+    assert plain_words(text) == " ".join(text.casefold().split())
 
 
 def test_no_example_stays_in_memory(tmp_path):
