@@ -17,7 +17,14 @@ import torch
 
 from mar.answers.grammar import Grammar, grammar_of
 from mar.answers.prompts import fit_grammar, instructions
-from mar.answers.tokenizer import CLOCK, copy_tokenizer, load_tokenizer, reads_clock, stop_ids
+from mar.answers.tokenizer import (
+    CLOCK,
+    copy_tokenizer,
+    load_tokenizer,
+    num_tokens,
+    reads_clock,
+    stop_ids,
+)
 from mar.config import Config
 from mar.errors import UserError, exit_code
 from mar.policy.lora import adapted, is_adapter, merge, save_adapters, trainable_pattern
@@ -111,7 +118,8 @@ def export(run: Path, folder: Path, dtype: str, adapters: bool = False) -> Path:
 
     copy_tokenizer(source, folder)
     token_ids = _special_token_ids(tokenizer, source)
-    _save_generation_config(folder, config, token_ids)
+    no_tokens = list(range(num_tokens(tokenizer), model.config.vocab_size))
+    _save_generation_config(folder, config, token_ids, no_tokens)
     grammar = fit_grammar(grammar_of(config), tokenizer)
     measured = json.loads((run / "eval.json").read_text()) if (run / "eval.json").exists() else {}
     if config.model.lora_rank and dtype == "bfloat16":
@@ -140,11 +148,19 @@ def _special_token_ids(tokenizer: Any, source: Path) -> dict[str, Any]:
     return {"eos_token_id": eos, "pad_token_id": tokenizer.pad_token_id}
 
 
-def _save_generation_config(folder: Path, config: Config, token_ids: dict[str, Any]) -> None:
+def _save_generation_config(
+    folder: Path, config: Config, token_ids: dict[str, Any], no_tokens: list[int]
+) -> None:
+    """How the policy was sampled. `no_tokens`: ids of a padded embedding, which nothing draws."""
     from transformers import GenerationConfig
 
     generation = GenerationConfig(
-        do_sample=True, temperature=config.algo.temperature, top_k=0, top_p=1.0, **token_ids
+        do_sample=True,
+        temperature=config.algo.temperature,
+        top_k=0,
+        top_p=1.0,
+        suppress_tokens=no_tokens or None,
+        **token_ids,
     )
     generation.save_pretrained(folder)
 

@@ -73,7 +73,7 @@ def train_step(training: Training, step: int) -> Step:
         groups, num_replaced = replace_flat_groups(training, policy, groups, timer, step)
     with timer("update"):
         batch = make_batch(groups, scorer.first_open, learner.world.device)
-        batch, columns = compute_advantages(learner, batch)
+        batch, columns = compute_advantages(learner, batch, step)
         metrics: dict[str, Any] = {}
         if algo.variance_every and step % algo.variance_every == 0:
             metrics["adv/variance_ratio"] = variance_ratio(learner, batch)
@@ -209,7 +209,10 @@ def run(config: Config) -> int:
     # Refuse a folder that belongs to something else before anything is loaded.
     run_folder.find(config.to_dict())
     options = config.model
-    model_folder, provenance = resolve_model(options.source, options.name, options.path)
+    # Once a machine: it may fetch the model, and hashes all of it.
+    model_folder, provenance = world.found_here(
+        lambda: resolve_model(options.source, options.name, options.path)
+    )
     training = build_training(config, model_folder, display, world)
     learner = training.learner
     folder = Path(config.run_dir)

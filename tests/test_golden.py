@@ -124,7 +124,7 @@ def preset_step(preset: str) -> dict[str, float]:
         critic=critic,
         critic_optimizer=critic_optimizer,
     )
-    metrics = update(learner, *compute_advantages(learner, make_batch(groups, opens)), 0)
+    metrics = update(learner, *compute_advantages(learner, make_batch(groups, opens), 0), 0)
     kept = {"loss": "policy/loss", "grad_norm": "optim/grad_norm", "value_loss": "value/loss"}
     return {name: metrics[key] for name, key in kept.items() if key in metrics}
 

@@ -91,12 +91,14 @@ KERNEL_SCALES = ("none", "group_std", "batch_std")
 
 
 @cache
-def _kernel_has(credit: str, baseline: str, scale: str) -> bool:
+def _kernel_has(credit: str, baseline: str, scale: str, token_costs: bool) -> bool:
     """Whether the kernel has these rules. Says so, once, where it does not and there is a GPU."""
     known = credit in KERNEL_CREDITS and baseline in KERNEL_BASELINES and scale in KERNEL_SCALES
+    known = known and not token_costs
     if not known and torch.cuda.is_available():
+        costs = ", costs of tokens" if token_costs else ""
         warnings.warn(
-            f"no kernel for credit={credit}, baseline={baseline}, scale={scale}: "
+            f"no kernel for credit={credit}, baseline={baseline}, scale={scale}{costs}: "
             "the advantages run in plain PyTorch",
             stacklevel=3,
         )
@@ -112,6 +114,7 @@ def answer_advantages(
     credit: str = "to_go",
     baseline: str = "leave_one_out",
     scale: str = "none",
+    token_costs: Tensor | None = None,
     *,
     backend: str = "auto",
 ) -> Tensor:
@@ -119,9 +122,17 @@ def answer_advantages(
 
     See reference.answer_advantages. A rule that the kernel does not have runs in the reference.
     """
-    if backend == "auto" and not _kernel_has(credit, baseline, scale):
+    if backend == "auto" and not _kernel_has(credit, baseline, scale, token_costs is not None):
         backend = "reference"
     ops = _choose("triton_advantages", backend, components, weights)
     return ops.answer_advantages(
-        components, weights, first_open, segment_ids, group_ids, credit, baseline, scale
+        components,
+        weights,
+        first_open,
+        segment_ids,
+        group_ids,
+        credit,
+        baseline,
+        scale,
+        token_costs,
     )

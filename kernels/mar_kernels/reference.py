@@ -350,27 +350,56 @@ def answer_advantages(
     credit: str = "to_go",
     baseline: str = "leave_one_out",
     scale: str = "none",
+    token_costs: Tensor | None = None,
 ) -> Tensor:
     """One advantage per token [B, T] from the reward components of each completion.
 
-        A_t = (credit_s - baseline_s) / scale,   s the segment of token t
+        A_t = (credit_s - cost_t - baseline_s) / scale,   s the segment of token t
 
     components   [B, C] in the order in which they are decided, the last one at the very end
     weights      [C]
     first_open   [B, S] the first component that is still undecided when segment s begins
     segment_ids  [B, T] the segment of each token
     group_ids    [B] which prompt a completion belongs to
+    token_costs  [B, T] what single tokens cost beside the components, or None
 
     credit is a name of CREDITS, baseline of BASELINES, scale of SCALES. Raises ValueError for any
     other.
+
+    cost_t is what token t and those after it cost, with every credit: a token cannot change what
+    earlier ones have cost. A baseline compares what a segment is credited with, less what it and
+    those after it cost, and a scale looks at what is earned in all, less all costs.
     """
     weighted = components * weights
     credited = _named(CREDITS, "credit", credit)(weighted, first_open)
+    totals = weighted.sum(1)
+    if token_costs is not None:
+        of_segment, before_token = _costs_to_go(token_costs, segment_ids, first_open.shape[1])
+        credited = credited - of_segment
+        totals = totals - token_costs.sum(1)
     compared = Compared(credit, credited, weighted, first_open, group_ids)
-    centred = credited - _named(BASELINES, "baseline", baseline)(compared)
+    advantages = credited - _named(BASELINES, "baseline", baseline)(compared)
+    advantages = advantages.gather(1, segment_ids)
+    if token_costs is not None:
+        advantages = advantages + before_token
     if scale != "none":
-        centred = centred / _named(SCALES, "scale", scale)(weighted.sum(1), group_ids)[:, None]
-    return centred.gather(1, segment_ids)
+        advantages = advantages / _named(SCALES, "scale", scale)(totals, group_ids)[:, None]
+    return advantages
+
+
+def _costs_to_go(
+    token_costs: Tensor, segment_ids: Tensor, num_segments: int
+) -> tuple[Tensor, Tensor]:
+    """What the tokens of each segment and of all later ones cost [B, S]; and of the segment of each
+    token what the tokens before it have cost [B, T].
+
+    What token t and those after it cost is the first, at its segment, less the second.
+    """
+    of_each = token_costs.new_zeros(len(token_costs), num_segments)
+    of_each = of_each.scatter_add(1, segment_ids, token_costs)
+    of_segment = of_each.flip(1).cumsum(1).flip(1)
+    to_go = token_costs.flip(1).cumsum(1).flip(1)
+    return of_segment, of_segment.gather(1, segment_ids) - to_go
 
 
 Rule = TypeVar("Rule")

@@ -106,11 +106,15 @@ def answer_advantages(
     credit: str = "to_go",
     baseline: str = "leave_one_out",
     scale: str = "none",
+    token_costs: Tensor | None = None,
 ) -> Tensor:
     """See reference.answer_advantages.
 
-    Unlike there, segment ids are not checked against S: that would wait for the GPU.
+    Unlike there, segment ids are not checked against S: that would wait for the GPU. Raises
+    ValueError for `token_costs`, which the kernel does not have.
     """
+    if token_costs is not None:
+        raise ValueError("the kernel has no token_costs: take backend=reference or auto")
     for name, chosen in (("baseline", baseline), ("scale", scale), ("credit", credit)):
         if chosen not in CHOICES[name]:
             raise ValueError(f"unknown {name} {chosen!r}")

@@ -47,6 +47,9 @@ CLOCK = datetime(2024, 7, 26)
 CLOCK_READER = "strftime_now"
 DIRECTIVES = "aAbBcdDeFfGHIjklmMnprRsStTuUVwWxXyYzZ"
 
+# What Jinja draws at random.
+DRAWS = re.compile(r"\|\s*random\b|\blipsum\b")
+
 # Stands for a question where only the template around it matters.
 PLACEHOLDER = "What is it?"
 
@@ -70,18 +73,23 @@ def load_tokenizer(folder: str | Path) -> Any:
         raise UserError(
             f"{folder} has no tokenizer: put the tokenizer.json of the model into the folder"
         )
+    declared_ends(folder)
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             str(folder), local_files_only=True, trust_remote_code=False
         )
+        # Some values of tokenizer_config.json are read with the first text.
+        can_write = any(map(str.isalpha, tokenizer.decode(tokenizer(PLACEHOLDER)["input_ids"])))
     except Exception as error:  # many kinds: the tokenizers package raises plain Exceptions
         raise UserError(
             f"{folder}: this version of the libraries (transformers {version('transformers')}, "
             f"tokenizers {version('tokenizers')}) cannot read tokenizer.json and the files beside "
-            f"it ({one_line(error)}): fetch them again, or upgrade"
+            f"it ({one_line(error)}): mend what it names, fetch them again, or upgrade"
         ) from None
-    if not tokenizer.get_vocab():
-        raise UserError(f"{folder} has no tokenizer: its vocabulary is empty")
+    if not tokenizer.get_vocab() or not can_write:
+        raise UserError(
+            f"{folder} has no tokenizer: its vocabulary holds no words, fetch tokenizer.json again"
+        )
     _require_rows(folder, num_tokens(tokenizer))
     stops = stop_ids(tokenizer, folder)
     if not stops:
@@ -90,6 +98,8 @@ def load_tokenizer(folder: str | Path) -> Any:
         )
     if tokenizer.eos_token_id is None:
         tokenizer.eos_token = tokenizer.convert_ids_to_tokens(stops[0])
+    if not tokenizer.chat_template:
+        tokenizer.chat_template = _template_beside(folder)
     for thinking in (False, True):
         if PLACEHOLDER not in render_chat(tokenizer, PLACEHOLDER, thinking):
             raise UserError(f"{folder}: the chat template leaves out what the user says: mend it")
@@ -138,14 +148,20 @@ def stop_ids(tokenizer: Any, folder: str | Path) -> tuple[int, ...]:
     stops = {vocabulary[token] for token in STOP_TOKENS if token in vocabulary}
     if tokenizer.eos_token_id is not None:
         stops.add(tokenizer.eos_token_id)
-    for name in ("generation_config.json", "config.json"):
-        path = Path(folder) / name
-        if path.is_file():
-            stops.update(_declared_ends(path))
+    stops |= declared_ends(Path(folder))
     return tuple(sorted(stops & set(vocabulary.values())))
 
 
-def _declared_ends(path: Path) -> Sequence[int]:
+def declared_ends(folder: Path) -> set[int]:
+    """All that `eos_token_id` says in generation_config.json and in config.json."""
+    ends: set[int] = set()
+    for name in ("generation_config.json", "config.json"):
+        if (folder / name).exists():
+            ends.update(_ends_of_file(folder / name))
+    return ends
+
+
+def _ends_of_file(path: Path) -> Sequence[int]:
     """`eos_token_id` of one of the checkpoint's files: an id, a list of them, or nothing."""
     value = read_json_object(path).get("eos_token_id")
     if value is None:
@@ -172,6 +188,12 @@ def most_tokens(text: str) -> int:
 # --- the chat template -----------------------------------------------------------------------
 
 
+def _template_beside(folder: Path) -> Any:
+    """What chat_template.json says, which transformers reads for models of images alone."""
+    path = folder / "chat_template.json"
+    return read_json_object(path).get("chat_template") if path.is_file() else None
+
+
 def render_chat(tokenizer: Any, content: str, thinking: bool) -> str:
     """`content` as a user's turn, up to where the assistant begins.
 
@@ -188,6 +210,15 @@ def render_chat(tokenizer: Any, content: str, thinking: bool) -> str:
         )
     if isinstance(template, dict):
         template = template["default"]
+    if not isinstance(template, str):
+        raise UserError(
+            f"{folder}: chat_template in tokenizer_config.json is {template!r} and must be a text"
+        )
+    if drawn := DRAWS.search(template):
+        raise UserError(
+            f"{folder}: the chat template draws at random ({drawn[0].strip()}), so that a resumed "
+            "run would ask in other words: mend chat_template.jinja"
+        )
     if CLOCK_READER in template:
         template = _clock_macro() + template
     messages = [{"role": "user", "content": content}]
@@ -347,6 +378,9 @@ def copy_tokenizer(source: Path, folder: Path) -> None:
             shutil.copyfile(source / name, folder / name)
     if (source / NAMED_TEMPLATES).is_dir():
         shutil.copytree(source / NAMED_TEMPLATES, folder / NAMED_TEMPLATES, dirs_exist_ok=True)
+    template = _template_beside(source)
+    if template and not (folder / "chat_template.jinja").exists():
+        (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
     path = folder / "tokenizer_config.json"
     if not path.is_file():
         return

@@ -5,7 +5,8 @@ are functions in three dictionaries, CREDITS, BASELINES and SCALES. They stand i
 kernels/mar_kernels/reference.py, beside the estimator itself (`answer_advantages`); what is not
 per component stands here.
 
-What changes a reward (a KL cost, a length penalty) changes `components`, before credit is given.
+What changes a reward (a length penalty) changes `components`, before credit is given. What a token
+costs by itself (k1 in the reward) stands beside them in `token_costs`.
 
 Letters: P prompts, G group_size, B rows, T tokens, C components, S segments.
 """
@@ -42,6 +43,7 @@ def token_advantages(batch: Batch, credit: str, baseline: str, scale: str) -> Te
         credit=credit,
         baseline=baseline,
         scale="none" if whitened else scale,
+        token_costs=batch.token_costs,
     )
     if whitened:
         advantages = whiten(advantages, batch.loss_mask)
@@ -72,11 +74,14 @@ def best_of_k_advantages(batch: Batch, k: int) -> Tensor:
     A_i grad log pi is an unbiased gradient of E[max of k rewards], for rewards of 0 and 1 of pass@k
     (arXiv:2505.15201, section 4; what is subtracted does not depend on sample i).
     Needs 2 <= k <= the size of each group.
+
+    What tokens cost by themselves is no part of the maximum: each completion pays for its own.
     """
-    out = torch.zeros_like(batch.totals)
+    earned = batch.components.sum(1)
+    out = torch.zeros_like(earned)
     for group in batch.group_ids.unique():
         members = (batch.group_ids == group).nonzero()[:, 0]
-        rewards, order = batch.totals[members].sort()
+        rewards, order = earned[members].sort()
         n = len(members)
 
         # In ascending order m of the n - 1 others lie below the m-th of them. It is the largest of
@@ -91,18 +96,18 @@ def best_of_k_advantages(batch: Batch, k: int) -> Tensor:
             others = torch.cat([rewards[:i], rewards[i + 1 :]])
             gain = (rewards[i] - others).clamp(min=0)
             out[members[order[i]]] = k * (chance_largest * gain).sum()
-    return out[:, None] * batch.completion_mask
+    advantages = out[:, None] * batch.completion_mask
+    if batch.token_costs is not None:
+        costs_alone = replace(batch, components=torch.zeros_like(batch.components))
+        advantages = advantages + token_advantages(costs_alone, "to_go", "leave_one_out", "none")
+    return advantages
 
 
 def with_kl_cost(batch: Batch, kl: Tensor, coef: float) -> Batch:
-    """The batch paid `coef` less per nat of `kl` [B, T] (k1 in the reward).
-
-    The cost of a segment's tokens joins the component that is first open there. So to-go credit
-    stays exact: while costs of a component are still to come, the component is open.
-    """
-    first_open = batch.first_open.gather(1, batch.segment_ids)
+    """The batch in which each trained token costs `coef` per nat of its `kl` [B, T] (k1 in the
+    reward)."""
     cost = coef * kl.to(batch.components.dtype) * batch.loss_mask
-    return replace(batch, components=batch.components.scatter_add(1, first_open, -cost))
+    return replace(batch, token_costs=cost)
 
 
 def with_truncation_rule(

@@ -34,6 +34,9 @@ class Batch:
     loss_mask: Tensor  # [B, T] bool: drawn tokens only, without those that the sampler put in
     sampler_logprobs: Tensor  # [B, T] of the distribution that was drawn from
     full_logprobs: Tensor  # [B, T] of temperature alone
+    # [B, T] float64: what single tokens cost beside the components (k1 in the reward), 0 outside
+    # loss_mask; None: nothing
+    token_costs: Tensor | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -41,8 +44,11 @@ class Batch:
 
     @property
     def totals(self) -> Tensor:
-        """The reward of each completion [B]."""
-        return self.components.sum(1)
+        """What each completion earned [B], less what its tokens cost."""
+        earned = self.components.sum(1)
+        if self.token_costs is None:
+            return earned
+        return earned - self.token_costs.sum(1)
 
     def take(self, chosen: Sequence[int]) -> tuple["Batch", Tensor]:
         """The batch of some of its groups, in this order, and which rows they are [b]."""
@@ -53,8 +59,9 @@ class Batch:
         index = torch.tensor(rows, device=self.group_ids.device)
         tensors = {}
         for field in fields(self):
-            if field.name != "groups":
-                tensors[field.name] = getattr(self, field.name)[index]
+            column = getattr(self, field.name)
+            if isinstance(column, Tensor):
+                tensors[field.name] = column[index]
         groups = tuple(self.groups[i] for i in chosen)
         return replace(self, groups=groups, **tensors), index
 

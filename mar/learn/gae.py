@@ -10,7 +10,8 @@ def token_rewards(batch: Batch, credit: str) -> Tensor:
     """The reward components as rewards [B, T] of single tokens, float64.
 
     `to_go`: each component at the token that decides it, which is the last one in whose segment it
-    is still open. `set`: their sum at the last token of the completion.
+    is still open. `set`: their sum at the last token of the completion. What a token costs by
+    itself (`token_costs`) it pays at once, with either.
 
     With gamma = lambda = 1 and V = 0 the advantages of `gae` are then those of answer_advantages
     without a baseline.
@@ -18,9 +19,12 @@ def token_rewards(batch: Batch, credit: str) -> Tensor:
     if credit not in ("to_go", "set"):
         raise ValueError(f"a critic goes with credit to_go or set, not {credit!r}")
     rewards = batch.components.new_zeros(batch.completion_mask.shape)
+    if batch.token_costs is not None:
+        rewards = rewards - batch.token_costs
     if credit == "set":
         last_token = batch.completion_mask.sum(1, keepdim=True) - 1
-        return rewards.scatter_add(1, last_token, batch.totals[:, None])
+        earned = batch.components.sum(1, keepdim=True)
+        return rewards.scatter_add(1, last_token, earned)
     first_open = batch.first_open.gather(1, batch.segment_ids)  # [B, T]
     component = torch.arange(batch.components.shape[1], device=first_open.device)  # [C]
     is_open = (first_open[..., None] <= component) & batch.completion_mask[..., None]  # [B, T, C]

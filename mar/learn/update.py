@@ -5,7 +5,8 @@ makes the optimizer steps: `algo.epochs` passes of `algo.minibatches` updates.
 
 Columns are [B, T] tensors by name, beside those of the batch: `advantages`, and where the algorithm
 has them `old_logprobs`, `ref_logprobs`, `values` and `returns`. Without `old_logprobs` there is one
-update, by the policy that sampled, and the ratio is 1.
+update, by the policy that sampled, and the ratio is 1. `old_logprobs_1` and so on are those of later
+epochs that pack the groups in another order.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mar.config import AlgoOptions
+from mar.config import AlgoOptions, Config
 from mar.learn.advantages import (
     best_of_k_advantages,
     token_advantages,
@@ -53,8 +54,8 @@ Logs = dict[str, Logged]
 # --- once per batch --------------------------------------------------------------------------
 
 
-def compute_advantages(learner: Learner, batch: Batch) -> tuple[Batch, Columns]:
-    """The advantages of a step, with everything else that its updates share.
+def compute_advantages(learner: Learner, batch: Batch, step: int) -> tuple[Batch, Columns]:
+    """The advantages of update step `step` (from 0), with everything else that its updates share.
 
     Returns the batch under the rule for truncated completions (algo.truncated changes masks or
     rewards), and the columns: `advantages` and what they are computed from.
@@ -63,34 +64,63 @@ def compute_advantages(learner: Learner, batch: Batch) -> tuple[Batch, Columns]:
     algo = config.algo
     longest = config.model.max_completion_tokens
     batch = with_truncation_rule(batch, algo.truncated, longest, algo.overlong_tokens)
-    columns = score_before_updates(learner, batch)
+    columns = score_before_updates(learner, batch, step)
     return batch, columns | advantage_columns(algo, batch, columns)
 
 
-def score_before_updates(learner: Learner, batch: Batch) -> Columns:
+def score_before_updates(learner: Learner, batch: Batch, step: int) -> Columns:
     """Log-probabilities before the first update and of the reference, and values: each only where
-    it is needed."""
+    it is needed.
+
+    They are computed in the very micro-batches of the updates. In low precision a token's
+    log-probability depends on what it is packed with, by more than the bounds of GSPO's ratio. An
+    epoch that packs anew has log-probabilities before the first update of its own.
+    """
     config = learner.config
     algo = config.algo
     max_tokens = config.train.micro_batch_tokens
 
-    def logprobs_of(model: nn.Module) -> Tensor:
-        def run(packed: PackedGroups) -> Tensor:
-            return model(packed, algo.temperature)[0]
-
-        logprobs = one_pass(run, batch, max_tokens, learner.world)
+    def scores(model: nn.Module, run: Callable[[PackedGroups], Tensor], epoch: int) -> Tensor:
+        parts = minibatch_groups(config, len(batch.groups), step, epoch)
+        taken = [batch.take(chosen) for chosen in parts]
+        columns = [one_pass(run, part, max_tokens, learner.world) for part, _ in taken]
         reshard(model)
-        return logprobs
+        of_all = columns[0].new_zeros(batch.completion_mask.shape)
+        for column, (_, rows) in zip(columns, taken, strict=True):
+            of_all[rows] = column
+        return of_all
+
+    def logprobs(model: nn.Module, epoch: int = 0) -> Tensor:
+        return scores(model, lambda packed: model(packed, algo.temperature)[0], epoch)
 
     columns = {}
     if algo.epochs * algo.minibatches > 1:
-        columns["old_logprobs"] = logprobs_of(learner.policy)
+        for epoch in range(algo.epochs):
+            name = _old_logprobs_of(epoch, algo)
+            if name not in columns:
+                columns[name] = logprobs(learner.policy, epoch)
     if learner.reference is not None:
-        columns["ref_logprobs"] = logprobs_of(learner.reference)
+        columns["ref_logprobs"] = logprobs(learner.reference)
     if learner.critic is not None:
-        columns["values"] = one_pass(learner.critic, batch, max_tokens, learner.world)
-        reshard(learner.critic)
+        columns["values"] = scores(learner.critic, learner.critic, epoch=0)
     return columns
+
+
+def minibatch_groups(config: Config, num_groups: int, step: int, epoch: int) -> list[list[int]]:
+    """The groups of each minibatch of an epoch: where there are several, in a new order every epoch."""
+    algo = config.algo
+    order = np.arange(num_groups)
+    if algo.minibatches > 1:
+        order = np.random.default_rng([config.seed, step, epoch]).permutation(order)
+    num_parts = min(algo.minibatches, num_groups)
+    return [chosen.tolist() for chosen in np.array_split(order, num_parts)]
+
+
+def _old_logprobs_of(epoch: int, algo: AlgoOptions) -> str:
+    """The column of the log-probabilities before the first update in the packing of this epoch."""
+    if epoch == 0 or algo.minibatches == 1:
+        return "old_logprobs"
+    return f"old_logprobs_{epoch}"
 
 
 @torch.no_grad()
@@ -185,15 +215,15 @@ def _minibatches(
     config = learner.config
     algo = config.algo
     longest = config.model.max_completion_tokens
-    num_groups = len(batch.groups)
+    shared = {name: column for name, column in columns.items() if "old_logprobs" not in name}
     parts = []
     for epoch in range(algo.epochs):
-        order = np.arange(num_groups)
-        if algo.minibatches > 1:
-            order = np.random.default_rng([config.seed, step, epoch]).permutation(order)
-        for chosen in np.array_split(order, min(algo.minibatches, num_groups)):
-            part, rows = batch.take(chosen.tolist())
-            own_columns = {name: column[rows] for name, column in columns.items()}
+        of_epoch = dict(shared)
+        if "old_logprobs" in columns:
+            of_epoch["old_logprobs"] = columns[_old_logprobs_of(epoch, algo)]
+        for chosen in minibatch_groups(config, len(batch.groups), step, epoch):
+            part, rows = batch.take(chosen)
+            own_columns = {name: column[rows] for name, column in of_epoch.items()}
             own_columns["weights"] = token_weights(part.loss_mask, algo.aggregation, longest)
             parts.append((part, own_columns))
     return parts

@@ -132,7 +132,7 @@ class ModelConfig:
         architectures = hf.get("architectures")
         if not isinstance(architectures, list):
             architectures = []
-        architecture = architectures[0] if architectures else "none"
+        architecture = str(architectures[0]) if architectures else "none"
         if architecture not in ARCHITECTURES:
             known = ", ".join(ARCHITECTURES)
             raise UserError(

@@ -97,8 +97,11 @@ def weight_hashes(folder: Path) -> dict[str, str]:
     """File name -> SHA-256 of every safetensors file. Raises UserError where there is none."""
     hashes = {}
     for path in sorted(folder.glob("*.safetensors")):
-        with path.open("rb") as file:
-            hashes[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+        try:
+            with path.open("rb") as file:
+                hashes[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+        except OSError as error:  # a folder, a link to nothing, no permission
+            raise UserError(f"{path} cannot be read ({error}): fetch or copy it again") from None
     if not hashes:
         raise UserError(f"{folder} holds no *.safetensors file: choose another checkpoint")
     return hashes

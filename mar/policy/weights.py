@@ -23,6 +23,9 @@ from mar.policy.model import Decoder, ModelConfig
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 
+# what weights may be stored as; narrower numbers mean nothing without their scales
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
 # our parameter -> name and shape of the checkpoint's tensors, which are joined along axis 0
 Layout = dict[str, list[tuple[str, tuple[int, ...]]]]
 
@@ -229,6 +232,11 @@ def _take(found: dict[str, Tensor], folder: Path, name: str, shape: tuple[int, .
         raise UserError(
             f"{folder}: {name} has shape {list(tensor.shape)}, "
             f"but config.json asks for {list(shape)}"
+        )
+    if tensor.dtype not in FLOATS:
+        raise UserError(
+            f"{folder}: {name} is stored as {str(tensor.dtype).removeprefix('torch.')}, which are "
+            "codes of quantised numbers: take the checkpoint that is not quantised"
         )
     return tensor
 

@@ -236,7 +236,6 @@ def _algo_rules(algo: AlgoOptions, max_completion_tokens: int, steps: int) -> Ru
     draws_from_part = (algo.top_k, algo.top_p, algo.min_p) != (0, 1.0, 0.0)
     several_updates = algo.epochs * algo.minibatches > 1
     divides = algo.scale_by not in ("none", "whiten")
-    kl_in_reward = algo.kl == "k1" and algo.kl_coef != 0
     ratio_losses = [name for name in LOSSES if name != "reinforce"]
     return [
         (
@@ -282,11 +281,6 @@ def _algo_rules(algo: AlgoOptions, max_completion_tokens: int, steps: int) -> Ru
         (
             algo.scale_by == "group_mean" and algo.baseline != "mean",
             "algo.scale_by=group_mean is (reward - mean) / mean: set algo.baseline=mean",
-        ),
-        (
-            algo.baseline == "matched" and kl_in_reward,
-            "algo.baseline=matched compares equal rewards and algo.kl=k1 makes all of them "
-            "differ: take algo.kl=k3 or baseline=leave_one_out",
         ),
         (
             algo.critic_warmup > 0 and algo.baseline != "value",

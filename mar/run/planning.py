@@ -345,8 +345,11 @@ class _Work:
         again = 1 if self.config.train.checkpoint_activations else 0
         of_products = (4 + 2 * again) * self.products + 2 * self.trained
         of_attention = (3 + again) * self.flops_per_pair * pairs
-        passes = self.config.algo.epochs * self.num_prompts
-        return passes * (of_products * tokens + of_attention)
+        algo = self.config.algo
+        flops = algo.epochs * (of_products * tokens + of_attention)
+        if algo.epochs * algo.minibatches > 1:  # the log-probabilities before the first update
+            flops += 2 * self.products * tokens + self.flops_per_pair * pairs
+        return self.num_prompts * flops
 
 
 # ---------------------------------------------------------------------- the plan

@@ -26,7 +26,7 @@ from mar.records import Completion
 from mar.sample.draws import DrawnTokens, SamplingParams, draw_tokens, uniforms
 from mar.sample.kv_cache import KVCache, PackedPrompt, capacity
 from mar.sample.rows import Rows
-from mar_kernels.graphs import capture
+from mar_kernels.graphs import Graphs
 
 # token ids to text
 Decode = Callable[[tuple[int, ...]], str]
@@ -129,12 +129,16 @@ def generate(
         decode=decode,
         on_done=on_done,
     )
-    with model.reordered_weights():
-        while engine.waiting or engine.running:
-            engine.admit()
-            engine.draw()
-            engine.retire()
-            engine.feed()
+    try:
+        with model.reordered_weights():
+            while engine.waiting or engine.running:
+                engine.admit()
+                engine.draw()
+                engine.retire()
+                engine.feed()
+    finally:
+        # also where an error's traceback keeps the engine
+        engine.captured.clear()
     return engine.result()
 
 
@@ -245,6 +249,7 @@ class Engine:
         self.think_close = torch.tensor(params.think_close, dtype=torch.int64, device=self.device)
         # decode steps by their width
         self.captured: dict[int, CapturedStep] = {}
+        self.graphs = Graphs()
 
         looks_are_free = self.device.type == "cpu" and not params.stop_strings
         self.retire_every = 1 if looks_are_free else RETIRE_EVERY
@@ -454,30 +459,37 @@ class Engine:
         # Rows that are done go on until they are retired, and free slots always do: they must not
         # write past the cache, so they write over their last entry.
         cache.own_lengths.clamp_(max=width - 1)
-        if self.device.type in GRAPHED:
-            self.replay_decode_step(width)
-        else:
+        step = self.captured_step(width)
+        if step is None:
             self.rows.hidden = decode_step(self.model, cache, self.rows.last_tokens, width)
+        else:
+            step.tokens.copy_(self.rows.last_tokens)
+            step.replay()
         cache.own_lengths += 1
 
-    def replay_decode_step(self, width: int) -> None:
-        """`decode_step` as a CUDA graph, captured once for each multiple of GRAPH_WIDTH."""
+    def captured_step(self, width: int) -> CapturedStep | None:
+        """`decode_step` as a CUDA graph, captured once for each multiple of GRAPH_WIDTH.
+
+        None where there are no graphs, or a capture has failed: then it runs as it is.
+        """
+        if self.device.type not in GRAPHED or self.graphs.failed:
+            return None
         multiple = -(-width // GRAPH_WIDTH) * GRAPH_WIDTH
         width = min(multiple, self.params.max_tokens)
         if width not in self.captured:
-            self.captured[width] = self.capture_decode_step(width)
-        step = self.captured[width]
-        step.tokens.copy_(self.rows.last_tokens)
-        step.replay()
+            tokens = self.rows.last_tokens.clone()
+            hidden = self.rows.hidden
 
-    def capture_decode_step(self, width: int) -> CapturedStep:
-        tokens = self.rows.last_tokens.clone()
-        hidden = self.rows.hidden
+            def work() -> Tensor:
+                return hidden.copy_(decode_step(self.model, self.cache, tokens, width))
 
-        def work() -> Tensor:
-            return hidden.copy_(decode_step(self.model, self.cache, tokens, width))
-
-        return CapturedStep(tokens, capture(work))
+            replay = self.graphs.capture(work)
+            if replay is None:
+                # the others write to a buffer of hidden states that is given up now
+                self.captured.clear()
+                return None
+            self.captured[width] = CapturedStep(tokens, replay)
+        return self.captured[width]
 
     # the end
 

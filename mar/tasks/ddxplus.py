@@ -102,6 +102,9 @@ class EvidenceWords(dict[str, tuple[str, str]]):
 def _read(row: Row, where: str, words: EvidenceWords, source: Source) -> Candidate:
     row = {key.lower(): value for key, value in row.items()}
     row.setdefault("differential", row.get("differential_diagnosis"))
+    if str(row.get("age")).isdecimal():
+        # a table's cells are texts
+        row["age"] = int(row["age"])
     codes = _list_of(row, "evidences", where)
     differential = _list_of(row, "differential", where)
     unknown = [code for code in codes if not words.knows(code)]

@@ -27,7 +27,9 @@ def read(row: Row, where: str) -> Candidate:
     question = required_text(row, "question", where)
     raw = row.get("golds")
     if not isinstance(raw, list) or not raw:
-        raise UserError(f"{where}: 'golds' must be a list of at least one gold")
+        raise UserError(
+            f'{where}: \'golds\' must be a list of at least one gold, as in ["Mercury", "Venus"]'
+        )
     golds = tuple(_gold(gold, where) for gold in raw)
     id = example_id(row, "id", "jsonl", question)
     is_distribution = golds[0].probability is not None

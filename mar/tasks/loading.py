@@ -6,15 +6,22 @@ when it is asked for, so that a million rows cost as little as a thousand. `wher
 position of a row for error messages, such as `file.jsonl:17`.
 """
 
+import ast
+import csv
+import gzip
+import io
 import json
+import re
+import zlib
 from array import array
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from hashlib import blake2b
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 
@@ -23,20 +30,30 @@ from mar.errors import UserError, one_line
 from mar.files import hub_fault, stable_hash
 from mar.records import Example, Gold
 from mar.tasks.examples import LazyExamples, truths_of
-from mar.tasks.rows import Row, Rows, RowsOfLines, RowsOfList
+from mar.tasks.rows import (
+    READ,
+    Row,
+    Rows,
+    RowsOfLines,
+    RowsOfList,
+    RowsPutAside,
+    row_of_line,
+)
 
 # The per cent of ids below which a split ends: 10 % test, 20 % validation, 70 % train.
 SPLIT_ENDS = (("test", 10), ("validation", 30), ("train", 100))
 
-# Tables are read by `datasets`: the end of a file's name, also before .gz -> its reader.
-TABLES = {".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
-
-READ = "jsonl, .json, .csv, .tsv (each also as .gz) or .parquet"
+# Tables in text: the end of a file's name, also before .gz -> what stands between two cells.
+SEPARATORS = {".csv": ",", ".tsv": "\t"}
 
 # The first bytes of files that are no plain text.
+GZIP = b"\x1f\x8b"
+BOM = b"\xef\xbb\xbf \t\r\n"
+NUM_FIRST_BYTES = 64
 FIRST_BYTES = {
-    b"\x1f\x8b": "gzip",
+    GZIP: "a packed file again",
     b"PAR1": "parquet",
+    b"\xff\xfe\0\0": "text in UTF-32",
     b"\xff\xfe": "text in UTF-16",
     b"\xfe\xff": "text in UTF-16",
     b"PK\x03\x04": "a zip archive (or a spreadsheet)",
@@ -45,6 +62,12 @@ FIRST_BYTES = {
     b"\xfd7zXZ": "compressed by xz",
     b"ARROW1": "an arrow file",
     b"%PDF": "a PDF",
+    b"\x04\x22\x4d\x18": "compressed by lz4",
+    b"SQLite": "a database",
+    b"\x80": "a pickle",
+    b"\x93NUMPY": "an array of numpy",
+    b"version https://git-lfs": "a pointer of Git LFS and not the file itself",
+    b"<": "a page of HTML or XML",
 }
 
 # What the hub's data sets call a split for validation.
@@ -140,7 +163,7 @@ def read_json(file: Path) -> Any:
         raise UserError(f"{file}: there is no such file: check data.path")
     try:
         return json.loads(file.read_text(encoding="utf-8-sig"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{file} is not valid JSON ({error}): mend it") from None
 
 
@@ -150,50 +173,155 @@ def rows_of_file(path: str) -> Rows:
     Raises UserError for what cannot be read.
     """
     file = Path(path).expanduser()
-    packed = file.is_file() and _kind_of_bytes(file, path) == "gzip"
-    suffixes = [suffix for suffix in file.suffixes if suffix != ".gz"]
-    suffix = suffixes[-1] if suffixes else ""
-    if suffix in TABLES and file.is_file():
-        return RowsOfList(_table(file, path, TABLES[suffix]), path)
-    if suffix == ".json" and not packed:
-        array = read_json(file)
-        if not isinstance(array, list) or not all(isinstance(row, dict) for row in array):
-            raise UserError(f"{path} is no array of objects: give one row an element, or jsonl")
-        return RowsOfList(array, path, from_json=True)
     if file.is_dir():
         raise UserError(f"data.path={path} is a folder: name a file in it")
     if not file.is_file():
         raise UserError(f"data.path={path} is not there")
-    return RowsOfLines(file, path, packed)
-
-
-def _kind_of_bytes(file: Path, path: str) -> str | None:
-    """`gzip`, or None for what may be text or a table. Raises UserError for what is not read."""
-    with file.open("rb") as opened:
-        start = opened.read(max(map(len, FIRST_BYTES)))
-    kind = next((kind for first, kind in FIRST_BYTES.items() if start.startswith(first)), None)
-    if kind not in (None, "gzip", "parquet"):
-        raise UserError(f"{path} is {kind}, which is not read: give {READ}, in UTF-8")
-    if kind == "parquet" and file.suffix != ".parquet":
-        raise UserError(f"{path} is a parquet file: let its name end in .parquet")
-    return kind
-
-
-def _table(file: Path, path: str, kind: str) -> Any:
-    """A table as `datasets` reads it: rows by number; gzip inside is its business."""
-    import datasets
-
-    options: dict[str, Any] = {}
-    if kind == "csv":
-        # A cell that says None or NA is a word.
-        options = {"keep_default_na": False, "sep": "\t" if ".tsv" in file.suffixes else ","}
     try:
-        return datasets.load_dataset(kind, data_files=str(file), split="train", **options)
-    except Exception as error:  # many kinds: of pandas, of pyarrow, of datasets
-        cause = error.__cause__ or error
+        return _rows_by_kind(file, path)
+    except (EOFError, OSError, zlib.error) as error:
+        raise UserError(f"{path} cannot be read ({one_line(error)}): copy it again") from None
+
+
+def _rows_by_kind(file: Path, path: str) -> Rows:
+    packed = _first_bytes(file, packed=False).startswith(GZIP)
+    _require_readable(_first_bytes(file, packed), file, path, packed)
+    suffixes = [suffix.lower() for suffix in file.suffixes if suffix.lower() != ".gz"]
+    suffix = suffixes[-1] if suffixes else ""
+    if suffix == ".parquet":
+        return RowsPutAside(partial(_rows_of_parquet, file, path), path)
+    if suffix in SEPARATORS:
+        separator = SEPARATORS[suffix]
+        return RowsPutAside(partial(_rows_of_table, file, packed, path, separator), path)
+    if suffix == ".json":
+        with _opened(file, packed) as content:
+            rows = _array(content.read(), path)
+        if rows is not None:
+            return RowsOfList(rows, path, from_json=True)
+    if packed:
+        return RowsPutAside(partial(_rows_of_packed_lines, file, path), path)
+    return RowsOfLines(file, path)
+
+
+def _rows_of_packed_lines(file: Path, path: str) -> Iterator[tuple[str, Row]]:
+    with gzip.open(file) as lines:
+        for number, line in enumerate(lines, 1):
+            if line.strip():
+                yield f"{path}:{number}", row_of_line(line, path, number)
+
+
+def _opened(file: Path, packed: bool) -> IO[bytes]:
+    return gzip.open(file) if packed else file.open("rb")  # type: ignore[return-value]
+
+
+def _first_bytes(file: Path, packed: bool) -> bytes:
+    with _opened(file, packed) as content:
+        return content.read(NUM_FIRST_BYTES)
+
+
+def _require_readable(start: bytes, file: Path, path: str, packed: bool) -> None:
+    """Raises UserError for contents that are neither text in UTF-8 nor parquet."""
+    kind = next((kind for first, kind in FIRST_BYTES.items() if start.startswith(first)), None)
+    if kind is None and b"\0" in start[:4]:
+        kind = "text in UTF-16, or no text"
+    inside = "holds" if packed else "is"
+    if kind == "parquet" and packed:
+        raise UserError(f"{path} holds a packed parquet file: unpack it")
+    if kind == "parquet" and file.suffix.lower() != ".parquet":
+        raise UserError(f"{path} is a parquet file: let its name end in .parquet")
+    if kind not in (None, "parquet"):
+        raise UserError(f"{path} {inside} {kind}, which is not read: give {READ}, in UTF-8")
+
+
+def _array(content: bytes, path: str) -> list[Row] | None:
+    """The rows in the array of a .json file. None: it has a row a line, as jsonl has."""
+    try:
+        array = json.loads(content.decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        if str(error).startswith("Extra data") and content.lstrip(BOM)[:1] == b"{":
+            return None
+        raise UserError(f"{path} is not valid JSON ({error}): mend it") from None
+    if not isinstance(array, list) or not all(isinstance(row, dict) for row in array):
+        raise UserError(f"{path} is no array of objects: give one row an element, or jsonl")
+    return array
+
+
+def _rows_of_parquet(file: Path, path: str) -> Iterator[tuple[str, Row]]:
+    # what `datasets` itself reads it with
+    from pyarrow import ArrowException, parquet
+
+    number = 0
+    try:
+        with parquet.ParquetFile(file) as table:
+            for batch in table.iter_batches():
+                for row in batch.to_pylist():
+                    yield f"{path}[{number}]", row
+                    number += 1
+    except (ArrowException, ValueError) as error:
         raise UserError(
-            f"{path} is no readable {kind} table ({one_line(cause)}): mend it"
+            f"{path} is no readable parquet table ({one_line(error)}): write it again"
         ) from None
+
+
+def _rows_of_table(
+    file: Path, packed: bool, path: str, separator: str
+) -> Iterator[tuple[str, Row]]:
+    """(`file[n]`, row) of a table in text, from 0, without its header. Cells are texts, whatever
+    they look like."""
+    with _opened(file, packed) as content:
+        yield from _rows_of_text(content, path, separator)
+
+
+def _rows_of_text(content: IO[bytes], path: str, separator: str) -> Iterator[tuple[str, Row]]:
+    text = io.TextIOWrapper(content, encoding="utf-8-sig", newline="")
+    rows = csv.reader(text, delimiter=separator, strict=True)
+    try:
+        header = next(rows, [])
+        _require_columns(header, path)
+        number = 0
+        for cells in rows:
+            if not cells:
+                continue
+            if len(cells) != len(header):
+                raise UserError(
+                    f"{path}[{number}] has {len(cells)} cells for {len(header)} columns (it ends "
+                    f"in line {rows.line_num}): mend or remove the row"
+                )
+            yield f"{path}[{number}]", dict(zip(header, map(_cell, cells), strict=True))
+            number += 1
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise UserError(
+            f"{path} is no readable table ({one_line(error)}, near line {rows.line_num + 1}): mend "
+            "it"
+        ) from None
+
+
+def _require_columns(header: list[str], path: str) -> None:
+    if not header:
+        raise UserError(f"{path} is an empty table: give its columns names and rows")
+    if len(header) == 1 and re.search(r"[;\t|,]", header[0]):
+        raise UserError(
+            f"{path} has one column, {header[0]!r}: separate columns by commas in .csv and by tabs "
+            "in .tsv"
+        )
+    twice = [name for name, count in Counter(header).items() if count > 1]
+    if twice:
+        raise UserError(f"{path} has two columns {twice[0]!r}: give each a name of its own")
+
+
+def _cell(text: str) -> Any:
+    """A text, or the list or object of texts and lists that it spells, in JSON or Python."""
+    if text[:1] + text[-1:] not in ("[]", "{}"):
+        return text
+    for read in (json.loads, ast.literal_eval):
+        try:
+            value = read(text)
+        except (ValueError, SyntaxError, RecursionError, MemoryError, TypeError):
+            continue
+        items = value.values() if isinstance(value, dict) else value
+        if value and all(isinstance(item, str | list | tuple | dict) for item in items):
+            return value
+    return text
 
 
 def split_of(id: str) -> str:

@@ -13,6 +13,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import replace
 from string import ascii_uppercase
+from typing import Any
 
 from mar.errors import UserError
 from mar.records import Example, Gold
@@ -171,35 +172,76 @@ def _read(row: Row, where: str, source: Source) -> tuple[Candidate, int]:
 def _usual_form(row: Row) -> Row:
     """The row in this file's form, out of those of the hub's other copies.
 
-    bigbio, source      options [{key, value}, ...]
-    bigbio, qa          choices [text, ...], answer [text]
+    bigbio, source      options [{key, value}, ...], or with other names of the two
+    bigbio, qa          choices [text, ...], answer [text]; with answer a number: mmlu
     openlifescienceai   data {Question, Options {letter: text}, Correct Option, Correct Answer}
     medmcqa             opa, opb, opc, opd, and cop, the right one's number from 0
+    swag                sent1, ending0 .. ending3, and label, the right one's number from 0
+    arc                 choices {label: [letter, ...], text: [text, ...]}, answerKey
+    medxpertqa          options {letter: text}, label, the right one's letter
     """
     data = row.get("data")
     if isinstance(data, Mapping) and "Question" in data:
-        return {
+        row = {
             "question": data["Question"],
             "options": data.get("Options"),
             "answer_idx": data.get("Correct Option"),
             "answer": data.get("Correct Answer"),
         }
-    if "options" not in row and "choices" in row:
-        answer = row.get("answer")
-        if isinstance(answer, list) and len(answer) == 1:
-            answer = answer[0]
-        # bigbio's empty text: there is no context
-        usual = {key: value for key, value in row.items() if value != ""}
-        return usual | {"options": row["choices"], "answer": answer}
-    if "options" not in row and "opa" in row:
-        texts = [row.get(f"op{letter}") for letter in "abcd"]
-        return {**row, "options": texts, "answer_idx": row.get("cop")}
-    options = row.get("options")
-    if isinstance(options, list) and all(isinstance(option, Mapping) for option in options):
-        by_letter = {option.get("key"): option.get("value") for option in options}
-        if len(by_letter) == len(options):
-            return {**row, "options": by_letter}
-    return row
+    usual = dict(row)
+    if "sent1" in row and "ending0" in row:
+        said = [row["sent1"], row.get("sent2") or ""]
+        usual["question"] = " ".join(filter(None, said))
+        usual["options"] = [value for key, value in row.items() if _ENDING.fullmatch(key)]
+    elif "options" not in row and "choices" in row:
+        usual["options"] = row["choices"]
+        if row.get("context") == "":
+            # bigbio's empty text: there is none
+            del usual["context"]
+    elif "options" not in row and "opa" in row:
+        usual["options"] = {letter.upper(): row.get(f"op{letter}") for letter in "abcd"}
+
+    for key in ("cop", "answerKey", "label"):
+        if row.get("answer_idx") is None and row.get(key) is not None:
+            usual["answer_idx"] = row[key]
+            break
+    answer = row.get("answer")
+    if isinstance(answer, list) and len(answer) == 1:
+        usual["answer"] = answer[0]
+    usual["options"] = _by_letter(usual.get("options"))
+    return usual
+
+
+# the keys under which one option of a list has its letter, and its text
+_LETTER_KEYS = ("key", "label", "letter", "id", "option")
+_TEXT_KEYS = ("value", "text")
+_ENDING = re.compile("ending[0-9]+")
+
+
+def _by_letter(options: Any) -> Any:
+    """The options as {letter: text} where they are lists of letters and texts; else as they are."""
+    pairs = []
+    if isinstance(options, Mapping):
+        letters, texts = options.get("label"), options.get("text")
+        if not (isinstance(letters, list) and isinstance(texts, list)):
+            return _without_missing(options)
+        pairs = list(zip(letters, texts, strict=False))
+    elif isinstance(options, list) and all(isinstance(option, Mapping) for option in options):
+        for option in options:
+            letter = next((option[key] for key in _LETTER_KEYS if key in option), None)
+            text = next((option[key] for key in _TEXT_KEYS if key in option), None)
+            pairs.append((letter, text))
+    by_letter = {str(letter): text for letter, text in pairs}
+    whole = pairs and len(by_letter) == len(pairs) and "None" not in by_letter
+    return by_letter if whole else options
+
+
+def _without_missing(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Without the last letters if they have no text: a parquet file has those of every row."""
+    kept = dict(options)
+    while kept and list(kept.values())[-1] is None:
+        kept.popitem()
+    return kept
 
 
 def _context(row: Row, source: Source, where: str) -> list[str]:
@@ -231,17 +273,29 @@ def _is_text(value: object) -> bool:
 
 
 def _right_letter(row: Row, options: dict[str, str], where: str) -> str:
-    """The right option's letter: `answer_idx` (a letter or a number), else found by `answer`."""
-    letter, answer = row.get("answer_idx"), row.get("answer")
-    if isinstance(letter, int) and 0 <= letter < len(options):
-        letter = list(options)[letter]
-    if letter is None:
+    """The right option's letter: `answer_idx` (a letter, or a number from 0), else by `answer`."""
+    letters = list(options)
+    index, answer = row.get("answer_idx"), row.get("answer")
+    letter = index
+    if index is None:
         letter = next((key for key, text in options.items() if text == answer), None)
+    if letter is None and (answer in letters or isinstance(answer, int)):
+        letter, answer = answer, None
+    if isinstance(letter, str):
+        letter = letter.strip()
+        if letter not in options and letter.isdecimal():
+            letter = int(letter)
+    if type(letter) is int and str(letter) in options:
+        letter = str(letter)
+    elif type(letter) is int and 0 <= letter < len(options):
+        letter = letters[letter]
     if not isinstance(letter, str) or letter not in options:
+        told = index if index is not None else answer
         raise UserError(
-            f"{where}: 'answer_idx' ({letter!r}) names none of the options {', '.join(options)}"
+            f"{where}: 'answer_idx' ({told!r}) names none of the options {', '.join(options)} "
+            f"(numbers are from 0 to {len(options) - 1})"
         )
-    if answer is not None and answer not in (letter, options[letter]):
+    if answer is not None and answer not in (letter, options[letter], letters.index(letter)):
         raise UserError(
             f"{where}: 'answer' ({answer!r}) is not option {letter} ({options[letter]!r})"
         )

@@ -1,18 +1,18 @@
 """Rows that are read in order once, and again by their number: none of them is kept in memory.
 
-A class of rows for each kind of source: lines of a file, elements of a JSON array, rows of a table
-(`datasets` keeps those on the disk). `where` is the position of a row for error messages, such as
+A class of rows for each kind of source: lines of a file, elements of a list (a JSON array, or what
+`datasets` keeps on the disk), and what has to be put aside (packed files, tables). `where` is the position of a row for error messages, such as
 `file.jsonl:17`.
 """
 
-import gzip
 import json
 import os
+import pickle
 import tempfile
 import weakref
 import zlib
 from array import array
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,6 +21,8 @@ from mar.errors import UserError, one_line
 Row = Mapping[str, Any]
 
 BLOCK_BYTES = 1 << 20  # that are read at once
+
+READ = "jsonl, .json, .csv, .tsv (each also as .gz) or .parquet"
 
 
 class Rows(Protocol):
@@ -59,80 +61,126 @@ class RowsOfList:
         return f"{self.name}[{number}]"
 
 
-class RowsOfLines:
-    """The rows of a jsonl file, also as .gz. It stays open: another file in its place changes nothing.
+class _Aside:
+    """Bytes at known places of a file without a name, or of one that stays open."""
 
-    Where the file is packed, its lines are kept unpacked in a temporary file without a name.
-    """
-
-    def __init__(self, file: Path, path: str, packed: bool) -> None:
-        self.file = file
-        self.name = path
-        self.packed = packed
+    def __init__(self, descriptor: int) -> None:
+        self.descriptor = descriptor
         # the byte at which each row begins, and the end of the last one
         self.starts = array("q")
-        self.descriptor = -1
+        weakref.finalize(self, os.close, descriptor)
+
+    def bytes_of(self, number: int) -> bytes:
+        start = self.starts[number]
+        return os.pread(self.descriptor, self.starts[number + 1] - start, start)
+
+
+class RowsOfLines:
+    """The rows of a jsonl file. It stays open: another file in its place changes nothing."""
+
+    def __init__(self, file: Path, path: str) -> None:
+        self.file = file
+        self.name = path
+        self.aside: _Aside
 
     def __iter__(self) -> Iterator[tuple[str, Row]]:
-        self.starts = array("q")
         position = 0
         try:
-            with gzip.open(self.file) if self.packed else self.file.open("rb") as lines:
-                self._stay_open(lines)
+            with self.file.open("rb") as lines:
+                self.aside = _Aside(os.dup(lines.fileno()))
                 for number, line in enumerate(lines, 1):
-                    if self.packed:
-                        _put_aside(self.descriptor, line, self.name)
                     if line.strip():
-                        self.starts.append(position)
-                        where = f"{self.name}:{number}"
-                        yield where, row_of_line(line, where)
+                        self.aside.starts.append(position)
+                        yield f"{self.name}:{number}", row_of_line(line, self.name, number)
                     position += len(line)
-        except (EOFError, OSError, zlib.error) as error:
+        except OSError as error:
             raise UserError(
                 f"{self.name} cannot be read ({one_line(error)}): copy it again"
             ) from None
-        self.starts.append(position)
-
-    def _stay_open(self, lines: Any) -> None:
-        """Keep open what `again` reads: the file, or one for its unpacked lines."""
-        if self.packed:
-            self.descriptor, name = tempfile.mkstemp()
-            os.unlink(name)
-        else:
-            self.descriptor = os.dup(lines.fileno())
-        weakref.finalize(self, os.close, self.descriptor)
+        self.aside.starts.append(position)
 
     def again(self, number: int) -> Row:
-        start = self.starts[number]
-        line = os.pread(self.descriptor, self.starts[number + 1] - start, start)
-        return row_of_line(line, f"{self.name} (row {number + 1})")
+        return row_of_line(self.aside.bytes_of(number), self.name, number + 1)
 
     def where(self, number: int) -> str:
         position = 0
         num_lines = 1
-        while position < self.starts[number]:
-            room = self.starts[number] - position
-            block = os.pread(self.descriptor, min(BLOCK_BYTES, room), position)
+        end = self.aside.starts[number]
+        while position < end:
+            size = min(BLOCK_BYTES, end - position)
+            block = os.pread(self.aside.descriptor, size, position)
             num_lines += block.count(b"\n")
             position += len(block)
         return f"{self.name}:{num_lines}"
 
 
-def _put_aside(descriptor: int, line: bytes, name: str) -> None:
-    try:
-        os.write(descriptor, line)
-    except OSError as error:
-        raise UserError(
-            f"{name} cannot be unpacked into {tempfile.gettempdir()} ({one_line(error)}): let "
-            "TMPDIR name a folder with room, or unpack it yourself"
-        ) from None
+class RowsPutAside:
+    """Rows that can only be read in order (of a packed file, of a table): each is put aside in a
+    temporary file without a name."""
+
+    def __init__(self, read: Callable[[], Iterator[tuple[str, Row]]], name: str) -> None:
+        self.read = read
+        self.name = name
+        self.aside: _Aside
+
+    def __iter__(self) -> Iterator[tuple[str, Row]]:
+        self.aside = self._new()
+        position = 0
+        self.aside.starts.append(position)
+        try:
+            for where, row in self.read():
+                position += self._put(pickle.dumps((where, row), pickle.HIGHEST_PROTOCOL))
+                self.aside.starts.append(position)
+                yield where, row
+        except (EOFError, OSError, zlib.error) as error:
+            raise UserError(
+                f"{self.name} cannot be read ({one_line(error)}): copy it again"
+            ) from None
+
+    def _new(self) -> _Aside:
+        try:
+            descriptor, name = tempfile.mkstemp()
+            os.unlink(name)
+        except OSError as error:
+            raise self._no_room(error) from None
+        return _Aside(descriptor)
+
+    def _put(self, content: bytes) -> int:
+        written = 0
+        try:
+            while written < len(content):
+                written += os.write(self.aside.descriptor, content[written:])
+        except OSError as error:
+            raise self._no_room(error) from None
+        return written
+
+    def _no_room(self, error: OSError) -> UserError:
+        return UserError(
+            f"the rows of {self.name} find no room in a temporary folder ({one_line(error)}): let "
+            "TMPDIR name a folder with room, or give them as jsonl"
+        )
+
+    def _pair(self, number: int) -> tuple[str, Row]:
+        pair: tuple[str, Row] = pickle.loads(self.aside.bytes_of(number))
+        return pair
+
+    def again(self, number: int) -> Row:
+        return self._pair(number)[1]
+
+    def where(self, number: int) -> str:
+        return self._pair(number)[0]
 
 
-def row_of_line(line: bytes, where: str) -> Row:
-    """The object in a line of jsonl. Raises UserError naming the line where there is none."""
+def row_of_line(line: bytes, path: str, number: int) -> Row:
+    """The object in a line of jsonl, counted from 1. Raises UserError where there is none."""
+    where = f"{path}:{number}"
     try:
         row = json.loads(line.decode("utf-8-sig"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
+        if number == 1:
+            raise UserError(
+                f"{where} is not valid JSON ({error}): mend the line, or give {READ}, in UTF-8"
+            ) from None
         raise UserError(f"{where} is not valid JSON ({error}): mend or remove the line") from None
     if not isinstance(row, dict):
         raise UserError(f"{where} is {type(row).__name__}, not an object: each line is one row")

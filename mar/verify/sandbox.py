@@ -1,10 +1,11 @@
 """Model-written programs run here and nowhere else: bubblewrap around one interpreter each.
 
-Inside there is no network, no /proc, nothing of the host but a read-only interpreter, a small
-empty tmpfs, an empty environment, an unprivileged user, and limits on time, memory and file size.
-A program is one process, and calls that hold memory outside of its limits are refused
-(`syscall_filter.py`): RLIMIT_AS and the tmpfs bound all that it takes of the host. What comes out
-is data, never a verdict (`sandbox_child.py`).
+Inside there is no network, no /proc, nothing of the host but a read-only interpreter, an empty
+environment, an unprivileged user, and limits on time and memory. No file can be made: even an
+empty one holds memory of the kernel. A program is one process, and calls that hold memory outside
+of its limits are refused (`syscall_filter.py`): RLIMIT_AS bounds all that it takes of the host, but
+for what 32 pipes or pairs of sockets hold. What comes out is data, never a verdict
+(`sandbox_child.py`).
 
 This is no barrier against bugs of the kernel.
 """
@@ -30,7 +31,7 @@ from mar.verify.syscall_filter import syscall_filter
 WALL_S = 10.0
 CPU_S = 6
 
-MAX_BYTES = 1 << 20  # of the reply, and of each file
+MAX_BYTES = 1 << 20  # of the reply
 MAX_HEAD = 1 << 16  # what the pipe holds
 MAX_PROGRAM = 1 << 16  # characters
 MAX_DEPTH = 60  # of containers in containers, in a value
@@ -41,6 +42,8 @@ LIMITS = {
     "RLIMIT_FSIZE": MAX_BYTES,
     "RLIMIT_NPROC": 8,
     "RLIMIT_NOFILE": 32,
+    # signals that wait, and timers
+    "RLIMIT_SIGPENDING": 64,
     "RLIMIT_CORE": 0,
 }
 
@@ -129,8 +132,7 @@ def _command(unsafe: bool) -> tuple[str, ...]:
     for folder in ("/lib", "/lib64", "/usr/lib", "/usr/lib64", shown):
         words += ["--ro-bind-try", folder, folder]
     words += ["--dev-bind", "/dev/null", "/dev/null"]
-    words += ["--size", str(16 * MAX_BYTES), "--perms", "1777", "--tmpfs", "/tmp"]
-    words += ["--chdir", "/tmp", "--remount-ro", "/"]
+    words += ["--dir", "/tmp", "--chdir", "/tmp", "--remount-ro", "/"]
     return (*words, *interpreter)
 
 

@@ -1,9 +1,10 @@
 """The system calls that a program in the sandbox may not make, as a filter for bubblewrap.
 
-Limits of a process count its address space, and the small tmpfs its files. What holds memory of
-the host outside of both is refused here: System V shared memory, queues and semaphores, files
-without a name, further processes (each would have limits of its own), and namespaces, in which a
-new tmpfs could be mounted. Threads are allowed. Refused calls fail with EPERM.
+Limits of a process count its address space, and it can make no files. What holds memory of the
+host outside of that is refused here: System V shared memory, queues and semaphores, files without
+a name, sockets of a network (their buffers have megabytes), further processes (each would have
+limits of its own), and namespaces, in which a new tmpfs could be mounted. Threads, pipes and pairs
+of sockets are allowed. Refused calls fail with EPERM.
 """
 
 import platform
@@ -40,6 +41,7 @@ REFUSED: dict[str, tuple[int, int | None]] = {
     "io_uring_register": (427, 427),
     "bpf": (321, 280),
     "perf_event_open": (298, 241),
+    "socket": (41, 198),
     "add_key": (248, 217),
     "request_key": (249, 218),
     "keyctl": (250, 219),

@@ -101,6 +101,14 @@ def with_template(text: str):
     return change
 
 
+def with_template_in_config(template: object):
+    def change(folder: Path) -> None:
+        (folder / "chat_template.jinja").unlink()
+        edit(folder / "tokenizer_config.json", chat_template=template)
+
+    return change
+
+
 def with_named_templates(folder: Path) -> None:
     (folder / "chat_template.jinja").unlink()
     named = [{"name": name, "template": TURN} for name in ("tool_use", "rag")]
@@ -138,6 +146,32 @@ DAMAGES = {
     "a type error": (with_template("{{ 1 + messages }}"), "TypeError"),
     "named templates": (with_named_templates, r"several chat templates \(rag, tool_use\)"),
     "silent": (with_template("<|user|>hello<|end|>"), "leaves out what the user says"),
+    "a drawn number": (with_template("{{ [1, 2] | random }}" + TURN), r"at random \(\| random\)"),
+    "drawn words": (with_template("{{ lipsum() }}" + TURN), r"at random \(lipsum\)"),
+    "a template that is a number": (
+        with_template_in_config(5),
+        "chat_template in tokenizer_config.json is 5 and must be a text",
+    ),
+    "no words": (
+        lambda folder: edit(
+            folder / "tokenizer.json",
+            model={"type": "BPE", "vocab": {}, "merges": []},
+            added_tokens=[],
+        ),
+        "its vocabulary holds no words",
+    ),
+    "a length in words": (
+        lambda folder: edit(folder / "tokenizer_config.json", model_max_length="long"),
+        r"cannot read tokenizer\.json",
+    ),
+    "an end token in words": (
+        lambda folder: edit(folder / "config.json", eos_token_id="1"),
+        r"config\.json: eos_token_id='1' must be a token id",
+    ),
+    "a folder as a file": (
+        lambda folder: (folder / "generation_config.json").mkdir(),
+        r"generation_config\.json cannot be read",
+    ),
 }
 
 
@@ -162,6 +196,15 @@ def test_a_template_called_default_is_taken(folder):
     named = [{"name": name, "template": name + TURN} for name in ("default", "rag")]
     edit(folder / "tokenizer_config.json", chat_template=named)
     assert render_chat(load_tokenizer(folder), "hi", False) == "default<|user|>hi<|end|>"
+
+
+def test_a_template_in_a_file_of_json_is_taken_and_exported(folder, tmp_path):
+    (folder / "chat_template.jinja").unlink()
+    edit(folder / "chat_template.json", chat_template="mine" + TURN)
+    assert render_chat(load_tokenizer(folder), "hi", False) == "mine<|user|>hi<|end|>"
+    copy_tokenizer(folder, tmp_path / "copy")
+    shutil.copy(folder / "config.json", tmp_path / "copy")
+    assert AutoTokenizer.from_pretrained(tmp_path / "copy").chat_template == "mine" + TURN
 
 
 # --- ids that are no tokens ------------------------------------------------------------------

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 from mar.errors import UserError
 from mar.export import export
@@ -52,6 +53,24 @@ def test_transformers_reads_the_policy(trained, tmp_path):
         and "<answer1>" in card
         and "| coverage@3 |" in card
     )
+
+
+def test_rows_without_a_token_are_not_drawn_from_an_export(tmp_path):
+    """Another program knows the embedding's padding by the generation config alone."""
+    padded = Path(shutil.copytree(EMBEDDED, tmp_path / "padded"))
+    tensors = load_file(padded / "model.safetensors")
+    embedding = tensors["model.embed_tokens.weight"]
+    tensors["model.embed_tokens.weight"] = torch.cat([embedding, 9 * embedding[:20]])
+    save_file(tensors, padded / "model.safetensors", metadata={"format": "pt"})
+    shape = json.loads((padded / "config.json").read_text()) | {"vocab_size": 1200}
+    (padded / "config.json").write_text(json.dumps(shape))
+    source = ["model=hf", f"model.path={padded}", "model.thinking=false", "model.lr=1e-4"]
+    assert run(compose([*WORDS.split(), *source, f"out={tmp_path}"])) == 0
+    folder = export(tmp_path / "clinic" / "seed0", tmp_path / "hf", "float32")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    assert theirs.generation_config.suppress_tokens == list(range(1180, 1200))
+    drawn = theirs.generate(torch.tensor([[2, 37, 75]]), max_new_tokens=24, num_return_sequences=8)
+    assert int(drawn.max()) < 1180
 
 
 def test_mistakes_are_one_sentence(trained, tmp_path):

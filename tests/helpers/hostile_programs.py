@@ -90,6 +90,13 @@ MEMORY = {
     "deleted files": "kept = []\ntry:\n    for i in range(1000):\n        kept.append(open('/tmp/x', 'wb', 0)); os.unlink('/tmp/x'); held += kept[-1].write(bytes(10**6))\nexcept OSError: pass",
     "pipes": "import fcntl\ntry:\n    for _ in range(1000):\n        r, w = os.pipe(); fcntl.fcntl(w, 1031, 1 << 20); os.set_blocking(w, False); held += os.write(w, bytes(1 << 20))\nexcept OSError: pass",
     "sockets": "kept = []\ntry:\n    for _ in range(1000):\n        pair = socket.socketpair(); kept.append(pair); pair[0].setblocking(False); held += pair[0].send(bytes(1 << 17))\nexcept OSError: pass",
+    "empty files": "try:\n    for i in range(20000): os.mknod(f'/tmp/{i}'); held += 1024\nexcept OSError: pass",
+    "empty folders": "try:\n    for i in range(20000): os.mkdir(f'/tmp/{i}'); held += 1024\nexcept OSError: pass",
+    "symbolic links": "try:\n    for i in range(20000): os.symlink('x' * 120, f'/tmp/{i}'); held += 1024\nexcept OSError: pass",
+    "attributes of a file": "try:\n    open('/tmp/x', 'w').close()\n    for i in range(2000): os.setxattr('/tmp/x', f'user.{i}', bytes(60000)); held += 60000\nexcept OSError: pass",
+    "sockets of a network": "kept = []\ntry:\n    server = socket.socket(); server.bind(('127.0.0.1', 0)); server.listen(20)\n    for _ in range(12):\n        a = socket.create_connection(server.getsockname()); b, _ = server.accept(); kept += [a, b]; a.setblocking(False)\n        try:\n            while True: held += a.send(bytes(1 << 16))\n        except BlockingIOError: pass\nexcept OSError: pass",
+    "datagrams": "kept = []\ntry:\n    for _ in range(12):\n        a = socket.socket(socket.AF_INET, socket.SOCK_DGRAM); a.bind(('127.0.0.1', 0)); a.setblocking(False); kept.append(a)\n        for _ in range(9): held += a.sendto(bytes(60000), a.getsockname())\nexcept OSError: pass",
+    "timers": "for _ in range(20000):\n    if c.timer_create(1, None, ctypes.byref(ctypes.c_void_p())): break\n    held += 400",
     "a namespace with a tmpfs": "if c.unshare(0x10020000) == 0 and c.mount(b'none', b'/tmp', b'tmpfs', 0, b'size=1g') == 0:\n    for i in range(1000): held += open(f'/tmp/{i}', 'wb', 0).write(bytes(10**6))",
 }  # fmt: skip
 
@@ -99,6 +106,14 @@ REFUSED_MEMORY = (
     "System V queues",
     "files without a name",
     "forks",
+    "files in tmp",
+    "deleted files",
+    "empty files",
+    "empty folders",
+    "symbolic links",
+    "attributes of a file",
+    "sockets of a network",
+    "datagrams",
     "a namespace with a tmpfs",
 )
 
@@ -170,7 +185,7 @@ PROBES = {
     "writing outside": "found = False\nfor f in ('/x', '/usr/x', '/lib/x', PREFIX + '/x'):\n    try: open(f, 'w'); found = True\n    except OSError: pass",
     "network": "import socket\nfound = False\nfor f in (socket.AF_INET, socket.AF_INET6):\n    for a in (('1.1.1.1', 53), ('127.0.0.1', PORT)):\n        try: socket.socket(f).connect(a); found = True\n        except OSError: pass",
     "unix socket": "import socket\nfound = True\ntry: socket.socket(socket.AF_UNIX).connect('/var/run/docker.sock')\nexcept OSError: found = False",
-    "symbolic link": "import os\nos.symlink('/proc/1/root/etc/passwd', '/tmp/l')\nos.symlink('../../../../etc/passwd', '/tmp/m')\nfound = os.path.exists('/tmp/l') or os.path.exists('/tmp/m')",
+    "symbolic link": "import os\ntry: os.symlink('/proc/1/root/etc/passwd', '/tmp/l'); os.symlink('../../../../etc/passwd', '/tmp/m')\nexcept OSError: pass\nfound = os.path.exists('/tmp/l') or os.path.exists('/tmp/m')",
     "root": "import os\nfound = os.getuid() == 0 or os.geteuid() == 0",
     "mounting": "import ctypes\nfound = ctypes.CDLL(None).mount(b'none', b'/tmp', b'tmpfs', 0, 0) == 0",
     "signals to others": "import os\nfound = True\ntry: os.kill(PID, 0)\nexcept OSError: found = False",

@@ -13,6 +13,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from importlib import import_module
 from importlib.util import find_spec
 from multiprocessing import get_context
 from types import SimpleNamespace
@@ -493,6 +494,24 @@ def test_triton_asked_for_and_missing_is_one_clear_sentence():
         ValueError, match="^unknown backend 'cuda'; known: auto, reference, triton$"
     ):
         linear_logprobs(a, a, targets, backend="cuda")
+
+
+def test_costs_of_tokens_run_in_the_reference():
+    """The kernel has none: asked for by itself it says so, and `auto` goes round it on a GPU."""
+    tensors = [torch.from_numpy(array) for array in batch_of(0, [0, 0])]
+    costs = torch.ones(tensors[3].shape, dtype=F64)
+    kernels = import_module("mar_kernels.triton_advantages")
+    with pytest.raises(ValueError, match="no token_costs: take backend=reference or auto"):
+        kernels.answer_advantages(*tensors, token_costs=costs)
+    rules = ("to_go", "leave_one_out", "none")
+    mar_kernels._kernel_has.cache_clear()
+    with patch.object(torch.cuda, "is_available", lambda: True):
+        assert mar_kernels._kernel_has(*rules, False)
+        with pytest.warns(
+            UserWarning, match="costs of tokens: the advantages run in plain PyTorch"
+        ):
+            assert not mar_kernels._kernel_has(*rules, True)
+    mar_kernels._kernel_has.cache_clear()
 
 
 # --- what the compiler says -----------------------------------------------------------------------

@@ -22,11 +22,16 @@ F64 = torch.float64
 # --- answer_advantages against a loop over tokens -------------------------------------------------
 
 
-def loop_advantages(components, weights, first_open, segment_ids, groups, credit, baseline, scale):
+def loop_advantages(
+    components, weights, first_open, segment_ids, groups, credit, baseline, scale, costs=None
+):
     """The docstring of answer_advantages, one token and one component at a time."""
     B, C = components.shape
     out = np.zeros(segment_ids.shape)
+    if costs is None:
+        costs = np.zeros(segment_ids.shape)
     totals = [sum(weights[c] * components[b, c] for c in range(C)) for b in range(B)]
+    totals = [total - sum(costs[b]) for b, total in enumerate(totals)]
     for b, t in itertools.product(range(B), range(segment_ids.shape[1])):
         mates = [i for i in range(B) if groups[i] == groups[b]]
         pool = {"leave_one_out": [i for i in mates if i != b], "mean": mates, "none": []}[baseline]
@@ -44,7 +49,16 @@ def loop_advantages(components, weights, first_open, segment_ids, groups, credit
                 out[b, t] += (
                     weights[c] * (components[b, c] - centre) / (std + 1e-4 if std > 1e-4 else 1.0)
                 )
+        # with every credit: what the token and those after it cost, against what the tokens of
+        # this segment and of later ones cost others
+        others = [costs[i][segment_ids[i] >= segment].sum() for i in pool]
+        centre = sum(others) / len(pool) if pool else 0.0
+        out[b, t] -= (costs[b, t:].sum() - centre) / (std + 1e-4 if std > 1e-4 else 1.0)
     return out
+
+
+def costs_of(seed, segments):
+    return np.random.default_rng([seed, 7]).normal(size=segments.shape)
 
 
 def batch_of(seed, groups):
@@ -88,6 +102,7 @@ def test_the_matched_baseline_is_that_of_the_loop(groups, credit):
         segment_ids=torch.from_numpy(segments),
         group_ids=torch.from_numpy(ids),
         completion_mask=torch.from_numpy(np.arange(7) < lengths[:, None]),
+        token_costs=None,
     )
     np.testing.assert_allclose(
         token_advantages(batch, credit, "matched", "none"), expected, atol=1e-12
@@ -101,11 +116,17 @@ def test_the_matched_baseline_is_that_of_the_loop(groups, credit):
 @pytest.mark.parametrize("groups", [[0, 0, 0, 1, 1, 1], [1, 0, 2, 1, 0, 1], [0]])
 def test_advantages_are_those_of_the_loop(groups, credit, baseline, scale):
     arrays = batch_of(len(groups), groups)
-    got = answer_advantages(
-        *map(torch.from_numpy, arrays), credit=credit, baseline=baseline, scale=scale
-    )
-    assert torch.isfinite(got).all()
-    np.testing.assert_allclose(got, loop_advantages(*arrays, credit, baseline, scale), atol=1e-12)
+    for costs in (None, costs_of(len(groups), arrays[3])):
+        got = answer_advantages(
+            *map(torch.from_numpy, arrays),
+            credit=credit,
+            baseline=baseline,
+            scale=scale,
+            token_costs=None if costs is None else torch.from_numpy(costs),
+        )
+        assert torch.isfinite(got).all()
+        expected = loop_advantages(*arrays, credit, baseline, scale, costs)
+        np.testing.assert_allclose(got, expected, atol=1e-12)
 
 
 def test_advantages_by_hand():

@@ -11,7 +11,18 @@ import numpy as np
 import pytest
 import torch
 
-from experiments.credit.run import ESTIMATORS, GATED, UNGATED, Toy, facts, report
+from experiments.credit.run import (
+    ESTIMATORS,
+    GATED,
+    KL_COEF,
+    UNGATED,
+    Estimator,
+    Toy,
+    facts,
+    report,
+)
+from mar.learn.advantages import with_kl_cost
+from mar.learn.gae import gae, token_rewards
 from mar.learn.losses import (
     IMPORTANCE,
     KL_ESTIMATORS,
@@ -21,6 +32,7 @@ from mar.learn.losses import (
     ImportanceInputs,
     LossInputs,
     diagnostics,
+    kl_k1,
     options_of,
     ratio_logs,
     sequence_mean_log_ratio,
@@ -339,6 +351,38 @@ def test_groups_of_three():
     exact = [name for name in ESTIMATORS if not ESTIMATORS[name].biased]
     for name, row in report(Toy("interleaved", GATED, 2, 1), 3, exact).items():
         assert row["relative_error"] < 1e-10, name
+
+
+@pytest.mark.parametrize("lam", [0.0, 0.95, 1.0])
+@pytest.mark.parametrize("credit", ["to_go", "set"])
+def test_gae_with_the_true_values_is_the_exact_gradient_of_reward_and_kl(credit, lam):
+    """The value of a state is what is still to come: components that its prefix has not paid, less
+    the KL of tokens not yet written. Then every lambda is exact; with a cost that is paid later
+    than its token it would not be. Without values lambda 1 is, too."""
+    toy = Toy("interleaved", GATED, 2, 2)
+    batch = with_kl_cost(toy.batch, kl_k1(toy.batch.full_logprobs, toy.reference), KL_COEF)
+    mask = batch.completion_mask
+    with torch.no_grad():
+        chance = torch.where(mask, toy.logprobs(), 0.0).sum(1).exp()
+
+    # what is still to come before each token of each completion, [n, T], by a loop
+    to_come = torch.zeros(mask.shape, dtype=F64)
+    for b, t in mask.nonzero().tolist():
+        first = 0
+        if credit == "to_go":
+            first = int(batch.first_open[b, batch.segment_ids[b, t]])
+        costs = KL_COEF * (batch.full_logprobs - toy.reference)[b, t:][mask[b, t:]]
+        to_come[b, t] = batch.components[b, first:].sum() - costs.sum()
+    of_state = torch.zeros(2, len(toy.logits), dtype=F64)
+    weighted = torch.stack([chance[:, None] * to_come, chance[:, None].expand_as(to_come)])
+    of_state.index_add_(1, toy.states[mask], weighted[:, mask])
+    values = (of_state[0] / of_state[1])[toy.states] * mask
+
+    advantages, _ = gae(token_rewards(batch, credit), values, mask, lam)
+    surrogate = (chance[:, None] * advantages * toy.logprobs() * mask).sum()
+    (got,) = torch.autograd.grad(surrogate, toy.logits)
+    exact = toy.exact(Estimator(target="kl"))
+    assert ((got - exact).norm() / exact.norm()).item() < 1e-12
 
 
 def test_less_variance_than_one_scalar_a_completion():

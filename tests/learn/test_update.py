@@ -1,5 +1,6 @@
 """What happens between rewards and the optimizer: rules on the batch, the critic's estimates, minibatches, guards."""
 
+import copy
 import itertools
 import json
 import math
@@ -26,6 +27,7 @@ from mar.learn.update import (
     _add_up,
     _mean_over_updates,
     _minibatches,
+    advantage_columns,
     compute_advantages,
     entropy_coef,
     one_pass,
@@ -33,9 +35,10 @@ from mar.learn.update import (
 )
 from mar.policy.critic import Critic
 from mar.policy.distributed import ALONE
+from mar.policy.model import Decoder, ModelConfig
 from mar.run import checkpoint
 from mar.run.compose import compose
-from tests.learn.test_batch import FIRST_OPEN, fake_groups
+from tests.learn.test_batch import FIRST_OPEN, fake_groups, fake_rollout
 
 F64 = torch.float64
 SIZES = [
@@ -94,25 +97,70 @@ def test_truncated_completions():
         with_truncation_rule(batch, "drop", 12, 0)
 
 
-def test_the_cost_of_kl_falls_on_what_is_still_open():
+def random_kl(batch):
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(batch.completion_mask.shape, dtype=F64, generator=generator)
+
+
+def test_a_token_pays_its_own_kl_and_that_of_later_ones():
+    """With every credit, also with one scalar for the set; so do returns with a critic."""
     batch = make_batch(fake_groups(), FIRST_OPEN)
-    kl = torch.randn(
-        batch.completion_mask.shape, dtype=F64, generator=torch.Generator().manual_seed(0)
-    )
+    kl = random_kl(batch)
     paid = with_kl_cost(batch, kl, 0.1)
     torch.testing.assert_close(paid.totals, batch.totals - 0.1 * (kl * batch.loss_mask).sum(1))
-    for credit in (
-        "to_go",
-        "set",
-    ):  # a token's advantage holds the cost of its segment and of all later ones
-        change = token_advantages(paid, credit, "none", "none") - token_advantages(
-            batch, credit, "none", "none"
-        )
-        for b, t in batch.completion_mask.nonzero().tolist():
-            later = (batch.segment_ids[b] >= batch.segment_ids[b, t]) | (credit == "set")
-            assert change[b, t].item() == pytest.approx(
-                -0.1 * kl[b][later & batch.loss_mask[b]].sum().item()
-            )
+    expected = -0.1 * (kl * batch.loss_mask).flip(1).cumsum(1).flip(1) * batch.completion_mask
+
+    def change(of):
+        return of(paid) - of(batch)
+
+    for credit in ("to_go", "set", "own"):
+        got = change(lambda b, credit=credit: token_advantages(b, credit, "none", "none"))
+        torch.testing.assert_close(got, expected)
+    for credit in ("to_go", "set"):
+        own = change(lambda b, credit=credit: token_rewards(b, credit))
+        torch.testing.assert_close(own, -0.1 * kl * batch.loss_mask)
+    # of a part of the step, too
+    part, rows = paid.take([2, 0])
+    assert torch.equal(part.token_costs, paid.token_costs[rows])
+    assert batch.take([1])[0].token_costs is None
+
+
+def test_a_long_thought_pays_for_the_token_that_left_the_reference():
+    """One nat at the first of 115 tokens that one component is decided by, coefficient 0.02. Paid
+    where the component is decided, 0.02 x 0.95^114 = 5.8e-5 of it came back to that token."""
+    asked = fake_groups()[0][0].prompt
+    segments = [0] * 115 + [1] * 3 + [2] * 2
+    batch = make_batch([[fake_rollout(asked, np.arange(120), np.zeros(3), segments)]], FIRST_OPEN)
+    kl = torch.zeros(1, 120, dtype=F64)
+    kl[0, 0] = 1.0
+    paid = with_kl_cost(batch, kl, 0.02)
+    rewards = token_rewards(paid, "to_go")
+    advantages, _ = gae(rewards, torch.zeros_like(rewards), batch.completion_mask, 0.95)
+    assert advantages[0].tolist() == pytest.approx([-0.02] + [0.0] * 119)
+
+
+def test_reinforce_pp_pays_kl_from_each_token_on():
+    """A_t = r - 0.01 x the KL of token t and later ones, whitened (arXiv:2501.03262)."""
+    batch = make_batch(fake_groups(), FIRST_OPEN)
+    algo = compose(["+experiment=medqa", "algo=reinforce_pp"]).algo
+    kl = random_kl(batch)
+    got = advantage_columns(algo, batch, {"ref_logprobs": batch.full_logprobs - kl})["advantages"]
+    raw = torch.zeros_like(got)
+    for b, t in batch.completion_mask.nonzero().tolist():
+        raw[b, t] = batch.totals[b] - 0.01 * kl[b, t:][batch.loss_mask[b, t:]].sum()
+    chosen = raw[batch.loss_mask]
+    expected = (raw - chosen.mean()) / chosen.std() * batch.completion_mask
+    torch.testing.assert_close(got, expected, atol=1e-6, rtol=1e-6)
+
+
+def test_the_best_of_k_is_chosen_by_reward_and_each_pays_its_own_kl():
+    batch = make_batch(fake_groups(), FIRST_OPEN)
+    paid = with_kl_cost(batch, random_kl(batch), 0.1)
+    costs_alone = replace(paid, components=torch.zeros_like(paid.components))
+    of_costs = token_advantages(costs_alone, "to_go", "leave_one_out", "none")
+    assert of_costs.abs().max() > 0.1
+    got = best_of_k_advantages(paid, 3)
+    torch.testing.assert_close(got, best_of_k_advantages(batch, 3) + of_costs)
 
 
 def test_whitened_advantages():
@@ -191,7 +239,7 @@ def test_the_critic_learns_the_returns_and_leaves_the_policy_alone(tiny_model):
     before, batch = [p.clone() for p in model.parameters()], batch_of(model)
     seen = []
     for step in range(60):
-        batch_now, columns = compute_advantages(learner, batch)
+        batch_now, columns = compute_advantages(learner, batch, step)
         seen.append(update(learner, batch_now, columns, step))
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
     assert seen[0]["value/explained_variance"] == pytest.approx(0, abs=1e-9)  # a head of zeros
@@ -206,7 +254,7 @@ def test_the_critic_learns_the_returns_and_leaves_the_policy_alone(tiny_model):
         and (first[:, 0] - earned.mean(1)).abs().max() < 0.25
     )
     assert earned.mean(1).max() - earned.mean(1).min() > 0.5
-    update(learner, *compute_advantages(learner, batch), 60)
+    update(learner, *compute_advantages(learner, batch, 60), 60)
     assert any(not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 
 
@@ -219,7 +267,7 @@ def test_one_update_of_every_loss_is_reinforce(tiny_model):
     for loss in ("reinforce", "ppo", "gspo", "cispo", "dppo"):
         model = tiny_model()
         learner = learner_of(model, f"algo.loss={loss}", "optim.grad_clip=1e9")
-        metrics = update(learner, *compute_advantages(learner, batch_of(model)), 0)
+        metrics = update(learner, *compute_advantages(learner, batch_of(model), 0), 0)
         gradients[loss] = torch.cat([p.grad.flatten() for p in model.parameters()])
         assert (
             metrics["policy/ratio_max"] == 1
@@ -237,7 +285,7 @@ def test_several_updates_use_the_ratio_to_the_policy_that_sampled(tiny_model):
     model = tiny_model()
     learner = learner_of(model, "algo.loss=ppo", "algo.epochs=3", "algo.minibatches=2")
     batch = batch_of(model)
-    own, columns = compute_advantages(learner, batch)
+    own, columns = compute_advantages(learner, batch, 0)
     torch.testing.assert_close(
         columns["old_logprobs"], batch.full_logprobs.to(columns["old_logprobs"].dtype)
     )
@@ -246,6 +294,64 @@ def test_several_updates_use_the_ratio_to_the_policy_that_sampled(tiny_model):
     assert (
         metrics["policy/sampler_mismatch_max"] < 1e-9
     )  # of the policy that sampled, not of the moved one
+
+
+def bfloat16_model(seed=0):
+    """Wide enough that a product of more rows adds up in another order."""
+    torch.manual_seed(seed)
+    shape = ModelConfig("Qwen3ForCausalLM", 23, 64, 96, 2, 4, 2, 16, qk_norm=True)
+    model = Decoder(shape).to(torch.bfloat16)
+    for name, parameter in model.named_parameters():
+        spread = 3 / 64**0.5 if parameter.ndim == 2 else 0.1
+        parameter.data = spread * torch.randn_like(parameter) + float("norm" in name)
+    return model
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["algo=gspo", "algo.minibatches=3", "algo.kl_coef=0.1"],
+        ["algo=gspo", "algo.minibatches=3", "algo.epochs=2"],
+        ["algo=ppo", "algo.minibatches=2"],
+    ],
+)
+def test_before_any_update_every_ratio_is_exactly_one_in_bfloat16(words):
+    """The rate is too small to move anything. Log-probabilities that were computed in another
+    packing made 0.55 of the tokens leave gspo's bounds here. The reference is the policy, so its KL
+    is 0, too."""
+    model = bfloat16_model()
+    sizes = ["model.max_completion_tokens=40", "train.micro_batch_tokens=400"]
+    still = ["optim.lr=1e-30", "algo.critic_lr=1e-30", "algo.prompts_per_step=4"]
+    learner = learner_of(model, *words, *sizes, *still)
+    if learner.config.algo.kl_coef:
+        learner = replace(learner, reference=copy.deepcopy(model))
+    lengths = np.random.default_rng(3).integers(20, 40, (4, 4)).tolist()
+    batch = make_batch(fake_groups([60, 30, 67, 60], lengths), FIRST_OPEN)
+    own, columns = compute_advantages(learner, batch, 0)
+    metrics = update(learner, own, columns, 0)
+    assert metrics["policy/clip_frac"] == 0 == metrics["policy/approx_kl"]
+    assert metrics["policy/ratio_max"] == 1
+    if learner.reference is not None:
+        assert torch.equal(columns["ref_logprobs"], columns["old_logprobs"])
+    if learner.config.algo.epochs == 1:
+        assert metrics.get("policy/ref_kl", 0) == 0
+
+
+@pytest.mark.parametrize("epochs", [1, 3])
+def test_scores_come_from_the_micro_batches_of_the_updates(tiny_model, epochs):
+    """On any machine: the packed tokens that the policy sees before the updates and in them."""
+    model = tiny_model()
+    words = ["algo=gspo", "algo.minibatches=2", f"algo.epochs={epochs}"]
+    learner = learner_of(model, *words)
+    seen = []
+    model.register_forward_pre_hook(lambda _, given: seen.append(tuple(given[0].ids.tolist())))
+    batch = make_batch(fake_groups(), FIRST_OPEN)
+    own, columns = compute_advantages(learner, batch, 4)
+    before = list(seen)
+    seen.clear()
+    update(learner, own, columns, 4)
+    assert len(before) > 2 * epochs and seen == before
+    assert ("old_logprobs_2" in columns) == (epochs == 3)
 
 
 def test_minibatches_are_whole_groups_in_an_order_of_the_step(tiny_model):
@@ -293,7 +399,7 @@ def test_truncated_importance_weights_correct_the_sampler(tiny_model):
         model = tiny_model()
         learner = learner_of(model, "optim.grad_clip=1e9", *words)
         own, columns = compute_advantages(
-            learner, replace(batch, sampler_logprobs=batch.full_logprobs + shift)
+            learner, replace(batch, sampler_logprobs=batch.full_logprobs + shift), 0
         )
         update(learner, own, columns | {"advantages": columns["advantages"] * factor}, 0)
         gradients[name] = torch.cat([p.grad.flatten() for p in model.parameters()])
@@ -307,7 +413,7 @@ def test_entropy_bonus_raises_entropy_and_decays(tiny_model):
     learner = learner_of(model, "algo.entropy_coef=10")
     batch = batch_of(model)
     entropies = [
-        update(learner, *compute_advantages(learner, batch), step)["policy/entropy"]
+        update(learner, *compute_advantages(learner, batch, step), step)["policy/entropy"]
         for step in range(5)
     ]
     assert entropies[-1] > entropies[0] + 0.05
@@ -317,7 +423,7 @@ def test_entropy_bonus_raises_entropy_and_decays(tiny_model):
 def test_what_is_not_finite_is_left_out(tiny_model, words):
     model = tiny_model()
     learner = learner_of(model, *words)
-    own, columns = compute_advantages(learner, batch_of(model))
+    own, columns = compute_advantages(learner, batch_of(model), 0)
     before = {name: p.clone() for name, p in model.named_parameters()}
     broken = {name: column.clone() for name, column in columns.items()}
     for name in {"advantages", "returns"} & set(broken):
@@ -334,7 +440,7 @@ def test_a_step_of_nothing_but_truncated_completions_changes_nothing(tiny_model)
     learner = learner_of(model, "algo.truncated=mask", "algo.loss=gspo")
     batch = cut(fake_groups(), itertools.product(range(3), range(4)))
     before = [p.clone() for p in model.parameters()]
-    metrics = update(learner, *compute_advantages(learner, batch), 0)
+    metrics = update(learner, *compute_advantages(learner, batch, 0), 0)
     assert (
         metrics["policy/loss"] == 0 == metrics["optim/grad_norm"] and metrics["optim/skipped"] == 0
     )
@@ -372,7 +478,7 @@ def test_the_critic_and_its_moments_come_back_bit_for_bit(tiny_model, tmp_path):
     ]
     batch = batch_of(tiny_model())
     for step in range(3):
-        update(learners[0], *compute_advantages(learners[0], batch), step)
+        update(learners[0], *compute_advantages(learners[0], batch, step), step)
     checkpoint.save(
         tmp_path, 3, learners[0].policy, learners[0].optimizer, 2, checkpoint.critic_of(learners[0])
     ).result()
@@ -384,7 +490,7 @@ def test_the_critic_and_its_moments_come_back_bit_for_bit(tiny_model, tmp_path):
     )
     after = []
     for learner in learners:
-        update(learner, *compute_advantages(learner, batch), 3)
+        update(learner, *compute_advantages(learner, batch, 3), 3)
         after.append([*learner.policy.parameters(), *learner.critic.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*after, strict=True))
 

@@ -239,7 +239,7 @@ def test_a_sharded_learner_in_bfloat16():
         # the critic's values are not rounded to bfloat16
         learner.critic.value.bias.data.fill_(1.001)
         batch = make_batch(fake_groups(), FIRST_OPEN)
-        columns = score_before_updates(learner, batch)
+        columns = score_before_updates(learner, batch, 0)
         values = columns["values"][batch.completion_mask]
         assert values.dtype == torch.float32
         torch.testing.assert_close(values, torch.full_like(values, 1.001), rtol=0, atol=1e-6)

@@ -8,6 +8,7 @@ from safetensors.torch import load_file, save_file
 
 from mar.errors import UserError
 from mar.policy.model import Decoder, ModelConfig
+from mar.policy.sources import weight_hashes
 from mar.policy.weights import load_model, save_model
 
 TIED = ModelConfig(
@@ -95,6 +96,12 @@ def test_missing_and_damaged_files_are_named(tmp_path):
         load_model(tmp_path)
 
 
+def test_weights_that_cannot_be_opened_are_named(tmp_path):
+    (tmp_path / "model.safetensors").symlink_to(tmp_path / "gone")
+    with pytest.raises(UserError, match=r"model\.safetensors cannot be read \(.*No such file"):
+        weight_hashes(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     (
@@ -110,6 +117,14 @@ def test_missing_and_damaged_files_are_named(tmp_path):
         (
             lambda t: t.update({"lm_head.weight": torch.zeros(31, 24)}),
             r"lm_head\.weight differs from the embedding",
+        ),
+        (
+            lambda t: t.update({"model.norm.weight": torch.ones(24).to(torch.float8_e4m3fn)}),
+            r"norm\.weight is stored as float8_e4m3fn, which are codes of quantised numbers",
+        ),
+        (
+            lambda t: t.update({"model.norm.weight": torch.ones(24, dtype=torch.int8)}),
+            r"norm\.weight is stored as int8",
         ),
     ),
 )

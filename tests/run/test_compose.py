@@ -252,7 +252,6 @@ REFUSED = [
     ("algo.truncated=penalise algo.overlong_tokens=97", "model.max_completion_tokens=96"),
     ("algo=ppo algo.baseline=mean", "take algo=grpo"),
     ("algo.baseline=value algo.credit=own", "not own"),
-    ("algo.baseline=matched algo.kl=k1 algo.kl_coef=0.1", "take algo.kl=k3"),
     ("algo.baseline=value algo.scale_by=group_std", "not group_std"),
     ("algo.baseline=matched algo.scale_by=batch_std", "take algo.baseline=leave_one_out"),
     ("algo.critic_warmup=1", "algo.baseline=value"),

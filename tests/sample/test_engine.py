@@ -1,6 +1,9 @@
 """The sampler draws from the trainer's model, and no completion depends on its neighbours."""
 
+import gc
+import inspect
 import itertools
+import weakref
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
@@ -26,11 +29,12 @@ from mar.sample.draws import (
     truncated_logprobs,
     uniforms,
 )
-from mar.sample.engine import Request
+from mar.sample.engine import Engine, Request
 from mar.sample.kv_cache import KVCache, capacity
 from mar_kernels import graphs
 
 PLENTY = 10**6
+REAL_GRAPH = torch.cuda.graph
 
 
 def slots_for(asked, max_tokens, budget):
@@ -466,14 +470,14 @@ def recorded(monkeypatch):
     """The widths' captures of `generate` on a CPU."""
     found = []
 
-    def capture(work):
+    def capture(self, work):
         work()
         with Recorded() as graph:
             work()
         found.append(graph)
         return graph.replay
 
-    monkeypatch.setattr(sampler, "capture", capture)
+    monkeypatch.setattr(graphs.Graphs, "capture", capture)
     monkeypatch.setattr(sampler, "GRAPHED", ("cpu",))
     monkeypatch.setattr(sampler, "GRAPH_WIDTH", 8)
     return found
@@ -494,29 +498,85 @@ def test_replayed_decode_steps_give_what_eager_ones_give(tiny_model, recorded, m
         same(ours, theirs)
 
 
-def test_a_capture_that_fails_warns_and_runs_eagerly(monkeypatch):
-    calls = []
+@pytest.fixture
+def fake_cuda(monkeypatch):
+    """CUDA's graphs on a CPU: what they are asked for, and from which capture on they fail."""
     stream = SimpleNamespace(wait_stream=lambda other: None)
+    asked = SimpleNamespace(captures=[], pools=0, fail_from=10**6)
+
+    def new_pool():
+        asked.pools += 1
+        return ("pool", asked.pools)
 
     @contextmanager
-    def fails(graph, stream):
-        yield
-        raise RuntimeError("operation not permitted when stream is capturing")
+    def graph(graph, **options):
+        asked.captures.append(options)
+        with Recorded() as recorded:
+            yield
+        graph.replay = recorded.replay
+        if len(asked.captures) > asked.fail_from:
+            raise RuntimeError("operation not permitted when stream is capturing")
 
     names = {
         "Stream": lambda: stream,
         "current_stream": lambda: stream,
         "stream": nullcontext,
-        "graph": fails,
+        "graph": graph,
+        "graph_pool_handle": new_pool,
         "CUDAGraph": SimpleNamespace,
     }
     for name, value in names.items():
         monkeypatch.setattr(torch.cuda, name, value)
-    with pytest.warns(UserWarning, match="without CUDA graphs: operation not permitted"):
-        replay = graphs.capture(lambda: calls.append(1))
-    calls.clear()
-    replay()
-    assert calls == [1]
+    monkeypatch.setattr(sampler, "GRAPHED", ("cpu",))
+    monkeypatch.setattr(sampler, "GRAPH_WIDTH", 8)
+    asked.stream = stream
+    return asked
+
+
+def test_graphs_of_all_widths_share_a_pool_and_other_threads_may_call_cuda(tiny_model, fake_cuda):
+    generate(tiny_model(), requests((5, 9), 4), SamplingParams(20, 1.0, (3,)), PLENTY)
+    assert len(fake_cuda.captures) >= 3 and fake_cuda.pools == 1
+    for options in fake_cuda.captures:
+        assert options == {
+            "pool": ("pool", 1),
+            "stream": fake_cuda.stream,
+            "capture_error_mode": "thread_local",
+        }
+    known = inspect.signature(REAL_GRAPH.__init__).parameters
+    assert set(options) < set(known)
+
+
+@pytest.mark.parametrize("fail_from", [0, 1])
+def test_a_failed_capture_is_not_tried_again_and_nothing_stays(
+    tiny_model, fake_cuda, monkeypatch, fail_from
+):
+    """The engine, and with it the KV cache, is gone without the garbage collector: nothing that
+    failed refers back to it. The tokens are those of eager decoding, also where graphs of shorter
+    widths had worked."""
+    model, asked = tiny_model(), requests((5, 9, 30, 2), 4)
+    params = SamplingParams(30, 1.0, (3,))
+    engines = []
+    initialise = Engine.__init__
+
+    def remembered(self, *args, **kwargs):
+        initialise(self, *args, **kwargs)
+        engines.append((weakref.ref(self), weakref.ref(self.cache)))
+
+    monkeypatch.setattr(Engine, "__init__", remembered)
+    fake_cuda.fail_from = fail_from
+    gc.disable()
+    try:
+        with pytest.warns(
+            UserWarning, match="without CUDA graphs: operation not permitted"
+        ) as seen:
+            found = generate(model, asked, params, 250)
+        assert [ref() for ref in engines[0]] == [None, None]
+    finally:
+        gc.enable()
+    assert len(seen) == 1 and len(fake_cuda.captures) == fail_from + 1
+    monkeypatch.setattr(sampler, "GRAPHED", ())
+    for ours, theirs in side_by_side(found, generate(model, asked, params, 250)):
+        same(ours, theirs)
 
 
 @pytest.mark.parametrize("dtype,atol", [(torch.float64, 1e-12), (torch.float32, 1e-5)])

@@ -1,7 +1,9 @@
 """Rows are read once and nothing of them is kept: examples are read again when asked for."""
 
+import csv
 import gc
 import gzip
+import io
 import json
 import os
 
@@ -26,7 +28,12 @@ def load(path, split="train", task="jsonl", **options):
 
 def write(path, rows=ROWS, between="\n"):
     lines = between.join(map(json.dumps, rows)) + "\n"
-    if path.suffix == ".gz":
+    if ".csv" in path.suffixes:
+        cells = [[row["id"], row["question"], json.dumps(row["golds"])] for row in rows]
+        table = io.StringIO()
+        csv.writer(table).writerows([["id", "question", "golds"], *cells])
+        path.write_bytes(gzip.compress(table.getvalue().encode()))
+    elif path.suffix == ".gz":
         path.write_bytes(gzip.compress(lines.encode()))
     elif path.suffix == ".json":
         path.write_text(json.dumps(rows))
@@ -37,7 +44,7 @@ def write(path, rows=ROWS, between="\n"):
     return path
 
 
-@pytest.mark.parametrize("name", ("a.jsonl", "a.jsonl.gz", "a.json", "a.parquet"))
+@pytest.mark.parametrize("name", ("a.jsonl", "a.jsonl.gz", "a.json", "a.parquet", "a.csv.gz"))
 def test_a_row_that_is_read_again_is_the_same(name, tmp_path):
     path = write(tmp_path / name)
     rows = rows_of_file(str(path))
@@ -133,7 +140,7 @@ def test_a_packed_file_without_room_to_unpack_is_told(tmp_path, monkeypatch):
 
     path = write(tmp_path / "a.jsonl.gz")
     monkeypatch.setattr(os, "write", full)
-    with pytest.raises(UserError, match="cannot be unpacked into .*No space left.*TMPDIR"):
+    with pytest.raises(UserError, match="a.jsonl.gz find no room in .*No space left.*TMPDIR"):
         load(path)
 
 

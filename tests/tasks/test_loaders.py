@@ -1,5 +1,6 @@
 """The paper's tasks: rows of each real schema become examples; what is drawn is drawn by the id; targets agree in expectation."""
 
+import csv
 import gzip
 import json
 import re
@@ -18,7 +19,7 @@ from mar.records import Example, Gold
 from mar.run.compose import compose
 from mar.run.console import Display
 from mar.run.setup import load_data
-from mar.tasks import ddxplus
+from mar.tasks import ddxplus, jsonl
 from mar.tasks.ambigqa import merge
 from mar.tasks.loading import Source, apply_target, rows_of_file, split_of
 from mar.tasks.registry import TASKS, get_task
@@ -307,6 +308,10 @@ def test_tables_and_packed_files_are_read(tmp_path):
     (tmp_path / "a.csv").write_text(table)
     (tmp_path / "a.csv.gz").write_bytes(gzip.compress(table.encode()))
     (tmp_path / "a.tsv").write_text(table.replace(",", "\t"))
+    (tmp_path / "[a]*::.CSV").write_bytes(b"\xef\xbb\xbf" + table.replace("\n", "\r\n").encode())
+    (tmp_path / "a.json").write_text(json.dumps(ROWS))
+    (tmp_path / "lines.json").write_bytes(jsonl)
+    (tmp_path / "a.json.gz").write_bytes(gzip.compress(json.dumps(ROWS).encode()))
     datasets.Dataset.from_list(ROWS).to_parquet(tmp_path / "a.parquet")
     wanted = {row["question"] for row in ROWS}
     for path in sorted(tmp_path.iterdir()):
@@ -329,7 +334,25 @@ def test_a_cell_that_says_none_is_a_word(tmp_path):
         ("a.jsonl.zst", b"\x28\xb5\x2f\xfd....", "zstandard, which is not read"),
         ("a.jsonl", b"PAR1....", r"let its name end in \.parquet"),
         ("a.parquet", b"PAR1....", "no readable parquet table"),
-        ("a.csv", b'question\n"x', "no readable csv table"),
+        ("a.csv", b'question\n"x', "no readable table .* near line"),
+        ("a.csv", "question\ncaf\u00e9".encode("latin-1"), "no readable table .*utf-8"),
+        ("a.csv", b"question,golds\nx,y\na\n", r"a\.csv\[1\] has 1 cells for 2 columns"),
+        ("a.csv", b"question;golds\nx;y\n", "has one column, 'question;golds'"),
+        ("a.csv", b"question,question\nx,y\n", "two columns 'question'"),
+        ("a.csv", b"", "is an empty table"),
+        ("a.parquet.gz", gzip.compress(b"PAR1"), "holds a packed parquet file: unpack it"),
+        ("a.parquet", b"version https://git-lfs.github.com/spec/v1", "pointer of Git LFS"),
+        ("a.jsonl", b"<!doctype html>", "a page of HTML"),
+        ("a.jsonl", '{"question": "x"}'.encode("utf-16-le"), "UTF-16, or no text"),
+        ("a.jsonl.gz", gzip.compress("{}".encode("utf-16")), "holds text in UTF-16"),
+        ("a.jsonl.gz", gzip.compress(gzip.compress(b"{}")), "holds a packed file again"),
+        ("a.jsonl", b"[" * 100_000, r"a\.jsonl:1 is not valid JSON .* or give jsonl"),
+        ("a.json", b"[" * 100_000, "is not valid JSON"),
+        (
+            "a.jsonl",
+            b'{"question": "x"}\nhi',
+            r"a\.jsonl:2 is not valid JSON .* or remove the line",
+        ),
         ("a.jsonl.gz", gzip.compress(b'{"question": "x"}\n' * 999)[:-9], "cannot be read .* copy"),
         ("a.jsonl", b'{"question": "half \\ud83d pair"}', r"a\.jsonl:1 holds half a character"),
         ("a.jsonl", b'{"a": [{"b": "\\uDE00"}]}', r"half a character \(\\ude00"),
@@ -346,6 +369,31 @@ def test_what_is_not_read_is_named(name, content, sentence, tmp_path):
 def test_whole_characters_beyond_the_first_plane_are_read(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(b'{"question": "\\ud83d\\ude00", "x": "\\\\ud83d"}')
     assert questions_of(tmp_path / "a.jsonl") == {"\U0001f600"}
+
+
+def test_cells_are_texts_and_lists_of_them(tmp_path):
+    cells = ["7", "007", "[0, 1) is", "[5]", "['a', \"b\"]", '{"A": "x"}', "[]", "[['x', 0.5]]"]
+    with (tmp_path / "a.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([["question"], *([cell] for cell in cells)])
+    read = [row["question"] for _, row in rows_of_file(str(tmp_path / "a.csv"))]
+    assert read == [*cells[:4], ["a", "b"], {"A": "x"}, "[]", [["x", 0.5]]]
+
+
+def test_the_same_rows_from_a_table_and_from_lines(tmp_path):
+    """What the release has as CSV: numbers and lists are cells of text."""
+    (example,), _ = examples("medqa", tmp_path, [MEDQA_FORMS["medmcqa"]])
+    (tmp_path / "a.csv").write_text("question,opa,opb,cop\nWhich drug?,X,Y,1\n")
+    path = str(tmp_path / "a.csv")
+    for split in SPLITS:
+        source = Source("path", split, path=path)
+        try:
+            (of_table,) = get_task("medqa").load(source).examples
+        except UserError:
+            continue
+        assert (of_table.question, of_table.golds) == (example.question, example.golds)
+    (tmp_path / "a.csv").write_text("question,golds\nWhat?,['Mars']\n")
+    golds = [jsonl.read(row, where).example.golds for where, row in rows_of_file(path)]
+    assert golds == [(Gold("Mars"),)]
 
 
 MEDQA_FORMS = {
@@ -378,6 +426,38 @@ MEDQA_FORMS = {
         },
         "subject_name": "Drugs",
     },
+    "medmcqa": {"question": "Which drug?", "opa": "X", "opb": "Y", "cop": 1},
+    "swag": {"sent1": "Which drug?", "sent2": "", "ending0": "X", "ending1": "Y", "label": 1},
+    "mmlu": {"question": "Which drug?", "choices": ["X", "Y"], "answer": 1},
+    "arc": {
+        "question": "Which drug?",
+        "choices": {"text": ["X", "Y"], "label": ["A", "B"]},
+        "answerKey": "B",
+    },
+    "commonsense_qa": {
+        "question": "Which drug?",
+        "choices": [{"label": "A", "text": "X"}, {"label": "B", "text": "Y"}],
+        "answerKey": "B",
+    },
+    "medxpertqa": {"question": "Which drug?", "options": {"A": "X", "B": "Y"}, "label": "B"},
+    "a letter alone": {"question": "Which drug?", "options": {"A": "X", "B": "Y"}, "answer": "B"},
+    "a text that is a letter": {
+        "question": "Which drug?",
+        "options": {"A": "Y", "B": "A"},
+        "answer": "Y",
+    },
+    "parquet": {
+        "question": "Which drug?",
+        "options": {"A": "X", "B": "Y", "C": None},
+        "answer_idx": "B",
+        "answer": "Y",
+    },
+    "numbers as letters": {
+        "question": "Which drug?",
+        "options": [{"key": 1, "value": "Y"}, {"key": 2, "value": "X"}],
+        "answer_idx": 1,
+    },
+    "a number as text": {"question": "Which drug?", "options": ["X", "Y"], "answer_idx": "1"},
 }
 
 
