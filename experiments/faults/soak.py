@@ -45,8 +45,8 @@ TINY = {
 # Texts that a sampler remembers, 65,536 otherwise: so that this memory is full when all is settled.
 REMEMBERED = 4096
 PATIENCE = 3600.0
-# What the medians of memory may differ by. The allocator's own noise is about 1 MB.
-MOST_GROWTH_MB = 8.0
+# What the medians of memory may differ by. A run without a leak grows by about 1 MB.
+MOST_GROWTH_MB = 4.0
 Leak = Callable[[int], object]
 
 
