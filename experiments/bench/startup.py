@@ -37,8 +37,8 @@ COLUMNS = (
     "worst_draw_ms",
 )
 POSITIONS = 40_960  # of Qwen3-8B
-DRAWS = 20
-PAUSE_S = 0.5
+DRAWS = 10
+PAUSE_S = 4.0  # a step of the paper takes minutes
 
 
 def worker(model: str, patients: str) -> None:

@@ -8,7 +8,7 @@ import base64
 import io
 import json
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from mar.errors import UserError
 from mar.figures import plots
 from mar.figures.runs import Run, group_by_setting, read_run
 from mar.figures.tables import differences_table, evaluation_tables, headline, settings_table
-from mar.files import jsonable, read_jsonl, skipped_lines
+from mar.files import jsonable, rows_of_jsonl, skipped_lines
 from mar.run.compose import load_config
 
 MAX_PROMPTS = 200  # in the rollout browser
@@ -115,25 +115,35 @@ def _unfinished_note(run: Run) -> str:
 def browser_data(run: Run) -> tuple[dict[str, Any], list[str]]:
     """(up to MAX_PROMPTS groups of completions, from steps spread over the run; broken lines)."""
     path = run.path / "completions.jsonl"
-    rows, broken = read_jsonl(path) if path.exists() else ([], [])
+    broken: list[str] = []
+    # Twice: all rows of a long run may be more than the memory holds.
+    places = {(row["step"], str(row["id"])) for row in _training_rows(path, broken)}
+    steps = _spread_steps([step for step, _ in places])
     groups: dict[tuple[int, str], list[dict[str, Any]]] = defaultdict(list)
-    for row in rows:
-        if row.get("stage") == "train" and isinstance(row.get("text"), str):
+    for row in _training_rows(path, []):
+        if row["step"] in steps:
             groups[row["step"], str(row["id"])].append(row)
-    steps = _spread_steps([step for step, _ in groups])
     chosen = []
     for (step, prompt_id), group in sorted(groups.items()):
-        if step in steps:
-            chosen.append(
-                {
-                    "step": step,
-                    "id": prompt_id,
-                    "question": group[0].get("question", ""),
-                    "targets": group[0].get("targets", []),
-                    "rows": [{k: row[k] for k in BROWSER_KEYS if k in row} for row in group],
-                }
-            )
+        chosen.append(
+            {
+                "step": step,
+                "id": prompt_id,
+                "question": group[0].get("question", ""),
+                "targets": group[0].get("targets", []),
+                "rows": [{k: row[k] for k in BROWSER_KEYS if k in row} for row in group],
+            }
+        )
     return {"groups": chosen[:MAX_PROMPTS], "components": _component_names(run)}, broken
+
+
+def _training_rows(path: Path, broken: list[str]) -> Iterator[dict[str, Any]]:
+    """The completions of training; `file:line` of broken lines is added to `broken`."""
+    if not path.exists():
+        return
+    for row in rows_of_jsonl(path, broken):
+        if row.get("stage") == "train" and isinstance(row.get("text"), str):
+            yield row
 
 
 def _spread_steps(step_of_group: Sequence[int]) -> set[int]:

@@ -220,6 +220,15 @@ def test_what_grows_and_what_shrinks():
     assert planned("scale.replicas=2")["bytes"]["optimizer"] == 2 * full["bytes"]["optimizer"]
 
 
+def test_several_updates_begin_with_a_pass_for_the_old_logprobs():
+    once = planned()["seconds"]["update"]
+    cut = planned("algo.minibatches=2")["seconds"]["update"]
+    twice = planned("algo.epochs=2")["seconds"]["update"]
+    assert once < cut and twice - cut == pytest.approx(once)
+    # of forward, forward again, and backward (4 passes) one more forward
+    assert cut == pytest.approx(1.25 * once, rel=0.01)
+
+
 def test_a_regular_expression_of_trainable_parameters():
     model = empty_policy(compose(["+experiment=paper", "scale=h100x8", "model.trainable='^norm'"]))
     assert num_parameters(model, trained=True) == 4096
