@@ -347,8 +347,10 @@ class _Work:
         of_attention = (3 + again) * self.flops_per_pair * pairs
         algo = self.config.algo
         flops = algo.epochs * (of_products * tokens + of_attention)
-        if algo.epochs * algo.minibatches > 1:  # the log-probabilities before the first update
-            flops += 2 * self.products * tokens + self.flops_per_pair * pairs
+        # Log-probabilities before the first update, in each packing (score_before_updates).
+        num_packings = algo.epochs if algo.minibatches > 1 else 1
+        if algo.epochs * algo.minibatches > 1:
+            flops += num_packings * (2 * self.products * tokens + self.flops_per_pair * pairs)
         return self.num_prompts * flops
 
 
