@@ -137,6 +137,8 @@ def before_call(
     arguments.
     """
 
+    getattr(module, name)  # before a run is begun that nothing would happen to
+
     def fault() -> None:
         original, calls = getattr(module, name), iter(range(1, 1 << 30))
 

@@ -16,7 +16,7 @@ if sys.platform != "linux" or platform.machine() not in ("x86_64", "aarch64"):
 
 from experiments.faults import kill_points, soak
 from experiments.faults.run import page, selected, summary
-from experiments.faults.runs import Row
+from experiments.faults.runs import Row, before_call
 from mar.answers.tokenizer import load_tokenizer
 from mar.policy.weights import read_config
 
@@ -153,3 +153,8 @@ def test_the_soak_reads_this_process_in_every_step(tmp_path, monkeypatch):
 def test_the_tiny_model_of_the_soak_is_a_checkpoint(tmp_path):
     folder = soak.tiny_model(tmp_path / "tiny")
     assert read_config(folder).num_layers == 1 and load_tokenizer(folder).eos_token_id is not None
+
+
+def test_a_fault_at_a_function_that_is_gone_is_an_error_at_once():
+    with pytest.raises(AttributeError, match="no_such_function"):
+        before_call(soak, "no_such_function", 1, print)
