@@ -28,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from experiments.algorithms import summary as algorithms
 from experiments.claims import confidences, probe
 from experiments.claims import summary as claims
+from experiments.common import glossary
 from experiments.common.tables import markdown_table
 from experiments.credit import run as credit
 from experiments.ddxplus_smollm2 import constant, profile
@@ -35,6 +36,7 @@ from experiments.ddxplus_smollm2 import summary as ddxplus
 from experiments.generalise import run as generalise
 from experiments.medqa_smollm2 import run as medqa
 from experiments.peers import summary as peers
+from experiments.plan import fake_run as settings
 from experiments.plan import run as plans
 from experiments.sweeps import summary as sweeps
 from experiments.tasks import two_steps
@@ -62,6 +64,7 @@ TABLES: dict[str, Callable[..., str]] = {
     "peers": peers.markdown,
     "plan tracked": partial(plans.markdown, "tracked"),
     "plan computed": partial(plans.markdown, "computed"),
+    "plan settings": settings.markdown,
     "ddxplus": partial(ddxplus.held_out, DDXPLUS_LOGS, 9),
     "ddxplus learning": partial(ddxplus.learning, DDXPLUS_LOGS),
     "ddxplus calibration": partial(ddxplus.calibration, DDXPLUS_LOGS),
@@ -87,6 +90,9 @@ TABLES: dict[str, Callable[..., str]] = {
     "credit": sweeps.credit,
     "credit expectation": credit.expectation,
     "credit variance": credit.variances,
+    "glossary of one set": glossary.one_set,
+    "glossary of several sets": glossary.several_sets,
+    "glossary of steps": glossary.steps,
 }
 
 

@@ -125,6 +125,9 @@ class AlgoOptions:
     top_k: int = number(0, low=0)
     top_p: float = number(1.0, low=0, high=1, above=True)
     min_p: float = number(0.0, low=0, high=1)
+    # Rollouts are sampled from the weights of so many steps ago: staleness, as where sampling and
+    # training run side by side. Ratios or importance weights then have something to correct.
+    lag: int = number(0, low=0)
     # How many times groups without spread are replaced by groups of newly drawn prompts
     # (dynamic sampling).
     resample: int = number(0, low=0)
@@ -133,8 +136,8 @@ class AlgoOptions:
     # The penalty of truncated=penalise grows over so many tokens before the limit.
     overlong_tokens: int = number(0, low=0)
 
-    # Advantages: CREDITS, BASELINES and SCALES of mar/learn/advantages.py. baseline=value is a
-    # critic, scale_by=whiten takes mean and spread out of all trained tokens.
+    # Advantages: CREDITS, BASELINES, SCALES and STEP_SCALES of mar/learn/advantages.py.
+    # baseline=value is a critic.
     credit: str = registered("credits", "to_go")
     baseline: str = registered("baselines", "leave_one_out")
     scale_by: str = registered("scales", "none")

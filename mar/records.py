@@ -172,3 +172,8 @@ class Rollout:
     # number of answers whose check broke down. If any did, the completion is left out of the
     # update: to pay it 0 would be wrong
     unjudged: int = 0
+
+    # [terms, C] float64: the components of each term of the reward, per unit of its weight, and
+    # [terms] the weights. `components` are the weighted sum
+    terms: np.ndarray = field(default_factory=lambda: np.zeros((0, 0)))
+    term_weights: np.ndarray = field(default_factory=lambda: np.zeros(0))

@@ -27,7 +27,7 @@ from mar.learn.batch import make_batch
 from mar.learn.gradient_variance import variance_ratio
 from mar.learn.update import compute_advantages, update
 from mar.measure.bounds import known_bounds
-from mar.measure.step_metrics import step_metrics
+from mar.measure.step_metrics import StepSeen, step_metrics
 from mar.policy.distributed import join
 from mar.policy.model import Decoder
 from mar.policy.sources import environment, resolve_model
@@ -67,12 +67,13 @@ def train_step(training: Training, step: int) -> Step:
     scorer = training.scorer
     timer = Timer()
     prompts = training.prompt_order.of_step(step)
-    with learner.sampling_policy() as policy:
+    with learner.rollout_policy() as policy:
         judged, generation = sample_and_judge(training, policy, prompts, timer, step)
         groups = judged_only(judged, fewest=max(2, algo.pass_k))
-        groups, num_replaced = replace_flat_groups(training, policy, groups, timer, step)
+        groups, num_replaced, more = replace_flat_groups(training, policy, groups, timer, step)
     with timer("update"):
-        batch = make_batch(groups, scorer.first_open, learner.world.device)
+        device = learner.world.device
+        batch = make_batch(groups, scorer.first_open, device, scorer.of_confidence)
         batch, columns = compute_advantages(learner, batch, step)
         metrics: dict[str, Any] = {}
         if algo.variance_every and step % algo.variance_every == 0:
@@ -81,7 +82,9 @@ def train_step(training: Training, step: int) -> Step:
 
     advantages = columns["advantages"]
     num_unjudged = sum(rollout.unjudged > 0 for group in judged for rollout in group)
-    metrics |= step_metrics(batch, advantages, scorer, generation, num_replaced, num_unjudged)
+    generations = (generation, *more)
+    seen = StepSeen(batch, advantages, scorer, generations, num_replaced, num_unjudged)
+    metrics |= step_metrics(seen)
     metrics |= timer.metrics(batch.num_tokens)
     return Step(metrics, [rollout for group in groups for rollout in group], advantages)
 
@@ -114,25 +117,27 @@ def sample_and_judge(
 
 def replace_flat_groups(
     training: Training, policy: Decoder, groups: list[list[Rollout]], timer: Timer, step: int
-) -> tuple[list[list[Rollout]], int]:
+) -> tuple[list[list[Rollout]], int, list[Generation]]:
     """Dynamic sampling (DAPO, arXiv 2503.14476, section 3.2): groups of newly drawn prompts in
     place of those whose completions all earned the same. At most `algo.resample` attempts.
 
-    Returns the groups, and how many of them are new.
+    Returns the groups, how many of them are new, and how this rank's sampler did in each attempt.
     """
     groups = list(groups)
     replaced = set()
+    generations = []
     for attempt in range(1, training.config.algo.resample + 1):
         flat = [i for i, group in enumerate(groups) if is_flat(group)]
         if not flat:
             break
         prompts = training.prompt_order.out_of_turn(step, attempt, num=len(flat))
-        fresh, _ = sample_and_judge(training, policy, prompts, timer, step, attempt)
+        fresh, generation = sample_and_judge(training, policy, prompts, timer, step, attempt)
+        generations.append(generation)
         for i, group in zip(flat, fresh, strict=True):
             if not any(rollout.unjudged for rollout in group):
                 groups[i] = group
                 replaced.add(i)
-    return groups, len(replaced)
+    return groups, len(replaced), generations
 
 
 # --- the run ---------------------------------------------------------------------------------
@@ -219,7 +224,8 @@ def run(config: Config) -> int:
     if world.leads:
         _lock = run_folder.lock(folder)  # until this function ends
         models = [learner.policy, learner.critic] if learner.critic else [learner.policy]
-        checkpoint.require_room(folder / "checkpoints", models, config.checkpoint.keep)
+        keep, lag = config.checkpoint.keep, config.algo.lag
+        checkpoint.require_room(folder / "checkpoints", models, keep, num_past=lag)
         told_date = f"{CLOCK:%Y-%m-%d}"  # by a chat template that asks for today's
         origin = {"model": provenance, "chat_date": told_date, **environment()}
         opened = run_folder.prepare({**config.to_dict(), "provenance": origin})

@@ -10,12 +10,17 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from experiments.common import glossary
 from mar.answers import reward_spec
 from mar.answers.reward_terms import REWARD_TERMS, Judged, Term, TermValue
 from mar.errors import UserError
 from mar.export import export
 from mar.learn import losses
-from mar.learn.advantages import BASELINES, CREDITS, SCALES
+from mar.learn.advantages import BASELINES, CREDITS, SCALES, STEP_SCALES, estimate
+from mar.learn.batch import Batch
+from mar.measure.bootstrap import Statistic, mean_of
+from mar.measure.metrics import METRICS, AnswerArrays, Metric
+from mar.measure.step_metrics import STEP_METRICS, StepSeen
 from mar.policy.families import ARCHITECTURES, LLAMA_TENSORS, Family
 from mar.policy.model import Decoder, ModelConfig
 from mar.policy.packing import pack_groups
@@ -27,6 +32,7 @@ from mar.tasks.__main__ import main as look
 from mar.tasks.loading import Loaded, Source
 from mar.tasks.registry import TASKS, Task
 from mar.train import run
+from mar.verify.verifiers import VERIFIERS
 
 
 def sums(source: Source) -> Loaded:
@@ -139,7 +145,7 @@ def test_a_credit_rule_is_a_function_and_an_entry(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Under every baseline; the name does not fall through to another rule."""
-    monkeypatch.setitem(CREDITS, "nothing", lambda components, first_open: 0.0 * first_open)
+    monkeypatch.setitem(CREDITS, "nothing", lambda decided: 0.0 * decided.first_open)
     for baseline in ("leave_one_out", "matched"):
         words = ("algo.credit=nothing", f"algo.baseline={baseline}")
         metrics = first_step(tmp_path / baseline, *words)
@@ -160,6 +166,64 @@ def test_a_scale_is_a_function_and_an_entry(
     usual = first_step(tmp_path / "usual")
     scaled = first_step(tmp_path / "scaled", "algo.scale_by=tenth")
     assert scaled["adv/std"] == pytest.approx(10 * usual["adv/std"], rel=1e-4)
+
+
+def test_a_scale_of_the_whole_step_is_a_function_and_an_entry(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def sign(batch: Batch, credit: str, baseline: str) -> torch.Tensor:
+        return estimate(batch, batch.components, credit, baseline, "none").sign()
+
+    monkeypatch.setitem(STEP_SCALES, "sign", sign)
+    assert 0.5 < first_step(tmp_path, "algo.scale_by=sign")["adv/std"] < 1.1
+
+
+def test_a_verifier_is_a_function_and_an_entry(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It takes the first gold for whatever was written: the first answer hits, others repeat it."""
+    monkeypatch.setitem(VERIFIERS, "generous", lambda answer, golds: (0,))
+    metrics = first_step(tmp_path, "data.verifier=generous")
+    assert metrics["train/pass@3"] > 0.9 and metrics["train/repeats_per_set"] > 1.5
+    with pytest.raises(UserError, match=r"data.verifier=typo is unknown: choose auto, text, math"):
+        first_step(tmp_path / "refused", "data.verifier=typo")
+
+
+def test_a_metric_of_a_step_is_a_function_and_an_entry(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def longest(seen: StepSeen) -> int:
+        """Tokens of the longest completion."""
+        return seen.batch.completion_mask.sum(1).max().item()
+
+    monkeypatch.setitem(STEP_METRICS, "train/longest", longest)
+    metrics = first_step(tmp_path)
+    assert metrics["train/longest"] >= metrics["train/tokens_per_set"] > 1
+    assert "| `train/longest` | Tokens of the longest completion |" in glossary.steps()
+
+
+def test_a_metric_of_answer_sets_is_a_function_and_an_entry(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is logged at the step, in `eval.json`, and stands in the glossary."""
+
+    def last(a: AnswerArrays) -> Statistic:
+        """Coverage of the last answer alone."""
+        return mean_of(a.mass[..., -1])
+
+    monkeypatch.setitem(METRICS, "last@{K}", Metric(last))
+    metrics = first_step(tmp_path)
+    assert 0 <= metrics["train/last@3"] <= metrics["train/coverage@3"]
+    measured = json.loads((tmp_path / "clinic/seed0/eval.json").read_text())
+    assert "last@3" in measured["before"] and "last@3" in measured["after"]
+    assert "| `last@K` | Coverage of the last answer alone |" in glossary.one_set()
+
+
+def test_an_aggregation_is_a_function_and_an_entry(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(losses.AGGREGATIONS, "nothing", lambda mask, longest: 0 * mask)
+    assert first_step(tmp_path, "algo.aggregation=nothing")["optim/grad_norm"] == 0
 
 
 def test_an_importance_weight_is_a_function_and_an_entry(

@@ -5,6 +5,7 @@
 
 import difflib
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -107,9 +108,12 @@ def preset_step(preset: str) -> dict[str, float]:
             drawn, paid = _values(n + i + j)[i + j :].numpy() - 3, _values(12, 4)[3 * i + j].numpy()
             done = Completion(j, ids, drawn, drawn, "length" if n == 8 else "stop")
             reading = (np.arange(n) // 2).clip(max=3)
-            group.append(
-                Rollout(asked, done, "", (), (), (), (), None, paid, reading, float(paid.sum()))
+            rollout = Rollout(
+                asked, done, "", (), (), (), (), None, paid, reading, float(paid.sum())
             )
+            # two terms, the second of half a weight; which component is whose is arbitrary
+            terms = np.stack([paid * np.array([1, 0, 1, 0]), paid * np.array([0, 2, 0, 2])])
+            group.append(replace(rollout, terms=terms, term_weights=np.array([1.0, 0.5])))
         groups.append(group)
     sgd = torch.optim.SGD(model.parameters(), 1e-2)
     reference = tiny(0.9) if config.algo.kl_coef else None

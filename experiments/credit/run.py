@@ -31,7 +31,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from experiments.common.tables import markdown_table
 from mar.answers.grammar import Grammar
-from mar.answers.rewards import RewardSpec, first_open
+from mar.answers.rewards import (
+    RewardSpec,
+    confidence_components,
+    confidence_segments,
+    first_open,
+)
 from mar.learn.advantages import (
     best_of_k_advantages,
     token_advantages,
@@ -96,6 +101,7 @@ ESTIMATORS = {
     "set, best of 2": Estimator("set", target="best"),
     "own": Estimator("own", biased=True),
     "own, matched baseline": Estimator("own", "matched", biased=True),
+    "decoupled": Estimator("decoupled", biased=True),
     "to_go, token_mean": Estimator(aggregation="token_mean", biased=True),
     "to_go, sequence_mean": Estimator(aggregation="sequence_mean", biased=True),
     "set, token_mean": Estimator("set", aggregation="token_mean", biased=True),
@@ -223,7 +229,15 @@ class Toy:
     @cached_property
     def batch(self) -> Batch:
         """All completions, each as a group of its own."""
-        return make_batch([[r] for r in self.rollouts()], first_open(self.grammar, self.spec))
+        of_confidence = (
+            confidence_components(self.grammar, self.spec),
+            confidence_segments(self.grammar),
+        )
+        return make_batch(
+            [[r] for r in self.rollouts()],
+            first_open(self.grammar, self.spec),
+            of_confidence=of_confidence,
+        )
 
     @cached_property
     def reference(self) -> Tensor:

@@ -34,7 +34,7 @@ QUICK_PROGRAMS = 100
 
 
 def texts_per_s() -> float:
-    """Completions of three answers a second, against each patient's 60 conditions."""
+    """Completions of three answers a second of CPU time, against each patient's 60 conditions."""
     rng = np.random.default_rng(0)
     grammar = Grammar("rlcr_multi", 3, thinking=False)
     patients = clinic.load("validation", NUM_TEXTS)
@@ -43,12 +43,12 @@ def texts_per_s() -> float:
         render(grammar, list(rng.choice(names, 3, replace=False)), [0.5, 0.3, 0.1])
         for _ in patients
     ]
-    began = time.perf_counter()
+    began = time.process_time()
     for patient, text in zip(patients, texts, strict=True):
         parsed = parse(text, grammar)
         hits, _ = matching_increments(parsed.answers, patient.targets())
         reward(parsed, hits, repeats(parsed.answers, patient.golds), 1, grammar, RewardSpec())
-    return NUM_TEXTS / (time.perf_counter() - began)
+    return NUM_TEXTS / (time.process_time() - began)
 
 
 def outcomes(jobs: Sequence[tuple[str, Tests]]) -> list[str]:
@@ -95,19 +95,28 @@ def attacks() -> dict[str, list[str]]:
         hits, _ = matching_increments(signs, hostile_answers.NUMBERS)
         won += [f"sign: {name}"] if any(hits) else []
     tried = [*hostile.PROGRAMS, *hostile_answers.ANSWERS, *hostile_answers.SIGNS]
-    tried += [*hostile.REWRITES, *hostile.MEMORY]
+    tried += [*hostile.REWRITES, *hostile.LOOP, *hostile.FORMULA, *hostile.MEMORY]
     return {"tried": tried, "succeeded": won + rewrites_paid_twice() + memory_held()}
 
 
+# tests, and solutions of them that are one solution in other words
+SOLUTIONS = (
+    (hostile.TESTS, hostile.REWRITES),
+    (hostile.TRIANGLE_TESTS, hostile.LOOP),
+    (hostile.TRIANGLE_TESTS, hostile.FORMULA),
+)
+
+
 def rewrites_paid_twice() -> list[str]:
-    """The rewrites of one solution that count as another one."""
+    """The rewrites of a solution that count as another one."""
     runner = ProgramRunner()
-    example = Example("", "mbpp", "?", (), "rule", tests=hostile.TESTS)
-    runner.submit((example, program) for program in hostile.REWRITES.values())
-    keys = {
-        name: runner.verdict(example, program).key for name, program in hostile.REWRITES.items()
-    }
-    return [f"rewrite: {name}" for name, key in keys.items() if key != keys["itself"]]
+    twice = []
+    for tests, rewrites in SOLUTIONS:
+        example = Example("", "mbpp", "?", (), "rule", tests=tests)
+        runner.submit((example, program) for program in rewrites.values())
+        keys = {name: runner.verdict(example, program).key for name, program in rewrites.items()}
+        twice += [f"rewrite: {name}" for name, key in keys.items() if key != keys["itself"]]
+    return twice
 
 
 def memory_held() -> list[str]:

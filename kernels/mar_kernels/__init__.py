@@ -115,6 +115,8 @@ def answer_advantages(
     baseline: str = "leave_one_out",
     scale: str = "none",
     token_costs: Tensor | None = None,
+    confidence_components: Tensor | None = None,
+    confidence_segments: Tensor | None = None,
     *,
     backend: str = "auto",
 ) -> Tensor:
@@ -125,7 +127,7 @@ def answer_advantages(
     if backend == "auto" and not _kernel_has(credit, baseline, scale, token_costs is not None):
         backend = "reference"
     ops = _choose("triton_advantages", backend, components, weights)
-    return ops.answer_advantages(
+    arguments = (
         components,
         weights,
         first_open,
@@ -136,3 +138,7 @@ def answer_advantages(
         scale,
         token_costs,
     )
+    if ops is reference:
+        # no rule of the kernel asks which are of confidences
+        return ops.answer_advantages(*arguments, confidence_components, confidence_segments)
+    return ops.answer_advantages(*arguments)

@@ -178,17 +178,29 @@ def selected_logprobs(logits: Tensor, targets: Tensor) -> Tensor:
 # still undecided when segment s begins, C where none is.
 
 
-def to_go(components: Tensor, first_open: Tensor) -> Tensor:
+@dataclass(frozen=True)
+class Decided:
+    """What a credit rule may look at."""
+
+    components: Tensor  # [B, C], weighted
+    first_open: Tensor  # [B, S]
+    # [B, C] bool: decided where a confidence closes, and not where an answer does
+    confidence_components: Tensor
+    # [B, S] bool: the segment writes a confidence
+    confidence_segments: Tensor
+
+
+def to_go(decided: Decided) -> Tensor:
     """What is decided in the segment or later. Unbiased."""
-    return _sum_from(components).gather(1, first_open)
+    return _sum_from(decided.components).gather(1, decided.first_open)
 
 
-def whole_set(components: Tensor, first_open: Tensor) -> Tensor:
+def whole_set(decided: Decided) -> Tensor:
     """Everything: one number per completion. Unbiased, with more noise."""
-    return _sum_from(components)[:, :1].expand(-1, first_open.shape[1])
+    return _sum_from(decided.components)[:, :1].expand(-1, decided.first_open.shape[1])
 
 
-def own(components: Tensor, first_open: Tensor) -> Tensor:
+def own(decided: Decided) -> Tensor:
     """What the segment itself decides, plus the last component.
 
         a segment that decides components start .. end - 1   their sum, plus the last component
@@ -196,6 +208,8 @@ def own(components: Tensor, first_open: Tensor) -> Tensor:
 
     Biased: it ignores what an answer does to later ones.
     """
+    components = decided.components
+    first_open = decided.first_open
     num_components = components.shape[1]
     last = torch.full_like(first_open, num_components - 1)
     sum_from = _sum_from(components)
@@ -211,10 +225,42 @@ def own(components: Tensor, first_open: Tensor) -> Tensor:
     return torch.where(decides, decided_here, still_to_go)
 
 
-# name -> what a token of segment s is credited with: (components [B, C], first_open [B, S]) -> [B, S]
+def decoupled(decided: Decided) -> Tensor:
+    """What is still to come of the segment's own kind, plus the last component.
+
+        a segment that writes a confidence   what confidences decide from here on
+        any other                            what answers decide from here on
+
+    Biased: an answer is not paid for how well its confidence can be said. The separation of DCPO
+    (arXiv:2603.09117): tokens of reasoning and answer have the reward of the answer, tokens of the
+    confidence have that of the confidence, each with an advantage of its own, and neither sees the
+    other's. The last component, which looks at the whole text, is paid to both.
+
+    `own` differs in two ways. It gives a token the one answer or confidence that it belongs to,
+    here an answer has what later answers earn, too. And it gives thoughts, which decide nothing,
+    the errors of the confidences, which here only confidences pay for. What else DCPO does is not a
+    rule of credit: each of the two rewards is divided by its own spread (`scale_by=term_std`), and
+    a confidence is compared with the mean of the verdict and the group's share of right answers.
+    """
+    of_confidence = decided.confidence_components
+    no_reward = torch.zeros_like(decided.components)
+    of_answers = torch.where(of_confidence, no_reward, decided.components)
+    of_confidences = torch.where(of_confidence, decided.components, no_reward)
+    for_answers = _sum_from(of_answers).gather(1, decided.first_open)
+    for_confidences = _sum_from(of_confidences).gather(1, decided.first_open)
+    for_confidences = for_confidences + of_answers[:, -1:]
+    return torch.where(decided.confidence_segments, for_confidences, for_answers)
+
+
+# name -> what a token of segment s is credited with: Decided -> [B, S]
 # A rule must be linear in the components, or its baseline means nothing.
-CreditRule = Callable[[Tensor, Tensor], Tensor]
-CREDITS: dict[str, CreditRule] = {"to_go": to_go, "set": whole_set, "own": own}
+CreditRule = Callable[[Decided], Tensor]
+CREDITS: dict[str, CreditRule] = {
+    "to_go": to_go,
+    "set": whole_set,
+    "own": own,
+    "decoupled": decoupled,
+}
 
 
 def _sum_from(components: Tensor) -> Tensor:
@@ -351,6 +397,8 @@ def answer_advantages(
     baseline: str = "leave_one_out",
     scale: str = "none",
     token_costs: Tensor | None = None,
+    confidence_components: Tensor | None = None,
+    confidence_segments: Tensor | None = None,
 ) -> Tensor:
     """One advantage per token [B, T] from the reward components of each completion.
 
@@ -364,14 +412,20 @@ def answer_advantages(
     token_costs  [B, T] what single tokens cost beside the components, or None
 
     credit is a name of CREDITS, baseline of BASELINES, scale of SCALES. Raises ValueError for any
-    other.
+    other. confidence_components [B, C] and confidence_segments [B, S] are those of `Decided`; where
+    they are left out, nothing is of a confidence.
 
     cost_t is what token t and those after it cost, with every credit: a token cannot change what
     earlier ones have cost. A baseline compares what a segment is credited with, less what it and
     those after it cost, and a scale looks at what is earned in all, less all costs.
     """
     weighted = components * weights
-    credited = _named(CREDITS, "credit", credit)(weighted, first_open)
+    if confidence_components is None:
+        confidence_components = torch.zeros_like(components, dtype=torch.bool)
+    if confidence_segments is None:
+        confidence_segments = torch.zeros_like(first_open, dtype=torch.bool)
+    decided = Decided(weighted, first_open, confidence_components, confidence_segments)
+    credited = _named(CREDITS, "credit", credit)(decided)
     totals = weighted.sum(1)
     if token_costs is not None:
         of_segment, before_token = _costs_to_go(token_costs, segment_ids, first_open.shape[1])

@@ -8,7 +8,8 @@
                   or all answers, then <analysis>T</analysis>, then all confidences      (split)
 
 T is text. P is a plain decimal in [0, 1] of at most 40 characters: the digits 0 to 9 and at most one
-point, as in 0.5, .25, 1, 1.0 or 0.3333333333333333, and no sign, exponent, per cent or comma.
+point, as in 0.5, .25, 1, 1.0, 1., 00.5 or 0.3333333333333333, and no sign, exponent, per cent or
+comma.
 `<think>` and `<analysis>` can be left out, and `<other>P</other>` may close a form that has
 confidences. White space between elements is free, and around T and P inside them.
 
@@ -44,7 +45,7 @@ RESERVED_TAG = re.compile(r"</?(?:think|analysis|other|answer[0-9]*|confidence[0
 # A plain decimal in [0, 1]. Models write up to 17 digits; there is a bound so that a number is a
 # number and not a text
 MAX_DECIMAL = 40
-PROBABILITY = re.compile(r"0?\.[0-9]+|0|1|1\.0+")
+PROBABILITY = re.compile(r"0*(?:\.[0-9]+|0\.?|1(?:\.0*)?)")
 
 # what a tokenizer shows for the first bytes of a character
 INCOMPLETE = "\ufffd"

@@ -1,7 +1,9 @@
 """What the model is asked, in our own words, and the chat template around it.
 
 The wording asks for what the reward pays: exactly K different answers, the bare answer inside its
-tag, confidences that are probabilities.
+tag, confidences that are probabilities. Which decimals are read (any plain one, `grammar.py`) is
+shown by the 0.5 in the form and not told: the words are those that the embedded model, and every
+model after a warm-up, was trained on.
 """
 
 import re

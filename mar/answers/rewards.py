@@ -51,15 +51,19 @@ import numpy as np
 
 from mar.answers.grammar import Element, Grammar, Parsed
 from mar.answers.reward_spec import RewardSpec
-from mar.answers.reward_terms import REWARD_TERMS, Judged
+from mar.answers.reward_terms import REWARD_TERMS, Judged, TermValue
 from mar.config import RewardOptions
 from mar.errors import UserError
 
 # the terms whose weights are settings of their own
 PAPER_TERMS = ("format", "coverage", "brier")
 
-# what is logged beside the terms, under names that no term can have
-LOGGED = ("total", "sum_rule_breach", "repeats")
+# what is logged beside the terms and the total -> its line in the glossary, mar/measure/README.md
+LOGGED = {
+    "sum_rule_breach": "share of completions whose confidences add up to more than 1 (with the "
+    "rule on)",
+    "repeats": "repeated answers in a completion",
+}
 
 
 def reward_of(options: RewardOptions) -> RewardSpec:
@@ -86,7 +90,7 @@ def term_faults(terms: Mapping[str, float], confident: bool, other: bool) -> Ite
         elif name not in REWARD_TERMS:
             known = [term for term in REWARD_TERMS if term not in PAPER_TERMS]
             yield f"{key} is unknown: choose one of {', '.join(known)}"
-        elif name in LOGGED:
+        elif name in LOGGED or name == "total":
             yield f"{key}: reward/{name} is logged for something else, give the term another name"
         elif not 0 <= weight < math.inf:
             yield f"{key} is out of range: a weight is at least 0"
@@ -96,6 +100,21 @@ def term_faults(terms: Mapping[str, float], confident: bool, other: bool) -> Ite
                 yield f"{key} needs confidences: leave it out, or take an rlcr objective"
             if "other" in needs and not other:
                 yield f"{key} needs the probability that no answer is right: set reward.other=true"
+
+
+def confidence_components(grammar: Grammar, spec: RewardSpec) -> np.ndarray:
+    """[C] bool: the component is decided where a confidence, or `<other>`, closes."""
+    found = np.zeros(len(component_layout(grammar, spec)), dtype=np.bool_)
+    for c, (_, element, _) in enumerate(_paid_at(grammar, spec)):
+        found[c] = element.kind in ("confidence", "other")
+    return found
+
+
+def confidence_segments(grammar: Grammar) -> np.ndarray:
+    """[S] bool: the segment writes a confidence or `<other>`, or thinks about them."""
+    kinds = [element.kind for element in grammar.elements]
+    found = [kind in ("confidence", "other", "analysis") for kind in kinds]
+    return np.array([*found, False], dtype=np.bool_)
 
 
 @dataclass(frozen=True)
@@ -108,6 +127,10 @@ class Reward:
     # the terms `format`, `coverage` and `brier`, weights included, which sum to `total` too; and
     # for the log `sum_rule_breach` (0 or 1) and `repeats` (how many)
     parts: dict[str, float]
+    # [terms, C] float64: the components of each term by itself, per unit of its weight, and [terms]
+    # the weights; both in the order of `RewardSpec.weights`
+    terms: np.ndarray
+    term_weights: np.ndarray
 
 
 @lru_cache(maxsize=256)
@@ -203,4 +226,14 @@ def pay_terms(judged: Judged) -> Reward:
 
     parts["sum_rule_breach"] = float(judged.breaks_sum_rule)
     parts["repeats"] = float(sum(judged.repeated))
-    return Reward(components, total, parts)
+    weights = np.array(list(spec.weights.values()), dtype=np.float64)
+    terms = np.stack([_term_components(value, judged) for value in values.values()])
+    used = weights[:, None] > 0.0
+    terms = np.divide(terms, weights[:, None], out=np.zeros_like(terms), where=used)
+    return Reward(components, total, parts, terms, weights)
+
+
+def _term_components(value: TermValue, judged: Judged) -> np.ndarray:
+    """[C] what prefixes decided of one term, then the rest of it."""
+    decided = [value.at(element) for _, element, _ in _paid_at(judged.grammar, judged.spec)]
+    return np.array([*decided, value.total - math.fsum(decided)], dtype=np.float64)

@@ -3,7 +3,8 @@
 Which components a token is credited with, what they are compared with and what they are divided by
 are functions in three dictionaries, CREDITS, BASELINES and SCALES. They stand in
 kernels/mar_kernels/reference.py, beside the estimator itself (`answer_advantages`); what is not
-per component stands here.
+per component stands here, with the scales that one divisor for each completion cannot express
+(STEP_SCALES).
 
 What changes a reward (a length penalty) changes `components`, before credit is given. What a token
 costs by itself (k1 in the reward) stands beside them in `token_costs`.
@@ -11,7 +12,7 @@ costs by itself (k1 in the reward) stands beside them in `token_costs`.
 Letters: P prompts, G group_size, B rows, T tokens, C components, S segments.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -22,32 +23,82 @@ from mar.records import Rollout
 from mar_kernels import answer_advantages
 from mar_kernels.reference import BASELINES, CREDITS, SCALES
 
-__all__ = ["BASELINES", "CREDITS", "SCALES"]
+__all__ = ["BASELINES", "CREDITS", "SCALES", "STEP_SCALES"]
 
 
 def token_advantages(batch: Batch, credit: str, baseline: str, scale: str) -> Tensor:
     """Advantages [B, T] float64, zero outside completions. Takes the whole step at once.
 
-    credit, baseline and scale are names of CREDITS, BASELINES and SCALES (mar_kernels/reference.py
-    defines them), or scale `whiten`: the mean and the standard deviation of all trained tokens are
-    taken out (REINFORCE++, arXiv:2501.03262, eq. 9).
+    credit and baseline are names of CREDITS and BASELINES, scale one of SCALES
+    (mar_kernels/reference.py defines them) or of STEP_SCALES.
     """
-    whitened = scale == "whiten"
-    advantages = answer_advantages(
-        components=batch.components,
-        # the components of a batch are weighted already
-        weights=batch.components.new_ones(batch.components.shape[1]),
+    if scale in STEP_SCALES:
+        advantages = STEP_SCALES[scale](batch, credit, baseline)
+    else:
+        advantages = of_components(batch, credit, baseline, scale)
+    return advantages * batch.completion_mask
+
+
+def of_components(batch: Batch, credit: str, baseline: str, scale: str) -> Tensor:
+    """The advantages [B, T] of all that a completion earns and its tokens cost."""
+    return estimate(batch, batch.components, credit, baseline, scale, batch.token_costs)
+
+
+def estimate(
+    batch: Batch,
+    components: Tensor,
+    credit: str,
+    baseline: str,
+    scale: str,
+    token_costs: Tensor | None = None,
+) -> Tensor:
+    """`answer_advantages` [B, T] of these components [B, C], which have their weights already."""
+    return answer_advantages(
+        components=components,
+        weights=components.new_ones(components.shape[1]),
         first_open=batch.first_open,
         segment_ids=batch.segment_ids,
         group_ids=batch.group_ids,
         credit=credit,
         baseline=baseline,
-        scale="none" if whitened else scale,
-        token_costs=batch.token_costs,
+        scale=scale,
+        token_costs=token_costs,
+        confidence_components=batch.confidence_components,
+        confidence_segments=batch.confidence_segments,
     )
-    if whitened:
-        advantages = whiten(advantages, batch.loss_mask)
-    return advantages * batch.completion_mask
+
+
+def whitened(batch: Batch, credit: str, baseline: str) -> Tensor:
+    """The mean and the standard deviation of all trained tokens are taken out (REINFORCE++,
+    arXiv:2501.03262, eq. 9)."""
+    return whiten(of_components(batch, credit, baseline, "none"), batch.loss_mask)
+
+
+def term_by_term(batch: Batch, credit: str, baseline: str) -> Tensor:
+    """Each term of the reward is divided by its own standard deviation in the group before the
+    weighted sum, which is then whitened (GDPO, arXiv:2601.05242, eq. 4 to 6).
+
+        A_n = (r_n - mean r_n) / std r_n     r_n the term without its weight, over the group
+        A   = whiten(sum_n w_n A_n)          over all trained tokens, as in the authors' code
+
+    Divided together, different mixtures of terms become the same advantage, and the term that
+    varies most drowns the others. The r_n are scalars in the paper, which is credit `set`; with
+    another credit a token has its part of each term, divided by the spread of the term as a whole.
+    """
+    advantages = batch.components.new_zeros(batch.segment_ids.shape)
+    for n in range(batch.terms.shape[1]):
+        weight = batch.term_weights[:, n, None]
+        of_term = estimate(batch, batch.terms[:, n], credit, baseline, "group_std")
+        advantages = advantages + weight * of_term
+    return whiten(advantages, batch.loss_mask)
+
+
+# name -> advantages [B, T] under a scale that looks at more than the totals of the completions:
+# (batch, credit, baseline) -> [B, T]
+STEP_SCALES: dict[str, Callable[[Batch, str, str], Tensor]] = {
+    "whiten": whitened,
+    "term_std": term_by_term,
+}
 
 
 def whiten(advantages: Tensor, mask: Tensor) -> Tensor:

@@ -28,7 +28,11 @@ class Batch:
     groups: tuple[tuple[Rollout, ...], ...]
     group_ids: Tensor  # [B]
     components: Tensor  # [B, C] float64, weighted
+    terms: Tensor  # [B, terms, C] float64: the components of each term, per unit of its weight
+    term_weights: Tensor  # [B, terms] float64
     first_open: Tensor  # [B, S]
+    confidence_components: Tensor  # [B, C] bool: decided where a confidence closes
+    confidence_segments: Tensor  # [B, S] bool: writes a confidence
     segment_ids: Tensor  # [B, T]
     completion_mask: Tensor  # [B, T] bool
     loss_mask: Tensor  # [B, T] bool: drawn tokens only, without those that the sampler put in
@@ -67,13 +71,20 @@ class Batch:
 
 
 def make_batch(
-    groups: Sequence[Rollouts], first_open: np.ndarray, device: torch.device | str = "cpu"
+    groups: Sequence[Rollouts],
+    first_open: np.ndarray,
+    device: torch.device | str = "cpu",
+    of_confidence: tuple[np.ndarray, np.ndarray] | None = None,
 ) -> Batch:
     """The tensors of a step; what is per token is padded to [B, T].
 
-    first_open [S] is that of the grammar and the reward (`Scorer.first_open`).
+    first_open [S] and of_confidence [C], [S] are those of the grammar and the reward (`Scorer`).
+    Without the latter no component and no segment is of a confidence.
     """
     rows = [rollout for group in groups for rollout in group]
+    if of_confidence is None:
+        num_components = len(rows[0].components)
+        of_confidence = (np.zeros(num_components, np.bool_), np.zeros(len(first_open), np.bool_))
     completions = [rollout.completion for rollout in rows]
     lengths = torch.tensor([len(completion.ids) for completion in completions])
     positions = torch.arange(int(lengths.max()))
@@ -87,11 +98,18 @@ def make_batch(
         tensors = [torch.from_numpy(np.ascontiguousarray(column)) for column in columns]
         return pad_sequence(tensors, batch_first=True).to(device)
 
+    def in_each_row(array: np.ndarray) -> Tensor:
+        return torch.from_numpy(array).expand(len(rows), -1).to(device)
+
     return Batch(
         groups=tuple(tuple(group) for group in groups),
         group_ids=torch.repeat_interleave(torch.arange(len(groups)), group_sizes).to(device),
         components=torch.from_numpy(np.stack([r.components for r in rows])).to(device),
-        first_open=torch.from_numpy(first_open).expand(len(rows), -1).to(device),
+        terms=torch.from_numpy(np.stack([r.terms for r in rows])).to(device),
+        term_weights=torch.from_numpy(np.stack([r.term_weights for r in rows])).to(device),
+        first_open=in_each_row(first_open),
+        confidence_components=in_each_row(of_confidence[0]),
+        confidence_segments=in_each_row(of_confidence[1]),
         segment_ids=padded([rollout.segment_ids for rollout in rows]),
         completion_mask=completion_mask.to(device),
         loss_mask=(completion_mask & ~put_in_by_sampler).to(device),

@@ -13,7 +13,14 @@ from mar.learn.learner import Learner
 from mar.learn.losses import policy_gradient, token_weights
 from mar.learn.update import flat_columns
 
-CREDITS = ("to_go", "set")
+COMPARED = ("to_go", "set")
+
+# what is logged -> its line in the glossary, mar/measure/README.md
+MEANINGS = {
+    "adv/variance_ratio": "every `algo.variance_every` steps: variance of a group's gradient with "
+    "credit `to_go` over that with `set`, on the same completions (it costs two more backward "
+    "passes)"
+}
 
 
 class GradientSpread:
@@ -54,13 +61,13 @@ def variance_ratio(learner: Learner, batch: Batch) -> float | None:
             "set it to 0"
         )
     baseline = "leave_one_out" if algo.baseline == "value" else algo.baseline
-    advantages = {credit: token_advantages(batch, credit, baseline, "none") for credit in CREDITS}
-    spread = {credit: GradientSpread(parameters) for credit in CREDITS}
+    advantages = {credit: token_advantages(batch, credit, baseline, "none") for credit in COMPARED}
+    spread = {credit: GradientSpread(parameters) for credit in COMPARED}
     for index in range(len(batch.groups)):
         group, rows = batch.take([index])
-        columns = {credit: advantages[credit][rows] for credit in CREDITS}
+        columns = {credit: advantages[credit][rows] for credit in COMPARED}
         gradients = _group_gradients(learner, group, columns, parameters)
-        for credit in CREDITS:
+        for credit in COMPARED:
             spread[credit].add(gradients[credit])
     of_set = spread["set"].value()
     return spread["to_go"].value() / of_set if of_set > 0 else None

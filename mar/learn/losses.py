@@ -34,6 +34,13 @@ class LossInputs:
     clip_low: float = 0.2  # how far the ratio may fall below 1
     clip_high: float = 0.2  # how far it may rise above 1
     options: Mapping[str, float] = field(default_factory=dict)  # the loss's own hyper-parameters
+    # bool: counted in what is logged, also where the importance weight is 0; None: weight not 0
+    trained: Tensor | None = None
+
+    @property
+    def counted(self) -> Tensor:
+        """[M] bool: the tokens that logged sums are over, and that the log's means divide by."""
+        return self.weights != 0 if self.trained is None else self.trained
 
     @property
     def log_ratio(self) -> Tensor:
@@ -257,8 +264,7 @@ def dppo(inputs: LossInputs) -> LossOutput:
     gain = torch.where(masked_out, torch.zeros_like(ratio), weighted_advantages) * inputs.logprobs
     cost = inputs.options["penalty"] * inputs.weights * log_ratio**2
     logged = ratio_logs(inputs, ratio)
-    counted = inputs.weights != 0
-    logged["masked_frac"] = Logged(masked_out[counted].sum().item(), TOKEN_MEAN)
+    logged["masked_frac"] = Logged(masked_out[inputs.counted].sum().item(), TOKEN_MEAN)
     return LossOutput((cost - gain).sum(), logged)
 
 
@@ -280,7 +286,7 @@ def _clipped_loss(inputs: LossInputs, ratio: Tensor) -> Tensor:
 @torch.no_grad()
 def ratio_logs(inputs: LossInputs, ratio: Tensor) -> dict[str, Logged]:
     """`clip_frac`: share of the tokens whose ratio lies outside the bounds; `ratio_max`."""
-    ratio = ratio.detach()[inputs.weights != 0]
+    ratio = ratio.detach()[inputs.counted]
     outside = (ratio < 1 - inputs.clip_low) | (ratio > 1 + inputs.clip_high)
     largest = ratio.max().item() if len(ratio) > 0 else 1.0
     return {
@@ -350,6 +356,20 @@ KL_ESTIMATORS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 
 # --- diagnostics ----------------------------------------------------------------------------------
+
+# what is logged as `policy/<name>` by the functions of this file -> its line in the glossary,
+# mar/measure/README.md
+MEANINGS = {
+    "approx_kl": "KL from the policy that sampled, mean of r - 1 - log r",
+    "clip_frac": "share of tokens whose ratio is outside the clip bounds",
+    "ratio_max": "largest ratio r",
+    "masked_frac": "share of tokens that the mask of `algo.loss=dppo` leaves out",
+    "sampler_kl": "KL from the sampler's distribution to that of the trainer, mean of "
+    "log(sampler / trainer)",
+    "sampler_mismatch_max": "largest difference between the sampler's and the trainer's "
+    "log-probability of a token (with `algo.lag` and an importance weight, also what the steps "
+    "since then changed)",
+}
 
 
 @torch.no_grad()

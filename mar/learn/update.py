@@ -5,11 +5,18 @@ makes the optimizer steps: `algo.epochs` passes of `algo.minibatches` updates.
 
 Columns are [B, T] tensors by name, beside those of the batch: `advantages`, and where the algorithm
 has them `old_logprobs`, `ref_logprobs`, `values` and `returns`. Without `old_logprobs` there is one
-update, by the policy that sampled, and the ratio is 1. `old_logprobs_1` and so on are those of later
-epochs that pack the groups in another order.
+update, and the ratio is 1. `old_logprobs_1` and so on are those of later epochs that pack the groups
+in another order.
+
+With `algo.lag` the policy that sampled is an older one. Something has to account for that:
+
+    importance=none   the ratio of the loss: `old_logprobs` are those of the policy that sampled
+    another           the importance weight, from the sampler to the policy before the first update;
+                      the ratio of the loss is to that policy (decoupled PPO, arXiv:2110.00641)
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -50,6 +57,19 @@ from mar.policy.packing import PackedGroups
 Columns = dict[str, Tensor]
 Logs = dict[str, Logged]
 
+# what updates log, beside what losses.py does -> its line in the glossary, mar/measure/README.md
+MEANINGS = {
+    "policy/loss": "the policy-gradient loss",
+    "policy/entropy": "mean token entropy, in nats",
+    "policy/ref_kl": "KL to the reference (with `algo.kl_coef`)",
+    "value/loss": "the critic's loss",
+    "value/explained_variance": "share of the variance of the returns that the critic explains",
+    "optim/grad_norm": "gradient norm before clipping",
+    "optim/critic_grad_norm": "gradient norm of the critic before clipping",
+    "optim/lr": "learning rate",
+    "optim/skipped": "updates left out because something was not finite",
+}
+
 
 # --- once per batch --------------------------------------------------------------------------
 
@@ -70,7 +90,8 @@ def compute_advantages(learner: Learner, batch: Batch, step: int) -> tuple[Batch
 
 def score_before_updates(learner: Learner, batch: Batch, step: int) -> Columns:
     """Log-probabilities before the first update and of the reference, and values: each only where
-    it is needed.
+    it is needed. With `algo.lag` and without importance weights the old log-probabilities are those
+    of the policy that sampled.
 
     They are computed in the very micro-batches of the updates. In low precision a token's
     log-probability depends on what it is packed with, by more than the bounds of GSPO's ratio. An
@@ -94,11 +115,14 @@ def score_before_updates(learner: Learner, batch: Batch, step: int) -> Columns:
         return scores(model, lambda packed: model(packed, algo.temperature)[0], epoch)
 
     columns = {}
-    if algo.epochs * algo.minibatches > 1:
-        for epoch in range(algo.epochs):
-            name = _old_logprobs_of(epoch, algo)
-            if name not in columns:
-                columns[name] = logprobs(learner.policy, epoch)
+    ratio_to_sampler = algo.lag > 0 and algo.importance == "none"
+    if ratio_to_sampler or algo.epochs * algo.minibatches > 1:
+        older = learner.lagged_policy() if ratio_to_sampler else nullcontext(learner.policy)
+        with older as policy:
+            for epoch in range(algo.epochs):
+                name = _old_logprobs_of(epoch, algo)
+                if name not in columns:
+                    columns[name] = logprobs(policy, epoch)
     if learner.reference is not None:
         columns["ref_logprobs"] = logprobs(learner.reference)
     if learner.critic is not None:
@@ -168,6 +192,7 @@ def update(learner: Learner, batch: Batch, columns: Columns, step: int) -> dict[
     lr = learning_rate(step, num_steps, optim.lr, optim.warmup_frac, optim.schedule)
     critic_lr = learning_rate(step, num_steps, algo.critic_lr, optim.warmup_frac, optim.schedule)
     bonus = entropy_coef(algo, step, num_steps)
+    learner.remember_weights()
 
     logs: list[Logs] = []
     skipped = 0
@@ -238,7 +263,7 @@ def _policy_gradients(learner: Learner, batch: Batch, columns: Columns, bonus: f
     logs: list[Logs] = []
     for micro, factor in world.deal(list(micro_batches(batch, max_tokens, world.size))):
         logprobs, entropy, _ = learner.policy(micro.packed, algo.temperature)
-        # Without old log-probabilities the policy that sampled is this one, and the ratio is 1.
+        # Without old log-probabilities they are those of this policy, and the ratio is 1.
         flat = {"old_logprobs": logprobs.detach()}
         flat |= flat_columns(micro, batch, columns, logprobs.dtype)
         loss, logged = policy_loss(algo, logprobs, entropy, flat, bonus)
@@ -267,6 +292,7 @@ def policy_loss(
     """The loss of a micro-batch's tokens: the policy gradient, plus KL to the reference, minus the
     entropy bonus; and what is logged of it. All columns are [M]."""
     weights = columns["weights"]
+    counted = weights != 0
     inputs = LossInputs(
         logprobs=logprobs,
         advantages=columns["advantages"],
@@ -276,9 +302,9 @@ def policy_loss(
         clip_low=algo.clip_low,
         clip_high=algo.clip_high,
         options=loss_options(algo),
+        trained=counted,
     )
     loss, logged = LOSSES[algo.loss](inputs)
-    counted = weights != 0
     if "ref_logprobs" in columns:
         kl = KL_ESTIMATORS[algo.kl](logprobs, columns["ref_logprobs"])
         logged["ref_kl"] = Logged(kl.detach()[counted].sum().item(), TOKEN_MEAN)

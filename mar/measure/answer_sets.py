@@ -21,7 +21,7 @@ from mar.verify.matching import (
     remembering,
     repeats,
 )
-from mar.verify.verifiers import AnswerChecker, verifier_for
+from mar.verify.verifiers import WordChecker, verifier_for
 
 Keys = tuple[str | None, ...]
 
@@ -100,7 +100,7 @@ def item_of_rollouts(prompt: Prompt, rollouts: Sequence[Rollout]) -> Item:
 
 
 def item_of_texts(
-    prompt: Prompt, texts: Sequence[tuple[str, int]], grammar: Grammar, verifier: AnswerChecker
+    prompt: Prompt, texts: Sequence[tuple[str, int]], grammar: Grammar, verifier: WordChecker
 ) -> Item:
     """An item from texts that nobody has read yet, (text, number of tokens) each.
 

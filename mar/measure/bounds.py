@@ -162,7 +162,8 @@ def known_bounds(
 
 
 def gap_closed(after: float, floor: float, ceiling: float) -> float | None:
-    """(after - floor) / (ceiling - floor): 0 for K draws, 1 for the K most probable answers.
+    """(after - floor) / (ceiling - floor) of `coverage@K`: 0 for K draws from the posterior, 1 for
+    its K most probable answers.
 
     None where any K answers cover all there is.
     """

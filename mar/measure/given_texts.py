@@ -10,14 +10,14 @@ from mar.errors import UserError
 from mar.files import read_jsonl, skipped_lines
 from mar.measure.answer_sets import Item, item_of_texts
 from mar.records import Prompt
-from mar.verify.verifiers import AnswerChecker
+from mar.verify.verifiers import WordChecker
 
 
 def items_of_file(
     file: Path,
     prompts: Sequence[Prompt],
     grammar: Grammar,
-    verifier: AnswerChecker,
+    verifier: WordChecker,
     tokenizer: Any,
     task: str,
     say: Callable[[str], None],

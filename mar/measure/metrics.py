@@ -2,7 +2,8 @@
 
 To add a metric, write a function from `AnswerArrays` to a `Statistic` and enter it in METRICS: it
 is then logged at every training step (`train/...`), in `eval.json` with its interval, and by
-`mar.evaluate`. README.md says what each one means.
+`mar.evaluate`. The first paragraph of its docstring is its line in README.md, which `make report`
+writes.
 
 Shapes: P prompts (the items), G sets of each item, K answers in a set. A format failure counts as
 wrong. A metric that the answers cannot have (calibration without confidences) is left out, never 0.
@@ -218,17 +219,18 @@ def union_curve(seen: np.ndarray, worth: np.ndarray) -> np.ndarray:
 
 
 def coverage(a: AnswerArrays) -> Statistic:
-    """Expected number of distinct golds that a set hits."""
+    """Mean number of distinct golds that the K answers hit; where the posterior is known, their exact
+    probability mass."""
     return mean_of(a.mass.sum(-1))
 
 
 def top1(a: AnswerArrays) -> Statistic:
-    """The same for the first answer alone."""
+    """Coverage of the first answer alone."""
     return mean_of(a.mass[..., 0])
 
 
 def recall(a: AnswerArrays) -> Statistic:
-    """Share of an item's golds that a set hits."""
+    """Share of the golds hit, of the label that the reward pays for."""
     num_golds = np.array([item.num_golds for item in a.items])
     return mean_of(a.hits.sum(-1) / num_golds[:, None])
 
@@ -239,22 +241,22 @@ def precision(a: AnswerArrays) -> Statistic:
 
 
 def pass_of_one_set(a: AnswerArrays) -> Statistic:
-    """Share of sets with a right answer."""
+    """Whether any answer is right, of the label that the reward pays for."""
     return mean_of(a.pass_curve[:, 0])
 
 
 def coverage_of_all_sets(a: AnswerArrays) -> Statistic:
-    """Distinct golds that all sets of an item hit together."""
+    """Golds, or mass, that all answers of k cover together."""
     return mean_of(a.coverage_curve[:, -1])
 
 
 def pass_of_all_sets(a: AnswerArrays) -> Statistic:
-    """Share of items with a right answer in any set."""
+    """Whether any of k answers is right."""
     return mean_of(a.pass_curve[:, -1])
 
 
 def unique_of_all_sets(a: AnswerArrays) -> Statistic:
-    """Different answers in all sets of an item together."""
+    """How many of k answers differ."""
     return mean_of(a.unique_curve[:, -1])
 
 
@@ -267,6 +269,26 @@ def overlap(a: AnswerArrays, similarity: Callable[[Words, Words], float]) -> Sta
     """Mean similarity of each set of an item with the next."""
     pairs = a.successive_words
     return mean_of(np.array([[similarity(*pair) for pair in of_item] for of_item in pairs]))
+
+
+def overlap_3gram(a: AnswerArrays) -> Statistic:
+    """How many runs of three words successive sets of one item share (Jaccard)."""
+    return overlap(a, partial(ngram_jaccard, n=3))
+
+
+def overlap_4gram(a: AnswerArrays) -> Statistic:
+    """How many runs of four words successive sets of one item share (Jaccard)."""
+    return overlap(a, partial(ngram_jaccard, n=4))
+
+
+def overlap_jaccard(a: AnswerArrays) -> Statistic:
+    """How many words successive sets of one item share (Jaccard)."""
+    return overlap(a, ngram_jaccard)
+
+
+def overlap_rouge_l(a: AnswerArrays) -> Statistic:
+    """How long the common subsequence of successive sets of one item is (ROUGE-L, F1)."""
+    return overlap(a, rouge_l)
 
 
 def plain_words(text: str) -> list[str]:
@@ -303,33 +325,38 @@ def rouge_l(a: Words, b: Words) -> float:
 
 
 def top1_conf(a: AnswerArrays) -> Statistic:
-    """The first of the most confident slots; the first slot where there is no confidence."""
+    """Coverage of the answer with the highest confidence.
+
+    The first of the most confident slots; the first slot where there is no confidence.
+    """
     most_confident = np.nan_to_num(a.confidence, nan=-1.0).argmax(-1)[..., None]
     return mean_of(np.take_along_axis(a.mass, most_confident, -1))
 
 
 def brier(a: AnswerArrays) -> Statistic:
-    """Mean (q - y)^2 over slots; a slot without a confidence is charged 1."""
+    """Mean (q - y)^2 over slots, its expectation where the posterior is known; a missing or unreadable
+    slot is charged 1."""
     return mean_of(brier_loss(a.mass, a.confidence))
 
 
 def ece(a: AnswerArrays) -> Statistic:
-    """Calibration error over slots with a confidence."""
+    """Expected calibration error over slots with a confidence, in 10 equal bins."""
     return calibration_error(a.mass, a.confidence)
 
 
 def auroc(a: AnswerArrays) -> Statistic:
-    """How well confidences tell right answers from wrong ones."""
+    """Chance that a right answer has a higher confidence than a wrong one."""
     return ranking_quality(a.mass, a.confidence)
 
 
 def ece_top1(a: AnswerArrays) -> Statistic:
-    """Calibration error of the first answer."""
+    """Calibration error of the first answer alone."""
     return calibration_error(a.mass[..., 0], a.confidence[..., 0])
 
 
 def set_ece(a: AnswerArrays) -> Statistic:
-    """Calibration of a set as a whole.
+    """Calibration error of the set: the sum of its confidences against whether it holds the answer
+    (with several labels: the means of both).
 
     One label: min(1, sum of q) against whether the set holds it. Several: means of both over K.
     """
@@ -412,22 +439,26 @@ def _where_known(a: AnswerArrays, values: np.ndarray) -> np.ndarray:
 
 
 def q_mse(a: AnswerArrays) -> Statistic:
-    """Mean (q - p)^2 over slots with a confidence."""
+    """Mean (q - p)^2 (known posterior only).
+
+    Over slots with a confidence.
+    """
     return mean_of(_where_known(a, (a.confidence - a.mass) ** 2))
 
 
 def total_variation(a: AnswerArrays) -> Statistic:
-    """Total variation between what a set says and the posterior."""
+    """Total variation distance between what a set says and the posterior; "none of these" is one
+    outcome (known posterior only)."""
     return mean_of(_where_known(a, tv_distance(a.mass, a.confidence)))
 
 
 def value(a: AnswerArrays) -> Statistic:
-    """E[sum y - mean (q - y)^2] of a set."""
+    """E[sum y - mean (q - y)^2] of a set (known posterior only)."""
     return mean_of(_where_known(a, set_value(a.mass, a.confidence)))
 
 
 def regret(a: AnswerArrays) -> Statistic:
-    """How much less the value of a set is than the best set's."""
+    """How much smaller `value` is than that of the best possible set (known posterior only)."""
     best = np.array([item.best_value for item in a.items], float)[:, None]
     return mean_of(best - set_value(a.mass, a.confidence))
 
@@ -451,22 +482,23 @@ def tv_distance(mass: np.ndarray, confidence: np.ndarray) -> np.ndarray:
 
 
 def format_rate(a: AnswerArrays) -> Statistic:
-    """Share of completions that follow the grammar exactly."""
+    """Share of completions that follow the grammar exactly; the sum rule is not part of it (see
+    `reward/sum_rule_breach`)."""
     return mean_of(a.readable)
 
 
 def repeats_per_set(a: AnswerArrays) -> Statistic:
-    """Answers that say again what an earlier one of the set said."""
+    """Answers that repeat an earlier one of their set."""
     return mean_of(a.repeated.sum(-1))
 
 
 def tokens_per_set(a: AnswerArrays) -> Statistic:
-    """Mean length of a completion."""
+    """Mean length of completions, in tokens."""
     return mean_of(a.tokens)
 
 
 def prompt_tokens(a: AnswerArrays) -> Statistic:
-    """Mean length of a prompt."""
+    """Mean length of prompts, in tokens."""
     return mean_of(np.array([item.prompt_tokens for item in a.items]))
 
 
@@ -491,7 +523,8 @@ def knows_posterior(a: AnswerArrays) -> bool:
 
 @dataclass(frozen=True)
 class Metric:
-    """`compute` gives the metric of answers for which `applies` holds."""
+    """`compute` gives the metric of answers for which `applies` holds; its docstring says what it
+    is."""
 
     compute: Callable[[AnswerArrays], Statistic]
     applies: Callable[[AnswerArrays], bool] = always
@@ -507,14 +540,10 @@ METRICS: dict[str, Metric] = {
     "coverage@{all}": Metric(coverage_of_all_sets, has_several_sets),
     "pass@{all}": Metric(pass_of_all_sets, has_several_sets),
     "unique@{all}": Metric(unique_of_all_sets, has_several_sets),
-    "overlap_3gram": Metric(
-        partial(overlap, similarity=partial(ngram_jaccard, n=3)), has_several_sets
-    ),
-    "overlap_4gram": Metric(
-        partial(overlap, similarity=partial(ngram_jaccard, n=4)), has_several_sets
-    ),
-    "overlap_jaccard": Metric(partial(overlap, similarity=ngram_jaccard), has_several_sets),
-    "overlap_rouge_l": Metric(partial(overlap, similarity=rouge_l), has_several_sets),
+    "overlap_3gram": Metric(overlap_3gram, has_several_sets),
+    "overlap_4gram": Metric(overlap_4gram, has_several_sets),
+    "overlap_jaccard": Metric(overlap_jaccard, has_several_sets),
+    "overlap_rouge_l": Metric(overlap_rouge_l, has_several_sets),
     "top1_conf": Metric(top1_conf, has_confidences),
     "brier": Metric(brier, has_confidences),
     "ece": Metric(ece, has_confidences),

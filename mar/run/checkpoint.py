@@ -11,14 +11,14 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch.distributed.checkpoint as dcp
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict import (
@@ -38,6 +38,7 @@ MANIFEST = "manifest.json"
 STEP = "step" + "[0-9]" * 6  # a glob: the name of a checkpoint's folder
 
 Trained = tuple[nn.Module, Optimizer]
+PastWeights = Sequence[dict[str, Tensor]]
 
 # Expected: a single process saves without torch.distributed.
 warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
@@ -77,6 +78,7 @@ class CheckpointWriter:
             self.keep,
             critic_of(learner),
             learner.world,
+            list(learner.past_weights),
         )
 
     def finish(self) -> None:
@@ -117,6 +119,7 @@ def save(
     keep: int,
     critic: Trained | None = None,
     world: World = ALONE,
+    past: PastWeights = (),
 ) -> "Future[Path]":
     """Copy the state after `step` updates, and let a thread write it as `folder/step<step>`.
 
@@ -132,15 +135,18 @@ def save(
             use_non_blocking_copy=False,
         )
     )
-    copied = stager.stage(_state(model, optimizer, critic))
+    copied = stager.stage(_state(model, optimizer, critic, past))
     thread = ThreadPoolExecutor(1, "checkpoint")
     future = thread.submit(_write, copied, folder, step, keep, world)
     thread.shutdown(wait=False)
     return future
 
 
-def _state(model: nn.Module, optimizer: Optimizer, critic: Trained | None) -> dict[str, Any]:
-    """Weights and optimizer state by name; those of the critic begin with `critic_`."""
+def _state(
+    model: nn.Module, optimizer: Optimizer, critic: Trained | None, past: PastWeights
+) -> dict[str, Any]:
+    """Weights and optimizer state by name; those of the critic begin with `critic_`. `past_weights`
+    are those of earlier steps that rollouts are still to be sampled from (`algo.lag`)."""
     parts = {"": (model, optimizer)}
     if critic:
         parts["critic_"] = critic
@@ -154,6 +160,8 @@ def _state(model: nn.Module, optimizer: Optimizer, critic: Trained | None) -> di
             # get_state_dict has just made a step of it, which AdamW's bias correction would count
             for entry in part_optimizer.state.values():
                 entry["step"].zero_()
+    if past:
+        state["past_weights"] = {str(i): weights for i, weights in enumerate(past)}
     return state
 
 
@@ -206,16 +214,18 @@ def _publish(temporary: Path, target: Path, step: int, keep: int) -> None:
         shutil.rmtree(path)
 
 
-def require_room(folder: Path, models: Iterable[nn.Module], keep: int) -> None:
+def require_room(folder: Path, models: Sequence[nn.Module], keep: int, num_past: int = 0) -> None:
     """Raises UserError where the disk has no room for the checkpoints of a run in `folder`.
 
     `keep` of them stay while the next one is written. Each holds the weights, and two moments of
-    those that are trained. What is in the folder already counts.
+    those that are trained; of the first model, the policy, also the trained weights of `num_past`
+    earlier steps. What is in the folder already counts.
     """
     one = 0
     for model in models:
+        earlier = num_past if model is models[0] else 0
         for parameter in model.parameters():
-            copies = 3 if parameter.requires_grad else 1
+            copies = 3 + earlier if parameter.requires_grad else 1
             one += copies * parameter.numel() * parameter.element_size()
     there = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     needed = (keep + 1) * one - there
@@ -283,10 +293,11 @@ def restore(
     optimizer: Optimizer,
     critic: Trained | None = None,
     world: World = ALONE,
+    past: PastWeights = (),
 ) -> None:
-    """Load weights and optimizer state in place, also the critic's where there is one, whatever
-    the number of ranks that wrote them."""
-    state = _state(model, optimizer, critic)
+    """Load weights and optimizer state in place, also the critic's and those of earlier steps where
+    there are any, whatever the number of ranks that wrote them."""
+    state = _state(model, optimizer, critic, past)
     dcp.load(state, checkpoint_id=found.path, no_dist=world.size == 1)
     set_state_dict(
         model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"]

@@ -19,14 +19,14 @@ from hydra import initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverrideParseException
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
 
 from mar.answers.reward_spec import COVERAGES, DUPLICATES
 from mar.answers.reward_terms import REWARD_TERMS
 from mar.answers.rewards import term_faults
 from mar.config import AlgoOptions, Config, DataOptions, ModelOptions, OptimOptions, RewardOptions
 from mar.errors import UserError, one_line
-from mar.learn.advantages import BASELINES, CREDITS, SCALES
+from mar.learn.advantages import BASELINES, CREDITS, SCALES, STEP_SCALES
 from mar.learn.losses import AGGREGATIONS, IMPORTANCE, KL_ESTIMATORS, LOSSES, options_of
 from mar.run import folder as rundir
 
@@ -39,7 +39,7 @@ CONF_DIR = Path(__file__).resolve().parents[2] / "conf"
 REGISTRIES: dict[str, Callable[[], Collection[str]]] = {
     "credits": lambda: CREDITS,
     "baselines": lambda: [*BASELINES, "value"],
-    "scales": lambda: [*SCALES, "whiten"],
+    "scales": lambda: [*SCALES, *STEP_SCALES],
     "importance": lambda: IMPORTANCE,
     "losses": lambda: LOSSES,
     "aggregations": lambda: AGGREGATIONS,
@@ -194,9 +194,9 @@ def _group_rules(algo: AlgoOptions, num_answers: int) -> Rules:
             "take 2 or baseline=none",
         ),
         (
-            alone and algo.scale_by == "group_std",
-            "algo.group_size=1 has no spread for algo.scale_by=group_std: take 2 or more, or "
-            "scale_by=none",
+            alone and algo.scale_by in ("group_std", "term_std"),
+            f"algo.group_size=1 has no spread for algo.scale_by={algo.scale_by}: take 2 or more, "
+            "or scale_by=none",
         ),
         (
             alone and algo.resample > 0,
@@ -236,6 +236,8 @@ def _algo_rules(algo: AlgoOptions, max_completion_tokens: int, steps: int) -> Ru
     draws_from_part = (algo.top_k, algo.top_p, algo.min_p) != (0, 1.0, 0.0)
     several_updates = algo.epochs * algo.minibatches > 1
     divides = algo.scale_by not in ("none", "whiten")
+    kl_in_reward = algo.kl == "k1" and algo.kl_coef != 0
+    costs_beside_terms = kl_in_reward or algo.truncated == "penalise"
     ratio_losses = [name for name in LOSSES if name != "reinforce"]
     return [
         (
@@ -247,6 +249,11 @@ def _algo_rules(algo: AlgoOptions, max_completion_tokens: int, steps: int) -> Ru
             several_updates and algo.loss == "reinforce",
             "algo.loss=reinforce takes one update per batch: set algo.epochs=1 and "
             f"algo.minibatches=1, or loss={' or '.join(ratio_losses)}",
+        ),
+        (
+            algo.lag > 0 and algo.variance_every > 0,
+            f"algo.variance_every={algo.variance_every} measures the gradient of the policy that "
+            f"sampled and algo.lag={algo.lag} samples from an older one: set one of them to 0",
         ),
         (
             algo.minibatches > algo.prompts_per_step,
@@ -283,6 +290,12 @@ def _algo_rules(algo: AlgoOptions, max_completion_tokens: int, steps: int) -> Ru
             "algo.scale_by=group_mean is (reward - mean) / mean: set algo.baseline=mean",
         ),
         (
+            algo.scale_by == "term_std" and costs_beside_terms,
+            "algo.scale_by=term_std divides the terms of the reward, and neither algo.kl=k1 nor "
+            "algo.truncated=penalise is one: take algo.kl=k3, and reward.terms.length for "
+            "truncated=keep",
+        ),
+        (
             algo.critic_warmup > 0 and algo.baseline != "value",
             f"algo.critic_warmup={algo.critic_warmup} needs a critic: set algo.baseline=value",
         ),
@@ -311,6 +324,16 @@ def _run_rules(name: str, steps: int, stop_at: int | None, optim: OptimOptions) 
             f"optim.betas={optim.betas} is wrong: give two numbers from 0 to below 1",
         ),
     ]
+
+
+def _credit_faults(config: Config) -> Iterator[str]:
+    """The credit rule against the form."""
+    reward = config.reward
+    if config.algo.credit == "decoupled" and not reward.confident:
+        yield (
+            f"algo.credit=decoupled parts answers from confidences and reward.objective="
+            f"{reward.objective} has none: take algo.credit=to_go, or an rlcr objective"
+        )
 
 
 def _term_faults(reward: RewardOptions, group_size: int) -> Iterator[str]:
@@ -347,6 +370,7 @@ def _faults(config: Config) -> Iterator[str]:
     for broken, sentence in rules:
         if broken:
             yield sentence
+    yield from _credit_faults(config)
     yield from _term_faults(config.reward, config.algo.group_size)
     yield from _loss_option_faults(config.algo)
     yield from _pattern_faults(config.model)
@@ -370,8 +394,10 @@ def from_omegaconf(config: Any) -> Config:
     try:
         tree = OmegaConf.to_object(config)
     except OmegaConfBaseException as error:
-        first_line = str(error).splitlines()[0]
-        raise UserError(f"the configuration cannot be resolved: {first_line}") from None
+        reason = str(error).splitlines()[0]
+        if isinstance(error, InterpolationResolutionError):
+            reason += " (${key} in a value is the value of that key; \\${ is the sign itself)"
+        raise UserError(f"the configuration cannot be resolved: {reason}") from None
     assert isinstance(tree, Config)
     known = rundir.flatten(tree.to_dict())
     given = rundir.flatten(dict(config))
@@ -389,7 +415,7 @@ def load_config(file: Path, overrides: Sequence[str] = ()) -> Config:
     Raises UserError where another version of the schema wrote it.
     """
     try:
-        saved = dict(yaml.safe_load(file.read_text(encoding="utf-8")))
+        saved = _without_references(dict(yaml.safe_load(file.read_text(encoding="utf-8"))))
         saved.pop("provenance", None)
         if saved["data"]["num_eval"] == saved["eval"]["num_items"]:
             del saved["data"]["num_eval"]  # it followed the other
@@ -406,10 +432,23 @@ def load_config(file: Path, overrides: Sequence[str] = ()) -> Config:
     return validate(tree)
 
 
+def _without_references(value: Any) -> Any:
+    """A value, with what it holds, in which OmegaConf does not take `${` for a reference."""
+    if isinstance(value, str):
+        # OmegaConf reads a backslash as itself, except before these signs.
+        return re.sub(r"(\\*)\$\{", lambda m: 2 * m[1] + "\\${", value)
+    if isinstance(value, dict):
+        return {key: _without_references(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_without_references(item) for item in value]
+    return value
+
+
 def quoted(value: object) -> str:
     """A value as a word of Hydra's command line, whatever signs it holds."""
+    plain = _without_references(str(value))
     # Hydra reads a backslash as itself, except before a quote.
-    escaped = re.sub(r"(\\*)('|$)", lambda m: 2 * m[1] + (m[2] and "\\'"), str(value))
+    escaped = re.sub(r"(\\*)('|$)", lambda m: 2 * m[1] + (m[2] and "\\'"), plain)
     return f"'{escaped}'"
 
 

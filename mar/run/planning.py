@@ -205,6 +205,37 @@ def update_memory(
     }
 
 
+def decode_memory(
+    shape: ModelConfig,
+    num_rows: int,
+    row_tokens: int,
+    num_prompts: int,
+    prompt_tokens: int,
+    group_size: int,
+    compute_bytes: int,
+) -> int:
+    """Bytes that a step of the sampler works in: the pool that its CUDA graphs share.
+
+    Worst is a layer's attention to the prompts, that to the rows' own tokens, or the MLP. Scores are
+    in float32, and for a moment there are two of each: before and after they are scaled, or
+    normalised. The rows of a prompt stand side by side, `group_size` places for each prompt.
+    """
+    D, H, d = shape.hidden_size, shape.num_heads, shape.head_dim
+    qkv = (H + 2 * shape.num_kv_heads) * d
+    precise_bytes = max(compute_bytes, 4)
+    places = num_prompts * group_size
+    biases = compute_bytes * (num_rows * row_tokens + num_prompts * prompt_tokens)
+    # x and its norm, qkv, and q and k rotated
+    of_a_row = compute_bytes * num_rows * (2 * D + 2 * qkv)
+    mixed = precise_bytes * num_rows * H * d
+    queries = compute_bytes * places * H * d
+    to_prompts = of_a_row + mixed + queries + 2 * precise_bytes * places * H * prompt_tokens
+    to_own = of_a_row + 2 * precise_bytes * num_rows * H * row_tokens
+    # x before and after attention and its norm; gate and up, silu(gate), the product
+    mlp = compute_bytes * num_rows * (3 * D + 4 * shape.intermediate_size)
+    return biases + max(to_prompts, to_own, mlp)
+
+
 def memory_beside_policy(
     config: Config, shape: ModelConfig, shards: int, stored_bytes: int
 ) -> dict[str, int]:
@@ -244,32 +275,45 @@ def memory_per_gpu(config: Config, model: Decoder) -> dict[str, Any]:
         stored_bytes=stored_bytes,
     )
     beside = memory_beside_policy(config, shape, shards, stored_bytes)
+    if config.algo.lag:
+        one = stored_bytes * num_parameters(model, trained=True, shards=shards)
+        beside["past_weights"] = config.algo.lag * one
     if scale.offload:  # they live in CPU memory
         parts |= {"weights": 0, "gradients": 0, "optimizer": 0}
         beside = dict.fromkeys(beside, 0)
     parts |= beside
 
-    # Loading: the shards of all models, one after another, then the copy for sampling.
+    # Loading: the shards of all models, one after another, then the copy for sampling. Past weights
+    # (algo.lag) come with the first steps.
     copy = compute_bytes * num_parameters(model)
     loading_peak = parts["weights"] + parts["reference"] + parts["critic"] + copy
 
     # The update: everything above, and the copy where it is kept.
     update_peak = sum(parts.values()) + (copy if scale.keep_copy else 0)
 
-    # Sampling: what stays resident, the copy, and the KV cache.
+    # Sampling: what stays resident, the copy, the KV cache, and what a decode step works in.
     training_state = parts["weights"] + parts["gradients"] + parts["optimizer"]
     resident = copy + training_state + sum(beside.values())
     num_prompts = ceil(config.algo.prompts_per_step / scale.num_gpus)
     prompt_slots, row_slots = capacity([P] * num_prompts, [G] * num_prompts, R, kv_budget)
     kv_bytes = compute_bytes * _kv_numbers_per_token(shape)
     kv_cache = kv_bytes * (prompt_slots * P + row_slots * R)
-    sampling_peak = resident + kv_cache
+    graph_pool = decode_memory(
+        shape,
+        num_rows=row_slots,
+        row_tokens=R,
+        num_prompts=prompt_slots,
+        prompt_tokens=P,
+        group_size=G,
+        compute_bytes=compute_bytes,
+    )
+    sampling_peak = resident + kv_cache + graph_pool
 
     # The largest group: its prompt once and its rows, in what memory or the budget leaves.
-    tokens_in_memory = max(0, int(GPU_BYTES * USABLE) - resident) // kv_bytes
+    tokens_in_memory = max(0, int(GPU_BYTES * USABLE) - resident - graph_pool) // kv_bytes
     largest_group = max(0, (min(tokens_in_memory, kv_budget) - P) // R)
     return {
-        "bytes": parts | {"sampling_copy": copy, "kv_cache": kv_cache},
+        "bytes": parts | {"sampling_copy": copy, "kv_cache": kv_cache, "decode_graphs": graph_pool},
         "peak_bytes": {"loading": loading_peak, "sampling": sampling_peak, "update": update_peak},
         "fits": max(loading_peak, sampling_peak, update_peak) <= GPU_BYTES * USABLE,
         "rows_at_once": row_slots,

@@ -24,7 +24,16 @@ def resume(folder: Path, learner: Learner, document: dict[str, Any], display: Di
     if found:
         step = found.step
         critic = checkpoint.critic_of(learner)
-        checkpoint.restore(found, learner.policy, learner.optimizer, critic, learner.world)
+        for _ in range(min(step, learner.config.algo.lag)):
+            learner.remember_weights()  # tensors for the checkpoint to fill
+        checkpoint.restore(
+            found,
+            learner.policy,
+            learner.optimizer,
+            critic,
+            learner.world,
+            list(learner.past_weights),
+        )
         display.say(f"resuming after step {step} from {found.path}")
 
     if learner.world.leads:

@@ -4,6 +4,14 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+# what is logged of every step -> its line in the glossary, mar/measure/README.md
+MEANINGS = {
+    "perf/sample_s": "seconds of sampling",
+    "perf/verify_s": "seconds of verifying and paying",
+    "perf/update_s": "seconds of the update",
+    "perf/tokens_per_s": "completion tokens per second of the whole step",
+}
+
 
 class Timer:
     """`with timer("sample"): ...` adds the seconds of the block to `timer.seconds["sample"]`."""

@@ -142,7 +142,8 @@ def restore_state(model: Decoder, optimizer: torch.optim.Optimizer, folder: Path
     file = folder / STATE
     if not file.exists():
         return Progress()
-    state = torch.load(file, weights_only=True)
+    # moments go where their parameters are, which may be another device than when they were saved
+    state = torch.load(file, weights_only=True, map_location="cpu")
     named = dict(model.named_parameters())
     shapes = {name: p.shape for name, p in named.items() if is_adapter(name)}
     if shapes != {name: value.shape for name, value in state["adapters"].items()}:
@@ -153,7 +154,11 @@ def restore_state(model: Decoder, optimizer: torch.optim.Optimizer, folder: Path
     model.load_state_dict(state["adapters"], strict=False)
     for name, parameter in named.items():
         if parameter.requires_grad and name in state["moments"]:
-            optimizer.state[parameter] = state["moments"][name]
+            moments = state["moments"][name]
+            for key, value in moments.items():
+                if value.shape == parameter.shape:
+                    moments[key] = value.to(parameter)
+            optimizer.state[parameter] = moments
     return Progress(state["step"], state["seconds"])
 
 

@@ -10,7 +10,14 @@ import numpy as np
 
 from mar.answers.grammar import Grammar, Parsed, decode_with_starts, parse
 from mar.answers.reward_terms import Judged
-from mar.answers.rewards import RewardSpec, first_open, needs_group, pay_terms
+from mar.answers.rewards import (
+    RewardSpec,
+    confidence_components,
+    confidence_segments,
+    first_open,
+    needs_group,
+    pay_terms,
+)
 from mar.errors import UserError
 from mar.policy.model import Decoder
 from mar.records import Completion, Gold, Prompt, Rollout
@@ -26,7 +33,7 @@ from mar.verify.matching import (
     repeats,
 )
 from mar.verify.programs import ProgramRunner
-from mar.verify.verifiers import AnswerChecker, submit_answers, verifier_for
+from mar.verify.verifiers import AnswerChecker, WordChecker, submit_answers, verifier_for
 
 OnCompletion = Callable[[Prompt, Completion], None]
 
@@ -65,6 +72,12 @@ class Scorer:
     def first_open(self) -> np.ndarray:
         """[S] the first reward component that is still open in each segment (rewards.py)."""
         return first_open(self.grammar, self.reward)
+
+    @cached_property
+    def of_confidence(self) -> tuple[np.ndarray, np.ndarray]:
+        """[C] and [S]: the components and the segments that belong to confidences (rewards.py)."""
+        components = confidence_components(self.grammar, self.reward)
+        return components, confidence_segments(self.grammar)
 
 
 # --- sampling --------------------------------------------------------------------------------
@@ -178,7 +191,7 @@ def verify_programs(reading: Reading, runner: ProgramRunner) -> Verified:
     return Verified(hits, repeated, len(golds), mass=hits, keys=tuple(keys))
 
 
-def verify_words(reading: Reading, verifier: AnswerChecker) -> Verified:
+def verify_words(reading: Reading, verifier: WordChecker) -> Verified:
     """Answers against this prompt's own golds: its label, or the probability of each gold."""
     example = reading.prompt.example
     answers = reading.parsed.answers
@@ -269,6 +282,8 @@ def pay(reading: Reading, verified: Verified, judged: Judged, verifier: AnswerCh
         unjudged=unjudged,
         parts=earned.parts,
         token_starts=reading.token_starts,
+        terms=earned.terms,
+        term_weights=earned.term_weights,
     )
 
 

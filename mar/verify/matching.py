@@ -18,18 +18,47 @@ Key = Callable[[str], Hashable]
 # None: not written
 Answers = Sequence[str | None]
 
+# normalised answer -> the indices of golds
+Index = dict[str, tuple[int, ...]]
+
+MANY_GOLDS = 8
+MOST_INDICES = 1 << 12
+
 
 @lru_cache(maxsize=1 << 16)
-def _accepted(gold: Gold) -> frozenset[str]:
-    """The normalised answers that are this gold; never "" (nothing visible)."""
-    names = (gold.name, *gold.aliases)
-    return frozenset(normalise(name) for name in names) - {""}
+def _accepted(name: str, aliases: tuple[str, ...]) -> frozenset[str]:
+    """The normalised answers that are a gold; never "" (nothing visible)."""
+    return frozenset(normalise(one) for one in (name, *aliases)) - {""}
+
+
+# Of many golds each answer would be compared with all. Kept by identity, because to hash the golds
+# takes longer than to compare; the golds are kept too, so that no others come to have their id.
+_indices: dict[int, tuple[Sequence[Gold], Index]] = {}
+
+
+def _index(golds: Sequence[Gold]) -> Index:
+    """Normalised answer -> the golds that it is."""
+    kept = _indices.get(id(golds))
+    if kept is not None:
+        return kept[1]
+    positions: dict[str, list[int]] = {}
+    for position, gold in enumerate(golds):
+        for name in _accepted(gold.name, gold.aliases):
+            positions.setdefault(name, []).append(position)
+    index = {name: tuple(found) for name, found in positions.items()}
+    if len(_indices) >= MOST_INDICES:
+        _indices.clear()
+    _indices[id(golds)] = (golds, index)
+    return index
 
 
 def text_verifier(answer: str, golds: Sequence[Gold]) -> tuple[int, ...]:
     """The golds whose name or one of whose aliases the answer is."""
     wanted = normalise(answer)
-    return tuple(i for i, gold in enumerate(golds) if wanted in _accepted(gold))
+    # what can change is no key, and of a few golds an index saves nothing
+    if isinstance(golds, tuple) and len(golds) >= MANY_GOLDS:
+        return _index(golds).get(wanted, ())
+    return tuple(i for i, gold in enumerate(golds) if wanted in _accepted(gold.name, gold.aliases))
 
 
 def matching_increments(

@@ -102,12 +102,14 @@ RELATIONS = "<>=\u2264\u2265\u2260\u2248\u00b1\u2192\u21d2\u2190\u2194\u21d4"
 LETTER = r"[^\W\d_]"
 
 # where a number has to follow
-NUMBER = rf"(?=-?[{MONEY}]?-?\.?[0-9])"
+NUMBER = rf"(?=-?[{MONEY}]?-?\.?[0-9\u221e])"
 
 # where a number or a variable of one letter stands
 ATOM_BEFORE = rf"[0-9]|\b{LETTER}"
 ATOM_AFTER = rf"-?\.?[0-9]|{LETTER}\b"
 
+# units that stand behind a number with or without a space (5 k and 3 d may be something else)
+CLEAR_UNITS = "kg|mg|mcg|\u03bcg|ml|dl|mol|mmol|cm|mm|km"
 UNITS = "kg|g|mg|mcg|\u03bcg|l|dl|ml|mol|mmol|m|cm|mm|km|n|j|w|k|s|min|h|d"
 AMOUNT = rf"(?<![\w.\-/:^+*{MONEY}])([0-9][0-9.]*(?: (?:thousand|million|billion|trillion))?)"
 
@@ -146,6 +148,8 @@ WORDS_OF_SIGNS = (
     (rf"\b(?:(?:greater|more) than or equal to|at least|no less than) {NUMBER}", "\u2265"),
     (rf"\b(?:less than|under|below) {NUMBER}", "<"),
     (rf"\b(?:(?:greater|more) than|over|above) {NUMBER}", ">"),
+    (r"(?<![\w.,/:-])([0-9][0-9.,]*) or (?:more|greater|higher|above)\b", "\u2265\\1"),
+    (r"(?<![\w.,/:-])([0-9][0-9.,]*) or (?:less|fewer|lower|below)\b", "\u2264\\1"),
     (rf"\bnot equal to {NUMBER}", "\u2260"),
     (rf"\b(?:approximately|about|around|roughly|circa) {NUMBER}", "\u2248"),
     (rf"^ ?(?:minus|negative) {NUMBER}", "-"),
@@ -158,6 +162,7 @@ NUMERALS = (
     (r"(?<![\w.])\.(?=[0-9])", "0."),
     (r"(?<=[0-9])(?:\\ ?| )(?=[%\u2030\u2031\u00b0])", ""),
     (r"(?<=\u00b0) (?=[cfk]\b)", ""),
+    (rf"(?<=[0-9])(?=(?:{CLEAR_UNITS})\b)", " "),
 )
 
 # signs between two numbers or variables: 5-10, 1/2, 3:1, 2*3, 5+10, a/b, 5 mg/l
@@ -167,7 +172,7 @@ BETWEEN = (
     (r"(?<![0-9])([0-9]{1,2})[-/]([0-9]{1,2})[-/]([0-9]{4})(?![0-9])", r"\1 \2 \3"),
     (r"(?<=[0-9%]) ?(?:- |\.\.\.?)(?=-?\.?[0-9])", "-"),
     # what begins an answer or follows a relation is a sign, no hyphen: - 5
-    (rf"(^|[{RELATIONS}]) ?- (?=[{MONEY}]?\.?[0-9])", r"\1-"),
+    (rf"(^|[{RELATIONS}]) ?- (?=[{MONEY}]?\.?[0-9\u221e])", r"\1-"),
     (r"(?<=[0-9]) ?([/:*|\\\u00b7\u00d7]) ?(?=[-+]?\.?[0-9])", r"\1"),
     (r"(?<=[0-9]) ?x ?(?=[0-9])", "\u00d7"),
     (r"(?<=[\w%]) ?\+ (?=[\w.])", "+"),
@@ -201,7 +206,7 @@ MARKS = (
     (rf"'+(?={LETTER})", ""),
     (r"(?<=[0-9]') (?=[0-9])", ""),
     (r'(?<![0-9])"', " "),
-    (r"(?<![0-9])(?<!\b[nkmx])!", " "),
+    (rf"(?<![0-9])(?<!\b[nkmx])!(?!{LETTER}\b)", " "),
     (rf"(?<={LETTER})\.(?={LETTER})", ""),
 )
 
@@ -212,7 +217,7 @@ STRAY = (
     # a-fib is no article and fib
     (rf"^ ?a-(?={LETTER}{LETTER})", "a"),
     (
-        rf"(?<={LETTER})-(?=\w)|-(?![\w.{MONEY}])(?<![0-9]-)(?<!\b{LETTER}-)(?<!\b{LETTER}{LETTER}-)",
+        rf"(?<={LETTER})-(?=\w)|-(?![\w.{MONEY}\u221e])(?<![0-9]-)(?<!\b{LETTER}-)(?<!\b{LETTER}{LETTER}-)",
         " ",
     ),
     (rf"-(?={LETTER})", " "),

@@ -7,7 +7,9 @@ programs differ, they do not.
 
     dead code         what is never reached, never used, or changes nothing is gone
     copies            y = x, and a value that is used once, in the next statement, stand in place
-    order             independent statements are sorted
+    helpers           a function that returns an expression, and one that only calls another, too
+    one spelling      sums, comparisons, loops over a range, ways to say the same value
+    order             independent statements and the parts of a sum are sorted
     names             are numbered in the order in which they then come
 """
 
@@ -33,6 +35,9 @@ DEFINITIONS = (*FUNCTIONS, _ast.ClassDef)
 IMPORTS = (_ast.Import, _ast.ImportFrom)
 JUMPS = (_ast.Return, _ast.Raise, _ast.Break, _ast.Continue)
 LOOPS = (_ast.For, _ast.AsyncFor, _ast.While)
+DISPLAYS = (_ast.List, _ast.Dict, _ast.Set, _ast.ListComp, _ast.DictComp, _ast.SetComp)
+# statements whose head is not evaluated exactly once
+EVALUATED_AGAIN = (*DEFINITIONS, _ast.While)
 # what runs its names later, more than once, or never
 DEFERRED = (_ast.Lambda, _ast.ListComp, _ast.SetComp, _ast.DictComp, _ast.GeneratorExp)
 EFFECTS = (*JUMPS, _ast.Yield, _ast.YieldFrom, _ast.Await, _ast.Delete, _ast.NamedExpr)
@@ -44,6 +49,15 @@ HARMLESS = frozenset(
     "len list map max min ord pow print range repr reversed round set sorted str sum tuple type zip".split()
 )
 
+# operators whose sides can change places
+COMMUTE = (_ast.Add, _ast.Mult, _ast.BitOr, _ast.BitAnd, _ast.BitXor)
+
+# decorators that change nothing but the time that a call takes
+CACHES = frozenset("cache lru_cache wraps njit jit".split())
+
+# calls that hand on their only argument, where the loop takes it
+SAME_ITEMS = frozenset("list tuple iter".split())
+
 MIRRORED = {_ast.Gt: _ast.Lt, _ast.GtE: _ast.LtE}
 NEGATED = {
     _ast.Eq: _ast.NotEq,
@@ -54,19 +68,29 @@ NEGATED = {
     _ast.NotIn: _ast.In,
 }
 
+# statements of which a named value can be taken out, to stand before them
+HOISTED = (_ast.Assign, _ast.Return, _ast.Expr, _ast.If, _ast.For, _ast.AugAssign)
+
+# nodes of an expression that may stand wherever its name did
+SMALL = 6
+
+# nodes of an expression that stands in the place of a call
+LARGEST_INLINED = 60
+
 # simplifying ends earlier; a program that would go on is compared as it then is
 MAX_ROUNDS = 12
 
 
 def walk(node: object) -> Iterator[Any]:
     """Every node of a syntax tree, or of a list of them, parents first."""
-    if isinstance(node, list):
-        for part in node:
-            yield from walk(part)
-    elif isinstance(node, _ast.AST):
-        yield node
-        for field in node._fields:
-            yield from walk(getattr(node, field, None))
+    waiting = [node]
+    while waiting:
+        part = waiting.pop()
+        if isinstance(part, list):
+            waiting += part[::-1]
+        elif isinstance(part, _ast.AST):
+            yield part
+            waiting += [getattr(part, field, None) for field in part._fields[::-1]]
 
 
 def loads(node: object) -> list[str]:
@@ -126,21 +150,182 @@ def simple_expression(node: Any) -> Any:
     if isinstance(node, _ast.UnaryOp):
         return _simple_unary(node)
     if isinstance(node, _ast.Compare) and len(node.ops) == 1:
-        mirrored = MIRRORED.get(type(node.ops[0]))
-        if mirrored:
-            # a > b is b < a
-            node.left, node.comparators = node.comparators[0], [node.left]
-            node.ops = [mirrored()]
-        return node
+        return _simple_comparison(node)
+    if isinstance(node, _ast.BoolOp):
+        return _simple_bool(node)
+    if isinstance(node, _ast.Subscript):
+        return _simple_subscript(node)
     if isinstance(node, _ast.BinOp):
         return _simple_binary(node)
-    if isinstance(node, _ast.IfExp) and isinstance(node.test, _ast.Constant):
-        return node.body if node.test.value else node.orelse
-    bare_call = isinstance(node, _ast.Call) and not node.args and not node.keywords
-    if bare_call and isinstance(node.func, _ast.Lambda) and not bindings(node.func.args):
-        # (lambda: x)() is x
-        return node.func.body
+    if isinstance(node, _ast.IfExp):
+        return _simple_choice(node)
+    if isinstance(node, _ast.Call):
+        return _simple_call(node)
     return node
+
+
+def _constant(value: Any) -> Any:
+    return _ast.Constant(value=value)
+
+
+def _is_constant(node: object, *values: object) -> bool:
+    """A constant, of these values if there are any. (True is 1.)"""
+    return isinstance(node, _ast.Constant) and (not values or node.value in values)
+
+
+def _is_int(node: object) -> bool:
+    return isinstance(node, _ast.Constant) and type(node.value) is int
+
+
+def _simple_comparison(node: Any) -> Any:
+    mirrored = MIRRORED.get(type(node.ops[0]))
+    if mirrored:
+        # a > b is b < a
+        node.left, node.comparators = node.comparators[0], [node.left]
+        node.ops = [mirrored()]
+    left, (right,) = node.left, node.comparators
+    if isinstance(node.ops[0], _ast.LtE):
+        # of whole numbers, a <= b is a < b + 1
+        right = simple_expression(_ast.BinOp(left=right, op=_ast.Add(), right=_constant(1)))
+        node.ops, node.comparators = [_ast.Lt()], [right]
+    if _is_int(left) and _is_int(right):
+        results = {
+            _ast.Lt: left.value < right.value,
+            _ast.Eq: left.value == right.value,
+            _ast.NotEq: left.value != right.value,
+        }
+        result = results.get(type(node.ops[0]))
+        return node if result is None else _constant(result)
+    if same(left, right) and is_pure(left) and isinstance(node.ops[0], (_ast.Eq, _ast.NotEq)):
+        return _constant(isinstance(node.ops[0], _ast.Eq))
+    return node
+
+
+def _simple_bool(node: Any) -> Any:
+    """`and` and `or` without the parts that do not matter."""
+    decides = isinstance(node.op, _ast.Or)
+    kept: list = []
+    for part in node.values:
+        if _is_constant(part) and bool(part.value) != decides:
+            continue
+        if kept and same(kept[-1], part) and is_pure(part):
+            continue
+        kept.append(part)
+        if _is_constant(part):
+            break
+    if not kept:
+        return node.values[-1]
+    if _is_constant(kept[-1]) and all(is_pure(part) for part in kept):
+        # nothing and False: whatever stands before
+        return kept[-1]
+    node.values = kept
+    return kept[0] if len(kept) == 1 else node
+
+
+def _simple_choice(node: Any) -> Any:
+    """`a if test else b`"""
+    if _is_constant(node.test):
+        return node.body if node.test.value else node.orelse
+    if same(node.body, node.orelse) and is_pure(node.test):
+        return node.body
+    if isinstance(node.test, _ast.UnaryOp) and isinstance(node.test.op, _ast.Not):
+        node.test, node.body, node.orelse = node.test.operand, node.orelse, node.body
+    return node
+
+
+def _simple_subscript(node: Any) -> Any:
+    """`[a, b][0]` is a, and `divmod(a, b)[0]` is a // b."""
+    inner, index = node.value, node.slice
+    if not _is_int(index) or isinstance(node.ctx, (_ast.Store, _ast.Del)):
+        return node
+    is_display = isinstance(inner, (_ast.List, _ast.Tuple)) and is_pure(inner)
+    if is_display and -len(inner.elts) <= index.value < len(inner.elts):
+        return inner.elts[index.value]
+    is_divmod = is_harmless_call(inner) and inner.func.id == "divmod" and len(inner.args) == 2
+    if is_divmod and index.value in (0, 1):
+        operator = _ast.Mod() if index.value else _ast.FloorDiv()
+        return _ast.BinOp(left=inner.args[0], op=operator, right=inner.args[1])
+    return node
+
+
+def _simple_call(node: Any) -> Any:
+    if isinstance(node.func, _ast.Lambda):
+        # (lambda x: x + 1)(2) is 2 + 1
+        return _inlined(node, node.func.args, node.func.body) or node
+    if not isinstance(node.func, _ast.Name) or node.keywords or not node.args:
+        return node
+    name, arguments = node.func.id, node.args
+    first = arguments[0]
+    of_truth = _is_constant(first) and type(first.value) in (bool, int)
+    if name in ("bool", "int") and len(arguments) == 1 and of_truth:
+        return _constant(bool(first.value) if name == "bool" else int(first.value))
+    if name == "int" and len(arguments) == 1 and not isinstance(first, _ast.Starred):
+        return first
+    if name in ("max", "min") and len(arguments) == 2 and same(*arguments) and is_pure(first):
+        return first
+    if name in ("sum", "max", "min") and len(arguments) == 1:
+        if not isinstance(first, (_ast.List, _ast.Tuple)) or not first.elts:
+            return node
+        if any(isinstance(part, _ast.Starred) for part in first.elts):
+            return node
+        total = first.elts[0]
+        for part in first.elts[1:] if name == "sum" else []:
+            total = _ast.BinOp(left=total, op=_ast.Add(), right=part)
+        return simple_expression(total) if name == "sum" or len(first.elts) == 1 else node
+    if name == "range" and len(arguments) == 3 and _is_constant(arguments[2], 1):
+        del arguments[2]
+    if name == "range" and len(arguments) == 2 and _is_constant(first, 0):
+        del arguments[0]
+    return node
+
+
+def copied(node: Any) -> Any:
+    """A syntax tree of its own, equal to this one."""
+    if isinstance(node, list):
+        return [copied(part) for part in node]
+    if not isinstance(node, _ast.AST):
+        return node
+    return type(node)(**{field: copied(getattr(node, field, None)) for field in node._fields})
+
+
+def _inlined(call: Any, parameters: Any, value: Any) -> Any:
+    """The value of a function of one expression, called so; None where it is not plain."""
+    names = plain_parameters(parameters)
+    if names is None or call.keywords or len(call.args) != len(names):
+        return None
+    if any(isinstance(part, (_ast.Starred, _ast.NamedExpr)) for part in walk(call.args)):
+        return None
+    used = loads(value)
+    for name, argument in zip(names, call.args, strict=True):
+        if used.count(name) > 1 and not is_pure(argument):
+            return None
+    # a parameter may have the name of something in an argument
+    inner = copied(value)
+    for number, name in enumerate(names):
+        _rename(inner, name, f" {number}")
+    holder = [inner]
+    for number, argument in enumerate(call.args):
+        _replace(holder, f" {number}", argument)
+    return simplify(holder[0])
+
+
+def plain_parameters(parameters: Any) -> list[str] | None:
+    """The names of parameters that are all given by position; None where there are others."""
+    others = (
+        parameters.vararg,
+        parameters.kwarg,
+        *parameters.kwonlyargs,
+        *parameters.defaults,
+    )
+    if any(other is not None for other in others):
+        return None
+    return [one.arg for one in (*parameters.posonlyargs, *parameters.args)]
+
+
+def _rename(node: object, name: str, other: str) -> None:
+    for part in walk(node):
+        if isinstance(part, _ast.Name) and part.id == name:
+            part.id = other
 
 
 def _simple_unary(node: Any) -> Any:
@@ -155,6 +340,15 @@ def _simple_unary(node: Any) -> Any:
     if isinstance(node.op, _ast.Not):
         if isinstance(inner, _ast.Constant):
             return _ast.Constant(value=not inner.value)
+        if isinstance(inner, _ast.UnaryOp) and isinstance(inner.op, _ast.Not):
+            # where only its truth matters, as nearly everywhere
+            return inner.operand
+        is_comparison = isinstance(inner, _ast.Compare) and len(inner.ops) == 1
+        if is_comparison and isinstance(inner.ops[0], _ast.Lt):
+            # not a < b is b <= a
+            sides = [inner.left]
+            turned = _ast.Compare(left=inner.comparators[0], ops=[_ast.LtE()], comparators=sides)
+            return _simple_comparison(turned)
         if isinstance(inner, _ast.Compare) and len(inner.ops) == 1:
             negated = NEGATED.get(type(inner.ops[0]))
             if negated:
@@ -165,29 +359,50 @@ def _simple_unary(node: Any) -> Any:
 
 def _simple_binary(node: Any) -> Any:
     left, right = node.left, node.right
-    numbers = [
-        side.value
-        for side in (left, right)
-        if isinstance(side, _ast.Constant) and type(side.value) is int
-    ]
-    if len(numbers) == 2 and max(map(abs, numbers)) < 1 << 32:
-        a, b = numbers
-        if isinstance(node.op, _ast.Add):
-            return _ast.Constant(value=a + b)
-        if isinstance(node.op, _ast.Sub):
-            return _ast.Constant(value=a - b)
-        if isinstance(node.op, _ast.Mult):
-            return _ast.Constant(value=a * b)
-    commutes = isinstance(node.op, (_ast.Add, _ast.Mult))
-    if commutes and isinstance(left, _ast.Constant) and not isinstance(right, _ast.Constant):
-        # 2 * x is x * 2
-        node.left, node.right = left, right = right, left
-    if isinstance(right, _ast.Constant) and type(right.value) is int:
-        adds_nothing = right.value == 0 and isinstance(node.op, (_ast.Add, _ast.Sub))
-        keeps = right.value == 1 and isinstance(node.op, (_ast.Mult, _ast.Pow))
-        if adds_nothing or keeps:
-            return left
+    is_shift = isinstance(node.op, (_ast.RShift, _ast.LShift)) and _is_int(right)
+    if is_shift and 0 <= right.value < 64:
+        right = _constant(1 << right.value)
+        operator = _ast.FloorDiv if isinstance(node.op, _ast.RShift) else _ast.Mult
+        return simple_expression(_ast.BinOp(left=left, op=operator(), right=right))
+    if isinstance(node.op, _ast.Sub):
+        # a - b is a + -b
+        negative = simple_expression(_ast.UnaryOp(op=_ast.USub(), operand=right))
+        return simple_expression(_ast.BinOp(left=left, op=_ast.Add(), right=negative))
+    if isinstance(node.op, _ast.Pow) and _is_constant(right, 2) and is_pure(left):
+        return simple_expression(_ast.BinOp(left=left, op=_ast.Mult(), right=copied(left)))
+    if isinstance(node.op, (_ast.Pow, _ast.FloorDiv)) and _is_int(right) and right.value == 1:
+        return left
+    if isinstance(node.op, (_ast.Add, _ast.Mult)):
+        return _simple_chain(node)
     return node
+
+
+def parts_of(node: Any, operator: type) -> list:
+    """The parts of a sum of sums, or of another chain of one operator."""
+    if isinstance(node, _ast.BinOp) and isinstance(node.op, operator):
+        return parts_of(node.left, operator) + parts_of(node.right, operator)
+    return [node]
+
+
+def _simple_chain(node: Any) -> Any:
+    """A sum or a product whose whole numbers are one, at its end."""
+    is_sum = isinstance(node.op, _ast.Add)
+    parts = parts_of(node, type(node.op))
+    number = 0 if is_sum else 1
+    others = []
+    for part in parts:
+        if _is_int(part) and abs(part.value) < 1 << 32:
+            number = number + part.value if is_sum else number * part.value
+        else:
+            others.append(part)
+    if not others:
+        return _constant(number)
+    if number != (0 if is_sum else 1):
+        others.append(_constant(number))
+    chain = others[0]
+    for part in others[1:]:
+        chain = _ast.BinOp(left=chain, op=node.op, right=part)
+    return chain
 
 
 def simplify(node: object) -> object:
@@ -247,8 +462,20 @@ def simple_statement(node: Any) -> list:
     """What stands for a statement whose parts are simple already."""
     if isinstance(node, _ast.Pass):
         return []
+    if isinstance(node, _ast.Delete):
+        kept = [target for target in node.targets if not isinstance(target, _ast.Name)]
+        return [_ast.Delete(targets=kept)] if kept else []
+    if isinstance(node, (_ast.Return, _ast.Assign)) and isinstance(node.value, _ast.IfExp):
+        return _chosen(node)
+    if isinstance(node, HOISTED):
+        named = _named_first(node)
+        if named is not None:
+            name, value = named.target, named.value
+            return [_ast.Assign(targets=[name], value=value), *simple_statement(node)]
     if isinstance(node, _ast.Expr):
-        return [] if is_pure(node.value) else [node]
+        function = getattr(node.value, "func", None)
+        on_display = isinstance(function, _ast.Attribute) and isinstance(function.value, DISPLAYS)
+        return [] if is_pure(node.value) or on_display else [node]
     if isinstance(node, _ast.Assert):
         return [] if isinstance(node.test, _ast.Constant) and node.test.value else [node]
     if isinstance(node, _ast.AnnAssign):
@@ -269,6 +496,16 @@ def simple_statement(node: Any) -> list:
         and not node.test.value
     ):
         return node.orelse
+    if isinstance(node, LOOPS):
+        while node.body and isinstance(node.body[-1], _ast.Continue):
+            node.body.pop()
+    if isinstance(node, _ast.While) and _is_constant(node.test) and not node.orelse and node.body:
+        first: Any = node.body[0]
+        leaves = isinstance(first, _ast.If) and len(first.body) == 1 and not first.orelse
+        if leaves and isinstance(first.body[0], _ast.Break):
+            # while True: if c: break
+            goes_on = simple_expression(_ast.UnaryOp(op=_ast.Not(), operand=first.test))
+            return [_ast.While(test=goes_on, body=node.body[1:], orelse=[])]
     if isinstance(node, _ast.While) and isinstance(node.test, _ast.Constant) and _ends(node.body):
         # `while True: return x` is left in its first round
         leaves = any(isinstance(part, (_ast.Break, _ast.Continue)) for part in walk(node.body))
@@ -278,6 +515,15 @@ def simple_statement(node: Any) -> list:
         return [] if isinstance(node, _ast.For) and is_pure(head) else [node]
     if isinstance(node, _ast.For) and _runs_once(node):
         return [*node.body, *node.orelse]
+    if isinstance(node, _ast.For):
+        return _simple_for(node)
+    if isinstance(node, (_ast.With, _ast.AsyncWith)):
+        idle = all("nullcontext" in text(item.context_expr, {}) for item in node.items)
+        bound = any(item.optional_vars for item in node.items)
+        return node.body if idle and not bound else [node]
+    if isinstance(node, _ast.Match):
+        empty = not any(case.body or case.guard for case in node.cases)
+        return [] if empty and is_pure(node.subject) else [node]
     if isinstance(node, _ast.Try):
         return _simple_try(node)
     return [node]
@@ -287,6 +533,9 @@ def _simple_assignment(node: Any) -> list:
     if len(node.targets) > 1 and is_pure(node.value):
         return [_ast.Assign(targets=[target], value=node.value) for target in node.targets]
     target = node.targets[0]
+    if isinstance(target, _ast.Subscript) and isinstance(target.value, DISPLAYS):
+        # {}["x"] = 1
+        return []
     if isinstance(target, _ast.Name) and same(target, node.value):
         # x = x
         return []
@@ -329,13 +578,85 @@ def _runs_once(node: Any) -> bool:
     return not leaves and not set(bindings(node.target)) & set(loads(node.body))
 
 
+def _chosen(node: Any) -> list:
+    """`return a if c else b` as two statements, and so for what is assigned."""
+    choice = node.value
+    other = copied(node)
+    node.value, other.value = choice.body, choice.orelse
+    branch = _ast.If(test=choice.test, body=simple_statement(node), orelse=simple_statement(other))
+    return _simple_if(branch)
+
+
+def _named_first(node: Any) -> Any:
+    """The `name := value` in what a statement evaluates at once, taken out; None: there is none."""
+    for part in walk(_head(node)):
+        if isinstance(part, (*DEFERRED, _ast.BoolOp, _ast.IfExp)):
+            return None
+    for part in (node, *walk(_head(node))):
+        for field in part._fields:
+            inner = getattr(part, field, None)
+            if isinstance(inner, _ast.NamedExpr) and field not in ("body", "orelse"):
+                setattr(part, field, _ast.Name(id=inner.target.id, ctx=_ast.Load()))
+                return inner
+            if isinstance(inner, list) and field in ("args", "elts", "comparators"):
+                for place, item in enumerate(inner):
+                    if isinstance(item, _ast.NamedExpr):
+                        inner[place] = _ast.Name(id=item.target.id, ctx=_ast.Load())
+                        return item
+    return None
+
+
+def _simple_for(node: Any) -> list:
+    call = node.iter
+    if is_harmless_call(call) and call.func.id in SAME_ITEMS and len(call.args) == 1:
+        node.iter = call = call.args[0]
+    pair = node.target.elts if isinstance(node.target, _ast.Tuple) else []
+    counts = is_harmless_call(call) and call.func.id == "enumerate" and len(pair) == 2
+    count = pair[0] if counts else None
+    if isinstance(count, _ast.Name) and count.id not in loads([node.body, node.orelse]):
+        node.target = pair[1]
+        node.iter = call.args[0]
+        return _simple_for(node)
+    leaves = any(isinstance(part, (_ast.Break, _ast.Continue)) for part in walk(node.body))
+    single = isinstance(call, (_ast.List, _ast.Tuple)) and len(call.elts) == 1
+    if single and not leaves and isinstance(node.target, _ast.Name):
+        return [_ast.Assign(targets=[node.target], value=call.elts[0]), *node.body, *node.orelse]
+    return _counting(node)
+
+
+def _counting(node: Any) -> list:
+    """`for i in range(a, b)` as the loop that counts: i = a; while i < b: ...; i += 1."""
+    call = node.iter
+    is_range = is_harmless_call(call) and call.func.id == "range" and not call.keywords
+    goes_on = any(isinstance(part, _ast.Continue) for part in walk(node.body))
+    if not is_range or goes_on or node.orelse or not isinstance(node.target, _ast.Name):
+        return [node]
+    if not 1 <= len(call.args) <= 2 or node.target.id in bindings(node.body):
+        return [node]
+    start, stop = [_constant(0), *call.args][-2:]
+    name = node.target.id
+    if not is_pure(stop):
+        return [node]
+    read = _ast.Name(id=name, ctx=_ast.Load())
+    more = _ast.BinOp(left=read, op=_ast.Add(), right=_constant(1))
+    again = _ast.Assign(targets=[_ast.Name(id=name, ctx=_ast.Store())], value=more)
+    test = _simple_comparison(_ast.Compare(left=copied(read), ops=[_ast.Lt()], comparators=[stop]))
+    begin = _ast.Assign(targets=[node.target], value=start)
+    return [begin, _ast.While(test=test, body=[*node.body, again], orelse=[])]
+
+
+def _raises_again(handler: Any) -> bool:
+    """`except: raise`, or `except E as e: raise e`"""
+    if len(handler.body) != 1 or not isinstance(handler.body[0], _ast.Raise):
+        return False
+    raised = handler.body[0].exc
+    if isinstance(raised, _ast.Name):
+        return raised.id == handler.name
+    return raised is None
+
+
 def _simple_try(node: Any) -> list:
-    raises_again = all(
-        len(handler.body) == 1
-        and isinstance(handler.body[0], _ast.Raise)
-        and handler.body[0].exc is None
-        for handler in node.handlers
-    )
+    raises_again = all(_raises_again(handler) for handler in node.handlers)
     if raises_again and not node.finalbody:
         return [*node.body, *node.orelse]
     return [node] if node.body or node.finalbody else []
@@ -390,6 +711,10 @@ def _binds_only(statement: Any) -> list[str]:
         stores = [p for target in statement.targets for p in walk(target)]
         plain = not any(isinstance(part, (_ast.Attribute, _ast.Subscript)) for part in stores)
         return bindings(statement.targets) if names and plain else []
+    if isinstance(statement, (_ast.For, _ast.While, _ast.If)):
+        inside = [*statement.body, *statement.orelse]
+        idle = all(isinstance(part, _ast.Pass) or _binds_only(part) for part in inside)
+        return bindings(statement) if idle and is_pure(_head(statement)) else []
     return []
 
 
@@ -462,8 +787,14 @@ def copy_values(scope: Any, wanted: frozenset[str]) -> bool:
                 _replace(scope.body, name, value)
                 del statements[place]
                 return True
+            stable = _is_stable(value, counts)
+            if stable and (number_of_loads == 1 or len(list(walk(value))) <= SMALL):
+                _replace(scope.body, name, value)
+                del statements[place]
+                return True
             following = statements[place + 1 : place + 2]
-            heads = [_head(part) for part in following]
+            once = [part for part in following if not isinstance(part, EVALUATED_AGAIN)]
+            heads = [_head(part) for part in once]
             if number_of_loads == 1 and name in loads(heads) and not _is_deferred(heads, name):
                 _replace(following, name, value)
                 del statements[place]
@@ -471,10 +802,18 @@ def copy_values(scope: Any, wanted: frozenset[str]) -> bool:
     return False
 
 
+def _is_stable(value: object, counts: dict[str, int]) -> bool:
+    """Arithmetic of constants and of names that never change: the same wherever it stands."""
+    parts = (_ast.BinOp, _ast.UnaryOp, _ast.Name, _ast.Constant, _ast.operator, _ast.unaryop)
+    return all(
+        isinstance(part, (*parts, _ast.Load))
+        and (not isinstance(part, _ast.Name) or counts.get(part.id, 0) <= 1)
+        for part in walk(value)
+    )
+
+
 def _head(statement: Any) -> list:
-    """What a statement evaluates at once, without the blocks in it."""
-    if isinstance(statement, (*DEFINITIONS, _ast.While)):
-        return []
+    """What a statement evaluates, without the blocks in it."""
     return [
         getattr(statement, field, None)
         for field in statement._fields
@@ -486,15 +825,17 @@ def _is_deferred(nodes: list, name: str) -> bool:
     return any(name in loads(part) for part in walk(nodes) if isinstance(part, DEFERRED))
 
 
-def _replace(node: object, name: str, value: Any) -> None:
-    """Put a value in the place of every reading of a name."""
-    for part in walk(node):
+def _replace(node: Any, name: str, value: Any) -> None:
+    """Put a value, a copy of it each time, in the place of every reading of a name."""
+    if isinstance(node, list):
+        node[:] = [copied(value) if _reads(item, name) else item for item in node]
+    for part in list(walk(node)):
         for field in part._fields:
             inner = getattr(part, field, None)
             if isinstance(inner, list):
-                inner[:] = [value if _reads(item, name) else item for item in inner]
+                inner[:] = [copied(value) if _reads(item, name) else item for item in inner]
             elif _reads(inner, name):
-                setattr(part, field, value)
+                setattr(part, field, copied(value))
 
 
 def _reads(node: object, name: str) -> bool:
@@ -559,11 +900,10 @@ def colours_of(tree: Any, rounds: int = 3) -> Names:
         places: dict[str, list[str]] = {name: [] for name in bound}
         for unit in units:
             head = unit.args if isinstance(unit, _ast.arguments) else _own(unit)
-            said = text(head, colours)
-            own = bindings(head) + loads(head)
-            for position, name in enumerate(own):
-                if name in places:
-                    places[name].append(f"{type(unit).__name__} {position} {said}")
+            for name in {*bindings(head), *loads(head)} & bound:
+                # its places in there are marked
+                said = text(head, {**colours, name: "*"})
+                places[name].append(f"{type(unit).__name__} {said}")
         colours = {name: digest("\n".join(sorted(found)))[:12] for name, found in places.items()}
     return colours
 
@@ -587,6 +927,9 @@ def text(node: object, names: Names) -> str:
     if not isinstance(node, _ast.AST):
         return repr(node)
     found = type(node).__name__
+    unordered = _unordered_parts(node)
+    if unordered:
+        return found + " " + ",".join(sorted(text(part, names) for part in unordered))
     for field in node._fields:
         if field in IDLE_FIELDS:
             continue
@@ -597,6 +940,21 @@ def text(node: object, names: Names) -> str:
             value = [names.get(name, name) for name in node.names]
         found += f" {field}=({text(value, names)})"
     return found
+
+
+def _unordered_parts(node: Any) -> list:
+    """The operator and the parts of an expression whose order does not matter; else nothing.
+
+    That of texts and lists does, but two right programs that differ in it alone are rare.
+    """
+    if isinstance(node, _ast.BinOp) and isinstance(node.op, COMMUTE):
+        return [node.op, *parts_of(node, type(node.op))]
+    if isinstance(node, _ast.BoolOp) and is_pure(node.values):
+        return [node.op, *node.values]
+    is_comparison = isinstance(node, _ast.Compare) and len(node.ops) == 1
+    if is_comparison and isinstance(node.ops[0], (_ast.Eq, _ast.NotEq)):
+        return [node.ops[0], node.left, node.comparators[0]]
+    return []
 
 
 def numbered(tree: Any) -> Names:
@@ -648,6 +1006,231 @@ def resolve_aliases(tree: Any) -> None:
             return
 
 
+# --- functions -----------------------------------------------------------------------------------
+
+
+def plain_functions(tree: Any) -> None:
+    """Without decorators that change nothing, and without parameters that nobody reads."""
+    identities = {node.name for node in walk(tree.body) if _returns_its_argument(node)}
+    for node in walk(tree.body):
+        if not isinstance(node, FUNCTIONS):
+            continue
+        node.decorator_list = [
+            decorator
+            for decorator in node.decorator_list
+            if not CACHES & _words(decorator) and not identities & _words(decorator)
+        ]
+        _drop_parameters(node)
+
+
+def _words(node: object) -> set[str]:
+    attributes = [part.attr for part in walk(node) if isinstance(part, _ast.Attribute)]
+    return {*loads(node), *attributes}
+
+
+def _returns_its_argument(node: Any) -> bool:
+    if not isinstance(node, FUNCTIONS) or len(node.body) != 1 or node.decorator_list:
+        return False
+    returned = getattr(node.body[0], "value", None)
+    names = plain_parameters(node.args)
+    return isinstance(returned, _ast.Name) and names == [returned.id]
+
+
+def _drop_parameters(function: Any) -> None:
+    parameters = function.args
+    read = {*loads(function.body)}
+    parameters.args = [*parameters.posonlyargs, *parameters.args]
+    parameters.posonlyargs = []
+    for field in ("vararg", "kwarg"):
+        one = getattr(parameters, field)
+        if one is not None and one.arg not in read:
+            setattr(parameters, field, None)
+    while parameters.defaults and parameters.args and parameters.args[-1].arg not in read:
+        parameters.args.pop()
+        parameters.defaults.pop()
+    named = list(zip(parameters.kwonlyargs, parameters.kw_defaults, strict=True))
+    kept = [(one, default) for one, default in named if default is None or one.arg in read]
+    parameters.kwonlyargs = [one for one, _ in kept]
+    parameters.kw_defaults = [default for _, default in kept]
+
+
+def inline_expressions(tree: Any) -> bool:
+    """Put the expression that a function returns in the place of its calls. True: one was."""
+    counts = bindings(tree)
+    for function in [node for node in walk(tree.body) if isinstance(node, FUNCTIONS)]:
+        name = function.name
+        body: list = function.body
+        is_expression = len(body) == 1 and isinstance(body[0], _ast.Return) and body[0].value
+        if not is_expression or function.decorator_list or counts.count(name) != 1:
+            continue
+        value = body[0].value
+        if name in loads(value) or len(list(walk(value))) > LARGEST_INLINED:
+            continue
+        if _inline_calls(tree, name, function.args, value):
+            return True
+    return False
+
+
+def _inline_calls(tree: Any, name: str, parameters: Any, value: Any) -> bool:
+    changed = False
+    for part in list(walk(tree.body)):
+        for field in part._fields:
+            inner = getattr(part, field, None)
+            items = inner if isinstance(inner, list) else [inner]
+            for place, item in enumerate(items):
+                if not isinstance(item, _ast.Call) or not _reads(item.func, name):
+                    continue
+                found = _inlined(item, parameters, value)
+                if found is None:
+                    continue
+                changed = True
+                if isinstance(inner, list):
+                    inner[place] = found
+                else:
+                    setattr(part, field, found)
+    return changed
+
+
+def join_wrappers(tree: Any) -> bool:
+    """A function that only calls another, which nobody else calls, is that one. True: one was."""
+    counts = bindings(tree)
+    functions = [node for node in walk(tree.body) if isinstance(node, FUNCTIONS)]
+    by_name = {node.name: node for node in functions if not node.decorator_list}
+    for outer in functions:
+        before: list = outer.body[:-1]
+        last = outer.body[-1] if outer.body else None
+        call = getattr(last, "value", None)
+        if not isinstance(last, _ast.Return) or not isinstance(call, _ast.Call):
+            continue
+        inner = by_name.get(call.func.id) if isinstance(call.func, _ast.Name) else None
+        if inner is None or inner is outer or counts.count(inner.name) != 1 or call.keywords:
+            continue
+        around = [statement for statement in before if statement is not inner]
+        handed_on = [part.id if isinstance(part, _ast.Name) else "" for part in call.args]
+        if around or outer.decorator_list or handed_on != plain_parameters(outer.args):
+            continue
+        calls_of_others = loads(tree.body).count(inner.name) - loads(inner.body).count(inner.name)
+        if plain_parameters(inner.args) is None or calls_of_others != 1:
+            continue
+        if len(inner.args.args) != len(handed_on):
+            continue
+        _rename(inner.body, inner.name, outer.name)
+        for statements in blocks_of(tree):
+            statements[:] = [statement for statement in statements if statement is not inner]
+        outer.args, outer.body = inner.args, inner.body
+        return True
+    return False
+
+
+def methods_to_functions(tree: Any) -> bool:
+    """Methods that use nothing of their object are functions. True: a class was changed so."""
+    for node in [node for node in tree.body if isinstance(node, _ast.ClassDef)]:
+        methods = [part for part in node.body if isinstance(part, FUNCTIONS)]
+        names = {method.name for method in methods}
+        if node.bases or node.decorator_list or len(methods) != len(node.body) or not methods:
+            continue
+        if names & {*bindings([part for part in tree.body if part is not node])}:
+            continue
+        objects: set[str] = set()
+        for method in methods:
+            is_static = "staticmethod" in _words(method.decorator_list)
+            if not is_static and method.args.args:
+                objects.add(method.args.args[0].arg)
+        if any(name.startswith("__") for name in names):
+            continue
+        _call_directly(tree, node.name, names, objects)
+        if objects & {*loads(methods)} or node.name in loads(tree.body):
+            continue
+        for method in methods:
+            is_static = "staticmethod" in _words(method.decorator_list)
+            if not is_static and method.args.args:
+                del method.args.args[0]
+            method.decorator_list = []
+        place = tree.body.index(node)
+        tree.body[place : place + 1] = methods
+        return True
+    return False
+
+
+def _call_directly(tree: Any, kind: str, methods: set[str], objects: set[str]) -> None:
+    """`Kind().m`, `Kind.m` and `self.m` become `m`."""
+
+    def direct(node: Any) -> Any:
+        if not isinstance(node, _ast.Attribute) or node.attr not in methods:
+            return node
+        owner = node.value
+        if isinstance(owner, _ast.Call) and not owner.args and not owner.keywords:
+            owner = owner.func if _reads(owner.func, kind) else owner
+        is_owner = isinstance(owner, _ast.Name) and owner.id in {kind, *objects}
+        return _ast.Name(id=node.attr, ctx=_ast.Load()) if is_owner else node
+
+    for part in list(walk(tree.body)):
+        for field in part._fields:
+            inner = getattr(part, field, None)
+            if isinstance(inner, list):
+                inner[:] = [direct(item) for item in inner]
+            elif isinstance(inner, _ast.Attribute):
+                setattr(part, field, direct(inner))
+
+
+def drop_idle_calls(tree: Any, roots: frozenset[str]) -> None:
+    """What a module does beside defining names: examples, tests and prints of its own."""
+    read = {*loads(tree.body)} | roots
+    kept = []
+    for statement in tree.body:
+        idle = isinstance(statement, (_ast.Expr, _ast.Assert))
+        if isinstance(statement, _ast.If):
+            idle = "__name__" in loads(statement.test)
+        if isinstance(statement, _ast.Assign) and _assigned(statement):
+            idle = _assigned(statement) not in read
+        if not idle:
+            kept.append(statement)
+    tree.body[:] = kept
+
+
+def drop_filled(scope: Any) -> bool:
+    """Take out lists and dictionaries that are filled and never read. True: something went."""
+    if isinstance(scope, _ast.Module):
+        return False
+    parameters = set(bindings(scope.args))
+    own = {_assigned(s) for statements in blocks_of(scope) for s in statements if _assigned(s)}
+    for name in own - parameters:
+        fills = [s for statements in blocks_of(scope) for s in statements if _fills(s, name)]
+        if not fills:
+            continue
+        reads_there = sum(loads(statement).count(name) for statement in fills)
+        new = [s for b in blocks_of(scope) for s in b if _assigned(s) == name]
+        if loads(scope.body).count(name) != reads_there or not all(map(_makes_new, new)):
+            continue
+        for statements in blocks_of(scope):
+            statements[:] = [s for s in statements if s not in fills and s not in new]
+        return True
+    return False
+
+
+def _makes_new(statement: Any) -> bool:
+    """It assigns a list, dictionary or set that nobody else has."""
+    value = statement.value
+    makers = ("list", "dict", "set", "defaultdict", "Counter", "deque")
+    made = isinstance(value, _ast.Call) and isinstance(value.func, _ast.Name)
+    return isinstance(value, DISPLAYS) or (made and value.func.id in makers)
+
+
+def _fills(statement: Any, name: str) -> bool:
+    """`name[...] = ...`, or a call of one of its methods whose value nobody reads."""
+    if isinstance(statement, _ast.Expr) and isinstance(statement.value, _ast.Call):
+        function = statement.value.func
+        return isinstance(function, _ast.Attribute) and _reads(function.value, name)
+    targets = getattr(statement, "targets", None) or [getattr(statement, "target", None)]
+    is_store = isinstance(statement, (_ast.Assign, _ast.AugAssign)) and len(targets) == 1
+    if not is_store or not isinstance(targets[0], _ast.Subscript):
+        return False
+    return _reads(targets[0].value, name)
+
+
+# --- all of it -----------------------------------------------------------------------------------
+
+
 def canonical(program: str, used: tuple[str, ...] = ()) -> str:
     """A digest of what a program does, as 64 hexadecimal digits.
 
@@ -660,16 +1243,23 @@ def canonical(program: str, used: tuple[str, ...] = ()) -> str:
     for source in used:
         wanted |= set(loads(compile(source, "<used>", "exec", _ast.PyCF_ONLY_AST)))
     roots = frozenset(wanted & given or given)
-    lambdas_to_functions(tree)
-    resolve_aliases(tree)
     for _ in range(MAX_ROUNDS):
         before = text(tree, {})
+        lambdas_to_functions(tree)
+        resolve_aliases(tree)
         tree.body = simplify(tree.body)
+        drop_idle_calls(tree, roots)
+        plain_functions(tree)
+        methods_to_functions(tree)
+        while inline_expressions(tree):
+            pass
+        while join_wrappers(tree):
+            pass
         for scope in scopes(tree):
             while copy_values(scope, roots):
                 pass
             drop_overwritten(scope)
-            while drop_unused(scope, roots):
+            while drop_unused(scope, roots) or drop_filled(scope):
                 pass
         if text(tree, {}) == before:
             break

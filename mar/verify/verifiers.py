@@ -23,19 +23,15 @@ AHEAD: dict[str, Callable[[Iterable[tuple[Example, str]]], None]] = {"math": com
 
 # How a run checks its answers: by a key of VERIFIERS, or by a checker that is given all answers of
 # a step first (`submit`), so that it can work on them side by side, and may fail on some
-# (`has_verdict`)
-AnswerChecker = str | Judge | ProgramRunner
+# (`has_verdict`). Programs are run against tests and compared with no gold
+WordChecker = str | Judge
+AnswerChecker = WordChecker | ProgramRunner
 
 
-def verifier_for(checker: AnswerChecker, example: Example) -> Verifier:
-    """The function that compares answers to this example with golds.
-
-    Programs are run against tests and compared with no gold.
-    """
+def verifier_for(checker: WordChecker, example: Example) -> Verifier:
+    """The function that compares answers to this example with golds."""
     if isinstance(checker, Judge):
         return partial(checker.verify, example)
-    if isinstance(checker, ProgramRunner):
-        return lambda answer, golds: ()
     return VERIFIERS[checker]
 
 

@@ -18,6 +18,8 @@ from mar.answers.reward_terms import PREFERENCES, REWARD_TERMS, Judged, Term, Te
 from mar.answers.rewards import PAPER_TERMS, component_layout, first_open, pay_terms
 from mar.answers.term_check import check_terms, prefix_fault
 from mar.errors import UserError
+from mar.learn.advantages import token_advantages
+from mar.learn.batch import make_batch
 from mar.records import Completion, Example, Gold, Prompt
 from mar.run.compose import compose
 from mar.sample.rollout import Scorer, judge_groups
@@ -215,6 +217,37 @@ def test_a_group_is_compared_by_what_its_answers_mean():
     rollouts = judge_groups([prompt] * 2, [list(map(completion, g)) for g in groups], scorer)
     penalties = [[r.parts["batch_exploration"] for r in group] for group in rollouts]
     assert penalties == [[pytest.approx(-1 / 3)] * 2 + [0], [0, 0, 0]]
+
+
+@pytest.mark.parametrize("form", ["rlvr_single", "rlcr_single", "rlvr_multi", "rlcr_multi"])
+def test_every_form_reaches_gdpo_with_its_terms(form):
+    """From texts to advantages: those of the logged parts, each normalised over the group."""
+    count = 1 if "single" in form else 2
+    grammar = Grammar(form, count, thinking=False)
+    brier = "paper" if grammar.confident else "none"
+    spec = RewardSpec(brier=brier, format_weight=0.2, terms=(("length", 0.3),))
+    scorer = Scorer(grammar, spec, "text", lambda ids: "".join(map(chr, ids)))
+
+    def completion(answers, confidence, scrap=""):
+        text = render(grammar, answers[:count], [confidence] * count) + scrap
+        ids = np.array([ord(char) for char in text])
+        zeros = np.zeros(len(ids), np.float32)
+        return Completion(0, ids, zeros, zeros, "stop_string")
+
+    hit, miss = ["flu", "gout"], ["mumps", "gout"]
+    group = [completion(hit, 0.9), completion(miss, 0.5), completion(hit, 0.3, "bye")]
+    prompt = Prompt(Example("q", "test", "?", GOLDS), "?", (1,))
+    rollouts = judge_groups([prompt], [group], scorer)
+    batch = make_batch(rollouts, scorer.first_open, of_confidence=scorer.of_confidence)
+
+    sums = np.zeros(3)
+    for name, weight in spec.weights.items():
+        rewards = np.array([rollout.parts[name] for rollout in rollouts[0]]) / weight
+        sums += weight * (rewards - rewards.mean()) / (rewards.std(ddof=1) + 1e-4)
+    of_tokens = np.repeat(sums, [len(one.ids) for one in group])
+    expected = (sums - of_tokens.mean()) / (of_tokens.std(ddof=1) + 1e-8)
+    got = token_advantages(batch, "set", "mean", "term_std")
+    np.testing.assert_allclose(got[:, 0], expected, rtol=1e-9)
 
 
 # --- what is decided stays decided ---------------------------------------------------------------

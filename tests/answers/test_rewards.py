@@ -11,7 +11,14 @@ from hypothesis import strategies as st
 
 from mar.answers.grammar import Grammar, parse, render
 from mar.answers.reward_spec import BRIERS, COVERAGES, DUPLICATES, RewardSpec
-from mar.answers.rewards import component_layout, first_open, reward, reward_of
+from mar.answers.rewards import (
+    component_layout,
+    confidence_components,
+    confidence_segments,
+    first_open,
+    reward,
+    reward_of,
+)
 from mar.errors import UserError
 from mar.records import Gold
 from mar.run.compose import compose
@@ -173,6 +180,39 @@ def test_confidences_that_add_up_to_one_pass_the_sum_rule():
 
 
 # --- components ----------------------------------------------------------------------------------
+
+
+def test_what_belongs_to_confidences_follows_the_elements():
+    """Also `<other>`, and the thoughts about them; the last component and segment never do."""
+    spec = RewardSpec()
+    grammar = Grammar("rlcr_multi", 2, thinking=True, other=True)
+    # think, answer 1, confidence 1, answer 2, confidence 2, other, what follows
+    assert confidence_components(grammar, spec).tolist() == [False, True, False, True, True, False]
+    assert confidence_segments(grammar).tolist() == [False, False, True, False, True, True, False]
+    split = Grammar("rlcr_multi", 2, "split", thinking=False, analysis=True)
+    assert confidence_components(split, spec).tolist() == [False, False, True, True, False]
+    assert confidence_segments(split).tolist() == [False, False, True, True, True, False]
+    plain = Grammar("rlvr_single", 1, thinking=False)
+    without = RewardSpec(brier="none")
+    assert not confidence_components(plain, without).any() and not confidence_segments(plain).any()
+
+
+@pytest.mark.parametrize("text", ["<answer1>flu</answer1><confidence1>0.5</confidence1>", "so"])
+def test_the_components_of_the_terms_add_up_to_those_of_the_reward(text):
+    """Per unit of weight: the same components with other weights, and nothing for a weight of 0."""
+    grammar = Grammar("rlcr_multi", 2, thinking=False)
+
+    def earned(**weights):
+        return reward(
+            parse(text, grammar), [1.0, 0.0], [False] * 2, 1, grammar, RewardSpec(**weights)
+        )
+
+    one = earned(brier_weight=0.25, coverage_weight=2.0)
+    np.testing.assert_allclose(one.term_weights @ one.terms, one.components, atol=1e-15)
+    np.testing.assert_allclose(one.terms, earned().terms, atol=1e-15)
+    np.testing.assert_allclose(one.terms.sum(1) * one.term_weights, list(one.parts.values())[:3])
+    assert one.terms.shape == (3, 5) and one.term_weights.tolist() == [0.5, 2.0, 0.25]
+    assert earned(brier_weight=0.0).terms[2].tolist() == [0.0] * 5
 
 
 def test_layout_and_first_open_follow_the_elements():

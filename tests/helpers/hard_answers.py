@@ -190,6 +190,195 @@ flu @ flu/gout
 flu @ flu + gout
 """
 
+# signs of every kind, money of other countries, units, arrows, pictures
+FURTHER = """
+5 mg @ \u22645 mg
+5 mg @ up to 5 mg
+5 mg @ > 5 mg
+5 mg @ \u226e5 mg
+5 mg @ 5 mg+
+\u22655 @ \u22645
+<5 @ \u22645
+>5 @ >=5
+5 @ \u20135
+$5 @ \u00a55
+$5 @ \u20b95
+5 @ \u20b95
+5 @ \u20a95
+5 @ 5\u20bd
+5 @ 5\u00a2
+5 @ \u00a25
+5 @ US$5
+5 dollars @ 5 euros
+5 USD @ 5 EUR
+5 \u00b0C @ 5 \u00b0F
+5 @ 5\u2032
+x = 5 @ x != 5
+x<y @ x>y
+x\u2264y @ x<y
+a\u2208B @ a\u2209B
+A\u2282B @ A\u2283B
+A\u222aB @ A\u2229B
+A\u2227B @ A\u2228B
+\u00acA @ A
+!A @ A
+\u2203x @ \u2200x
+\u221a5 @ 5
+\u221b5 @ \u221a5
+\u221e @ 8
+-\u221e @ \u221e
+5\u00b2 @ 5
+5\u00b2 @ 52
+5\u2082 @ 5
+H\u2082O @ H2O2
+CO @ CO2
+Na+ @ Na
+Na+ @ Na-
+Ca2+ @ Ca+
+O2 @ O2-
+O3 @ O2
+A+ @ A-
+AB+ @ AB-
+Rh+ @ Rh-
+HLA-B27 @ HLA-B7
+p<0.05 @ p<0.5
+p<.05 @ p>.05
+1e5 @ 1e-5
+1.5 @ 15
+1,500 @ 1.500
+1:2 @ 2:1
+1:2 @ 12
+1/2 @ 1-2
+3.5-5.0 @ 3.55.0
+3-5 @ 35
+3\u20135 @ 3, 5
+3 to 5 @ 35
+5+10 @ 5-10
+5\u00d710 @ 5+10
+5\u00f710 @ 5\u00d710
+5*10 @ 5+10
+5 of 10 @ 5-10
+No. 5 @ 5
+5 a.m. @ 5 p.m.
+5:00 @ 500
+1990 @ '90
+c. 1990 @ 1990
+~1990 @ 1990
+before 1990 @ 1990
+after 1990 @ 1990
+5 BC @ 5 AD
+5 BC @ 5
+5 mg @ 5 \u03bcg
+5 mg/kg @ 5 mg
+5 mg/kg @ 5 kg/mg
+5 mmHg @ 5 mmol
+C++ @ C#
+F# @ F
+A* @ A
+A* @ A**
+T4 @ T3
+IL-2 @ IL-12
+IL-1\u03b2 @ IL-1\u03b1
+\u03b2-blocker @ \u03b1-blocker
+\u03b2 @ \u00df
+\u00b5 @ m
+\u03a9 @ O
+type 1 @ type 2
+type I @ type II
+stage IIa @ stage IIb
+no @ yes
+non-Hodgkin @ Hodgkin
+hypo @ hyper
+\u2190 @ \u2192
+A\u2192B @ B\u2192A
+A\u2191 @ A\u2193
+\u2191K @ \u2193K
+\u2191K @ K
+K\u2191 @ K
+\u21d1 @ \u21d3
+\u2640 @ \u2642
+\u266f @ \u266d
+C\u266f @ C
+B\u266d @ B
+\u2713 @ \u2717
+\u2611 @ \u2610
+\U0001f44d @ \U0001f44e
+\U0001f600 @ \U0001f622
+A\u2261B @ A=B
+A\u2245B @ A=B
+A\u221dB @ A=B
+x\u22a5y @ x\u2225y
+x|y @ x||y
+x&y @ x|y
+A\u2216B @ A
+1st @ 2nd
+first @ one
+Crohn's @ Crohn
+O'Neil @ Neil
+its @ it's a
+caf\u00e9 @ cafe au
+na\u00efve @ nave
+5 in @ 5 ft
+5\u2033 @ 5\u2032
+5'10" @ 510
+5'10" @ 5.10
+{1} @ 1 2
+(1,2) @ 12
+[1,2] @ (1,2)
+[1,2] @ 12
+1..2 @ 12
+\u2026 @ .
+<5> @ <5
+> @ <
+= @ \u2260
+$ @ \u20ac
++ @ -
+% @ \u2030
+? @ !
+=5 @ \u22605
+5\u2260 @ 5
+\u22625 @ 5
+\u22705 @ \u22645
+\u22715 @ \u22655
+\u226f5 @ >5
+not 5 @ 5
+\u226a5 @ 5
+\u226b5 @ 5
+\u22725 @ 5
+\u223c5 @ 5
+\u22435 @ 5
+\u22505 @ 5
+\u22135 @ \u00b15
+\u22135 @ 5
+\uff1e5 @ 5
+\uff045 @ 5
+\ufe695 @ 5
+\uffe55 @ 5
+\uffe15 @ 5
+\u20ac5 @ 5
+5\u20ac @ 5
+5 \u20ac @ 5
+EUR 5 @ 5
+\u0e3f5 @ 5
+\u20bf5 @ 5
+\u20ba5 @ 5
+\u20aa5 @ 5
+\u20ab5 @ 5
+\u20b15 @ 5
+\u20b45 @ 5
+\u00a45 @ 5
+R$5 @ 5
+\u2212$5 @ $5
+$-5 @ $5
+($5) @ -$5
+5 or more @ 5
+5 or more @ 5 or less
+5 or more @ more than 5
+5mg @ 5 g
+5mg @ 5 mcg
+5 or less @ less than 5
+"""
+
 
 def pairs(*texts: str) -> list[tuple[str, str]]:
     found = []
@@ -200,7 +389,7 @@ def pairs(*texts: str) -> list[tuple[str, str]]:
     return found
 
 
-WRONG = pairs(RELATIONS, AMOUNTS, NUMBERS, NAMES)
+WRONG = pairs(RELATIONS, AMOUNTS, NUMBERS, NAMES, FURTHER)
 
 RIGHT = [
     line.split(" @ ")
@@ -219,8 +408,8 @@ Bell's palsy @ Bell palsy @ Bells palsy
 Down's syndrome @ Down syndrome
 Cushing's syndrome @ cushing syndrome
 <5 mg @ < 5 mg @ less than 5 mg @ \uff1c5 mg
-\u226565 @ >= 65 @ at least 65 @ \u2a7e 65
-\u226465 @ <=65 @ at most 65
+\u226565 @ >= 65 @ at least 65 @ \u2a7e 65 @ 65 or more
+\u226465 @ <=65 @ at most 65 @ 65 or less
 \u22605 @ != 5 @ =\u03385 @ not equal to 5
 p<0.05 @ p < .05 @ p less than 0.05 @ P<0.05
 x = 5 @ x=5 @ x == 5
@@ -247,6 +436,9 @@ rock 'n' roll @ rock n roll
 1999-05-03 @ 3 May 1999 @ May 3rd, 1999 @ 1999/05/03
 HIV/AIDS @ HIV AIDS
 1,000 @ 1000
+5 mg @ 5mg
+20 mg/dl @ 20mg/dl
+-\u221e @ - \u221e @ \u2212\u221e
 the flu @ flu @ a flu
 """.strip().splitlines()
 ]

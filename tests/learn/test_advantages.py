@@ -102,6 +102,8 @@ def test_the_matched_baseline_is_that_of_the_loop(groups, credit):
         segment_ids=torch.from_numpy(segments),
         group_ids=torch.from_numpy(ids),
         completion_mask=torch.from_numpy(np.arange(7) < lengths[:, None]),
+        confidence_components=None,
+        confidence_segments=None,
         token_costs=None,
     )
     np.testing.assert_allclose(
@@ -155,6 +157,82 @@ def test_maxrl_by_hand():
     hit = 0.25 / 0.75
     expected = [3, -1, -1, -1, hit, hit, hit, -1, *[0] * 8]
     np.testing.assert_allclose(got, expected)
+
+
+def test_decoupled_credit_by_hand():
+    """Thought, answer 1, confidence 1, answer 2, confidence 2, what follows; two hits, two errors
+    and the end. Against `own` and `to_go`, which pay thoughts for confidences."""
+    components = torch.tensor([[1.0, -0.25, 2.0, -0.5, 8.0]], dtype=F64)
+    opens = torch.tensor([[0, 0, 1, 2, 3, 4]])
+    tokens = torch.arange(6)[None]
+    group = torch.zeros(1, dtype=torch.int64)
+    of_confidence = {
+        "confidence_components": torch.tensor([[False, True, False, True, False]]),
+        "confidence_segments": torch.tensor([[False, False, True, False, True, False]]),
+    }
+
+    def paid(credit):
+        arguments = (components, torch.ones(5, dtype=F64), opens, tokens, group, credit, "none")
+        return answer_advantages(*arguments, **of_confidence)[0].tolist()
+
+    assert paid("decoupled") == [11.0, 11.0, 7.25, 10.0, 7.5, 8.0]
+    assert paid("own") == [10.25, 9.0, 7.75, 10.0, 7.5, 8.0]
+    assert paid("to_go") == [10.25, 10.25, 9.25, 9.5, 7.5, 8.0]
+
+
+def gdpo_batch(terms, term_weights, lengths):
+    """Groups of two completions with terms of one component each."""
+    terms = torch.tensor(terms, dtype=F64)[..., None]  # [B, terms, 1]
+    weights = torch.tensor(term_weights, dtype=F64).expand(len(terms), -1)
+    B, T = len(terms), max(lengths)
+    mask = torch.arange(T) < torch.tensor(lengths)[:, None]
+    return SimpleNamespace(
+        components=(terms * weights[..., None]).sum(1),
+        terms=terms,
+        term_weights=weights,
+        first_open=torch.zeros(B, 1, dtype=torch.int64),
+        segment_ids=torch.zeros(B, T, dtype=torch.int64),
+        group_ids=torch.arange(B) // 2,
+        completion_mask=mask,
+        loss_mask=mask,
+        token_costs=None,
+        confidence_components=None,
+        confidence_segments=None,
+    )
+
+
+def test_gdpo_by_hand():
+    """The paper's example (section 2): (0, 1) and (0, 2) of two rewards are one advantage to GRPO.
+
+    Group 1: rewards (0, 0) and (1, 0). Group 2: (0, 0) and (1, 1). The second reward weighs 3.
+    """
+    spread = 0.5**0.5  # of 0 and 1
+    a = 0.5 / (spread + 1e-4)
+    sums = np.array([-a, a, -4 * a, 4 * a])
+    batch = gdpo_batch([[0, 0], [1, 0], [0, 0], [1, 1]], [1, 3], [1, 1, 1, 1])
+    std = (sums @ sums / 3) ** 0.5
+    got = token_advantages(batch, "set", "mean", "term_std")[:, 0]
+    np.testing.assert_allclose(got, sums / (std + 1e-8), rtol=1e-12)
+    # GRPO: both winners look alike
+    grpo = token_advantages(batch, "set", "mean", "group_std")[:, 0]
+    assert grpo[1].item() == pytest.approx(grpo[3].item(), rel=1e-3)
+
+    # Tokens are counted: the last completion has three of six.
+    batch = gdpo_batch([[0, 0], [1, 0], [0, 0], [1, 1]], [1, 3], [1, 1, 1, 3])
+    of_tokens = np.array([-a, a, -4 * a, *[4 * a] * 3])
+    mean, std = of_tokens.mean(), of_tokens.std(ddof=1)
+    got = token_advantages(batch, "set", "mean", "term_std")
+    np.testing.assert_allclose(got[:, 0], (sums - mean) / (std + 1e-8), rtol=1e-12)
+    assert got[3].tolist() == [got[3, 0].item()] * 3 and got[0, 1:].tolist() == [0, 0]
+
+
+def test_gdpo_of_one_term_is_grpo_whitened():
+    batch = gdpo_batch([[0.0], [2.0], [1.0], [1.0]], [1.0], [2, 1, 1, 2])
+    got = token_advantages(batch, "set", "mean", "term_std")
+    grpo = token_advantages(batch, "set", "mean", "group_std")
+    tokens = grpo[batch.loss_mask]
+    expected = (grpo - tokens.mean()) / (tokens.std() + 1e-8) * batch.completion_mask
+    np.testing.assert_allclose(got, expected, rtol=1e-12)
 
 
 @pytest.mark.parametrize("choice", ["credit", "baseline", "scale"])

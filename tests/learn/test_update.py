@@ -31,6 +31,7 @@ from mar.learn.update import (
     compute_advantages,
     entropy_coef,
     one_pass,
+    policy_loss,
     update,
 )
 from mar.policy.critic import Critic
@@ -38,6 +39,8 @@ from mar.policy.distributed import ALONE
 from mar.policy.model import Decoder, ModelConfig
 from mar.run import checkpoint
 from mar.run.compose import compose
+from mar.run.console import Display
+from mar.run.resume import resume
 from tests.learn.test_batch import FIRST_OPEN, fake_groups, fake_rollout
 
 F64 = torch.float64
@@ -58,9 +61,13 @@ def learner_of(model, *words):
     return Learner(config, model, optimizer, critic=critic, critic_optimizer=critic_optimizer)
 
 
+def logprobs_of(model, batch, temperature=1.0):
+    return one_pass(lambda packed: model(packed, temperature)[0], batch, 10**6, ALONE)
+
+
 def batch_of(model, temperature=1.0):
     batch = make_batch(fake_groups(), FIRST_OPEN)
-    own = one_pass(lambda packed: model(packed, temperature)[0], batch, 10**6, ALONE)
+    own = logprobs_of(model, batch, temperature)
     return replace(batch, sampler_logprobs=own, full_logprobs=own)
 
 
@@ -404,6 +411,183 @@ def test_truncated_importance_weights_correct_the_sampler(tiny_model):
         update(learner, own, columns | {"advantages": columns["advantages"] * factor}, 0)
         gradients[name] = torch.cat([p.grad.flatten() for p in model.parameters()])
     torch.testing.assert_close(gradients["weighted"], gradients["by hand"], atol=1e-12, rtol=1e-9)
+
+
+# --- rollouts of older weights ------------------------------------------------------------------
+
+
+def weights_of(model):
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+@pytest.mark.parametrize("lag", [0, 1, 2])
+def test_rollouts_are_sampled_from_the_weights_of_so_many_steps_ago(tiny_model, lag):
+    """The first steps have the first weights; in between, and after, the policy is today's."""
+    model = tiny_model()
+    learner = learner_of(model, f"algo.lag={lag}")
+    before = []
+    for step in range(4):
+        before.append(weights_of(model))
+        with learner.rollout_policy() as policy:
+            assert torch.equal(weights_of(policy), before[max(step - lag, 0)])
+            batch = batch_of(policy)
+        assert torch.equal(weights_of(model), before[step])
+        update(learner, *compute_advantages(learner, batch, step), step)
+        assert not torch.equal(weights_of(model), before[step])
+        assert len(learner.past_weights) == min(lag, step + 1)
+
+
+def test_an_error_while_sampling_leaves_todays_weights(tiny_model):
+    model = tiny_model()
+    learner = learner_of(model, "algo.lag=1")
+    update(learner, *compute_advantages(learner, batch_of(model), 0), 0)
+    today = weights_of(model)
+    with pytest.raises(RuntimeError, match="stop"), learner.rollout_policy():
+        raise RuntimeError("stop")
+    assert torch.equal(weights_of(model), today)
+
+
+@pytest.mark.parametrize("epochs", [1, 2])
+def test_the_ratio_of_a_lagging_step_is_to_the_policy_that_sampled(tiny_model, epochs):
+    """Without importance weights; with them it is to the policy before the first update."""
+    words = ["algo.lag=1", "algo.loss=ppo", f"algo.epochs={epochs}"]
+    metrics = {}
+    for importance in ("none", "truncated"):
+        model = tiny_model()
+        learner = learner_of(model, *words, f"algo.importance={importance}")
+        first = batch_of(model)
+        update(learner, *compute_advantages(learner, first, 0), 0)
+        with learner.rollout_policy() as policy:
+            batch = batch_of(policy)
+        own, columns = compute_advantages(learner, batch, 1)
+        if importance == "none":
+            expected = batch.full_logprobs
+        else:
+            expected = logprobs_of(model, batch)
+            assert (expected - batch.full_logprobs).abs().max() > 1e-3
+        if "old_logprobs" in columns:
+            torch.testing.assert_close(columns["old_logprobs"].double(), expected.double())
+        metrics[importance] = update(learner, own, columns, 1)
+    assert metrics["none"]["policy/ratio_max"] > 1.001
+    assert metrics["none"]["policy/sampler_mismatch_max"] < 1e-6
+    assert abs(metrics["none"]["policy/sampler_kl"]) < 1e-6
+    assert metrics["truncated"]["policy/sampler_mismatch_max"] > 1e-3
+    if epochs == 1:
+        assert metrics["truncated"]["policy/ratio_max"] == 1
+
+
+def expected_gradient(num_tokens, *words):
+    """(estimated, exact) gradient of a tabular policy whose completions an older one has written.
+
+    All pairs of completions of `num_tokens` tokens, three choices each, with the probability that
+    the older policy gives them; advantages are against the other completion of the pair.
+    """
+    generator = torch.Generator().manual_seed(0)
+    num_states = sum(3**t for t in range(num_tokens))
+    shape = (num_states, 3)
+    logits = torch.randn(shape, generator=generator, dtype=F64).requires_grad_()
+    older = (
+        logits.detach() + 0.5 * torch.randn(shape, generator=generator, dtype=F64)
+    ).log_softmax(1)
+    actions = torch.cartesian_prod(*[torch.arange(3)] * num_tokens).reshape(-1, num_tokens)
+    states = torch.zeros_like(actions)
+    for t in range(1, num_tokens):
+        states[:, t] = 3 * states[:, t - 1] + actions[:, t - 1] + 1
+    rewards = torch.rand(len(actions), generator=generator, dtype=F64)
+
+    def of(log_probs):
+        return log_probs[states, actions]
+
+    chance = of(logits.log_softmax(1)).sum(1).exp()
+    (exact,) = torch.autograd.grad((chance * rewards).sum(), logits)
+
+    algo = compose(list(words)).algo
+    drawn = of(older).sum(1).exp()
+    logprobs = of(logits.log_softmax(1))
+    # The mean over the other completion of a pair is the expectation under the older policy.
+    advantages = rewards - (drawn * rewards).sum()
+    rows = torch.arange(len(actions)).repeat_interleave(num_tokens)
+    columns = {
+        "weights": drawn.repeat_interleave(num_tokens),
+        "advantages": advantages.repeat_interleave(num_tokens),
+        "sampler_logprobs": of(older).flatten(),
+        "full_logprobs": of(older).flatten(),
+        "old_logprobs": of(older).flatten(),
+        "rows": rows,
+    }
+    if algo.importance != "none":
+        columns["old_logprobs"] = logprobs.detach().flatten()
+    loss, _ = policy_loss(algo, logprobs.flatten(), torch.zeros(len(rows)), columns, 0.0)
+    (gradient,) = torch.autograd.grad(-loss, logits)
+    return gradient, exact
+
+
+WIDE = ("algo.clip_low=1", "algo.clip_high=1e9")
+CORRECTED = [
+    ("algo.loss=ppo", *WIDE),
+    ("algo.loss=cispo", *WIDE),
+    ("algo.loss=reinforce", "algo.importance=truncated", "algo.importance_cap=1e9"),
+    ("algo.loss=ppo", "algo.importance=truncated", "algo.importance_cap=1e9"),
+    ("algo.loss=reinforce", "algo.importance=masked", "algo.importance_high=1e9")
+    + ("algo.importance_low=0",),
+]
+
+
+@pytest.mark.parametrize("words", CORRECTED)
+def test_a_ratio_or_an_importance_weight_takes_out_the_bias_of_older_weights(words):
+    """Exactly, by enumeration, where a completion is one decision and no bound binds. Over several
+    tokens the ratios of single tokens leave a part of it: the past of a token has a ratio too."""
+    gradient, exact = expected_gradient(1, *words)
+    assert (gradient - exact).norm() / exact.norm() < 1e-12
+    gradient, exact = expected_gradient(3, *words)
+    plain, _ = expected_gradient(3, "algo.loss=reinforce")
+    error = ((gradient - exact).norm() / exact.norm()).item()
+    assert 1e-3 < error < 0.9 * ((plain - exact).norm() / exact.norm()).item()
+
+
+def test_without_correction_older_weights_bias_the_gradient():
+    gradient, exact = expected_gradient(1, "algo.loss=reinforce")
+    assert (gradient - exact).norm() / exact.norm() > 0.05
+
+
+@pytest.mark.parametrize("loss", ["ppo", "dppo"])
+def test_a_token_that_importance_leaves_out_still_counts_in_what_is_logged(loss):
+    """Two of four tokens moved too far, and one of them, whose sampler was far off, has no weight
+    in the loss. The mean over tokens divides by all that are trained: both count."""
+    words = [f"algo.loss={loss}", "algo.importance=masked", "algo.epochs=2"]
+    old = torch.log(torch.tensor([0.1, 0.1, 0.5, 0.5], dtype=F64))
+    logprobs = torch.log(torch.tensor([0.9, 0.9, 0.5, 0.5], dtype=F64))
+    columns = {
+        "weights": torch.full((4,), 0.25, dtype=F64),
+        "advantages": torch.ones(4, dtype=F64),
+        "old_logprobs": old,
+        "sampler_logprobs": old - torch.tensor([3.0, 0, 0, 0], dtype=F64),
+        "full_logprobs": old,
+        "rows": torch.zeros(4, dtype=torch.int64),
+    }
+    _, logged = policy_loss(compose(words).algo, logprobs, torch.zeros(4), columns, 0.0)
+    assert logged["clip_frac"].value == 2
+    if loss == "dppo":
+        assert logged["masked_frac"].value == 2
+
+
+def test_past_weights_come_back_bit_for_bit(tiny_model, tmp_path):
+    model = tiny_model()
+    learner = learner_of(model, "algo.lag=2")
+    for step in range(3):
+        with learner.rollout_policy() as policy:
+            batch = batch_of(policy)
+        update(learner, *compute_advantages(learner, batch, step), step)
+    past = list(learner.past_weights)
+    checkpoint.save(tmp_path / "checkpoints", 3, model, learner.optimizer, 1, past=past).result()
+
+    other = learner_of(tiny_model(seed=1), "algo.lag=2")
+    assert resume(tmp_path, other, {}, Display("plain", 0, 9)) == 3
+    assert torch.equal(weights_of(other.policy), weights_of(model))
+    assert len(other.past_weights) == 2
+    for mine, theirs in zip(past, other.past_weights, strict=True):
+        assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+        assert not all(torch.equal(mine[name], other.trained_weights[name]) for name in mine)
 
 
 def test_entropy_bonus_raises_entropy_and_decays(tiny_model):

@@ -103,6 +103,20 @@ def test_adapters_agree_too(tmp_path):
 
 
 @pytest.mark.slow
+def test_older_weights_agree_too_and_a_run_of_them_goes_on(tmp_path):
+    """Sampled from sharded weights of two steps ago; stopped and resumed on two ranks."""
+    words = ("algo.lag=2", "algo.loss=ppo", "scale.replicas=1")
+    one = train(tmp_path / "1", 1, *words)
+    two = train(tmp_path / "2", 2, *words)
+    train(tmp_path / "cut", 2, *words, "train.stop_at=3")
+    cut = train(tmp_path / "cut", 2, *words)
+    texts = [(run / "completions.jsonl").read_text() for run in (one, two, cut)]
+    assert texts[0] == texts[1] == texts[2]
+    torch.testing.assert_close(parameters(one), parameters(two), rtol=0, atol=1e-8)
+    assert torch.equal(parameters(two), parameters(cut))
+
+
+@pytest.mark.slow
 def test_a_run_goes_on_with_any_number_of_ranks_and_with_its_own_bit_for_bit(alone, tmp_path):
     train(tmp_path / "1", 2, "train.stop_at=2")
     for ranks in (2, 4):

@@ -231,7 +231,8 @@ def test_room_is_asked_for_before_training(tiny_model, tmp_path, monkeypatch):
     (tmp_path / "checkpoints/step000001").mkdir(parents=True)
     (tmp_path / "checkpoints/step000001/weights").write_bytes(b"12345")
     size = sum(p.numel() * 4 for p in model.parameters())
-    for one, trainable in ((3 * size, True), (size, False)):
+    # the last holds the trained weights of two earlier steps, too (algo.lag)
+    for one, trainable, num_past in ((3 * size, True, 0), (size, False, 2), (5 * size, True, 2)):
         free = 3 * one - 5  # two are kept while the third is written, and five bytes are there
         model.requires_grad_(trainable)
         monkeypatch.setattr(
@@ -239,14 +240,14 @@ def test_room_is_asked_for_before_training(tiny_model, tmp_path, monkeypatch):
             "disk_usage",
             lambda _, free=free: shutil._ntuple_diskusage(free, 0, free),
         )
-        checkpoint.require_room(tmp_path / "checkpoints", [model], keep=2)
+        checkpoint.require_room(tmp_path / "checkpoints", [model], keep=2, num_past=num_past)
         monkeypatch.setattr(
             checkpoint.shutil,
             "disk_usage",
             lambda _, free=free: shutil._ntuple_diskusage(free, 0, free - 1),
         )
         with pytest.raises(UserError, match="make room"):
-            checkpoint.require_room(tmp_path / "checkpoints", [model], keep=2)
+            checkpoint.require_room(tmp_path / "checkpoints", [model], keep=2, num_past=num_past)
 
 
 @pytest.mark.parametrize("moment", ["data", "manifest", "rename"])

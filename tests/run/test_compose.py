@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from omegaconf import OmegaConf
@@ -15,7 +16,7 @@ from omegaconf import OmegaConf
 from mar.answers import grammar, reward_spec
 from mar.config import AlgoOptions, Config, RewardOptions
 from mar.errors import UserError
-from mar.run.compose import CONF_DIR, compose, from_omegaconf, quoted, validate
+from mar.run.compose import CONF_DIR, compose, from_omegaconf, load_config, quoted, validate
 from mar.train import run
 
 LR = {"embedded": 1.5e-1, "smollm2-135m": 1e-5, "qwen3-1.7b": 2e-6, "qwen3-8b": 1e-6, "hf": 1e-6}
@@ -76,6 +77,7 @@ PRESETS = {
     "grpo": ("set", "mean", "group_std", "ppo", "sequence_mean", "k3"),
     "dr_grpo": ("set", "mean", "none", "ppo", "constant", None),
     "dapo": ("set", "mean", "group_std", "ppo", "token_mean", None),
+    "gdpo": ("set", "mean", "term_std", "ppo", "sequence_mean", None),
     "gspo": ("set", "mean", "group_std", "gspo", "sequence_mean", None),
     "cispo": ("set", "mean", "group_std", "cispo", "token_mean", None),
     "reinforce_pp": ("set", "none", "whiten", "ppo", "token_mean", "k1"),
@@ -183,10 +185,26 @@ def test_the_rehearsal_is_the_same_job() -> None:
 def test_hf_takes_a_hub_id_or_a_folder(tmp_path: Path) -> None:
     assert compose(["model=hf", "model.path=owner/name"]).model.source == "hub"
     assert compose(["model=hf", f"model.path={tmp_path}"]).model.source == "folder"
-    for name in ("lr=1,bs=2", "it's", 'a "b" {c} [d]', "a\\b", "a\\", "a\\'b", "é ~:"):
+    for name in (
+        "lr=1,bs=2",
+        "it's",
+        'a "b" {c} [d]',
+        "a\\b",
+        "a\\",
+        "a\\'b",
+        "é ~:",
+        "${x}",
+        "a\\${b",
+    ):
         folder = tmp_path / name
         folder.mkdir()
-        assert compose(["model=hf", f"model.path={quoted(folder)}"]).model.path == str(folder)
+        config = compose(["model=hf", f"model.path={quoted(folder)}"])
+        assert config.model.path == str(folder)
+        file = tmp_path / "config.yaml"
+        file.write_text(yaml.safe_dump(config.to_dict()))
+        assert load_config(file).model.path == str(folder)  # as the run wrote it
+    with pytest.raises(UserError, match=r"Interpolation key 'x' not found .*\\\$\{ is the sign"):
+        compose(["model=hf", f"model.path={tmp_path}/${{x}}"])
 
 
 @pytest.mark.parametrize("reward", options("reward"))
@@ -240,6 +258,17 @@ REFUSED = [
     ("algo.group_size=1", "algo.baseline=matched"),
     ("algo.group_size=1 algo.baseline=mean", "algo.baseline=mean"),
     ("algo.group_size=1 algo.baseline=none algo.scale_by=group_std", "scale_by=none"),
+    ("algo.group_size=1 algo.baseline=none algo.scale_by=term_std", "scale_by=term_std: take 2"),
+    (
+        "algo.loss=ppo algo.loss_options.delta_high=0.3",
+        "algo.loss_options.delta_high is no option of algo.loss=ppo: it has none",
+    ),
+    ("algo.lag=-1", "algo.lag=-1 is out of range: it must be at least 0"),
+    ("algo.lag=1 algo.variance_every=5", "algo.lag=1 samples from an older one"),
+    ("algo=gdpo algo.truncated=penalise", "algo.scale_by=term_std divides the terms"),
+    ("algo=gdpo algo.kl=k1 algo.kl_coef=0.1", "neither algo.kl=k1 nor"),
+    ("algo.scale_by=term_std", "algo.baseline=matched goes with algo.scale_by=none or whiten"),
+    ("reward=multi_rlvr algo.credit=decoupled", "reward.objective=multi_rlvr has none"),
     ("algo.prompts_per_step=0", "algo.prompts_per_step=0"),
     ("algo.temperature=0", "algo.temperature=0.0 is out of range: it must be above 0"),
     ("algo.credit=shapley", "algo.credit=shapley is unknown: choose one of to_go"),

@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torch.distributed._tools.mem_tracker import MemTracker
 
 from experiments import report
+from experiments.plan.fake_run import SETTINGS
 from experiments.plan.run import RESULTS, words_of
 from experiments.plan.run import planned as planned_parts
 from mar.config import ModelOptions
@@ -21,6 +23,7 @@ from mar.policy.model import Decoder, ModelConfig
 from mar.run.compose import compose
 from mar.run.planning import (
     SHAPES,
+    decode_memory,
     empty_policy,
     model_shape,
     num_parameters,
@@ -28,6 +31,8 @@ from mar.run.planning import (
     saved_per_token,
     update_memory,
 )
+from mar.sample import kv_cache
+from mar.sample.engine import decode_step
 
 ROOT = Path(__file__).resolve().parents[2]
 PUBLISHED = {
@@ -132,7 +137,8 @@ def test_the_kv_cache_and_the_sampling_copy_by_hand():
         assert document["peak_bytes"][peak] - offloaded["peak_bytes"][peak] == in_cpu_memory
     assert document["kv_budget_binds"] and document["largest_group"] == (131_072 - 3072) // 1536
     room = int(79 * 2**30 * 0.9) - sum(
-        held[name] for name in ("weights", "gradients", "optimizer", "sampling_copy")
+        held[name]
+        for name in ("weights", "gradients", "optimizer", "sampling_copy", "decode_graphs")
     )
     bound = planned(
         "algo.prompts_per_step=8", "model.path=Qwen/Qwen3-1.7B", "scale.kv_budget_tokens=9000000"
@@ -166,13 +172,73 @@ def test_loading_holds_the_shards_of_every_model_and_the_copy(words, loading, re
         loading -= head
         resident -= 4 * head
     assert peaks["loading"] == pytest.approx(loading, abs=2 * 4 * 4097)
-    kv_and_copy = held["kv_cache"] + COPY
-    assert peaks["sampling"] - kv_and_copy == pytest.approx(resident, abs=4 * 2 * 4 * 4097)
+    of_sampling = held["kv_cache"] + held["decode_graphs"] + COPY
+    assert peaks["sampling"] - of_sampling == pytest.approx(resident, abs=4 * 2 * 4 * 4097)
+
+
+@pytest.mark.parametrize("words", [(), ("model.lora_rank=16",)])
+def test_older_weights_are_copies_of_the_shards_that_are_trained(words):
+    plain = planned(*words)
+    lagging = planned(*words, "algo.lag=3")
+    held = lagging["bytes"]["past_weights"]
+    assert held == 3 * plain["bytes"]["gradients"] and "past_weights" not in plain["bytes"]
+    for peak, more in (("loading", 0), ("sampling", held), ("update", held)):
+        assert lagging["peak_bytes"][peak] - plain["peak_bytes"][peak] == more
+    offloaded = planned(*words, "algo.lag=3", "scale.offload=true")
+    assert offloaded["bytes"]["past_weights"] == 0
 
 
 def test_the_sampling_copy_has_the_adapters():
     lora = planned("model.lora_rank=16")
     assert lora["bytes"]["sampling_copy"] == COPY + 2 * lora["trained"]
+
+
+@pytest.mark.parametrize(
+    "rows, own, prompts, asked, group",
+    [(8, 64, 2, 300, 4), (8, 500, 1, 16, 8), (8, 4, 1, 4, 8), (13, 64, 3, 200, 5)],
+)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_decode_step_works_in_what_is_planned(
+    monkeypatch, dtype, rows, own, prompts, asked, group
+):
+    """Counted by PyTorch's tracker on the meta device, where products of bfloat16 are made to give
+    float32 without a copy of their factors, as on a GPU. Worst is the attention to the prompts, to
+    the rows' own tokens, and the MLP."""
+    shape = ModelConfig("Qwen3ForCausalLM", 96, 64, 512, 2, 8, 2, 16, qk_norm=True)
+
+    def product(a, b):
+        batch = a.shape[:-1]
+        return a.new_empty(*batch, b.shape[-1], dtype=torch.promote_types(a.dtype, torch.float32))
+
+    monkeypatch.setattr(kv_cache, "precise_product", product)
+    with torch.device("meta"):
+        model = Decoder(shape).to(dtype)
+    cache = kv_cache.KVCache.allocate(shape, prompts, asked, rows, own, like=model.embed.weight)
+    row_prompt = [min(row // group, prompts - 1) for row in range(rows)]
+    cache.assign(row_prompt, group)
+    tokens = torch.zeros(rows, dtype=torch.int64, device="meta")
+    tracker = MemTracker()
+    tracker.track_external(model, tokens, *vars(cache).values())
+
+    def held(when):
+        return tracker.get_tracker_snapshot(when)[torch.device("meta")]["Total"]
+
+    before = held("current")
+    with torch.no_grad(), tracker:
+        decode_step(model, cache, tokens, own)
+    counted = held("peak") - before
+    planned = decode_memory(shape, rows, own, prompts, asked, group, dtype.itemsize)
+    assert planned == pytest.approx(counted, rel=0.05)
+
+
+def test_the_pool_of_the_graphs_is_part_of_sampling():
+    document = planned()
+    held = document["bytes"]
+    pool = held["decode_graphs"]
+    resident = held["weights"] + held["gradients"] + held["optimizer"] + held["sampling_copy"]
+    assert document["peak_bytes"]["sampling"] == resident + held["kv_cache"] + pool
+    # six prompts a GPU, 32 rows a prompt, 32 heads: scores in float32, twice
+    assert pool == pytest.approx(2 * 4 * 6 * 32 * 32 * 3072, rel=0.2)
 
 
 def test_what_grows_and_what_shrinks():
@@ -294,6 +360,28 @@ def test_fsdp_holds_what_is_planned():
         )  # that AdamW's temporaries may be left out
 
 
+@pytest.mark.slow
+def test_loading_and_update_of_five_settings_are_within_three_percent_of_fsdps_count():
+    """Eight layers of Qwen3-8B on eight fake ranks: the paper's run, grpo, ppo, adapters, offload."""
+    pytest.importorskip(
+        "triton", reason="the log-probabilities' memory is that of the Triton module"
+    )
+    done = subprocess.run(
+        [sys.executable, "experiments/plan/fake_run.py", "--layers", "8"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=580,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert list(found) == ["default", "grpo", "ppo", "LoRA", "offload"]
+    for name, moments in found.items():
+        for moment, held in moments.items():
+            assert held["planned"] == pytest.approx(held["tracked"], rel=0.03), (name, moment)
+
+
 def test_the_presets_fit():
     assert planned()["fits"] and planned("scale=h100x1")["fits"]
     eight = ("scale=h100x1", "model=qwen3-8b", "scale.kv_budget_tokens=131072")
@@ -315,6 +403,11 @@ def test_the_committed_tables_are_of_this_planner(monkeypatch, tmp_path):
             assert size == pytest.approx(
                 row["tracked"][part], rel=0.01 if part in RESIDENT else 0.1
             )
+    for name, moments in json.loads((RESULTS.parent / "settings.json").read_text()).items():
+        peaks = planned(*SETTINGS[name])["peak_bytes"]
+        for moment, held in moments.items():
+            assert held["planned"] == peaks[moment], "run experiments/plan/fake_run.py again"
+            assert held["planned"] == pytest.approx(held["tracked"], rel=0.03)
     text = (RESULTS.parent / "README.md").read_text()
     assert report.fill(text) == text, "run `make report`"
     rows[-1]["tracked"]["total"] += 2**30

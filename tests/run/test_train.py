@@ -130,6 +130,8 @@ ALGORITHMS = {
     "ppo": PPO,
     "dapo": DAPO,
     "grpo": ["algo=grpo", "algo.entropy_coef=0.01", "algo.entropy_decay=true"],
+    "lag": ["algo.lag=2", "algo.loss=ppo"],
+    "lag and importance": ["algo.lag=1", "algo.importance=masked", "algo.resample=1"],
 }
 
 
@@ -159,6 +161,14 @@ def test_resumed_runs_of_other_algorithms_are_the_uninterrupted_ones(
             row["policy/sampler_kl"] for row in whole
         ]  # top_p cuts what is drawn from, less as the policy sharpens
         assert kept[0] > 1e-2 and min(kept) > 1e-5  # of rounding alone it would be 1e-7 at most
+    if name == "lag":  # two steps with the first weights: the ratio moves in the second
+        ratios = [row["policy/ratio_max"] for row in whole]
+        assert ratios[0] == pytest.approx(1, abs=1e-4) and min(ratios[1:]) > 1.001
+        assert max(row["policy/sampler_mismatch_max"] for row in whole) < 1e-4
+    if name == "lag and importance":
+        assert [row["policy/ratio_max"] for row in whole] == [1.0] * 4
+        assert abs(whole[0]["policy/sampler_kl"]) < 1e-6
+        assert min(row["policy/sampler_mismatch_max"] for row in whole[1:]) > 1e-3
     if name == "grpo":
         assert (
             whole[0]["policy/ref_kl"] == pytest.approx(0, abs=1e-6)
@@ -232,6 +242,7 @@ def test_groups_without_spread_are_replaced(model_folder: Path, tmp_path: Path) 
     assert run(compose(words(model_folder, tmp_path, *chosen))) == 0
     (row,) = records(tmp_path / "clinic/seed0")
     assert row["adv/replaced_groups"] == 2 and row["adv/zero_group_frac"] == 1
+    assert 4 < row["sampler/decode_steps"] <= 3 * 4  # of all three rounds
 
 
 def records(folder: Path) -> list[dict[str, float]]:

@@ -162,6 +162,16 @@ def test_increments_are_those_of_the_maximum_matching(aliases, answers):
     assert len({gold for _, gold in won}) == len(won)
 
 
+def test_many_golds_are_compared_as_few_are():
+    names = [("Flu", "influenza"), ("cold",), ("influenza",), *((f"other {n}",) for n in range(20))]
+    golds = tuple(Gold(name, tuple(aliases)) for name, *aliases in names)
+    for answer in ("the flu", "Influenza.", "other 7", "nothing", "\u200b", "?"):
+        few = [number for number, gold in enumerate(golds) if text_verifier(answer, (gold,))]
+        assert text_verifier(answer, golds) == text_verifier(answer, list(golds)) == tuple(few)
+    others = tuple(reversed(golds))
+    assert text_verifier("other 7", others) == (len(golds) - 1 - 10,)
+
+
 def test_a_later_answer_moves_an_earlier_one_to_its_other_gold():
     golds = [
         Gold("mercury the planet", ("mercury",)),
