@@ -35,14 +35,16 @@ ifeq ($(ENV),$(CURDIR)/.venv)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "mar needs Python 3.11 or newer and $(PYTHON) is $$($(PYTHON) --version 2>&1): run make with PYTHON=<a newer one>" >&2; exit 1; }
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(ENV)
-	@echo "installing into $(ENV): some minutes the first time"
-	$(BIN)/python -m pip install -q $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) -c constraints.txt torch
-	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev,eval]'
+	@echo "1 of 2: torch into $(ENV), the largest download (gigabytes with CUDA; a CPU build by TORCH_INDEX=...)"
+	$(BIN)/python -m pip install $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) -c constraints.txt torch
+	@echo "2 of 2: mar and its libraries into $(ENV)"
+	$(BIN)/python -m pip install -c constraints.txt -e '.[dev,eval]'
 else
-	@echo "using the active environment $(ENV) and its torch"
-	$(BIN)/python -m pip install -q -e '.[dev,eval]'
+	@echo "1 of 1: mar and its libraries into the active environment $(ENV), whose torch is used"
+	$(BIN)/python -m pip install -e '.[dev,eval]'
 endif
 	@touch $@
+	@echo "set up: . $(BIN)/activate, then python -m mar lists the commands"
 
 train: setup ## train on this machine for some minutes; ends with a table
 	$(BIN)/python -m mar.train +experiment=medqa $(ARGS)

@@ -25,6 +25,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from experiments.algorithms import ideas_summary as ideas
 from experiments.algorithms import summary as algorithms
 from experiments.claims import confidences, probe
 from experiments.claims import summary as claims
@@ -81,6 +82,8 @@ TABLES: dict[str, Callable[..., str]] = {
     "two steps": two_steps.markdown,
     "algorithms": algorithms.markdown,
     "algorithms paired": algorithms.paired,
+    "ideas": ideas.markdown,
+    "ideas paired": ideas.paired,
     "k sweep": sweeps.k_sweep,
     "k sweep asked": sweeps.asked,
     "brier weight": sweeps.brier_weight,
@@ -178,7 +181,7 @@ def main() -> None:
     if claims.stale():
         claims.write()
         print("wrote experiments/claims/results.json and figures")
-    for experiment in (peers, algorithms, sweeps, ddxplus):
+    for experiment in (peers, algorithms, ideas, sweeps, ddxplus):
         if experiment.HERE / "README.md" in stale:
             experiment.write()
     for file, text in stale.items():

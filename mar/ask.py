@@ -1,31 +1,34 @@
-"""Ask a policy a question, and see its answers with their confidences:
-
-    python -m mar.ask runs/medqa/seed0 "Female, 50 to 64. Reports cough. What is the condition?"
-    python -m mar.ask runs/medqa/seed0                    asks one question after another
-    python -m mar.ask FOLDER --json < questions.txt       one JSON document a line
+"""Ask a policy a question, and see its answers with their confidences.
 
 The policy is a run's newest checkpoint, a folder with config.json (an export, any checkpoint), or
-`embedded`. Words of the form key=value are settings, e.g. algo.temperature=0.3.
+`embedded`. Without a question it asks for one after another, from the keyboard or a pipe.
 """
 
-import argparse
 import json
-import re
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 
 from rich.console import Console
 from rich.text import Text
 
-from mar.errors import UserError, exit_code
+from mar.config import number, option
 from mar.files import jsonable
 from mar.run.asking import AnswerSet, AskedPolicy, open_policy, pool
+from mar.run.words import Command, Words, run_command
 from mar.tasks.loading import Source
 from mar.tasks.registry import get_task
 
 BAR_WIDTH = 24
-SETTING = re.compile(r"[+~]?[a-z_]+([./][a-z_0-9]+)*=\S*")
+
+
+@dataclass
+class AskOptions:
+    """Words of this command alone."""
+
+    samples: int = number(1, low=1, help="answer sets of a question, which are pooled")
+    seed: int = number(0, low=0, help="of the draws")
+    json: bool = option(False, help="true: one JSON document a question")
 
 
 def example_question(policy: AskedPolicy) -> str | None:
@@ -106,37 +109,37 @@ def document(question: str, sets: Sequence[AnswerSet]) -> str:
     return json.dumps(jsonable(found), ensure_ascii=False)
 
 
-def run(target: str, words: Sequence[str], samples: int, seed: int, as_json: bool) -> None:
-    settings = [word for word in words if SETTING.fullmatch(word)]
-    asked = [word for word in words if word not in settings]
-    if len(asked) > 1:
-        raise UserError(f"one question at a time, in quotes, not {len(asked)} words")
-    if samples < 1:
-        raise UserError(f"--samples {samples}: ask for at least one set")
+def run(words: Words[AskOptions]) -> None:
+    """Answer the question of the command line, or one after another."""
+    target, *asked = words.places
+    options = words.options
     console = Console(highlight=False)
-    policy = open_policy(target, settings)
+    policy = open_policy(target, words.settings)
     for question in asked or questions(policy, console):
-        sets = policy.ask(question, samples, seed)
-        if as_json:
+        sets = policy.ask(question, options.samples, options.seed)
+        if options.json:
             print(document(question, sets), flush=True)
         else:
             show(question, sets, console)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m mar.ask",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("policy", help="a run, a folder with config.json, or embedded")
-    parser.add_argument("words", nargs="*", help="the question, and settings key=value")
-    parser.add_argument("--samples", type=int, default=1, help="sets that are pooled (default: 1)")
-    parser.add_argument("--seed", type=int, default=0, help="of the draws (default: 0)")
-    parser.add_argument("--json", action="store_true", help="one JSON document a question")
-    args = parser.parse_args(arguments)
-    return exit_code(lambda: run(args.policy, args.words, args.samples, args.seed, args.json))
+COMMAND = Command(
+    name="mar.ask",
+    about=__doc__,
+    places="POLICY [QUESTION]",
+    options=AskOptions,
+    settings=("algo.temperature", "model.max_completion_tokens", "device"),
+    examples=(
+        'runs/medqa/seed0 "Female, 50 to 64. Reports cough. What is the condition?"',
+        "runs/medqa/seed0 samples=10                # one question after another, ten sets each",
+        "embedded json=true < questions.txt         # one JSON document a line",
+    ),
+)
+
+
+def main(words: Sequence[str]) -> int:
+    return run_command(COMMAND, words, run)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

@@ -7,17 +7,36 @@ dataclasses travel, never a DictConfig.
 """
 
 import math
+import re
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import yaml
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, OmegaConf
 
 
-def one_of(*names: str, default: str | None = None) -> Any:
-    """A field that holds one of these names; the first is the default."""
-    return field(default=names[0] if default is None else default, metadata={"names": names})
+def one_of(*names: str, default: str | None = None, help: str = "") -> Any:
+    """A field that holds one of these names; the first is the default. `help`: what a command's -h
+    says of it."""
+    metadata = {"names": names, "help": help}
+    return field(default=names[0] if default is None else default, metadata=metadata)
+
+
+def option(default: Any, help: str) -> Any:
+    """A field of a command's own options that may hold anything of its type."""
+    return field(default=default, metadata={"help": help})
+
+
+def listed(default: list[Any], help: str) -> Any:
+    """A field of a command's own options that holds several values."""
+    return field(default_factory=lambda: list(default), metadata={"help": help})
+
+
+def location(default: str | None) -> Any:
+    """A field that names a folder or a file, in which ~ is the home folder."""
+    return field(default=default, metadata={"is_path": True})
 
 
 def registered(registry: str, default: str) -> Any:
@@ -26,13 +45,18 @@ def registered(registry: str, default: str) -> Any:
 
 
 def number(
-    default: Any, low: float = -math.inf, high: float = math.inf, above: bool = False
+    default: Any,
+    low: float = -math.inf,
+    high: float = math.inf,
+    above: bool = False,
+    help: str = "",
 ) -> Any:
     """A number in [low, high], or in (low, high] with `above`.
 
     A default `${key}` takes that key's value.
     """
-    return field(default=default, metadata={"low": low, "high": high, "above": above})
+    metadata = {"low": low, "high": high, "above": above, "help": help}
+    return field(default=default, metadata=metadata)
 
 
 # ---------------------------------------------------------------------- conf's groups
@@ -46,9 +70,9 @@ class ModelOptions:
     """
 
     name: str = MISSING
-    source: str = one_of("embedded", "folder", "hub", "wheel", default=MISSING)
-    # A folder, or a hub id.
-    path: str | None = None
+    source: str = one_of("embedded", "folder", "hub", "wheel", "run", default=MISSING)
+    # A folder, or a hub id; for source=run the folder of a run, `@` and which checkpoint of it.
+    path: str | None = location(None)
     lr: float = number(MISSING, low=0, above=True)
     # A regular expression that finds the parameters to train. Empty: the adapters, and without
     # adapters all parameters.
@@ -76,8 +100,11 @@ class DataOptions:
 
     task: str = MISSING
     source: str = one_of("embedded", "hub", "path", default="${scale.data_source}")
-    # A jsonl file, for source=path.
-    path: str | None = None
+    # A file of rows, for source=path. It is cut into train, validation and test by the rows' ids.
+    path: str | None = location(None)
+    # Two files instead of one: neither is cut.
+    train_path: str | None = location(None)
+    eval_path: str | None = location(None)
     # owner/name or owner/name:configuration, for source=hub.
     hub_id: str | None = None
     train_split: str = "train"
@@ -343,8 +370,8 @@ class Config:
 
     name: str = "run"
     seed: int = number(0, low=0)
-    out: str = "runs"
-    run_dir: str = "${out}/${name}${variant:}/seed${seed}"
+    out: str = location("runs")
+    run_dir: str = location("${out}/${name}${variant:}/seed${seed}")
     device: str = one_of("auto", "cpu", "cuda")
     model: ModelOptions = field(default_factory=ModelOptions)
     data: DataOptions = field(default_factory=DataOptions)
@@ -377,6 +404,37 @@ def _checkpoint_source(path: str | None) -> str:
 
 
 OmegaConf.register_new_resolver("checkpoint_source", _checkpoint_source, replace=True)
+
+# The end of a `model.path` that says which checkpoint of a run it is: step and hash.
+RUN_PIN = r"@\d+-[0-9a-f]{12}$"
+
+# What conf/model/run.yaml takes where there is no such run; the config is then refused.
+WITHOUT_RUN = {
+    "lr": 1e-6,
+    "max_prompt_tokens": 3072,
+    "max_completion_tokens": 1024,
+    "thinking": True,
+}
+
+
+def run_of_path(path: str) -> Path:
+    """The folder of the run that a `model.path` names."""
+    return Path(re.sub(RUN_PIN, "", path)).expanduser()
+
+
+def _of_run(path: str | None, key: str) -> Any:
+    """A key of the model section of a run's config."""
+    default = WITHOUT_RUN.get(key, getattr(ModelOptions, key, None))
+    if path is None:
+        return default
+    try:
+        saved = yaml.safe_load((run_of_path(path) / "config.yaml").read_text(encoding="utf-8"))
+        return saved["model"].get(key, default)
+    except (OSError, yaml.YAMLError, KeyError, TypeError, AttributeError, ValueError):
+        return default
+
+
+OmegaConf.register_new_resolver("of_run", _of_run, replace=True)
 
 SCHEMA = OmegaConf.structured(Config)
 # Their keys are names of a registry, not fields: they need no + on the command line.

@@ -20,10 +20,7 @@ def exit_code(command: Callable[[], object], interrupted: str = "interrupted") -
     An integer that the command returns is passed on, anything else counts as 0. A UserError gives
     2 and Ctrl-C gives 130; the error, or the sentence `interrupted`, goes to stderr.
     """
-    # The system's default would kill us without cleaning up. Where Ctrl-C is ignored (background
-    # jobs of a shell) it stays ignored.
-    if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+    heed_ctrl_c()
     try:
         code = command()
     except UserError as error:
@@ -33,6 +30,13 @@ def exit_code(command: Callable[[], object], interrupted: str = "interrupted") -
         print(interrupted, file=sys.stderr)
         return 130
     return code if isinstance(code, int) else 0
+
+
+def heed_ctrl_c() -> None:
+    """From now on Ctrl-C raises KeyboardInterrupt: the system's default would kill us without
+    cleaning up. Where it is ignored (background jobs of a shell) it stays ignored."""
+    if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def one_line(error: BaseException) -> str:

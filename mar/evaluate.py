@@ -1,84 +1,70 @@
-"""Measure a policy, or texts from anywhere, with every metric and its interval:
+"""Measure a policy, or texts from anywhere, with every metric and its interval.
 
-    python -m mar.evaluate runs/medqa/seed0
-        the newest checkpoint of a run, and baselines of its untrained model
-    python -m mar.evaluate <folder with config.json> +experiment=clinic
-        a Hugging Face checkpoint
-    python -m mar.evaluate base +experiment=clinic
-        the model that the config names, untrained
-    python -m mar.evaluate completions=file.jsonl +experiment=clinic
-        rows of {id, text}; several rows of one id are several samples
-
-Options:
-    k=30               answers per question, in sets of K
-    num_answers=1..6   sets of other sizes; empty for none
-    arms=policy,base   which arms, of those that are compared by default
-    out=<folder>       where the results go
-    against=<folder>   a paired comparison with another evaluation
-All other words are settings, e.g. eval.num_items=500.
+What is measured: a run (its newest checkpoint, and baselines of its untrained model), a folder with
+config.json, `base` (the model that the settings name, untrained), or completions=<file>.
 
 It writes `eval_items.jsonl`, one line per arm and item, and `evaluation.json`. The same command
-goes on where it was interrupted; draws depend on seed and item alone.
+goes on where it was interrupted; draws depend on seed and item alone. An evaluation with other
+settings that is there already moves to `evaluation~1` in the folder.
 """
 
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mar.answers.grammar import grammar_of
 from mar.answers.prompts import fit_grammar
 from mar.answers.tokenizer import load_tokenizer
-from mar.errors import UserError, exit_code
-from mar.files import write_json
+from mar.config import number, option
+from mar.errors import UserError
+from mar.files import stable_hash, write_json
 from mar.measure.answer_sets import Item
 from mar.measure.baselines import Arm, build_arms
-from mar.measure.comparison import compare_arms
+from mar.measure.comparison import compare_arms, paired_differences
+from mar.policy.distributed import compute_device
 from mar.run.answering import (
     answer_questions,
-    compare_with,
     find_target,
+    prepare_models,
     prepare_questions,
+    protocol_of,
     read_given_texts,
+    read_other,
+    require_common,
+    write_given_texts,
 )
-from mar.run.console import Display
-from mar.run.summary import show_evaluation
-
-# Option -> its default.
-OPTIONS = {
-    "k": "30",
-    "num_answers": "1..6",
-    "arms": "",
-    "completions": "",
-    "against": "",
-    "out": "",
-}
+from mar.run.compose import require_choice
+from mar.run.console import Display, hint_where_busy
+from mar.run.evaluation_folder import (
+    ITEMS_FILE,
+    RESULT_FILE,
+    claimed,
+    earlier_pairs,
+    require_writable,
+)
+from mar.run.summary import say_next_commands, show_evaluation
+from mar.run.words import Command, Words, read_words, run_command
 
 MAX_SET_SIZE = 10
 
 
-def split_words(words: Sequence[str]) -> tuple[str, dict[str, str], list[str]]:
-    """(target, options, settings) of a command line."""
-    targets: list[str] = []
-    given: dict[str, str] = {}
-    settings: list[str] = []
-    for word in words:
-        key, equals, value = word.partition("=")
-        # A folder of a sweep has = in its name.
-        if not equals or Path(word).exists():
-            targets.append(word)
-        elif key in OPTIONS:
-            given[key] = value
-        else:
-            settings.append(word)
-    if len(targets) + bool(given.get("completions")) != 1:
-        raise UserError(
-            "name one thing to measure: a run, a checkpoint folder, base or completions=<file>, "
-            f"not {targets or 'nothing'}"
-        )
-    target = targets[0] if targets else ""
-    return target, {**OPTIONS, **given}, settings
+@dataclass
+class EvaluateOptions:
+    """Words of this command alone."""
+
+    k: int = number(
+        30, low=1, high=9999, help="answers of a question, in sets of K: the largest multiple of K"
+    )
+    num_answers: str = option(
+        "1..6", help="the policy asked for sets of other sizes, too; empty for none"
+    )
+    arms: str = option("", help="such as policy,base: these alone, not all that apply")
+    completions: Path | None = option(None, help="texts from anywhere: jsonl rows of {id, text}")
+    against: Path | None = option(None, help="another evaluation's folder, compared in pairs")
+    out: Path | None = option(None, help="folder of the results; the run's, or runs/evaluation/...")
 
 
 def parse_sizes(text: str) -> list[int]:
@@ -90,70 +76,161 @@ def parse_sizes(text: str) -> list[int]:
         sizes = list(range(int(first), int(last) + 1))
     else:
         sizes = [int(size) for size in text.split(",") if size]
+    if text and not sizes:
+        raise UserError(f"num_answers={text} is empty: write the smaller number first")
     if not all(1 <= size <= MAX_SET_SIZE for size in sizes):
         raise UserError(f"num_answers={text}: a set has 1 to {MAX_SET_SIZE} answers")
     return sizes
 
 
-def choose_arms(arms: Sequence[Arm], chosen: str) -> list[Arm]:
-    """The policy, and the arms that `chosen` names; all of them where it is empty."""
+def whole_sets(k: int, set_size: int, say: Callable[[str], object]) -> int:
+    """The largest multiple of a set's size up to k: all arms are compared at as many answers."""
+    if k < set_size:
+        raise UserError(
+            f"k={k} is less than one set of this policy: take k={set_size}, or a multiple of it"
+        )
+    rounded = k - k % set_size
+    if rounded != k:
+        say(
+            f"k={k} is no multiple of the {set_size} answers of a set: "
+            f"{rounded} answers for each question are compared"
+        )
+    return rounded
+
+
+def choose_arms(arms: Sequence[Arm], chosen: str, sizes_asked: bool = False) -> list[Arm]:
+    """The policy, and the arms that `chosen` names; all of them where it is empty. `sizes_asked`:
+    sets of other sizes were asked for, and need not be named again."""
     known = [arm.name for arm in arms]
     names = chosen.split(",") if chosen else known
     unknown = sorted(set(names) - set(known))
     if unknown:
         raise UserError(f"arms={','.join(unknown)} is unknown here: choose of {','.join(known)}")
-    return [arm for arm in arms if arm.name in {"policy", *names}]
+    kept = {"policy", *names}
+    if sizes_asked:
+        kept |= {name for name in known if name.startswith("K=")}
+    return [arm for arm in arms if arm.name in kept]
+
+
+def require_a_model(words: Words[EvaluateOptions]) -> None:
+    """Raises UserError for options that ask a model something, where texts are measured."""
+    for key in ("arms", "num_answers"):
+        value = getattr(words.options, key)
+        if key in words.given and value not in ("", "policy"):
+            raise UserError(
+                f"{key}={value} asks a model and completions= has its texts: leave it out"
+            )
+
+
+def require_sizes_fit(words: Words[EvaluateOptions], several: bool) -> None:
+    """Raises UserError for sizes that a policy of single answers is asked for."""
+    sizes = words.options.num_answers
+    if "num_answers" in words.given and sizes and not several:
+        raise UserError(
+            f"num_answers={sizes} asks for sets and this policy gives one answer: leave it out"
+        )
 
 
 def run(words: Sequence[str], display: Display) -> Path:
-    """Measure what the words name; returns the folder with the results."""
-    name, options, settings = split_words(words)
-    target = find_target(name, settings, options["out"], options["completions"], display)
-    if not re.fullmatch(r"[1-9]\d{0,3}", options["k"]):
-        raise UserError(f"k={options['k']} is no whole number from 1 to 9999")
-    k = int(options["k"])
+    """Measure what a command line names; returns the folder with the results."""
+    return evaluate(read_words(COMMAND, words), display)
+
+
+def evaluate(words: Words[EvaluateOptions], display: Display) -> Path:
+    """Measure what the words name; returns the folder with the results.
+
+    All that can be refused is refused before anything is measured, or written.
+    """
+    options = words.options
+    texts = options.completions
+    if len(words.places) + bool(texts) != 1:
+        raise UserError(
+            "name one thing to measure: a run, a checkpoint folder, base or completions=<file>, "
+            f"not {words.places or 'nothing'}"
+        )
+    name = words.places[0] if words.places else ""
+    if not name or name == "base" or (Path(name) / "config.json").is_file():
+        require_choice(words.settings)
+    k = options.k
+    sizes = parse_sizes(options.num_answers)
+    target = find_target(name, words.settings, options.out, texts, display)
     config = target.config
+    require_writable(target.out)
+    other = options.against
+    others = read_other(other, target.out) if other else []
+    device = compute_device(config.device)
+    hint_where_busy(display, device.type, config.model.threads)
 
     tokenizer = load_tokenizer(target.model_folder)
     grammar = fit_grammar(grammar_of(config), tokenizer)
-    sizes = parse_sizes(options["num_answers"])
+    if texts:
+        require_a_model(words)
+    else:
+        require_sizes_fit(words, grammar.multi)
+        k = whole_sets(k, grammar.num_answers, display.say)
     arms = build_arms(grammar, k, sizes, trained=target.run is not None)
-    arms = choose_arms(arms, options["arms"])
-    if options["completions"]:
+    arms = choose_arms(arms, options.arms, "num_answers" in words.given)
+    if texts:
         arms = arms[:1]
     questions = prepare_questions(config, arms, tokenizer, display)
+    if other:
+        require_common(other, others, [example.id for example in questions.examples])
 
     items: dict[str, list[Item]]
-    if options["completions"]:
-        file = Path(options["completions"])
-        arm, read = read_given_texts(target, file, arms[0], questions, display)
+    if texts:
+        arm, read = read_given_texts(target, texts, arms[0], questions, display)
         arms = [arm]
         items = {arm.name: read}
+        digest = f"{stable_hash(texts.read_text(errors='replace')):016x}"
+        protocol = protocol_of(target, arms, len(read), digest)
     else:
-        items = answer_questions(target, arms, questions, display)
+        models = prepare_models(target, arms, questions)
+        protocol = protocol_of(target, arms, len(questions.examples))
 
-    document: dict[str, Any] = {
-        "task": config.data.task,
-        "target": target.name,
-        "step": target.step,
-        **compare_arms(arms, items, questions.examples, k),
-    }
-    if options["against"]:
-        other = Path(options["against"])
-        pair = f"policy - {options['against']}"
-        document["paired"][pair] = compare_with(other, items["policy"], grammar.confident)
-    write_json(target.out / "evaluation.json", document)
+    with claimed(target.out, protocol, display.say):
+        if texts:
+            write_given_texts(target.out, protocol, arms[0], items["policy"])
+        else:
+            items = answer_questions(target, arms, questions, models, protocol, display)
+        document: dict[str, Any] = {
+            "task": config.data.task,
+            "target": target.name,
+            "step": target.step,
+            **compare_arms(arms, items, questions.examples, k),
+        }
+        if other:
+            differences = paired_differences(items["policy"], others, grammar.confident)
+            document["paired"][f"policy - {other}"] = differences
+        document["paired"] = earlier_pairs(target.out) | document["paired"]
+        write_json(target.out / RESULT_FILE, document)
     show_evaluation(document, display)
-    display.say(f"wrote {target.out / 'evaluation.json'} and eval_items.jsonl")
+    if target.run is not None:
+        say_next_commands(Path(target.name), display)
+    display.say(f"wrote {target.out / RESULT_FILE} and {ITEMS_FILE}")
     return target.out
 
 
+COMMAND = Command(
+    name="mar.evaluate",
+    about=__doc__,
+    places="[RUN|FOLDER|base]",
+    options=EvaluateOptions,
+    settings=("eval.num_items", "data.eval_split", "data.path", "seed", "device"),
+    examples=(
+        "runs/medqa/seed0 eval.num_items=500",
+        "runs/medqa/seed1 against=runs/medqa/seed0",
+        "completions=texts.jsonl +experiment=clinic",
+    ),
+)
+
+
 def main(words: Sequence[str]) -> int:
-    if {"-h", "--help"} & set(words):
-        print(__doc__)
-        return 0
-    return exit_code(
-        lambda: run(words, Display("plain", 0, 0)), "interrupted: the same command goes on"
+    display = Display("auto", 0, 0)
+    return run_command(
+        COMMAND,
+        words,
+        lambda read: evaluate(read, display),
+        "interrupted: the same command goes on",
     )
 
 

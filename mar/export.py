@@ -1,15 +1,14 @@
 """A run's policy as a checkpoint that others load.
 
-    python -m mar.export runs/clinic/seed0 [folder] [--dtype bfloat16]
-
 Writes safetensors, tokenizer, chat template, generation config and a model card with the prompt
 that the policy was trained on; transformers and vLLM read the folder.
 """
 
-import argparse
 import json
 import re
 import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +24,16 @@ from mar.answers.tokenizer import (
     reads_clock,
     stop_ids,
 )
-from mar.config import Config
-from mar.errors import UserError, exit_code
+from mar.config import Config, one_of, option
+from mar.errors import UserError
 from mar.policy.lora import adapted, is_adapter, merge, save_adapters, trainable_pattern
 from mar.policy.model import Decoder
-from mar.policy.sources import resolve_model
 from mar.policy.weights import load_model, save_model
 from mar.run import checkpoint
 from mar.run.compose import load_config
+from mar.run.folder import require_run
+from mar.run.from_run import model_of
+from mar.run.words import Command, Words, run_command
 from mar.tasks.registry import get_task
 
 CARD = """---
@@ -53,8 +54,17 @@ It was asked in these words, {place} the question, and sampled at temperature {t
 # Small updates are less than half a unit in the last place of the weight that they are added to.
 ROUNDED = (
     "adapters merged into bfloat16 weights are rounded: for exactly the policy that was trained "
-    "take --adapters or --dtype float32"
+    "take adapters=true or dtype=float32"
 )
+
+
+@dataclass
+class ExportOptions:
+    """Words of this command alone."""
+
+    out: Path | None = option(None, help="a new folder; RUN/export")
+    dtype: str = one_of("bfloat16", "float32", help="of the weights")
+    adapters: bool = option(False, help="true: the adapters alone, in peft's format")
 
 
 def card(
@@ -106,7 +116,7 @@ def export(run: Path, folder: Path, dtype: str, adapters: bool = False) -> Path:
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} exists and is no empty folder: name another or remove it")
 
-    source, _ = resolve_model(config.model.source, config.model.name, config.model.path)
+    source, _ = model_of(config.model)
     model = adapted(load_model(source), config.model)
     tokenizer = load_tokenizer(source)
     if adapters:
@@ -134,11 +144,11 @@ def export(run: Path, folder: Path, dtype: str, adapters: bool = False) -> Path:
 def _require_only_adapters(run: Path, config: Config, model: Decoder) -> None:
     """Raises UserError where a run trained something beside its adapters, or has none."""
     if not config.model.lora_rank:
-        raise UserError(f"{run} has no adapters: export without --adapters")
+        raise UserError(f"{run} has no adapters: leave adapters=true out")
     trainable = trainable_pattern(config.model)
     for name, _ in model.named_parameters():
         if re.search(trainable, name) and not is_adapter(name):
-            raise UserError(f"{run} trained {name} too: export without --adapters")
+            raise UserError(f"{run} trained {name} too: leave adapters=true out")
 
 
 def _special_token_ids(tokenizer: Any, source: Path) -> dict[str, Any]:
@@ -165,19 +175,28 @@ def _save_generation_config(
     generation.save_pretrained(folder)
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add = parser.add_argument
-    add("run", type=Path, help="a run directory")
-    add("folder", type=Path, nargs="?", help="where to write (default: RUN/export)")
-    add("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
-    add("--adapters", action="store_true", help="the adapters alone, in peft's format")
-    args = parser.parse_args()
-    folder = args.folder or args.run / "export"
-    return exit_code(lambda: print(export(args.run, folder, args.dtype, args.adapters)))
+def run(words: Words[ExportOptions]) -> None:
+    folder = require_run(Path(words.places[0]))
+    options = words.options
+    print(export(folder, options.out or folder / "export", options.dtype, options.adapters))
+
+
+COMMAND = Command(
+    name="mar.export",
+    about=__doc__,
+    places="RUN",
+    options=ExportOptions,
+    examples=(
+        "runs/medqa/seed0                          # into runs/medqa/seed0/export",
+        "runs/medqa/seed0 out=model dtype=float32",
+        "runs/medqa/seed0 adapters=true            # the adapters alone, in peft's format",
+    ),
+)
+
+
+def main(words: Sequence[str]) -> int:
+    return run_command(COMMAND, words, run)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

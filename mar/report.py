@@ -1,34 +1,59 @@
-"""One self-contained HTML file about runs:  python -m mar.report RUN | FOLDER | RUN_A RUN_B
+"""One self-contained HTML file about runs; it needs no network.
 
 A run: its headline with intervals, figures, rollouts with their advantages, config, environment.
 Two runs: what differs, and their curves in the same figures. A folder of runs: one line for each
-setting with mean, interval and number of seeds. The file needs no network.
+setting with mean, interval and number of seeds.
 """
 
-import argparse
 import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from mar.errors import exit_code
+from mar.config import option
+from mar.errors import UserError
 from mar.figures.page import write_report
+from mar.run.folder import no_run
+from mar.run.words import Command, Words, run_command
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m mar.report",
-        description="One HTML file about a run, a folder of runs, or two runs.",
-    )
-    parser.add_argument(
-        "run", type=Path, nargs="+", help="one run, one folder of runs, or two runs"
-    )
-    parser.add_argument(
-        "--out",
-        type=Path,
-        help="the file to write (default: report.html in the folder, or here for two runs)",
-    )
-    options = parser.parse_args(arguments)
-    return exit_code(lambda: print(write_report(options.run, options.out)))
+@dataclass
+class ReportOptions:
+    """Words of this command alone."""
+
+    out: Path | None = option(None, help="folder of report.html; that of the (first) run")
+
+
+def run(words: Words[ReportOptions]) -> None:
+    paths = [Path(place) for place in words.places]
+    for path in paths:
+        if not path.is_dir():
+            raise UserError(no_run(path, ", two runs or a folder of runs"))
+    out = words.options.out
+    if out and out.suffix == ".html":
+        raise UserError(f"out={out}: name the folder in which report.html is written")
+    if out:
+        out.mkdir(parents=True, exist_ok=True)
+    name = "report.html" if len(paths) == 1 else "report_of_two.html"
+    print(write_report(paths, (out or paths[0]) / name))
+
+
+COMMAND = Command(
+    name="mar.report",
+    about=__doc__,
+    places="RUN...",
+    options=ReportOptions,
+    examples=(
+        "runs/medqa/seed0",
+        "runs/medqa/seed0 runs/medqa/seed1       # two runs",
+        "runs/credit out=pages                   # a folder of runs, into pages/report.html",
+    ),
+)
+
+
+def main(words: Sequence[str]) -> int:
+    return run_command(COMMAND, words, run)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

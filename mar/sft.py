@@ -1,193 +1,252 @@
-"""Supervised fine-tuning on the grammar, before reinforcement learning makes the answers good.
+"""Supervised warm-up on demonstrations, before reinforcement learning makes the answers good.
 
-    python -m mar.sft --task clinic --model FOLDER --out FOLDER      (any supported checkpoint)
+A model learns the form of the answers, and as far as a task tells it the probability of each, from
+exact targets (mar/learn/demonstrations.py): that of an answer is the posterior. All of its
+parameters are trained, or with model.lora_rank=12 adapters. The same command goes on where it was
+cut off. The folder then holds a checkpoint: model=hf model.path=<folder>.
 
-experiments/embedded_model/recreate.sh makes the embedded model out of such stages. The result knows
-the grammar and the task's answers, but does not rank them, and rates them only as far as --hint
-says: the rest is left to the reward. `mar/learn/demonstrations.py` says what is taught.
+Every sft.eval_every steps the probability of every gold is computed for held-out questions, without
+drawing: what one answer and three answers cover, beside what constant answers and the posterior
+itself would (sft.jsonl).
 """
 
-import argparse
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from mar.answers.grammar import FORMS
 from mar.answers.tokenizer import copy_tokenizer, load_tokenizer, num_tokens
-from mar.errors import exit_code
+from mar.config import Config
+from mar.files import append_jsonl, truncate_jsonl, write_jsonl
 from mar.learn.demonstrations import (
-    MIXTURES,
-    SFT_SEED,
+    PLAIN,
     ConfidenceHint,
+    DemonstrationBatch,
     make_demonstration_batch,
     piece_encoder,
+    short_forms,
     soft_target_loss,
 )
 from mar.learn.optim import clip_gradients, make_optimizers, require_finite, set_learning_rate
+from mar.learn.warm_up import Asking, answer_masses, make_form_batch
+from mar.measure.single_answers import bars_of, coverage_of, divergence, gold_probabilities, means
+from mar.policy.lora import adapted, merge, save_adapters, trainable_pattern
 from mar.policy.model import Decoder
 from mar.policy.weights import load_model, save_model
 from mar.records import Example
-from mar.tasks.loading import Source
+from mar.run.compose import compose, require_choice
+from mar.run.console import Display
+from mar.run.from_run import model_of
+from mar.run.setup import announce, load_data
+from mar.run.warm_up import (
+    ADAPTERS_LR,
+    LR,
+    Progress,
+    Questions,
+    Recent,
+    SftOptions,
+    check_options,
+    folder_of,
+    prior_of,
+    rate_factor,
+    require_own_folder,
+    restore_state,
+    save_state,
+)
+from mar.run.words import Command, Words, run_command
 from mar.tasks.registry import get_task
 
-# Embedded tasks draw new examples after so many steps.
-STEPS_PER_LOAD = 200
-
-# A low rate, and most of the way spent lowering it, did better than a higher one.
-LR = 1e-3
-WARMUP_STEPS = 50
-DECAY_FRAC = 0.7
+LOG = "sft.jsonl"
 
 
-def rate_factor(step: int, num_steps: int) -> float:
-    """What the peak learning rate is multiplied by at `step` (from 0): a trapezoid."""
-    warmup = (step + 1) / WARMUP_STEPS
-    decay = (num_steps - step) / (DECAY_FRAC * num_steps)
-    return min(1.0, warmup, decay)
+def draw_batch(
+    config: Config,
+    sft: SftOptions,
+    asking: Asking,
+    examples: Sequence[Example],
+    others: Sequence[str],
+    step: int,
+) -> tuple[str, DemonstrationBatch]:
+    """The demonstrations of a step (from 0), and the name of their form or mixture. `others`:
+    answers to other questions."""
+    rng = np.random.default_rng([config.seed, step])
+    hint = ConfidenceHint(sft.hint, sft.hint_counts, sft.hint_spread)
+    is_plain = step < sft.plain_steps
+    if sft.mixture == "per_step":
+        form = int(rng.choice(len(FORMS), p=np.array(sft.shares) / sum(sft.shares)))
+        num_answers = config.reward.num_answers if config.reward.multi else 3
+        grammar = PLAIN if is_plain else short_forms(num_answers)[form]
+        return grammar.form, make_form_batch(examples, grammar, asking, rng, hint)
+    mixture = "plain" if is_plain else sft.mixture
+    batch = make_demonstration_batch(
+        examples,
+        noun=asking.noun,
+        tokenizer=asking.tokenizer,
+        encode=asking.encode,
+        rng=rng,
+        others=others,
+        mixture=mixture,
+        hint=hint,
+        rows=sft.rows,
+    )
+    return mixture, batch
 
 
-def train(
-    model: Decoder,
-    tokenizer: Any,
-    load: Callable[[int], list[Example]],
-    noun: str,
-    args: argparse.Namespace,
-) -> None:
-    """Minimise the soft-target loss of demonstrations; save the model now and then.
+class HeldOut:
+    """What the model is measured on as it learns: the probability of every gold, without drawing."""
 
-    `load(n)` gives the n-th set of examples. The log shows `kl`: how many nats a completion lies
-    above the least possible.
-    """
-    optimizers = make_optimizers(model, args.lr, args.muon)
-    hint = ConfidenceHint(args.hint, args.hint_counts, args.hint_spread)
-    rng = np.random.default_rng(args.seed)
-    encode = piece_encoder(tokenizer)
-    began = time.perf_counter()
-    recent_kl: list[float] = []
-    examples: list[Example] = []
-    for step in range(args.steps):
-        new_examples_due = step % STEPS_PER_LOAD == 0 and not args.path  # a file is read once
-        if not examples or new_examples_due:
-            examples = load(step // STEPS_PER_LOAD)
-            names = [gold.name for example in examples for gold in example.golds]
-            others = list(dict.fromkeys(names))
-        first = step * args.prompts
-        batch = make_demonstration_batch(
-            [examples[(first + i) % len(examples)] for i in range(args.prompts)],
-            noun=noun,
-            tokenizer=tokenizer,
-            encode=encode,
-            rng=rng,
-            others=others,
-            mixture="plain" if step < args.plain_steps else args.mixture,
-            hint=hint,
-            rows=args.rows,
-        )
+    def __init__(self, config: Config, num: int, display: Display) -> None:
+        self.examples = load_data(config, "validation", num, 0, display)
+        self.p = gold_probabilities(self.examples)
+        self.prior = prior_of(config, self.examples, display)
+        # Else golds are right or wrong, and only their mass can be told.
+        self.is_distribution = bool(self.p.any())
 
+    def bars(self) -> dict[str, float]:
+        """What needs no model."""
+        return means(bars_of(self.p, self.prior)) if self.is_distribution else {}
+
+    def measure(self, model: Decoder, asking: Asking) -> dict[str, float]:
+        q = answer_masses(model, self.examples, asking)
+        values = coverage_of(q, self.p, closed=self.prior is not None)
+        return means(values if self.is_distribution else {"named": values["named"]})
+
+
+def run(words: Words[SftOptions]) -> None:
+    """Train, measure and save; a folder that was begun goes on."""
+    sft = words.options
+    require_choice(words.settings)
+    display = Display("plain", 0, sft.steps)
+    config = announce(compose(words.settings), display)
+    check_options(sft, config, words.settings)
+    options, data, optim = config.model, config.data, config.optim
+    torch.set_num_threads(options.threads or torch.get_num_threads())
+    torch.manual_seed(config.seed)
+    folder = folder_of(config, words.settings)
+    log = folder / LOG
+    require_own_folder(folder, log)
+
+    source, _ = model_of(options)
+    tokenizer = load_tokenizer(source)
+    noun = get_task(data.task).noun
+    asking = Asking(tokenizer, piece_encoder(tokenizer), noun, data.request_first)
+    held_out = HeldOut(config, sft.eval_items, display) if sft.eval_every else None
+    taught = replace(config, data=replace(data, num_asked=sft.asked or data.num_asked))
+    questions = Questions(taught, sft.batch, display)
+    model = adapted(load_model(source, num_tokens=num_tokens(tokenizer)), options)
+    peak = sft.lr or (ADAPTERS_LR if options.lora_rank else LR)
+    optimizers = make_optimizers(model, peak, optim, trainable_pattern(options), sft.muon)
+
+    folder.mkdir(parents=True, exist_ok=True)
+    resumed = restore_state(model, optimizers, folder)
+    began = time.perf_counter() - resumed.seconds
+    if resumed.step:
+        display.say(f"{folder} goes on after step {resumed.step} of {sft.steps}")
+
+    def write(row: dict[str, Any]) -> None:
+        row["seconds"] = round(time.perf_counter() - began)
+        append_jsonl(log, [row])
+        display.say(json.dumps(row))
+
+    told = {"words": told_words(words)}
+    if resumed.step:
+        truncate_jsonl(log, resumed.step)
+        append_jsonl(log, [{"step": resumed.step, **told}])
+    else:
+        bars = {"held_out": len(held_out.examples), **held_out.bars()} if held_out else {}
+        write_jsonl(log, [{"step": 0, **told, **bars}])
+        if held_out:
+            write({"step": 0, **held_out.measure(model, asking)})
+
+    recent = Recent()
+    for step in range(resumed.step, sft.steps):
+        examples = questions.of(step)
+        form, batch = draw_batch(config, sft, asking, examples, questions.answers, step)
         loss = soft_target_loss(model, batch)
         model.zero_grad()
         loss.backward()
-        norm = clip_gradients(model, 1.0)
-        require_finite(norm, step + 1, "lower --lr; what was saved last is whole")
-        factor = rate_factor(step, args.steps)
-        for optimizer, peak in optimizers:
-            set_learning_rate(optimizer, peak * factor)
+        norm = clip_gradients(model, optim.grad_clip)
+        require_finite(norm, step + 1, f"lower sft.lr; {folder} has the last state")
+        factor = rate_factor(step, sft)
+        for optimizer, rate in optimizers:
+            set_learning_rate(optimizer, rate * factor)
             optimizer.step()
 
         excess = loss.item() - batch.entropy  # nats a counted token
-        num_completions = args.prompts * args.rows
-        recent_kl.append(excess * batch.token_weights.sum().item() / num_completions)
-        last = step + 1 == args.steps
-        if (step + 1) % args.log_every == 0 or last:
-            line = {
-                "step": step + 1,
-                "kl": round(float(np.mean(recent_kl)), 4),
-                "lr": round(args.lr * factor, 6),
-                "seconds": round(time.perf_counter() - began),
-            }
-            print(json.dumps(line), flush=True)
-            recent_kl.clear()
-        if (step + 1) % args.save_every == 0 or last:
-            save_model(model, args.out, getattr(torch, args.dtype))
+        num_completions = len(examples) * sft.rows
+        recent.add(form, excess * batch.token_weights.sum().item() / num_completions)
+        recent.positions += len(batch.packed.ids)
+        prior = held_out.prior if held_out and held_out.is_distribution else None
+        if prior is not None and form == "rlvr_single":
+            # Without reading, on the same questions: the noise of the choice cancels between both.
+            recent.add("of_prior", float(divergence(gold_probabilities(examples), prior).mean()))
+
+        done, is_last = step + 1, step + 1 == sft.steps
+        if done % sft.log_every and not is_last:
+            continue
+        cpu_seconds = round(time.process_time())
+        rates = {"lr": round(peak * factor, 7), "grad_norm": round(norm, 2)}
+        write({"step": done} | recent.row() | rates | {"cpu_seconds": cpu_seconds})
+        recent = Recent()
+        if done % sft.save_every and not is_last:
+            continue
+        if held_out and (done % sft.eval_every == 0 or is_last):
+            write({"step": done, **held_out.measure(model, asking)})
+        progress = Progress(done, time.perf_counter() - began, resumed.names)
+        save_state(model, optimizers, progress, folder)
+    save_checkpoint(model, folder, source, config, sft.dtype)
+    display.say(f"wrote {folder}, to go on with: model=hf model.path={folder} model.thinking=false")
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add = parser.add_argument
-    add("--task", default="clinic")
-    add("--path", help="jsonl of the task's examples; without it the embedded ones")
-    add("--model", type=Path, required=True, help="folder of the model to start from")
-    add("--out", type=Path, required=True)
-    add("--steps", type=int, default=2000)
-    add("--mixture", default="all", choices=MIXTURES, help="of forms: all of them, or short ones")
-    add("--plain-steps", type=int, default=0, help="so many first steps teach single answers only")
-    add("--prompts", type=int, default=32, help="prompts per step")
-    add("--rows", type=int, default=1, help="completions per prompt")
-    add("--lr", type=float, default=LR)
-    add("--muon", action="store_true", help="Muon for the matrices inside the blocks")
-    add(
-        "--hint",
-        type=float,
-        default=0.0,
-        help="share of a confidence's mass that lies near the truth",
-    )
-    add(
-        "--hint-counts",
-        type=float,
-        default=1.0,
-        help="what each token of a confidence counts in the loss",
-    )
-    add(
-        "--hint-spread",
-        type=float,
-        default=ConfidenceHint.spread,
-        help="how far from the truth",
-    )
-    add("--seed", type=int, default=0)
-    add(
-        "--dtype",
-        default="float32",
-        choices=("float32", "bfloat16"),
-        help="of the saved weights",
-    )
-    add("--log-every", type=int, default=100)
-    add("--save-every", type=int, default=500)
-    return parser.parse_args()
+def told_words(words: Words[SftOptions]) -> list[str]:
+    """What the log says of the command line: everything but where things lie."""
+    own = [f"sft.{name}={value}" for name, value in asdict(words.options).items()]
+    places = ("out=", "run_dir=", "data.path=", "model.path=")
+    return [word for word in words.settings if not word.startswith(places)] + own
 
 
-def main() -> None:
-    args = parse_arguments()
-    task = get_task(args.task)
+def save_checkpoint(model: Decoder, folder: Path, source: Path, config: Config, dtype: str) -> None:
+    """A checkpoint of the model, its adapters merged, and these alone in `adapters/`."""
+    stored = getattr(torch, dtype)
+    if config.model.lora_rank:
+        base = config.model.path or config.model.name
+        save_adapters(model, folder / "adapters", base, stored)
+    copy_tokenizer(source, folder)
+    save_model(merge(model), folder, stored)
 
-    def load(chunk: int) -> list[Example]:
-        """All of the file, or embedded examples that no other chunk has."""
-        source = Source(
-            kind="path" if args.path else "embedded",
-            split="train",
-            num=None if args.path else args.prompts * STEPS_PER_LOAD,
-            seed=SFT_SEED + 1000 * args.seed + chunk,
-            path=args.path,
-        )
-        return list(task.load(source).examples)
 
-    torch.manual_seed(args.seed)
-    tokenizer = load_tokenizer(args.model)
-    model = load_model(args.model, num_tokens=num_tokens(tokenizer))
-    copy_tokenizer(args.model, args.out)
-    sizes = {
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "vocabulary": len(tokenizer),
-    }
-    print(json.dumps(sizes | vars(args), default=str))
-    train(model, tokenizer, load, task.noun, args)
+COMMAND = Command(
+    name="mar.sft",
+    about=__doc__,
+    options=SftOptions,
+    prefix="sft.",
+    settings=(
+        "model.path",
+        "model.lora_rank",
+        "data.path",
+        "reward.num_answers",
+        "seed",
+        "name",
+        "out",
+    ),
+    examples=(
+        "+experiment=jsonl data.path=<your file> model=smollm2-135m",
+        "+experiment=jsonl data.path=<your file> model=hf model.path=<folder> model.lora_rank=12",
+        "+experiment=clinic model=hf model.path=<folder> run_dir=<new folder> sft.steps=2000",
+    ),
+)
+
+
+def main(words: Sequence[str]) -> int:
+    return run_command(COMMAND, words, run, "interrupted: the same command goes on")
 
 
 if __name__ == "__main__":
-    sys.exit(exit_code(main))
+    sys.exit(main(sys.argv[1:]))

@@ -1,20 +1,21 @@
-"""Read completions in the terminal:  python -m mar.show RUN [STEP] [PROMPT]
-
-Without a step it takes the last one of training, without a prompt its first three; PROMPT is an id
-or a part of it. Step 0 is the evaluation before training.
+"""Read completions of a run in the terminal: right, wrong and repeated answers, and what each
+completion earned.
 """
 
-import argparse
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.text import Text
 
-from mar.errors import UserError, exit_code
+from mar.config import number, option
+from mar.errors import UserError
 from mar.files import rows_of_jsonl, skipped_lines
+from mar.run.folder import require_run
+from mar.run.words import Command, Words, run_command
 
 # What a row of completions.jsonl must have.
 KEYS = {
@@ -38,6 +39,16 @@ COLOURS = {"right": "bold green", "wrong": "red", "repeated": "magenta"}
 FIRST_PROMPTS = 3
 
 Row = Mapping[str, Any]
+
+
+@dataclass
+class ShowOptions:
+    """Words of this command alone."""
+
+    step: int | None = number(
+        None, low=0, help="the last one of training; 0: the evaluation before it"
+    )
+    prompt: str = option("", help="the id of a prompt, or a part of it; the first three")
 
 
 def verdict(row: Row, slot: int) -> str:
@@ -106,11 +117,11 @@ def show(run: Path, step: int | None, prompt: str, console: Console) -> None:
     """Print the chosen completions of a run."""
     path = run / "completions.jsonl"
     if not path.is_file():
-        raise UserError(f"{path} does not exist: name a folder that mar.train wrote")
+        raise UserError(f"{run} has no completions.jsonl: nothing was sampled in this run yet")
     broken: list[str] = []
     last_step = 0
-    for number, written in enumerate(rows_of_jsonl(path, broken)):
-        missing = sorted(KEYS - set(written)) if number == 0 else []
+    for index, written in enumerate(rows_of_jsonl(path, broken)):
+        missing = sorted(KEYS - set(written)) if index == 0 else []
         if missing:
             raise UserError(
                 f"{path} is of another version of mar: its rows have no {', '.join(missing)}"
@@ -125,26 +136,32 @@ def show(run: Path, step: int | None, prompt: str, console: Console) -> None:
         console.print(Text(escaped(f"{first['question']}  -> {', '.join(first['targets'])}")))
         for row in group:
             console.print(render_completion(row))
-    others = f"others: python -m mar.show {run} STEP [PROMPT], up to step {last_step}"
+    others = f"others: python -m mar.show {run} step=... prompt=..., up to step {last_step}"
     console.print(Text(others, "dim"), soft_wrap=True)
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m mar.show", description="Read a run's completions in the terminal."
-    )
-    parser.add_argument("run", type=Path)
-    parser.add_argument(
-        "step",
-        type=int,
-        nargs="?",
-        help="default: the last one of training; 0: the evaluation before training",
-    )
-    parser.add_argument("prompt", nargs="?", default="", help="a prompt's id, or a part of it")
-    options = parser.parse_args(arguments)
+COMMAND = Command(
+    name="mar.show",
+    about=__doc__,
+    places="RUN",
+    options=ShowOptions,
+    examples=(
+        "runs/medqa/seed0",
+        "runs/medqa/seed0 step=0                # the evaluation before training",
+        "runs/medqa/seed0 step=120 prompt=clinic-train-000017",
+    ),
+)
+
+
+def main(words: Sequence[str]) -> int:
     console = Console(highlight=False)
-    return exit_code(lambda: show(options.run, options.step, options.prompt, console))
+
+    def run(words: Words[ShowOptions]) -> None:
+        folder = require_run(Path(words.places[0]))
+        show(folder, words.options.step, words.options.prompt, console)
+
+    return run_command(COMMAND, words, run)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

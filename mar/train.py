@@ -1,6 +1,4 @@
-"""Train a policy to write K answers with honest confidences:
-
-    python -m mar.train +experiment=medqa
+"""Train a policy to write K answers with honest confidences.
 
 One step: sample G completions of P prompts, judge them, one advantage per token, then the updates.
 REINFORCE with credit for each answer is the default; ratios, a critic, a reference model
@@ -11,16 +9,18 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import hydra
 import torch
+from hydra.core.hydra_config import HydraConfig
 from torch import Tensor
 
 from mar.answers.tokenizer import CLOCK
 from mar.config import Config
-from mar.errors import UserError, exit_code
+from mar.errors import UserError
 from mar.files import jsonable
 from mar.learn.advantages import is_flat
 from mar.learn.batch import make_batch
@@ -30,21 +30,32 @@ from mar.measure.bounds import known_bounds
 from mar.measure.step_metrics import StepSeen, step_metrics
 from mar.policy.distributed import join
 from mar.policy.model import Decoder
-from mar.policy.sources import environment, resolve_model
+from mar.policy.sources import environment
 from mar.records import Prompt, Rollout
 from mar.run import checkpoint
 from mar.run import folder as run_folder
 from mar.run.checkpoint import CheckpointWriter
-from mar.run.compose import compose, from_omegaconf, validate
-from mar.run.console import Display
+from mar.run.compose import (
+    check_sweep,
+    compose,
+    from_omegaconf,
+    require_choice,
+    require_language,
+    require_one_run,
+    validate,
+)
+from mar.run.console import Display, hint_where_busy
 from mar.run.evaluations import Evaluations
+from mar.run.from_run import model_of, pin_source
 from mar.run.interrupts import Interrupts
 from mar.run.record import StepRecord
-from mar.run.resume import resume
+from mar.run.resume import announce_extension, resume
 from mar.run.setup import Training, announce, build_training
 from mar.run.summary import close
+from mar.run.sweep import Sweep, in_one_process
 from mar.run.timing import Timer
 from mar.run.wandb_mirror import Mirror
+from mar.run.words import HYDRA_FLAGS, Command, NoOptions, Words, run_command, spelled
 from mar.sample.engine import Generation
 from mar.sample.rollout import judge_groups, judged_only, sample, start_programs_early
 
@@ -201,23 +212,34 @@ def train(
 
 
 def run(config: Config) -> int:
+    """`run_until_end`, as an exit code."""
+    return 130 if run_until_end(config) == "interrupted" else 0
+
+
+def run_until_end(config: Config, skip_finished: bool = False) -> str:
     """Prepare, resume if there is something to resume, train, and close with a table and one JSON
-    line. Returns the exit code."""
+    line. Returns what `train` does; with `skip_finished` a run that is finished is left as it is,
+    and `finished before` returned."""
     began = time.perf_counter()
     display = Display(config.logger.console, 0, config.train.steps)
     world = join(config.device, config.scale)
     display.console.quiet = not world.leads
     config = announce(config, display)
+    hint_where_busy(display, world.device.type, config.model.threads)
     if config.model.threads:
         torch.set_num_threads(config.model.threads)
 
+    asked = config
+    config = world.told(lambda: pin_source(asked, display.say))
     # Refuse a folder that belongs to something else before anything is loaded.
-    run_folder.find(config.to_dict())
-    options = config.model
-    # Once a machine: it may fetch the model, and hashes all of it.
-    model_folder, provenance = world.found_here(
-        lambda: resolve_model(options.source, options.name, options.path)
-    )
+    found = run_folder.find(config.to_dict())
+    if skip_finished and found.is_done:
+        display.say(f"{found.path} is finished with an equal configuration: skipped")
+        return "finished before"
+    if found.extends is not None:
+        announce_extension(config, found.extends, world, display)
+    # Once a machine: it may fetch the model, or merge a run's adapters, and hashes all of it.
+    model_folder, provenance = world.found_here(lambda: model_of(config.model))
     training = build_training(config, model_folder, display, world)
     learner = training.learner
     folder = Path(config.run_dir)
@@ -259,19 +281,20 @@ def run(config: Config) -> int:
     if outcome == "finished" and world.leads:
         seconds = time.perf_counter() - began
         close(document, num_answers, folder, display, seconds, pictures)
-    return 130 if outcome == "interrupted" else 0
+    return outcome
 
 
 def say_what_trains(training: Training, folder: Path, display: Display) -> None:
     config = training.config
     learner = training.learner
     parameters = list(learner.policy.parameters())
+    model = config.model.path if config.model.source == "run" else config.model.name
     total = sum(p.numel() for p in parameters)
     trained = sum(p.numel() for p in parameters if p.requires_grad)
     display.say(
         f"{config.data.task}: {len(training.prompt_order.prompts)} training and "
         f"{len(training.held_out.prompts)} held-out prompts; "
-        f"training {trained:,} of the {total:,} parameters of {config.model.name}; "
+        f"training {trained:,} of the {total:,} parameters of {model}; "
         f"writing to {folder}"
     )
     if learner.sampling_copy:
@@ -293,21 +316,73 @@ def pictures(folder: Path) -> Mapping[str, Path]:
 # --- the command -----------------------------------------------------------------------------
 
 
+SWEEP = Sweep()
+
+
 @hydra.main(config_path="../conf", config_name="config", version_base="1.3")
-def main(tree: Any) -> None:
-    if code := exit_code(lambda: run(validate(from_omegaconf(tree)))):
-        sys.exit(code)
+def with_hydra(tree: Any) -> None:
+    """A job of a sweep; with --cfg and --info Hydra shows the settings, and comes not here."""
+
+    def checked() -> Config:
+        config = from_omegaconf(tree)
+        require_language(config, HydraConfig.get().overrides.task)
+        return validate(config)
+
+    if in_one_process():
+        SWEEP.take(checked, partial(run_until_end, skip_finished=True))
+    else:
+        run_until_end(checked(), skip_finished=True)
 
 
-def refuse_unknown_words(words: Sequence[str]) -> None:
-    """Exit with one sentence where Hydra would print a page: a misspelt key or option. Sweeps and
-    flags are left to Hydra."""
-    if any(word.startswith("-") for word in words):
-        return
-    if code := exit_code(lambda: compose(words, check=False)):
-        sys.exit(code)
+def start(words: Words[NoOptions]) -> int:
+    """One run, or with Hydra's flags a sweep or a look at the settings."""
+    flags = [word for word in words.settings if word in HYDRA_FLAGS]
+    values = {word for flag in flags for word in HYDRA_FLAGS[flag]}
+    settings = [word for word in words.settings if word not in flags and word not in values]
+    if {"-m", "--multirun"} & set(flags):
+        require_choice(settings)
+        check_sweep(settings)
+    else:
+        require_one_run(settings)
+        if not flags:
+            require_choice(settings)
+            return run(compose(settings))
+        compose(settings, check=False)
+    sys.argv[1:] = spelled(words.settings, sweep=True)
+    return SWEEP.run_to_its_end(with_hydra)
+
+
+COMMAND = Command(
+    name="mar.train",
+    about=__doc__,
+    options=NoOptions,
+    settings=(
+        "train.steps",
+        "algo.prompts_per_step",
+        "algo.group_size",
+        "reward.num_answers",
+        "model.path",
+        "data.path",
+        "eval.num_items",
+        "checkpoint.every",
+        "seed",
+        "name",
+        "out",
+        "device",
+    ),
+    flags=True,
+    examples=(
+        "+experiment=medqa                                   # without a GPU: some minutes",
+        "+experiment=jsonl data.path=<your file> model=hf model.path=<hub id or folder>",
+        "-m +experiment=clinic seed=0,1 algo=own,reinforce   # a sweep: one run for each",
+        "+experiment=clinic --cfg job                        # every setting with its value",
+    ),
+)
+
+
+def main(words: Sequence[str]) -> int:
+    return run_command(COMMAND, words, start)
 
 
 if __name__ == "__main__":
-    refuse_unknown_words(sys.argv[1:])
-    main()
+    sys.exit(main(sys.argv[1:]))

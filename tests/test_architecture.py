@@ -11,11 +11,11 @@ ROOT = Path(__file__).resolve().parents[1]
 
 GROUND = ["errors", "records", "files", "config"]
 FOLDERS = "answers verify tasks policy sample learn measure run figures".split()
-COMMANDS = set("train sft warmup evaluate report ask show export plan fetch".split())
+COMMANDS = set("train sft evaluate report ask show runs export plan fetch".split())
 # A part imports only what stands before it. All commands stand at the end.
 ORDER = [*GROUND, "mar_kernels", *FOLDERS]
 TEXT_SIDE = {*GROUND, "answers", "verify", "tasks"}
-MAY_SEE_HYDRA = {"config.py", "train.py", "run/compose.py", "run/folder.py"}
+MAY_SEE_HYDRA = {"config.py", "train.py", "run/compose.py", "run/folder.py", "run/sweep.py"}
 
 
 def source_files() -> list[Path]:
@@ -27,7 +27,7 @@ def part_of(file: Path) -> str:
     parts = file.relative_to(ROOT).parts
     if parts[0] == "kernels":
         return "mar_kernels"
-    if file.stem == "__main__":  # `python -m mar.tasks`
+    if file.stem == "__main__":  # `python -m mar` and `python -m mar.tasks`
         return "command"
     name = parts[1].removesuffix(".py").replace("__init__", "")
     return "command" if name in COMMANDS else name
@@ -94,7 +94,7 @@ def test_no_module_imports_itself_in_a_circle() -> None:
 
 
 def test_the_top_holds_commands_ground_files_and_folders() -> None:
-    files = {f.stem for f in (ROOT / "mar").glob("*.py")} - {"__init__"}
+    files = {f.stem for f in (ROOT / "mar").glob("*.py")} - {"__init__", "__main__"}
     assert files == COMMANDS | set(GROUND)
     folders = {f.parent.name for f in (ROOT / "mar").glob("*/__init__.py")}
     assert folders == set(FOLDERS)

@@ -2,13 +2,16 @@
 
 import re
 import shlex
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
 from mar.errors import UserError
-from mar.run.compose import compose
+from mar.run.compose import check_sweep, compose
+from mar.run.words import read_words
+from mar.tasks.__main__ import words_of_training
 
 ROOT = Path(__file__).resolve().parents[1]
 README_BYTES = 10 * 1024
@@ -20,10 +23,6 @@ NAMED = re.compile(
 )
 # Made by the command beside which they are named.
 MADE = {"experiments/gpu/TESTED_ON.md"}
-# Modules whose words are settings, and how many come before them.
-COMPOSED = {"mar.train": 0, "mar.plan": 0, "mar.tasks": 1, "mar.evaluate": 1}
-# Words of `mar.evaluate` that are no settings.
-NO_SETTINGS = ("k=", "num_answers=", "arms=", "against=", "completions=")
 
 
 def texts() -> list[Path]:
@@ -90,30 +89,24 @@ def words_of(command: str) -> list[str]:
 
 
 def check_module(module: str, words: list[str]) -> None:
-    """The module exists, and its words compose where they are settings."""
+    """The module exists, and if it is a command of ours it takes these words."""
     assert find_spec(module) is not None, f"no module {module}"
-    if module not in COMPOSED:
+    file = f"{module}.__main__" if module == "mar.tasks" else module
+    command = getattr(import_module(file), "COMMAND", None)
+    if command is None:
         return
-    settings = []
-    for word in words[COMPOSED[module] :]:
-        # `--cfg job` shows the settings; `-m` runs a sweep.
-        if word in ("-m", "--cfg", "job") or word.startswith(NO_SETTINGS):
-            continue
-        # The sweeper's own settings are only known to Hydra's command line.
-        if word.startswith("+sweep="):
-            assert (ROOT / "conf" / "sweep" / f"{word.partition('=')[2]}.yaml").exists()
-            continue
-        key, equals, value = word.partition("=")
-        assert equals, f"{word} is no setting"
-        first_of_sweep = value.partition(",")[0]
-        settings.append(f"{key}={first_of_sweep}")
+    # $W stands for words that are elsewhere.
+    read = read_words(command, [word for word in words if not word.startswith("$")])
+    # The run that another one starts from is not at hand. Named with its checkpoint, it need not be.
+    named = [re.sub("^(model.path=runs/.*)", r"\1@1-000000000000", word) for word in read.settings]
+    settings = [word for word in named if word not in ("-m", "--cfg", "job")]
+    names_a_run = module in ("mar.evaluate", "mar.ask") and read.places not in ([], ["base"])
     if module == "mar.tasks":
-        settings.insert(0, "+experiment=jsonl")
-    if module == "mar.evaluate":
-        # The settings of its run are not at hand.
-        settings = [word for word in settings if not word.startswith("+experiment=")]
-        settings.insert(0, "+experiment=clinic")
-    compose(settings)
+        compose(words_of_training(read))
+    elif "-m" in words:
+        check_sweep(settings)
+    elif command.settings and not names_a_run:
+        compose(settings)
 
 
 def check_command(command: str) -> None:
@@ -188,6 +181,9 @@ def test_what_is_broken_is_seen(tmp_path):
         "python -m mar.train +experiment=medqa trian.steps=3",
         "python -m mar.train +experiment=nothing",
         "python -m mar.train -m +experiment=clinic +sweep=nothing",
+        "python -m mar.show runs/medqa/seed0 5",
+        "python -m mar.export --dtype float32 runs/medqa/seed0",
+        "python -m mar.tasks jsonl data.path=x",
         "python experiments/gone.py",
     ):
         with pytest.raises((AssertionError, UserError)):

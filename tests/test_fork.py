@@ -58,6 +58,7 @@ def test_a_task_is_a_function_and_an_entry(
         "+experiment=jsonl",
         "data.task=sums",
         "data.source=embedded",
+        "model=embedded",
         "name=sums",
         f"out={tmp_path}",
         "logger.console=plain",
@@ -68,9 +69,10 @@ def test_a_task_is_a_function_and_an_entry(
     assert (
         "sums: 2 training and 4 held-out prompts" in out
         and "no completion has the right form" in out
+        and "model.max_completion_tokens=4 cuts them: raise it" in out
         and "REHEARSAL" not in out
     )
-    look(["sums", "data.source=embedded", "data.num_train=5", "model=embedded"])
+    assert look(["sums", "data.source=embedded", "data.num_train=5", "model=embedded"]) == 0
     assert "5 rows" in (out := capsys.readouterr().out) and "0 + 2 = ?" in out
 
 

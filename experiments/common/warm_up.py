@@ -1,14 +1,15 @@
 """The supervised warm-up on the answer grammar that a small language model needs before RL."""
 
-import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
-from mar.files import write_jsonl
-from mar.policy.sources import SMOLLM2, resolve_model
-
-OPTIONS = "--mixture short --prompts 3 --rows 4 --lr 4e-4 --log-every 5".split()
+OPTIONS = """
++experiment={task} data.source=path model=smollm2-135m model.source=wheel logger.console=plain
+sft.mixture=short sft.batch=3 sft.rows=4 sft.lr=4e-4 sft.warmup_steps=50 sft.decay=0.7
+sft.log_every=5 sft.save_every=20 sft.eval_every=0 optim.betas=[0.9,0.95]
+"""
 
 
 def warm_up(rows: Path, task: str, steps: int, runs: Path, logs: Path) -> Path:
@@ -20,21 +21,12 @@ def warm_up(rows: Path, task: str, steps: int, runs: Path, logs: Path) -> Path:
     if (folder / "model.safetensors").exists():
         return folder
     unfinished = folder.with_name("warmup.unfinished")
-    printed = folder.with_name("warmup.jsonl")
     logs.mkdir(exist_ok=True)
-    runs.mkdir(parents=True, exist_ok=True)
-    model, _ = resolve_model("wheel", SMOLLM2, None)
-    words = ["--task", task, "--model", str(model), "--path", str(rows)]
-    words += ["--out", str(unfinished), "--steps", str(steps), *OPTIONS]
-    with printed.open("w") as log:
-        done = subprocess.run([sys.executable, "-m", "mar.sft", *words], stdout=log, check=False)
+    words = OPTIONS.format(task=task).split()
+    words += [f"data.path={rows}", f"run_dir={unfinished}", f"sft.steps={steps}"]
+    done = subprocess.run([sys.executable, "-m", "mar.sft", *words], check=False)
     if done.returncode:
         sys.exit(f"mar.sft {' '.join(words)} ended with {done.returncode}")
-    kept = []
-    for line in printed.read_text().splitlines():
-        row = json.loads(line)
-        # These keys hold paths of this machine.
-        kept.append({k: v for k, v in row.items() if k not in ("path", "model", "out")})
-    write_jsonl(logs / "warmup.jsonl", kept)
+    shutil.copy(unfinished / "sft.jsonl", logs / "warmup.jsonl")
     unfinished.rename(folder)
     return folder

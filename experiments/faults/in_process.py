@@ -208,7 +208,7 @@ def poisoned_row(lab: Lab, row: Row) -> None:
         {"question": f"Name a number below {n}.", "golds": [str(n - 1), str(n - 2)]}
         for n in range(3, 60)
     ]
-    words = ("data=jsonl", "data.source=path", f"data.path={file}", "train.steps=2")
+    words = ("data=jsonl", "model=embedded", f"data.path={file}", "train.steps=2")
     good = [json.dumps(r) for r in rows]
     file.write_text("\n".join([*good[:6], json.dumps(rows[6] | {"golds": [5]}), *good[7:]]))
     row.struck(train(out, words), 2, r"^error: .*rows\.jsonl:7: 5 is no gold")

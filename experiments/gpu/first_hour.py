@@ -264,7 +264,7 @@ def read_by_vllm(
     options: dict[str, Any] = {"cwd": ROOT, "capture_output": True, "text": True, "check": False}
     exported = str(run_dir.with_name("exported"))
     for command in (
-        [sys.executable, "-m", "mar.export", str(run_dir), exported],
+        [sys.executable, "-m", "mar.export", str(run_dir), f"out={exported}"],
         [sys.executable, "-c", VLLM, exported],
     ):
         done = run(command, **options)

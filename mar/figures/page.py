@@ -7,7 +7,6 @@ it. The file needs no network. What a model wrote reaches the page as text only.
 import base64
 import io
 import json
-from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -22,8 +21,15 @@ from mar.answers.grammar import grammar_of
 from mar.answers.rewards import component_layout, reward_of
 from mar.errors import UserError
 from mar.figures import plots
-from mar.figures.runs import Run, group_by_setting, read_run
-from mar.figures.tables import differences_table, evaluation_tables, headline, settings_table
+from mar.figures.curves import curves_of_task
+from mar.figures.runs import Run, group_by_setting, group_by_task, read_run, seeds_of
+from mar.figures.tables import (
+    differences_table,
+    evaluation_tables,
+    headline,
+    settings_table,
+    settings_that_differ,
+)
 from mar.files import jsonable, rows_of_jsonl, skipped_lines
 from mar.run.compose import load_config
 
@@ -71,9 +77,9 @@ def _runs_below(folder: Path) -> list[Path]:
 
 def page_data(runs: Sequence[Run], title: str) -> dict[str, Any]:
     """Everything that the template shows."""
-    groups = group_by_setting(runs)
     faults = [fault for run in runs for fault in run.faults]
     notes = [_unfinished_note(run) for run in runs if not run.finished]
+    by_task = {task: group_by_setting(of_task) for task, of_task in group_by_task(runs).items()}
     rollouts = None
     if len(runs) == 1:
         tables = [headline(runs[0])]
@@ -84,22 +90,43 @@ def page_data(runs: Sequence[Run], title: str) -> dict[str, Any]:
                 "There are no baselines, coverage curves or reliability yet: "
                 f"run python -m mar.evaluate {runs[0].path}"
             )
-        rollouts, broken = browser_data(runs[0])
+        rollouts, broken = browser_of_run(runs[0])
         faults += broken
     else:
-        tables = [settings_table(groups)]
+        tables = [settings_table(task, groups) for task, groups in by_task.items()]
+        if len(by_task) > 1:
+            notes.append(
+                f"The runs are of {len(by_task)} tasks ({', '.join(by_task)}), which share no axis "
+                "and no table."
+            )
         if len(runs) == 2:
             tables.append(differences_table(*runs))
             tables += [headline(run, title=f"Headline of {run.path}") for run in runs]
+            rollouts, broken = browser_of_pair(*runs)
+            faults += broken
+        else:
+            tables += [
+                settings_that_differ(task, groups)
+                for task, groups in by_task.items()
+                if len(groups) > 1
+            ]
     if faults:
         notes.append(skipped_lines(faults))
-    figures = figures_of_runs(groups)
+    sections = []
+    for task, groups in by_task.items():
+        figures = figures_of_settings(groups)
+        sections.append(
+            {
+                "curves": curves_of_task(task, groups),
+                "figures": {name: data_url(figure) for name, figure in figures.items()},
+            }
+        )
     data = {
         "title": title,
         "rollouts": rollouts,
         "notes": notes,
         "tables": tables,
-        "figures": {name: data_url(figure) for name, figure in figures.items()},
+        "tasks": sections,
         "configs": {str(run.path): yaml.safe_dump(run.config, sort_keys=False) for run in runs},
         "provenance": runs[0].config.get("provenance", {}),
     }
@@ -112,38 +139,117 @@ def _unfinished_note(run: Run) -> str:
     return f"{run.path} is unfinished: step {step} of {num_steps}"
 
 
-def browser_data(run: Run) -> tuple[dict[str, Any], list[str]]:
+def figures_of_settings(groups: Mapping[str, Sequence[Run]]) -> dict[str, Figure]:
+    """What was measured beside the curves: of a single run everything, of settings what compares
+    their policies, by the first evaluated seed of each."""
+    runs = [run for group in groups.values() for run in group]
+    if len(runs) == 1:
+        figures = {}
+        if runs[0].evaluation:
+            figures = plots.of_evaluation(runs[0].evaluation)
+        return figures | {"reward terms": plots.components(runs[0].metrics)}
+
+    evaluations: dict[str, dict[str, Any]] = {}
+    for name, group in groups.items():
+        evaluated = [run.evaluation for run in seeds_of(group) if run.evaluation]
+        if evaluated:
+            evaluations[name] = evaluated[0]
+    if not evaluations:
+        return {}
+    policies = {name: evaluation["arms"]["policy"] for name, evaluation in evaluations.items()}
+    bounds = next(iter(evaluations.values())).get("bars")
+    figures = plots.of_arms(policies, bounds)
+    figures["tokens"] = plots.tokens_per_answer(policies)
+    return figures
+
+
+# --- the rollout browser ---------------------------------------------------------------------
+
+# (stage, step, prompt id): what a group of completions is known by
+Key = tuple[str, int, str]
+Row = dict[str, Any]
+
+
+def browser_of_run(run: Run) -> tuple[dict[str, Any], list[str]]:
     """(up to MAX_PROMPTS groups of completions, from steps spread over the run; broken lines)."""
-    path = run.path / "completions.jsonl"
+    keys, broken = _keys(run)
+    trained = sorted(key for key in keys if key[0] == "train")
+    steps = _spread_steps([step for _, step, _ in trained])
+    chosen = [key for key in trained if key[1] in steps][:MAX_PROMPTS]
+    rows = _rows_of_groups(run, chosen)
+    groups = [_browser_group(key, [rows[key]]) for key in chosen]
+    return {"groups": groups, "sides": [_side(run)]}, broken
+
+
+def browser_of_pair(a: Run, b: Run) -> tuple[dict[str, Any] | None, list[str]]:
+    """Likewise of two runs, side by side: what both wrote to the same question at the same step,
+    the last held-out questions first. None where there is no such question."""
+    keys, broken = _keys(a)
+    other_keys, also_broken = _keys(b)
+    common = sorted(keys & other_keys)
+    held_out = [key for key in common if key[0] == "eval"]
+    last = max((step for _, step, _ in held_out), default=0)
+    chosen = [key for key in held_out if key[1] == last][: MAX_PROMPTS // 2]
+    trained = [key for key in common if key[0] == "train"]
+    steps = _spread_steps([step for _, step, _ in trained])
+    chosen += [key for key in trained if key[1] in steps]
+    if not chosen:
+        return None, broken + also_broken
+    chosen = chosen[:MAX_PROMPTS]
+    first = _rows_of_groups(a, chosen)
+    second = _rows_of_groups(b, chosen)
+    groups = [_browser_group(key, [first[key], second[key]]) for key in chosen]
+    return {"groups": groups, "sides": [_side(a), _side(b)]}, broken + also_broken
+
+
+def _keys(run: Run) -> tuple[set[Key], list[str]]:
+    """(the groups of a run's completions, `file:line` of broken lines)."""
     broken: list[str] = []
-    # Twice: all rows of a long run may be more than the memory holds.
-    places = {(row["step"], str(row["id"])) for row in _training_rows(path, broken)}
-    steps = _spread_steps([step for step, _ in places])
-    groups: dict[tuple[int, str], list[dict[str, Any]]] = defaultdict(list)
-    for row in _training_rows(path, []):
-        if row["step"] in steps:
-            groups[row["step"], str(row["id"])].append(row)
-    chosen = []
-    for (step, prompt_id), group in sorted(groups.items()):
-        chosen.append(
-            {
-                "step": step,
-                "id": prompt_id,
-                "question": group[0].get("question", ""),
-                "targets": group[0].get("targets", []),
-                "rows": [{k: row[k] for k in BROWSER_KEYS if k in row} for row in group],
-            }
-        )
-    return {"groups": chosen[:MAX_PROMPTS], "components": _component_names(run)}, broken
+    return {key for key, _ in _completions(run, broken)}, broken
 
 
-def _training_rows(path: Path, broken: list[str]) -> Iterator[dict[str, Any]]:
-    """The completions of training; `file:line` of broken lines is added to `broken`."""
+def _rows_of_groups(run: Run, chosen: Sequence[Key]) -> dict[Key, list[Row]]:
+    """The completions of some groups, by reading the file again: all of a long run may be more than
+    the memory holds."""
+    groups: dict[Key, list[Row]] = {key: [] for key in chosen}
+    for key, row in _completions(run, []):
+        if key in groups:
+            groups[key].append(row)
+    return groups
+
+
+def _completions(run: Run, broken: list[str]) -> Iterator[tuple[Key, Row]]:
+    """The completions of training and evaluations, one by one, with their groups; `file:line` of
+    broken lines is added to `broken`."""
+    path = run.path / "completions.jsonl"
     if not path.exists():
         return
     for row in rows_of_jsonl(path, broken):
-        if row.get("stage") == "train" and isinstance(row.get("text"), str):
-            yield row
+        if row.get("stage") in ("train", "eval") and isinstance(row.get("text"), str):
+            yield (row["stage"], row["step"], str(row["id"])), row
+
+
+def _browser_group(key: Key, sides: Sequence[Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
+    stage, step, prompt_id = key
+    first = sides[0][0]
+    shown = []
+    for rows in sides:
+        shown.append([{k: row[k] for k in BROWSER_KEYS if k in row} for row in rows])
+    return {
+        "stage": stage,
+        "step": step,
+        "id": prompt_id,
+        "question": first.get("question", ""),
+        "targets": first.get("targets", []),
+        "sides": shown,
+    }
+
+
+def _side(run: Run) -> dict[str, Any]:
+    """A run's name, and what its reward's components are called, in their order."""
+    config = load_config(run.path / "config.yaml")
+    layout = component_layout(grammar_of(config), reward_of(config.reward))
+    return {"run": str(run.path), "components": [name for name, _ in layout]}
 
 
 def _spread_steps(step_of_group: Sequence[int]) -> set[int]:
@@ -156,47 +262,7 @@ def _spread_steps(step_of_group: Sequence[int]) -> set[int]:
     return {steps[round(i)] for i in np.linspace(0, len(steps) - 1, wanted)}
 
 
-def _component_names(run: Run) -> list[str]:
-    """What the reward's components are called, in their order."""
-    config = load_config(run.path / "config.yaml")
-    layout = component_layout(grammar_of(config), reward_of(config.reward))
-    return [name for name, _ in layout]
-
-
-def figures_of_runs(groups: Mapping[str, Sequence[Run]]) -> dict[str, Figure]:
-    """Curves of all settings; of a single run everything else that it has."""
-    runs = [run for group in groups.values() for run in group]
-    figures = {"learning curves": _learning_curves(groups)}
-    if len(runs) == 1:
-        if runs[0].evaluation:
-            figures |= plots.of_evaluation(runs[0].evaluation)
-        return figures | {"reward components": plots.components(runs[0].metrics)}
-
-    evaluated = {name: group[0].evaluation for name, group in groups.items() if group[0].evaluation}
-    if evaluated:
-        policies = {name: e["arms"]["policy"] for name, e in evaluated.items()}
-        figures["coverage"] = plots.coverage(policies, runs[0].evaluation.get("bars"))
-        figures["tokens"] = plots.tokens_per_answer(policies)
-        if any(policy["reliability"] for policy in policies.values()):
-            figures["reliability"] = plots.reliability(policies)
-    return figures
-
-
-def _learning_curves(groups: Mapping[str, Sequence[Run]]) -> Figure:
-    """Metrics of all settings against the step; evaluations where a setting has a single seed."""
-    runs = [run for group in groups.values() for run in group]
-    metrics: dict[str, None] = {}
-    for run in runs:
-        metrics |= dict.fromkeys(plots.learning_metrics(run.document, run.metrics))
-    evaluations: dict[str, list[dict[str, Any]]] = {}
-    for name, group in groups.items():
-        evaluations[name] = group[0].document.get("history", []) if len(group) == 1 else []
-    return plots.learning_curves(
-        runs={name: [run.metrics for run in group] for name, group in groups.items()},
-        evaluations=evaluations,
-        metrics=list(metrics),
-        bounds=runs[0].document,
-    )
+# --- the file --------------------------------------------------------------------------------
 
 
 def data_url(figure: Figure) -> str:
@@ -208,10 +274,15 @@ def data_url(figure: Figure) -> str:
 
 
 def fill_template(data: Mapping[str, Any], path: Path) -> None:
-    """Put the data into a script element of the template; escaping `<` keeps it from ending."""
+    """Put styles, scripts and the data into the template; escaping `<` keeps the data in their
+    element."""
     text = json.dumps(data, ensure_ascii=False, allow_nan=False)
     for sign in "<>&\u2028\u2029":
         text = text.replace(sign, f"\\u{ord(sign):04x}")
     text = text.encode("utf-8", "replace").decode()  # half of a surrogate pair becomes "?"
-    template = files("mar.figures").joinpath("report.html").read_text(encoding="utf-8")
-    path.write_text(template.replace("__DATA__", text), encoding="utf-8")
+    folder = files("mar.figures")
+    page = folder.joinpath("report.html").read_text(encoding="utf-8")
+    for name in ("report.css", "curves.js", "report.js"):
+        part = folder.joinpath(name).read_text(encoding="utf-8")
+        page = page.replace(f"__{name}__", part)
+    path.write_text(page.replace("__DATA__", text), encoding="utf-8")

@@ -5,6 +5,7 @@ marker or dash of its own, so that print needs no colour. A point is [value, low
 """
 
 import json
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import count, cycle
@@ -15,6 +16,7 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from mar.files import read_jsonl
@@ -24,6 +26,10 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#0
 MARKERS = "os^Dv<P"
 DASHES = ("-", "--", "-.", ":")
 GREY = "#6b7280"
+
+# Inches of a figure of one panel: as wide as a telephone shows it at its own size.
+ONE_PANEL = 4.0
+LONGEST_TICK = 22  # characters of an arm's name beside a bar; longer ones are wrapped
 
 # Methods that look the same in every figure, in the order of the looks.
 METHODS = (
@@ -106,7 +112,7 @@ def learning_curves(
         figure.get_layout_engine().set(w_pad=0.12)  # type: ignore[union-attr, call-arg]
         for axes, metric in zip(panels, metrics, strict=True):
             axes.set(title=metric, xlabel="step")
-            axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+            _whole_steps(axes)
             for index, (setting, seeds) in enumerate(runs.items()):
                 label = setting
                 if len(seeds) > 1:
@@ -115,9 +121,11 @@ def learning_curves(
                 _seeds(axes, metric, seeds, index, label, show_single_steps=faint)
                 _evaluation_points(axes, metric, evaluations.get(setting, ()), index)
             _bound_lines(axes, metric, bounds)
-        if len(runs) > 1:
-            handles, labels = panels[0].get_legend_handles_labels()
-            figure.legend(handles, labels, loc="outside lower center", ncols=2)
+        handles, labels = panels[0].get_legend_handles_labels() if len(runs) > 1 else ([], [])
+        if any(evaluations.values()):
+            handles.append(Line2D([], [], color=GREY, marker="o", mfc="white", linewidth=1))
+            labels.append("held-out questions, with 95 % interval")
+        _legend_below(figure, handles, labels)
     return figure
 
 
@@ -138,7 +146,24 @@ def _seeds(
     if show_single_steps:
         axes.plot(steps, values[0], color=colour, alpha=0.25, linewidth=0.7)
     axes.fill_between(steps, curves.min(0), curves.max(0), color=colour, alpha=0.18, linewidth=0)
-    axes.plot(steps, curves.mean(0), color=colour, linestyle=DASHES[index % 4], label=label)
+    mean = curves.mean(0)
+    axes.plot(steps, mean, color=colour, linestyle=DASHES[index % 4], label=label)
+    _mark_lone_points(axes, steps, mean, colour)
+
+
+def _mark_lone_points(
+    axes: Axes, steps: Sequence[int], values: np.ndarray, colour: str | None
+) -> None:
+    """A line needs two neighbours: a value without any would not be seen."""
+    known = np.pad(~np.isnan(values), 1)
+    alone = known[1:-1] & ~known[:-2] & ~known[2:]
+    if alone.any():
+        axes.plot(np.array(steps)[alone], values[alone], "o", color=colour)
+
+
+def _whole_steps(axes: Axes) -> None:
+    """Ticks of the x axis at whole numbers, however few there are."""
+    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True, min_n_ticks=1))
 
 
 def _evaluation_points(axes: Axes, metric: str, history: Sequence[Row], index: int) -> None:
@@ -175,16 +200,19 @@ def _bound_lines(axes: Axes, metric: str, bounds: Row) -> None:
 
 def components(rows: Sequence[Row]) -> Figure:
     """The weighted reward terms of one run over time; they add up to the total."""
-    with _panels(1, 5.2, 2.8) as (figure, (axes,)):
-        axes.set(title="reward components", xlabel="step")
+    with _panels(1, ONE_PANEL, 2.8) as (figure, (axes,)):
+        axes.set(title="reward terms", xlabel="step")
+        _whole_steps(axes)
         steps = [row["step"] for row in rows]
         logged = dict.fromkeys(key for row in rows for key in row)  # in the order of the log
         names = [key for key in logged if key.startswith("reward/") and key not in COUNTS]
         for name, colour, dash in zip(names, cycle(COLOURS), cycle(DASHES), strict=False):
             values = series(rows, name)
             axes.plot(steps, values, color=colour, alpha=0.2, linewidth=0.7)
-            axes.plot(steps, smoothed(values), color=colour, linestyle=dash, label=name)
-        figure.legend(loc="outside right center")
+            curve = smoothed(values)
+            axes.plot(steps, curve, color=colour, linestyle=dash, label=name)
+            _mark_lone_points(axes, steps, curve, colour)
+        _legend_below(figure, *axes.get_legend_handles_labels())
     return figure
 
 
@@ -209,60 +237,87 @@ def smoothed(values: np.ndarray) -> np.ndarray:
 
 
 def of_evaluation(document: Row) -> dict[str, Figure]:
-    """The figures of an `evaluation.json`, by name."""
+    """The figures of an `evaluation.json`, by name; each is one narrow panel, for a narrow page."""
     arms = document["arms"]
     bounds = document.get("bars")
     of_one_size = {name: arm for name, arm in arms.items() if not name.startswith("K=")}
-    figures = {"coverage": coverage(of_one_size, bounds)}
-    if any(arm["reliability"] for arm in of_one_size.values()):
-        figures["reliability"] = reliability(of_one_size)
+    figures = of_arms(of_one_size, bounds)
     if len(of_one_size) < len(arms):
-        figures["sizes"] = size_sweep(arms, bounds)
+        figures["coverage of one set"] = size_sweep(arms, bounds, ("coverage",))
+        figures["tokens of one set"] = size_sweep(arms, bounds, ("tokens",))
     figures["unique_answers"] = unique_answers(of_one_size)
     figures["tokens"] = tokens_per_answer(arms)
     return figures
 
 
-def coverage(arms: Mapping[str, Row], bounds: Row | None) -> Figure:
+def of_arms(arms: Mapping[str, Row], bounds: Row | None) -> dict[str, Figure]:
+    """Coverage and reliability of several arms, one panel a figure."""
+    figures = {
+        "coverage at equal answers": coverage(arms, bounds, ("k",)),
+        "coverage at equal tokens": coverage(arms, bounds, ("tokens",)),
+    }
+    for name, arm in arms.items():
+        if arm["reliability"]:
+            figures[f"reliability of {name}"] = reliability(arms, only=(name,))
+    return figures
+
+
+def coverage(
+    arms: Mapping[str, Row], bounds: Row | None, against: Sequence[str] = ("k", "tokens")
+) -> Figure:
     """Distinct correct answers against the number of answers k, and against tokens."""
-    with _panels(2, 4.6, 3.2, sharey=True) as (figure, (by_answers, by_tokens)):
-        if bounds:
-            _bound_curves(by_answers, bounds["k"], bounds)
-        for name, arm, look in _with_looks(arms):
-            curve = arm["curve"]
-            value, low, high = np.array(curve["coverage"], float).T
-            for axes, x in ((by_answers, curve["k"]), (by_tokens, curve["tokens"])):
-                markers = max(1, len(x) // 10)
+    width = 4.6 if len(against) > 1 else ONE_PANEL
+    with _panels(len(against), width, 3.2, sharey=True) as (figure, panels):
+        for axes, key in zip(panels, against, strict=True):
+            if bounds and key == "k":
+                _bound_curves(axes, bounds["k"], bounds)
+            for name, arm, look in _with_looks(arms):
+                x = arm["curve"][key]
+                value, low, high = np.array(arm["curve"]["coverage"], float).T
                 axes.fill_between(x, low, high, color=look["color"], alpha=0.15, linewidth=0)
-                axes.plot(x, value, label=name, markevery=markers, **look)
-        by_answers.set(title="coverage at equal answers", xlabel="answers k", ylabel="coverage")
-        by_tokens.set(title="coverage at equal tokens", xlabel="completion tokens")
-        handles, labels = by_answers.get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside right center")
+                axes.plot(x, value, label=name, markevery=max(1, len(x) // 10), **look)
+            if key == "k":
+                axes.set(title="coverage at equal answers", xlabel="answers k")
+                _whole_steps(axes)
+            else:
+                axes.set(title="coverage at equal tokens", xlabel="completion tokens")
+        panels[0].set(ylabel="coverage")
+        _legend_below(figure, *panels[0].get_legend_handles_labels())
     return figure
 
 
-def reliability(arms: Mapping[str, Row]) -> Figure:
-    """Of each arm: how often answers of each confidence bin are right, over how many there are."""
-    calibrated = {name: arm for name, arm in arms.items() if arm["reliability"]}
+def reliability(arms: Mapping[str, Row], only: Sequence[str] = ()) -> Figure:
+    """Of each arm: how often answers of each confidence bin are right, over how many there are.
+
+    `only`: some of the arms, which look as they do among all.
+    """
+    looks = {name: look for name, _, look in _with_looks(arms)}
+    calibrated = {
+        name: arm for name, arm in arms.items() if arm["reliability"] and (name in only or not only)
+    }
     num = len(calibrated)
-    with _panels(2 * num, 2.7, 1.7, columns=num, sharex=True, height_ratios=(3, 1)) as (
+    width = 2.7 if num > 1 else ONE_PANEL
+    with _panels(2 * num, width, 1.7, columns=num, sharex=True, height_ratios=(3, 1)) as (
         figure,
         panels,
     ):
         upper, lower = panels[:num], panels[num:]
-        for curve, histogram, (name, arm, look) in zip(
-            upper, lower, _with_looks(calibrated), strict=True
-        ):
+        longest_title = 1
+        for curve, histogram, (name, arm) in zip(upper, lower, calibrated.items(), strict=True):
+            look = looks[name]
             bins = arm["reliability"]
             curve.plot([0, 1], [0, 1], color=GREY, linestyle=":", linewidth=1)
             _points(curve, [b["said"] for b in bins], [b["right"] for b in bins], **look)
             ece = arm["metrics"]["ece"][0]
             ece_text = "–" if ece is None else f"{ece:.3f}"
-            curve.set(title=f"{name}   ECE {ece_text}", ylim=(-0.03, 1.03), xlim=(-0.03, 1.03))
+            # Beside the panel stand the labels of its axis.
+            title = textwrap.fill(f"{name}   ECE {ece_text}", _num_characters(width - 0.8, 10))
+            longest_title = max(longest_title, 1 + title.count("\n"))
+            curve.set(title=title, ylim=(-0.03, 1.03), xlim=(-0.03, 1.03))
             centres = [int(min(b["said"], 0.999) * 10) / 10 + 0.05 for b in bins]
             histogram.bar(centres, [b["count"] for b in bins], width=0.08, color=look["color"])
             histogram.set(xlabel="confidence")
+        figure.set_figheight(figure.get_figheight() + 0.17 * (longest_title - 1))
         upper[0].set(ylabel="share right")
         lower[0].set(ylabel="answers")
     return figure
@@ -277,7 +332,7 @@ def unique_answers(arms: Mapping[str, Row]) -> Figure:
     comparable = {
         name: arm for name, arm in arms.items() if arm["num_answers"] * arm["num_sets"] == most
     }
-    with _panels(1, 5.2, 2.8) as (figure, (axes,)):
+    with _panels(1, ONE_PANEL, 2.8) as (figure, (axes,)):
         for name, arm, look in _with_looks(comparable):
             num_items = {int(unique): n for unique, n in arm["unique_histogram"].items()}
             total = sum(num_items.values())
@@ -288,21 +343,23 @@ def unique_answers(arms: Mapping[str, Row]) -> Figure:
             xlabel="different answers",
             ylabel="share of items",
         )
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        figure.legend(loc="outside right center")
+        _whole_steps(axes)
+        _legend_below(figure, *axes.get_legend_handles_labels())
     return figure
 
 
 def tokens_per_answer(arms: Mapping[str, Row]) -> Figure:
     """Completion tokens for one answer: mean (dot), middle half (bar) and range (line)."""
-    with _panels(1, 5.2, 0.9 + 0.21 * len(arms)) as (figure, (axes,)):
+    names = [textwrap.fill(name, LONGEST_TICK) for name in arms]
+    num_lines = sum(1 + name.count("\n") for name in names)
+    with _panels(1, ONE_PANEL, 0.9 + 0.21 * num_lines) as (figure, (axes,)):
         for y, arm in enumerate(arms.values()):
             tokens = np.array(arm["tokens"]) / arm["num_answers"]
             low, first, third, high = np.quantile(tokens, [0, 0.25, 0.75, 1])
             axes.plot([low, high], [y, y], color=GREY, linewidth=1)
             axes.plot([first, third], [y, y], color=COLOURS[4], linewidth=6, solid_capstyle="butt")
             axes.plot(tokens.mean(), y, "o", color=COLOURS[0])
-        axes.set_yticks(range(len(arms)), list(arms))
+        axes.set_yticks(range(len(arms)), names)
         axes.set(
             title="tokens per answer",
             xlabel="completion tokens / K",
@@ -312,21 +369,29 @@ def tokens_per_answer(arms: Mapping[str, Row]) -> Figure:
     return figure
 
 
-def size_sweep(arms: Mapping[str, Row], bounds: Row | None) -> Figure:
+def size_sweep(
+    arms: Mapping[str, Row],
+    bounds: Row | None,
+    shown: Sequence[str] = ("coverage", "tokens"),
+) -> Figure:
     """Coverage of one set and its tokens against how many answers were asked for."""
     sizes = [arm for name, arm in arms.items() if name == "policy" or name.startswith("K=")]
     sizes.sort(key=lambda arm: arm["num_answers"])
     x = [arm["num_answers"] for arm in sizes]
     covered = [arm["metrics"][f"coverage@{arm['num_answers']}"] for arm in sizes]
     tokens = [arm["metrics"]["tokens_per_set"] for arm in sizes]
-    with _panels(2, 2.9, 2.8) as (figure, (left, right)):
-        if bounds:
-            _bound_curves(left, x, bounds)
-        _points(left, x, covered, "-", label="policy", **_look(0))
-        _points(right, x, tokens, "-", **_look(1))
-        left.set(title="coverage of one set", xlabel="answers asked for", xticks=x)
-        right.set(title="tokens of one set", xlabel="answers asked for", xticks=x, ylim=(0, None))
-        left.legend()
+    width = 2.9 if len(shown) > 1 else ONE_PANEL
+    with _panels(len(shown), width, 2.8) as (figure, panels):
+        for axes, what in zip(panels, shown, strict=True):
+            axes.set(title=f"{what} of one set", xlabel="answers asked for", xticks=x)
+            if what == "tokens":
+                _points(axes, x, tokens, "-", **_look(1))
+                axes.set(ylim=(0, None))
+                continue
+            if bounds:
+                _bound_curves(axes, x, bounds)
+            _points(axes, x, covered, "-", label="policy", **_look(0))
+            _legend_below(figure, *axes.get_legend_handles_labels())
     return figure
 
 
@@ -354,6 +419,28 @@ def _panels(
         for spare in axes[num:]:
             spare.set_visible(False)
         yield figure, axes[:num]
+
+
+def _num_characters(inches: float, points: float) -> int:
+    """About how many characters of a font of so many points fit into a width."""
+    return int(inches * 72 / (0.62 * points))
+
+
+def _legend_below(figure: Figure, handles: Sequence[Any], labels: Sequence[str]) -> None:
+    """A legend under the panels, in as many columns as its longest label leaves, long ones wrapped:
+    nothing is cut, however a setting is called."""
+    if not handles:
+        return
+    points = STYLE["legend.fontsize"]
+    room = _num_characters(figure.get_figwidth(), points) - 1
+    sign = 8  # characters that a line and its margins take
+    longest = max(map(len, labels))
+    columns = max(1, min(4, len(labels), room // (longest + sign)))
+    wrapped = [textwrap.fill(label, room - sign) for label in labels]
+    num_lines = sum(1 + label.count("\n") for label in wrapped)
+    # The panels keep their height.
+    figure.set_figheight(figure.get_figheight() + 0.17 * (1 + num_lines // columns))
+    figure.legend(handles, wrapped, loc="outside lower left", ncols=columns)
 
 
 def _look(index: int) -> dict[str, Any]:

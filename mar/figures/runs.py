@@ -14,7 +14,17 @@ import yaml
 from mar.errors import UserError
 from mar.files import read_jsonl
 from mar.measure.bootstrap import student_t_95
+from mar.measure.shown_metrics import range_of
 from mar.run.folder import differing_keys, flatten
+
+# The name of a preset -> the sections whose settings it brings along (conf/).
+BROUGHT_ALONG = {
+    "data.task": ("data.",),
+    "model.name": ("model.", "optim.lr"),
+    "algo.name": ("algo.", "reward.brier_weight"),
+    "reward.objective": ("reward.",),
+    "scale.name": ("scale.", "sampler.", "train.micro_batch_tokens"),
+}
 
 
 @dataclass(frozen=True)
@@ -35,6 +45,17 @@ class Run:
     @property
     def finished(self) -> bool:
         return bool(self.document.get("after"))
+
+    @property
+    def task(self) -> str:
+        """What was asked; the rehearsal of medqa says clinic."""
+        return str(self.document.get("task") or self.config["data"]["task"])
+
+    @property
+    def last_measured(self) -> dict[str, Any]:
+        """The last evaluation on held-out questions, {} where there is none."""
+        history = self.document.get("history") or [{}]
+        return dict(self.document.get("after") or history[-1])
 
 
 def read_document(path: Path) -> dict[str, Any]:
@@ -74,13 +95,22 @@ def read_run(folder: Path) -> Run:
     )
 
 
+def group_by_task(runs: Sequence[Run]) -> dict[str, list[Run]]:
+    """Runs of each task: numbers of two tasks are no comparison."""
+    groups: dict[str, list[Run]] = defaultdict(list)
+    for run in runs:
+        groups[run.task].append(run)
+    return dict(groups)
+
+
 def group_by_setting(runs: Sequence[Run]) -> dict[str, list[Run]]:
     """Runs whose configs differ by their seed alone, under a name that says what is special."""
-    keys = _distinguishing_keys(runs)
+    all_keys = distinguishing_keys(runs)
+    keys = _without_what_follows(all_keys, runs)
     groups: dict[str, dict[int, Run]] = defaultdict(dict)
     for run in runs:
         config = flatten(run.config)
-        special = [f"{_last_part(key)}={config.get(key)}" for key in keys]
+        special = [f"{key}={config.get(key)}" for key in keys]
         setting = ", ".join(special) or str(run.config["name"])
         # A seed counts once. Of seed0 and seed0~1, an older run of the same, the finished one does.
         other = groups[setting].get(config["seed"])
@@ -89,11 +119,25 @@ def group_by_setting(runs: Sequence[Run]) -> dict[str, list[Run]]:
     return {setting: list(by_seed.values()) for setting, by_seed in groups.items()}
 
 
-def _last_part(key: str) -> str:
-    return key.rpartition(".")[2]
+def _without_what_follows(keys: Sequence[str], runs: Sequence[Run]) -> list[str]:
+    """The keys without those that a chosen preset brings along: of runs with algo=grpo and algo=own
+    it is enough to say which. A key stays where runs of the same preset differ in it."""
+    configs = [flatten(run.config) for run in runs]
+    kept = list(keys)
+    for choice, sections in BROUGHT_ALONG.items():
+        if choice not in keys:
+            continue
+        for key in keys:
+            if key in BROUGHT_ALONG or not key.startswith(sections):
+                continue
+            pairs = {(repr(config.get(choice)), repr(config.get(key))) for config in configs}
+            choices = {chosen for chosen, _ in pairs}
+            if len(pairs) == len(choices) and key in kept:
+                kept.remove(key)
+    return kept
 
 
-def _distinguishing_keys(runs: Sequence[Run]) -> list[str]:
+def distinguishing_keys(runs: Sequence[Run]) -> list[str]:
     """The keys by which any run's config differs from the first one's, but for seed and name."""
     keys: set[str] = set()
     for run in runs:
@@ -104,10 +148,16 @@ def _distinguishing_keys(runs: Sequence[Run]) -> list[str]:
     return sorted(keys)
 
 
+def seeds_of(runs: Sequence[Run]) -> list[Run]:
+    """The runs of one setting in the order of their seeds."""
+    return sorted(runs, key=lambda run: int(run.config["seed"]))
+
+
 def over_seeds(runs: Sequence[Run], metric: str) -> list[float | None]:
     """[mean, low, high] of a final metric over the finished runs of one setting.
 
-    Student's 95 % interval of the mean over seeds; with one seed, the interval over its items.
+    Student's 95 % interval of the mean over seeds, cut where the metric cannot be; with one seed,
+    the interval over its items.
     """
     finals = [run.document["after"] for run in runs if run.finished]
     finals = [final for final in finals if final.get(metric) is not None]
@@ -119,7 +169,8 @@ def over_seeds(runs: Sequence[Run], metric: str) -> list[float | None]:
     mean = float(np.mean(values))
     deviation = float(np.std(values, ddof=1))
     half = student_t_95(len(values) - 1) * deviation / math.sqrt(len(values))
-    return [mean, mean - half, mean + half]
+    lowest, highest = range_of(metric)
+    return [mean, max(mean - half, lowest), min(mean + half, highest)]
 
 
 def metric_with_interval(metrics: Mapping[str, Any], name: str) -> list[float | None]:

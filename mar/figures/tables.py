@@ -5,12 +5,20 @@ from typing import Any
 
 import numpy as np
 
-from mar.figures.runs import Run, metric_with_interval, over_seeds
+from mar.figures.runs import (
+    Run,
+    distinguishing_keys,
+    metric_with_interval,
+    over_seeds,
+    seeds_of,
+)
 from mar.measure.comparison import coverage_at_tokens
 from mar.measure.shown_metrics import HEADLINE, headline_metrics
 from mar.run.folder import differing_keys, flatten
 
-Table = dict[str, Any]  # {"title", "note", "columns": [...], "rows": [[...]]}
+# {"title", "note", "columns": [...], "rows": [[...]]}; "seed_rows": the numbers of rows that belong to
+# the row above them; "leads": the table stands above the figures
+Table = dict[str, Any]
 
 
 def metric_table(title: str, note: str, columns: Mapping[str, Mapping[str, Any]]) -> Table:
@@ -43,7 +51,7 @@ def headline(run: Run, title: str = "Headline") -> Table:
             f" Gap closed: {gap_closed:.3f} (0 is K draws from the posterior, "
             "1 its K most probable answers)."
         )
-    return metric_table(title, note, columns)
+    return metric_table(title, note, columns) | {"leads": title == "Headline"}
 
 
 def evaluation_tables(evaluation: Mapping[str, Any]) -> list[Table]:
@@ -66,7 +74,10 @@ def evaluation_tables(evaluation: Mapping[str, Any]) -> list[Table]:
             f"{budget:.0f} tokens": coverage_at_tokens(arm["curve"], budget) for budget in budgets
         }
     equal_tokens = metric_table(
-        "Coverage at equal tokens", "– means outside the range that was sampled.", coverage
+        "Coverage at equal tokens",
+        "What an item gets for so many tokens, between two numbers of sets interpolated. "
+        "– means that more sets would fit than were sampled.",
+        coverage,
     )
     if not evaluation["paired"]:
         return [every_metric, equal_tokens]
@@ -82,11 +93,15 @@ def evaluation_tables(evaluation: Mapping[str, Any]) -> list[Table]:
     return [every_metric, equal_tokens, paired]
 
 
-def settings_table(groups: Mapping[str, Sequence[Run]]) -> Table:
-    """One line for each setting of a sweep."""
+def settings_table(task: str, groups: Mapping[str, Sequence[Run]]) -> Table:
+    """One line for each setting of a sweep, and under it one for each seed where there are several.
+
+    `seed_rows` are the numbers of the latter.
+    """
     coverages = dict.fromkeys(f"coverage@{runs[0].num_answers}" for runs in groups.values())
     metrics = [*coverages, *(name for name in HEADLINE if name != "prompt_tokens")]
     rows: list[list[Any]] = []
+    seed_rows = []
     for setting, runs in groups.items():
         gaps = [run.document.get("gap_closed") for run in runs]
         known = [gap for gap in gaps if gap is not None]
@@ -95,11 +110,43 @@ def settings_table(groups: Mapping[str, Sequence[Run]]) -> Table:
         rows.append(
             [setting, num_finished, gap_closed, *(over_seeds(runs, metric) for metric in metrics)]
         )
+        if len(runs) == 1:
+            continue
+        for run in seeds_of(runs):
+            seed_rows.append(len(rows))
+            rows.append(_seed_row(run, metrics))
     return {
-        "title": "Settings",
+        "title": f"Settings ({task})",
         "note": "Mean over the n finished seeds with Student's 95 % interval; "
-        "with one seed, the bootstrap interval over its items.",
+        "of one seed, the bootstrap interval over its items.",
         "columns": ["setting", "n", "gap_closed", *metrics],
+        "rows": rows,
+        "seed_rows": seed_rows,
+        "leads": True,
+    }
+
+
+def _seed_row(run: Run, metrics: Sequence[str]) -> list[Any]:
+    """The last measurement of one seed; an unfinished run says at which step it was."""
+    name = f"seed {run.config['seed']}"
+    if not run.finished:
+        name += f", at step {run.last_measured.get('step', 0)} of {run.config['train']['steps']}"
+    values = [metric_with_interval(run.last_measured, metric) for metric in metrics]
+    return [name, "", run.document.get("gap_closed"), *values]
+
+
+def settings_that_differ(task: str, groups: Mapping[str, Sequence[Run]]) -> Table:
+    """Every key in which settings differ, with its value in each of them."""
+    runs = [runs[0] for runs in groups.values()]
+    configs = [flatten(run.config) for run in runs]
+    rows = [
+        [key, *(str(config.get(key, "–")) for config in configs)]
+        for key in distinguishing_keys(runs)
+    ]
+    return {
+        "title": f"What differs ({task})",
+        "note": "All other settings are the same.",
+        "columns": ["", *groups],
         "rows": rows,
     }
 

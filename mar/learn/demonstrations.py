@@ -117,8 +117,17 @@ def draw_grammar(rng: np.random.Generator) -> tuple[Grammar, str]:
 
 PLAIN = Grammar("rlvr_single", 1, thinking=False)
 
-# The four forms, three answers where there are several.
-SHORT = tuple(Grammar(form, 3 if form.endswith("multi") else 1, thinking=False) for form in FORMS)
+
+def short_forms(num_answers: int) -> tuple[Grammar, ...]:
+    """The four of FORMS without thoughts; `num_answers` where there are several."""
+    forms = []
+    for form in FORMS:
+        count = num_answers if form.endswith("multi") else 1
+        forms.append(Grammar(form, count, thinking=False))
+    return tuple(forms)
+
+
+SHORT = short_forms(3)
 
 
 def _draw_short(rng: np.random.Generator) -> tuple[Grammar, str]:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from mar.config import OptimOptions
 from mar.errors import UserError
 from mar.policy.model import Decoder
 
@@ -115,17 +116,16 @@ def _orthogonalised(x: Tensor) -> Tensor:
 
 
 def make_optimizers(
-    model: Decoder, lr: float, muon: bool
+    model: Decoder, lr: float, options: OptimOptions, trainable: str, muon: bool
 ) -> list[tuple[torch.optim.Optimizer, float]]:
-    """Optimizers with their peak rates: AdamW for everything, or Muon for the matrices inside the
-    blocks, at ten times the rate, and AdamW for the rest."""
+    """Optimizers with their peak rates: AdamW as `make_optimizer` makes it, or Muon for the matrices
+    inside the blocks, at ten times the rate, and AdamW for the rest."""
+    betas = (options.betas[0], options.betas[1])
+    adamw = make_optimizer(model, lr, betas, options.eps, options.weight_decay, trainable)
     if not muon:
-        return [(_adamw(list(model.parameters()), lr), lr)]
-    inside = [parameter for parameter in model.blocks.parameters() if parameter.ndim == 2]
+        return [(adamw, lr)]
+    inside = [p for p in model.blocks.parameters() if p.ndim == 2 and p.requires_grad]
     inside_ids = {id(parameter) for parameter in inside}
-    rest = [parameter for parameter in model.parameters() if id(parameter) not in inside_ids]
-    return [(_adamw(rest, lr), lr), (Muon(inside, lr=10 * lr), 10 * lr)]
-
-
-def _adamw(parameters: list[nn.Parameter], lr: float) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.95), weight_decay=0.0)
+    for group in adamw.param_groups:
+        group["params"] = [p for p in group["params"] if id(p) not in inside_ids]
+    return [(adamw, lr), (Muon(inside, lr=10 * lr), 10 * lr)]

@@ -15,7 +15,9 @@ from mar.answers.grammar import Grammar
 from mar.answers.prompts import build_prompt
 from mar.errors import UserError
 from mar.learn.demonstrations import (
+    NO_HINT,
     PLAIN,
+    ConfidenceHint,
     DemonstrationBatch,
     Encode,
     batch_of_targets,
@@ -43,8 +45,8 @@ class Asking:
         )
         if prompt.think_open:
             raise UserError(
-                "the warm-up teaches answers alone and this model's chat template opens <think>: "
-                "take another model, or mar.sft"
+                "this model's chat template opens <think>, and sft.mixture=per_step and measuring "
+                "are for answers alone: add sft.mixture=short sft.eval_every=0"
             )
         ids: list[int] = prompt.ids.tolist()
         return ids
@@ -60,7 +62,11 @@ def num_shared(lines: Sequence[Sequence[int]]) -> int:
 
 
 def make_form_batch(
-    examples: Sequence[Example], grammar: Grammar, asking: Asking, rng: np.random.Generator
+    examples: Sequence[Example],
+    grammar: Grammar,
+    asking: Asking,
+    rng: np.random.Generator,
+    hint: ConfidenceHint = NO_HINT,
 ) -> DemonstrationBatch:
     """One demonstration of the same form for each example."""
     names = list(dict.fromkeys(gold.name for example in examples for gold in example.golds))
@@ -68,7 +74,7 @@ def make_form_batch(
     completions: list[list[int]] = []
     targets: list[dict[int, float]] = []
     for example in examples:
-        pieces = draw_demonstration(example, grammar, names, rng)
+        pieces = draw_demonstration(example, grammar, names, rng, hint=hint)
         ids, of_tokens = soft_targets(pieces, asking.encode, asking.tokenizer.eos_token_id)
         prompts.append(asking.prompt_ids(example, grammar))
         completions.append(ids)

@@ -14,7 +14,7 @@ from mar.measure.answer_sets import Item, item_of_rollouts
 from mar.policy.model import Decoder
 from mar.records import Prompt
 from mar.sample.draws import SamplingParams
-from mar.sample.rollout import Decode, Scorer, judge_groups, sample
+from mar.sample.rollout import Decode, OnCompletion, Scorer, judge_groups, sample
 from mar.verify.verifiers import AnswerChecker
 
 # What a policy of single answers is compared with: the same model asked for so many at once.
@@ -124,6 +124,7 @@ def sample_items(
     seed: int,
     verifier: AnswerChecker,
     decode: Decode,
+    on_completion: OnCompletion | None = None,
 ) -> list[Item]:
     """Sample and judge an arm's sets for some of its prompts. Draws depend on seed and item alone.
 
@@ -137,6 +138,7 @@ def sample_items(
         kv_budget_tokens=kv_budget_tokens,
         identity=(seed, "eval", 0),
         decode=decode,
+        on_completion=on_completion,
     )
     # What an answer earns is not looked at, but a reward with Brier terms needs confidences.
     reward = RewardSpec(brier="paper" if arm.grammar.confident else "none")

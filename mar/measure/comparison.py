@@ -129,14 +129,18 @@ def _coverage_of_arms(
 
 
 def coverage_at_tokens(curve: Mapping[str, Any], budget: float) -> float | None:
-    """Coverage that an arm reaches with `budget` tokens, between two points of its curve.
+    """Coverage that an arm reaches with `budget` tokens an item.
 
-    None outside of the curve.
+    Between m and m + 1 sets it is interpolated: a share of the items gets one set more. So too from
+    no set to the first one, where a set just misses the budget. Beyond the last set that was
+    sampled its coverage stands as long as no further set would fit; after that it is not known
+    (None).
     """
-    tokens = curve["tokens"]
-    if not tokens[0] <= budget <= tokens[-1]:
+    tokens = [0.0, *curve["tokens"]]
+    covered = [0.0, *(value for value, *_ in curve["coverage"])]
+    if budget >= tokens[-1] + tokens[1]:
         return None
-    return float(np.interp(budget, tokens, [value for value, *_ in curve["coverage"]]))
+    return float(np.interp(budget, tokens, covered))
 
 
 def paired_differences(a: Sequence[Item], b: Sequence[Item], confident: bool) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from mar.policy.distributed import ALONE, World
 from mar.policy.model import Decoder
 from mar.records import Prompt, Rollout
 from mar.sample.draws import SamplingParams
-from mar.sample.rollout import Scorer, judge_groups, judged_only, sample
+from mar.sample.rollout import OnCompletion, Scorer, judge_groups, judged_only, sample
 
 
 @dataclass(frozen=True)
@@ -25,12 +25,16 @@ class HeldOut:
 
 
 def measure(
-    policy: Decoder, held_out: HeldOut, world: World = ALONE
+    policy: Decoder,
+    held_out: HeldOut,
+    world: World = ALONE,
+    on_completion: OnCompletion | None = None,
 ) -> tuple[dict[str, Any], list[Rollout]]:
     """The metrics of `set_metrics`, and the rollouts that they were read from.
 
     `interval` among the metrics holds the 95 % bootstrap interval over items of each. The draws
-    depend on seed and item alone, not on the training step.
+    depend on seed and item alone, not on the training step. `on_completion` gets each completion of
+    this rank as soon as it is done.
     """
     prompts = held_out.prompts
     scorer = held_out.scorer
@@ -43,6 +47,7 @@ def measure(
         identity=(held_out.seed, "eval", 0),
         share=world.share,
         decode=scorer.decode,
+        on_completion=on_completion,
     )
     judged = judge_groups(prompts[world.share], completions, scorer)
     rollouts = [group[0] for group in judged_only(world.gather(judged))]

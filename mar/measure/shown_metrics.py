@@ -3,6 +3,8 @@
 K is the number of answers in a set; coverage comes first in every table.
 """
 
+import math
+
 # Table at the end of a run, the JSON line after it, floor and ceiling, a report's headline.
 HEADLINE = (
     "top1",
@@ -48,10 +50,30 @@ def headline_metrics(num_answers: int) -> tuple[str, ...]:
 
 
 def evaluation_metrics(num_answers: int, most_answers: int) -> tuple[str, ...]:
-    """Coverage of one set and of all sets of an item, unique answers of all, then EVALUATION."""
-    return (
+    """Coverage of one set and of all sets of an item, unique answers of all, then EVALUATION. Each
+    once, also where all sets are one."""
+    names = (
         f"coverage@{num_answers}",
         f"coverage@{most_answers}",
         f"unique@{most_answers}",
         *EVALUATION,
     )
+    return tuple(dict.fromkeys(names))
+
+
+# The range of values that a metric can take, by the beginning of its name; any other has none.
+RANGES = {
+    **dict.fromkeys(("coverage@", "top1", "recall@", "precision", "pass@"), (0.0, 1.0)),
+    **dict.fromkeys(("brier", "ece", "auroc", "set_ece", "q_mse", "tv_distance"), (0.0, 1.0)),
+    **dict.fromkeys(("format_rate", "overlap_"), (0.0, 1.0)),
+    **dict.fromkeys(("unique@", "repeats_per_set"), (0.0, math.inf)),
+    **dict.fromkeys(("tokens_per_set", "prompt_tokens"), (0.0, math.inf)),
+}
+
+
+def range_of(metric: str) -> tuple[float, float]:
+    """(lowest, highest) value that a metric can take."""
+    for beginning, bounds in RANGES.items():
+        if metric.startswith(beginning):
+            return bounds
+    return -math.inf, math.inf

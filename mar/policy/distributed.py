@@ -141,6 +141,12 @@ def join(device: str, scale: ScaleOptions) -> World:
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     own_device = compute_device(device, local_rank)
     gpu = own_device.type == "cuda"
+    if scale.num_gpus and not gpu:
+        why = "device=cpu leaves it unused" if device == "cpu" else "PyTorch sees none here"
+        raise UserError(
+            f"scale={scale.name} wants {scale.num_gpus} GPU(s), its model is chosen for them, and "
+            f"{why}: leave it out, or start this where they are"
+        )
     if scale.num_gpus > 1 and size == 1:
         command = f"torchrun --nproc-per-node {scale.num_gpus} -m mar.train ..."
         raise UserError(
@@ -157,12 +163,14 @@ def join(device: str, scale: ScaleOptions) -> World:
         backend = "cpu:gloo,cuda:nccl"
         torch.cuda.set_device(own_device)
     checkpoint_group = None
+    joined = dist.is_initialized()  # by an earlier job of a sweep
     if size > 1:
-        dist.init_process_group(backend, timeout=TIMEOUT)
-        # else its threads may abort a process that has done its work
-        atexit.register(dist.destroy_process_group)
+        if not joined:
+            dist.init_process_group(backend, timeout=TIMEOUT)
+            # else its threads may abort a process that has done its work
+            atexit.register(dist.destroy_process_group)
         checkpoint_group = dist.new_group(timeout=TIMEOUT, backend="gloo")
-    elif gpu:
+    elif gpu and not joined:
         # FSDP of one process keeps float32 parameters beside computation in bfloat16
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     return World(rank, size, own_device, checkpoint_group, local_rank)

@@ -137,7 +137,7 @@ def fetch(
             "owner/name"
         )
     if out and out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"--out {out} exists and is not empty: name a new folder")
+        raise UserError(f"out={out} exists and is not empty: name a new folder")
     target = out or cached_folder(name, hub_id)
     record = read_record(target)
     if record and record["source"] == source:
@@ -150,7 +150,14 @@ def fetch(
         with tempfile.TemporaryDirectory(prefix=".fetch-", dir=target.parent) as scratch:
             folder = Path(scratch) / "model"
             folder.mkdir()
-            origin = _fill(folder, Path(scratch), source, hub_id, copy=bool(out))
+            try:
+                origin = _fill(folder, Path(scratch), source, hub_id, copy=bool(out))
+            except UserError as error:
+                if record is None:
+                    raise
+                raise UserError(
+                    f"{error}; the copy from the {record['source']} that is there stays in use"
+                ) from None
             record = {"source": source, "origin": origin, "sha256": weight_hashes(folder)}
             (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n")
             theirs = read_record(target)

@@ -6,7 +6,7 @@ files to the last byte.
 
 import time
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,17 +19,18 @@ from mar.errors import UserError
 from mar.files import append_jsonl, jsonable, read_jsonl, skipped_lines, stable_hash, write_jsonl
 from mar.measure.answer_sets import Item
 from mar.measure.baselines import Arm, sample_items
-from mar.measure.comparison import paired_differences
 from mar.measure.given_texts import items_of_file
 from mar.policy.distributed import compute_device
 from mar.policy.lora import adapted
 from mar.policy.model import Decoder
-from mar.policy.sources import resolve_model
 from mar.policy.weights import load_model
 from mar.records import Example, Prompt
 from mar.run import checkpoint
-from mar.run.compose import compose, load_config, quoted
+from mar.run.compose import compose, load_config
 from mar.run.console import Display
+from mar.run.evaluation_folder import ITEMS_FILE
+from mar.run.folder import no_run
+from mar.run.from_run import model_of
 from mar.run.setup import (
     announce,
     load_data,
@@ -42,8 +43,6 @@ from mar.sample.draws import SamplingParams
 from mar.sample.rollout import Decode, make_decode
 from mar.verify.programs import ProgramRunner
 from mar.verify.verifiers import AnswerChecker
-
-ITEMS_FILE = "eval_items.jsonl"
 
 # Completions that are sampled between two writes.
 COMPLETIONS_PER_WRITE = 512
@@ -69,7 +68,11 @@ class Target:
 
 
 def find_target(
-    name: str, settings: Sequence[str], out: str, completions: str, display: Display
+    name: str,
+    settings: Sequence[str],
+    out: Path | None,
+    completions: Path | None,
+    display: Display,
 ) -> Target:
     """What a command line names. `completions`: a file, where there is no name.
 
@@ -83,26 +86,24 @@ def find_target(
         default_out = folder
     elif name and name != "base":
         if not (folder / "config.json").is_file():
-            raise UserError(
-                f"{name} is neither a run (config.yaml), nor a checkpoint (config.json), nor base"
-            )
-        composed = compose(["model=hf", f"model.path={quoted(folder.resolve())}", *settings])
+            raise UserError(no_run(folder, ", a checkpoint (config.json) or base"))
+        composed = compose(["model=hf", f"model.path={folder.resolve()}", *settings])
         config = announce(composed, display)
         default_out = Path("runs/evaluation") / folder.resolve().name
     else:
         config = announce(compose(settings), display)
-        result = Path(completions).stem if completions else f"base-{config.model.name}"
+        result = completions.stem if completions else f"base-{config.model.name}"
         default_out = Path("runs/evaluation") / result
-    model_folder, provenance = resolve_model(
-        config.model.source, config.model.name, config.model.path
-    )
+    model_folder, provenance = model_of(config.model)
+    if completions and not Path(completions).is_file():
+        raise UserError(f"completions={completions}: there is no such file")
     return Target(
-        name=name or completions,
+        name=str(Path(name)) if name else str(completions),
         config=config,
         model_folder=model_folder,
         provenance=provenance,
         run=run,
-        out=Path(out) if out else default_out,
+        out=out or default_out,
     )
 
 
@@ -177,8 +178,33 @@ def prepare_questions(
 # ---- The answers ----
 
 
+@dataclass(frozen=True)
+class Models:
+    """The weights that answer, and how each arm draws from them."""
+
+    policy: Decoder
+    untrained: Decoder
+    params: dict[str, SamplingParams]  # by the arm's name
+
+
+def prepare_models(target: Target, arms: Sequence[Arm], questions: Questions) -> Models:
+    """Load the weights. Raises UserError for what cannot answer the questions."""
+    config = target.config
+    params = {arm.name: _sampling_params(target, arm, questions) for arm in arms}
+    for arm in arms:
+        longest = max(len(prompt.ids) for prompt in questions.prompts[arm.name])
+        require_positions(config, target.model_folder, longest, params[arm.name].max_tokens)
+    policy, untrained = load_weights(target, compute_device(config.device))
+    return Models(policy, untrained, params)
+
+
 def answer_questions(
-    target: Target, arms: Sequence[Arm], questions: Questions, display: Display
+    target: Target,
+    arms: Sequence[Arm],
+    questions: Questions,
+    models: Models,
+    protocol: Mapping[str, Any],
+    display: Display,
 ) -> dict[str, list[Item]]:
     """Every arm's items, written to `eval_items.jsonl` as they come.
 
@@ -189,34 +215,28 @@ def answer_questions(
     path = target.out / ITEMS_FILE
     # Items of each arm that are sampled together.
     chunks = {arm.name: max(1, COMPLETIONS_PER_WRITE // arm.num_sets) for arm in arms}
-    header = {"protocol": _protocol(target, arms, len(ids))}
-    target.out.mkdir(parents=True, exist_ok=True)
-    done = _resume(path, header, chunks, ids, display)
-
-    params_of = {arm.name: _sampling_params(target, arm, questions) for arm in arms}
-    for arm in arms:
-        longest = max(len(prompt.ids) for prompt in questions.prompts[arm.name])
-        require_positions(config, target.model_folder, longest, params_of[arm.name].max_tokens)
-    policy, untrained = load_weights(target, compute_device(config.device))
+    done = _resume(path, protocol, chunks, ids, display)
     for arm in arms:
         began = time.perf_counter()
         items = done.setdefault(arm.name, [])
         chunk = chunks[arm.name]
-        params = params_of[arm.name]
-        for start in range(len(items), len(ids), chunk):
-            sampled = sample_items(
-                arm=arm,
-                prompts=questions.prompts[arm.name][start : start + chunk],
-                model=policy if arm.trained else untrained,
-                params=params,
-                kv_budget_tokens=config.sampler.kv_budget_tokens,
-                seed=config.seed,
-                verifier=questions.verifier,
-                decode=questions.decode,
-            )
-            rows = [_as_written(item) for item in sampled]
-            append_jsonl(path, [{"arm": arm.name, **row} for row in rows])
-            items += map(Item.from_row, rows)
+        num_left = (len(ids) - len(items)) * arm.num_sets
+        with display.counting(arm.name, num_left) as tick:
+            for start in range(len(items), len(ids), chunk):
+                sampled = sample_items(
+                    arm=arm,
+                    prompts=questions.prompts[arm.name][start : start + chunk],
+                    model=models.policy if arm.trained else models.untrained,
+                    params=models.params[arm.name],
+                    kv_budget_tokens=config.sampler.kv_budget_tokens,
+                    seed=config.seed,
+                    verifier=questions.verifier,
+                    decode=questions.decode,
+                    on_completion=tick,
+                )
+                rows = [_as_written(item) for item in sampled]
+                append_jsonl(path, [{"arm": arm.name, **row} for row in rows])
+                items += map(Item.from_row, rows)
         seconds = time.perf_counter() - began
         display.say(
             f"{arm.name}: {len(ids)} items x {arm.num_sets} ({seconds:.0f} s), {arm.description}"
@@ -241,12 +261,17 @@ def _as_written(item: Item) -> dict[str, Any]:
     return row
 
 
-def _protocol(target: Target, arms: Sequence[Arm], num_items: int) -> dict[str, Any]:
-    """What must be equal for an evaluation to go on where another one stopped."""
+def protocol_of(
+    target: Target, arms: Sequence[Arm], num_items: int, texts: str = ""
+) -> dict[str, Any]:
+    """What must be equal for an evaluation to go on where another one stopped.
+
+    `texts`: the hash of given texts, empty for a model's.
+    """
     manifest = (target.run.path / checkpoint.MANIFEST).read_text() if target.run else ""
     config = replace(target.config, out="", run_dir="")
     settings = stable_hash(f"{config} {target.provenance} {manifest}")
-    return {
+    protocol = {
         "target": target.name,
         "step": target.step,
         "seed": config.seed,
@@ -254,16 +279,20 @@ def _protocol(target: Target, arms: Sequence[Arm], num_items: int) -> dict[str, 
         "num_items": num_items,
         "arms": [[arm.name, str(arm.grammar), arm.num_sets, arm.style] for arm in arms],
     }
+    if texts:
+        protocol["texts"] = texts
+    return protocol
 
 
 def _resume(
     path: Path,
-    header: Mapping[str, Any],
+    protocol: Mapping[str, Any],
     chunks: Mapping[str, int],
     ids: Sequence[str],
     display: Display,
 ) -> dict[str, list[Item]]:
-    """What an interrupted command has already measured, by the arm's name; the rest is dropped.
+    """What an interrupted command with this protocol has already measured, by the arm's name; the
+    rest is dropped.
 
     Only whole chunks are kept, so that what follows is sampled together with the same items.
     """
@@ -271,9 +300,6 @@ def _resume(
     rows, broken = read_jsonl(path) if path.exists() else ([], [])
     if broken:
         display.say(skipped_lines(broken))
-    if rows and rows[0] != header:
-        display.say(f"{path} belongs to another evaluation and is written anew")
-        rows = []
     for row in rows[1:]:
         items = done[row.pop("arm")]
         position = len(items)
@@ -284,18 +310,25 @@ def _resume(
         if len(items) < len(ids):
             num_whole = len(items) // chunks[name] * chunks[name]
             del items[num_whole:]
-    kept = [{"arm": name, **asdict(item)} for name, items in done.items() for item in items]
-    write_jsonl(path, [header, *kept])
+    _write_items(path, protocol, done)
     return done
+
+
+def _write_items(
+    path: Path, protocol: Mapping[str, Any], items_of: Mapping[str, Sequence[Item]]
+) -> None:
+    rows = [{"arm": name, **asdict(item)} for name, items in items_of.items() for item in items]
+    write_jsonl(path, [{"protocol": protocol}, *rows])
+
+
+# ---- Texts of others, other evaluations ----
 
 
 def read_given_texts(
     target: Target, file: Path, arm: Arm, questions: Questions, display: Display
 ) -> tuple[Arm, list[Item]]:
-    """Texts from a file as an arm and its items, also written to `eval_items.jsonl`."""
+    """Texts from a file as an arm and its items."""
     task = target.config.data.task
-    if not file.is_file():
-        raise UserError(f"completions={file}: there is no such file")
     if isinstance(questions.verifier, ProgramRunner):
         raise UserError(
             f"completions=<file> takes answers in words, and those of {task} are programs"
@@ -309,28 +342,54 @@ def read_given_texts(
         task=task,
         say=display.say,
     )
-    rows = [_as_written(item) for item in read]
-    items = [Item.from_row(row) for row in rows]
+    items = [Item.from_row(_as_written(item)) for item in read]
     num_sets = len(items[0].sets)
-    target.out.mkdir(parents=True, exist_ok=True)
-    write_jsonl(target.out / ITEMS_FILE, [{"arm": arm.name, **asdict(item)} for item in items])
     description = f"{num_sets} texts a question from {file.name}"
     return replace(arm, description=description, num_sets=num_sets), items
 
 
-def compare_with(folder: Path, items: Sequence[Item], confident: bool) -> dict[str, Any]:
-    """The paired differences between this policy and that of another evaluation's folder."""
+def write_given_texts(
+    folder: Path, protocol: Mapping[str, Any], arm: Arm, items: Sequence[Item]
+) -> None:
+    """The items of given texts, as `eval_items.jsonl`."""
+    _write_items(folder / ITEMS_FILE, protocol, {arm.name: items})
+
+
+def read_other(folder: Path, out: Path) -> list[Item]:
+    """The policy's items of another evaluation, which was written to `folder`; `out` is ours.
+
+    Raises UserError where there is none that can be read.
+    """
     path = folder / ITEMS_FILE
     if not path.is_file():
         raise UserError(f"{path} does not exist: run python -m mar.evaluate {folder} first")
-    rows, _ = read_jsonl(path)
-    others = []
-    for row in rows:
-        if row.pop("arm", None) == "policy":
-            others.append(Item.from_row(row))
-    if not {item.id for item in items} & {item.id for item in others}:
+    if folder.resolve() == out.resolve():
         raise UserError(
-            f"{path} holds other questions: "
+            f"against={folder} is where this evaluation goes: choose another out=, or one of its "
+            f"earlier evaluations, against={folder}/evaluation~1"
+        )
+    rows, _ = read_jsonl(path)
+    try:
+        items = [
+            Item.from_row({key: row[key] for key in row if key != "arm"})
+            for row in rows
+            if row.get("arm") == "policy"
+        ]
+    except (KeyError, TypeError, AttributeError):
+        raise UserError(
+            f"{path} is damaged, or of another version of mar: evaluate again"
+        ) from None
+    if not items:
+        raise UserError(
+            f"{path} has no answers yet: run python -m mar.evaluate {folder} to its end"
+        )
+    return items
+
+
+def require_common(folder: Path, others: Sequence[Item], ids: Collection[str]) -> None:
+    """Raises UserError where another evaluation has none of these questions."""
+    if not {item.id for item in others} & set(ids):
+        raise UserError(
+            f"{folder / ITEMS_FILE} holds other questions: "
             "a paired comparison needs the same task, split and eval.num_items"
         )
-    return paired_differences(items, others, confident)

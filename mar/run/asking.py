@@ -15,11 +15,12 @@ from mar.errors import UserError
 from mar.policy.distributed import compute_device
 from mar.policy.lora import adapted
 from mar.policy.model import Decoder
-from mar.policy.sources import resolve_model
 from mar.policy.weights import load_model
 from mar.records import Example
 from mar.run import checkpoint
-from mar.run.compose import compose, load_config, quoted
+from mar.run.compose import compose, load_config
+from mar.run.folder import no_run
+from mar.run.from_run import model_of
 from mar.run.setup import sampling_params
 from mar.sample.draws import SamplingParams
 from mar.sample.rollout import Decode, make_decode, read, sample
@@ -109,17 +110,14 @@ def open_policy(target: str, settings: Sequence[str]) -> AskedPolicy:
         config = load_config(folder / "config.yaml", settings)
         found = checkpoint.require_newest(folder, config)
     elif (folder / "config.json").is_file():
-        config = compose(["model=hf", f"model.path={quoted(folder.resolve())}", *settings])
+        config = compose(["model=hf", f"model.path={folder.resolve()}", *settings])
     elif target == "embedded":
         config = compose(["+experiment=clinic", *settings])
     else:
-        raise UserError(
-            f"{target} is neither a run (config.yaml), nor a checkpoint (config.json), nor "
-            "embedded: name one"
-        )
+        raise UserError(no_run(folder, ", a checkpoint (config.json) or embedded"))
 
     options = config.model
-    model_folder, _ = resolve_model(options.source, options.name, options.path)
+    model_folder, _ = model_of(options)
     tokenizer = load_tokenizer(model_folder)
     grammar = fit_grammar(grammar_of(config), tokenizer)
     decode = make_decode(tokenizer)

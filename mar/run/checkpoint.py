@@ -268,6 +268,12 @@ def require_newest(run: Path, config: Config) -> Found:
     return found
 
 
+def of_step(folder: Path, step: int) -> Found | None:
+    """The checkpoint after `step` updates, if it is there and whole."""
+    path = folder / f"step{step:06d}"
+    return None if _fault(path) else Found(path, step)
+
+
 def _fault(path: Path) -> str | None:
     """What is wrong with a checkpoint's folder; None where every file is as its manifest says."""
     try:

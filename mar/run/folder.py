@@ -7,11 +7,14 @@ until then the configuration that is written in the folder resumes it.
 
 import fcntl
 import hashlib
+import json
+import math
 import os
 import re
 import sys
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
+from difflib import get_close_matches
 from itertools import count
 from pathlib import Path
 from typing import IO, Any
@@ -23,8 +26,10 @@ from hydra.types import RunMode
 from omegaconf import OmegaConf
 
 from mar.errors import UserError
+from mar.files import write_json
 
 LONGEST_VARIANT = 80  # characters of a folder's name
+MOST_NAMED_RUNS = 4  # of a folder that holds many
 MOST_DIFFERENCES = 8  # settings that are named when a finished run moves aside
 
 # A run's path has these already.
@@ -38,22 +43,32 @@ NOT_A_VARIANT = {
     "out",
     "run_dir",
     "data.path",
+    "data.train_path",
+    "data.eval_path",
     "train.stop_at",
 }
+# A run that gets more steps may be measured and saved at others, too.
+BESIDE_MORE_STEPS = {"eval.every", "checkpoint.every", "checkpoint.keep"}
 # A run resumes with other values of these. (Threads may change the last bits.)
 NOT_A_DIFFERENCE = {"train.stop_at", "out", "run_dir", "logger", "provenance", "model.threads"}
 
 
 @dataclass(frozen=True)
 class RunDir:
-    """A run's folder. `resume`: it holds an unfinished run of this configuration. `archive`: where
-    the finished run that it holds moves to, and `differs` the settings in which that one was
-    another."""
+    """A run's folder. `resume`: it holds a run that goes on. `extends`: that run, finished or not,
+    was to have only so many steps. `archive`: where the finished run that it holds moves to, and
+    `differs` the settings in which that one was another."""
 
     path: Path
     resume: bool
     archive: Path | None = None
     differs: tuple[str, ...] = ()
+    extends: int | None = None
+
+    @property
+    def is_done(self) -> bool:
+        """It holds a finished run of this configuration."""
+        return self.archive is not None and not self.differs
 
 
 # --- names -----------------------------------------------------------------------------------
@@ -92,11 +107,17 @@ def _job_variant() -> str:
     """`/<variant>` inside a job of a sweep, "" elsewhere."""
     if not HydraConfig.initialized() or HydraConfig.get().mode != RunMode.MULTIRUN:
         return ""
-    # A job knows its own values alone; what the sweep is over stands in the command line and in
-    # the file of conf/sweep.
+    swept = swept_keys(words_of_sweep())
+    return f"/{variant(HydraConfig.get().overrides.task, swept)}".rstrip("/")
+
+
+def words_of_sweep() -> list[str]:
+    """What the sweep that this job belongs to is over: a job knows its own values alone.
+
+    The words of the file of conf/sweep come first, those of the command line win.
+    """
     from_file = HydraConfig.get().sweeper.get("params") or {}
-    words = [*sys.argv[1:], *(f"{key}={value}" for key, value in from_file.items())]
-    return f"/{variant(HydraConfig.get().overrides.task, swept_keys(words))}".rstrip("/")
+    return [*(f"{key}={value}" for key, value in from_file.items()), *sys.argv[1:]]
 
 
 OmegaConf.register_new_resolver("variant", _job_variant, replace=True)
@@ -133,6 +154,31 @@ def differing_keys(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
 # --- the folder ------------------------------------------------------------------------------
 
 
+def require_run(path: Path) -> Path:
+    """The folder of a run. Raises UserError with what to name instead."""
+    if not (path / "config.yaml").is_file():
+        raise UserError(no_run(path))
+    return path
+
+
+def no_run(path: Path, others: str = "") -> str:
+    """What to say of a path that is no run. `others`: what else it might have been."""
+    wanted = f"name a run (a folder with config.yaml){others}"
+    if not path.exists():
+        siblings = [str(other) for other in path.parent.glob("*") if other.is_dir()]
+        near = get_close_matches(str(path), siblings, n=1)
+        meant = f"; did you mean {near[0]}?" if near else ""
+        return f"{path} is not there: {wanted}{meant}"
+    if path.is_file():
+        return f"{path} is a file: {wanted}"
+    below = [file.parent for file in sorted(path.rglob("config.yaml")) if "wandb" not in file.parts]
+    if not below:
+        return f"{path} is no run: {wanted}"
+    some = ", ".join(map(str, below[:MOST_NAMED_RUNS]))
+    more = ", ..." if len(below) > MOST_NAMED_RUNS else ""
+    return f"{path} is a folder of {len(below)} runs: name one of them, {some}{more}"
+
+
 def find(config: Mapping[str, Any]) -> RunDir:
     """What `prepare` would do; touches nothing. Raises UserError where the folder belongs to
     something else."""
@@ -145,10 +191,15 @@ def find(config: Mapping[str, Any]) -> RunDir:
             f"{path} exists but holds no config.yaml, so it is no run of mar: "
             "choose another name= or seed="
         )
-    evaluations = path / "eval.json"
-    if evaluations.is_file() and _read_yaml(evaluations).get("after"):
-        return _step_aside(path, config)
-    keys = differing_keys(_read_yaml(path / "config.yaml"), config)
+    finished = is_finished(path)
+    saved = _read_yaml(path / "config.yaml", strict=not finished)
+    keys = differing_keys(saved, config)
+    if "train.steps" in keys and set(keys) <= {"train.steps", *BESIDE_MORE_STEPS}:
+        old_steps = flatten(saved).get("train.steps", math.inf)
+        if old_steps < config["train"]["steps"]:
+            return RunDir(path, resume=True, extends=old_steps)
+    if finished:
+        return _step_aside(path, keys)
     if keys:
         raise UserError(
             f"{path} holds an unfinished run with another configuration "
@@ -158,11 +209,16 @@ def find(config: Mapping[str, Any]) -> RunDir:
     return RunDir(path, resume=True)
 
 
-def _step_aside(path: Path, config: Mapping[str, Any]) -> RunDir:
+def is_finished(path: Path) -> bool:
+    """Whether a run's folder has the measurement after training."""
+    evaluations = path / "eval.json"
+    return evaluations.is_file() and bool(_read_yaml(evaluations).get("after"))
+
+
+def _step_aside(path: Path, keys: list[str]) -> RunDir:
     """A finished run moves to the first of `seed0~1`, `seed0~2`, ... that is free."""
     numbered = (path.with_name(f"{path.name}~{number}") for number in count(1))
     archive = next(candidate for candidate in numbered if not candidate.exists())
-    keys = differing_keys(_read_yaml(path / "config.yaml", strict=False), config)
     if len(keys) > MOST_DIFFERENCES:
         keys = [*keys[:MOST_DIFFERENCES], "..."]
     return RunDir(path, resume=False, archive=archive, differs=tuple(keys))
@@ -180,18 +236,15 @@ def _read_yaml(file: Path, strict: bool = True) -> dict[str, Any]:
         ) from None
 
 
-def lock(path: Path) -> IO[str]:
+def lock(path: Path, remedy: str = "wait for it, or choose another name= or seed=") -> IO[str]:
     """Keep a run's folder for this process while the returned file is open. The kernel lets go when
-    the process ends, however it ends."""
+    the process ends, however it ends. `remedy`: what to do where another process has it."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         file = path.with_name(f".{path.name}.lock").open("w")
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise UserError(
-            f"{path} is being written by another process: wait for it, "
-            "or choose another name= or seed="
-        ) from None
+        raise UserError(f"{path} is being written by another process: {remedy}") from None
     except OSError as error:
         raise UserError(
             f"cannot write beside {path} ({error}): set the permissions, or choose another out="
@@ -203,11 +256,17 @@ def prepare(config: Mapping[str, Any]) -> RunDir:
     """Make the run's folder (`config["run_dir"]`) and write `config.yaml` (plain values) into it.
 
     A finished run that is there moves aside; an unfinished one of the same configuration is to be
-    resumed; anything else raises UserError and leaves the folder as it is.
+    resumed, and either where `train.steps` alone is raised; anything else raises UserError and
+    leaves the folder as it is.
     """
     run = find(config)
     if run.archive is not None:
         run.path.rename(run.archive)
+    if run.resume:
+        config = _with_earlier_lengths(run, config)
+    if run.extends is not None:
+        # First: a folder with the new number of steps and the old end would count as finished.
+        _reopen(run.path / "eval.json")
     run.path.mkdir(parents=True, exist_ok=True)
     # Written beside the folder: an interrupted start leaves it empty.
     half = run.path.with_name(f".{run.path.name}.config.yaml")
@@ -217,3 +276,25 @@ def prepare(config: Mapping[str, Any]) -> RunDir:
         os.fsync(file.fileno())
     half.replace(run.path / "config.yaml")
     return run
+
+
+def _with_earlier_lengths(run: RunDir, config: Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration with the numbers of steps that an extended run had before, as
+    `provenance.extended_from`: its learning rate has a jump there."""
+    origin = _read_yaml(run.path / "config.yaml").get("provenance") or {}
+    lengths = list(origin.get("extended_from", []))
+    if run.extends is not None:
+        lengths.append(run.extends)
+    if not lengths:
+        return dict(config)
+    provenance = {**config.get("provenance", {}), "extended_from": lengths}
+    return {**config, "provenance": provenance}
+
+
+def _reopen(file: Path) -> None:
+    """Take the end out of a finished run's `eval.json`; its history keeps the measurement."""
+    if file.is_file():
+        document = json.loads(file.read_text())
+        document.pop("after", None)
+        document.pop("gap_closed", None)
+        write_json(file, document)

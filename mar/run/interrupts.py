@@ -19,6 +19,8 @@ class Interrupts:
     A second signal, later than `SAME_SIGNAL_S` after the one before, stops at once everywhere.
     """
 
+    any_received = False  # by any run of this process
+
     def __init__(self, leads: bool) -> None:
         self.leads = leads
         self.inside_step = False
@@ -30,6 +32,7 @@ class Interrupts:
         now = time.monotonic()
         before = self.received_at
         self.received_at = now
+        Interrupts.any_received = True
         if before is None:
             if not self.inside_step:
                 raise KeyboardInterrupt

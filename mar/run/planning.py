@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from mar.config import Config, ModelOptions
+from mar.config import Config, ModelOptions, run_of_path
 from mar.errors import UserError
 from mar.files import read_json_object
 from mar.learn.optim import make_optimizer
@@ -24,6 +24,7 @@ from mar.policy.critic import Critic
 from mar.policy.lora import adapted, trainable_pattern
 from mar.policy.model import Decoder, ModelConfig
 from mar.policy.sources import EMBEDDED
+from mar.run.compose import load_config
 from mar.sample.kv_cache import capacity
 
 # ---------------------------------------------------------------------- what is assumed
@@ -86,6 +87,8 @@ def model_shape(options: ModelOptions) -> ModelConfig:
     if options.source == "folder":
         folder = Path(str(options.path)).expanduser()
         return ModelConfig.from_hf(read_json_object(folder / "config.json"))
+    if options.source == "run":
+        return model_shape(load_config(run_of_path(str(options.path)) / "config.yaml").model)
     if options.path not in SHAPES:
         raise UserError(
             f"model.path={options.path}: shape unknown here; give a folder with its config.json, "

@@ -4,10 +4,15 @@ import json
 from pathlib import Path
 from typing import Any
 
+from mar.config import Config
+from mar.errors import UserError
 from mar.files import truncate_jsonl
 from mar.learn.learner import Learner
+from mar.learn.optim import learning_rate
+from mar.policy.distributed import World
 from mar.run import checkpoint
 from mar.run.console import Display
+from mar.run.folder import is_finished
 
 RECORDS = ("metrics.jsonl", "completions.jsonl", "skipped.jsonl")
 
@@ -48,3 +53,32 @@ def resume(folder: Path, learner: Learner, document: dict[str, Any], display: Di
             history = old.get("history", [])
             document["history"] = [entry for entry in history if entry["step"] <= step]
     return step
+
+
+def announce_extension(config: Config, old_steps: int, world: World, display: Display) -> None:
+    """Say how a run goes on that was to have `old_steps` steps and gets more.
+
+    Raises UserError where it was finished and its last checkpoint is gone: it would begin anew.
+    """
+    folder = Path(config.run_dir)
+    steps = config.train.steps
+    found = world.told(lambda: checkpoint.newest(folder / "checkpoints", display.say))
+    done = found.step if found else 0
+    if is_finished(folder) and done < old_steps:
+        raise UserError(
+            f"{folder} was finished after {old_steps} steps and has no readable checkpoint of the "
+            f"last one, so it cannot go on to train.steps={steps}: choose another name= or seed="
+        )
+    display.say(
+        f"{folder} had train.steps={old_steps} and gets {steps}: it goes on after step {done}"
+    )
+    optim = config.optim
+    rates = []
+    for number, length in ((done, old_steps), (done + 1, steps)):
+        rate = learning_rate(number - 1, length, optim.lr, optim.warmup_frac, optim.schedule)
+        rates.append(f"{rate:.3g} in step {number}")
+    if done:
+        display.say(
+            f"the schedule ({optim.schedule}) is that of {steps} steps from now on: "
+            f"the learning rate was {rates[0]} and is {rates[1]}"
+        )

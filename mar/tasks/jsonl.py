@@ -1,4 +1,5 @@
-"""Your own questions, without code: `data=jsonl data.path=my.jsonl`, one JSON object per line.
+"""Your own questions, without code: `data=jsonl data.path=my.jsonl`, one JSON object per line
+(README.md has tables, two files and what to set).
 
     {"question": "Name a planet without moons.", "golds": ["Mercury", "Venus"]}
     {"question": "What causes flu?", "golds": [{"name": "influenza virus", "aliases": ["influenza"]}], "id": "flu"}
@@ -17,7 +18,7 @@ from typing import Any
 
 from mar.errors import UserError
 from mar.records import TRUTHS, Example, Gold
-from mar.tasks.loading import Candidate, Row, draw_label, example_id, required_text
+from mar.tasks.loading import Candidate, Cells, Row, draw_label, example_id, required_text
 
 GOLD_KEYS = {"name", "aliases", "probability"}
 
@@ -26,9 +27,12 @@ def read(row: Row, where: str) -> Candidate:
     """One row. Raises UserError with position and key where it is malformed."""
     question = required_text(row, "question", where)
     raw = row.get("golds")
+    if isinstance(row, Cells) and isinstance(raw, str) and raw.strip():
+        raw = _gold_of_cell(raw, where)
     if not isinstance(raw, list) or not raw:
         raise UserError(
-            f'{where}: \'golds\' must be a list of at least one gold, as in ["Mercury", "Venus"]'
+            f'{where}: \'golds\' must be a list of at least one gold, as in ["Mercury", "Venus"] '
+            f"(the row has {', '.join(map(str, row))})"
         )
     golds = tuple(_gold(gold, where) for gold in raw)
     id = example_id(row, "id", "jsonl", question)
@@ -43,6 +47,16 @@ def read(row: Row, where: str) -> Candidate:
         label=draw_label(id, golds) if is_distribution else None,
     )
     return Candidate(example, question)
+
+
+def _gold_of_cell(cell: str, where: str) -> list[str]:
+    """The cell of a csv file that spells no list is one gold."""
+    if cell.lstrip().startswith("["):
+        raise UserError(
+            f"{where}: 'golds' begins with [ and is no list of texts or objects: write "
+            '["Mercury", "Venus"], or one gold as plain text'
+        )
+    return [cell]
 
 
 def _gold(raw: Any, where: str) -> Gold:

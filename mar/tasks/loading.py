@@ -40,6 +40,11 @@ from mar.tasks.rows import (
     row_of_line,
 )
 
+
+class Cells(dict[str, Any]):
+    """The row of a csv or tsv file: whatever is in it had to be written as text."""
+
+
 # The per cent of ids below which a split ends: 10 % test, 20 % validation, 70 % train.
 SPLIT_ENDS = (("test", 10), ("validation", 30), ("train", 100))
 
@@ -85,6 +90,12 @@ class Source:
     num: int | None = None
     seed: int = 0
     path: str | None = None
+    # The setting that named the file, for messages.
+    path_key: str = "data.path"
+    # All rows of the file belong to the split: it is not cut.
+    whole_file: bool = False
+    # A file whose questions are left out (of training: those of the evaluation).
+    without_path: str | None = None
     hub_id: str | None = None
     max_gold_words: int = 3
     show_options: bool = False
@@ -141,7 +152,7 @@ def required_text(row: Row, key: str, where: str) -> str:
 def example_id(row: Row, key: str, prefix: str, question: str) -> str:
     """The row's own id, else one from the question's words: it does not move with the row."""
     given = row.get(key)
-    if given is not None:
+    if given not in (None, ""):  # an empty cell of a table is none
         return f"{prefix}-{given}"
     words = " ".join(question.split())
     return f"{prefix}-{stable_hash(words):016x}"
@@ -167,16 +178,16 @@ def read_json(file: Path) -> Any:
         raise UserError(f"{file} is not valid JSON ({error}): mend it") from None
 
 
-def rows_of_file(path: str) -> Rows:
+def rows_of_file(path: str, key: str = "data.path") -> Rows:
     """(`file:line`, row) of a jsonl file, or (`file[n]`, row) of a table or the array in a .json.
 
-    Raises UserError for what cannot be read.
+    Raises UserError for what cannot be read. key: the setting that named the file.
     """
     file = Path(path).expanduser()
     if file.is_dir():
-        raise UserError(f"data.path={path} is a folder: name a file in it")
+        raise UserError(f"{key}={path} is a folder: name a file in it")
     if not file.is_file():
-        raise UserError(f"data.path={path} is not there")
+        raise UserError(f"{key}={path} is not there")
     try:
         return _rows_by_kind(file, path)
     except (EOFError, OSError, zlib.error) as error:
@@ -287,7 +298,7 @@ def _rows_of_text(content: IO[bytes], path: str, separator: str) -> Iterator[tup
                     f"{path}[{number}] has {len(cells)} cells for {len(header)} columns (it ends "
                     f"in line {rows.line_num}): mend or remove the row"
                 )
-            yield f"{path}[{number}]", dict(zip(header, map(_cell, cells), strict=True))
+            yield f"{path}[{number}]", Cells(zip(header, map(_cell, cells), strict=True))
             number += 1
     except (csv.Error, UnicodeDecodeError) as error:
         raise UserError(
@@ -382,7 +393,10 @@ def rows_of_source(source: Source) -> SourceRows:
     validation, `validation` is the share of its train that `split_of` says, and `train` the rest.
     """
     if source.kind == "path":
-        return SourceRows(rows_of_file(str(source.path)), split_of)
+        rows = rows_of_file(str(source.path), source.path_key)
+        if source.whole_file:
+            return SourceRows(rows, lambda id: source.split, (source.split,))
+        return SourceRows(rows, split_of)
     if source.kind == "hub":
         return rows_of_hub(str(source.hub_id), source.split)
     raise UserError(
@@ -462,21 +476,37 @@ def plain_words(text: str) -> str:
     return " ".join(text.split())
 
 
+def _digest_of_words(question: str) -> bytes:
+    """Of its words: a million texts would be a gigabyte."""
+    words = plain_words(question).encode("utf-8", "surrogatepass")
+    return blake2b(words, digest_size=16).digest()
+
+
+def _questions_left_out(source: Source, read: ReadRow) -> set[bytes]:
+    """The questions of the other file, by their words: what is measured must not be trained."""
+    if source.without_path is None:
+        return set()
+    rows = rows_of_file(source.without_path, "data.eval_path")
+    return {_digest_of_words(_read_row(read, row, where).question) for where, row in rows}
+
+
 def read_rows(source: Source, read: ReadRow) -> Reading:
     """Every row of a source once. Raises UserError on a row that is malformed or has another's id.
 
-    A question that stood before is dropped, whatever its split.
+    A question that stood before is dropped, whatever its split, and so is one of the file that the
+    source goes without.
     """
     rows, split_of_id, splits = rows_of_source(source)
     reading = Reading(source, rows, read, splits)
     number_of_id: dict[str, int] = {}
     questions: set[bytes] = set()
+    left_out = _questions_left_out(source, read)
     for number, (where, row) in enumerate(rows):
         example, question, drop_reason = _read_row(read, row, where)
-        # a million texts would be a gigabyte
-        words = plain_words(question).encode("utf-8", "surrogatepass")
-        digest = blake2b(words, digest_size=16).digest()
-        if digest in questions:
+        digest = _digest_of_words(question)
+        if digest in left_out:
+            drop_reason = f"also in {source.without_path}"
+        elif digest in questions:
             drop_reason = "duplicate question"
         elif example.id in number_of_id:
             earlier = rows.where(number_of_id[example.id])
@@ -523,11 +553,13 @@ def _read_row(read: Callable[[Row, str], Candidate], row: Row, where: str) -> Ca
 def _empty_split(source: Source, num_rows: int, dropped: Counter[str]) -> str:
     origin = source.path if source.kind == "path" else source.hub_id
     reasons = [f"{number} {reason}" for reason, number in dropped.items()]
+    if source.whole_file:
+        return f"{origin}: no row is left of {num_rows} ({', '.join(reasons)}): use another file"
     why = ", ".join(reasons) or "none of them falls into it"
-    return (
-        f"{origin}: split {source.split!r} is empty ({num_rows} rows; {why}): use another split or "
-        "file"
-    )
+    remedy = "use another split or file"
+    if source.kind == "path":
+        remedy += ", or two files that are not cut, data.train_path and data.eval_path"
+    return f"{origin}: split {source.split!r} is empty ({num_rows} rows; {why}): {remedy}"
 
 
 # ---------------------------------------------------------------------- of loaded examples

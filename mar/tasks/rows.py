@@ -177,6 +177,11 @@ def row_of_line(line: bytes, path: str, number: int) -> Row:
     try:
         row = json.loads(line.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
+        if number == 1 and line.lstrip()[:1] not in (b"{", b"["):
+            raise UserError(
+                f"{path} holds no JSON: a table wants a name that ends in .csv, .tsv or .parquet, "
+                'and of jsonl each line is one row, {"question": ...}'
+            ) from None
         if number == 1:
             raise UserError(
                 f"{where} is not valid JSON ({error}): mend the line, or give {READ}, in UTF-8"

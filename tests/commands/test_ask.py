@@ -65,9 +65,9 @@ def test_a_run_answers_from_its_newest_checkpoint_and_a_pipe_is_read(tmp_path: P
         "logger.console=plain",
     ]
     assert run(compose(words)) == 0
-    command = [sys.executable, "-m", "mar.ask", str(tmp_path / "clinic/seed0"), "--json"]
+    command = [sys.executable, "-m", "mar.ask", str(tmp_path / "clinic/seed0"), "json=true"]
     done = subprocess.run(
-        [*command, "--samples", "2"],
+        [*command, "samples=2"],
         input=f"{QUESTION}\n\n{QUESTION}\n",
         capture_output=True,
         text=True,
@@ -80,9 +80,9 @@ def test_a_run_answers_from_its_newest_checkpoint_and_a_pipe_is_read(tmp_path: P
 
 
 BAD = {
-    "nothing there": (["nowhere"], "neither a run"),
-    "two questions": (["embedded", "a", "b"], "one question at a time"),
-    "no sets": (["embedded", "a", "--samples", "0"], "at least one"),
+    "nothing there": (["nowhere"], "nowhere is not there: name a run"),
+    "two questions": (["embedded", "a", "b"], "texts with spaces in quotes"),
+    "no sets": (["embedded", "a", "samples=0"], "samples=0 is out of range"),
     "unknown setting": (["embedded", "a", "algo.temprature=1"], "algo.temperature"),
     "a book": (["embedded", "fever " * 3000], "shorten it"),
     "beyond its positions": (

@@ -2,6 +2,10 @@
 from outside; every mistake in one sentence."""
 
 import json
+import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,11 +19,15 @@ from mar.errors import UserError
 from mar.measure.baselines import build_arms
 from mar.measure.comparison import coverage_at_tokens
 from mar.measure.held_out import measure
+from mar.measure.shown_metrics import evaluation_metrics
 from mar.records import Completion
 from mar.run import answering
 from mar.run.compose import compose
 from mar.run.console import Display
+from mar.run.evaluation_folder import claimed, step_aside
 from mar.run.setup import build_training
+from mar.run.summary import show_evaluation
+from mar.run.words import read_words
 
 EMBEDDED = Path("mar/embedded/model").absolute()
 DISPLAY = Display("plain", 0, 0)
@@ -157,15 +165,130 @@ def test_an_item_that_is_too_long_for_one_arm_is_asked_of_none(base: Path, tmp_p
     ]
 
 
-def test_another_evaluation_is_not_mixed_in(
+def files_of(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder, but for locks."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and not path.name.endswith(".lock")
+    }
+
+
+RESULTS = ("eval_items.jsonl", "evaluation.json")
+
+
+def test_another_evaluation_moves_the_old_one_aside(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = ["base", *FEW[:-1], "arms=policy", f"out={tmp_path}"]
+    words = ["base", *FEW[:-1], "num_answers=", "arms=policy", f"out={tmp_path}"]
     evaluate.run(words, DISPLAY)
+    first = files_of(tmp_path)
+    assert set(first) == set(RESULTS)
     evaluate.run([*words, "seed=1"], Display("plain", 0, 0))
-    assert "belongs to another evaluation" in capsys.readouterr().out
-    header = json.loads((tmp_path / "eval_items.jsonl").read_text().splitlines()[0])
-    assert header["protocol"]["seed"] == 1
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"it is {tmp_path}/evaluation~1 now" in said
+    second = files_of(tmp_path)
+    assert {name: second[f"evaluation~1/{name}"] for name in RESULTS} == first
+    assert json.loads(second["eval_items.jsonl"].splitlines()[0])["protocol"]["seed"] == 1
+
+    evaluate.run(words, DISPLAY)
+    third = files_of(tmp_path)
+    assert {name: third[name] for name in RESULTS} == first
+    assert {name: third[f"evaluation~2/{name}"] for name in RESULTS} == {
+        name: second[name] for name in RESULTS
+    }
+    evaluate.run(words, DISPLAY)
+    assert files_of(tmp_path) == third, "the same command changes nothing"
+
+
+def test_a_move_that_was_cut_off_is_finished(tmp_path: Path) -> None:
+    (tmp_path / "evaluation~1").mkdir()
+    (tmp_path / "evaluation~1/evaluation.json").write_text("the first one's")
+    (tmp_path / "eval_items.jsonl").write_text('{"protocol": "the first one"}\n')
+    step_aside(tmp_path, {"seed": 1}, print)
+    assert set(files_of(tmp_path)) == {f"evaluation~1/{name}" for name in RESULTS}
+    step_aside(tmp_path, {"seed": 1}, print)
+    (tmp_path / "evaluation.json").write_text("without its items")
+    step_aside(tmp_path, {"seed": 1}, print)
+    assert (tmp_path / "evaluation~2/evaluation.json").read_text() == "without its items"
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+
+import torch
+from mar import evaluate
+from mar.run import answering, evaluation_folder
+from mar.run.console import Display
+
+torch.set_num_threads(1)
+point, *words = sys.argv[1:]
+
+
+def deadly(call, name):
+    def wrapped(*args, **options):
+        global calls
+        calls += 1
+        print(f"about-to-{name}", flush=True)
+        if str(calls) == point:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return call(*args, **options)
+    return wrapped
+
+
+calls = 0
+answering.append_jsonl = deadly(answering.append_jsonl, "append")
+answering.write_jsonl = deadly(answering.write_jsonl, "items")
+evaluate.write_json = deadly(evaluate.write_json, "result")
+Path.rename = deadly(Path.rename, "move")
+Path.replace = deadly(Path.replace, "replace")
+evaluate.run(words, Display("plain", 0, 0))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("point", range(1, 9))
+def test_results_survive_a_kill_and_every_repeated_command(
+    point: int, base: Path, tmp_path: Path
+) -> None:
+    """Killed before its every change of a file, and repeated: the first evaluation is whole, in
+    one place, and the second ends as if nothing had happened."""
+    for name in RESULTS:
+        (tmp_path / name).write_bytes((base / name).read_bytes())
+    few = ["+experiment=clinic", "eval.num_items=2", "k=3", "num_answers=", "arms=policy"]
+    words = ["base", *few, f"out={tmp_path}"]
+    command = [sys.executable, "-c", KILLED]
+    killed = subprocess.run([*command, str(point), *words], capture_output=True, timeout=120)
+    moves = ["move", "move", "items", "replace", "append", "result", "replace"]
+    assert killed.returncode == (-signal.SIGKILL if point <= len(moves) else 0)
+    done = [word for word in killed.stdout.decode().split() if word.startswith("about-to-")]
+    assert done == [f"about-to-{move}" for move in moves[:point]]
+    for _ in range(2):
+        evaluate.run(words, DISPLAY)
+        found = files_of(tmp_path)
+        for name in RESULTS:
+            assert found[f"evaluation~1/{name}"] == (base / name).read_bytes()
+        assert set(found) == {*RESULTS, *(f"evaluation~1/{name}" for name in RESULTS)}
+        assert document(tmp_path)["num_items"] == 2
+
+
+def test_paired_comparisons_survive_a_command_without_them(base: Path, tmp_path: Path) -> None:
+    words = ["base", *FEW[:3], "num_answers=", "arms=policy", f"out={tmp_path / 'out'}"]
+    evaluate.run([*words, f"against={base}"], DISPLAY)
+    pairs = document(tmp_path / "out")["paired"]
+    assert set(pairs) == {f"policy - {base}"}
+    evaluate.run(words, DISPLAY)
+    assert document(tmp_path / "out")["paired"] == pairs
+
+
+def test_nobody_measures_into_a_folder_twice_at_once(tmp_path: Path) -> None:
+    with (
+        claimed(tmp_path, {"seed": 0}, print),
+        pytest.raises(UserError, match="choose another out="),
+        claimed(tmp_path, {}, print),
+    ):
+        pass
 
 
 def test_completions_of_others_measure_alike(
@@ -192,10 +315,14 @@ def test_completions_of_others_measure_alike(
     ours = document(base)["arms"]["policy"]["metrics"]
     theirs = document(tmp_path)["arms"]["policy"]["metrics"]
     for name in ours:
-        if name != "tokens_per_set":
-            assert theirs[name] == ours[name], name
-    # The stop token is no text: one token a set less when counted from the text.
-    assert theirs["tokens_per_set"][0] == pytest.approx(ours["tokens_per_set"][0] - 1, abs=0.5)
+        assert theirs[name] == ours[name], name
+    # Other texts into the same folder: the first ones stay.
+    first = files_of(tmp_path)
+    words = ["+experiment=clinic", "eval.num_items=7", f"out={tmp_path}"]
+    file.write_text("".join(json.dumps(row) + "\n" for row in texts[::-1]))
+    evaluate.run([f"completions={file}", *words], Display("plain", 0, 0))
+    for name in RESULTS:
+        assert files_of(tmp_path)[f"evaluation~1/{name}"] == first[name]
 
 
 def test_a_run_against_its_untrained_self(
@@ -323,26 +450,24 @@ def test_arms() -> None:
 def test_words(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run_of_sweep = tmp_path / "algo.credit=own/seed0"
     run_of_sweep.mkdir(parents=True)
-    target, _, settings = evaluate.split_words([str(run_of_sweep), "seed=1"])
-    assert (target, settings) == (str(run_of_sweep), ["seed=1"])
+    words = read_words(evaluate.COMMAND, [str(run_of_sweep), "seed=1"])
+    assert (words.places, words.settings) == ([str(run_of_sweep)], ["seed=1"])
     assert evaluate.main(["--help"]) == 0
-    assert "completions=file.jsonl" in capsys.readouterr().out
-    name, options, settings = evaluate.split_words(
-        ["runs/x", "k=6", "eval.num_items=5", "+experiment=clinic", "completions="]
-    )
-    assert (name, options["k"], options["completions"], settings) == (
-        "runs/x",
-        "6",
-        "",
-        ["eval.num_items=5", "+experiment=clinic"],
-    )
+    assert "completions=texts.jsonl" in capsys.readouterr().out
+    given = ["runs/x", "k=6", "eval.num_items=5", "+experiment=clinic", "completions="]
+    words = read_words(evaluate.COMMAND, given)
+    assert words.places == ["runs/x"] and words.settings == given[2:4]
+    assert words.options == evaluate.EvaluateOptions(k=6)
     assert evaluate.parse_sizes("2..4") == [2, 3, 4]
     assert evaluate.parse_sizes("2,5") == [2, 5]
     assert evaluate.parse_sizes("") == []
     curve = {"tokens": [10.0, 20.0], "coverage": [[0.5, 0, 1], [0.7, 0, 1]]}
     assert coverage_at_tokens(curve, 15) == pytest.approx(0.6)
-    assert coverage_at_tokens(curve, 5) is None
-    assert coverage_at_tokens(curve, 21) is None
+    # A set that just misses the budget is got by a share of the items.
+    assert coverage_at_tokens(curve, 5) == pytest.approx(0.25)
+    # No third set fits into 29 tokens; whether it would into 30 was not sampled.
+    assert coverage_at_tokens(curve, 29) == pytest.approx(0.7)
+    assert coverage_at_tokens(curve, 30) is None
 
 
 def broken_inputs(tmp_path: Path, trained: Path) -> dict[str, tuple[list[str], str]]:
@@ -357,16 +482,21 @@ def broken_inputs(tmp_path: Path, trained: Path) -> dict[str, tuple[list[str], s
     (tmp_path / "empty.jsonl").write_text("")
     (tmp_path / "tiny.jsonl").write_text('{"id": "only", "question": "Q?", "golds": ["x"]}\n')
     clinic = ["+experiment=clinic", "eval.num_items=3"]
-    own = ["data=jsonl", f"data.path={tmp_path}/tiny.jsonl", "data.eval_split=test"]
+    own = [
+        "data=jsonl",
+        "model=embedded",
+        f"data.path={tmp_path}/tiny.jsonl",
+        "data.eval_split=test",
+    ]
     return {
         "nothing": ([], "name one thing to measure"),
-        "two things": (["base", "other"], "name one thing to measure"),
-        "no such place": (["nowhere"], "neither a run"),
+        "two things": (["base", "other"], "one word too many"),
+        "no such place": (["nowhere"], "nowhere is not there: name a run"),
         "no checkpoint yet": ([str(tmp_path / "young")], "no readable checkpoint"),
         "another schema": ([str(tmp_path / "old")], "another version"),
-        "misspelt setting": ([str(trained), "eval.nun_items=3"], "override"),
+        "misspelt setting": ([str(trained), "eval.nun_items=3"], "did you mean eval.num_items=3?"),
         "no ids": ([f"completions={tmp_path}/no_ids.jsonl", *clinic], "keys id and text"),
-        "no rows": ([f"completions={tmp_path}/empty.jsonl", *clinic], "keys id and text"),
+        "no rows": ([f"completions={tmp_path}/empty.jsonl", *clinic], "one JSON object a line"),
         "other ids": ([f"completions={tmp_path}/other_ids.jsonl", *clinic], "clinic-test-000000"),
         "no file": ([f"completions={tmp_path}/none.jsonl", *clinic], "no such file"),
         "unknown arm": (["base", "arms=policy,singel", *clinic], "arms=singel"),
@@ -385,17 +515,129 @@ def test_mistakes_are_one_sentence(
     tmp_path: Path, trained: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for name, (words, expected) in broken_inputs(tmp_path, trained).items():
+        before = files_of(tmp_path)
         assert evaluate.main(words) == 2, name
         said = capsys.readouterr().err
         assert said.startswith("error: ") and said.count("\n") == 1 and expected in said, (
             name,
             said,
         )
+        assert files_of(tmp_path) == before, name
+        assert not (tmp_path / "o").exists(), name
+
+
+def test_what_is_refused_touches_nothing_and_measures_nothing(
+    trained: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for name in ("config.yaml", "eval.json"):
+        (tmp_path / name).write_bytes((trained / name).read_bytes())
+    shutil.copytree(trained / "checkpoints", tmp_path / "checkpoints")
+    few = [str(tmp_path), "k=3", "num_answers=", "arms=policy"]
+    evaluate.run(few, DISPLAY)
+    before = files_of(tmp_path)
+    elsewhere = tmp_path / "elsewhere"
+    shutil.copytree(trained, elsewhere)
+    (elsewhere / "eval_items.jsonl").write_text('{"arm": "policy", "id": "x"}\n')
+    others = tmp_path / "others"
+    others.mkdir()
+    rows = (tmp_path / "eval_items.jsonl").read_text().replace("clinic-test-", "other-")
+    (others / "eval_items.jsonl").write_text(rows)
+    (tmp_path / "file").write_text("in the way")
+    before = files_of(tmp_path)
+    monkeypatch.setattr(answering, "sample_items", lambda **_: pytest.fail("measured"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    refused = {
+        "device=cuda": "device=cuda",
+        f"against={tmp_path}/none": "python -m mar.evaluate",
+        f"against={elsewhere}": "damaged",
+        f"against={others}": "other questions",
+        f"against={tmp_path}": "evaluation~1",
+        "arms=policy,singel": "arms=singel",
+        "num_answers=7,70": "1 to 10",
+        "num_answers=6..2": "smaller number first",
+        "k=2": "k=3",
+        "k=many": "k=many",
+        f"out={tmp_path}/file": "choose another out=",
+        f"out={tmp_path}/file/o": "choose another out=",
+        "model.max_completion_tokens=5000": "positions",
+    }
+    for word, expected in refused.items():
+        assert evaluate.main([*few, "seed=1", word]) == 2, word
+        said = capsys.readouterr().err
+        assert expected in said and said.count("\n") == 1, (word, said)
+        assert files_of(tmp_path) == before, word
+    broken = tmp_path / "broken"
+    shutil.copytree(EMBEDDED, broken)
+    (broken / "model.safetensors").write_bytes(b"")
+    before = files_of(tmp_path)
+    words = [
+        str(broken),
+        "+experiment=clinic",
+        *few[1:],
+        "eval.num_items=2",
+        "model.thinking=false",
+    ]
+    assert evaluate.main([*words, f"out={tmp_path}"]) == 2
+    assert "model.safetensors" in capsys.readouterr().err
+    assert files_of(tmp_path) == before
+
+
+def test_sizes_that_are_asked_for_are_measured_beside_named_arms(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arms = build_arms(Grammar("rlcr_multi", 3), 6, [2, 3, 4], trained=True)
+
+    def chosen(text: str, asked: bool) -> list[str]:
+        return [arm.name for arm in evaluate.choose_arms(arms, text, asked)]
+
+    assert chosen("policy,base", asked=True) == ["policy", "base", "K=2", "K=4"]
+    assert chosen("policy,base", asked=False) == ["policy", "base"]
+    assert chosen("single,K=4", asked=False) == ["policy", "single", "K=4"]
+    single = ["base", "+experiment=clinic", "reward=rlcr_single", "eval.num_items=3"]
+    texts = tmp_path / "texts.jsonl"
+    texts.write_text('{"id": "clinic-test-000000", "text": "?"}\n')
+    given = [f"completions={texts}", "+experiment=clinic", f"out={tmp_path / 'out'}"]
+    refused = [
+        ([*single, "num_answers=2"], "this policy gives one answer"),
+        ([*given, "num_answers=2"], "completions= has its texts"),
+        ([*given, "arms=policy,single"], "completions= has its texts"),
+    ]
+    for words, expected in refused:
+        assert evaluate.main(words) == 2
+        assert expected in capsys.readouterr().err
+
+
+def test_all_arms_are_compared_at_a_multiple_of_a_set(capsys: pytest.CaptureFixture[str]) -> None:
+    assert evaluate.whole_sets(30, 4, print) == 28
+    assert "k=30 is no multiple of the 4 answers of a set: 28" in capsys.readouterr().out
+    assert evaluate.whole_sets(30, 3, print) == 30 and not capsys.readouterr().out
+    with pytest.raises(UserError, match="take k=4"):
+        evaluate.whole_sets(3, 4, print)
+
+
+def test_a_table_has_no_row_twice() -> None:
+    assert evaluation_metrics(3, 3).count("coverage@3") == 1
+    assert evaluation_metrics(3, 6)[:3] == ("coverage@3", "coverage@6", "unique@6")
+
+
+def test_a_table_has_no_row_that_no_arm_has(base: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = document(base)
+    for name in ("single", "K=2"):
+        del found["arms"][name]
+    metrics = found["arms"]["policy"]["metrics"]
+    found["arms"]["policy"]["num_sets"] = 1
+    del metrics["unique@6"]
+    show_evaluation(found | {"paired": {}}, Display("plain", 0, 0))
+    said = capsys.readouterr().out
+    assert said.count("coverage@3") == 1 and "unique@" not in said and "top1" in said
 
 
 def test_nothing_of_a_resampled_interval_depends_on_the_order_of_arms(base: Path) -> None:
     with pytest.raises(UserError, match="other questions"):
-        answering.compare_with(base, [], True)
+        answering.require_common(base, answering.read_other(base, Path("elsewhere")), ["q1"])
     assert np.isfinite(document(base)["arms"]["policy"]["metrics"]["coverage@3"]).all()
 
 

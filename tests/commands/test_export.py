@@ -94,7 +94,7 @@ def test_an_export_ends_where_its_source_does_and_has_its_files(trained, tmp_pat
     (source / "tokenizer_config.json").write_text(json.dumps(options))
     template = (source / "chat_template.jinja").read_text()
     (source / "chat_template.jinja").write_text(template + "{{ strftime_now('%d') }}")
-    monkeypatch.setattr("mar.export.resolve_model", lambda *_: (source, {}))
+    monkeypatch.setattr("mar.export.model_of", lambda *_: (source, {}))
     folder = export(trained, tmp_path / "hf", "float32")
     for name in ("generation_config.json", "config.json"):
         assert json.loads((folder / name).read_text())["eos_token_id"] == [1, 3]

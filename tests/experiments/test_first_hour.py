@@ -149,7 +149,12 @@ def test_vllm_reads_the_export_in_a_process_of_its_own(monkeypatch, tmp_path):
         return subprocess.CompletedProcess(command, 0, "loading\nTOKENS 8\nINFO: down\n", "")
 
     assert first_hour.read_by_vllm(tmp_path / "seed0", run) == "TOKENS 8"
-    assert calls[0][1:] == ["-m", "mar.export", str(tmp_path / "seed0"), str(tmp_path / "exported")]
+    assert calls[0][1:] == [
+        "-m",
+        "mar.export",
+        str(tmp_path / "seed0"),
+        f"out={tmp_path / 'exported'}",
+    ]
     assert calls[1][-1] == str(tmp_path / "exported") and "vllm" in calls[1][2]
 
     def failing(command, **_):

@@ -13,12 +13,16 @@ import numpy as np
 import pytest
 
 pytest.importorskip("matplotlib", reason="figures need matplotlib: pip install 'mar[eval]'")
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+
 from mar import evaluate, show
 from mar import report as report_command
 from mar.errors import UserError
 from mar.figures import plots
+from mar.figures.curves import curves_of_task
 from mar.figures.page import fill_template, write_report
-from mar.figures.runs import Run, over_seeds, read_run
+from mar.figures.runs import Run, group_by_setting, group_by_task, over_seeds, read_run
+from mar.figures.tables import settings_table, settings_that_differ
 from mar.run.compose import compose
 from mar.run.console import Display
 from mar.train import run
@@ -116,12 +120,15 @@ def test_a_run_is_one_file_that_needs_nothing_else(runs: list[Path], page: Path)
     assert elements.tags.count("script") == 2 and "img" not in elements.tags
     assert all(link.startswith(("#", "data:")) for link in elements.links)
     assert any("Skipped 1 broken line(s)" in note for note in data["notes"])
-    assert set(data["figures"]) == {
-        "learning curves",
-        "reward components",
-        "coverage",
-        "reliability",
-        "sizes",
+    (section,) = data["tasks"]
+    arms = ("policy", "base", "single", "prompted_k", "verbalized")
+    assert set(section["figures"]) == {
+        "reward terms",
+        "coverage at equal answers",
+        "coverage at equal tokens",
+        *(f"reliability of {arm}" for arm in arms),
+        "coverage of one set",
+        "tokens of one set",
         "unique_answers",
         "tokens",
     }
@@ -152,7 +159,8 @@ def test_a_run_is_one_file_that_needs_nothing_else(runs: list[Path], page: Path)
 
 def test_rollouts_carry_advantages_and_named_components(page: Path) -> None:
     rollouts = data_of(page)["rollouts"]
-    assert rollouts["components"] == [
+    (side,) = rollouts["sides"]
+    assert side["components"] == [
         "coverage1",
         "brier1",
         "coverage2",
@@ -161,11 +169,12 @@ def test_rollouts_carry_advantages_and_named_components(page: Path) -> None:
         "brier3",
         "end",
     ]
-    assert [len(group["rows"]) for group in rollouts["groups"]] == [3] * 6
+    groups = [(group, *group["sides"]) for group in rollouts["groups"]]
+    assert [len(rows) for _, rows in groups] == [3] * 6
     assert {group["step"] for group in rollouts["groups"]} == {1, 2, 3}
-    for group in rollouts["groups"]:
-        totals = [sum(row["components"]) for row in group["rows"]]
-        for row, total in zip(group["rows"], totals, strict=True):
+    for _, rows in groups:
+        totals = [sum(row["components"]) for row in rows]
+        for row, total in zip(rows, totals, strict=True):
             assert row["reward"] == pytest.approx(total, abs=1e-4)
             starts = [start for start, _ in row["advantages"]]
             assert starts == sorted(set(starts)) and starts[0] == 0
@@ -182,13 +191,45 @@ def test_a_pair_shows_what_differs(runs: list[Path], tmp_path: Path) -> None:
         ["eval.every", "2", "0"],
         ["reward.objective", "multi_rlcr", "multi_rlvr"],
     ]
-    assert set(pair["figures"]) >= {"learning curves", "coverage"}
-    assert pair["rollouts"] is None
+    (section,) = pair["tasks"]
+    assert "coverage at equal tokens" in section["figures"]
+    settings = section["curves"]["settings"]
+    # Full names; what makes the runs differ and no more.
+    assert [setting["name"] for setting in settings] == [
+        "eval.every=2, reward.objective=multi_rlcr",
+        "eval.every=0, reward.objective=multi_rlvr",
+    ]
+
+
+def test_rollouts_of_a_pair_stand_side_by_side(runs: list[Path], tmp_path: Path) -> None:
+    rollouts = data_of(write_report([runs[0], runs[2]], tmp_path / "pair.html"))["rollouts"]
+    assert [side["run"] for side in rollouts["sides"]] == [str(runs[0]), str(runs[2])]
+    # Each reward has its own components.
+    assert "brier1" in rollouts["sides"][0]["components"]
+    assert "brier1" not in rollouts["sides"][1]["components"]
+    stages = [(group["stage"], group["step"]) for group in rollouts["groups"]]
+    # The same seed asks the same questions: all training groups, and the last held-out questions.
+    assert stages.count(("eval", 3)) == 6 and stages[:6] == [("eval", 3)] * 6
+    assert len(stages) == 6 + 3 * 2
+    stored = []
+    for run_folder in (runs[0], runs[2]):
+        text = (run_folder / "completions.jsonl").read_text()
+        lines = [line for line in text.splitlines() if line.endswith("}")]
+        stored.append([json.loads(line) for line in lines])
+    for group in rollouts["groups"]:
+        for rows, all_rows in zip(group["sides"], stored, strict=True):
+            expected = [
+                row["text"]
+                for row in all_rows
+                if (row["stage"], row["step"], row["id"])
+                == (group["stage"], group["step"], group["id"])
+            ]
+            assert [row["text"] for row in rows] == expected
 
 
 def seeds_of_settings(folder: Path, out: Path) -> list[int]:
     """The number of finished seeds of each setting in the report of a folder."""
-    settings = table(data_of(write_report([folder], out)), "Settings")
+    settings = table(data_of(write_report([folder], out)), "Settings (clinic)")
     return [row[settings["columns"].index("n")] for row in settings["rows"]]
 
 
@@ -221,6 +262,11 @@ def test_the_interval_over_seeds_is_students(runs: list[Path]) -> None:
     same = [read_run(folder) for folder in (runs[1], runs[1])]
     mean, low, high = over_seeds(same, "top1")
     assert mean == low == high == same[0].document["after"]["top1"]
+    # A rate is between 0 and 1, a count is not below 0, and so are their intervals.
+    rates = [Run(Path(), {}, [], {"after": {"format_rate": x}}, {}, []) for x in (0.98, 1.0)]
+    assert over_seeds(rates, "format_rate")[1:] == pytest.approx([0.99 - 0.127, 1.0], abs=1e-3)
+    counts = [Run(Path(), {}, [], {"after": {"repeats_per_set": x}}, {}, []) for x in (0.0, 2.0)]
+    assert over_seeds(counts, "repeats_per_set")[1:] == pytest.approx([0.0, 1 + 12.71])
     # Two seeds: t = 12.71, standard error 1. Twenty-one: t = 2.086, standard error 1.354.
     two = [finished(x) for x in (1.0, 3.0)]
     assert over_seeds(two, "x") == pytest.approx([2, 2 - 12.71, 2 + 12.71])
@@ -251,6 +297,14 @@ addEventListener('load', () => {
   const shaded = [...document.querySelectorAll('pre span')].filter(
     (span) => span.style.background && span.title.includes('coverage1'));
   seen.push('shades:' + shaded.length);
+  const panels = count('figure.curve');
+  const box = document.querySelector('.chooser input[value="policy/entropy"]');
+  box.click();
+  seen.push('panels:' + panels + ':' + count('figure.curve') + ':' + count('.chooser input'));
+  const steps = [...document.querySelectorAll('text.step')].map((text) => text.textContent);
+  seen.push('steps:' + [...new Set(steps)].sort().join(','));
+  seen.push('dots:' + (count('circle.dot') > 0) + ':' + (count('circle.held-out') > 0));
+  seen.push('key:' + document.querySelector('.legend').textContent.includes('held-out questions'));
   find.value = 'zzz';
   find.dispatchEvent(new Event('input'));
   look('none');
@@ -259,14 +313,22 @@ addEventListener('load', () => {
   const drawn = images.filter((image) => image.naturalWidth > 100);
   seen.push('images:' + images.length + ':' + drawn.length);
   seen.push('title:' + document.title);
-  const root = document.documentElement;
-  seen.push('wide:' + (root.scrollWidth - root.clientWidth));
-  document.body.dataset.seen = seen.join(' | ');
+  const wide = [document.documentElement, ...document.querySelectorAll('section, .scroll, pre')];
+  seen.push('wide:' + wide.filter((e) => e.scrollWidth > e.clientWidth + 1).length);
+  const shrunk = drawn.map((image) => image.clientWidth / image.naturalWidth);
+  seen.push('scale:' + Math.min(...shrunk));
+  parent.postMessage(seen.join(' | '), '*');
 });
 </script>"""
 
 
-@pytest.mark.parametrize("width", [1280, 500])
+# A window has 500 pixels at least; a frame in it can be as narrow as a telephone.
+FRAME = """<!doctype html><script>
+addEventListener('message', (event) => {{ document.body.dataset.seen = event.data; }});
+</script><body><iframe src="{uri}" style="width: {width}px; height: 900px; border: 0"></iframe>"""
+
+
+@pytest.mark.parametrize("width", [1280, 400])
 def test_in_a_browser(width: int, page: Path, tmp_path: Path) -> None:
     if CHROMIUM is None:
         pytest.skip("no chromium here: apt-get install chromium")
@@ -274,13 +336,15 @@ def test_in_a_browser(width: int, page: Path, tmp_path: Path) -> None:
     file.write_text(
         page.read_text(encoding="utf-8").replace("</body>", CLICKS + "</body>"), encoding="utf-8"
     )
+    frame = tmp_path / "frame.html"
+    frame.write_text(FRAME.format(uri=file.as_uri(), width=width))
     options = [
         "--headless",
         "--no-sandbox",
         "--disable-gpu",
         "--virtual-time-budget=8000",
         "--enable-logging=stderr",
-        f"--window-size={width},900",
+        "--window-size=1400,900",
     ]
     done = subprocess.run(
         [
@@ -288,7 +352,7 @@ def test_in_a_browser(width: int, page: Path, tmp_path: Path) -> None:
             *options,
             f"--user-data-dir={tmp_path / 'profile'}",
             "--dump-dom",
-            file.as_uri(),
+            frame.as_uri(),
         ],
         capture_output=True,
         text=True,
@@ -306,9 +370,18 @@ def test_in_a_browser(width: int, page: Path, tmp_path: Path) -> None:
     assert "0" not in found["marks"].split(":")
     assert int(found["shades"]) >= 7
     assert found["none"] == "0:0"
-    assert found["images"] == "7:7"
+    assert found["images"] == "12:12"
     assert found["title"].startswith("mar: ")
+    # Every logged metric can be chosen, and is drawn when it is.
+    shown, then, boxes = map(int, found["panels"].split(":"))
+    logged = data_of(page)["tasks"][0]["curves"]["metrics"]
+    assert (then, boxes) == (shown + 1, len(logged))
+    assert found["steps"] == "0,1,2,3"
+    assert found["dots"] == "true:true"
+    assert found["key"] == "true"
+    # Nothing scrolls sideways, and no figure is shrunk until it cannot be read.
     assert found["wide"] == "0"
+    assert float(found["scale"]) > 0.8
 
 
 @pytest.mark.parametrize("name", ["script", "quote"])
@@ -360,7 +433,7 @@ def faults(tmp_path: Path, good: Path) -> dict[str, tuple[list[Path], str]]:
     shutil.copy(good / "metrics.jsonl", tmp_path / "damaged")
     (tmp_path / "damaged/eval.json").write_text("{")
     return {
-        "nowhere": ([tmp_path / "nowhere"], "holds no run"),
+        "nowhere": ([tmp_path / "nowhere"], "is not there"),
         "empty": ([tmp_path / "empty"], "holds no run"),
         "pair with nothing": ([good, tmp_path / "empty"], "no config.yaml"),
         "no step": ([tmp_path / "young"], "not finished a step"),
@@ -374,7 +447,7 @@ def test_mistakes_are_one_sentence(
     tmp_path: Path, runs: list[Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     for name, (paths, expected) in faults(tmp_path, runs[0]).items():
-        assert report_command.main([*map(str, paths), "--out", str(tmp_path / "r.html")]) == 2, name
+        assert report_command.main([*map(str, paths), f"out={tmp_path}"]) == 2, name
         said = capsys.readouterr().err
         assert said.startswith("error: ") and said.count("\n") == 1 and expected in said, (
             name,
@@ -433,21 +506,27 @@ def test_show(runs: list[Path], capsys: pytest.CaptureFixture[str]) -> None:
         and said.count("reward ") == len(last)
         and "coverage +" in said
     )
-    assert said.endswith(f"others: python -m mar.show {runs[1]} STEP [PROMPT], up to step 3\n")
-    assert show.main([str(runs[1]), "0", "000004"]) == 0
+    assert said.endswith(
+        f"others: python -m mar.show {runs[1]} step=... prompt=..., up to step 3\n"
+    )
+    assert show.main([str(runs[1]), "step=0", "prompt=000004"]) == 0
     said = capsys.readouterr().out
     assert "clinic-test-000004" in said and "clinic-test-000003" not in said
-    assert show.main([str(runs[0]), "3"]) == 0
+    assert show.main([str(runs[0]), "step=3"]) == 0
     said = capsys.readouterr().out
     assert (
         "\\x2028" in said
         and "\u2028" not in said
         and "Skipped 1 broken line(s)" in " ".join(said.split())
     )
-    for words, expected in ((["9"], "steps [0] to [3]"), (["3", "nobody"], "'nobody'")):
+    for words, expected in (
+        (["step=9"], "steps [0] to [3]"),
+        (["step=3", "prompt=nobody"], "'nobody'"),
+    ):
         assert show.main([str(runs[1]), *words]) == 2
         assert expected in capsys.readouterr().err
-    assert show.main([str(runs[1].parent)]) == 2 and "does not exist" in capsys.readouterr().err
+    assert show.main([str(runs[1].parent)]) == 2
+    assert "runs: name one of them" in capsys.readouterr().err
 
 
 def test_show_marks_what_is_right(tmp_path: Path) -> None:
@@ -485,3 +564,157 @@ def test_every_logged_reward_term_is_drawn_without_being_listed() -> None:
     ]
     labels = [text.get_text() for text in plots.components(rows).legends[0].get_texts()]
     assert labels == ["reward/total", "reward/format", "reward/mine"]
+
+
+def test_every_logged_metric_is_in_the_curves(runs: list[Path], page: Path) -> None:
+    (section,) = data_of(page)["tasks"]
+    curves = section["curves"]
+    rows = [json.loads(line) for line in (runs[0] / "metrics.jsonl").read_text().splitlines()]
+    logged = {key for row in rows for key, value in row.items() if value is not None} - {"step"}
+    assert set(curves["metrics"]) == logged
+    (setting,) = curves["settings"]
+    assert set(setting["curves"]) == logged
+    total = setting["curves"]["reward/total"]
+    assert total["steps"] == [1, 2, 3]
+    assert total["single"] == pytest.approx([row["reward/total"] for row in rows], rel=1e-5)
+    # Held-out points with their intervals, as eval.json has them.
+    history = json.loads((runs[0] / "eval.json").read_text())["history"]
+    expected = [
+        [entry["step"], entry["coverage@3"], *entry["interval"]["coverage@3"]] for entry in history
+    ]
+    assert setting["points"]["train/coverage@3"] == expected
+    assert curves["ranges"]["train/coverage@3"] == [0, 1]
+
+
+def run_of(folder: str, steps: list[int], seed: int = 0, **changes: object) -> Run:
+    """A run with one metric that is its step, plus 10 for each seed."""
+    config = {"name": "x", "seed": seed, "data": {"task": "clinic"}, "algo": {"name": "own"}}
+    config |= {"train": {"steps": 9}, "reward": {"num_answers": 3}}
+    config |= changes
+    rows = [{"step": step, "reward/total": step + 10.0 * seed} for step in steps]
+    return Run(Path(folder), config, rows, {}, {}, [])
+
+
+def test_curves_of_several_seeds_are_aligned_by_step() -> None:
+    # A broken line of one seed is left out of all.
+    group = [run_of("b", [1, 2, 3], seed=1), run_of("a", [1, 3, 4])]
+    curves = curves_of_task("clinic", {"x": group})
+    curve = curves["settings"][0]["curves"]["reward/total"]
+    assert curve == {"steps": [1, 3], "mean": [6, 8], "low": [1, 3], "high": [11, 13]}
+
+
+def test_a_long_curve_is_thinned_and_a_rare_metric_is_not_lost() -> None:
+    run = run_of("a", list(range(1, 5001)))
+    run.metrics[123]["adv/variance_ratio"] = 0.5
+    curves = curves_of_task("clinic", {"x": [run]})["settings"][0]["curves"]
+    steps = curves["reward/total"]["steps"]
+    assert len(steps) == 400 and (steps[0], steps[-1]) == (1, 5000)
+    assert curves["adv/variance_ratio"]["steps"] == [124]
+    assert curves["adv/variance_ratio"]["single"] == [0.5]
+
+
+def test_two_tasks_share_no_axis_and_no_table() -> None:
+    other = {"task": "medqa"}
+    runs = [run_of("a", [1]), run_of("b", [1], data=other), run_of("c", [1], seed=1)]
+    assert {task: len(group) for task, group in group_by_task(runs).items()} == {
+        "clinic": 2,
+        "medqa": 1,
+    }
+
+
+def test_a_setting_has_its_full_name_and_what_a_preset_brings_along_is_not_repeated() -> None:
+    grpo = {"name": "grpo", "kl_coef": 0.04}
+    runs = [
+        run_of("a", [1], algo={"name": "own", "kl_coef": 0.0}),
+        run_of("b", [1], algo=grpo),
+        run_of("c", [1], algo=grpo, optim={"lr": 0.1}),
+    ]
+    runs[0].config["optim"] = runs[1].config["optim"] = {"lr": 0.2}
+    assert list(group_by_setting(runs)) == [
+        "algo.name=own, optim.lr=0.2",
+        "algo.name=grpo, optim.lr=0.2",
+        "algo.name=grpo, optim.lr=0.1",
+    ]
+    table = settings_that_differ("clinic", group_by_setting(runs))
+    assert ["algo.kl_coef", "0.0", "0.04", "0.04"] in table["rows"]
+    # Chosen by hand beside the preset, it is named.
+    runs[2].config["algo"] = {"name": "grpo", "kl_coef": 0.1}
+    assert "algo.kl_coef=0.1" in list(group_by_setting(runs))[2]
+
+
+def test_every_seed_has_a_row_under_its_mean(runs: list[Path]) -> None:
+    one, other = read_run(runs[1]), read_run(runs[1])
+    other.config["seed"] = 7
+    settings = settings_table("clinic", group_by_setting([other, one]))
+    assert [row[0] for row in settings["rows"]] == ["clinic", "seed 1", "seed 7"]
+    assert settings["seed_rows"] == [1, 2] and settings["rows"][0][1] == 2
+    stored = one.document["after"]
+    column = settings["columns"].index("top1")
+    assert settings["rows"][1][column] == [stored["top1"], *stored["interval"]["top1"]]
+
+
+LONG = ", ".join(f"algo.some_setting_{i}=a_long_value_{i}" for i in range(6))
+
+
+def clipped(figure: object) -> list[str]:
+    """The texts of a figure that reach beyond its edge."""
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    edge = figure.bbox.padded(1)
+    texts = [text for legend in figure.legends for text in legend.get_texts()]
+    texts += [axes.title for axes in figure.axes]
+    texts += [axes._left_title for axes in figure.axes]
+    for axes in figure.axes:
+        low, high = sorted(axes.get_ylim())
+        texts += [
+            label for label in axes.get_yticklabels() if low <= label.get_position()[1] <= high
+        ]
+    shown = [text for text in texts if text.get_text() and text.get_visible()]
+    boxes = [(text.get_text(), text.get_window_extent()) for text in shown]
+    return [
+        text
+        for text, box in boxes
+        if not (edge.contains(box.x0, box.y0) and edge.contains(box.x1, box.y1))
+    ]
+
+
+def test_no_legend_is_cut_however_long_the_names(runs: list[Path]) -> None:
+    document = json.loads((runs[0] / "evaluation.json").read_text())
+    policy = document["arms"]["policy"]
+    arms = {LONG: policy, f"{LONG}, algo.last=1": policy}
+    figures = plots.of_arms(arms, document["bars"])
+    figures["tokens"] = plots.tokens_per_answer(arms)
+    rows = [{"step": step, "reward/total": 1.0, f"reward/{'x' * 60}": 2.0} for step in (1, 2)]
+    figures["terms"] = plots.components(rows)
+    figures["curves"] = plots.learning_curves(
+        {LONG: [rows], "b": [rows]}, {LONG: []}, ["reward/total"], {}
+    )
+    for name, figure in figures.items():
+        assert not clipped(figure), name
+        # What is left for the panel itself.
+        assert min(axes.get_window_extent().height for axes in figure.axes) > 40, name
+
+
+def test_a_single_point_is_seen_and_ticks_are_whole_steps() -> None:
+    rows = [{"step": 1, "reward/total": 1.0}]
+    figure = plots.learning_curves({"a": [rows]}, {"a": []}, ["reward/total"], {})
+    (axes,) = figure.axes
+    drawn = [line for line in axes.get_lines() if len(line.get_xdata())]
+    markers = [line for line in drawn if line.get_marker() == "o"]
+    assert [list(line.get_xdata()) for line in markers] == [[1]]
+    for last in (1, 2, 3, 17, 200):
+        rows = [{"step": step, "reward/total": 1.0} for step in range(1, last + 1)]
+        for figure in (
+            plots.learning_curves({"a": [rows]}, {"a": []}, ["reward/total"], {}),
+            plots.components(rows),
+        ):
+            FigureCanvasAgg(figure).draw()
+            assert all(float(tick).is_integer() for tick in figure.axes[0].get_xticks())
+
+
+def test_held_out_points_have_a_key() -> None:
+    rows = [{"step": 1, "train/top1": 0.5}, {"step": 2, "train/top1": 0.5}]
+    history = [{"step": 1, "top1": 0.4, "interval": {"top1": [0.3, 0.5]}}]
+    figure = plots.learning_curves({"a": [rows]}, {"a": history}, ["train/top1"], {})
+    labels = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert labels == ["held-out questions, with 95 % interval"]

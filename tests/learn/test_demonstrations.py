@@ -2,16 +2,12 @@
 
 import itertools
 import math
-from functools import partial
-from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 from experiments.embedded_model.begin import embedded_config
-from mar import sft
 from mar.answers.grammar import Grammar, parse
 from mar.answers.tokenizer import load_tokenizer
 from mar.errors import UserError
@@ -218,7 +214,7 @@ def test_loss_is_the_dense_cross_entropy(tokenizer):
         dense[row].index_add_(0, batch.target_ids[start:end], batch.target_weights[start:end])
     assert set(dense.sum(-1).round(decimals=9).tolist()) == {1.0, 8.0}
     expected = -(dense * logprobs).sum() / dense.sum()
-    loss = sft.soft_target_loss(model, batch)
+    loss = demonstrations.soft_target_loss(model, batch)
     assert loss.item() == pytest.approx(expected.item(), rel=1e-12)
     shares = dense / dense.sum(-1, keepdim=True)
     entropy = (torch.special.entr(shares).sum(-1) * dense.sum(-1)).sum() / dense.sum()
@@ -243,52 +239,6 @@ def test_a_bare_prompt_is_the_question_alone(tokenizer):
         assert tokenizer.decode(ids) == f"<|user|>{example.question}<|end|><|assistant|>"
     assert alone.packed.targets.tolist() == asked.packed.targets.tolist()
     assert alone.target_weights.tolist() == asked.target_weights.tolist()
-
-
-def test_a_file_is_taught_as_a_whole(monkeypatch):
-    """Beyond the first STEPS_PER_LOAD steps too, and it is read once; embedded patients are fresh ones."""
-    monkeypatch.setattr(sft, "STEPS_PER_LOAD", 2)
-    asked = []
-
-    def fake_batch(chosen, **_):
-        asked.extend(example.id for example in chosen)
-        if len(asked) >= 10:
-            raise InterruptedError
-        return SimpleNamespace(entropy=0.0, token_weights=torch.ones(1))
-
-    monkeypatch.setattr(sft, "make_demonstration_batch", fake_batch)
-    monkeypatch.setattr(
-        sft, "soft_target_loss", lambda model, batch: sum(p.sum() for p in model.parameters())
-    )
-    monkeypatch.setattr(sft, "piece_encoder", lambda tokenizer: None)
-    words = {
-        "lr": 1e-3,
-        "muon": False,
-        "hint": 0.0,
-        "hint_counts": 1.0,
-        "hint_spread": 0.02,
-        "seed": 0,
-        "steps": 50,
-        "prompts": 2,
-        "plain_steps": 0,
-    }
-    words |= {"mixture": "all", "rows": 1, "log_every": 100, "save_every": 100}
-    for path, expected in (
-        (Path("x"), [f"0.{i}" for i in range(10)]),
-        (None, [f"{c}.{i}" for c in range(3) for i in range(4)][:10]),
-    ):
-        asked.clear()
-        rows = 20 if path else 4
-        with pytest.raises(InterruptedError):
-            load = partial(chunk_of, rows=rows)
-            sft.train(
-                torch.nn.Linear(1, 1), None, load, "answer", SimpleNamespace(**words, path=path)
-            )
-        assert asked == expected
-
-
-def chunk_of(chunk: int, rows: int) -> list[Example]:
-    return [Example(f"{chunk}.{i}", "t", "?", ()) for i in range(rows)]
 
 
 def test_a_tokenizer_whose_pieces_do_not_join_is_refused():

@@ -172,7 +172,7 @@ def test_what_is_measured_and_exported_is_the_adapted_policy(trained, tmp_path):
 def test_an_export_says_where_merging_rounds(trained, tmp_path, capsys):
     for dtype, said in (("float32", False), ("bfloat16", True)):
         export(trained, tmp_path / dtype, dtype)
-        assert ("take --adapters or --dtype float32" in capsys.readouterr().err) == said
+        assert ("take adapters=true or dtype=float32" in capsys.readouterr().err) == said
 
 
 def test_mistakes_are_one_sentence(trained, tmp_path):
@@ -191,7 +191,7 @@ def test_mistakes_are_one_sentence(trained, tmp_path):
     ):
         out = tmp_path / reason.split()[0]
         assert run(compose([*WORDS, *one, f"out={out}", *words])) == 0
-        with pytest.raises(UserError, match=f"{reason}: export without --adapters"):
+        with pytest.raises(UserError, match=f"{reason}: leave adapters=true out"):
             export(out / "clinic/seed0", tmp_path / "peft", "float32", adapters=True)
 
 

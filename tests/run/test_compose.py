@@ -16,11 +16,14 @@ from omegaconf import OmegaConf
 from mar.answers import grammar, reward_spec
 from mar.config import AlgoOptions, Config, RewardOptions
 from mar.errors import UserError
-from mar.run.compose import CONF_DIR, compose, from_omegaconf, load_config, quoted, validate
+from mar.run.compose import CONF_DIR, compose, from_omegaconf, load_config, validate
+from mar.run.words import quoted
 from mar.train import run
 
 LR = {"embedded": 1.5e-1, "smollm2-135m": 1e-5, "qwen3-1.7b": 2e-6, "qwen3-8b": 1e-6, "hf": 1e-6}
-MODEL_SOURCE = {"embedded": "embedded", "hf": "hub"}
+LR["run"] = 1e-6  # of a run that is not there
+MODEL_SOURCE = {"embedded": "embedded", "hf": "hub", "run": "run"}
+PATHS = {"hf": ["model.path=owner/name"], "run": ["model.path=nowhere@1-0123456789ab"]}
 SCALE_MODEL = {"laptop": "embedded", "h100x1": "qwen3-1.7b", "h100x8": "qwen3-8b"}
 SCALE_SOURCE = {"laptop": "embedded", "h100x1": "hub", "h100x8": "hub"}
 
@@ -53,7 +56,7 @@ def test_every_experiment_on_every_scale_with_every_model(experiment: str, scale
     assert (default.name, default.data.task, default.data.source) == (experiment, task, task_source)
     for model, lr in LR.items():
         chosen = compose(
-            [*words, f"model={model}", *(["model.path=owner/name"] if model == "hf" else [])],
+            [*words, f"model={model}", *PATHS.get(model, [])],
             check=False,
         )
         assert (chosen.model.name, chosen.model.lr, chosen.optim.lr) == (model, lr, lr)
@@ -319,6 +322,8 @@ REFUSED = [
     ("data.source=internet", "choose one of embedded, hub, path"),
     ("model=hf", "model.path=<folder or hub id>"),
     ("model=hf model.path=./nowhere", "no folder here"),
+    ("model=run", "model.path=<its folder>"),
+    ("model=run model.path=nowhere", "is no run"),
     ("model.source=wheel", "model=smollm2-135m"),
 ]
 
@@ -326,13 +331,13 @@ REFUSED = [
 REFUSED_BY_HYDRA = [
     ("experiment=paper", "put a + before it, +experiment="),
     ("name=ünï", "name=ünï: Hydra cannot read that"),
-    ("data.path=[rows.jsonl", "data.path=[rows.jsonl: Hydra cannot read that"),
-    ("model.lr=fast", "model.lr=fast Value 'fast' of type"),
-    ("model=gpt5", "Could not find 'model/gpt5'"),
-    ("data=medqaa", "Could not find 'data/medqaa'"),
-    ("+experiment=medqaa", "Could not find 'experiment/medqaa'"),
-    ("reward.num_answer=3", "reward.num_answer is no setting; did you mean reward.num_answers?"),
-    ("+reward.num_answer=3", "reward.num_answer: no such key"),
+    ("name=[rows", "name=[rows: Hydra cannot read that"),
+    ("model.lr=fast", "model.lr=fast: the value 'fast' of type"),
+    ("model=gpt5", "there is no conf/model/gpt5.yaml"),
+    ("data=medqaa", "did you mean data=medqa?"),
+    ("+experiment=medqaa", "did you mean +experiment=medqa?"),
+    ("reward.num_answer=3", "reward.num_answer is no setting; did you mean reward.num_answers=3?"),
+    ("+reward.num_answer=3", "reward.num_answer is no setting; did you mean"),
     ("train.steps=many", "could not be converted to Integer"),
     ("reward.analysis=maybe", "not a valid bool"),
 ]

@@ -2,13 +2,15 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mar.answers.grammar import Grammar
+from mar.answers.grammar import Grammar, grammar_of
 from mar.answers.tokenizer import load_tokenizer
 from mar.errors import UserError
 from mar.policy.distributed import World
@@ -19,7 +21,8 @@ from mar.run.asking import open_policy
 from mar.run.checkpoint import CheckpointWriter
 from mar.run.compose import compose
 from mar.run.console import Display
-from mar.run.setup import build_learner, build_training, sampling_params
+from mar.run.evaluations import Evaluations
+from mar.run.setup import answer_tokens, build_learner, build_training, sampling_params
 
 
 def test_a_machine_without_git_has_no_commit(monkeypatch):
@@ -127,3 +130,15 @@ def test_a_trained_policy_is_measured_over_the_tokens_alone(padded, tmp_path):
     policy, untrained = load_weights(target, torch.device("cpu"))
     assert policy is not untrained
     assert policy.config.num_tokens == untrained.config.num_tokens == 1180
+
+
+def test_a_model_that_knows_no_form_is_warmed_up_and_one_without_room_gets_it(tokenizer):
+    """What the first evaluation says where no completion has the right form."""
+    config = compose(["+experiment=clinic"])
+    needed = answer_tokens(config, grammar_of(config), tokenizer)
+    assert 30 < needed < config.model.max_completion_tokens
+    for limit, remedy in ((needed - 1, "cuts them: raise it"), (needed, "python -m mar.sft")):
+        options = replace(config.model, max_completion_tokens=limit)
+        training = SimpleNamespace(config=replace(config, model=options), answer_tokens=needed)
+        said = Evaluations(training, None, None, {})._why_no_form()
+        assert said.startswith("no completion has the right form") and remedy in said

@@ -12,6 +12,9 @@ import pytest
 
 from mar.errors import UserError
 from mar.records import Example
+from mar.run.compose import compose
+from mar.run.console import Display
+from mar.run.setup import load_both
 from mar.tasks import loading
 from mar.tasks.loading import Source, apply_target, load_split, plain_words, rows_of_file, split_of
 from mar.tasks.registry import get_task
@@ -163,3 +166,26 @@ def test_probabilities_need_a_distribution_on_every_row_that_is_taken(tmp_path):
     rows[taken[-1]] = ROWS[taken[-1]]
     with pytest.raises(UserError, match="not all golds have a probability"):
         apply_target(load(write(tmp_path / "a.jsonl", rows)).examples, "probabilities")
+
+
+def test_a_run_reads_one_file_once_and_of_two_each(tmp_path, monkeypatch):
+    readings = []
+    read_rows = loading.read_rows
+
+    def counted(source, read):
+        readings.append(source.path)
+        return read_rows(source, read)
+
+    monkeypatch.setattr(loading, "read_rows", counted)
+    display = Display("plain", 0, 0)
+    words = ["+experiment=jsonl", "model=smollm2-135m"]
+    one, other = write(tmp_path / "a.jsonl"), write(tmp_path / "b.jsonl", ROWS[:50])
+    train, held_out = load_both(compose([*words, f"data.path={one}"]), display)
+    assert readings == [str(one)] and not {e.id for e in train} & {e.id for e in held_out}
+
+    readings.clear()
+    two = [*words, f"data.train_path={one}", f"data.eval_path={other}"]
+    train, held_out = load_both(compose(two), display)
+    assert readings == [str(one), str(other)]
+    assert [e.question for e in held_out] == [row["question"] for row in ROWS[:50]]
+    assert [e.question for e in train] == [row["question"] for row in ROWS[50:]]

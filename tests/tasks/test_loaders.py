@@ -282,7 +282,8 @@ REAL = {  # rows kept of the real files, over all splits
 @pytest.mark.parametrize("file", REAL)
 def test_real_rows(file):
     task = file.partition("/")[0]
-    config = compose([f"+experiment={task}", "data.source=path", f"data.path={DATA / file}"])
+    words = ["data.source=path", f"data.path={DATA / file}", "model=embedded"]
+    config = compose([f"+experiment={task}", *words])
     kept = [
         e for split in SPLITS for e in load_data(config, split, None, 0, Display("plain", 0, 0))
     ]

