@@ -23,7 +23,7 @@ STAMP := $(ENV)/.mar-$(shell echo '$(CURDIR)' | cksum | cut -d' ' -f1)
 CPU := OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES=''
 PYTEST := $(CPU) $(BIN)/python -m pytest -q
 
-.PHONY: help setup train test test-slow lint format check smoke golden golden-update bench report faults faults-quick gpu
+.PHONY: help setup train test test-slow lint format check smoke golden golden-update bench report faults faults-quick gpu compat
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -88,7 +88,13 @@ faults: setup ## crashes, broken files and, with root, full disks; writes experi
 faults-quick: setup ## those that need no mount, in at most 5 minutes; writes nothing
 	$(CPU) $(BIN)/python -m experiments.faults.run --quick $(ARGS)
 
-gpu: setup ## on a CUDA device: its tests, then what only it can measure
-	$(BIN)/python experiments/gpu/first_hour.py
+gpu: ## on a CUDA device, in at most 8 minutes: what only it can measure; installs nothing
+	PYTHONPATH=.:kernels:$$PYTHONPATH $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) \
+	  experiments/gpu/first_minutes.py $(ARGS)
+
+compat: ## the tests with the versions of experiments/gpu/constraints.txt, in .venv-compat
+	$(PYTHON) -m venv .venv-compat
+	.venv-compat/bin/python -m pip install -q -c experiments/gpu/constraints.txt -e '.[dev,eval]'
+	$(CPU) .venv-compat/bin/python -m pytest -q -n 2 -m 'not slow and not gpu' $(ARGS)
 
 check: lint test test-slow smoke golden ## everything that CI runs

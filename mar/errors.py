@@ -6,6 +6,18 @@ from collections.abc import Callable
 
 MAX_ERROR = 160  # characters of another package's message that we repeat
 
+# packages that training does without, and what to install for each
+OPTIONAL_PACKAGES = {
+    "datasets": "datasets",
+    "gguf": "gguf",
+    "math_verify": "math-verify",
+    "matplotlib": "matplotlib",
+    "pyarrow": "datasets",
+    "rouge_score": "rouge-score",
+    "sklearn": "scikit-learn",
+    "wandb": "wandb",
+}
+
 
 class UserError(Exception):
     """A mistake of the person at the keyboard, or a fault of their machine or data.
@@ -17,14 +29,25 @@ class UserError(Exception):
 def exit_code(command: Callable[[], object], interrupted: str = "interrupted") -> int:
     """Run a command and return what the process should exit with.
 
-    An integer that the command returns is passed on, anything else counts as 0. A UserError gives
-    2 and Ctrl-C gives 130; the error, or the sentence `interrupted`, goes to stderr.
+    An integer that the command returns is passed on, anything else counts as 0. A UserError and a
+    missing optional package give 2 and Ctrl-C gives 130; the error, or the sentence `interrupted`,
+    goes to stderr.
     """
     heed_ctrl_c()
     try:
         code = command()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except ModuleNotFoundError as error:
+        if error.name not in OPTIONAL_PACKAGES:
+            raise
+        install = OPTIONAL_PACKAGES[error.name]
+        print(
+            f"error: this needs the package {error.name}, which is not installed: "
+            f"pip install {install}",
+            file=sys.stderr,
+        )
         return 2
     except KeyboardInterrupt:
         print(interrupted, file=sys.stderr)

@@ -12,7 +12,6 @@ from pathlib import Path
 
 from mar.config import option
 from mar.errors import UserError
-from mar.figures.page import write_report
 from mar.run.folder import no_run
 from mar.run.words import Command, Words, run_command
 
@@ -25,6 +24,8 @@ class ReportOptions:
 
 
 def run(words: Words[ReportOptions]) -> None:
+    from mar.figures.page import write_report  # matplotlib is an extra
+
     paths = [Path(place) for place in words.places]
     for path in paths:
         if not path.is_dir():

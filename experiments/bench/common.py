@@ -3,6 +3,7 @@ head.
 """
 
 import csv
+import math
 import os
 import platform
 import statistics
@@ -25,12 +26,19 @@ def quiet_machine() -> None:
         print(f"the load average is {load:.1f}: other processes are busy, and times will be noisy")
 
 
-def alternate(runs: int, sides: Mapping[str, Callable[[int], float]]) -> dict[str, list[float]]:
+def alternate(
+    runs: int, sides: Mapping[str, Callable[[int], float]], limit_s: float = math.inf
+) -> dict[str, list[float]]:
     """Call each side in turn, `runs` times, with the number of the run; what they return (units of
     work) per second. Warm them up before.
+
+    After `limit_s` seconds no further run begins; each side has at least one.
     """
     speeds: dict[str, list[float]] = {name: [] for name in sides}
+    started = time.perf_counter()
     for run in range(runs):
+        if run and time.perf_counter() - started > limit_s:
+            break
         for name, side in sides.items():
             began = time.perf_counter()
             done = side(run)

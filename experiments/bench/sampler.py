@@ -40,6 +40,8 @@ from mar.tasks import clinic
 RESULTS = Path(__file__).parent / "results" / "sampler.csv"
 BARS = {"embedded_16x8": 2.5, "embedded_ragged": 3.0, "smollm2_2x16": 4.0, "smollm2_16x1": 1.3}
 PLENTY = 10**7
+# A case begins no further run after so many seconds: on a slow machine it has fewer.
+CASE_SECONDS = 45.0
 
 
 @dataclass(frozen=True)
@@ -290,14 +292,16 @@ def compare(case: Case, ours: Any, theirs: Any, runs: int) -> dict[str, float]:
         "hf": lambda seed: run_theirs(theirs, first, seed),
     }
     alternate(1, once)
-    speeds = {name: statistics.median(values) for name, values in alternate(runs, sides).items()}
+    found = alternate(runs, sides, CASE_SECONDS)
+    speeds = {name: statistics.median(values) for name, values in found.items()}
     row = {
+        "runs": len(found["ours"]),
         "ours_tok_s": speeds["ours"],
         "hf_tok_s": speeds["hf"],
         "ratio": speeds["ours"] / speeds["hf"],
     }
     if case.limits is None and case.stop_id is None:  # as many tokens each time
-        for name, values in alternate(2, once).items():
+        for name, values in alternate(2, once, CASE_SECONDS).items():
             prefill_s = rows / statistics.median(values)
             decode_s = rows * case.max_tokens / speeds[name] - prefill_s
             row |= {
@@ -376,7 +380,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         row = document["cases"][case.name] = compare(case, *models[case.model], args.runs)
         print(
             f"{case.name:16s} ours {row['ours_tok_s']:7.0f} tok/s  transformers {row['hf_tok_s']:7.0f} tok/s  "
-            f"x{row['ratio']:.2f}  (bar {BARS[case.name]}; {case.threads} threads)",
+            f"x{row['ratio']:.2f}  (bar {BARS[case.name]}; {case.threads} threads, {row['runs']} runs)",
             flush=True,
         )
         if "hf_prefill_s" in row:

@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import KERNEL_BASELINES, KERNEL_CREDITS, KERNEL_SCALES
+from . import interpreter as interpreter  # mends it, where it runs the kernels
 
 # rows or tokens, times components, that a program holds at a time: 16 numbers a thread
 TILE_ELEMENTS = 2048

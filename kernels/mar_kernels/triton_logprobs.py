@@ -18,8 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# TRITON_INTERPRET=1, as it was when the kernels below were made
-INTERPRETED = triton.knobs.runtime.interpret
+from .interpreter import INTERPRETED
 
 # the largest block of the gradient of the logits: 256 MiB in bfloat16
 BLOCK_ELEMENTS = 1 << 27

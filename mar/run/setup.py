@@ -6,7 +6,7 @@ Everything that can fail on a user's input fails here, in one sentence.
 import contextlib
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from mar.measure.held_out import HeldOut
 from mar.policy.critic import Critic
 from mar.policy.distributed import ALONE, World, shard
 from mar.policy.lora import adapted, start_adapters, trainable_pattern
-from mar.policy.model import Decoder
+from mar.policy.model import Decoder, ModelConfig
 from mar.policy.weights import load_into, read_config
 from mar.records import Example, Prompt
 from mar.run.console import Display
@@ -337,7 +337,15 @@ def require_positions(
 def build_learner(
     config: Config, model_folder: Path, world: World, num_tokens: int | None = None
 ) -> Learner:
-    """The policy, the models beside it, and their optimizers. `num_tokens`: see `load_model`.
+    """The learner whose models have the weights of a folder. `num_tokens`: see `load_model`."""
+    shape = read_config(model_folder, num_tokens)
+    return learner_of(config, shape, world, fill=lambda model: load_into(model, model_folder))
+
+
+def learner_of(
+    config: Config, shape: ModelConfig, world: World, fill: Callable[[Decoder], object]
+) -> Learner:
+    """The policy, the models beside it, and their optimizers. `fill` puts weights into a model.
 
     All are laid out without memory first. Then each is sharded and filled, one after another: a
     rank never holds more than its shards and one whole parameter. The sampling copy, which is
@@ -349,7 +357,7 @@ def build_learner(
     # Parameters are kept in float32: at lr 1e-6 a bfloat16 parameter would not move.
     stored_dtype = torch.promote_types(compute_dtype, torch.float32)
     with torch.device("meta"):
-        plain = Decoder(read_config(model_folder, num_tokens)).to(stored_dtype)
+        plain = Decoder(shape).to(stored_dtype)
     plain.checkpoint_blocks = config.train.checkpoint_activations
     reference = copy.deepcopy(plain).requires_grad_(False) if algo.kl_coef else None
     critic = Critic(plain) if algo.baseline == "value" else None
@@ -369,10 +377,10 @@ def build_learner(
         offloaded = sharded and config.scale.offload
         model.to_empty(device="cpu" if offloaded else world.device)
         if isinstance(model, Critic):
-            load_into(model.trunk, model_folder)
+            fill(model.trunk)
             model.start()
         else:
-            load_into(model, model_folder)
+            fill(model)
             start_adapters(model)
 
     sampling_copy = None

@@ -31,6 +31,9 @@ from mar_kernels.graphs import Graphs
 # token ids to text
 Decode = Callable[[tuple[int, ...]], str]
 
+# starts what a CUDA graph has recorded
+Replay = Callable[[], object]
+
 # gets the index of a request and one of its completions, once that is found to be done
 OnDone = Callable[[int, Completion], None]
 
@@ -41,7 +44,7 @@ RETIRE_EVERY = 8
 # in the caches
 PREFILL_TOKENS = 4096
 
-# devices on which decode steps are captured and replayed
+# devices on which draws and decode steps are captured and replayed
 GRAPHED = ("cuda",)
 
 # A decode step is captured for widths (longest completion so far) rounded up to a multiple of this.
@@ -138,7 +141,7 @@ def generate(
                 engine.feed()
     finally:
         # also where an error's traceback keeps the engine
-        engine.captured.clear()
+        engine.forget_graphs()
     return engine.result()
 
 
@@ -182,14 +185,6 @@ class CompletionState:
         self.row = NO_SLOT
         self.result = result
         self.prompt.num_unfinished -= 1
-
-
-@dataclass(frozen=True)
-class CapturedStep:
-    """A decode step as a CUDA graph: the tokens that it reads, and its replay."""
-
-    tokens: Int64[Tensor, " B"]
-    replay: Callable[[], object]
 
 
 class Engine:
@@ -248,7 +243,8 @@ class Engine:
         self.stop_ids = torch.tensor(params.stop_ids, dtype=torch.int64, device=self.device)
         self.think_close = torch.tensor(params.think_close, dtype=torch.int64, device=self.device)
         # decode steps by their width
-        self.captured: dict[int, CapturedStep] = {}
+        self.captured_steps: dict[int, Replay] = {}
+        self.captured_draw: Replay | None = None
         self.graphs = Graphs()
 
         looks_are_free = self.device.type == "cpu" and not params.stop_strings
@@ -326,6 +322,18 @@ class Engine:
         """Draw one token of every row, and record it."""
         if self.params.think_budget is not None:
             self.close_thoughts(self.params.think_budget)
+        replay = self.replay_of_draw()
+        if replay is None:
+            self.draw_and_record()
+        else:
+            replay()
+        self.num_steps += 1
+
+    def draw_and_record(self) -> None:
+        """What `draw` does on the device: like `decode_step`, fit for a CUDA graph.
+
+        Done twice it is the same as once: draws depend on their identity alone.
+        """
         rows = self.rows
         positions = self.cache.own_lengths
         logits = self.logits(rows.hidden)
@@ -334,7 +342,6 @@ class Engine:
         if len(self.think_close):
             drawn = self.put_in_think_close(drawn, logits, positions)
         rows.record(positions, drawn, self.stop_ids)
-        self.num_steps += 1
 
     def logits(self, hidden: Float[Tensor, "B D"]) -> Float[Tensor, "B V"]:
         """In float32 or wider, as the trainer's log-probabilities are computed."""
@@ -430,8 +437,8 @@ class Engine:
 
     def shrink(self) -> None:
         """Keep only the slots in use, in new buffers: nothing waits, so no slot is taken again."""
-        # captured steps read the old buffers
-        self.captured.clear()
+        # they read the old buffers
+        self.forget_graphs()
         completions = sorted(self.running, key=lambda completion: completion.row)
         prompts = sorted({c.prompt for c in self.running}, key=lambda prompt: prompt.slot)
         rows = torch.tensor([c.row for c in completions], device=self.device)
@@ -459,37 +466,51 @@ class Engine:
         # Rows that are done go on until they are retired, and free slots always do: they must not
         # write past the cache, so they write over their last entry.
         cache.own_lengths.clamp_(max=width - 1)
-        step = self.captured_step(width)
-        if step is None:
+        replay = self.replay_of_step(width)
+        if replay is None:
             self.rows.hidden = decode_step(self.model, cache, self.rows.last_tokens, width)
         else:
-            step.tokens.copy_(self.rows.last_tokens)
-            step.replay()
+            replay()
         cache.own_lengths += 1
 
-    def captured_step(self, width: int) -> CapturedStep | None:
-        """`decode_step` as a CUDA graph, captured once for each multiple of GRAPH_WIDTH.
+    # CUDA graphs of both
 
-        None where there are no graphs, or a capture has failed: then it runs as it is.
+    def replay_of_draw(self) -> Replay | None:
+        """`draw_and_record` as a CUDA graph. None where there are no graphs, or a capture has
+        failed: then it runs as it is.
+        """
+        if self.device.type not in GRAPHED or self.graphs.failed:
+            return None
+        if self.captured_draw is None:
+            self.captured_draw = self.graphs.capture(self.draw_and_record)
+        return self.captured_draw
+
+    def replay_of_step(self, width: int) -> Replay | None:
+        """`decode_step` as a CUDA graph, captured once for each multiple of GRAPH_WIDTH. None as
+        above.
         """
         if self.device.type not in GRAPHED or self.graphs.failed:
             return None
         multiple = -(-width // GRAPH_WIDTH) * GRAPH_WIDTH
         width = min(multiple, self.params.max_tokens)
-        if width not in self.captured:
-            tokens = self.rows.last_tokens.clone()
-            hidden = self.rows.hidden
+        if width not in self.captured_steps:
+            rows = self.rows
 
             def work() -> Tensor:
-                return hidden.copy_(decode_step(self.model, self.cache, tokens, width))
+                hidden = decode_step(self.model, self.cache, rows.last_tokens, width)
+                return rows.hidden.copy_(hidden)
 
             replay = self.graphs.capture(work)
             if replay is None:
-                # the others write to a buffer of hidden states that is given up now
-                self.captured.clear()
+                # the others read and write a buffer of hidden states that is given up now
+                self.forget_graphs()
                 return None
-            self.captured[width] = CapturedStep(tokens, replay)
-        return self.captured[width]
+            self.captured_steps[width] = replay
+        return self.captured_steps[width]
+
+    def forget_graphs(self) -> None:
+        self.captured_steps.clear()
+        self.captured_draw = None
 
     # the end
 

@@ -84,16 +84,19 @@ class Rows:
     def record(
         self, positions: Int64[Tensor, " B"], drawn: DrawnTokens, stop_ids: Int64[Tensor, " n"]
     ) -> None:
-        """Write one token of every row at its position; end rows at a stop token or their limit."""
+        """Write one token of every row at its position; end rows at a stop token or their limit.
+
+        All columns are written in place: a CUDA graph reads and writes their addresses.
+        """
         column = torch.where(self.done, self.max_tokens, positions)[:, None]
         self.tokens.scatter_(1, column, drawn.tokens[:, None])
         self.sampler_logprobs.scatter_(1, column, drawn.sampler_logprobs[:, None])
         self.full_logprobs.scatter_(1, column, drawn.full_logprobs[:, None])
-        self.last_tokens = drawn.tokens
+        self.last_tokens.copy_(drawn.tokens)
 
         new_lengths = positions + 1
         stops = torch.isin(drawn.tokens, stop_ids) & ~self.done
-        self.lengths = torch.where(stops, new_lengths, self.lengths)
+        self.lengths.copy_(torch.where(stops, new_lengths, self.lengths))
         self.stopped |= stops
         self.done |= stops | (new_lengths >= self.lengths)
 

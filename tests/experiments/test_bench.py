@@ -4,7 +4,7 @@ import pytest
 import torch
 import transformers
 
-from experiments.bench import sampler
+from experiments.bench import common, sampler
 from mar.policy.sources import resolve_model
 from mar.policy.weights import load_model
 
@@ -20,3 +20,14 @@ def test_counts_of_the_sampler_stay_where_they_are():
         found["kv_ratio"] == pytest.approx(found["kv_formula"], rel=1e-12)
         and found["occupancy"] >= 0.9
     )
+
+
+def test_no_run_begins_after_the_limit_and_each_side_has_one(monkeypatch):
+    now = iter(range(100))
+    monkeypatch.setattr(common.time, "perf_counter", lambda: float(next(now)))
+    sides = {"a": lambda run: 1.0, "b": lambda run: 1.0}
+    found = common.alternate(5, sides, limit_s=0.0)
+    assert {name: len(speeds) for name, speeds in found.items()} == {"a": 1, "b": 1}
+    # a look at the clock before each run, and two around each side: 5 s a run
+    found = common.alternate(5, sides, limit_s=9.0)
+    assert {name: len(speeds) for name, speeds in found.items()} == {"a": 2, "b": 2}

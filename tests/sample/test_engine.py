@@ -467,7 +467,7 @@ class Recorded(TorchDispatchMode):
 
 @pytest.fixture
 def recorded(monkeypatch):
-    """The widths' captures of `generate` on a CPU."""
+    """The captures of `generate` on a CPU: of its draw, and of a step for each width."""
     found = []
 
     def capture(self, work):
@@ -546,7 +546,8 @@ def test_graphs_of_all_widths_share_a_pool_and_other_threads_may_call_cuda(tiny_
     assert set(options) < set(known)
 
 
-@pytest.mark.parametrize("fail_from", [0, 1])
+# the draw is captured first, then a step for each width
+@pytest.mark.parametrize("fail_from", [0, 1, 2])
 def test_a_failed_capture_is_not_tried_again_and_nothing_stays(
     tiny_model, fake_cuda, monkeypatch, fail_from
 ):
