@@ -70,7 +70,7 @@ def examples(task, folder, rows, name="rows.jsonl", **options):
     for split in SPLITS:
         try:
             loaded = get_task(task).load(Source("path", split, path=str(path), **options))
-            found, said = found + loaded.examples, f"{said} {loaded.dropped}"
+            found, said = found + list(loaded.examples), f"{said} {loaded.dropped}"
         except UserError as error:
             if "is empty" not in str(error):
                 raise
