@@ -286,6 +286,10 @@ def test_a_reward_term_is_a_function_and_an_entry(
     def last_first(judged: Judged, weight: float) -> TermValue:
         return TermValue(answers=[weight * sum(judged.hits), 0.0, 0.0])
 
+    monkeypatch.setitem(REWARD_TERMS, "vowels", last_first)
+    with pytest.raises(UserError, match=r"reward.terms.vowels=0.5: its entry .* write Term\("):
+        first_step(tmp_path / "bare", "reward.terms.vowels=0.5")
+
     monkeypatch.setitem(REWARD_TERMS, "vowels", Term(last_first, decides=("answer",)))
     with pytest.raises(UserError, match="reward term vowels changes its mind"):
         first_step(tmp_path / "refused", "reward.terms.vowels=0.5")

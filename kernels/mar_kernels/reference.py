@@ -412,8 +412,9 @@ def answer_advantages(
     token_costs  [B, T] what single tokens cost beside the components, or None
 
     credit is a name of CREDITS, baseline of BASELINES, scale of SCALES. Raises ValueError for any
-    other. confidence_components [B, C] and confidence_segments [B, S] are those of `Decided`; where
-    they are left out, nothing is of a confidence.
+    other, and for a rule whose shape is not [B, S]. confidence_components [B, C] and
+    confidence_segments [B, S] are those of `Decided`; where they are left out, nothing is of a
+    confidence.
 
     cost_t is what token t and those after it cost, with every credit: a token cannot change what
     earlier ones have cost. A baseline compares what a segment is credited with, less what it and
@@ -426,14 +427,16 @@ def answer_advantages(
         confidence_segments = torch.zeros_like(first_open, dtype=torch.bool)
     decided = Decided(weighted, first_open, confidence_components, confidence_segments)
     credited = _named(CREDITS, "credit", credit)(decided)
+    _require_shape(credited, first_open, "credit", credit)
     totals = weighted.sum(1)
     if token_costs is not None:
         of_segment, before_token = _costs_to_go(token_costs, segment_ids, first_open.shape[1])
         credited = credited - of_segment
         totals = totals - token_costs.sum(1)
     compared = Compared(credit, credited, weighted, first_open, group_ids)
-    advantages = credited - _named(BASELINES, "baseline", baseline)(compared)
-    advantages = advantages.gather(1, segment_ids)
+    expected = _named(BASELINES, "baseline", baseline)(compared)
+    _require_shape(expected, first_open, "baseline", baseline)
+    advantages = (credited - expected).gather(1, segment_ids)
     if token_costs is not None:
         advantages = advantages + before_token
     if scale != "none":
@@ -463,6 +466,15 @@ def _named(rules: Mapping[str, Rule], kind: str, name: str) -> Rule:
     if name not in rules:
         raise ValueError(f"unknown {kind} {name!r}; known: {', '.join(rules)}")
     return rules[name]
+
+
+def _require_shape(found: Tensor, segments: Tensor, kind: str, name: str) -> None:
+    """A rule has one number for each segment: another shape would be read as if it had."""
+    if found.shape != segments.shape:
+        raise ValueError(
+            f"{kind} {name!r} gives {list(found.shape)}: it must give one number for each segment, "
+            f"[B, S] = {list(segments.shape)}"
+        )
 
 
 def _group_sums(values: Tensor, group_ids: Tensor) -> Tensor:

@@ -6,7 +6,10 @@ A term looks at one completion, as it was read and judged, and says what it pays
         capitals = sum(char.isupper() for char in judged.text)
         return TermValue(whole=-weight * capitals / max(len(judged.text), 1))
 
-    REWARD_TERMS["shouting"] = Term(shouting)             # and: reward.terms={shouting: 0.2}
+    REWARD_TERMS["shouting"] = Term(shouting)             # and: reward.terms.shouting=0.2
+
+`Term` also says which closing tags decide a part of it (`decides`), and what the form must have
+for it (`needs`). The weight is the one number that a term has; others are constants of this file.
 
 What a term pays has two sides. `whole` is its value for the whole text. `answers`, `confidences`
 and `other` are what is decided before the end: the value of slot k is due where the closing tag of

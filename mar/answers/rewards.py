@@ -51,7 +51,7 @@ import numpy as np
 
 from mar.answers.grammar import Element, Grammar, Parsed
 from mar.answers.reward_spec import RewardSpec
-from mar.answers.reward_terms import REWARD_TERMS, Judged, TermValue
+from mar.answers.reward_terms import REWARD_TERMS, Judged, Term, TermValue
 from mar.config import RewardOptions
 from mar.errors import UserError
 
@@ -92,6 +92,8 @@ def term_faults(terms: Mapping[str, float], confident: bool, other: bool) -> Ite
             yield f"{key} is unknown: choose one of {', '.join(known)}"
         elif name in LOGGED or name == "total":
             yield f"{key}: reward/{name} is logged for something else, give the term another name"
+        elif not isinstance(REWARD_TERMS[name], Term):
+            yield f"{key}: its entry in REWARD_TERMS is no Term, write Term(<the function>) there"
         elif not 0 <= weight < math.inf:
             yield f"{key} is out of range: a weight is at least 0"
         else:

@@ -4,8 +4,10 @@ Letters: M trained tokens of a micro-batch, B rows, T tokens of the longest comp
 
 A loss takes one record, `LossInputs`, and returns the loss and what it wants logged. To add one,
 write such a function and enter it into LOSSES; hyper-parameters of its own come from
-`algo.loss_options` and are declared beside it with `options`. The weights are fixed for the whole
-optimizer step, so the losses of its micro-batches add up. A token of weight 0 changes nothing.
+`algo.loss_options` and are declared beside it with `options`. What it logs is in metrics.jsonl as
+`policy/<name>`; a name that stays in the repository gets a line in MEANINGS. The weights are fixed
+for the whole optimizer step, so the losses of its micro-batches add up. A token of weight 0 changes
+nothing.
 
 The loss that is minimised adds KL and an entropy bonus: `policy_loss` in update.py.
 

@@ -23,7 +23,11 @@ from mar.sample.rollout import Scorer
 
 @dataclass(frozen=True)
 class StepSeen:
-    """What a metric of a training step may look at."""
+    """What a metric of a training step may look at.
+
+    A rollout (mar/records.py) has the completion (`rollout.completion.ids` are its tokens), its
+    answers, what each earned, `parts` by term, and their sum, `total`.
+    """
 
     batch: Batch
     advantages: Tensor  # [B, T]

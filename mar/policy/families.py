@@ -2,8 +2,10 @@
 
 To add one: an entry of ARCHITECTURES, a shape in `tests/conftest.py`, with which the sampler's
 tests take it up, and a case in `tests/policy/test_model.py`, which holds it against transformers.
-What an entry cannot say is a new field of `Family`, read in `model.py`. A config.json that asks for
-more than its entry says is refused by the name of the key.
+What an entry cannot say is a new field of `Family`, read in `model.py`; a number of a checkpoint is
+a field of `ModelConfig`, named in HF_NAMES. A config.json that asks for more than its entry says is
+refused by the name of the key, for the keys of `_refuse_unsupported` in `model.py`. What no key
+says (a norm's gain counted from 1, scaled embeddings) only the comparison with transformers shows.
 """
 
 from collections.abc import Mapping

@@ -58,6 +58,21 @@ REQUIRED_SIZES = (
 COUNTS = (*REQUIRED_SIZES, "num_key_value_heads", "head_dim", "max_position_embeddings")
 SWITCHES = ("attention_bias", "mlp_bias", "tie_word_embeddings")
 
+# config.json: keys by which other families compute something else, and the value (None: only a
+# missing one) that changes nothing. What the decoder comes to compute is taken out here
+NEUTRAL = {
+    "embedding_multiplier": 1.0,
+    "residual_multiplier": 1.0,
+    "attention_multiplier": None,
+    "logits_scaling": 1.0,
+    "logit_scale": 1.0,
+    "scale_emb": 1.0,
+    "query_pre_attn_scalar": None,
+    "attn_logit_softcapping": None,
+    "final_logit_softcapping": None,
+    "clip_qkv": None,
+}
+
 # elements from which reordering a weight pays
 LARGE_WEIGHT = 1 << 18
 
@@ -186,6 +201,8 @@ def _refuse_unsupported(architecture: str, hf: dict[str, Any]) -> None:
         "sliding_window": window is not None,
         "layer_types": any(kind != "full_attention" for kind in layer_types),
     }
+    for key, neutral in NEUTRAL.items():
+        unsupported[key] = hf.get(key) not in (None, neutral)
     for key, refused in unsupported.items():
         if refused:
             value = hf.get(key, window)

@@ -27,6 +27,8 @@ CHOSEN = ("data", "model", "algo", "reward", "sampler", "scale")
 ADDED = ("experiment", "sweep", "debug")
 # What they hold are names of a registry, not fields.
 OPEN = ("reward.terms.", "algo.loss_options.", "hydra.", "hydra/", "reward/for_algo")
+# All of their names at once: reward.terms={length: 0.1}
+WHOLE = ("reward.terms", "algo.loss_options")
 
 # The flags of Hydra that mar.train has, and what may follow them.
 HYDRA_FLAGS: dict[str, tuple[str, ...]] = {
@@ -335,7 +337,7 @@ def _require_setting(word: str, own: Collection[str], command: Command[Any] | No
     group = key.partition("@")[0]
     if group in (*CHOSEN, *ADDED):
         _require_choice(sign, group, value)
-    elif key.startswith(OPEN):
+    elif key.startswith(OPEN) or key in WHOLE:
         return
     elif key not in _defaults() and not _is_section(key):
         raise UserError(_unknown(word, own, command))

@@ -241,6 +241,15 @@ def test_unknown_choices_are_refused(choice):
         answer_advantages(*map(torch.from_numpy, batch_of(0, [0, 0])), **{choice: "typo"})
 
 
+@pytest.mark.parametrize("choice", ["credit", "baseline"])
+def test_a_rule_without_one_number_for_each_segment_is_refused(choice, monkeypatch):
+    rules = {"credit": reference.CREDITS, "baseline": reference.BASELINES}[choice]
+    arguments = tuple(map(torch.from_numpy, batch_of(0, [0, 0])))
+    monkeypatch.setitem(rules, "mine", lambda seen: seen.components[:, :1].expand(-1, 40))
+    with pytest.raises(ValueError, match=rf"{choice} 'mine' gives \[2, 40\]: it must give one"):
+        answer_advantages(*arguments, **{choice: "mine"})
+
+
 # --- linear_logprobs against log_softmax ----------------------------------------------------------
 
 

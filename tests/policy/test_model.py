@@ -35,6 +35,7 @@ SHAPE = {
     "num_hidden_layers": 2,
     "max_position_embeddings": 256,
 }
+# `pad_token_id` None where a class has one: transformers gives the row of that token no gradient.
 CASES = {
     "llama": ("Llama", {"num_attention_heads": 3, "num_key_value_heads": 3, "tie_word_embeddings": False}),
     "llama-bias": ("Llama", {"num_attention_heads": 6, "num_key_value_heads": 2, "attention_bias": True, "mlp_bias": True}),
@@ -185,6 +186,10 @@ BASE = ModelConfig("LlamaForCausalLM", 31, 24, 40, 2, 3, 1, 8).to_hf()
             "partial_rotary_factor=0.5",
         ),
         ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
+        ({"embedding_multiplier": 12.0}, "embedding_multiplier=12.0"),
+        ({"attention_multiplier": 0.015625}, "attention_multiplier=0.015625"),
+        ({"logits_scaling": 8.0}, "logits_scaling=8.0"),
+        ({"final_logit_softcapping": 30.0}, "final_logit_softcapping=30.0"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
         ({"intermediate_size": None}, "intermediate_size"),
         ({"num_key_value_heads": 2}, "num_kv_heads=2"),

@@ -13,7 +13,15 @@ from mar.__main__ import run as list_commands
 from mar.config import listed, number, option
 from mar.errors import UserError
 from mar.run.compose import compose
-from mar.run.words import MEANINGS, Command, help_text, nearest, read_words, spelled
+from mar.run.words import (
+    MEANINGS,
+    Command,
+    check_settings,
+    help_text,
+    nearest,
+    read_words,
+    spelled,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 NAMES = sorted({file.stem for file in ROOT.glob("mar/*.py")} & COMMANDS.keys() | {"tasks"})
@@ -118,3 +126,10 @@ def test_the_nearest_keys() -> None:
     assert nearest("Train.Step", known) == ["train.steps"]
     assert nearest("max_steps", known) == ["train.steps"]
     assert nearest("zebra", known) == []
+
+
+def test_terms_and_options_may_be_given_by_name_or_all_at_once() -> None:
+    check_settings(["reward.terms.length=0.1", "reward.terms={length: 0.1}"])
+    check_settings(["algo.loss_options.penalty=1", "algo.loss_options={penalty: 1}"])
+    with pytest.raises(UserError, match="reward.term is no setting"):
+        check_settings(["reward.term={length: 0.1}"])
