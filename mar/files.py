@@ -37,23 +37,30 @@ def read_jsonl(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
     A crash or a full disk may leave a line that is no JSON object: it is skipped and named, so
     that a reader can say so (`skipped_lines`). Empty lines are skipped silently.
     """
-    rows = []
-    broken = []
-    text = path.read_text(encoding="utf-8", errors="replace")
-    # not `splitlines`: JSON strings may hold other line separators, such as U+2028
-    for number, line in enumerate(text.split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            broken.append(f"{path}:{number}")
-            continue
-        if isinstance(row, dict):
-            rows.append(row)
-        elif row is not None:
-            broken.append(f"{path}:{number}")
-    return rows, broken
+    broken: list[str] = []
+    return list(rows_of_jsonl(path, broken)), broken
+
+
+def rows_of_jsonl(path: Path, broken: list[str]) -> Iterator[dict[str, Any]]:
+    """`read_jsonl` row by row, for files that are larger than what is wanted of them.
+
+    `file:line` of the broken lines is added to `broken`.
+    """
+    # in bytes: text would also end a line at other separators, such as U+2028 in a JSON string
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            text = line.decode("utf-8", errors="replace")
+            if not text.strip():
+                continue
+            try:
+                row = json.loads(text)
+            except json.JSONDecodeError:
+                broken.append(f"{path}:{number}")
+                continue
+            if isinstance(row, dict):
+                yield row
+            elif row is not None:
+                broken.append(f"{path}:{number}")
 
 
 def read_json_object(path: Path) -> dict[str, Any]:

@@ -82,10 +82,13 @@ class Prompt:
 
     example: Example
     text: str
-    # `text` as tokens
-    ids: tuple[int, ...]
+    # [number of tokens] `text` as tokens: any sequence is kept as int32
+    ids: np.ndarray = field(compare=False)
     # the chat template has already written `<think>`, so that the completion begins inside it
     think_open: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "ids", np.asarray(self.ids, dtype=np.int32))
 
     @property
     def id(self) -> str:

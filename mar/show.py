@@ -13,7 +13,7 @@ from rich.text import Text
 
 from mar.config import number, option
 from mar.errors import UserError
-from mar.files import read_jsonl, skipped_lines
+from mar.files import rows_of_jsonl, skipped_lines
 from mar.run.folder import require_run
 from mar.run.words import Command, Words, run_command
 
@@ -90,15 +90,19 @@ def render_completion(row: Row) -> Text:
     return out
 
 
-def choose_groups(rows: Sequence[Row], step: int | None, prompt: str) -> list[list[Row]]:
-    """The groups of completions to show. Raises UserError where there are none."""
-    steps = sorted({row["step"] for row in rows})
-    training_steps = {row["step"] for row in rows if row["stage"] == "train"}
+def choose_groups(path: Path, step: int | None, prompt: str) -> list[list[Row]]:
+    """The groups of completions to show. Raises UserError where there are none.
+
+    The file is read twice, because all of its rows may be more than the memory holds.
+    """
+    stages = {(row["step"], row["stage"]) for row in rows_of_jsonl(path, [])}
+    steps = sorted({step for step, _ in stages})
+    training_steps = {step for step, stage in stages if stage == "train"}
     if step is None:
         step = max(training_steps or steps, default=0)
     stage = "train" if step in training_steps else "eval"
     groups: dict[str, list[Row]] = {}
-    for row in rows:
+    for row in rows_of_jsonl(path, []):
         if row["step"] == step and row["stage"] == stage and prompt in str(row["id"]):
             groups.setdefault(str(row["id"]), []).append(row)
     if not groups:
@@ -114,22 +118,24 @@ def show(run: Path, step: int | None, prompt: str, console: Console) -> None:
     path = run / "completions.jsonl"
     if not path.is_file():
         raise UserError(f"{run} has no completions.jsonl: nothing was sampled in this run yet")
-    rows, broken = read_jsonl(path)
-    missing = sorted(KEYS - set(rows[0])) if rows else []
-    if missing:
-        raise UserError(
-            f"{path} is of another version of mar: its rows have no {', '.join(missing)}"
-        )
+    broken: list[str] = []
+    last_step = 0
+    for index, written in enumerate(rows_of_jsonl(path, broken)):
+        missing = sorted(KEYS - set(written)) if index == 0 else []
+        if missing:
+            raise UserError(
+                f"{path} is of another version of mar: its rows have no {', '.join(missing)}"
+            )
+        last_step = written["step"]
     if broken:
         console.print(skipped_lines(broken), style="yellow")
-    for group in choose_groups(rows, step, prompt):
+    for group in choose_groups(path, step, prompt):
         first = group[0]
         title = f"\n{first['id']}  step {first['step']}, {first['stage']}"
         console.print(Text(title, style="bold underline"))
         console.print(Text(escaped(f"{first['question']}  -> {', '.join(first['targets'])}")))
         for row in group:
             console.print(render_completion(row))
-    last_step = rows[-1]["step"]
     others = f"others: python -m mar.show {run} step=... prompt=..., up to step {last_step}"
     console.print(Text(others, "dim"), soft_wrap=True)
 

@@ -141,7 +141,7 @@ def replace_flat_groups(
         flat = [i for i, group in enumerate(groups) if is_flat(group)]
         if not flat:
             break
-        prompts = training.prompt_order.out_of_turn(step, attempt)[: len(flat)]
+        prompts = training.prompt_order.out_of_turn(step, attempt, num=len(flat))
         fresh, generation = sample_and_judge(training, policy, prompts, timer, step, attempt)
         generations.append(generation)
         for i, group in zip(flat, fresh, strict=True):
@@ -238,8 +238,8 @@ def run_until_end(config: Config, skip_finished: bool = False) -> str:
         return "finished before"
     if found.extends is not None:
         announce_extension(config, found.extends, world, display)
-    world.told(lambda: model_of(config.model))  # now the other ranks find it in the cache
-    model_folder, provenance = model_of(config.model)
+    # Once a machine: it may fetch the model, or merge a run's adapters, and hashes all of it.
+    model_folder, provenance = world.found_here(lambda: model_of(config.model))
     training = build_training(config, model_folder, display, world)
     learner = training.learner
     folder = Path(config.run_dir)

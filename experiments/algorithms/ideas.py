@@ -71,6 +71,7 @@ SINGLE = [
 # Setting -> its words, in the order in which they are run.
 SETTINGS = {
     "own": [],
+    "own, <other>": ["reward.other=true"],
     "to_go": [*TO_GO, "reward.brier_weight=3"],
     "simplex Brier": [*TO_GO, *SIMPLEX],
     "single": SINGLE,

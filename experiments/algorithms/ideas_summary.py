@@ -23,13 +23,14 @@ SHOWN_ANSWERS = 3
 # Setting -> what it is compared with, seed by seed: `own`, and the setting that differs from it in
 # the idea alone.
 REFERENCES = {
-    "to_go": ("own",),
+    "own, <other>": ("own",),
+    "to_go": ("own, <other>",),
     "simplex Brier": ("own", "to_go"),
-    "decoupled": ("own", "to_go"),
+    "decoupled": ("own, <other>",),
     "decoupled, simplex Brier": ("own", "decoupled"),
     "decoupled, Brier and simplex": ("own", "decoupled"),
     "decoupled, spherical": ("own", "decoupled"),
-    "DCPO": ("own", "decoupled"),
+    "DCPO": ("own",),
     "GDPO": ("own",),
     "best answer": ("own", "to_go"),
     "lag": ("own",),
@@ -72,6 +73,7 @@ COMPARED: Columns = {
     "gap_closed": gap,
     "ece": metric("ece"),
     "q_mse": metric("q_mse"),
+    "q_mse, scaled": q_mse_scaled,
     "unique@30": curve_at("unique", 30),
     "coverage@30": curve_at("coverage", 30),
 }
@@ -81,7 +83,6 @@ def markdown() -> str:
     """One line a setting, after training."""
     columns: Columns = {
         **COMPARED,
-        "q_mse, scaled": q_mse_scaled,
         "sum said": lambda log: log["scaled"].get("said"),
         "top1": metric("top1"),
         "format_rate": metric("format_rate"),

@@ -66,7 +66,7 @@ class Case:
 def embedded_prompts(folder: Path, count: int) -> list[tuple[int, ...]]:
     tokenizer, grammar = load_tokenizer(folder), Grammar("rlcr_multi", 3, thinking=False)
     return [
-        build_prompt(e, grammar, tokenizer, clinic.NOUN).ids
+        tuple(build_prompt(e, grammar, tokenizer, clinic.NOUN).ids.tolist())
         for e in clinic.load("validation", count)
     ]
 

@@ -171,7 +171,7 @@ def teach(
                     text = render(grammar, answers, answer_set.mass)
                     of_item.append(ids_of(text, tokenizer))
             rows.append(of_item)
-        loss = -student(pack_groups([p.ids for p in prompts], rows))[0].mean()
+        loss = -student(pack_groups([p.ids.tolist() for p in prompts], rows))[0].mean()
         optimizer.zero_grad()
         loss.backward()
         clip_gradients(student, 1.0)
@@ -202,7 +202,7 @@ def known(training: Training, base: Decoder, tokenizer: Any) -> list[dict[str, f
     beliefs = []
     for prompt in prompts:
         asked = build_prompt(prompt.example, single, tokenizer, noun)
-        logprobs = base(pack_groups([asked.ids], [rows]))[0]
+        logprobs = base(pack_groups([asked.ids.tolist()], [rows]))[0]
         belief = {}
         for name, of_name in zip(names, logprobs.split(lengths), strict=True):
             belief[name] = of_name.sum().exp().item()

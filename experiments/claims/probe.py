@@ -77,7 +77,7 @@ def states(
     closing = SETS.elements[0].closing + SETS.elements[1].opening
     num_opening = len(ids_of(opening))
     num_closing = len(ids_of(closing))
-    prompts = [list(build_prompt(e, SETS, tokenizer, noun).ids) for e in examples]
+    prompts = [build_prompt(e, SETS, tokenizer, noun).ids.tolist() for e in examples]
     rows = []
     for example, i in zip(examples, drawn, strict=True):
         rows.append(ids_of(opening + example.golds[i].name + closing))

@@ -71,7 +71,10 @@ def kill_between_minibatches(lab: Lab, row: Row) -> None:
         3 * 4 * 2 - 4 + 5
     )  # critic and policy apply one each, four times a step; the policy not in step 1 (critic_warmup)
     _killed_in(
-        lab, row, PPO, at_call(update, "_apply", updates_before, signal_itself(signal.SIGKILL))
+        lab,
+        row,
+        PPO,
+        at_call(update, "_clip_and_step", updates_before, signal_itself(signal.SIGKILL)),
     )
 
 
@@ -161,7 +164,7 @@ def nan_gradient(lab: Lab, row: Row) -> None:
     def poison(model: torch.nn.Module, *_: Any) -> None:
         next(p.grad for p in model.parameters() if p.grad is not None).view(-1)[0] = math.nan
 
-    _left_out(lab, row, out, train(out, fault=before_call(update, "_apply", 3, poison)))
+    _left_out(lab, row, out, train(out, fault=before_call(update, "_clip_and_step", 3, poison)))
 
 
 def infinite_reward(lab: Lab, row: Row) -> None:

@@ -3,7 +3,7 @@
     python -m experiments.faults.run [--quick] [--only NAME ...]
 
 Writes results.json and README.md beside this file; the last line of its output is the same JSON.
---quick leaves out what needs root and a mount.
+--quick leaves out what needs root and a mount, and the long run (soak).
 """
 
 import argparse
@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from experiments.faults import in_process, on_disk
+from experiments.faults import in_process, on_disk, soak
 from experiments.faults.runs import EVERY, STEPS, Lab, Row
 from mar.policy.sources import environment
 
@@ -58,7 +58,7 @@ HEADER = """| fault | what was done | exit | steps lost | equal | survived | wha
 def selected(quick: bool, only: Sequence[str]) -> list[Case]:
     cases = [*on_disk.CASES, *in_process.CASES]
     if not quick:
-        cases = [*on_disk.MOUNTED, *cases]
+        cases = [*on_disk.MOUNTED, *cases, *soak.CASES]
     known = {case.__name__ for case in cases}
     unknown = [name for name in only if name not in known]
     if unknown:
@@ -158,7 +158,7 @@ def main() -> int:
     parser.add_argument(
         "--quick",
         action="store_true",
-        help="without what needs root and a mount; writes nothing here",
+        help="without what needs root and a mount, and without the soak; writes nothing here",
     )
     parser.add_argument(
         "--only", nargs="+", default=[], metavar="NAME", help="these faults; writes nothing here"

@@ -74,16 +74,16 @@ class Begun:
     pid: int
     files: tuple[Path, Path]
 
-    def wait(self) -> Ended:
+    def wait(self, patience: float = PATIENCE) -> Ended:
         handle = os.pidfd_open(self.pid)
-        late = not select.select([handle], [], [], PATIENCE)[0]
+        late = not select.select([handle], [], [], patience)[0]
         os.close(handle)
         if late:
             os.kill(self.pid, signal.SIGKILL)
         _, status = os.waitpid(self.pid, 0)
         out, err = (file.read_text(errors="replace") for file in self.files)
         return Ended(
-            os.waitstatus_to_exitcode(status), out, err + f"\nno end within {PATIENCE:.0f} s" * late
+            os.waitstatus_to_exitcode(status), out, err + f"\nno end within {patience:.0f} s" * late
         )
 
 
@@ -117,10 +117,14 @@ def begin(
 
 
 def train(
-    out: Path, words: Sequence[str] = (), fault: Fault | None = None, common: Sequence[str] = WORDS
+    out: Path,
+    words: Sequence[str] = (),
+    fault: Fault | None = None,
+    common: Sequence[str] = WORDS,
+    patience: float = PATIENCE,
 ) -> Ended:
     began = begin(out, words, fault, common)
-    ended = began.wait()
+    ended = began.wait(patience)
     for file in began.files:
         file.unlink()
     return ended
@@ -132,6 +136,8 @@ def before_call(
     """A fault for `begin`: right before the n-th call (from 1) of a function, `action` is given its
     arguments.
     """
+
+    getattr(module, name)  # before a run is begun that nothing would happen to
 
     def fault() -> None:
         original, calls = getattr(module, name), iter(range(1, 1 << 30))

@@ -10,8 +10,10 @@ import re
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
+
 from mar.answers.grammar import Element, Grammar
-from mar.answers.tokenizer import encode_chat, render_chat
+from mar.answers.tokenizer import encode_chat, most_tokens, render_chat, tokens_around
 from mar.records import Example, Prompt
 
 # How a set of answers is asked for. `ranked` is the method; `prompted_k` and `verbalized`
@@ -103,6 +105,14 @@ def fit_grammar(grammar: Grammar, tokenizer: Any) -> Grammar:
     return replace(grammar, thinking=state == "open")
 
 
+def tokens_beside_question(grammar: Grammar, tokenizer: Any, noun: str, style: str) -> int | None:
+    """The most tokens that a prompt can have beside those of its question; None: nobody knows."""
+    around = tokens_around(tokenizer, grammar.thinking)
+    if around is None:
+        return None
+    return around + most_tokens(instructions(grammar, noun, style) + "\n")
+
+
 def build_prompt(
     example: Example,
     grammar: Grammar,
@@ -121,4 +131,4 @@ def build_prompt(
     content = "\n".join(parts)
     text, ids = encode_chat(tokenizer, content, grammar.thinking)
     think_open = think_state(text) == "open"
-    return Prompt(example=example, text=text, ids=ids, think_open=think_open)
+    return Prompt(example=example, text=text, ids=np.array(ids, np.int32), think_open=think_open)

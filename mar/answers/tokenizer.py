@@ -53,6 +53,12 @@ DRAWS = re.compile(r"\|\s*random\b|\blipsum\b")
 # Stands for a question where only the template around it matters.
 PLACEHOLDER = "What is it?"
 
+# Of one character in any of Unicode's normal forms: U+FDFA is 18 characters in NFKC.
+MOST_BYTES = 33
+
+# A question in which a template that changes what it is told (escapes it, say) changes something.
+DELICATE = "a \"b\" \\ 'c' <d> & {e}\n\n\u00e9 \u20ac"
+
 
 def load_tokenizer(folder: str | Path) -> Any:
     """The tokenizer of a Hugging Face model folder.
@@ -166,6 +172,19 @@ def _ends_of_file(path: Path) -> Sequence[int]:
     return ids
 
 
+def most_tokens(text: str) -> int:
+    """A number of tokens that no tokenizer exceeds on this text, found without one.
+
+    A token stands for one byte at least of the text as the tokenizer has normalised it, and no
+    character becomes more bytes than MOST_BYTES in that (NFKC, the most drastic form). ASCII text
+    stays as it is.
+    """
+    if text.isascii():
+        return len(text)
+    num_ascii = len(text.encode("ascii", "ignore"))
+    return num_ascii + MOST_BYTES * (len(text) - num_ascii)
+
+
 # --- the chat template -----------------------------------------------------------------------
 
 
@@ -216,6 +235,18 @@ def render_chat(tokenizer: Any, content: str, thinking: bool) -> str:
             f"{folder}: the chat template cannot be applied to a user's turn ({one_line(error)}): "
             "mend chat_template.jinja"
         ) from None
+
+
+def tokens_around(tokenizer: Any, thinking: bool) -> int | None:
+    """The most tokens that a chat template adds to what the user says; None: it changes that, and
+    nothing can be said.
+    """
+    text = render_chat(tokenizer, DELICATE, thinking)
+    before, found, after = text.partition(DELICATE)
+    if not found or DELICATE in after:
+        return None
+    # and those that a tokenizer puts around every text or every piece of it
+    return most_tokens(before) + most_tokens(after) + len(_template_ids(tokenizer, thinking))
 
 
 def reads_clock(tokenizer: Any) -> bool:
@@ -327,8 +358,7 @@ def encode_text(tokenizer: Any, text: str, add_special_tokens: bool = False) -> 
 
 
 def _num_controls(tokenizer: Any, ids: Sequence[int]) -> int:
-    controls = control_ids(tokenizer)
-    return sum(id in controls for id in ids)
+    return sum(map(control_ids(tokenizer).__contains__, ids))
 
 
 # --- export ----------------------------------------------------------------------------------

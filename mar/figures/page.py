@@ -7,8 +7,7 @@ it. The file needs no network. What a model wrote reaches the page as text only.
 import base64
 import io
 import json
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -31,7 +30,7 @@ from mar.figures.tables import (
     settings_table,
     settings_that_differ,
 )
-from mar.files import jsonable, read_jsonl, skipped_lines
+from mar.files import jsonable, rows_of_jsonl, skipped_lines
 from mar.run.compose import load_config
 
 MAX_PROMPTS = 200  # in the rollout browser
@@ -166,27 +165,28 @@ def figures_of_settings(groups: Mapping[str, Sequence[Run]]) -> dict[str, Figure
 
 # --- the rollout browser ---------------------------------------------------------------------
 
-# (stage, step, prompt id) -> its completions
-Groups = dict[tuple[str, int, str], list[dict[str, Any]]]
+# (stage, step, prompt id): what a group of completions is known by
+Key = tuple[str, int, str]
+Row = dict[str, Any]
 
 
 def browser_of_run(run: Run) -> tuple[dict[str, Any], list[str]]:
     """(up to MAX_PROMPTS groups of completions, from steps spread over the run; broken lines)."""
-    found, broken = _completions(run)
-    groups = {key: rows for key, rows in found.items() if key[0] == "train"}
-    steps = _spread_steps([step for _, step, _ in groups])
-    chosen = [
-        _browser_group(key, [rows]) for key, rows in sorted(groups.items()) if key[1] in steps
-    ]
-    return {"groups": chosen[:MAX_PROMPTS], "sides": [_side(run)]}, broken
+    keys, broken = _keys(run)
+    trained = sorted(key for key in keys if key[0] == "train")
+    steps = _spread_steps([step for _, step, _ in trained])
+    chosen = [key for key in trained if key[1] in steps][:MAX_PROMPTS]
+    rows = _rows_of_groups(run, chosen)
+    groups = [_browser_group(key, [rows[key]]) for key in chosen]
+    return {"groups": groups, "sides": [_side(run)]}, broken
 
 
 def browser_of_pair(a: Run, b: Run) -> tuple[dict[str, Any] | None, list[str]]:
     """Likewise of two runs, side by side: what both wrote to the same question at the same step,
     the last held-out questions first. None where there is no such question."""
-    first, broken = _completions(a)
-    second, also_broken = _completions(b)
-    common = sorted(first.keys() & second.keys())
+    keys, broken = _keys(a)
+    other_keys, also_broken = _keys(b)
+    common = sorted(keys & other_keys)
     held_out = [key for key in common if key[0] == "eval"]
     last = max((step for _, step, _ in held_out), default=0)
     chosen = [key for key in held_out if key[1] == last][: MAX_PROMPTS // 2]
@@ -195,23 +195,41 @@ def browser_of_pair(a: Run, b: Run) -> tuple[dict[str, Any] | None, list[str]]:
     chosen += [key for key in trained if key[1] in steps]
     if not chosen:
         return None, broken + also_broken
-    groups = [_browser_group(key, [first[key], second[key]]) for key in chosen[:MAX_PROMPTS]]
+    chosen = chosen[:MAX_PROMPTS]
+    first = _rows_of_groups(a, chosen)
+    second = _rows_of_groups(b, chosen)
+    groups = [_browser_group(key, [first[key], second[key]]) for key in chosen]
     return {"groups": groups, "sides": [_side(a), _side(b)]}, broken + also_broken
 
 
-def _completions(run: Run) -> tuple[Groups, list[str]]:
+def _keys(run: Run) -> tuple[set[Key], list[str]]:
+    """(the groups of a run's completions, `file:line` of broken lines)."""
+    broken: list[str] = []
+    return {key for key, _ in _completions(run, broken)}, broken
+
+
+def _rows_of_groups(run: Run, chosen: Sequence[Key]) -> dict[Key, list[Row]]:
+    """The completions of some groups, by reading the file again: all of a long run may be more than
+    the memory holds."""
+    groups: dict[Key, list[Row]] = {key: [] for key in chosen}
+    for key, row in _completions(run, []):
+        if key in groups:
+            groups[key].append(row)
+    return groups
+
+
+def _completions(run: Run, broken: list[str]) -> Iterator[tuple[Key, Row]]:
+    """The completions of training and evaluations, one by one, with their groups; `file:line` of
+    broken lines is added to `broken`."""
     path = run.path / "completions.jsonl"
-    rows, broken = read_jsonl(path) if path.exists() else ([], [])
-    groups: Groups = defaultdict(list)
-    for row in rows:
+    if not path.exists():
+        return
+    for row in rows_of_jsonl(path, broken):
         if row.get("stage") in ("train", "eval") and isinstance(row.get("text"), str):
-            groups[row["stage"], row["step"], str(row["id"])].append(row)
-    return dict(groups), broken
+            yield (row["stage"], row["step"], str(row["id"])), row
 
 
-def _browser_group(
-    key: tuple[str, int, str], sides: Sequence[Sequence[Mapping[str, Any]]]
-) -> dict[str, Any]:
+def _browser_group(key: Key, sides: Sequence[Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
     stage, step, prompt_id = key
     first = sides[0][0]
     shown = []

@@ -142,7 +142,7 @@ def micro_batches(batch: Batch, max_tokens: int, ranks: int = 1) -> Iterator[Mic
         max_tokens = _smallest_limit(pieces, sizes, max_tokens, ranks)
     row = 0
     for chosen in chunks(pieces, sizes, max_tokens):
-        prompts = [piece[0].prompt.ids for piece in chosen]
+        prompts = [piece[0].prompt.ids.tolist() for piece in chosen]
         completions = []
         for piece in chosen:
             completions.append([rollout.completion.ids.tolist() for rollout in piece])

@@ -386,14 +386,14 @@ def make_demonstration_batch(
         prompt = build_prompt(example, grammar, tokenizer, noun, style)
         if bare:
             text, prompt_ids = encode_chat(tokenizer, example.question, grammar.thinking)
-            prompt = replace(prompt, text=text, ids=prompt_ids)
+            prompt = replace(prompt, text=text, ids=np.array(prompt_ids, np.int32))
         group: list[list[int]] = []
         for _ in range(rows):
             pieces = draw_demonstration(example, grammar, others, rng, prompt.think_open, hint)
             ids, of_tokens = soft_targets(pieces, encode, tokenizer.eos_token_id)
             group.append(ids)
             targets += of_tokens
-        prompts.append(list(prompt.ids))
+        prompts.append(prompt.ids.tolist())
         completions.append(group)
     return batch_of_targets(pack_groups(prompts, completions), targets)
 

@@ -48,7 +48,8 @@ class Asking:
                 "this model's chat template opens <think>, and sft.mixture=per_step and measuring "
                 "are for answers alone: add sft.mixture=short sft.eval_every=0"
             )
-        return list(prompt.ids)
+        ids: list[int] = prompt.ids.tolist()
+        return ids
 
 
 def num_shared(lines: Sequence[Sequence[int]]) -> int:

@@ -46,6 +46,8 @@ class World:
     device: torch.device = torch.device("cpu")
     # the group in which checkpoints are written while the ranks train in their own
     checkpoint_group: Any = None
+    # among the processes of this machine
+    local_rank: int = 0
 
     @property
     def leads(self) -> bool:
@@ -73,6 +75,14 @@ class World:
         decided = [decide() if self.leads else None]
         dist.broadcast_object_list(decided, src=0)
         return cast(T, decided[0])
+
+    def found_here(self, find: Callable[[], T]) -> T:
+        """What the first rank of each machine finds on it, on all ranks of that machine."""
+        if self.size == 1:
+            return find()
+        found: list[T | None] = [None] * self.size
+        dist.all_gather_object(found, find() if self.local_rank == 0 else None)
+        return cast(T, found[self.rank - self.local_rank])
 
     def deal(self, items: Sequence[T]) -> list[tuple[T, float]]:
         """This rank's share, each item with a factor for its loss.
@@ -163,7 +173,7 @@ def join(device: str, scale: ScaleOptions) -> World:
     elif gpu and not joined:
         # FSDP of one process keeps float32 parameters beside computation in bfloat16
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    return World(rank, size, own_device, checkpoint_group)
+    return World(rank, size, own_device, checkpoint_group, local_rank)
 
 
 def shard(model: nn.Module, world: World, scale: ScaleOptions) -> None:

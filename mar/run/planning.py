@@ -411,8 +411,13 @@ class _Work:
         again = 1 if self.config.train.checkpoint_activations else 0
         of_products = (4 + 2 * again) * self.products + 2 * self.trained
         of_attention = (3 + again) * self.flops_per_pair * pairs
-        passes = self.config.algo.epochs * self.num_prompts
-        return passes * (of_products * tokens + of_attention)
+        algo = self.config.algo
+        flops = algo.epochs * (of_products * tokens + of_attention)
+        # Log-probabilities before the first update, in each packing (score_before_updates).
+        num_packings = algo.epochs if algo.minibatches > 1 else 1
+        if algo.epochs * algo.minibatches > 1:
+            flops += num_packings * (2 * self.products * tokens + self.flops_per_pair * pairs)
+        return self.num_prompts * flops
 
 
 # ---------------------------------------------------------------------- the plan

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 
 from mar.answers.grammar import Grammar, grammar_of, render
-from mar.answers.prompts import build_prompt, fit_grammar
+from mar.answers.prompt_table import MOST_KEPT, PromptTable
+from mar.answers.prompts import build_prompt, fit_grammar, tokens_beside_question
 from mar.answers.rewards import reward_of
 from mar.answers.term_check import check_terms
 from mar.answers.tokenizer import load_tokenizer, num_tokens, stop_ids
@@ -34,7 +35,8 @@ from mar.sample.draws import SamplingParams, Truncation
 from mar.sample.kv_cache import capacity
 from mar.sample.prompt_order import PromptOrder
 from mar.sample.rollout import Scorer, make_decode
-from mar.tasks.loading import Source, apply_target, chance_line
+from mar.tasks.examples import tokens_of_questions
+from mar.tasks.loading import Loaded, Source, apply_target, chance_line, load_split
 from mar.tasks.registry import TASKS, Task, get_task
 from mar.verify.verifiers import AnswerChecker, make_answer_checker
 
@@ -61,10 +63,18 @@ class Training:
 
 
 def load_data(
-    config: Config, split: str, num: int | None, seed: int, display: Display
-) -> list[Example]:
+    config: Config,
+    split: str,
+    num: int | None,
+    seed: int,
+    display: Display,
+    before: list[Loaded] | None = None,
+) -> Sequence[Example]:
     """The examples of a split. Says what was dropped, and what guessing is worth where the options
-    are shown."""
+    are shown.
+
+    before: what was loaded for other splits, whose rows are not read again; this is added to it.
+    """
     data = config.data
     shared = {item.name for item in fields(Source)} & {item.name for item in fields(data)}
     options = {name: getattr(data, name) for name in shared}
@@ -72,7 +82,7 @@ def load_data(
     if data.train_path is not None:
         source = _of_two_files(source, data)
     try:
-        loaded = get_task(data.task).load(source)
+        loaded = _loaded(source, data.task, before)
     except UserError as error:
         others = _tasks_that_read(source, data.task)
         if not others:
@@ -85,7 +95,18 @@ def load_data(
         display.say(f"{split}: dropped {', '.join(counts)}")
     if loaded.num_options:
         display.say(f"{split}: {chance_line(config.reward.num_answers, loaded.num_options)}")
+    if before is not None:
+        before.append(loaded)
     return loaded.examples
+
+
+def _loaded(source: Source, task: str, before: Sequence[Loaded] | None) -> Loaded:
+    """From rows that were read before, where the split is in them."""
+    for earlier in before or ():
+        loaded = load_split(earlier, source)
+        if loaded is not None:
+            return loaded
+    return get_task(task).load(source)
 
 
 def _tasks_that_read(source: Source, task: str) -> list[str]:
@@ -144,8 +165,11 @@ def say_few_rows(config: Config, split: str, num_rows: int, display: Display) ->
         )
 
 
-def load_training_data(config: Config, display: Display) -> list[Example]:
-    """The training examples, aimed at what the reward pays for (data.target)."""
+def load_training_data(
+    config: Config, display: Display, before: list[Loaded] | None = None
+) -> Sequence[Example]:
+    """The training examples, aimed at what the reward pays for (data.target). before: see
+    `load_data`."""
     data = config.data
     targets = get_task(data.task).targets
     if data.target not in targets:
@@ -156,8 +180,18 @@ def load_training_data(config: Config, display: Display) -> list[Example]:
     if data.source == "embedded" and num_train is None:
         # The source is endless: as many as the run will see.
         num_train = config.train.steps * config.algo.prompts_per_step
-    examples = load_data(config, data.train_split, num_train, config.seed, display)
+    examples = load_data(config, data.train_split, num_train, config.seed, display, before)
     return apply_target(examples, data.target)
+
+
+def load_both(config: Config, display: Display) -> tuple[Sequence[Example], Sequence[Example]]:
+    """The training and the held-out examples, by one reading where they are in the same rows."""
+    data = config.data
+    loaded: list[Loaded] = []
+    train = load_training_data(config, display, loaded)
+    # Measured against drawn labels, whatever the reward pays for.
+    held_out = load_data(config, data.eval_split, data.num_eval, 0, display, loaded)
+    return train, held_out
 
 
 def make_prompts(
@@ -170,26 +204,56 @@ def make_prompts(
     style: str = "ranked",
 ) -> tuple[Prompt, ...]:
     """Prompts of all examples. Those over the limit are dropped and counted, never cut."""
+    table = prompt_table(
+        config, examples, grammar, tokenizer, split, display, style, most_kept=len(examples)
+    )
+    return tuple(table)
+
+
+def prompt_table(
+    config: Config,
+    examples: Sequence[Example],
+    grammar: Grammar,
+    tokenizer: Any,
+    split: str,
+    display: Display,
+    style: str = "ranked",
+    known: int = -1,
+    most_kept: int = MOST_KEPT,
+) -> PromptTable:
+    """The prompts of all examples, of which those that can be longer than `known` are made now.
+
+    Those over the limit are dropped and counted, never cut.
+    """
     noun = get_task(config.data.task).noun
     limit = config.model.max_prompt_tokens
     first = config.data.request_first
-    prompts = [
-        build_prompt(example, grammar, tokenizer, noun, style, first) for example in examples
-    ]
-    kept = tuple(prompt for prompt in prompts if len(prompt.ids) <= limit)
-    num_dropped = len(prompts) - len(kept)
-    if num_dropped:
-        longest = max(len(prompt.ids) for prompt in prompts)
+
+    def make(example: Example) -> Prompt:
+        return build_prompt(example, grammar, tokenizer, noun, style, first)
+
+    beside_question = tokens_beside_question(grammar, tokenizer, noun, style)
+    if beside_question is None:
+        known = -1
+    table = PromptTable(
+        examples=examples,
+        make=make,
+        most_tokens=tokens_of_questions(examples) + (beside_question or 0),
+        limit=limit,
+        known=min(known, limit),
+        most_kept=most_kept,
+    )
+    if table.num_dropped:
         display.say(
-            f"{split}: dropped {num_dropped} of {len(prompts)} prompts longer than "
-            f"model.max_prompt_tokens={limit} (longest {longest})"
+            f"{split}: dropped {table.num_dropped} of {len(examples)} prompts longer than "
+            f"model.max_prompt_tokens={limit} (longest {table.longest})"
         )
-    if not kept:
+    if not len(table):
         raise UserError(
-            f"no {split} prompt is left: all {len(prompts)} are longer than "
+            f"no {split} prompt is left: all {len(examples)} are longer than "
             f"model.max_prompt_tokens={limit}; raise it"
         )
-    return kept
+    return table
 
 
 # --- scoring and sampling --------------------------------------------------------------------
@@ -359,9 +423,7 @@ def build_training(
     options = config.model
     reward = config.reward
     verifier = verifier_of(config)
-    train = load_training_data(config, display)
-    # Measured against drawn labels, whatever the reward pays for.
-    held_out = load_data(config, data.eval_split, data.num_eval, 0, display)
+    train, held_out = load_both(config, display)
     say_few_rows(config, data.train_split, len(train), display)
     say_few_rows(config, data.eval_split, len(held_out), display)
 
@@ -369,16 +431,30 @@ def build_training(
     grammar = fit_grammar(grammar_of(config), tokenizer)
     scorer = Scorer(grammar, reward_of(reward), verifier, make_decode(tokenizer))
     check_terms(grammar, scorer.reward)
-    prompts = make_prompts(config, train, grammar, tokenizer, data.train_split, display)
+    group_tokens = config.algo.group_size * options.max_completion_tokens
+    positions = read_config(model_folder).max_positions
+    prompts = prompt_table(
+        config,
+        train,
+        grammar,
+        tokenizer,
+        data.train_split,
+        display,
+        # Up to here no prompt can be too long for what is checked below.
+        known=min(
+            positions - options.max_completion_tokens,
+            config.sampler.kv_budget_tokens - group_tokens,
+        ),
+    )
     held_out_prompts = make_prompts(config, held_out, grammar, tokenizer, data.eval_split, display)
     # Refuses a budget below one group, before the model is loaded.
     capacity(
-        [max(len(prompt.ids) for prompt in prompts)],
+        [max(1, prompts.longest_asked)],
         [config.algo.group_size],
         options.max_completion_tokens,
         config.sampler.kv_budget_tokens,
     )
-    longest = max(len(prompt.ids) for prompt in (*prompts, *held_out_prompts))
+    longest = max(prompts.longest_asked, *(len(prompt.ids) for prompt in held_out_prompts))
     require_positions(config, model_folder, longest, options.max_completion_tokens)
     learner = build_learner(config, model_folder, world, num_tokens(tokenizer))
     params = sampling_params(config, grammar, tokenizer, model_folder)

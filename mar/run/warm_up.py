@@ -153,32 +153,32 @@ class Questions:
         self.display = display
         self.endless = get_task(config.data.task).endless
         self.chunk = -1
-        self.examples: list[Example] = []
+        self.examples: Sequence[Example] = []
+        # the names of all golds of the questions that are loaded
+        self.answers: list[str] = []
         if not self.endless:
             data = config.data
-            self.examples = load_data(
-                config, data.train_split, data.num_train, config.seed, display
-            )
+            self._take(load_data(config, data.train_split, data.num_train, config.seed, display))
 
     def of(self, step: int) -> list[Example]:
         if self.endless:
             return self._drawn(step)
         return items_of_step(self.examples, step, self.batch, self.config.seed)
 
-    @property
-    def answers(self) -> list[str]:
-        """The names of all golds of the questions that are loaded."""
-        names = [gold.name for example in self.examples for gold in example.golds]
-        return list(dict.fromkeys(names))
+    def _take(self, examples: Sequence[Example]) -> None:
+        self.examples = examples
+        # Once, not at every step: each pass may read all rows of a file again.
+        names = (gold.name for example in examples for gold in example.golds)
+        self.answers = list(dict.fromkeys(names))
 
     def _drawn(self, step: int) -> list[Example]:
         chunk, place = divmod(step, STEPS_PER_LOAD)
         if self.chunk != chunk:
             seed = SFT_SEED + 1000 * self.config.seed + chunk
             count = self.batch * STEPS_PER_LOAD
-            self.examples = load_data(self.config, "train", count, seed, self.display)
+            self._take(load_data(self.config, "train", count, seed, self.display))
             self.chunk = chunk
-        return self.examples[place * self.batch : (place + 1) * self.batch]
+        return list(self.examples[place * self.batch : (place + 1) * self.batch])
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
 """Which questions a training step asks: a function of the seed and the step alone."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import TypeVar
 
@@ -29,22 +30,36 @@ def items_of_step(items: Sequence[T], step: int, per_step: int, seed: int) -> li
     return chosen
 
 
-@dataclass(frozen=True)
+@dataclass
 class PromptOrder:
-    """All training prompts, asked `per_step` at a time."""
+    """All training prompts, asked `per_step` at a time.
+
+    Prompts may be made only when they are asked for (`answers/prompt_table.py`): while a step
+    trains, those of the next one are made in a thread.
+    """
 
     prompts: Sequence[Prompt]
     per_step: int
     seed: int
+    _maker: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1), repr=False)
+    _ahead: dict[int, Future[list[Prompt]]] = field(default_factory=dict, repr=False)
 
     def of_step(self, step: int) -> list[Prompt]:
         """The prompts of a step, counted from 0."""
+        if step in self._ahead:
+            prompts = self._ahead[step].result()
+        else:
+            prompts = self._made(step)
+        self._ahead = {step + 1: self._maker.submit(self._made, step + 1)}
+        return prompts
+
+    def _made(self, step: int) -> list[Prompt]:
         return items_of_step(self.prompts, step, self.per_step, self.seed)
 
-    def out_of_turn(self, step: int, attempt: int) -> list[Prompt]:
-        """Prompts drawn at random, for a step whose own taught nothing (algo.resample). Attempts are
-        counted from 1."""
+    def out_of_turn(self, step: int, attempt: int, num: int) -> list[Prompt]:
+        """`num` of the `per_step` prompts drawn at random for a step whose own taught nothing
+        (algo.resample). Attempts are counted from 1."""
         count = len(self.prompts)
         rng = np.random.default_rng([self.seed, step, attempt])
         drawn = rng.choice(count, self.per_step, replace=self.per_step > count)
-        return [self.prompts[index] for index in drawn]
+        return [self.prompts[index] for index in drawn[:num]]

@@ -106,7 +106,7 @@ def sample(
         occurrence = times_seen[prompt.id]
         times_seen[prompt.id] += 1
         keys = [stream_key(*identity, prompt.id, occurrence, g) for g in range(group_size)]
-        requests.append(Request(prompt.ids, tuple(keys)))
+        requests.append(Request(tuple(prompt.ids.tolist()), tuple(keys)))
 
     my_prompts = prompts[share]
 

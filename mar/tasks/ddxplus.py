@@ -74,15 +74,32 @@ def _evidences_of_hub(hub_id: str) -> Path:
 
 def load(source: Source) -> Loaded:
     """The patients of a split. Raises UserError with file, line and key of a malformed row."""
-    table = _evidences(source)
+    words = EvidenceWords(_evidences(source))
 
     def read(row: Row, where: str) -> Candidate:
-        return _read(row, where, table, source)
+        return _read(row, where, words, source)
 
     return load_rows(source, read)
 
 
-def _read(row: Row, where: str, table: dict[str, Any], source: Source) -> Candidate:
+class EvidenceWords(dict[str, tuple[str, str]]):
+    """(evidence, answer in words) of a code: `E_1` is a yes, `E_1_@_V_2` a value. Found once each."""
+
+    def __init__(self, table: dict[str, Any]) -> None:
+        super().__init__()
+        self.table = table
+
+    def __missing__(self, code: str) -> tuple[str, str]:
+        evidence, _, value = code.partition("_@_")
+        answer = _value_in_words(self.table[evidence], value) if value else "yes"
+        self[code] = (evidence, answer)
+        return evidence, answer
+
+    def knows(self, code: object) -> bool:
+        return str(code) in self or str(code).partition("_@_")[0] in self.table
+
+
+def _read(row: Row, where: str, words: EvidenceWords, source: Source) -> Candidate:
     row = {key.lower(): value for key, value in row.items()}
     row.setdefault("differential", row.get("differential_diagnosis"))
     if str(row.get("age")).isdecimal():
@@ -90,7 +107,7 @@ def _read(row: Row, where: str, table: dict[str, Any], source: Source) -> Candid
         row["age"] = int(row["age"])
     codes = _list_of(row, "evidences", where)
     differential = _list_of(row, "differential", where)
-    unknown = [code for code in codes if str(code).partition("_@_")[0] not in table]
+    unknown = [code for code in codes if not words.knows(code)]
     if unknown:
         raise UserError(
             f"{where}: 'evidences' has {unknown[0]!r}, which the table of evidences does not know"
@@ -106,7 +123,7 @@ def _read(row: Row, where: str, table: dict[str, Any], source: Source) -> Candid
         sex=row["sex"],
         chief_complaint=row.get("initial_evidence"),
         codes=codes,
-        table=table,
+        words=words,
     )
     if not all(_is_named_probability(pair) for pair in differential):
         raise UserError(f"{where}: 'differential' must be pairs of a condition and its probability")
@@ -145,22 +162,21 @@ def _is_named_probability(value: Any) -> bool:
 
 
 def vignette(
-    age: int, sex: str, chief_complaint: str | None, codes: list[str], table: dict[str, Any]
+    age: int, sex: str, chief_complaint: str | None, codes: list[str], words: EvidenceWords
 ) -> str:
-    """A patient in words.
-
-    Codes are `E_1` (yes), or `E_1_@_V_2` for a value; several values of one evidence share a line.
-    """
-    answers: dict[str, list[str]] = {}
+    """A patient in words. Several values of one evidence share a line."""
+    table = words.table
+    answers: dict[str, str] = {}
     for code in codes:
-        evidence, _, value = code.partition("_@_")
-        answer = _value_in_words(table[evidence], value) if value else "yes"
-        answers.setdefault(evidence, []).append(answer)
+        evidence, answer = words[code]
+        if evidence in answers:
+            answer = f"{answers[evidence]}, {answer}"
+        answers[evidence] = answer
     lines = [f"Age: {age}", f"Sex: {'male' if sex == 'M' else 'female'}"]
     if chief_complaint in table:
         lines.append(f"Chief complaint: {table[chief_complaint]['question_en']}")
-    for evidence, values in answers.items():
-        lines.append(f"- {table[evidence]['question_en']} {', '.join(values)}")
+    for evidence, answer in answers.items():
+        lines.append(f"- {table[evidence]['question_en']} {answer}")
     return "\n".join(lines)
 
 

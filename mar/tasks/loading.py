@@ -1,7 +1,9 @@
 """What all loaders share: the request, rows with good errors, splits and samples by a stable hash.
 
 A loader reads rows one by one. Each becomes a `Candidate`: an example, or a counted reason why it
-cannot be used. `where` is always the position of a row for error messages, such as `file.jsonl:17`.
+cannot be used. Nothing of a row stays in memory but numbers: an example is read again from its row
+when it is asked for, so that a million rows cost as little as a thousand. `where` is always the
+position of a row for error messages, such as `file.jsonl:17`.
 """
 
 import ast
@@ -11,18 +13,32 @@ import io
 import json
 import re
 import zlib
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from array import array
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from hashlib import blake2b
 from itertools import accumulate
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
+import numpy as np
+
+from mar.answers.tokenizer import most_tokens
 from mar.errors import UserError, one_line
 from mar.files import hub_fault, stable_hash
 from mar.records import Example, Gold
-
-Row = Mapping[str, Any]
+from mar.tasks.examples import LazyExamples, truths_of
+from mar.tasks.rows import (
+    READ,
+    Row,
+    Rows,
+    RowsOfLines,
+    RowsOfList,
+    RowsPutAside,
+    row_of_line,
+)
 
 
 class Cells(dict[str, Any]):
@@ -34,8 +50,6 @@ SPLIT_ENDS = (("test", 10), ("validation", 30), ("train", 100))
 
 # Tables in text: the end of a file's name, also before .gz -> what stands between two cells.
 SEPARATORS = {".csv": ",", ".tsv": "\t"}
-
-READ = "jsonl, .json, .csv, .tsv (each also as .gz) or .parquet"
 
 # The first bytes of files that are no plain text.
 GZIP = b"\x1f\x8b"
@@ -97,10 +111,12 @@ class Source:
 class Loaded:
     """The examples of a split, and how many of its rows were dropped for which reason."""
 
-    examples: list[Example]
+    examples: Sequence[Example]
     dropped: Counter[str]
     # How many options each question shows, where it shows them.
     num_options: int | None = None
+    # What was read, where other splits can be had from it (`load_split`).
+    reading: "Reading | None" = None
 
 
 class Candidate(NamedTuple):
@@ -162,7 +178,7 @@ def read_json(file: Path) -> Any:
         raise UserError(f"{file} is not valid JSON ({error}): mend it") from None
 
 
-def rows_of_file(path: str, key: str = "data.path") -> Iterator[tuple[str, Row]]:
+def rows_of_file(path: str, key: str = "data.path") -> Rows:
     """(`file:line`, row) of a jsonl file, or (`file[n]`, row) of a table or the array in a .json.
 
     Raises UserError for what cannot be read. key: the setting that named the file.
@@ -173,35 +189,36 @@ def rows_of_file(path: str, key: str = "data.path") -> Iterator[tuple[str, Row]]
     if not file.is_file():
         raise UserError(f"{key}={path} is not there")
     try:
-        yield from _rows_by_kind(file, path)
+        return _rows_by_kind(file, path)
     except (EOFError, OSError, zlib.error) as error:
         raise UserError(f"{path} cannot be read ({one_line(error)}): copy it again") from None
 
 
-def _rows_by_kind(file: Path, path: str) -> Iterator[tuple[str, Row]]:
+def _rows_by_kind(file: Path, path: str) -> Rows:
     packed = _first_bytes(file, packed=False).startswith(GZIP)
     _require_readable(_first_bytes(file, packed), file, path, packed)
     suffixes = [suffix.lower() for suffix in file.suffixes if suffix.lower() != ".gz"]
     suffix = suffixes[-1] if suffixes else ""
     if suffix == ".parquet":
-        yield from _rows_of_parquet(file, path)
-    elif suffix in SEPARATORS:
+        return RowsPutAside(partial(_rows_of_parquet, file, path), path)
+    if suffix in SEPARATORS:
+        separator = SEPARATORS[suffix]
+        return RowsPutAside(partial(_rows_of_table, file, packed, path, separator), path)
+    if suffix == ".json":
         with _opened(file, packed) as content:
-            yield from _rows_of_table(content, path, SEPARATORS[suffix])
-    else:
-        array = None
-        if suffix == ".json":
-            with _opened(file, packed) as content:
-                array = _array(content.read(), path)
-        if array is not None:
-            for number, row in enumerate(array):
-                _require_whole_characters(row, f"{path}[{number}]")
-                yield f"{path}[{number}]", row
-            return
-        with _opened(file, packed) as lines:
-            for number, line in enumerate(lines, 1):
-                if line.strip():
-                    yield f"{path}:{number}", _row_of_line(line, path, number)
+            rows = _array(content.read(), path)
+        if rows is not None:
+            return RowsOfList(rows, path, from_json=True)
+    if packed:
+        return RowsPutAside(partial(_rows_of_packed_lines, file, path), path)
+    return RowsOfLines(file, path)
+
+
+def _rows_of_packed_lines(file: Path, path: str) -> Iterator[tuple[str, Row]]:
+    with gzip.open(file) as lines:
+        for number, line in enumerate(lines, 1):
+            if line.strip():
+                yield f"{path}:{number}", row_of_line(line, path, number)
 
 
 def _opened(file: Path, packed: bool) -> IO[bytes]:
@@ -257,8 +274,16 @@ def _rows_of_parquet(file: Path, path: str) -> Iterator[tuple[str, Row]]:
         ) from None
 
 
-def _rows_of_table(content: IO[bytes], path: str, separator: str) -> Iterator[tuple[str, Row]]:
-    """(`file[n]`, row) of a table in text, from 0, without its header. Cells are texts, whatever they look like."""
+def _rows_of_table(
+    file: Path, packed: bool, path: str, separator: str
+) -> Iterator[tuple[str, Row]]:
+    """(`file[n]`, row) of a table in text, from 0, without its header. Cells are texts, whatever
+    they look like."""
+    with _opened(file, packed) as content:
+        yield from _rows_of_text(content, path, separator)
+
+
+def _rows_of_text(content: IO[bytes], path: str, separator: str) -> Iterator[tuple[str, Row]]:
     text = io.TextIOWrapper(content, encoding="utf-8-sig", newline="")
     rows = csv.reader(text, delimiter=separator, strict=True)
     try:
@@ -310,47 +335,23 @@ def _cell(text: str) -> Any:
     return text
 
 
-def _row_of_line(line: bytes, path: str, number: int) -> Row:
-    where = f"{path}:{number}"
-    try:
-        row = json.loads(line.decode("utf-8-sig"))
-    except (ValueError, RecursionError) as error:
-        if number == 1 and line.lstrip()[:1] not in (b"{", b"["):
-            raise UserError(
-                f"{path} holds no JSON: a table wants a name that ends in .csv, .tsv or .parquet, "
-                'and of jsonl each line is one row, {"question": ...}'
-            ) from None
-        if number == 1:
-            raise UserError(
-                f"{where} is not valid JSON ({error}): mend the line, or give {READ}, in UTF-8"
-            ) from None
-        raise UserError(f"{where} is not valid JSON ({error}): mend or remove the line") from None
-    if not isinstance(row, dict):
-        raise UserError(f"{where} is {type(row).__name__}, not an object: each line is one row")
-    if b"\\u" in line:
-        _require_whole_characters(row, where)
-    return row
-
-
-def _require_whole_characters(row: Row, where: str) -> None:
-    """JSON can write half of a surrogate pair, which is no character: no tokenizer takes it."""
-    try:
-        json.dumps(row, ensure_ascii=False).encode()
-    except UnicodeEncodeError as error:
-        half = ascii(error.object[error.start]).strip("'")
-        raise UserError(
-            f"{where} holds half a character ({half}, one of two surrogates): mend or remove the row"
-        ) from None
-
-
 def split_of(id: str) -> str:
     """train, validation or test, from the id alone: whatever else is in the file."""
     percent = stable_hash(id) % 100
     return next(split for split, end in SPLIT_ENDS if percent < end)
 
 
-def rows_of_hub(hub_id: str, split: str) -> tuple[Iterator[tuple[str, Row]], Callable[[str], bool]]:
-    """The rows (`id[split][row]`, row) of a hub data set, and which of their ids are in the split.
+class SourceRows(NamedTuple):
+    """The rows of a source, and the split that each id belongs to."""
+
+    rows: Rows
+    split_of_id: Callable[[str], str]
+    # the splits that are in these rows; None: all that `split_of_id` knows
+    splits: tuple[str, ...] | None = None
+
+
+def rows_of_hub(hub_id: str, split: str) -> SourceRows:
+    """The rows (`id[split][row]`, row) of a hub data set that the split is in.
 
     A data set without a split for validation has its train split cut in two by `split_of`.
     """
@@ -373,21 +374,20 @@ def rows_of_hub(hub_id: str, split: str) -> tuple[Iterator[tuple[str, Row]], Cal
             f"data set {hub_id} has no split {split!r}: set data.train_split and data.eval_split "
             f"to {', '.join(splits)}"
         )
+    if not cut:
+        return SourceRows(
+            RowsOfList(splits[split], f"{hub_id}[{split}]"), lambda id: split, (split,)
+        )
 
-    stored = "train" if cut else split
-    rows = ((f"{hub_id}[{stored}][{number}]", row) for number, row in enumerate(splits[stored]))
+    def half(id: str) -> str:
+        return "validation" if split_of(id) == "validation" else "train"
 
-    def belongs(id: str) -> bool:
-        if not cut:
-            return True
-        in_validation = split_of(id) == "validation"
-        return in_validation == (split == "validation")
-
-    return rows, belongs
+    rows = RowsOfList(splits["train"], f"{hub_id}[train]")
+    return SourceRows(rows, half, ("train", "validation"))
 
 
-def rows_of_source(source: Source) -> tuple[Iterable[tuple[str, Row]], Callable[[str], bool]]:
-    """The rows of a source, each with its position, and the test whether an id is in the split.
+def rows_of_source(source: Source) -> SourceRows:
+    """The rows of a source, each with its position, and the split that an id is in.
 
     A file is cut by `split_of(id)`. The hub has splits of its own; only where none is for
     validation, `validation` is the share of its train that `split_of` says, and `train` the rest.
@@ -395,8 +395,8 @@ def rows_of_source(source: Source) -> tuple[Iterable[tuple[str, Row]], Callable[
     if source.kind == "path":
         rows = rows_of_file(str(source.path), source.path_key)
         if source.whole_file:
-            return rows, lambda id: True
-        return rows, lambda id: split_of(id) == source.split
+            return SourceRows(rows, lambda id: source.split, (source.split,))
+        return SourceRows(rows, split_of)
     if source.kind == "hub":
         return rows_of_hub(str(source.hub_id), source.split)
     raise UserError(
@@ -406,59 +406,138 @@ def rows_of_source(source: Source) -> tuple[Iterable[tuple[str, Row]], Callable[
 
 # ---------------------------------------------------------------------- from rows to examples
 
+ReadRow = Callable[[Row, str], Candidate]
 
-def load_rows(source: Source, read: Callable[[Row, str], Candidate]) -> Loaded:
-    """The examples of a split. `read` raises UserError on a malformed row, in whichever split it is.
 
-    A question that stood before is dropped, whatever its split; an id that stood before with
-    another question is an error. `num` takes the examples with the smallest hash of seed and id: a
-    random sample, not the head of the file.
+@dataclass
+class Reading:
+    """What is known of a source's rows after they have been read once: which can be used, and some
+    numbers of each.
     """
-    rows, belongs = rows_of_source(source)
-    examples: list[Example] = []
-    dropped: Counter[str] = Counter()
-    position_of_id: dict[str, str] = {}
-    questions: set[str] = set()
-    left_out = _questions_left_out(source, read)
-    for where, row in rows:
-        example, question, drop_reason = _read_row(read, row, where)
-        same_words = _same_words(question)
-        if same_words in left_out:
-            drop_reason = f"also in {source.without_path}"
-        elif same_words in questions:
-            drop_reason = "duplicate question"
-        elif example.id in position_of_id:
-            raise UserError(
-                f"{where}: the id {example.id!r} is also that of {position_of_id[example.id]}: "
-                "ids must differ"
-            )
-        questions.add(same_words)
-        position_of_id[example.id] = where
-        if not belongs(example.id):
-            continue
-        if drop_reason:
-            dropped[drop_reason] += 1
-        else:
-            examples.append(example)
-    if not examples:
-        raise UserError(_empty_split(source, num_rows=len(position_of_id), dropped=dropped))
-    if source.num is not None and source.num < len(examples):
-        examples.sort(key=lambda example: stable_hash(f"{source.seed} {example.id}"))
-        del examples[source.num :]
-    return Loaded(examples, dropped)
+
+    source: Source
+    rows: Rows
+    read: ReadRow
+    splits: tuple[str, ...] | None
+    num_rows: int = 0  # with different ids
+    # of each row that can be used: its number, id, split, kind of truth, and how long it can get
+    numbers: "array[int]" = field(default_factory=lambda: array("q"))
+    ids: list[str] = field(default_factory=list)
+    split_names: list[str] = field(default_factory=list)
+    truths: list[str] = field(default_factory=list)
+    question_tokens: "array[int]" = field(default_factory=lambda: array("q"))
+    # of each split
+    dropped: dict[str, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))
+
+    def add(self, number: int, example: Example, split: str) -> None:
+        """A row that can be used."""
+        self.numbers.append(number)
+        self.ids.append(example.id)
+        self.split_names.append(split)
+        self.truths.append(example.truth)
+        self.question_tokens.append(most_tokens(example.question))
+
+    def has(self, source: Source) -> bool:
+        """Whether the split of another source is in these rows, read in the same way."""
+        same_but_split = replace(source, split="", num=None, seed=0)
+        same_rows = same_but_split == replace(self.source, split="", num=None, seed=0)
+        return same_rows and (self.splits is None or source.split in self.splits)
+
+    def take(self, source: Source) -> Loaded:
+        """The examples of a source's split. Raises UserError where there are none.
+
+        `num` takes those with the smallest hash of seed and id: a random sample, not the head of
+        the file.
+        """
+        dropped = self.dropped[source.split]
+        chosen = [i for i, split in enumerate(self.split_names) if split == source.split]
+        if not chosen:
+            raise UserError(_empty_split(source, num_rows=self.num_rows, dropped=dropped))
+        if source.num is not None and source.num < len(chosen):
+            chosen.sort(key=lambda i: stable_hash(f"{source.seed} {self.ids[i]}"))
+            del chosen[source.num :]
+        read = self.read
+        examples = LazyExamples(
+            rows=self.rows,
+            read=lambda row, where: _read_row(read, row, where).example,
+            numbers=np.array(self.numbers)[chosen],
+            id_hashes=np.fromiter((hash(self.ids[i]) for i in chosen), np.int64),
+            truths=frozenset(self.truths[i] for i in chosen),
+            question_tokens=np.array(self.question_tokens)[chosen],
+        )
+        return Loaded(examples, dropped, reading=self)
 
 
-def _same_words(question: str) -> str:
-    """Equal for questions that differ in nothing but case and spaces."""
-    return " ".join(question.casefold().split())
+def plain_words(text: str) -> str:
+    """Its words in lower case, one space between them: two questions with the same are duplicates."""
+    text = text.casefold().replace("\n", " ")
+    if text.isascii() and text.isprintable() and "  " not in text:
+        return text.strip()  # the same, five times as fast
+    return " ".join(text.split())
 
 
-def _questions_left_out(source: Source, read: Callable[[Row, str], Candidate]) -> set[str]:
-    """The questions of the other file: what is measured must not be trained."""
+def _digest_of_words(question: str) -> bytes:
+    """Of its words: a million texts would be a gigabyte."""
+    words = plain_words(question).encode("utf-8", "surrogatepass")
+    return blake2b(words, digest_size=16).digest()
+
+
+def _questions_left_out(source: Source, read: ReadRow) -> set[bytes]:
+    """The questions of the other file, by their words: what is measured must not be trained."""
     if source.without_path is None:
         return set()
     rows = rows_of_file(source.without_path, "data.eval_path")
-    return {_same_words(_read_row(read, row, where).question) for where, row in rows}
+    return {_digest_of_words(_read_row(read, row, where).question) for where, row in rows}
+
+
+def read_rows(source: Source, read: ReadRow) -> Reading:
+    """Every row of a source once. Raises UserError on a row that is malformed or has another's id.
+
+    A question that stood before is dropped, whatever its split, and so is one of the file that the
+    source goes without.
+    """
+    rows, split_of_id, splits = rows_of_source(source)
+    reading = Reading(source, rows, read, splits)
+    number_of_id: dict[str, int] = {}
+    questions: set[bytes] = set()
+    left_out = _questions_left_out(source, read)
+    for number, (where, row) in enumerate(rows):
+        example, question, drop_reason = _read_row(read, row, where)
+        digest = _digest_of_words(question)
+        if digest in left_out:
+            drop_reason = f"also in {source.without_path}"
+        elif digest in questions:
+            drop_reason = "duplicate question"
+        elif example.id in number_of_id:
+            earlier = rows.where(number_of_id[example.id])
+            raise UserError(
+                f"{where}: the id {example.id!r} is also that of {earlier}: ids must differ"
+            )
+        questions.add(digest)
+        number_of_id[example.id] = number
+        split = split_of_id(example.id)
+        if drop_reason:
+            reading.dropped[split][drop_reason] += 1
+        else:
+            reading.add(number, example, split)
+    reading.num_rows = len(number_of_id)
+    return reading
+
+
+def load_rows(source: Source, read: ReadRow) -> Loaded:
+    """The examples of a split. `read` raises UserError on a malformed row, in whichever split it is.
+
+    A question that stood before is dropped, whatever its split; an id that stood before with
+    another question is an error. `num` takes a random sample (`Reading.take`).
+    """
+    return read_rows(source, read).take(source)
+
+
+def load_split(loaded: Loaded, source: Source) -> Loaded | None:
+    """Another split of what was loaded, without reading the rows again; None: it is not in them."""
+    if loaded.reading is None or not loaded.reading.has(source):
+        return None
+    return replace(loaded.reading.take(source), num_options=loaded.num_options)
 
 
 def _read_row(read: Callable[[Row, str], Candidate], row: Row, where: str) -> Candidate:
@@ -486,7 +565,7 @@ def _empty_split(source: Source, num_rows: int, dropped: Counter[str]) -> str:
 # ---------------------------------------------------------------------- of loaded examples
 
 
-def apply_target(examples: list[Example], target: str) -> list[Example]:
+def apply_target(examples: Sequence[Example], target: str) -> Sequence[Example]:
     """The examples with what the reward pays for: data.target.
 
     Where the golds form a distribution, that is a drawn label, or with `probabilities` each gold's
@@ -494,11 +573,17 @@ def apply_target(examples: list[Example], target: str) -> list[Example]:
     """
     if target != "probabilities":
         return examples
-    if not all(example.truth in ("exact", "survey") for example in examples):
+    if not truths_of(examples) <= {"exact", "survey"}:
         raise UserError(
             "data.target=probabilities: not all golds have a probability; use data.target=auto"
         )
-    return [replace(example, label=None) for example in examples]
+    if isinstance(examples, LazyExamples):
+        return examples.changed(_without_label)
+    return [_without_label(example) for example in examples]
+
+
+def _without_label(example: Example) -> Example:
+    return replace(example, label=None)
 
 
 def chance_line(num_answers: int, num_options: int) -> str:

@@ -11,6 +11,7 @@ rising uncertainty.
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from string import ascii_uppercase
 from typing import Any
 
@@ -126,7 +127,7 @@ def load(source: Source) -> Loaded:
             f"data.show_options=true: rows have {sorted(option_counts)} options, all must have the "
             "same number"
         )
-    return Loaded(loaded.examples, loaded.dropped, num_options=option_counts.pop())
+    return replace(loaded, num_options=max(option_counts))
 
 
 def _read(row: Row, where: str, source: Source) -> tuple[Candidate, int]:

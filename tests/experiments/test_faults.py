@@ -6,6 +6,7 @@ The faults themselves are `make faults-quick`.
 import os
 import platform
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,9 +14,11 @@ import pytest
 if sys.platform != "linux" or platform.machine() not in ("x86_64", "aarch64"):
     pytest.skip("ptrace as used here is Linux on x86_64 or aarch64", allow_module_level=True)
 
-from experiments.faults import kill_points
+from experiments.faults import kill_points, soak
 from experiments.faults.run import page, selected, summary
-from experiments.faults.runs import Row
+from experiments.faults.runs import Row, before_call
+from mar.answers.tokenizer import load_tokenizer
+from mar.policy.weights import read_config
 
 
 def publish(folder: Path, sync: bool = True, early: bool = False) -> None:
@@ -96,5 +99,62 @@ def test_the_page_is_the_results() -> None:
     assert "1 of 2 faults survived, at most 2 steps lost, 1 mismatched" in text
     assert "it \\| said" in text and "**no**: wrong" in text and "skipped: no root" in text
     assert {case.__name__ for case in selected(False, [])} - {case.__name__ for case in selected(True, [])} == {
-        "disk_full_at_a_save", "disk_full_at_a_line", "disk_full_at_start", "read_only_mount"
+        "disk_full_at_a_save", "disk_full_at_a_line", "disk_full_at_start", "read_only_mount", "soak"
     }  # fmt: skip
+
+
+# --- the soak --------------------------------------------------------------------------------
+
+
+def steady(number: int = 2000) -> list[soak.Reading]:
+    """Memory that settles and then is noisy; a checkpoint's file and thread now and then."""
+    found = []
+    for step in range(number):
+        saving = step % 100 < 3
+        memory = 300 + min(step, 200) / 10 + step % 7 / 10
+        found.append(soak.Reading(memory, files=11 + saving, threads=4 + saving))
+    return found
+
+
+def test_a_steady_run_has_not_grown():
+    said, problems = soak.growth(steady())
+    assert problems == [] and "at most 12 and 12 open files, 5 and 5 threads" in said
+    assert "memory 320.3 and 320.3 MB" in said
+
+
+@pytest.mark.parametrize("leaking", ("memory_mb", "files", "threads"))
+def test_what_grows_in_every_step_or_every_hundredth_is_seen(leaking):
+    found = []
+    for step, reading in enumerate(steady()):
+        leaked = step * 0.003 if leaking == "memory_mb" else step // 100
+        found.append(replace(reading, **{leaking: getattr(reading, leaking) + leaked}))
+    (problem,) = soak.growth(found)[1]
+    assert problem.startswith(leaking.removesuffix("_mb")) and "from" in problem
+
+
+def test_the_soak_reads_this_process_in_every_step(tmp_path, monkeypatch):
+    for name in ("batch", "rollout"):
+        module = getattr(soak, name)
+        called = {"batch": "make_batch", "rollout": "lru_cache"}[name]
+        monkeypatch.setattr(module, called, getattr(module, called))
+    monkeypatch.setattr(soak.batch, "make_batch", lambda number: number)
+    leaked = []
+    soak.watched(tmp_path / "log", leaked.append)()
+    before = soak.read_process()
+    with (tmp_path / "log").open():
+        assert soak.batch.make_batch(7) == 7
+    assert soak.batch.make_batch(8) == 8 and leaked == [1, 2]
+    first, second = soak.readings(tmp_path / "log")
+    assert first.files == before.files + 1 == second.files + 1
+    assert first.threads == before.threads and abs(first.memory_mb - before.memory_mb) < 50
+    assert soak.rollout.lru_cache(maxsize=1 << 16)(len).cache_info().maxsize == soak.REMEMBERED
+
+
+def test_the_tiny_model_of_the_soak_is_a_checkpoint(tmp_path):
+    folder = soak.tiny_model(tmp_path / "tiny")
+    assert read_config(folder).num_layers == 1 and load_tokenizer(folder).eos_token_id is not None
+
+
+def test_a_fault_at_a_function_that_is_gone_is_an_error_at_once():
+    with pytest.raises(AttributeError, match="no_such_function"):
+        before_call(soak, "no_such_function", 1, print)

@@ -70,18 +70,19 @@ def test_differences_of_ideas_are_taken_seed_by_seed(monkeypatch):
 
     logs = {
         "own": [log(0, 0.7, 0.1), log(1, 0.7, 0.2)],
-        # seed 1 of `to_go` is missing, and seed 2 has no partner
-        "to_go": [log(0, 0.75, 0.1), log(2, 0.6, 0.1)],
+        # its seed 1 is missing, and seed 2 has no partner
+        "own, <other>": [log(0, 0.75, 0.1), log(2, 0.6, 0.1)],
         "single": [log(0, 0.66, None), log(1, 0.7, None)],
     }
     monkeypatch.setattr(ideas_summary, "read_logs", lambda: logs)
     head, _, *lines = ideas_summary.paired().splitlines()
-    assert head == "| difference | seeds | gap_closed | ece | q_mse | unique@30 | coverage@30 |"
+    columns = [" difference ", " seeds ", *(f" {name} " for name in ideas_summary.COMPARED)]
+    assert head == "|" + "|".join(columns) + "|"
     same = "+0.000 (+0.000 to +0.000)"
     assert lines == [
-        "| to_go − own | 1 | +0.250 | +0.000 | – | +0.000 | +0.000 |",
-        f"| single − own | 2 | -0.100 (-1.371 to +1.171) | – | – | {same} | {same} |",
+        "| own, <other> − own | 1 | +0.250 | +0.000 | – | – | +0.000 | +0.000 |",
+        f"| single − own | 2 | -0.100 (-1.371 to +1.171) | – | – | – | {same} | {same} |",
     ]
     table = ideas_summary.markdown().splitlines()
     # without <other> nothing says what the confidences should add up to
-    assert table[2].startswith("| own | 2 | 0.500 | 0.100, 0.200 | – | 5.0 | 0.900 | – | 0.500 |")
+    assert table[2].startswith("| own | 2 | 0.500 | 0.100, 0.200 | – | – | 5.0 | 0.900 | 0.500 |")

@@ -163,6 +163,24 @@ def test_only_rank_0_decides_and_every_rank_is_told(monkeypatch):
     assert World().told(lambda: "alone") == "alone"
 
 
+def test_one_rank_of_each_machine_finds_a_model_for_its_neighbours(monkeypatch):
+    """Four ranks on two machines, one after another: those with a neighbour below have to wait."""
+    asked, said = [], {}
+
+    def gathered(values, mine):
+        said[world.rank] = mine
+        values[:] = [said.get(rank) for rank in range(4)]
+
+    monkeypatch.setattr(dist, "all_gather_object", gathered)
+    found = []
+    for rank in range(4):
+        world = World(rank=rank, size=4, local_rank=rank % 2)
+        found.append(world.found_here(lambda rank=rank: asked.append(rank) or f"machine {rank}"))
+    assert asked == [0, 2]
+    assert found == ["machine 0", "machine 0", "machine 2", "machine 2"]
+    assert World().found_here(lambda: "alone") == "alone"
+
+
 @pytest.mark.parametrize(
     "device, gpus, expected",
     [("cpu", True, "cpu"), ("auto", True, "cuda:1"), ("auto", False, "cpu")],

@@ -2,6 +2,7 @@
 
 import json
 import os
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,14 @@ import pytest
 import torch
 
 from mar import files
-from mar.files import append_jsonl, jsonable, read_jsonl, truncate_jsonl, write_json
+from mar.files import (
+    append_jsonl,
+    jsonable,
+    read_jsonl,
+    rows_of_jsonl,
+    truncate_jsonl,
+    write_json,
+)
 from mar.records import Completion, Example, Gold, Prompt, Rollout
 from mar.run.completions import completion_row, constant_runs
 from mar.run.console import Display
@@ -143,6 +151,16 @@ def test_broken_lines_are_named_and_skipped(tmp_path):
     path.write_bytes(b'{"a": "x\xe2\x80\xa8y"}\n{"b": \n\n[1]\n{"c": 2}\n\xff')
     rows, broken = read_jsonl(path)
     assert rows == [{"a": "x\u2028y"}, {"c": 2}] and broken == [f"{path}:{n}" for n in (2, 4, 6)]
+
+
+def test_rows_are_read_without_all_of_the_file(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    append_jsonl(path, [{"step": n, "text": "x" * 10_000} for n in range(1000)])
+    tracemalloc.start()
+    assert sum(row["step"] for row in rows_of_jsonl(path, [])) == 499_500
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < path.stat().st_size / 20
 
 
 @pytest.mark.parametrize("mode", ["plain", "rich"])

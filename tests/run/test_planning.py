@@ -325,6 +325,16 @@ def test_what_grows_and_what_shrinks():
     assert planned("scale.replicas=2")["bytes"]["optimizer"] == 2 * full["bytes"]["optimizer"]
 
 
+def test_several_updates_begin_with_a_pass_for_the_old_logprobs():
+    seconds = [
+        planned(f"algo.epochs={epochs}", f"algo.minibatches={parts}")["seconds"]["update"]
+        for epochs, parts in ((1, 1), (1, 2), (2, 1), (2, 2))
+    ]
+    # of forward, forward again, and backward (4 passes) one more forward
+    wanted = [4, 4 + 1, 2 * 4 + 1, 2 * (4 + 1)]
+    assert seconds == pytest.approx([passes / 4 * seconds[0] for passes in wanted], rel=0.01)
+
+
 def test_a_regular_expression_of_trainable_parameters():
     model = empty_policy(compose(["+experiment=paper", "scale=h100x8", "model.trainable='^norm'"]))
     assert num_parameters(model, trained=True) == 4096

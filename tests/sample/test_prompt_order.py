@@ -1,5 +1,10 @@
 """Which prompts a step asks: all of them once an epoch, by the seed and the step alone."""
 
+import threading
+
+import pytest
+
+from mar.errors import UserError
 from mar.sample.prompt_order import PromptOrder, order_of_epoch
 
 
@@ -25,5 +30,47 @@ def test_a_step_of_a_million_prompts_does_not_order_all_of_them_again():
 
 def test_prompts_out_of_turn_depend_on_the_attempt():
     asked = PromptOrder(prompts=range(50), per_step=4, seed=3)
-    assert asked.out_of_turn(1, 1) == asked.out_of_turn(1, 1) != asked.out_of_turn(1, 2)
-    assert len(PromptOrder(range(2), 4, 3).out_of_turn(1, 1)) == 4
+    assert asked.out_of_turn(1, 1, 4) == asked.out_of_turn(1, 1, 4) != asked.out_of_turn(1, 2, 4)
+    assert len(PromptOrder(range(2), 4, 3).out_of_turn(1, 1, 4)) == 4
+
+
+class Slow:
+    """Ten prompts that are made when they are asked for, one of which cannot be."""
+
+    def __init__(self):
+        self.makers = []
+
+    def __len__(self):
+        return 10
+
+    def __getitem__(self, index):
+        self.makers.append(threading.current_thread())
+        if index == 7:
+            raise UserError("no. 7")
+        return int(index)
+
+
+def test_the_prompts_of_the_next_step_are_made_meanwhile():
+    prompts = Slow()
+    asked = PromptOrder(prompts, per_step=2, seed=3)
+    order = order_of_epoch(3, 0, 10).tolist()
+    bad = order.index(7) // 2
+    for step in range(bad):
+        assert asked.of_step(step) == order[2 * step : 2 * step + 2]
+    here = threading.current_thread()
+    assert [maker is here for maker in prompts.makers[: 2 * bad]] == [True] * 2 + [False] * (
+        2 * bad - 2
+    )
+    assert len(set(prompts.makers)) == 2  # one thread for all steps
+    with pytest.raises(UserError, match="no. 7"):
+        asked.of_step(bad)
+    after = bad + 1
+    assert asked.of_step(after) == order[2 * after : 2 * after + 2]
+
+
+def test_prompts_out_of_turn_are_made_as_far_as_they_are_needed():
+    prompts = Slow()
+    asked = PromptOrder(prompts, per_step=4, seed=5)
+    first = asked.out_of_turn(0, 1, 1)
+    assert len(prompts.makers) == 1
+    assert first == PromptOrder(range(10), 4, 5).out_of_turn(0, 1, 4)[:1]
