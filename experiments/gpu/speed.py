@@ -3,6 +3,7 @@
 import importlib.util
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -169,7 +170,11 @@ def step(place: Place, record: Record, size: str, words: list[str]) -> None:
     adapters = f"adapters of rank {config.model.lora_rank}"
     trained = adapters if config.model.lora_rank else "all parameters"
     name = f"one step, {size}, {trained}"
-    world = join(config.device, config.scale)
+    scale = config.scale
+    if not place.is_gpu:
+        # the plan is of GPUs, this rehearsal has none
+        scale = replace(scale, num_gpus=0)
+    world = join(config.device, scale)
     with place.peak() as peak:
         learner = learner_of(config, shape_of(place, size), world, fill_at_random)
         beside(record, f"{name}: peak of loading", peak(), planned["peak_bytes"]["loading"])
@@ -189,7 +194,7 @@ def step(place: Place, record: Record, size: str, words: list[str]) -> None:
         with place.peak() as peak:
             place.wait()
             began = time.perf_counter()
-            adjusted, columns = compute_advantages(learner, batch)
+            adjusted, columns = compute_advantages(learner, batch, step=0)
             update(learner, adjusted, columns, step=0)
             place.wait()
             seconds = time.perf_counter() - began

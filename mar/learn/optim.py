@@ -119,12 +119,20 @@ def make_optimizers(
     model: Decoder, lr: float, options: OptimOptions, trainable: str, muon: bool
 ) -> list[tuple[torch.optim.Optimizer, float]]:
     """Optimizers with their peak rates: AdamW as `make_optimizer` makes it, or Muon for the matrices
-    inside the blocks, at ten times the rate, and AdamW for the rest."""
+    inside the blocks, at ten times the rate, and AdamW for the rest.
+
+    Raises UserError where Muon has nothing to train.
+    """
     betas = (options.betas[0], options.betas[1])
     adamw = make_optimizer(model, lr, betas, options.eps, options.weight_decay, trainable)
     if not muon:
         return [(adamw, lr)]
     inside = [p for p in model.blocks.parameters() if p.ndim == 2 and p.requires_grad]
+    if not inside:
+        raise UserError(
+            f"sft.muon=true is for matrices inside the blocks and model.trainable={trainable!r} "
+            "trains none of them: leave sft.muon out"
+        )
     inside_ids = {id(parameter) for parameter in inside}
     for group in adamw.param_groups:
         group["params"] = [p for p in group["params"] if id(p) not in inside_ids]

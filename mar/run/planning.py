@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from mar.config import Config, ModelOptions, run_of_path
+from mar.config import AlgoOptions, Config, ModelOptions, run_of_path
 from mar.errors import UserError
 from mar.files import read_json_object
 from mar.learn.optim import make_optimizer
@@ -217,7 +217,7 @@ def decode_memory(
     group_size: int,
     compute_bytes: int,
 ) -> int:
-    """Bytes that a step of the sampler works in: the pool that its CUDA graphs share.
+    """Bytes that a decode step of the sampler works in.
 
     Worst is a layer's attention to the prompts, that to the rows' own tokens, or the MLP. Scores are
     in float32, and for a moment there are two of each: before and after they are scaled, or
@@ -237,6 +237,23 @@ def decode_memory(
     # x before and after attention and its norm; gate and up, silu(gate), the product
     mlp = compute_bytes * num_rows * (3 * D + 4 * shape.intermediate_size)
     return biases + max(to_prompts, to_own, mlp)
+
+
+def draw_memory(algo: AlgoOptions, num_rows: int, vocab_size: int) -> int:
+    """Bytes that a draw of the sampler works in, for more tokens than `draws.invert` sums in one go.
+
+    Counted in [rows, vocabulary] tensors of float32; an index, and a sum in float64, is two.
+    """
+    # logits, log-probabilities, probabilities, and these in blocks
+    tensors = 4
+    if (algo.top_k, algo.top_p, algo.min_p) != (0, 1.0, 0.0):
+        # logits, log-probabilities; sorted ones and their order, masses and their sums, masks; kept
+        # ones, before and after they are normalised
+        tensors = 12
+    if algo.temperature != 1:
+        # logits before and after the division
+        tensors += 1
+    return 4 * tensors * num_rows * vocab_size
 
 
 def memory_beside_policy(
@@ -294,14 +311,15 @@ def memory_per_gpu(config: Config, model: Decoder) -> dict[str, Any]:
     # The update: everything above, and the copy where it is kept.
     update_peak = sum(parts.values()) + (copy if scale.keep_copy else 0)
 
-    # Sampling: what stays resident, the copy, the KV cache, and what a decode step works in.
+    # Sampling: what stays resident, the copy, the KV cache, and what a decode step or a draw works
+    # in: the pool that their CUDA graphs share.
     training_state = parts["weights"] + parts["gradients"] + parts["optimizer"]
     resident = copy + training_state + sum(beside.values())
     num_prompts = ceil(config.algo.prompts_per_step / scale.num_gpus)
     prompt_slots, row_slots = capacity([P] * num_prompts, [G] * num_prompts, R, kv_budget)
     kv_bytes = compute_bytes * _kv_numbers_per_token(shape)
     kv_cache = kv_bytes * (prompt_slots * P + row_slots * R)
-    graph_pool = decode_memory(
+    of_decode_step = decode_memory(
         shape,
         num_rows=row_slots,
         row_tokens=R,
@@ -310,6 +328,7 @@ def memory_per_gpu(config: Config, model: Decoder) -> dict[str, Any]:
         group_size=G,
         compute_bytes=compute_bytes,
     )
+    graph_pool = max(of_decode_step, draw_memory(config.algo, row_slots, shape.vocab_size))
     sampling_peak = resident + kv_cache + graph_pool
 
     # The largest group: its prompt once and its rows, in what memory or the budget leaves.

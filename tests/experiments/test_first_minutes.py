@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from experiments.gpu import first_minutes, sampler_values
+from experiments.gpu import first_minutes, sampler_values, speed
 from experiments.gpu.first_minutes import PARTS, Part
 from experiments.gpu.measuring import ROOT, Place, Record, random_requests, shown
 
@@ -33,6 +33,16 @@ def test_every_part_measures_on_a_cpu(name, tmp_path):
     report = (tmp_path / "TESTED_ON.md").read_text()
     assert all(f"## {part}: " in report for part in PARTS)
     assert report.count("Not run.") == len(PARTS) - 1
+
+
+def test_a_step_beside_the_plan_is_measured(tmp_path):
+    """Sampled, scored and updated twice: what calls the learner keeps up with it."""
+    record = Record(tmp_path / "rows.jsonl")
+    place = Place(torch.device("cpu"), tiny=True)
+    speed.step(place, record, "1.7B", speed.STEPS["1.7B"])
+    measured = [row["what"] for row in first_minutes.rows_of(record.file)]
+    assert any("second update (planned" in what for what in measured)
+    assert any("peak of the second update" in what for what in measured)
 
 
 def test_the_limits_together_are_eight_minutes():

@@ -5,11 +5,18 @@ import pytest
 import torch
 from torch import nn
 
+from mar.config import OptimOptions
 from mar.errors import UserError
 from mar.learn.advantages import token_advantages
 from mar.learn.batch import make_batch, micro_batches
 from mar.learn.losses import policy_gradient, token_weights
-from mar.learn.optim import SCHEDULES, learning_rate, make_optimizer, set_learning_rate
+from mar.learn.optim import (
+    SCHEDULES,
+    learning_rate,
+    make_optimizer,
+    make_optimizers,
+    set_learning_rate,
+)
 from mar.policy.packing import pack_groups
 from mar.records import Completion, Example, Prompt, Rollout
 from mar.sample.draws import SamplingParams
@@ -147,6 +154,19 @@ def test_an_update_raises_what_was_rewarded(tiny_model):
         assert change[i, winner] > 0 and change[i, winner] > max(
             change[i, g] for g in range(4) if g != winner
         )
+
+
+def test_muon_takes_the_matrices_inside_the_blocks(tiny_model):
+    """And AdamW the rest; a pattern that leaves it none is refused in a sentence."""
+    model = tiny_model()
+    (adamw, rate), (muon, muon_rate) = make_optimizers(model, 0.01, OptimOptions(), "", muon=True)
+    inside = {id(p) for p in model.blocks.parameters() if p.ndim == 2}
+    assert {id(p) for group in muon.param_groups for p in group["params"]} == inside
+    rest = {id(p) for p in model.parameters()} - inside
+    assert {id(p) for group in adamw.param_groups for p in group["params"]} == rest
+    assert muon_rate == 10 * rate == 0.1
+    with pytest.raises(UserError, match="model.trainable='norm' trains none of them"):
+        make_optimizers(model, 0.01, OptimOptions(), "norm", muon=True)
 
 
 def test_the_whole_loop_finds_the_rewarded_completion(tiny_model):

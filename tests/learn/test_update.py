@@ -476,6 +476,30 @@ def test_the_ratio_of_a_lagging_step_is_to_the_policy_that_sampled(tiny_model, e
         assert metrics["truncated"]["policy/ratio_max"] == 1
 
 
+@pytest.mark.parametrize("epochs", [1, 2])
+@pytest.mark.parametrize("importance", ["none", "truncated"])
+def test_the_kl_that_a_lagging_step_pays_is_of_the_policy_of_its_ratio(
+    tiny_model, importance, epochs
+):
+    """With importance weights that is today's, however many updates there are."""
+    model = tiny_model()
+    words = ["algo.lag=1", "algo.loss=ppo", f"algo.epochs={epochs}", "algo.credit=set"]
+    words += [f"algo.importance={importance}", "algo.baseline=none", "algo.kl=k1", "algo.kl_coef=2"]
+    learner = replace(learner_of(model, *words), reference=copy.deepcopy(model))
+    update(learner, *compute_advantages(learner, batch_of(model), 0), 0)
+    with learner.rollout_policy() as policy:
+        batch = batch_of(policy)
+    batch = replace(batch, components=torch.zeros_like(batch.components))
+    _, columns = compute_advantages(learner, batch, 1)
+
+    sampled = batch.full_logprobs
+    paying = sampled if importance == "none" else logprobs_of(model, batch)
+    costs = 2 * (paying - columns["ref_logprobs"]) * batch.loss_mask
+    expected = -costs.flip(1).cumsum(1).flip(1) * batch.completion_mask
+    torch.testing.assert_close(columns["advantages"], expected.double(), atol=1e-5, rtol=1e-5)
+    assert (logprobs_of(model, batch) - sampled).abs().max() > 1e-3
+
+
 def expected_gradient(num_tokens, *words):
     """(estimated, exact) gradient of a tabular policy whose completions an older one has written.
 

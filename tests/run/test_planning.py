@@ -24,6 +24,7 @@ from mar.run.compose import compose
 from mar.run.planning import (
     SHAPES,
     decode_memory,
+    draw_memory,
     empty_policy,
     model_shape,
     num_parameters,
@@ -32,6 +33,7 @@ from mar.run.planning import (
     update_memory,
 )
 from mar.sample import kv_cache
+from mar.sample.draws import Truncation, draw_tokens
 from mar.sample.engine import decode_step
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -231,14 +233,51 @@ def test_a_decode_step_works_in_what_is_planned(
     assert planned == pytest.approx(counted, rel=0.05)
 
 
+@pytest.mark.parametrize("vocab_size", [49_152, 151_936])
+@pytest.mark.parametrize(
+    "words",
+    [
+        (),
+        ("algo.temperature=0.7",),
+        ("algo.top_k=20",),
+        ("algo.top_p=0.9", "algo.temperature=0.7"),
+    ],
+)
+def test_a_draw_works_in_what_is_planned(words, vocab_size):
+    """Counted by PyTorch's tracker on the meta device."""
+    algo = compose([*words, "algo.importance=truncated"]).algo
+    truncation = Truncation(algo.top_k, algo.top_p, algo.min_p)
+    rows = 8
+    with torch.device("meta"):
+        hidden = torch.empty(rows, 4)
+        head = torch.empty(4, vocab_size)
+        uniform = torch.empty(rows, dtype=torch.float64)
+    tracker = MemTracker()
+    tracker.track_external(hidden, head, uniform)
+
+    def held(when):
+        return tracker.get_tracker_snapshot(when)[torch.device("meta")]["Total"]
+
+    before = held("current")
+    with torch.no_grad(), tracker:
+        logits = hidden @ head
+        draw_tokens(logits, uniform, algo.temperature, truncation)
+    counted = held("peak") - before
+    assert draw_memory(algo, rows, vocab_size) == pytest.approx(counted, rel=0.05)
+
+
 def test_the_pool_of_the_graphs_is_part_of_sampling():
     document = planned()
     held = document["bytes"]
     pool = held["decode_graphs"]
     resident = held["weights"] + held["gradients"] + held["optimizer"] + held["sampling_copy"]
     assert document["peak_bytes"]["sampling"] == resident + held["kv_cache"] + pool
-    # six prompts a GPU, 32 rows a prompt, 32 heads: scores in float32, twice
-    assert pool == pytest.approx(2 * 4 * 6 * 32 * 32 * 3072, rel=0.2)
+    # logits in float32, five times: the paper's temperature is not 1
+    assert document["rows_at_once"] == 73
+    assert pool == 4 * 5 * 73 * 151_936
+    # Of prompts twice as long five fit. 32 places a prompt, 32 heads: scores in float32, twice.
+    long = planned("model.max_prompt_tokens=6144")
+    assert long["bytes"]["decode_graphs"] == pytest.approx(2 * 4 * 5 * 32 * 32 * 6144, rel=0.05)
 
 
 def test_what_grows_and_what_shrinks():

@@ -13,6 +13,7 @@ import pytest
 import torch
 from scipy.stats import chisquare
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from mar.errors import UserError
 from mar.policy import model as decoder
@@ -442,15 +443,24 @@ def test_the_decode_step_compiles_whole_and_never_again(tiny_model):
 class Recorded(TorchDispatchMode):
     """A CUDA graph on a CPU: the operators of one run, with the very tensors they read and wrote.
 
-    Python is not run again.
+    Python is not run again. What it made itself is overwritten after each replay, as by other graphs
+    of its pool: those bytes are all 255.
     """
 
     def __init__(self):
         super().__init__()
         self.calls = []
+        self.given = set()
+        self.made = {}
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        for storage in storages_of((args, kwargs)):
+            if storage.data_ptr() not in self.made:
+                self.given.add(storage.data_ptr())
         out = function(*args, **(kwargs or {}))
+        for storage in storages_of(out):
+            if storage.data_ptr() not in self.given:
+                self.made[storage.data_ptr()] = storage
         self.calls.append((function, args, kwargs or {}, out))
         return out
 
@@ -463,6 +473,12 @@ class Recorded(TorchDispatchMode):
                 # views share their memory, and so does what is written in place
                 if isinstance(old, torch.Tensor) and old.data_ptr() != new.data_ptr():
                     old.copy_(new)
+        for storage in self.made.values():
+            storage.fill_(255)
+
+
+def storages_of(tree):
+    return [x.untyped_storage() for x in tree_leaves(tree) if isinstance(x, torch.Tensor)]
 
 
 @pytest.fixture
@@ -483,17 +499,33 @@ def recorded(monkeypatch):
     return found
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"temperature": 0.7, "truncation": Truncation(top_k=9, top_p=0.9)},
+        {"think_budget": 6, "think_close": (4, 5)},
+        {"stop_strings": ("7", "11")},
+    ],
+)
 @pytest.mark.parametrize("budget", [PLENTY, 250])
-def test_replayed_decode_steps_give_what_eager_ones_give(tiny_model, recorded, monkeypatch, budget):
+def test_replayed_decode_steps_give_what_eager_ones_give(
+    tiny_model, recorded, monkeypatch, budget, options
+):
     """Also while rows retire, enter and are dropped.
 
     The buffers that a graph was captured from are those it must read later.
     """
-    model, asked, params = tiny_model(), requests((5, 9, 30, 2), 4), SamplingParams(20, 1.0, (3,))
-    replayed = sampler.generate(model, asked, params, budget)
+    model, asked = tiny_model(), requests((5, 9, 30, 2), 4)
+    params = SamplingParams(20, stop_ids=(3,), **options)
+
+    def decode(ids):
+        return " ".join(map(str, ids))
+
+    replayed = sampler.generate(model, asked, params, budget, decode)
     assert 3 <= len(recorded) < replayed.num_steps / 2
     monkeypatch.setattr(sampler, "GRAPHED", ())
-    eager = generate(model, asked, params, budget)
+    eager = generate(model, asked, params, budget, decode)
     for ours, theirs in side_by_side(replayed.groups, eager):
         same(ours, theirs)
 
