@@ -15,6 +15,7 @@ import torch.distributed as dist
 from mar.config import ScaleOptions
 from mar.errors import UserError
 from mar.learn.learner import Learner
+from mar.policy import distributed
 from mar.policy.distributed import World, compute_device, join
 from mar.policy.lora import adapted
 from mar.policy.sources import resolve_model
@@ -334,9 +335,13 @@ def test_micro_batches_are_dealt_in_equal_numbers():
 def test_what_does_not_fit_the_machine_is_refused(monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     for options, message in (
-        (ScaleOptions("h100x8", 8), "torchrun --nproc-per-node 8"),
+        (ScaleOptions("h100x8", 8), "scale=h100x8 wants 8 GPU"),
         (ScaleOptions("laptop", 0, replicas=2), "scale.replicas=2 does not divide the 1 processes"),
         (ScaleOptions("laptop", 0, dtype="bfloat16"), "take scale.dtype=float32"),
     ):
         with pytest.raises(UserError, match=message):
             join("cpu", options)
+    # where there is a GPU, but one process alone
+    monkeypatch.setattr(distributed, "compute_device", lambda *_: torch.device("cuda", 0))
+    with pytest.raises(UserError, match="torchrun --nproc-per-node 8"):
+        join("cuda", ScaleOptions("h100x8", 8))
