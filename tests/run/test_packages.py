@@ -61,7 +61,10 @@ def test_a_run_needs_none_of_them(without_packages, tmp_path):
 @pytest.mark.parametrize(
     "package,words",
     [
-        ("datasets", ("mar.tasks", "medqa", "data.source=hub", "data.hub_id=a/b", "model=embedded")),
+        (
+            "datasets",
+            ("mar.tasks", "medqa", "data.source=hub", "data.hub_id=a/b", "model=embedded"),
+        ),
         ("matplotlib", ("mar.report", str(ROOT / "experiments"))),
     ],
 )
