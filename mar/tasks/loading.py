@@ -14,6 +14,7 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from itertools import accumulate
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -125,7 +126,8 @@ def required_text(row: Row, key: str, where: str) -> str:
     if isinstance(value, str) and value.strip():
         return value.strip()
     if value is None:
-        fault = "missing"
+        known = ", ".join(str(name) for name in row)
+        fault = f"missing (the row has {known or 'nothing'})"
     elif isinstance(value, str):
         fault = "empty"
     else:
@@ -171,7 +173,9 @@ def rows_of_file(path: str, key: str = "data.path") -> Iterator[tuple[str, Row]]
     if file.is_dir():
         raise UserError(f"{key}={path} is a folder: name a file in it")
     if not file.is_file():
-        raise UserError(f"{key}={path} is not there")
+        near = get_close_matches(file.name, [other.name for other in file.parent.glob("*")], n=1)
+        meant = f"did you mean {Path(path).parent / near[0]}?" if near else "name one file"
+        raise UserError(f"{key}={path} is not there: {meant}")
     try:
         yield from _rows_by_kind(file, path)
     except (EOFError, OSError, zlib.error) as error:
@@ -275,7 +279,9 @@ def _rows_of_table(content: IO[bytes], path: str, separator: str) -> Iterator[tu
                 )
             yield f"{path}[{number}]", Cells(zip(header, map(_cell, cells), strict=True))
             number += 1
-    except (csv.Error, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not in UTF-8 ({one_line(error)}): save it in UTF-8") from None
+    except csv.Error as error:
         raise UserError(
             f"{path} is no readable table ({one_line(error)}, near line {rows.line_num + 1}): mend "
             "it"
@@ -326,7 +332,9 @@ def _row_of_line(line: bytes, path: str, number: int) -> Row:
             ) from None
         raise UserError(f"{where} is not valid JSON ({error}): mend or remove the line") from None
     if not isinstance(row, dict):
-        raise UserError(f"{where} is {type(row).__name__}, not an object: each line is one row")
+        kind = type(row).__name__
+        hint = "; an array of rows wants a name that ends in .json" if kind == "list" else ""
+        raise UserError(f"{where} is {kind}, not an object: each line is one row{hint}")
     if b"\\u" in line:
         _require_whole_characters(row, where)
     return row
@@ -474,6 +482,8 @@ def _read_row(read: Callable[[Row, str], Candidate], row: Row, where: str) -> Ca
 def _empty_split(source: Source, num_rows: int, dropped: Counter[str]) -> str:
     origin = source.path if source.kind == "path" else source.hub_id
     reasons = [f"{number} {reason}" for reason, number in dropped.items()]
+    if not num_rows:
+        return f"{origin} holds no rows: use another file"
     if source.whole_file:
         return f"{origin}: no row is left of {num_rows} ({', '.join(reasons)}): use another file"
     why = ", ".join(reasons) or "none of them falls into it"
