@@ -127,7 +127,7 @@ def required_text(row: Row, key: str, where: str) -> str:
         return value.strip()
     if value is None:
         known = ", ".join(str(name) for name in row)
-        fault = f"missing (the row has {known or 'nothing'})"
+        fault = f"missing (it has {known or 'nothing'})"
     elif isinstance(value, str):
         fault = "empty"
     else:

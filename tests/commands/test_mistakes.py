@@ -198,7 +198,7 @@ MISTAKES = [
     ("tasks", "jsonl model=embedded data.path=owns.jsonl", "did you mean own.jsonl?"),
     ("tasks", "jsonl model=embedded data.path=*.parquet", "is not there: name one file"),
     ("tasks", "jsonl model=embedded data.path=array.jsonl", "wants a name that ends in .json"),
-    ("tasks", "jsonl model=embedded data.path=other.csv", "(the row has Question, answer)"),
+    ("tasks", "jsonl model=embedded data.path=other.csv", "(it has Question, answer)"),
     ("tasks", "jsonl model=embedded data.path=latin.csv", "save it in UTF-8"),
     ("tasks", "jsonl model=embedded data.path=empty.jsonl", "empty.jsonl holds no rows"),
     ("train", f"{CLINIC} data.train_split=test", "what is trained on cannot be held out"),
