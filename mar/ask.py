@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.text import Text
 
 from mar.config import number, option
+from mar.errors import UserError
 from mar.files import jsonable
 from mar.run.asking import AnswerSet, AskedPolicy, open_policy, pool
 from mar.run.words import Command, Words, run_command
@@ -112,6 +113,8 @@ def document(question: str, sets: Sequence[AnswerSet]) -> str:
 def run(words: Words[AskOptions]) -> None:
     """Answer the question of the command line, or one after another."""
     target, *asked = words.places
+    if asked and not asked[0].strip():
+        raise UserError("the question is empty: write it in quotes, or leave it out to type it")
     options = words.options
     console = Console(highlight=False)
     policy = open_policy(target, words.settings)

@@ -5,11 +5,13 @@ config.json, `base` (the model that the settings name, untrained), or completion
 
 It writes `eval_items.jsonl`, one line per arm and item, and `evaluation.json`. The same command
 goes on where it was interrupted; draws depend on seed and item alone. An evaluation with other
-settings that is there already moves to `evaluation~1` in the folder.
+settings that is there already moves to `evaluation~1` in the folder. In a pipe the last line of
+stdout is one JSON document.
 """
 
 import re
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,7 +47,12 @@ from mar.run.evaluation_folder import (
     earlier_pairs,
     require_writable,
 )
-from mar.run.summary import say_next_commands, show_evaluation
+from mar.run.summary import (
+    evaluation_summary,
+    say_last_line,
+    say_next_commands,
+    show_evaluation,
+)
 from mar.run.words import Command, Words, read_words, run_command
 
 MAX_SET_SIZE = 10
@@ -102,7 +109,7 @@ def choose_arms(arms: Sequence[Arm], chosen: str, sizes_asked: bool = False) -> 
     """The policy, and the arms that `chosen` names; all of them where it is empty. `sizes_asked`:
     sets of other sizes were asked for, and need not be named again."""
     known = [arm.name for arm in arms]
-    names = chosen.split(",") if chosen else known
+    names = [name.strip() for name in chosen.split(",") if name.strip()] or known
     unknown = sorted(set(names) - set(known))
     if unknown:
         raise UserError(f"arms={','.join(unknown)} is unknown here: choose of {','.join(known)}")
@@ -141,12 +148,14 @@ def evaluate(words: Words[EvaluateOptions], display: Display) -> Path:
 
     All that can be refused is refused before anything is measured, or written.
     """
+    began = time.perf_counter()
     options = words.options
     texts = options.completions
     if len(words.places) + bool(texts) != 1:
+        both = f"{words.places[0]} and completions={texts} are two: " if words.places else ""
         raise UserError(
-            "name one thing to measure: a run, a checkpoint folder, base or completions=<file>, "
-            f"not {words.places or 'nothing'}"
+            f"{both}name one thing to measure, a run, a checkpoint folder, base or "
+            "completions=<file>"
         )
     name = words.places[0] if words.places else ""
     if not name or name == "base" or (Path(name) / "config.json").is_file():
@@ -206,7 +215,10 @@ def evaluate(words: Words[EvaluateOptions], display: Display) -> Path:
     show_evaluation(document, display)
     if target.run is not None:
         say_next_commands(Path(target.name), display)
-    display.say(f"wrote {target.out / RESULT_FILE} and {ITEMS_FILE}")
+    display.say(f"  {target.out / ITEMS_FILE}")
+    seconds = time.perf_counter() - began
+    numbers = {"out": str(target.out), "job_s": round(seconds, 1), **evaluation_summary(document)}
+    say_last_line(numbers, target.out / RESULT_FILE, display)
     return target.out
 
 

@@ -5,6 +5,7 @@ The name is that of a model of conf/, or a hub id (owner/name). Models lie under
 """
 
 import json
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -29,11 +30,18 @@ class FetchOptions:
 
 def hub_id_of(name: str) -> str | None:
     """The hub id of a model of conf/; None where the name is itself one. Raises UserError."""
+    if name[:1] in ("/", ".", "~"):
+        raise UserError(
+            f"{name} is a folder: it needs no fetching, take model=hf model.path={name}"
+        )
+    page = re.fullmatch(r"https?://huggingface\.co/([^/]+/[^/]+)/?.*", name)
+    if page:
+        raise UserError(f"{name} is a page: name the hub id, {page[1]}")
     if name.count("/") == 1:
         return None
     names = choices_of("model")
     if name not in names:
-        near = nearest(name, names)
+        near = nearest(name, names) or [other for other in names if name in other or other in name]
         meant = f"; did you mean {near[0]}?" if near else ""
         raise UserError(f"{name} is no hub id (owner/name) and no model of conf/{meant}")
     model: dict[str, Any] = yaml.safe_load((CONF_DIR / "model" / f"{name}.yaml").read_text())

@@ -37,6 +37,7 @@ KEYS = {
 COLOURS = {"right": "bold green", "wrong": "red", "repeated": "magenta"}
 
 FIRST_PROMPTS = 3
+MOST_NAMED = 6  # steps, where none was found
 
 Row = Mapping[str, Any]
 
@@ -105,10 +106,12 @@ def choose_groups(path: Path, step: int | None, prompt: str) -> list[list[Row]]:
     for row in rows_of_jsonl(path, []):
         if row["step"] == step and row["stage"] == stage and prompt in str(row["id"]):
             groups.setdefault(str(row["id"]), []).append(row)
+    if not groups and step not in steps:
+        some = steps if len(steps) <= MOST_NAMED else [*steps[:MOST_NAMED], "...", steps[-1]]
+        raise UserError(f"no completion is of step={step}; there are {', '.join(map(str, some))}")
     if not groups:
         raise UserError(
-            f"no completion of step {step} has {prompt!r} in its id; "
-            f"there are steps {steps[:1]} to {steps[-1:]}"
+            f"no completion of step {step} has {prompt!r} in its id: without prompt= some are shown"
         )
     return list(groups.values())[: None if prompt else FIRST_PROMPTS]
 

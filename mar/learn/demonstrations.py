@@ -233,7 +233,8 @@ def draw_demonstration(
     answers = draw_answers(example, grammar.num_answers, others, rng)
     if len(answers) < grammar.num_answers:
         raise UserError(
-            f"{example.id} has too few different answers for {grammar.num_answers} slots"
+            f"{example.id} has too few different answers for {grammar.num_answers} slots: "
+            "give more rows, or lower reward.num_answers"
         )
 
     def content(element: Element) -> list[str | DrawnText]:

@@ -58,7 +58,7 @@ def build_arms(grammar: Grammar, k: int, sizes: Sequence[int], trained: bool) ->
 
     policy = Arm(
         name="policy",
-        description=f"{num_sets} sets of {K}, asked as in training",
+        description=f"{num_sets} {'set' if num_sets == 1 else 'sets'} of {K}, asked as in training",
         grammar=grammar,
         num_sets=num_sets,
         trained=trained,

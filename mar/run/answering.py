@@ -95,7 +95,9 @@ def find_target(
         result = completions.stem if completions else f"base-{config.model.name}"
         default_out = Path("runs/evaluation") / result
     model_folder, provenance = model_of(config.model)
-    if completions and not Path(completions).is_file():
+    if completions and completions.is_dir():
+        raise UserError(f"completions={completions} is a folder: name a file in it")
+    if completions and not completions.is_file():
         raise UserError(f"completions={completions}: there is no such file")
     return Target(
         name=str(Path(name)) if name else str(completions),

@@ -112,7 +112,11 @@ def open_policy(target: str, settings: Sequence[str]) -> AskedPolicy:
     elif (folder / "config.json").is_file():
         config = compose(["model=hf", f"model.path={folder.resolve()}", *settings])
     elif target == "embedded":
+        if any(word.startswith("+experiment=") for word in settings):
+            raise UserError("embedded knows the clinic alone: leave +experiment= out")
         config = compose(["+experiment=clinic", *settings])
+    elif " " in target and not folder.exists():
+        raise UserError(f"{target!r} is no policy: first the run, or embedded, then the question")
     else:
         raise UserError(no_run(folder, ", a checkpoint (config.json) or embedded"))
 

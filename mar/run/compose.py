@@ -30,7 +30,6 @@ from mar.config import (
     Config,
     DataOptions,
     ModelOptions,
-    OptimOptions,
     RewardOptions,
     run_of_path,
 )
@@ -327,10 +326,17 @@ def _algo_rules(algo: AlgoOptions, max_completion_tokens: int, steps: int) -> Ru
     ]
 
 
-def _run_rules(name: str, steps: int, stop_at: int | None, optim: OptimOptions) -> Rules:
+def _run_rules(config: Config) -> Rules:
     """The run's folder, its length and its optimizer."""
+    name, optim = config.name, config.optim
+    steps, stop_at = config.train.steps, config.train.stop_at
+    folders = {"out": config.out, "run_dir": config.run_dir}
     two_betas = len(optim.betas) == 2 and all(0 <= beta < 1 for beta in optim.betas)
     return [
+        *(
+            (not folder, f"{key}= has no value: name a folder, or leave it out")
+            for key, folder in folders.items()
+        ),
         (
             not re.fullmatch(r"\w[\w.+-]*", name),
             f"name={name!r} becomes a folder: use letters, digits and . _ + - only",
@@ -385,7 +391,7 @@ def _faults(config: Config) -> Iterator[str]:
         *_reward_rules(config.reward),
         *_group_rules(config.algo, config.reward.num_answers),
         *_algo_rules(config.algo, config.model.max_completion_tokens, config.train.steps),
-        *_run_rules(config.name, config.train.steps, config.train.stop_at, config.optim),
+        *_run_rules(config),
     ]
     for broken, sentence in rules:
         if broken:
@@ -474,6 +480,7 @@ def compose(overrides: Sequence[str] = (), check: bool = True) -> Config:
     and `require_language` refuse.
     """
     check_settings(overrides)
+    _require_once(overrides)
     try:
         with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
             tree = from_omegaconf(hydra_compose("config", spelled(overrides)))
@@ -485,16 +492,45 @@ def compose(overrides: Sequence[str] = (), check: bool = True) -> Config:
     return tree
 
 
+def _require_once(words: Sequence[str]) -> None:
+    """Raises UserError where two words choose files of one group of conf/: Hydra takes one."""
+    chosen: dict[str, str] = {}
+    for word in words:
+        found = SETTING.fullmatch(word)
+        if not found or found["key"] not in (*CHOSEN, *ADDED):
+            continue
+        other = chosen.get(found["key"])
+        if other:
+            raise UserError(
+                f"{other} and {word}: one of the two can be chosen, leave the other out"
+            )
+        chosen[found["key"]] = word
+
+
+def _unreadable(word: str) -> str:
+    """What to say of a word that is not in Hydra's grammar."""
+    return (
+        f"{word}: Hydra cannot read that; signs, and letters beyond a-z, want "
+        "quotes: \"key='value'\""
+    )
+
+
 def _in_a_sentence(error: Exception) -> str:
     """What Hydra says of a wrong value, as one sentence without its internals."""
     text = " ".join(f"{error} {error.__cause__ or ''}".split())
     if isinstance(error, OverrideParseException):
+        return _unreadable(error.override)
+    several = re.match("Ambiguous value for argument '(.*?)'", text)
+    if several:
         return (
-            f"{error.override}: Hydra cannot read that; signs, and letters beyond a-z, want "
-            "quotes: \"key='value'\""
+            f"{several[1]}: one value is wanted, with a decimal point; a list is written "
+            "key=[first,second]"
         )
+    key = getattr(error, "full_key", None)
+    if key and text.startswith("Value "):
+        return f"{key}: the value {text.removeprefix('Value ')}".partition(" full_key:")[0]
     text = re.sub(" (Config search path|full_key:|See https).*|^Error merging override ", "", text)
-    return re.sub(r"^(\S+=\S+) Value ", r"\1: the value ", text)
+    return re.sub(r"^([^\s=]+=.*?) Value '", r"\1: the value '", text)
 
 
 # --------------------------------------------------------------------------- what was chosen
@@ -577,8 +613,8 @@ def _values_of(word: str) -> list[str]:
     check_settings([word])
     try:
         override = OverridesParser.create().parse_override(spelled([word], sweep=True)[0])
-    except HydraException as error:
-        raise UserError(_in_a_sentence(error)) from None
+    except HydraException:
+        raise UserError(_unreadable(word)) from None
     if not override.is_sweep_override():
         return [word]
     key = word.partition("=")[0]

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
+from rich.measure import Measurement
 from rich.progress import Progress, ProgressColumn, Task, TaskID
 from rich.table import Table
 from rich.text import Text
@@ -104,6 +105,8 @@ class Display:
 
     def __init__(self, mode: str, first_step: int, num_steps: int):
         self.console = Console()
+        if not self.console.is_terminal:
+            self.console.width = UNLIMITED  # nobody's screen has an edge here
         self.live = mode == "rich" or (mode == "auto" and sys.stdout.isatty())
         self.first_step = first_step
         self.num_steps = num_steps
@@ -145,8 +148,8 @@ class Display:
     def counting(self, name: str, total: int) -> Iterator[Callable[..., None]]:
         """A bar with the time left while something is done `total` times; it goes when that is
         done. The function that comes is called once for each time, with whatever. Plain output has
-        none."""
-        if not self.live or self.console.quiet:
+        none, and neither has what is done already."""
+        if not self.live or self.console.quiet or not total:
             yield lambda *_: None
             return
         progress = self.progress or self._start_progress(transient=True)
@@ -182,7 +185,8 @@ class Display:
     def table(
         self, title: str, columns: Mapping[str, Mapping[str, Any] | None], rows: Sequence[str]
     ) -> None:
-        """Metrics (rows) of several policies (columns)."""
+        """Metrics (rows) of several policies (columns): without lines between the columns where
+        the terminal has no room for them, and whole in a pipe."""
         table = Table(title=title, title_justify="left")
         table.add_column("", no_wrap=True)
         for name in columns:
@@ -190,6 +194,11 @@ class Display:
         for row in rows:
             values = [(column or {}).get(row) for column in columns.values()]
             table.add_row(row, *map(format_metric, values))
+        unlimited = self.console.options.update(width=UNLIMITED)
+        if Measurement.get(self.console, unlimited, table).maximum > self.console.width:
+            table.box = None
+            table.padding = (0, 1, 0, 0)
+            table.pad_edge = False
         self.console.print(table)
 
 

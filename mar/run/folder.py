@@ -170,19 +170,36 @@ def no_run(path: Path, others: str = "") -> str:
         meant = f"; did you mean {near[0]}?" if near else ""
         return f"{path} is not there: {wanted}{meant}"
     if path.is_file():
-        return f"{path} is a file: {wanted}"
+        return f"{path} is a file: {wanted}{_run_around(path)}"
     below = [file.parent for file in sorted(path.rglob("config.yaml")) if "wandb" not in file.parts]
     if not below:
-        return f"{path} is no run: {wanted}"
+        return f"{path} is no run: {wanted}{_run_around(path)}"
     some = ", ".join(map(str, below[:MOST_NAMED_RUNS]))
     more = ", ..." if len(below) > MOST_NAMED_RUNS else ""
     return f"{path} is a folder of {len(below)} runs: name one of them, {some}{more}"
+
+
+def require_no_file(path: Path) -> None:
+    """Raises UserError where a folder cannot be made, because a file has its name or is above it."""
+    above = next(one for one in (path.absolute(), *path.absolute().parents) if one.exists())
+    if not above.is_dir():
+        where = "it" if above == path.absolute() else str(above)
+        raise UserError(
+            f"{path} cannot be a run's folder, {where} is a file: choose another out= or run_dir="
+        )
+
+
+def _run_around(path: Path) -> str:
+    """The question whether the run was meant in which a path lies; "" where it lies in none."""
+    around = next((one for one in path.parents if (one / "config.yaml").is_file()), None)
+    return f"; did you mean {around}?" if around else ""
 
 
 def find(config: Mapping[str, Any]) -> RunDir:
     """What `prepare` would do; touches nothing. Raises UserError where the folder belongs to
     something else."""
     path = Path(config["run_dir"])
+    require_no_file(path)
     is_empty = path.is_dir() and not any(path.iterdir())
     if not path.exists() or is_empty:
         return RunDir(path, resume=False)

@@ -422,6 +422,11 @@ def build_training(
     data = config.data
     options = config.model
     reward = config.reward
+    if data.train_split == data.eval_split:
+        raise UserError(
+            f"data.train_split and data.eval_split are both {data.train_split}: what is trained on "
+            "cannot be held out, choose another for one of them"
+        )
     verifier = verifier_of(config)
     train, held_out = load_both(config, display)
     say_few_rows(config, data.train_split, len(train), display)

@@ -48,8 +48,7 @@ def close(
 ) -> None:
     """The table that a run ends with, the paths of what it wrote, and what to do next.
 
-    The last line is one JSON document for programs; on a terminal, which no program reads, the name
-    of the file that has these numbers. `pictures` draws the run's figures; it is called where wandb shows them.
+    `pictures` draws the run's figures; it is called where wandb shows them.
     """
     end = summary(document, num_answers)
     display.table(
@@ -67,11 +66,17 @@ def close(
     for name in FILES:
         display.say(f"  {folder / name}")
     say_next_commands(folder, display)
+    numbers = {"run_dir": str(folder), "job_s": round(seconds, 1), **end}
+    say_last_line(numbers, folder / "eval.json", display)
+
+
+def say_last_line(numbers: Mapping[str, Any], file: Path, display: Display) -> None:
+    """One JSON document for programs; on a terminal, which no program reads, the name of the file
+    that has these numbers."""
     if sys.stdout.isatty():
-        display.say(f"all numbers, for programs: {folder / 'eval.json'}")
-        return
-    line = {"run_dir": str(folder), "job_s": round(seconds, 1), **end}
-    print(json.dumps(jsonable(line)), flush=True)
+        display.say(f"all numbers, for programs: {file}")
+    else:
+        print(json.dumps(jsonable(numbers)), flush=True)
 
 
 def say_next_commands(folder: Path, display: Display) -> None:
@@ -80,12 +85,35 @@ def say_next_commands(folder: Path, display: Display) -> None:
         display.say(f"  python -m mar.{command} {shlex.quote(str(folder))}   # {what}")
 
 
+def shown_of_evaluation(document: Mapping[str, Any]) -> list[str]:
+    """The metrics of an `evaluation.json` that its table has."""
+    arms = document["arms"]
+    most = max(arm["num_answers"] * arm["num_sets"] for arm in arms.values())
+    names = evaluation_metrics(arms["policy"]["num_answers"], most)
+    return [name for name in names if any(name in arm["metrics"] for arm in arms.values())]
+
+
+def evaluation_summary(document: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of `evaluation.json` that goes on the last line of stdout: the metrics of the table,
+    each with its interval."""
+    names = shown_of_evaluation(document)
+    arms = {
+        name: {metric: arm["metrics"].get(metric) for metric in names}
+        for name, arm in document["arms"].items()
+    }
+    paired = {
+        pair: {name: differences[name] for name in names if name in differences}
+        for pair, differences in document["paired"].items()
+    }
+    head = {key: document[key] for key in ("task", "target", "step", "num_items", "k")}
+    return {**head, "arms": arms, "paired": paired}
+
+
 def show_evaluation(document: Mapping[str, Any], display: Display) -> None:
     """The table of an `evaluation.json`, without the arms of other sizes, and what pairs say."""
     arms = document["arms"]
     columns = {name: arm["metrics"] for name, arm in arms.items() if not name.startswith("K=")}
-    most = max(arm["num_answers"] * arm["num_sets"] for arm in arms.values())
-    names = evaluation_metrics(arms["policy"]["num_answers"], most)
+    names = shown_of_evaluation(document)
     display.table(
         f"{document['task']}, {document['num_items']} items, ± half of the 95 % interval",
         columns,

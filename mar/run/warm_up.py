@@ -13,11 +13,12 @@ from mar.answers.grammar import FORMS
 from mar.config import Config, listed, number, one_of, option
 from mar.errors import UserError
 from mar.learn.demonstrations import MIXTURES, SFT_SEED, ConfidenceHint
-from mar.measure.single_answers import gold_probabilities
+from mar.measure.single_answers import SEVERAL, gold_probabilities
 from mar.policy.lora import is_adapter
 from mar.policy.model import Decoder
 from mar.records import Example
 from mar.run.console import Display
+from mar.run.folder import require_no_file
 from mar.run.setup import load_data
 from mar.sample.prompt_order import items_of_step
 from mar.tasks.registry import get_task
@@ -125,18 +126,26 @@ def folder_of(config: Config, settings: Sequence[str]) -> Path:
 
 
 def require_own_folder(folder: Path, log: Path) -> None:
-    """Raises UserError for a folder that something else has written into."""
+    """Raises UserError for a file, and for a folder that something else has written into."""
+    require_no_file(folder)
     if folder.is_dir() and any(folder.iterdir()) and not log.is_file():
         raise UserError(
             f"{folder} holds something else (no {log.name}): choose another run_dir= or name="
         )
 
 
+def _lists_of_golds(examples: Sequence[Example]) -> set[tuple[str, ...]]:
+    return {tuple(gold.name for gold in example.golds) for example in examples}
+
+
 def prior_of(config: Config, held_out: Sequence[Example], display: Display) -> np.ndarray | None:
-    """[C] how frequent each gold is among training questions; None where golds differ."""
-    if len({tuple(gold.name for gold in example.golds) for example in held_out}) > 1:
+    """[C] how frequent each gold is among training questions; None where golds differ, or are too
+    few to draw several."""
+    if len(_lists_of_golds(held_out)) > 1 or len(held_out[0].golds) < SEVERAL:
         return None
     examples = load_data(config, "train", NUM_FOR_PRIOR, SFT_SEED, display)
+    if len(_lists_of_golds([*held_out, *examples])) > 1:
+        return None
     return gold_probabilities(examples).mean(axis=0)
 
 

@@ -81,6 +81,16 @@ SYNONYMS = {
     "output_dir": "out",
 }
 
+# What becomes of dashes and quotes in a text processor.
+TYPESET = "[\N{EN DASH}\N{EM DASH}\N{LEFT DOUBLE QUOTATION MARK}\N{RIGHT DOUBLE QUOTATION MARK}]"
+
+# What is not asked for: it happens by itself.
+NEEDLESS = {
+    "resume": "the same command goes on where a run stopped",
+    "continue": "the same command goes on where a run stopped",
+    "overwrite": "a finished run moves to seed0~1",
+}
+
 HELP = {"-h", "--help", "-help"}
 
 Options = TypeVar("Options")
@@ -203,6 +213,8 @@ def _require_places(command: Command[Options], places: Sequence[str], own: Colle
         )
     if len(places) > len(names) and not command.places.endswith("..."):
         extra = places[len(names)]
+        if "data.path" in command.settings and Path(extra).is_file():
+            raise UserError(f"{extra!r} is one word too many: did you mean data.path={extra}?")
         if "=" in extra or extra in own or extra in _defaults():
             raise UserError(_without_value(extra, own, command))
         raise UserError(
@@ -332,6 +344,12 @@ def _require_setting(word: str, own: Collection[str], command: Command[Any] | No
     if not found:
         raise UserError(_without_value(word, own, command))
     sign, key, value = found["sign"], found["key"], found["value"]
+    second = re.search(r"^[^'\"\[{]*\s\+?(?P<key>[A-Za-z_][\w.]*)=", value)
+    is_key = second and second["key"] in (*CHOSEN, *ADDED, *_defaults())
+    if is_key and not Path(value).expanduser().exists():
+        raise UserError(
+            f"{word!r} is several words in one: each stands alone, not in quotes together"
+        )
     if command and not command.settings:
         raise UserError(_unknown(word, own, command))
     group = key.partition("@")[0]
@@ -339,8 +357,13 @@ def _require_setting(word: str, own: Collection[str], command: Command[Any] | No
         _require_choice(sign, group, value)
     elif key.startswith(OPEN) or key in WHOLE:
         return
+    elif f"{key}." in OPEN:
+        raise UserError(f"{key} is a section: write {key}.<name>=<value>, a word for each")
     elif key not in _defaults() and not _is_section(key):
         raise UserError(_unknown(word, own, command))
+    elif _is_section(key) and value[:1] != "{":
+        first = next(known for known in _defaults() if known.startswith(f"{key}."))
+        raise UserError(f"{word}: {key} is a section, and its keys are set, such as {first}=...")
     elif sign == "+":
         raise UserError(f"{key} is there already: write {key}={value}, without the +")
 
@@ -354,6 +377,9 @@ def _require_choice(sign: str, group: str, value: str) -> None:
     names = choices_of(group)
     if sign == "~":
         return
+    if sign == "++":
+        meant = f"{_plus(group)}{group}={value}"
+        raise UserError(f"++{group}={value}: files of conf/ are chosen without ++, write {meant}")
     if group in ADDED and not sign:
         raise UserError(
             f"{group} is not chosen by default: put a + before it, +{group}={value or names[0]}"
@@ -362,7 +388,13 @@ def _require_choice(sign: str, group: str, value: str) -> None:
         raise UserError(f"{group} is chosen by default: write {group}={value}, without the +")
     for name in value.split(","):
         bare = name.strip("[]'\" ")
-        if bare not in names and re.fullmatch(r"[\w.-]*", bare):
+        as_file = bare.removesuffix(".yaml").rpartition("/")[2]
+        if as_file != bare and as_file in names:
+            raise UserError(
+                f"{sign}{group}={name}: files of conf/{group}/ are chosen by their names, write "
+                f"{sign}{group}={as_file}"
+            )
+        if bare not in names and re.fullmatch(r"[\w./-]*", bare):
             near = _near(bare, names)
             meant = f"; did you mean {sign}{group}={near[0]}?" if near else ""
             raise UserError(
@@ -417,6 +449,10 @@ def _there_is(own: Collection[str], command: Command[Any] | None) -> str:
 def _unknown(word: str, own: Collection[str], command: Command[Any] | None) -> str:
     """What to say of a key that is none."""
     key, _, value = word.lstrip("+~").partition("=")
+    if command is not None and command.places and key.lower() in _names_of_places(command):
+        return f"{key} is written without its name: python -m {command.name} {command.places}"
+    if key in NEEDLESS:
+        return f"{key} is no setting: leave it out, {NEEDLESS[key]}"
     near = nearest(key, _known(own, command))
     meant = " or ".join(f"{name}={value}" for name in near)
     kind = "setting" if command is None or command.settings else f"option of {command.name}"
@@ -425,9 +461,22 @@ def _unknown(word: str, own: Collection[str], command: Command[Any] | None) -> s
     return f"{key} is no {kind}: {_there_is(own, command)}"
 
 
+def _names_of_places(command: Command[Any]) -> list[str]:
+    """What its help calls the words without a key, in lower case."""
+    return re.findall(r"\w+", command.places.lower())
+
+
 def _without_value(word: str, own: Collection[str], command: Command[Any] | None) -> str:
     """What to say of a word that has no key, or no value."""
     bare = word.lstrip("+")
+    typeset = re.search(TYPESET, word)
+    if typeset:
+        return (
+            f"{word!r} has the sign {typeset[0]}, not that of a keyboard: write - and plain quotes"
+        )
+    key, colon, value = bare.partition(":")
+    if colon and (key in own or key in _defaults()):
+        return f"{word!r} has no =: did you mean {key}={value.strip()}?"
     if not re.search("[A-Za-z]", bare) or bare.startswith("="):
         return f"{word!r} stands alone: write key=value in one word, without spaces around ="
     if bare in own or bare in _defaults():
@@ -437,6 +486,8 @@ def _without_value(word: str, own: Collection[str], command: Command[Any] | None
         choices = ", ".join(choices_of(bare))
         return f"{word} has no value: write {_plus(bare)}{bare}=... with one of {choices}"
     if command is None or command.settings:
+        if Path(bare).is_file():
+            return f"{word!r} has no key: words are key=value; did you mean data.path={word}?"
         near = _choice_called(bare)
         if near:
             return f"{word!r} has no key: words are key=value; did you mean {near}?"
@@ -464,6 +515,10 @@ def _no_flag(word: str, rest: Sequence[str], own: Collection[str], command: Comm
         why = "starts a sweep" if word in ("-m", "--multirun") else "shows the settings"
         return f"{word} {why}, and that is for mar.train: leave it out here"
     name, equals, value = word.lstrip("-").partition("=")
+    if command.flags and f"--{name}" in HYDRA_FLAGS and value:
+        return f"{word}: write --{name} {value}, two words"
+    if name in NEEDLESS:
+        return f"{word}: leave it out, {NEEDLESS[name]}"
     key = name.replace("-", "_")
     near = nearest(key, _known(own, command))
     if not near:

@@ -8,6 +8,7 @@ command; a task's name stands for its experiment.
 import sys
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 
@@ -15,6 +16,7 @@ from mar.answers.grammar import grammar_of
 from mar.answers.prompts import build_prompt, fit_grammar
 from mar.answers.tokenizer import load_tokenizer
 from mar.config import Config
+from mar.errors import UserError
 from mar.records import Example, Prompt
 from mar.run.compose import compose, require_choice
 from mar.run.console import Display
@@ -35,6 +37,8 @@ def words_of_training(words: Words[NoOptions]) -> list[str]:
     task = words.places[0]
     if task in choices_of("experiment"):
         return [f"+experiment={task}", *words.settings]
+    if Path(task).is_file():
+        raise UserError(f"{task} is a file and no task: did you mean jsonl data.path={task}?")
     get_task(task)  # refuses an unknown name
     return ["+experiment=jsonl", f"data.task={task}", *words.settings]
 

@@ -17,6 +17,7 @@ from array import array
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from difflib import get_close_matches
 from functools import partial
 from hashlib import blake2b
 from itertools import accumulate
@@ -141,7 +142,8 @@ def required_text(row: Row, key: str, where: str) -> str:
     if isinstance(value, str) and value.strip():
         return value.strip()
     if value is None:
-        fault = "missing"
+        known = ", ".join(str(name) for name in row)
+        fault = f"missing (it has {known or 'nothing'})"
     elif isinstance(value, str):
         fault = "empty"
     else:
@@ -187,7 +189,9 @@ def rows_of_file(path: str, key: str = "data.path") -> Rows:
     if file.is_dir():
         raise UserError(f"{key}={path} is a folder: name a file in it")
     if not file.is_file():
-        raise UserError(f"{key}={path} is not there")
+        near = get_close_matches(file.name, [other.name for other in file.parent.glob("*")], n=1)
+        meant = f"did you mean {Path(path).parent / near[0]}?" if near else "name one file"
+        raise UserError(f"{key}={path} is not there: {meant}")
     try:
         return _rows_by_kind(file, path)
     except (EOFError, OSError, zlib.error) as error:
@@ -300,7 +304,9 @@ def _rows_of_text(content: IO[bytes], path: str, separator: str) -> Iterator[tup
                 )
             yield f"{path}[{number}]", Cells(zip(header, map(_cell, cells), strict=True))
             number += 1
-    except (csv.Error, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not in UTF-8 ({one_line(error)}): save it in UTF-8") from None
+    except csv.Error as error:
         raise UserError(
             f"{path} is no readable table ({one_line(error)}, near line {rows.line_num + 1}): mend "
             "it"
@@ -553,6 +559,8 @@ def _read_row(read: Callable[[Row, str], Candidate], row: Row, where: str) -> Ca
 def _empty_split(source: Source, num_rows: int, dropped: Counter[str]) -> str:
     origin = source.path if source.kind == "path" else source.hub_id
     reasons = [f"{number} {reason}" for reason, number in dropped.items()]
+    if not num_rows:
+        return f"{origin} holds no rows: use another file"
     if source.whole_file:
         return f"{origin}: no row is left of {num_rows} ({', '.join(reasons)}): use another file"
     why = ", ".join(reasons) or "none of them falls into it"

@@ -188,7 +188,9 @@ def row_of_line(line: bytes, path: str, number: int) -> Row:
             ) from None
         raise UserError(f"{where} is not valid JSON ({error}): mend or remove the line") from None
     if not isinstance(row, dict):
-        raise UserError(f"{where} is {type(row).__name__}, not an object: each line is one row")
+        kind = type(row).__name__
+        hint = "; an array of rows wants a name that ends in .json" if kind == "list" else ""
+        raise UserError(f"{where} is {kind}, not an object: each line is one row{hint}")
     if b"\\u" in line:
         require_whole_characters(row, where)
     return row

@@ -697,3 +697,20 @@ def test_programs_are_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     texts.write_text(json.dumps({"id": "mbpp-1", "text": "x"}))
     with pytest.raises(UserError, match="answers in words"):
         evaluate.run([f"completions={texts}", *words, f"out={tmp_path / 'b'}"], DISPLAY)
+
+
+def test_the_last_line_is_json_in_a_pipe_and_a_file_on_a_terminal(
+    base: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["base", *FEW, f"out={base}"]
+    assert evaluate.main(words) == 0
+    said = json.loads(capsys.readouterr().out.splitlines()[-1])
+    whole = document(base)
+    assert said["out"] == str(base) and said["num_items"] == 5
+    assert said["arms"].keys() == whole["arms"].keys()
+    assert said["arms"]["policy"]["top1"] == whole["arms"]["policy"]["metrics"]["top1"]
+    assert said["paired"]["policy - single"].items() <= whole["paired"]["policy - single"].items()
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    assert evaluate.main(words) == 0
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last == f"all numbers, for programs: {base / 'evaluation.json'}"

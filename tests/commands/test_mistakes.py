@@ -154,6 +154,57 @@ MISTAKES = [
     ("evaluate", f"completions={{here}}/none.jsonl {CLINIC}", "there is no such file"),
     ("evaluate", f"completions= {CLINIC}", "name one thing to measure"),
     ("evaluate", "base", "choose an experiment"),
+    # how words are written
+    ("train", f"{CLINIC} train.steps:3", "has no =: did you mean train.steps=3?"),
+    ("train", f"{CLINIC} \N{EM DASH}seed=3", "not that of a keyboard"),
+    ("train", f"{CLINIC} --cfg=job", "write --cfg job, two words"),
+    ("train", f"{CLINIC} --resume", "the same command goes on where a run stopped"),
+    ("train", f"{CLINIC} resume=true", "leave it out, the same command goes on"),
+    ("train", f"{CLINIC} model.trainable='^norm", "Hydra cannot read that"),
+    ("train", f"{CLINIC} model.lr=", "model.lr=: the value '' of type"),
+    ("train", f"{CLINIC} train=3", "train is a section, and its keys are set, such as train."),
+    ("train", f"{CLINIC} +experiment=medqa", "one of the two can be chosen"),
+    ("train", "++experiment=clinic", "are chosen without ++, write +experiment=clinic"),
+    ("train", "+experiment=clinic.yaml", "are chosen by their names, write +experiment=clinic"),
+    (
+        "train",
+        "+experiment=conf/experiment/clinic.yaml",
+        "by their names, write +experiment=clinic",
+    ),
+    ("train", f"{CLINIC} model=models/llama", "there is no conf/model/models/llama.yaml"),
+    ("train", f"{CLINIC} own.jsonl", "did you mean data.path=own.jsonl?"),
+    ("ask", f"{RUN} hello question=what", "question is written without its name"),
+    ("ask", "embedded hello algo.temperature=0,7", "one value is wanted, with a decimal point"),
+    ("ask", "embedded hello +experiment=medqa", "embedded knows the clinic alone"),
+    ("evaluate", f"{RUN} seed=0,1", "seed: the value '0,1' of type"),
+    ("evaluate", f"{RUN} completions=x.jsonl", "are two: name one thing to measure"),
+    ("show", f"{RUN} step=9", "no completion is of step=9; there are 0, 1"),
+    ("show", f"{RUN} prompt=nobody", "has 'nobody' in its id: without prompt= some are shown"),
+    # a folder where a file is wanted, and the other way round
+    ("train", f"{CLINIC} out=", "out= has no value: name a folder, or leave it out"),
+    ("train", f"{CLINIC} run_dir=", "run_dir= has no value"),
+    ("train", f"{CLINIC} out=own.jsonl", "own.jsonl is a file: choose another out="),
+    ("train", f"{CLINIC} run_dir=own.jsonl", "cannot be a run's folder, it is a file"),
+    ("sft", f"{CLINIC} run_dir=own.jsonl", "cannot be a run's folder, it is a file"),
+    ("report", f"{RUN} out=own.jsonl", "nothing can be written into own.jsonl"),
+    ("report", f"{RUN} {RUN}", "is named twice"),
+    ("evaluate", f"{RUN}/checkpoints", "did you mean {runs}/clinic/seed0?"),
+    ("show", f"{RUN}/eval.json", "did you mean {runs}/clinic/seed0?"),
+    ("evaluate", f"completions={{here}} {CLINIC}", "is a folder: name a file in it"),
+    ("tasks", "own.jsonl model=embedded", "did you mean jsonl data.path=own.jsonl?"),
+    ("tasks", "jsonl own.jsonl model=embedded", "did you mean data.path=own.jsonl?"),
+    # a file's name, rows and columns
+    ("tasks", "jsonl model=embedded data.path=owns.jsonl", "did you mean own.jsonl?"),
+    ("tasks", "jsonl model=embedded data.path=*.parquet", "is not there: name one file"),
+    ("tasks", "jsonl model=embedded data.path=array.jsonl", "wants a name that ends in .json"),
+    ("tasks", "jsonl model=embedded data.path=other.csv", "(it has Question, answer)"),
+    ("tasks", "jsonl model=embedded data.path=latin.csv", "save it in UTF-8"),
+    ("tasks", "jsonl model=embedded data.path=empty.jsonl", "empty.jsonl holds no rows"),
+    ("train", f"{CLINIC} data.train_split=test", "what is trained on cannot be held out"),
+    ("fetch", "smollm2", "did you mean smollm2-135m?"),
+    ("fetch", "https://huggingface.co/Qwen/Qwen3-0.6B", "name the hub id, Qwen/Qwen3-0.6B"),
+    ("fetch", "./qwen", "is a folder: it needs no fetching"),
+    ("fetch", "model=smollm2-135m", "model is written without its name"),
 ]
 
 
@@ -184,6 +235,10 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name, row in rows.items():
         (tmp_path / f"{name}.jsonl").write_text(json.dumps(row) + "\n")
     (tmp_path / "table.jsonl").write_text("question,golds\nName a planet,Mars\n")
+    (tmp_path / "array.jsonl").write_text(json.dumps([rows["own"]]))
+    (tmp_path / "other.csv").write_text("Question,answer\nName a planet,Mars\n")
+    (tmp_path / "latin.csv").write_text("question,golds\nK\xe4se?,ja\n", encoding="latin-1")
+    (tmp_path / "empty.jsonl").write_text("")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     return tmp_path
@@ -210,3 +265,18 @@ def test_a_mistake_is_one_sentence_with_its_remedy(
     assert said.err.startswith("error: ") and said.err.count("\n") == 1
     assert sentence.format(**places) in said.err
     assert sorted(runs.rglob("*")) == before and not (here / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("command", "words", "sentence"),
+    [
+        ("train", [CLINIC, "train.steps=3 seed=1"], "several words in one: each stands alone"),
+        ("ask", ["embedded", " "], "the question is empty"),
+        ("ask", ["what is it?", "embedded"], "is no policy: first the run"),
+    ],
+)
+def test_spaces(
+    command: str, words: list[str], sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert importlib.import_module(f"mar.{command}").main(words) == 2
+    assert sentence in capsys.readouterr().err

@@ -147,3 +147,25 @@ def test_drawn_questions_are_always_new(monkeypatch):
     asked = [example.question for step in range(7) for example in questions.of(step)]
     assert len(set(asked)) == len(asked) == 14
     assert [example.question for example in questions.of(4)] == asked[8:10]
+
+
+def test_few_questions_of_which_one_is_held_out(tmp_path):
+    rows = [{"question": f"What is {n} plus 1?", "golds": [str(n + 1)]} for n in range(8)]
+    files = []
+    for name, some in (("train", rows[1:]), ("held_out", rows[:1])):
+        files.append(tmp_path / f"{name}.jsonl")
+        files[-1].write_text("".join(json.dumps(row) + "\n" for row in some))
+    train(
+        [
+            "+experiment=jsonl",
+            "model=embedded",
+            f"data.train_path={files[0]}",
+            f"data.eval_path={files[1]}",
+            f"run_dir={tmp_path / 'warm'}",
+            "sft.mixture=short",
+            "sft.steps=2",
+            "sft.batch=2",
+        ]
+    )
+    measured = [row for row in read_jsonl(tmp_path / "warm/sft.jsonl")[0] if "named" in row]
+    assert measured and not any("constant@3" in row for row in measured)

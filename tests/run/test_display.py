@@ -70,6 +70,9 @@ def test_phases_have_a_bar_alone_and_beside_the_steps() -> None:
         for _ in range(3):
             tick("whatever", "comes")
     assert "eval before 0/3" in out.getvalue()
+    with display.counting("nothing left", 0):
+        pass
+    assert "nothing left" not in out.getvalue()
     with display:
         display.step(1, {"reward/total": 0.25})
         with display.counting("eval step 1", 2) as tick:
@@ -128,3 +131,15 @@ def test_a_busy_machine_gets_one_hint(
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     assert said(3.5) == ""
     assert os.environ["OMP_NUM_THREADS"] == "1"
+
+
+def test_a_table_fits_and_is_whole_in_a_pipe(capsys: pytest.CaptureFixture[str]) -> None:
+    columns = {name: {"repeats_per_set": [0.5, 0.4, 0.6]} for name in ("policy", "base", "single")}
+    columns |= dict.fromkeys(("prompted_k", "verbalized"), columns["base"])
+    display, out = live_display(80)
+    display.table("end", columns, ["repeats_per_set"])
+    lines = out.getvalue().splitlines()
+    # One line for each row, with every number beside its interval.
+    assert len(lines) == 3 and lines[2].count("0.500 ±0.100") == 5
+    Display("plain", 0, 0).table("end", columns, ["repeats_per_set"])
+    assert capsys.readouterr().out.count("0.500 ±0.100") == 5

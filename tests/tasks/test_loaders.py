@@ -341,7 +341,7 @@ def test_a_cell_that_says_none_is_a_word(tmp_path):
         ("a.jsonl", b"PAR1....", r"let its name end in \.parquet"),
         ("a.parquet", b"PAR1....", "no readable parquet table"),
         ("a.csv", b'question\n"x', "no readable table .* near line"),
-        ("a.csv", "question\ncaf\u00e9".encode("latin-1"), "no readable table .*utf-8"),
+        ("a.csv", "question\ncaf\u00e9".encode("latin-1"), "is not in UTF-8 .*utf-8"),
         ("a.csv", b"question,golds\nx,y\na\n", r"a\.csv\[1\] has 1 cells for 2 columns"),
         ("a.csv", b"question;golds\nx;y\n", "has one column, 'question;golds'"),
         ("a.csv", b"question,question\nx,y\n", "two columns 'question'"),
