@@ -103,7 +103,7 @@ def beside_the_cpu(place: Place, document: dict[str, Any], record: Record) -> No
 def export(run: Path, exported: Path, record: Record) -> None:
     """The exported policy in transformers: it is read, and writes finite logits."""
     done = subprocess.run(
-        command("mar.export", str(run), str(exported)),
+        command("mar.export", str(run), f"out={exported}"),
         cwd=ROOT,
         capture_output=True,
         text=True,

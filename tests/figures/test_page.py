@@ -520,7 +520,7 @@ def test_show(runs: list[Path], capsys: pytest.CaptureFixture[str]) -> None:
         and "Skipped 1 broken line(s)" in " ".join(said.split())
     )
     for words, expected in (
-        (["step=9"], "steps [0] to [3]"),
+        (["step=9"], "there are 0, 1, 2, 3"),
         (["step=3", "prompt=nobody"], "'nobody'"),
     ):
         assert show.main([str(runs[1]), *words]) == 2

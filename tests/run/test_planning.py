@@ -48,7 +48,9 @@ TINY = ModelConfig("LlamaForCausalLM", 96, 8, 12, 2, 2, 1, 4)  # untied, no bias
 
 
 def planned(*words: str) -> dict:
-    return plan(compose(["+experiment=paper", "scale=h100x8", *words]))
+    has_scale = any(word.startswith("scale=") for word in words)
+    scale = [] if has_scale else ["scale=h100x8"]
+    return plan(compose(["+experiment=paper", *scale, *words]))
 
 
 @pytest.mark.parametrize("name, parameters", PUBLISHED.items())
