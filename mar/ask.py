@@ -16,6 +16,7 @@ from mar.config import number, option
 from mar.errors import UserError
 from mar.files import jsonable
 from mar.run.asking import AnswerSet, AskedPolicy, open_policy, pool
+from mar.run.console import printable
 from mar.run.words import Command, Words, run_command
 from mar.tasks.loading import Source
 from mar.tasks.registry import get_task
@@ -61,14 +62,9 @@ def questions(policy: AskedPolicy, console: Console) -> Iterator[str]:
             yield line or str(example)
 
 
-def visible(text: str) -> str:
-    """Control characters are shown, not obeyed: a model wrote this."""
-    return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in text)
-
-
 def bar_line(name: str, value: float | None, note: str = "") -> Text:
     """A name, a number from 0 to 1 and its bar."""
-    line = Text(f"  {visible(name):32.32} ")
+    line = Text(f"  {printable(name):32.32} ")
     if value is not None:
         filled = round(BAR_WIDTH * min(max(value, 0.0), 1.0))
         line.append(f"{value:.2f} ", "bold")
@@ -81,14 +77,14 @@ def bar_line(name: str, value: float | None, note: str = "") -> Text:
 def show_set(answers: AnswerSet, console: Console) -> None:
     if answers.reason:
         console.print(Text(f"  the completion breaks the form ({answers.reason}):", "yellow"))
-        console.print(Text(f"  {visible(answers.text)}", "dim"))
+        console.print(Text(f"  {printable(answers.text)}", "dim"))
         return
     for answer, confidence in zip(answers.answers, answers.confidences, strict=True):
         console.print(bar_line(str(answer), confidence))
 
 
 def show(question: str, sets: Sequence[AnswerSet], console: Console) -> None:
-    console.print(Text(f"\n{visible(question)}", "bold"))
+    console.print(Text(f"\n{printable(question)}", "bold"))
     if len(sets) == 1:
         show_set(sets[0], console)
         return

@@ -14,6 +14,7 @@ from rich.text import Text
 from mar.config import number, option
 from mar.errors import UserError
 from mar.files import rows_of_jsonl, skipped_lines
+from mar.run.console import printable
 from mar.run.folder import require_run
 from mar.run.words import Command, Words, run_command
 
@@ -62,11 +63,6 @@ def verdict(row: Row, slot: int) -> str:
     return "wrong"
 
 
-def escaped(text: str) -> str:
-    """Control characters are shown, not obeyed."""
-    return "".join(c if c.isprintable() or c == "\n" else f"\\x{ord(c):02x}" for c in text)
-
-
 def render_completion(row: Row) -> Text:
     """What a completion earned, its thoughts, and its answers in colour.
 
@@ -80,7 +76,8 @@ def render_completion(row: Row) -> Text:
     out.append(f"  {reason}\n" if reason else "\n", style="bold yellow")
     text = row["text"] if reason else row["text"].rpartition("</think>")[0]
     if text:
-        out.append(f"      {escaped(text)}\n", style="dim not bold")
+        shown = printable(text, keep="\n")
+        out.append(f"      {shown}\n", style="dim not bold")
     for slot, answer in enumerate(row["answers"]):
         if answer is None:
             continue
@@ -136,7 +133,8 @@ def show(run: Path, step: int | None, prompt: str, console: Console) -> None:
         first = group[0]
         title = f"\n{first['id']}  step {first['step']}, {first['stage']}"
         console.print(Text(title, style="bold underline"))
-        console.print(Text(escaped(f"{first['question']}  -> {', '.join(first['targets'])}")))
+        asked = f"{first['question']}  -> {', '.join(first['targets'])}"
+        console.print(Text(printable(asked, keep="\n")))
         for row in group:
             console.print(render_completion(row))
     others = f"others: python -m mar.show {run} step=... prompt=..., up to step {last_step}"

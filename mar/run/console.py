@@ -35,9 +35,9 @@ def format_metric(value: float | Sequence[float | None] | None) -> str:
     return f"{value:.1f}" if abs(value) >= 10 else f"{value:.3f}"
 
 
-def printable(text: str) -> str:
-    """Control characters are shown, not obeyed: somebody else wrote this."""
-    return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in text)
+def printable(text: str, keep: str = "") -> str:
+    """Control characters are shown, not obeyed: somebody else wrote this. `keep`: those to leave."""
+    return "".join(c if c.isprintable() or c in keep else f"\\x{ord(c):02x}" for c in text)
 
 
 def clock(seconds: float) -> str:
