@@ -61,6 +61,8 @@ BEST_ANSWER = [
 ]
 # Without a lag, and with one update a step, all ratios are 1.
 LAG = ["algo.lag=8"]
+# Only thoughts can be made shorter here: the answers of a form take what they take.
+THINKING = ["model.thinking=true"]
 # Rewards of 0 and 1.
 SINGLE = [
     "reward=rlvr_single",
@@ -90,6 +92,8 @@ SETTINGS = {
     "lag": LAG,
     "lag, masked": [*LAG, "algo.importance=masked"],
     "lag, DPPO": [*LAG, "algo.loss=dppo"],
+    "thinking": THINKING,
+    "thinking, length": [*THINKING, "reward.terms.length=1"],
 }
 
 
