@@ -60,8 +60,16 @@ def run(words: Words[NoOptions]) -> None:
         examples = load_data(config, split, num, config.seed, display)
         if not prompts:
             first = config.data.request_first
+            explain = config.model.explain_decimals
             prompts = [
-                build_prompt(example, grammar, tokenizer, noun, request_first=first)
+                build_prompt(
+                    example,
+                    grammar,
+                    tokenizer,
+                    noun,
+                    request_first=first,
+                    explain_decimals=explain,
+                )
                 for example in examples
             ]
         display.say(f"{split}: {_summary(examples)}")
