@@ -57,6 +57,11 @@ INTERVAL = re.compile(
 # HBsAg (-), and (+)-catechin; Rh(D)+
 RESULT = re.compile(r"\(\s?([-+\u2212])\s?\)-?|(?<=[\])])([-+\u2212])(?!\S)")
 
+# -x, -\\frac{1}{2} and -(x+1): the minus of a whole formula. (- A is a list's dash.)
+MINUS = re.compile(
+    r"^(\s*\$*)[-\u2212](?:\s?(?=\\[A-Za-z]|[({])|(?=[^\W\d_](?![^\W_])))(?!\s?\([^\W\d_]{3})"
+)
+
 SUPERSCRIPTS = re.compile("[\u2070\u00b9\u00b2\u00b3\u2074-\u207b]+")
 
 
@@ -409,6 +414,7 @@ def _one_pass(text: str) -> str:
     """Every rule once, in order."""
     text = INTERVAL.sub(_interval, text)
     text = RESULT.sub(_result, text)
+    text = MINUS.sub(r"\1negative ", text)
     # 10\u207b\u2075 has one exponent
     powers = SUPERSCRIPTS.sub(lambda run: "^" + unicodedata.normalize("NFKD", run[0]), text)
     folded = " ".join(powers.translate(FOLDING).replace("&", " and ").split())

@@ -409,6 +409,14 @@ Rh(D)- @ Rh(D)
 (+)-catechin @ (-)-catechin
 ER(+)/PR(-) @ ER(-)/PR(+)
 D(-)-lactate @ D(+)-lactate
+-x @ x
+\u2212x @ x
+-x+1 @ x+1
+-(x+1) @ x+1
+-\\frac{1}{2} @ \\frac{1}{2}
+$-\\sqrt{2}$ @ \\sqrt{2}
+-\\infty @ \\infty
+- \\pi @ \\pi
 """
 
 
@@ -461,6 +469,9 @@ Na+ @ Na +
 O- @ O -
 65+ @ 65 +
 HBsAg (+) @ HBsAg positive @ HBsAg(+)
+- flu @ flu
+- A @ A
+-{5} @ -5 @ -(5) @ minus 5
 HBsAg (-) @ HBsAg negative @ HBsAg (\u2212)
 $5 @ $ 5 @ 5$ @ 5 dollars @ $5.00
 $5 million @ 5 million dollars @ $5 Million
