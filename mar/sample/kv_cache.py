@@ -243,8 +243,15 @@ def _moved_to_front(entries: Tensor, slots: Tensor) -> Tensor:
 
 
 def _mix_cpu(q: Tensor, keys: Tensor, values: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    """`_mix` in one operator."""
-    mixed, lse = cpu_attention(q, keys, values, False, bias)
+    """`_mix` in one operator.
+
+    The operator rounds what it returns to the type of its operands. Two parts of bfloat16, merged
+    and rounded again, would be rounded twice, so they are computed in float32.
+    """
+    precise = torch.promote_types(q.dtype, torch.float32)
+    mixed, lse = cpu_attention(
+        q.to(precise), keys.to(precise), values.to(precise), False, bias.to(precise)
+    )
     return mixed, lse[..., None]
 
 
