@@ -262,6 +262,9 @@ def _mix(q: Tensor, keys: Tensor, values: Tensor, bias: Tensor) -> tuple[Tensor,
     wider, and so are the scores: the trainer's fused attention rounds none of them either.
     """
     scores = (precise_product(q, keys.mT) * q.shape[-1] ** -0.5).add_(bias)
-    lse = scores.logsumexp(-1, keepdim=True)
-    weights = scores.sub_(lse).exp_().to(q.dtype)
+    log_weights = scores.log_softmax(-1)
+    # log_weights = scores - lse at every entry, and the first is hidden from no row. A GPU takes
+    # nine kernels for `logsumexp`, and log_softmax one.
+    lse = scores[..., :1] - log_weights[..., :1]
+    weights = log_weights.exp_().to(q.dtype)
     return precise_product(weights, values), lse
