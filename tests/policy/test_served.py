@@ -1,7 +1,7 @@
 """What vLLM's reader asks of a folder that `save_model` and `mar.export` write, for every family.
 
-vLLM is not installed here. Its reader was read (`vllm/model_executor/models`, `registry.py`,
-`transformers_utils/config.py`, `sampling_params.py`), and each test holds one thing that it needs.
+vLLM is not installed here and was not run. Parts of its reader were read (the model classes, the
+registry, the config and the sampling defaults), and each test holds one thing that they need.
 """
 
 import json
