@@ -47,13 +47,20 @@ resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))
 def read(text):
     return parse(f"${text}$", [LatexExtractionConfig()], parsing_timeout=None)
 
+def primes(text):
+    return text.count("'") + text.count("prime")
+
+def is_equal(name, answer, said):
+    # math-verify reads x' as x
+    return primes(name) == primes(answer) and verify(read(name), said, timeout_seconds=None)
+
 print("ready", flush=True)
 for line in sys.stdin:
     answer, golds = json.loads(line)
     said = read(answer)
     equal = []
     for index, names in enumerate(golds):
-        if any(verify(read(name), said, timeout_seconds=None) for name in names):
+        if any(is_equal(name, answer, said) for name in names):
             equal.append(index)
     print(json.dumps(equal), flush=True)
 """

@@ -23,6 +23,7 @@ pytest.importorskip("math_verify")
         ("y=2x", "y = 2x"),
         ("sqrt(8)", "2\\sqrt{2}"),
         ("three", "3"),
+        ("2x'+x'", "3x'"),
     ],
 )
 def test_equal(answer, gold):
@@ -40,6 +41,9 @@ def test_equal(answer, gold):
         ("x y", "x - y"),
         ("2 x", "2-x"),
         ("a b", "a-b"),
+        ("x'", "x"),
+        ("f'(x)", "f(x)"),
+        ("y^{\\prime}", "y"),
     ],
 )
 def test_a_sign_that_words_lose_is_a_part_of_a_formula(answer, gold):
