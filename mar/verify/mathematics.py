@@ -38,7 +38,7 @@ Case = tuple[str, tuple[str, ...]]
 
 # reads [answer, names of each gold] a line, writes the indices of the golds that are equal
 CHILD = """
-import json, logging, resource, sys
+import json, logging, re, resource, sys
 from math_verify import LatexExtractionConfig, parse, verify
 
 logging.disable()
@@ -48,7 +48,8 @@ def read(text):
     return parse(f"${text}$", [LatexExtractionConfig()], parsing_timeout=None)
 
 def primes(text):
-    return text.count("'") + text.count("prime")
+    # which derivatives are named
+    return set(re.findall("'+", text.replace("\\\\prime", "'")))
 
 def is_equal(name, answer, said):
     # math-verify reads x' as x

@@ -43,6 +43,7 @@ def test_equal(answer, gold):
         ("a b", "a-b"),
         ("x'", "x"),
         ("f'(x)", "f(x)"),
+        ("y''", "y'"),
         ("y^{\\prime}", "y"),
     ],
 )
