@@ -28,7 +28,7 @@ from mar.records import Example, Prompt
 from mar.run import checkpoint
 from mar.run.compose import compose, load_config
 from mar.run.console import Display
-from mar.run.evaluation_folder import ITEMS_FILE
+from mar.run.evaluation_folder import ITEMS_FILE, find_earlier
 from mar.run.folder import no_run
 from mar.run.from_run import model_of
 from mar.run.setup import (
@@ -386,6 +386,16 @@ def read_other(folder: Path, out: Path) -> list[Item]:
             f"{path} has no answers yet: run python -m mar.evaluate {folder} to its end"
         )
     return items
+
+
+def require_another(folder: Path, out: Path, protocol: Mapping[str, Any]) -> None:
+    """Raises UserError where the other evaluation is this one, which moved aside and comes back."""
+    earlier = find_earlier(out, protocol)
+    if earlier is not None and earlier.resolve() == folder.resolve():
+        raise UserError(
+            f"against={folder} is an evaluation with the same settings, which comes back to {out}: "
+            "leave against= out, or choose another out="
+        )
 
 
 def require_common(folder: Path, others: Sequence[Item], ids: Collection[str]) -> None:
