@@ -28,7 +28,7 @@ BAR_WIDTH = 24
 class AskOptions:
     """Words of this command alone."""
 
-    samples: int = number(1, low=1, help="answer sets of a question, which are pooled")
+    samples: int = number(1, low=1, high=9999, help="answer sets of a question, which are pooled")
     seed: int = number(0, low=0, help="of the draws")
     json: bool = option(False, help="true: one JSON document a question")
 
@@ -127,6 +127,7 @@ COMMAND = Command(
     about=__doc__,
     places="POLICY [QUESTION]",
     options=AskOptions,
+    unread=("train.", "optim.", "checkpoint.", "eval."),
     settings=("algo.temperature", "model.max_completion_tokens", "device"),
     examples=(
         'runs/medqa/seed0 "Female, 50 to 64. Reports cough. What is the condition?"',

@@ -230,6 +230,7 @@ COMMAND = Command(
     about=__doc__,
     places="[RUN|FOLDER|base]",
     options=EvaluateOptions,
+    unread=("train.", "optim.", "checkpoint."),
     settings=("eval.num_items", "data.eval_split", "data.path", "seed", "device"),
     examples=(
         "runs/medqa/seed0 eval.num_items=500",

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from mar.config import option
 from mar.errors import UserError
-from mar.run.evaluation_folder import require_writable
+from mar.run.evaluation_folder import make_folder
 from mar.run.folder import no_run
 from mar.run.words import Command, Words, run_command
 
@@ -36,9 +36,7 @@ def run(words: Words[ReportOptions]) -> None:
         raise UserError(f"out={out}: name the folder in which report.html is written")
     if len(paths) == 2 and paths[0].resolve() == paths[1].resolve():
         raise UserError(f"{paths[0]} is named twice: name it once, or another run beside it")
-    require_writable(out or paths[0])
-    if out:
-        out.mkdir(parents=True, exist_ok=True)
+    make_folder(out or paths[0])
     name = "report.html" if len(paths) == 1 else "report_of_two.html"
     print(write_report(paths, (out or paths[0]) / name))
 

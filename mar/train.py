@@ -340,6 +340,11 @@ def start(words: Words[NoOptions]) -> int:
     values = {word for flag in flags for word in HYDRA_FLAGS[flag]}
     settings = [word for word in words.settings if word not in flags and word not in values]
     of_hydra = [word for word in words.settings if word not in settings]
+    modes = [flag for flag in dict.fromkeys(flags) if flag != "--resolve"]
+    if len(modes) > 1:
+        raise UserError(
+            f"{modes[0]} and {modes[1]}: one of the two can be chosen, leave the other out"
+        )
     if {"-m", "--multirun"} & set(flags):
         require_choice(settings)
         check_sweep(settings)

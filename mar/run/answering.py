@@ -39,6 +39,7 @@ from mar.run.setup import (
     sampling_params,
     verifier_of,
 )
+from mar.run.words import known_model
 from mar.sample.draws import SamplingParams
 from mar.sample.rollout import Decode, make_decode
 from mar.verify.programs import ProgramRunner
@@ -86,6 +87,9 @@ def find_target(
         default_out = folder
     elif name and name != "base":
         if not (folder / "config.json").is_file():
+            model = known_model(name)
+            if model and not folder.exists():
+                raise UserError(f"{name} is a model, untrained: write base {model} +experiment=...")
             raise UserError(no_run(folder, ", a checkpoint (config.json) or base"))
         composed = compose(["model=hf", f"model.path={folder.resolve()}", *settings])
         config = announce(composed, display)
@@ -363,6 +367,9 @@ def read_other(folder: Path, out: Path) -> list[Item]:
     Raises UserError where there is none that can be read.
     """
     path = folder / ITEMS_FILE
+    is_run = (folder / "config.yaml").is_file()
+    if not path.is_file() and not is_run:
+        raise UserError(f"against={no_run(folder, ' or the folder of an evaluation')}")
     if not path.is_file():
         raise UserError(f"{path} does not exist: run python -m mar.evaluate {folder} first")
     if folder.resolve() == out.resolve():

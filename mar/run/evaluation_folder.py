@@ -28,6 +28,15 @@ def require_writable(folder: Path) -> None:
         raise UserError(f"out={folder}: nothing can be written into {nearest}; choose another out=")
 
 
+def make_folder(folder: Path) -> None:
+    """Make a folder with all above it. Raises UserError where that is not possible."""
+    require_writable(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"out={folder} cannot be made ({error}): choose another out=") from None
+
+
 @contextmanager
 def claimed(
     folder: Path, protocol: Mapping[str, Any], say: Callable[[str], object]
@@ -36,8 +45,7 @@ def claimed(
 
     Raises UserError while another process measures into it.
     """
-    require_writable(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     with lock(folder / "evaluation", remedy="wait for it, or choose another out="):
         make_current(folder, protocol, say)
         yield

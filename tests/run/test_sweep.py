@@ -154,8 +154,8 @@ def test_the_words_of_a_sweep_come_in_any_order(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(sys, "argv", ["mar.train"])
     monkeypatch.setattr(train, "SWEEP", Sweep())
     monkeypatch.setattr(train, "with_hydra", lambda: seen.append(sys.argv[1:]))
-    assert train.main(["+experiment=clinic", "-m", "seed=0,1", "--cfg", "job"]) == 0
-    assert seen == [["-m", "--cfg", "job", "+experiment=clinic", "seed=0,1"]]
+    assert train.main(["+experiment=clinic", "-m", "seed=0,1"]) == 0
+    assert seen == [["-m", "+experiment=clinic", "seed=0,1"]]
 
 
 @pytest.mark.parametrize("how", ["outcome", "exception", "signal in the last step", "between"])
