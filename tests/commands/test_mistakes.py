@@ -205,6 +205,11 @@ MISTAKES = [
     ("fetch", "https://huggingface.co/Qwen/Qwen3-0.6B", "name the hub id, Qwen/Qwen3-0.6B"),
     ("fetch", "./qwen", "is a folder: it needs no fetching"),
     ("fetch", "model=smollm2-135m", "model is written without its name"),
+    (
+        "train",
+        "+experiment=jsonl model=embedded data.path=own.jsonl data.train_split=trian",
+        "no split 'trian': it has train, validation, test",
+    ),
     # ranges, lists and brackets
     ("train", f"{CLINIC} seed=0..2", 'several runs are a sweep, -m ... "seed=0,1,2"'),
     ("train", f"-m {CLINIC} seed=0-99", '-m ... "seed=range(0,100)"'),
@@ -337,3 +342,22 @@ def test_spaces(
 ) -> None:
     assert importlib.import_module(f"mar.{command}").main(words) == 2
     assert sentence in capsys.readouterr().err
+
+
+def test_a_look_at_own_rows_shows_how_their_golds_were_read(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = ["a", "b", "c", "d", "e", "f"]
+    rows = [
+        {"question": "Which one?", "golds": [{"name": "a", "aliases": ["A.", "alpha"]}]},
+        {"question": "Heads?", "golds": [{"name": n, "probability": 1 / 6} for n in names]},
+        {"question": "Not a list?", "golds": ["dog|cat"]},
+    ]
+    for name, some in (("rows", rows), ("held", [{"question": "Other?", "golds": ["x"]}])):
+        lines = [json.dumps(row) + "\n" for row in some]
+        (here / f"{name}.jsonl").write_text("".join(lines))
+    words = "jsonl model=embedded data.train_path=rows.jsonl data.eval_path=held.jsonl"
+    assert importlib.import_module("mar.tasks.__main__").main(words.split()) == 0
+    said = capsys.readouterr().out
+    assert "golds: a (also A., alpha)\n" in said and "golds: dog|cat\n" in said
+    assert "golds: a 0.17; b 0.17; c 0.17; d 0.17; e 0.17; and 1 more\n" in said
