@@ -186,7 +186,7 @@ class Decided:
     first_open: Tensor  # [B, S]
     # [B, C] bool: decided where a confidence closes, and not where an answer does
     confidence_components: Tensor
-    # [B, S] bool: the segment writes a confidence
+    # [B, S] bool: the segment writes a confidence, or thinks about them (<analysis>)
     confidence_segments: Tensor
 
 

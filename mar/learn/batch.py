@@ -32,7 +32,7 @@ class Batch:
     term_weights: Tensor  # [B, terms] float64
     first_open: Tensor  # [B, S]
     confidence_components: Tensor  # [B, C] bool: decided where a confidence closes
-    confidence_segments: Tensor  # [B, S] bool: writes a confidence
+    confidence_segments: Tensor  # [B, S] bool: writes a confidence, or thinks about them
     segment_ids: Tensor  # [B, T]
     completion_mask: Tensor  # [B, T] bool
     loss_mask: Tensor  # [B, T] bool: drawn tokens only, without those that the sampler put in

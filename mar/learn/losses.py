@@ -31,7 +31,9 @@ class LossInputs:
     logprobs: Tensor  # log pi(token), with gradient
     advantages: Tensor  # A
     weights: Tensor  # w: `token_weights`, times the importance weights where these are asked for
-    old_logprobs: Tensor  # log pi_old(token), of the policy that sampled
+    # log pi_old(token): of the policy that sampled, or with importance weights (which account for
+    # algo.lag) of the one before the step's first update
+    old_logprobs: Tensor
     rows: Tensor  # the completion that a token belongs to
     clip_low: float = 0.2  # how far the ratio may fall below 1
     clip_high: float = 0.2  # how far it may rise above 1
@@ -362,7 +364,8 @@ KL_ESTIMATORS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 # what is logged as `policy/<name>` by the functions of this file -> its line in the glossary,
 # mar/measure/README.md
 MEANINGS = {
-    "approx_kl": "KL from the policy that sampled, mean of r - 1 - log r",
+    "approx_kl": "KL from the policy of the loss's ratio r (the one that sampled; with importance "
+    "weights the one before the step's first update), mean of r - 1 - log r",
     "clip_frac": "share of tokens whose ratio is outside the clip bounds",
     "ratio_max": "largest ratio r",
     "masked_frac": "share of tokens that the mask of `algo.loss=dppo` leaves out",

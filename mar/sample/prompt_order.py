@@ -1,5 +1,6 @@
 """Which questions a training step asks: a function of the seed and the step alone."""
 
+import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -9,6 +10,10 @@ from typing import TypeVar
 import numpy as np
 
 from mar.records import Prompt
+
+# The thread that makes prompts begins so much later than it is asked to. Two threads of Python take
+# turns of 5 ms: without it a step would often wait for such a turn.
+GIVE_WAY_S = 0.02
 
 T = TypeVar("T")
 
@@ -50,11 +55,15 @@ class PromptOrder:
             prompts = self._ahead[step].result()
         else:
             prompts = self._made(step)
-        self._ahead = {step + 1: self._maker.submit(self._made, step + 1)}
+        self._ahead = {step + 1: self._maker.submit(self._made_later, step + 1)}
         return prompts
 
     def _made(self, step: int) -> list[Prompt]:
         return items_of_step(self.prompts, step, self.per_step, self.seed)
+
+    def _made_later(self, step: int) -> list[Prompt]:
+        time.sleep(GIVE_WAY_S)
+        return self._made(step)
 
     def out_of_turn(self, step: int, attempt: int, num: int) -> list[Prompt]:
         """`num` of the `per_step` prompts drawn at random for a step whose own taught nothing

@@ -1,11 +1,12 @@
 """Which prompts a step asks: all of them once an epoch, by the seed and the step alone."""
 
 import threading
+from types import SimpleNamespace
 
 import pytest
 
 from mar.errors import UserError
-from mar.sample.prompt_order import PromptOrder, order_of_epoch
+from mar.sample.prompt_order import GIVE_WAY_S, PromptOrder, order_of_epoch
 
 
 def test_every_epoch_asks_all_prompts_once_in_an_order_of_its_own():
@@ -74,3 +75,21 @@ def test_prompts_out_of_turn_are_made_as_far_as_they_are_needed():
     first = asked.out_of_turn(0, 1, 1)
     assert len(prompts.makers) == 1
     assert first == PromptOrder(range(10), 4, 5).out_of_turn(0, 1, 4)[:1]
+
+
+def test_the_thread_does_not_begin_while_a_step_is_asked_for(monkeypatch):
+    slept = []
+    returned = threading.Event()
+
+    def sleep(seconds):
+        slept.append(seconds)
+        assert returned.wait(10)
+
+    monkeypatch.setattr("mar.sample.prompt_order.time", SimpleNamespace(sleep=sleep))
+    prompts = Slow()
+    asked = PromptOrder(prompts, per_step=2, seed=3)
+    asked.of_step(0)
+    assert set(prompts.makers) == {threading.current_thread()}
+    returned.set()
+    asked.of_step(1)
+    assert slept[0] == GIVE_WAY_S
