@@ -527,7 +527,7 @@ def broken_inputs(tmp_path: Path, trained: Path) -> dict[str, tuple[list[str], s
         "empty set": (["base", "+experiment=clinic", *own], "tiny.jsonl"),
         "not evaluated": (
             [str(trained), "k=3", "arms=policy", f"against={tmp_path}", f"out={tmp_path}/o"],
-            "python -m mar.evaluate",
+            "or the folder of an evaluation",
         ),
     }
 
@@ -572,7 +572,7 @@ def test_what_is_refused_touches_nothing_and_measures_nothing(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     refused = {
         "device=cuda": "device=cuda",
-        f"against={tmp_path}/none": "python -m mar.evaluate",
+        f"against={tmp_path}/none": "is not there: name a run",
         f"against={elsewhere}": "damaged",
         f"against={others}": "other questions",
         f"against={tmp_path}": "evaluation~1",
