@@ -527,7 +527,7 @@ def broken_inputs(tmp_path: Path, trained: Path) -> dict[str, tuple[list[str], s
         "empty set": (["base", "+experiment=clinic", *own], "tiny.jsonl"),
         "not evaluated": (
             [str(trained), "k=3", "arms=policy", f"against={tmp_path}", f"out={tmp_path}/o"],
-            "or the folder of an evaluation",
+            "is a folder of 2 runs: name one of them",
         ),
     }
 
