@@ -90,6 +90,9 @@ class ModelOptions:
     max_prompt_tokens: int = number(MISSING, low=1)
     max_completion_tokens: int = number(MISSING, low=1)
     thinking: bool = MISSING
+    # The request says which decimals a confidence may be (mar/answers/prompts.py). false: the
+    # shorter words that the embedded model was trained on, and all models before there was a choice.
+    explain_decimals: bool = False
     # CPU threads; null: PyTorch's choice.
     threads: int | None = number(None, low=1)
 

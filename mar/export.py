@@ -100,7 +100,9 @@ def card(
         dtype=dtype,
         place="above" if config.data.request_first else "after",
         temperature=config.algo.temperature,
-        instructions=instructions(grammar, get_task(task).noun),
+        instructions=instructions(
+            grammar, get_task(task).noun, explain_decimals=config.model.explain_decimals
+        ),
         results=results,
         told_date=told_date,
     )

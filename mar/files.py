@@ -65,6 +65,9 @@ def rows_of_jsonl(path: Path, broken: list[str]) -> Iterator[dict[str, Any]]:
 
 def read_json_object(path: Path) -> dict[str, Any]:
     """One JSON object of a checkpoint folder. Raises UserError naming the file."""
+    if path.exists() and not path.is_file():
+        # a pipe would be waited for
+        raise UserError(f"{path} cannot be read (it is no file)")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

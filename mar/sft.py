@@ -3,7 +3,7 @@
 A model learns the form of the answers, and as far as a task tells it the probability of each, from
 exact targets (mar/learn/demonstrations.py): that of an answer is the posterior. All of its
 parameters are trained, or with model.lora_rank=12 adapters. The same command goes on where it was
-cut off. The folder then holds a checkpoint: model=hf model.path=<folder>.
+cut off. The folder then holds a checkpoint: its last line has the words to go on with.
 
 Every sft.eval_every steps the probability of every gold is computed for held-out questions, without
 drawing: what one answer and three answers cover, beside what constant answers and the posterior
@@ -23,7 +23,7 @@ import torch
 
 from mar.answers.grammar import FORMS
 from mar.answers.tokenizer import copy_tokenizer, load_tokenizer, num_tokens
-from mar.config import Config
+from mar.config import Config, ModelOptions
 from mar.files import append_jsonl, truncate_jsonl, write_jsonl
 from mar.learn.demonstrations import (
     PLAIN,
@@ -95,6 +95,7 @@ def draw_batch(
         mixture=mixture,
         hint=hint,
         rows=sft.rows,
+        explain_decimals=asking.explain_decimals,
     )
     return mixture, batch
 
@@ -136,7 +137,13 @@ def run(words: Words[SftOptions]) -> None:
     source, _ = model_of(options)
     tokenizer = load_tokenizer(source)
     noun = get_task(data.task).noun
-    asking = Asking(tokenizer, piece_encoder(tokenizer), noun, data.request_first)
+    asking = Asking(
+        tokenizer=tokenizer,
+        encode=piece_encoder(tokenizer),
+        noun=noun,
+        request_first=data.request_first,
+        explain_decimals=options.explain_decimals,
+    )
     held_out = HeldOut(config, sft.eval_items, display) if sft.eval_every else None
     taught = replace(config, data=replace(data, num_asked=sft.asked or data.num_asked))
     questions = Questions(taught, sft.batch, display)
@@ -202,7 +209,15 @@ def run(words: Words[SftOptions]) -> None:
         progress = Progress(done, time.perf_counter() - began, resumed.names)
         save_state(model, optimizers, progress, folder)
     save_checkpoint(model, folder, source, config, sft.dtype)
-    display.say(f"wrote {folder}, to go on with: model=hf model.path={folder} model.thinking=false")
+    display.say(f"wrote {folder}, to go on with: {words_to_go_on(folder, options)}")
+
+
+def words_to_go_on(folder: Path, model: ModelOptions) -> str:
+    """The settings with which a run asks the warmed-up model in the words of its demonstrations."""
+    words = [f"model=hf model.path={folder}", "model.thinking=false"]
+    if not model.explain_decimals:  # true in conf/model/hf.yaml
+        words.append("model.explain_decimals=false")
+    return " ".join(words)
 
 
 def told_words(words: Words[SftOptions]) -> list[str]:

@@ -53,12 +53,6 @@ DECOUPLED = ["algo.credit=decoupled", "reward.other=true"]
 # In place of an error of each slot, one score of the whole set.
 SIMPLEX = ["reward.brier_weight=0", "reward.terms.simplex_brier=1"]
 SPHERICAL = ["reward.brier_weight=0", "reward.terms.spherical=1"]
-# VPO's reward is a third of a hit on average, beside brevity and calibration.
-BEST_ANSWER = [
-    "reward.coverage_weight=0",
-    "reward.brier_weight=0",
-    "reward.terms.best_answer=3",
-]
 # Without a lag, and with one update a step, all ratios are 1.
 LAG = ["algo.lag=8"]
 # Only thoughts can be made shorter here: the answers of a form take what they take.
@@ -88,7 +82,6 @@ SETTINGS = {
         "algo.baseline=leave_one_out",
     ],
     "GDPO": ["algo=gdpo"],
-    "best answer": [*TO_GO, *BEST_ANSWER],
     "lag": LAG,
     "lag, masked": [*LAG, "algo.importance=masked"],
     "lag, DPPO": [*LAG, "algo.loss=dppo"],

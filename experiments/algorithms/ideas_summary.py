@@ -31,10 +31,11 @@ REFERENCES = {
     "decoupled, spherical": ("own", "decoupled"),
     "DCPO": ("own",),
     "GDPO": ("own",),
-    "best answer": ("own", "to_go"),
     "lag": ("own",),
     "lag, masked": ("own", "lag"),
     "lag, DPPO": ("own", "lag"),
+    "thinking": ("own",),
+    "thinking, length": ("thinking",),
     "single": ("own",),
     "single, batch exploration": ("own", "single"),
     "single, MaxRL": ("own", "single"),
@@ -85,6 +86,7 @@ def markdown() -> str:
         "sum said": lambda log: log["scaled"].get("said"),
         "top1": metric("top1"),
         "format_rate": metric("format_rate"),
+        "tokens": metric("tokens_per_set"),
     }
     return table_over_seeds(read_logs(), columns, "setting")
 

@@ -26,6 +26,29 @@ def quiet_machine() -> None:
         print(f"the load average is {load:.1f}: other processes are busy, and times will be noisy")
 
 
+def idle_cores() -> int:
+    """How many cores nothing else used during the last second, at least 1. All where /proc/stat is
+    missing.
+
+    Threads of PyTorch wait for each other: with one more than there are idle cores, each of them
+    waits for the other processes too, and a step takes ten times as long.
+    """
+    stat = Path("/proc/stat")
+    num_cores = os.cpu_count() or 1
+    if not stat.exists():
+        return num_cores
+
+    def spent() -> list[int]:
+        """Ticks of all cores: user, nice, system, idle, waiting for a disk, and others."""
+        return [int(ticks) for ticks in stat.read_text().splitlines()[0].split()[1:9]]
+
+    before = spent()
+    time.sleep(1)
+    ticks = [now - then for now, then in zip(spent(), before, strict=True)]
+    idle = (ticks[3] + ticks[4]) / max(sum(ticks), 1)
+    return max(round(idle * num_cores), 1)
+
+
 def alternate(
     runs: int, sides: Mapping[str, Callable[[int], float]], limit_s: float = math.inf
 ) -> dict[str, list[float]]:

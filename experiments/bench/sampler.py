@@ -3,15 +3,15 @@ rule; tokens up to the stop are counted.
 
     python experiments/bench/sampler.py [--quick | --bars | --continuous] [--runs 3]
 
---quick: counts and the embedded model, on one thread. --bars: SmolLM2-135M too, on all cores. The
-two run alternately in one process, medians are shown. Appends to results/sampler.csv; the last line
-of stdout is one JSON document. --continuous: transformers' continuous batching against its
-generate, and nothing else (psutil is needed: the extra `bench`).
+--quick: counts and the embedded model, on one thread. --bars: SmolLM2-135M too, on all cores that
+are idle, within 600 s on any machine: a slow or busy one makes fewer runs, then smaller cases, and
+says so. The two run alternately in one process, medians are shown. Appends to results/sampler.csv;
+the last line of stdout is one JSON document. --continuous: transformers' continuous batching
+against its generate, and nothing else (psutil is needed: the extra `bench`).
 """
 
 import argparse
 import json
-import os
 import statistics
 import sys
 from collections import Counter
@@ -27,7 +27,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from experiments.bench.common import alternate, quiet_machine, record, seconds
+from experiments.bench.common import alternate, idle_cores, quiet_machine, record, seconds
 from mar.answers.grammar import Grammar
 from mar.answers.prompts import build_prompt
 from mar.answers.tokenizer import load_tokenizer
@@ -41,7 +41,10 @@ RESULTS = Path(__file__).parent / "results" / "sampler.csv"
 BARS = {"embedded_16x8": 2.5, "embedded_ragged": 3.0, "smollm2_2x16": 4.0, "smollm2_16x1": 1.3}
 PLENTY = 10**7
 # A case begins no further run after so many seconds: on a slow machine it has fewer.
-CASE_SECONDS = 45.0
+CASE_SECONDS = 30.0
+# One run of both sides of a case may be expected to take so long; else the case becomes smaller.
+LONGEST_RUN_SECONDS = 90.0
+FEWEST_ROWS, FEWEST_TOKENS = 4, 8
 
 
 @dataclass(frozen=True)
@@ -57,10 +60,11 @@ class Case:
     max_tokens: int
     limits: list[list[int]] | None = None
     stop_id: int | None = None
+    threads: int = 1
 
     @property
-    def threads(self) -> int:
-        return 1 if self.model == "embedded" else os.cpu_count() or 1
+    def num_rows(self) -> int:
+        return len(self.prompts) * self.group_size
 
 
 def embedded_prompts(folder: Path, count: int) -> list[tuple[int, ...]]:
@@ -79,7 +83,8 @@ def text_prompts(vocab: int, count: int, length: int) -> list[tuple[int, ...]]:
     ]
 
 
-def cases(quick: bool, folders: dict[str, Path]) -> list[Case]:
+def cases(quick: bool, folders: dict[str, Path], threads: int = 1) -> list[Case]:
+    """The embedded model has one thread, SmolLM2 `threads`."""
     stop = load_tokenizer(folders["embedded"]).eos_token_id
     prompts = embedded_prompts(folders["embedded"], 16)
     ragged = [[8 + (37 * (8 * p + g)) % 121 for g in range(8)] for p in range(16)]
@@ -89,11 +94,68 @@ def cases(quick: bool, folders: dict[str, Path]) -> list[Case]:
     ]
     if quick:
         return out
+    shared, different = text_prompts(49152, 2, 512), text_prompts(49152, 16, 128)
     return [
         *out,
-        Case("smollm2_2x16", "smollm2-135m", text_prompts(49152, 2, 512), 16, 64),
-        Case("smollm2_16x1", "smollm2-135m", text_prompts(49152, 16, 128), 1, 128),
+        Case("smollm2_2x16", "smollm2-135m", shared, 16, 64, threads=threads),
+        Case("smollm2_16x1", "smollm2-135m", different, 1, 128, threads=threads),
     ]
+
+
+@dataclass(frozen=True)
+class Price:
+    """Seconds that transformers takes for one row: its prompt, and each new token."""
+
+    prompt_s: float
+    token_s: float
+
+    def of_run(self, case: Case) -> float:
+        """About the seconds of one run of both sides.
+
+        A step of 16 rows takes three times as long as that of one; ours takes less than theirs.
+        """
+        steps_s = case.max_tokens * self.token_s * (1 + case.num_rows / 8)
+        return 1.3 * (case.num_rows * self.prompt_s + steps_s)
+
+
+def price_of(model: Any, case: Case) -> Price:
+    row = replace(case, prompts=case.prompts[:1], group_size=1)
+    run_theirs(model, replace(row, max_tokens=1), 0)  # warms up
+    one, five = (
+        seconds(lambda tokens=tokens: run_theirs(model, replace(row, max_tokens=tokens), 0), 1)
+        for tokens in (1, 5)
+    )
+    return Price(one, max(five - one, 0.0) / 4)
+
+
+def fitted(case: Case, price: Price) -> Case:
+    """The case, or a smaller one where a run would take longer than LONGEST_RUN_SECONDS here.
+
+    New tokens and rows are halved by turns, never the length of a prompt. A smaller case says so in
+    its name.
+    """
+    smaller = case
+    halve_rows = False
+    while price.of_run(smaller) > LONGEST_RUN_SECONDS:
+        can_halve_rows = smaller.num_rows > FEWEST_ROWS
+        can_halve_tokens = smaller.max_tokens > FEWEST_TOKENS
+        if not can_halve_rows and not can_halve_tokens:
+            break
+        if can_halve_rows and (halve_rows or not can_halve_tokens):
+            smaller = with_half_the_rows(smaller)
+        else:
+            smaller = replace(smaller, max_tokens=smaller.max_tokens // 2)
+        halve_rows = not halve_rows
+    if smaller == case:
+        return case
+    size = f"{len(smaller.prompts)} x {smaller.group_size} rows, {smaller.max_tokens} tokens"
+    return replace(smaller, name=f"{case.name} as {size}")
+
+
+def with_half_the_rows(case: Case) -> Case:
+    if case.group_size > 1:
+        return replace(case, group_size=case.group_size // 2)
+    return replace(case, prompts=case.prompts[: len(case.prompts) // 2])
 
 
 def run_ours(model: Any, case: Case, seed: int) -> int:
@@ -260,10 +322,10 @@ def require_the_same_policy(case: Case, ours: Any, theirs: Any) -> None:
     """Exit where their model finds other probabilities for tokens that ours drew: what is fast must
     also be right.
     """
-    few_tokens = replace(case, max_tokens=12, limits=None, stop_id=None)
+    few_tokens = replace(case, prompts=case.prompts[:2], max_tokens=12, limits=None, stop_id=None)
     groups = sample_case(ours, few_tokens, 0).groups
     # The last completion of each of the first two prompts.
-    for prompt, group in zip(case.prompts[:2], groups[:2], strict=True):
+    for prompt, group in zip(few_tokens.prompts, groups, strict=True):
         sampled = group[-1]
         ids = torch.from_numpy(sampled.ids)
         with torch.inference_mode():
@@ -278,20 +340,22 @@ def require_the_same_policy(case: Case, ours: Any, theirs: Any) -> None:
 def compare(case: Case, ours: Any, theirs: Any, runs: int) -> dict[str, float]:
     """Medians in tokens a second.
 
-    One token each warms both up; where all completions are equally long it is also measured, as the
-    prefill.
+    Two tokens of one row warm both up. Where all completions are equally long, one token of each is
+    measured too, as the prefill.
     """
-    torch.set_num_threads(case.threads)
     sides = {
         "ours": lambda seed: run_ours(ours, case, seed),
         "hf": lambda seed: run_theirs(theirs, case, seed),
     }
-    first, rows = replace(case, max_tokens=1, limits=None), len(case.prompts) * case.group_size
+    rows = case.num_rows
+    first = replace(case, max_tokens=1, limits=None)
+    few = replace(case, prompts=case.prompts[:1], group_size=1, max_tokens=2, limits=None)
+    run_ours(ours, few, 0)
+    run_theirs(theirs, few, 0)
     once = {
         "ours": lambda seed: run_ours(ours, first, seed),
         "hf": lambda seed: run_theirs(theirs, first, seed),
     }
-    alternate(1, once)
     found = alternate(runs, sides, CASE_SECONDS)
     speeds = {name: statistics.median(values) for name, values in found.items()}
     row = {
@@ -301,7 +365,7 @@ def compare(case: Case, ours: Any, theirs: Any, runs: int) -> dict[str, float]:
         "ratio": speeds["ours"] / speeds["hf"],
     }
     if case.limits is None and case.stop_id is None:  # as many tokens each time
-        for name, values in alternate(2, once, CASE_SECONDS).items():
+        for name, values in alternate(2, once, CASE_SECONDS / 3).items():
             prefill_s = rows / statistics.median(values)
             decode_s = rows * case.max_tokens / speeds[name] - prefill_s
             row |= {
@@ -361,7 +425,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         folders["smollm2-135m"] = resolve_model("wheel", "smollm2-135m", None)[0]
 
     if args.continuous:
-        case = next(case for case in cases(False, folders) if case.name == "smollm2_16x1")
+        every = cases(False, folders, idle_cores())
+        case = next(case for case in every if case.name == "smollm2_16x1")
         theirs = transformers.AutoModelForCausalLM.from_pretrained(
             folders[case.model], dtype=torch.float32
         ).eval()
@@ -369,18 +434,27 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     document: dict[str, Any] = {"cases": {}}
     models: dict[str, tuple[Any, Any]] = {}
-    chosen = cases(args.quick, folders)
-    for case in chosen:
+    threads: dict[str, int] = {}
+    for case in cases(args.quick, folders, idle_cores()):
         if case.model not in models:
             theirs = transformers.AutoModelForCausalLM.from_pretrained(
                 folders[case.model], dtype=torch.float32
             ).eval()
             models[case.model] = (load_model(folders[case.model]), theirs)
+        torch.set_num_threads(case.threads)
         require_the_same_policy(case, *models[case.model])
+        bar = f"bar {BARS[case.name]}"
+        whole = case
+        if case.limits is None and case.stop_id is None:
+            case = fitted(whole, price_of(models[case.model][1], case))
+        if case != whole:
+            bar += f" of the whole {whole.name}"
+        threads[case.name] = case.threads
         row = document["cases"][case.name] = compare(case, *models[case.model], args.runs)
         print(
-            f"{case.name:16s} ours {row['ours_tok_s']:7.0f} tok/s  transformers {row['hf_tok_s']:7.0f} tok/s  "
-            f"x{row['ratio']:.2f}  (bar {BARS[case.name]}; {case.threads} threads, {row['runs']} runs)",
+            f"{case.name:16s} ours {row['ours_tok_s']:7.0f} tok/s  "
+            f"transformers {row['hf_tok_s']:7.0f} tok/s  x{row['ratio']:.2f}  "
+            f"({bar}; {case.threads} threads, {row['runs']} runs)",
             flush=True,
         )
         if "hf_prefill_s" in row:
@@ -392,8 +466,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if case.name == "embedded_16x8":
             document |= (found := counts(*models[case.model], case))
             print(f"{'':16s} " + "  ".join(f"{name} {value:.3g}" for name, value in found.items()))
-        if case.name == "smollm2_2x16":
-            rows = len(case.prompts) * case.group_size
+        if whole.name == "smollm2_2x16":
+            rows = case.num_rows
             context = sum(map(len, case.prompts)) + rows * case.max_tokens // 2
             document |= (
                 found := roofline(
@@ -406,7 +480,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         RESULTS,
         columns,
         {name: [row[c] for c in columns] for name, row in document["cases"].items()},
-        {c.name: c.threads for c in chosen},
+        threads,
     )
     print(json.dumps(document))
 

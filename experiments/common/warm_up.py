@@ -5,8 +5,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+# explain_decimals=false: the words that the tables of these experiments were made with.
 OPTIONS = """
 +experiment={task} data.source=path model=smollm2-135m model.source=wheel logger.console=plain
+model.explain_decimals=false
 sft.mixture=short sft.batch=3 sft.rows=4 sft.lr=4e-4 sft.warmup_steps=50 sft.decay=0.7
 sft.log_every=5 sft.save_every=20 sft.eval_every=0 optim.betas=[0.9,0.95]
 """

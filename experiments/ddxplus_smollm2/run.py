@@ -52,6 +52,7 @@ SHARED = [
     "model=hf",
     f"model.path={RUNS}/warmup",
     "model.thinking=false",
+    "model.explain_decimals=false",
     # 384 of 440 training patients fit, and 54 of 64 held-out ones.
     "model.max_prompt_tokens=448",
     "model.max_completion_tokens=128",

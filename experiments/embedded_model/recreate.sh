@@ -9,6 +9,7 @@ stage() { # number, model to start from, then words of mar.sft; the same command
     local number=$1 begin=$2; shift 2
     echo "stage $number: tail -f $stages/$number/sft.jsonl"
     ${PYTHON:-python} -m mar.sft +experiment=clinic model=hf model.path="$begin" run_dir="$stages/$number" \
+        model.explain_decimals=false \
         sft.mixture=all sft.muon=true sft.batch=32 sft.warmup_steps=50 sft.decay=0.7 'optim.betas=[0.9,0.95]' \
         sft.eval_every=0 sft.save_every=500 logger.console=plain "$@" > "$stages/stage$number.log"
 }

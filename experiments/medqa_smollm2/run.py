@@ -31,6 +31,7 @@ WORDS = [
     "model=hf",
     f"model.path={RUNS}/warmup",
     "model.thinking=false",
+    "model.explain_decimals=false",
     "model.max_prompt_tokens=448",
     "model.max_completion_tokens=128",
     "model.trainable='^blocks[.]2[0-9]'",  # the last ten of thirty

@@ -46,7 +46,13 @@ def run(adapters: str, num: int, out: Path, words: Sequence[str]) -> None:
     examples = load_data(config, "test", num, 0, display)
     p, prior = gold_probabilities(examples), prior_of(config, examples, display)
     noun = get_task(data.task).noun
-    asking = Asking(tokenizer, piece_encoder(tokenizer), noun, data.request_first)
+    asking = Asking(
+        tokenizer=tokenizer,
+        encode=piece_encoder(tokenizer),
+        noun=noun,
+        request_first=data.request_first,
+        explain_decimals=options.explain_decimals,
+    )
     q = answer_masses(model, examples, asking)
     told = bars_of(p, prior) | coverage_of(q, p, closed=prior is not None)
     if prior is not None:

@@ -2,7 +2,8 @@
 
     python -m experiments.real_model.merge ADAPTERS OUT model=... model.lora_rank=12 ...
 
-The words are those of the warm-up. Then: python -m mar.train model=hf model.path=OUT ...
+The words are those of the warm-up. Then: python -m mar.train model=hf model.path=OUT
+model.explain_decimals=false ...
 """
 
 import sys

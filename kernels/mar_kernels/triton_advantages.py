@@ -14,8 +14,10 @@ from torch import Tensor
 from . import KERNEL_BASELINES, KERNEL_CREDITS, KERNEL_SCALES
 from . import interpreter as interpreter  # mends it, where it runs the kernels
 
-# rows or tokens, times components, that a program holds at a time: 16 numbers a thread
+# rows or tokens, times components, that a program holds at a time: 16 numbers a thread, and of
+# float64 4 (with 8 or 16, triton 3.6 or 3.7 keeps some of them in memory)
 TILE_ELEMENTS = 2048
+TILE_ELEMENTS_OF_FLOAT64 = 512
 
 CHOICES = {"baseline": KERNEL_BASELINES, "scale": KERNEL_SCALES, "credit": KERNEL_CREDITS}
 
@@ -124,6 +126,8 @@ def answer_advantages(
     S = first_open.shape[1]
     out = torch.empty(B, T, dtype=components.dtype, device=components.device)
     columns = triton.next_power_of_2(max(C, 1))
+    is_double = components.dtype == torch.float64
+    tile_elements = TILE_ELEMENTS_OF_FLOAT64 if is_double else TILE_ELEMENTS
     advantages_kernel[(B,)](
         components.contiguous(),
         weights.contiguous(),
@@ -139,6 +143,6 @@ def answer_advantages(
         BASELINE=baseline,
         SCALE=scale,
         COLUMNS=columns,
-        HEIGHT=max(TILE_ELEMENTS // columns, 1),
+        HEIGHT=max(tile_elements // columns, 1),
     )
     return out

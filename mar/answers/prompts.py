@@ -1,9 +1,9 @@
 """What the model is asked, in our own words, and the chat template around it.
 
 The wording asks for what the reward pays: exactly K different answers, the bare answer inside its
-tag, confidences that are probabilities. Which decimals are read (any plain one, `grammar.py`) is
-shown by the 0.5 in the form and not told: the words are those that the embedded model, and every
-model after a warm-up, was trained on.
+tag, confidences that are probabilities. With `model.explain_decimals` it says which decimals are
+read: any plain one (`grammar.py`). Without, only the 0.5 in the form shows it. The embedded model
+was trained on those words and keeps them; so do runs from before the choice.
 """
 
 import re
@@ -56,7 +56,25 @@ def _form(grammar: Grammar) -> str:
     return form
 
 
-def instructions(grammar: Grammar, noun: str, style: str = "ranked") -> str:
+# What is asked of a confidence, by `explain_decimals`.
+CONFIDENCE = {
+    False: (
+        "A confidence is the probability (0 to 1) that its answer is right, judged by its accuracy."
+    ),
+    True: (
+        "A confidence is the probability that its answer is right, a plain decimal from 0 to 1 "
+        "such as 0.25, judged by its accuracy."
+    ),
+}
+OTHER = {
+    False: "In <other> give the probability that none is right.",
+    True: "In <other> give the probability that none is right, also as a plain decimal.",
+}
+
+
+def instructions(
+    grammar: Grammar, noun: str, style: str = "ranked", explain_decimals: bool = False
+) -> str:
     """The request below the question.
 
     `noun` is what the task calls one answer (`diagnosis`), `style` a key of STYLES.
@@ -71,12 +89,9 @@ def instructions(grammar: Grammar, noun: str, style: str = "ranked") -> str:
     if grammar.analysis:
         sentences.append("Then analyse how sure you can be.")
     if grammar.confident:
-        sentences.append(
-            "A confidence is the probability (0 to 1) that its answer is right, "
-            "judged by its accuracy."
-        )
+        sentences.append(CONFIDENCE[explain_decimals])
     if grammar.other:
-        sentences.append("In <other> give the probability that none is right.")
+        sentences.append(OTHER[explain_decimals])
     sentences.append(f"Write the bare {noun} in an answer tag and nothing outside the tags:")
     return " ".join(sentences) + "\n" + _form(grammar)
 
@@ -105,12 +120,15 @@ def fit_grammar(grammar: Grammar, tokenizer: Any) -> Grammar:
     return replace(grammar, thinking=state == "open")
 
 
-def tokens_beside_question(grammar: Grammar, tokenizer: Any, noun: str, style: str) -> int | None:
+def tokens_beside_question(
+    grammar: Grammar, tokenizer: Any, noun: str, style: str, explain_decimals: bool = False
+) -> int | None:
     """The most tokens that a prompt can have beside those of its question; None: nobody knows."""
     around = tokens_around(tokenizer, grammar.thinking)
     if around is None:
         return None
-    return around + most_tokens(instructions(grammar, noun, style) + "\n")
+    request = instructions(grammar, noun, style, explain_decimals)
+    return around + most_tokens(request + "\n")
 
 
 def build_prompt(
@@ -120,12 +138,13 @@ def build_prompt(
     noun: str,
     style: str = "ranked",
     request_first: bool = False,
+    explain_decimals: bool = False,
 ) -> Prompt:
     """Question, request and chat template as token ids. `request_first`: the request above.
 
     `grammar` is one that `fit_grammar` returned for this tokenizer.
     """
-    parts = [example.question, instructions(grammar, noun, style)]
+    parts = [example.question, instructions(grammar, noun, style, explain_decimals)]
     if request_first:
         parts.reverse()
     content = "\n".join(parts)

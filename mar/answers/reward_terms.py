@@ -298,53 +298,16 @@ def spherical_term(judged: Judged, weight: float) -> TermValue:
     return TermValue(other=value)
 
 
-def _weights_of_three(steps: int = 12) -> np.ndarray:
-    """[steps^2, 3] the middles of equal triangles that tile the simplex: Dirichlet(1, 1, 1), with
-    linear functions averaged exactly."""
-    corners = [(i, j, steps - i - j) for i in range(steps + 1) for j in range(steps + 1 - i)]
-    upright = [(i + 1 / 3, j + 1 / 3, k - 2 / 3) for i, j, k in corners if k >= 1]
-    inverted = [(i + 2 / 3, j + 2 / 3, k - 4 / 3) for i, j, k in corners if k >= 2]
-    return np.array(upright + inverted) / steps
-
-
-PREFERENCES = _weights_of_three()
-
-
-def best_answer_term(judged: Judged, weight: float) -> TermValue:
-    """weight x E_w [max_k w . r_k], w uniform on the simplex: the best answer of the set for
-    somebody whose preferences w nobody knows. Exact.
-
-    VPO (arXiv 2605.22817) with r_k = (hit y_k, brevity 1 / words of the answer, calibration
-    1 - (q_k - y_k)^2), and the mean over w on a fixed grid, within 0.002. Confidence k decides what
-    answer k adds to the best of those before. With a gate, text that failed gets 0.
-    """
-    parsed = judged.parsed
-    rewards = np.zeros((judged.grammar.num_answers, 3))
-    slots = zip(parsed.answers, parsed.confidences, judged.hits, strict=True)
-    for k, (answer, confidence, hit) in enumerate(slots):
-        error = squared_error(confidence, hit)
-        if answer is not None and error is not None:
-            rewards[k] = (hit, 1.0 / max(len(answer.split()), 1), 1.0 - error)
-    best_so_far = np.maximum.accumulate(PREFERENCES @ rewards.T, axis=1).mean(axis=0)
-    values = (weight * np.diff(best_so_far, prepend=0.0)).tolist()
-    if judged.gated:
-        return TermValue(confidences=values, whole=0.0)
-    return TermValue(confidences=values)
-
-
 # --- all of them ---------------------------------------------------------------------------------
-
-CONFIDENCES = ("confidences",)
 
 # name -> the term. The weights of the first three are reward.format_weight, coverage_weight and
 # brier_weight; those of all others stand in reward.terms
 REWARD_TERMS: dict[str, Term] = {
     "format": Term(format_term),
     "coverage": Term(coverage_term, decides=("answer",)),
-    "brier": Term(brier_term, decides=("confidence", "other"), needs=CONFIDENCES),
+    "brier": Term(brier_term, decides=("confidence", "other"), needs=("confidences",)),
     "length": Term(length_term),
     "batch_exploration": Term(batch_exploration_term, decides=("answer",), needs=("group",)),
     "simplex_brier": Term(simplex_brier_term, decides=("other",), needs=("other",)),
     "spherical": Term(spherical_term, decides=("other",), needs=("other",)),
-    "best_answer": Term(best_answer_term, decides=("confidence",), needs=CONFIDENCES),
 }

@@ -74,6 +74,7 @@ def load_tokenizer(folder: str | Path) -> Any:
             f"{folder} has no tokenizer: put the tokenizer.json of the model into the folder"
         )
     declared_ends(folder)
+    _require_files(folder)
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             str(folder), local_files_only=True, trust_remote_code=False
@@ -81,6 +82,9 @@ def load_tokenizer(folder: str | Path) -> Any:
         # Some values of tokenizer_config.json are read with the first text.
         can_write = any(map(str.isalpha, tokenizer.decode(tokenizer(PLACEHOLDER)["input_ids"])))
     except Exception as error:  # many kinds: the tokenizers package raises plain Exceptions
+        if "StrictDataclass" in type(error).__name__:
+            # transformers 5 reads config.json on the way, and checks the type of every value
+            raise UserError(f"{folder / 'config.json'}: {one_line(error)}") from None
         raise UserError(
             f"{folder}: this version of the libraries (transformers {version('transformers')}, "
             f"tokenizers {version('tokenizers')}) cannot read tokenizer.json and the files beside "
@@ -104,6 +108,13 @@ def load_tokenizer(folder: str | Path) -> Any:
         if PLACEHOLDER not in render_chat(tokenizer, PLACEHOLDER, thinking):
             raise UserError(f"{folder}: the chat template leaves out what the user says: mend it")
     return tokenizer
+
+
+def _require_files(folder: Path) -> None:
+    """Raises UserError where a folder has the name of a template: no template would be read."""
+    for name in ("chat_template.jinja", "chat_template.json"):
+        if (folder / name).is_dir():
+            raise UserError(f"{folder / name} is a folder and no chat template: move it away")
 
 
 # --- ids -------------------------------------------------------------------------------------

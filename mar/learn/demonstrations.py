@@ -373,6 +373,7 @@ def make_demonstration_batch(
     hint: ConfidenceHint = NO_HINT,
     rows: int = 1,
     bare: bool = False,
+    explain_decimals: bool = False,
 ) -> DemonstrationBatch:
     """`rows` demonstrations for each example, in a form that it draws from one of MIXTURES.
 
@@ -384,7 +385,9 @@ def make_demonstration_batch(
     targets: list[dict[int, float]] = []
     for example in examples:
         grammar, style = MIXTURES[mixture](rng)
-        prompt = build_prompt(example, grammar, tokenizer, noun, style)
+        prompt = build_prompt(
+            example, grammar, tokenizer, noun, style, explain_decimals=explain_decimals
+        )
         if bare:
             text, prompt_ids = encode_chat(tokenizer, example.question, grammar.thinking)
             prompt = replace(prompt, text=text, ids=np.array(prompt_ids, np.int32))

@@ -37,11 +37,17 @@ class Asking:
     encode: Encode
     noun: str
     request_first: bool
+    explain_decimals: bool
 
     def prompt_ids(self, example: Example, grammar: Grammar) -> list[int]:
         """Raises UserError for a chat template that opens thoughts."""
         prompt = build_prompt(
-            example, grammar, self.tokenizer, self.noun, request_first=self.request_first
+            example,
+            grammar,
+            self.tokenizer,
+            self.noun,
+            request_first=self.request_first,
+            explain_decimals=self.explain_decimals,
         )
         if prompt.think_open:
             raise UserError(

@@ -249,8 +249,8 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for file in files:
         path = folder / file
-        if not path.exists():
-            raise UserError(f"{path} does not exist: the checkpoint is incomplete")
+        if not path.is_file():
+            raise UserError(f"{path} does not exist as a file: the checkpoint is incomplete")
         try:
             with safe_open(path, framework="pt") as handle:
                 inside = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118

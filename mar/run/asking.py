@@ -66,7 +66,12 @@ class AskedPolicy:
         data = self.config.data
         noun = get_task(data.task).noun
         prompt = build_prompt(
-            example, self.grammar, self.tokenizer, noun, request_first=data.request_first
+            example,
+            self.grammar,
+            self.tokenizer,
+            noun,
+            request_first=data.request_first,
+            explain_decimals=self.config.model.explain_decimals,
         )
         limit = self.config.model.max_prompt_tokens
         if len(prompt.ids) > limit:

@@ -51,6 +51,8 @@ NOT_A_VARIANT = {
 BESIDE_MORE_STEPS = {"eval.every", "checkpoint.every", "checkpoint.keep"}
 # A run resumes with other values of these. (Threads may change the last bits.)
 NOT_A_DIFFERENCE = {"train.stop_at", "out", "run_dir", "logger", "provenance", "model.threads"}
+# What a run did whose config.yaml is older than one of these keys.
+BEFORE_THE_KEY = {"model.explain_decimals": False}
 
 
 @dataclass(frozen=True)
@@ -139,8 +141,8 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def differing_keys(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """The keys by which two configurations would train or measure something else."""
-    a = flatten(old)
-    b = flatten(new)
+    a = BEFORE_THE_KEY | flatten(old)
+    b = BEFORE_THE_KEY | flatten(new)
 
     def differs(key: str) -> bool:
         section = key.partition(".")[0]

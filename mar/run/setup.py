@@ -228,11 +228,12 @@ def prompt_table(
     noun = get_task(config.data.task).noun
     limit = config.model.max_prompt_tokens
     first = config.data.request_first
+    explain = config.model.explain_decimals
 
     def make(example: Example) -> Prompt:
-        return build_prompt(example, grammar, tokenizer, noun, style, first)
+        return build_prompt(example, grammar, tokenizer, noun, style, first, explain)
 
-    beside_question = tokens_beside_question(grammar, tokenizer, noun, style)
+    beside_question = tokens_beside_question(grammar, tokenizer, noun, style, explain)
     if beside_question is None:
         known = -1
     table = PromptTable(

@@ -243,8 +243,15 @@ def _moved_to_front(entries: Tensor, slots: Tensor) -> Tensor:
 
 
 def _mix_cpu(q: Tensor, keys: Tensor, values: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    """`_mix` in one operator."""
-    mixed, lse = cpu_attention(q, keys, values, False, bias)
+    """`_mix` in one operator.
+
+    The operator rounds what it returns to the type of its operands. Two parts of bfloat16, merged
+    and rounded again, would be rounded twice, so they are computed in float32.
+    """
+    precise = torch.promote_types(q.dtype, torch.float32)
+    mixed, lse = cpu_attention(
+        q.to(precise), keys.to(precise), values.to(precise), False, bias.to(precise)
+    )
     return mixed, lse[..., None]
 
 
@@ -255,6 +262,9 @@ def _mix(q: Tensor, keys: Tensor, values: Tensor, bias: Tensor) -> tuple[Tensor,
     wider, and so are the scores: the trainer's fused attention rounds none of them either.
     """
     scores = (precise_product(q, keys.mT) * q.shape[-1] ** -0.5).add_(bias)
-    lse = scores.logsumexp(-1, keepdim=True)
-    weights = scores.sub_(lse).exp_().to(q.dtype)
+    log_weights = scores.log_softmax(-1)
+    # log_weights = scores - lse at every entry, and the first is hidden from no row. A GPU takes
+    # nine kernels for `logsumexp`, and log_softmax one.
+    lse = scores[..., :1] - log_weights[..., :1]
+    weights = log_weights.exp_().to(q.dtype)
     return precise_product(weights, values), lse

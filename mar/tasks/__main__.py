@@ -65,8 +65,16 @@ def run(words: Words[NoOptions]) -> None:
         if not prompts:
             trained = examples
             first = config.data.request_first
+            explain = config.model.explain_decimals
             prompts = [
-                build_prompt(example, grammar, tokenizer, noun, request_first=first)
+                build_prompt(
+                    example,
+                    grammar,
+                    tokenizer,
+                    noun,
+                    request_first=first,
+                    explain_decimals=explain,
+                )
                 for example in examples
             ]
         display.say(f"{split}: {_summary(examples)}")

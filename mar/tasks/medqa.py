@@ -134,7 +134,7 @@ def _read(row: Row, where: str, source: Source) -> tuple[Candidate, int]:
     """One row, and how many options it has."""
     row = _usual_form(row)
     question = required_text(row, "question", where)
-    raw_options = _options(row, where)
+    raw_options = _without_labels(_options(row, where))
     letter = _right_letter(row, raw_options, where)
     options = {key: text.strip() for key, text in raw_options.items()}
     answer = options[letter]
@@ -179,6 +179,8 @@ def _usual_form(row: Row) -> Row:
     swag                sent1, ending0 .. ending3, and label, the right one's number from 0
     arc                 choices {label: [letter, ...], text: [text, ...]}, answerKey
     medxpertqa          options {letter: text}, label, the right one's letter
+
+    A text may begin with its letter (`B. warfarin`), and the answer may be a label (`(B)`).
     """
     data = row.get("data")
     if isinstance(data, Mapping) and "Question" in data:
@@ -208,7 +210,8 @@ def _usual_form(row: Row) -> Row:
     answer = row.get("answer")
     if isinstance(answer, list) and len(answer) == 1:
         usual["answer"] = answer[0]
-    usual["options"] = _by_letter(usual.get("options"))
+    if "options" in usual:
+        usual["options"] = _by_letter(usual["options"])
     return usual
 
 
@@ -268,6 +271,31 @@ def _options(row: Row, where: str) -> dict[str, str]:
     return options
 
 
+# an option with its letter: `B. warfarin`, `(B) warfarin`; or the letter alone, `(B)`
+_LABELLED = re.compile(r"\(?([A-Za-z]|[0-9]{1,2})[.):](?:\s+(.+))?", re.S)
+
+
+def _without_labels(options: dict[str, str]) -> dict[str, str]:
+    """The texts without their letters, where each begins with its own: a guess has none."""
+    bare: dict[str, str] = {}
+    for letter, text in options.items():
+        labelled = _LABELLED.fullmatch(text.strip())
+        if labelled is None or labelled[1] != letter or not labelled[2]:
+            return options
+        bare[letter] = labelled[2]
+    return bare
+
+
+def _letter_of_label(told: object, options: dict[str, str]) -> object:
+    """The letter in `(B)`, `B.` or `B. warfarin`, if that is what stands behind it; else `told`."""
+    labelled = _LABELLED.fullmatch(told.strip()) if isinstance(told, str) else None
+    if labelled is None or told in options.values():
+        return told
+    letter, text = labelled.groups()
+    names_it = letter in options and text in (None, options[letter].strip())
+    return letter if names_it else told
+
+
 def _is_text(value: object) -> bool:
     return isinstance(value, str) and bool(value.strip())
 
@@ -275,7 +303,8 @@ def _is_text(value: object) -> bool:
 def _right_letter(row: Row, options: dict[str, str], where: str) -> str:
     """The right option's letter: `answer_idx` (a letter, or a number from 0), else by `answer`."""
     letters = list(options)
-    index, answer = row.get("answer_idx"), row.get("answer")
+    index = _letter_of_label(row.get("answer_idx"), options)
+    answer = _letter_of_label(row.get("answer"), options)
     letter = index
     if index is None:
         letter = next((key for key, text in options.items() if text == answer), None)

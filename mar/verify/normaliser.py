@@ -54,6 +54,14 @@ INTERVAL = re.compile(
     r"([\[(])\s{0,3}(-?(?:[0-9.]+|\u221e))\s{0,3}[,;]\s{0,3}([-+]?(?:[0-9.]+|\u221e))\s{0,3}([\])])"
 )
 
+# HBsAg (-), and (+)-catechin; Rh(D)+
+RESULT = re.compile(r"\(\s?([-+\u2212])\s?\)-?|(?<=[\])])([-+\u2212])(?!\S)")
+
+# -x, -\\frac{1}{2} and -(x+1): the minus of a whole formula. (- A is a list's dash.)
+MINUS = re.compile(
+    r"^(\s*\$*)[-\u2212](?:\s?(?=\\[A-Za-z]|[({])|(?=[^\W\d_](?![^\W_])))(?!\s?\([^\W\d_]{3})"
+)
+
 SUPERSCRIPTS = re.compile("[\u2070\u00b9\u00b2\u00b3\u2074-\u207b]+")
 
 
@@ -110,6 +118,7 @@ ATOM_AFTER = rf"-?\.?[0-9]|{LETTER}\b"
 
 # units that stand behind a number with or without a space (5 k and 3 d may be something else)
 CLEAR_UNITS = "kg|mg|mcg|\u03bcg|ml|dl|mol|mmol|cm|mm|km"
+TIMES = "hr|hour|day|week|month|year|yr"
 UNITS = "kg|g|mg|mcg|\u03bcg|l|dl|ml|mol|mmol|m|cm|mm|km|n|j|w|k|s|min|h|d"
 AMOUNT = rf"(?<![\w.\-/:^+*{MONEY}])([0-9][0-9.]*(?: (?:thousand|million|billion|trillion))?)"
 
@@ -176,7 +185,14 @@ BETWEEN = (
     (r"(?<=[0-9]) ?([/:*|\\\u00b7\u00d7]) ?(?=[-+]?\.?[0-9])", r"\1"),
     (r"(?<=[0-9]) ?x ?(?=[0-9])", "\u00d7"),
     (r"(?<=[\w%]) ?\+ (?=[\w.])", "+"),
-    (rf"\b({UNITS})/(?=(?:{UNITS})\b)", "\\1\u2044"),
+    # also with spaces: 5 mg / dl, 3 / hour, x / y
+    (rf"\b({UNITS}) ?/ ?(?=(?:{UNITS}|{TIMES})\b)", "\\1\u2044"),
+    (rf"(?<=[0-9]) ?/ ?(?={LETTER})", "/"),
+    (rf"(?<={ATOM_BEFORE}) ?([/*|\\\u00b7]) ?(?={ATOM_AFTER})", r"\1"),
+    (rf"(?<={ATOM_BEFORE}) ?\^ ?(?=-?\w)", "^"),
+    # a charge or a result, or 65 +, with a space before it: Na +, O -, HER2 -
+    (r"(?<=\w) \+$", "+"),
+    (rf"((?:\b{LETTER}{{1,2}}|{LETTER}[0-9])) -$", r"\1-"),
     # A* is no A, and 5/day no 5 day
     (rf"(?!(?<=\b{LETTER})\*(?!\S))(?!(?<=[0-9])/{LETTER})[/*\\\u00b7](?!{ATOM_AFTER})", " "),
     (rf"(?<!{ATOM_BEFORE})[/*\\\u00b7]", " "),
@@ -388,9 +404,17 @@ def _interval(found: re.Match[str]) -> str:
     return f"{above}{low} {below}{high}"
 
 
+def _result(found: re.Match[str]) -> str:
+    """The word for a sign in brackets, or behind them, whose brackets are about to go."""
+    is_positive = (found[1] or found[2]) == "+"
+    return " positive " if is_positive else " negative "
+
+
 def _one_pass(text: str) -> str:
     """Every rule once, in order."""
     text = INTERVAL.sub(_interval, text)
+    text = RESULT.sub(_result, text)
+    text = MINUS.sub(r"\1negative ", text)
     # 10\u207b\u2075 has one exponent
     powers = SUPERSCRIPTS.sub(lambda run: "^" + unicodedata.normalize("NFKD", run[0]), text)
     folded = " ".join(powers.translate(FOLDING).replace("&", " and ").split())

@@ -358,23 +358,47 @@ def _simple_unary(node: Any) -> Any:
 
 
 def _simple_binary(node: Any) -> Any:
-    left, right = node.left, node.right
-    is_shift = isinstance(node.op, (_ast.RShift, _ast.LShift)) and _is_int(right)
-    if is_shift and 0 <= right.value < 64:
-        right = _constant(1 << right.value)
-        operator = _ast.FloorDiv if isinstance(node.op, _ast.RShift) else _ast.Mult
-        return simple_expression(_ast.BinOp(left=left, op=operator(), right=right))
-    if isinstance(node.op, _ast.Sub):
-        # a - b is a + -b
-        negative = simple_expression(_ast.UnaryOp(op=_ast.USub(), operand=right))
-        return simple_expression(_ast.BinOp(left=left, op=_ast.Add(), right=negative))
-    if isinstance(node.op, _ast.Pow) and _is_constant(right, 2) and is_pure(left):
-        return simple_expression(_ast.BinOp(left=left, op=_ast.Mult(), right=copied(left)))
-    if isinstance(node.op, (_ast.Pow, _ast.FloorDiv)) and _is_int(right) and right.value == 1:
-        return left
+    """Sums, products and divisions, for the other ways to write them."""
+    for rule in (_without_shift, _without_difference, _without_square, _without_one):
+        simpler = rule(node)
+        if simpler is not None:
+            return simpler
     if isinstance(node.op, (_ast.Add, _ast.Mult)):
         return _simple_chain(node)
     return node
+
+
+def _without_shift(node: Any) -> Any:
+    """a << 3 is a * 8, and a >> 3 is a // 8. None: it is no shift by a small number."""
+    is_shift = isinstance(node.op, (_ast.RShift, _ast.LShift))
+    if not (is_shift and _is_int(node.right) and 0 <= node.right.value < 64):
+        return None
+    operator = _ast.FloorDiv() if isinstance(node.op, _ast.RShift) else _ast.Mult()
+    power = _constant(1 << node.right.value)
+    return simple_expression(_ast.BinOp(left=node.left, op=operator, right=power))
+
+
+def _without_difference(node: Any) -> Any:
+    """a - b is a + -b. None: it is no difference."""
+    if not isinstance(node.op, _ast.Sub):
+        return None
+    negative = simple_expression(_ast.UnaryOp(op=_ast.USub(), operand=node.right))
+    return simple_expression(_ast.BinOp(left=node.left, op=_ast.Add(), right=negative))
+
+
+def _without_square(node: Any) -> Any:
+    """a ** 2 is a * a. None: it is no square, or a does more than name a value."""
+    is_square = isinstance(node.op, _ast.Pow) and _is_constant(node.right, 2)
+    if not (is_square and is_pure(node.left)):
+        return None
+    product = _ast.BinOp(left=node.left, op=_ast.Mult(), right=copied(node.left))
+    return simple_expression(product)
+
+
+def _without_one(node: Any) -> Any:
+    """a ** 1 and a // 1 are a. None: it is neither."""
+    by_one = _is_int(node.right) and node.right.value == 1
+    return node.left if by_one and isinstance(node.op, (_ast.Pow, _ast.FloorDiv)) else None
 
 
 def parts_of(node: Any, operator: type) -> list:
@@ -701,21 +725,28 @@ def drop_unused(scope: Any, wanted: frozenset[str]) -> bool:
 
 
 def _binds_only(statement: Any) -> list[str]:
-    """The names that a statement binds, where it does nothing else."""
+    """The names that a statement binds, where it does nothing else; else none."""
     if isinstance(statement, DEFINITIONS):
+        # a decorator may do anything
         return [] if statement.decorator_list else [statement.name]
     if isinstance(statement, IMPORTS):
         return bindings(statement)
-    if isinstance(statement, _ast.Assign) and is_pure(statement.value):
-        names = all(isinstance(target, (_ast.Name, _ast.Tuple)) for target in statement.targets)
-        stores = [p for target in statement.targets for p in walk(target)]
-        plain = not any(isinstance(part, (_ast.Attribute, _ast.Subscript)) for part in stores)
-        return bindings(statement.targets) if names and plain else []
+    if isinstance(statement, _ast.Assign):
+        changes_an_object = any(map(_is_part_of_an_object, statement.targets))
+        idle = is_pure(statement.value) and not changes_an_object
+        return bindings(statement.targets) if idle else []
     if isinstance(statement, (_ast.For, _ast.While, _ast.If)):
         inside = [*statement.body, *statement.orelse]
         idle = all(isinstance(part, _ast.Pass) or _binds_only(part) for part in inside)
         return bindings(statement) if idle and is_pure(_head(statement)) else []
     return []
+
+
+def _is_part_of_an_object(target: Any) -> bool:
+    """What is assigned to is no name: a.b or a[i], alone or among several; or a list of names."""
+    if not isinstance(target, (_ast.Name, _ast.Tuple)):
+        return True
+    return any(isinstance(part, (_ast.Attribute, _ast.Subscript)) for part in walk(target))
 
 
 def _loads_outside(body: list, statement: Any) -> set[str]:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from experiments.credit.run import GATED, UNGATED, Toy, facts, report
 from mar.answers.grammar import Grammar, parse, render
 from mar.answers.reward_spec import COVERAGES, RewardSpec
-from mar.answers.reward_terms import PREFERENCES, REWARD_TERMS, Judged, Term, TermValue
+from mar.answers.reward_terms import REWARD_TERMS, Judged, Term, TermValue
 from mar.answers.rewards import PAPER_TERMS, component_layout, first_open, pay_terms
 from mar.answers.term_check import check_terms, prefix_fault
 from mar.errors import UserError
@@ -161,43 +161,33 @@ def test_probabilities_of_the_golds_pay_the_expectation_over_drawn_labels(name):
     assert pay(name, expected).total == pytest.approx(np.dot((0.5, 0.3, 0.2), drawn))
 
 
-def test_the_grid_of_preferences_is_a_uniform_distribution_on_the_simplex():
-    np.testing.assert_allclose(PREFERENCES.sum(1), 1)
-    np.testing.assert_allclose(PREFERENCES.mean(0), [1 / 3] * 3)
-    assert PREFERENCES.min() > 0
-    # E max of all three is 11/18, of two of them 1/2
-    assert PREFERENCES.max(1).mean() == pytest.approx(11 / 18, abs=0.002)
-    assert PREFERENCES[:, :2].max(1).mean() == pytest.approx(1 / 2, abs=0.002)
+def boldness(judged, weight):
+    """Pays every confidence what it says."""
+    said = [q or 0.0 for q in judged.parsed.confidences]
+    return TermValue(confidences=[weight * q for q in said])
 
 
-def test_the_best_answer_by_hand():
-    # hit, one word, error 0.09; no hit, two words, error 0.04: the first is better in all but one
-    one = judged(write(["flu", "big cold-x"], [0.7, 0.2]))
-    value = pay("best_answer", one)
-    best = [(w @ (1, 1, 0.91), w @ (0, 0.5, 0.96)) for w in PREFERENCES]
-    first = np.mean([a for a, _ in best])
-    assert first == pytest.approx((1 + 1 + 0.91) / 3)
-    assert value.confidences == pytest.approx([first, np.mean([max(b) for b in best]) - first])
-    assert value.confidences[1] > 0
-    # nothing is better than an answer that is best in everything
-    assert pay("best_answer", judged(write(["flu", "x"], [1.0, 0.0]))).confidences == [1.0, 0.0]
-    assert pay("best_answer", judged(one.text + "bye")).total == 0
+@pytest.fixture
+def bold(monkeypatch):
+    """A further term that is decided at every confidence."""
+    term = Term(boldness, decides=("confidence",), needs=("confidences",))
+    monkeypatch.setitem(REWARD_TERMS, "boldness", term)
 
 
-def test_further_terms_enter_the_sum_the_components_and_the_log():
-    spec = RewardSpec(terms=(("length", 0.1), ("best_answer", 0.5)))
+def test_further_terms_enter_the_sum_the_components_and_the_log(bold):
+    spec = RewardSpec(terms=(("length", 0.1), ("boldness", 0.5)))
     one = judged(write(["flu", "gout"], [0.5, 0.5]), spec=spec, num_tokens=30)
     plain = pay_terms(replace(one, spec=RewardSpec()))
     earned = pay_terms(one)
-    best = pay("best_answer", one, 0.5)
+    paid = pay("boldness", one, 0.5)
     assert earned.parts["length"] == pytest.approx(-0.03)
-    assert earned.parts["best_answer"] == best.total
-    assert earned.total == pytest.approx(plain.total - 0.03 + best.total)
+    assert earned.parts["boldness"] == paid.total
+    assert earned.total == pytest.approx(plain.total - 0.03 + paid.total)
     assert earned.components.sum() == pytest.approx(earned.total)
     names = [name for name, _ in component_layout(MULTI, spec)]
-    assert names[:3] == ["coverage1", "brier1+best_answer1", "coverage2"]
+    assert names[:3] == ["coverage1", "brier1+boldness1", "coverage2"]
     gained = earned.components - plain.components
-    np.testing.assert_allclose(gained, [0, best.confidences[0], 0, best.confidences[1], 0, -0.03])
+    np.testing.assert_allclose(gained, [0, paid.confidences[0], 0, paid.confidences[1], 0, -0.03])
     assert first_open(MULTI, spec).tolist() == first_open(MULTI, RewardSpec()).tolist()
 
 
@@ -423,7 +413,6 @@ def test_the_settings_page_says_which_terms_there_are_and_which_are_exact():
         (["reward.terms={brier: 1}"], "reward.terms.brier=1.0: .* is reward.brier_weight"),
         (["reward.terms.length=-1"], "reward.terms.length=-1.0 is out of range"),
         (["reward.terms.length=nan"], "reward.terms.length=nan is out of range"),
-        (["reward=multi_rlvr", "reward.terms.best_answer=1"], "best_answer=1.0 needs confidences"),
         (["reward.terms.spherical=1"], "reward.terms.spherical=1.0 needs .*reward.other=true"),
         (
             ["reward.terms.batch_exploration=1", "algo.group_size=1", "algo.baseline=none"],
@@ -434,6 +423,12 @@ def test_the_settings_page_says_which_terms_there_are_and_which_are_exact():
 def test_weights_that_cannot_be_are_refused_in_one_sentence(words, sentence):
     with pytest.raises(UserError, match=sentence):
         compose(["+experiment=clinic", *words])
+
+
+def test_a_term_of_confidences_is_refused_where_there_are_none(bold):
+    words = ["+experiment=clinic", "reward=multi_rlvr", "reward.terms.boldness=1"]
+    with pytest.raises(UserError, match="boldness=1.0 needs confidences"):
+        compose(words)
 
 
 def test_weights_of_terms_are_settings_like_others():
@@ -450,7 +445,7 @@ def test_a_term_cannot_take_the_name_of_something_else_in_the_log(monkeypatch):
         component_layout(MULTI, RewardSpec(terms=(("repeats", 1.0),)))
 
 
-def test_a_term_that_the_grammar_cannot_feed_is_refused_without_a_config_too():
-    spec = RewardSpec(brier="none", terms=(("best_answer", 1.0),))
-    with pytest.raises(UserError, match="best_answer=1.0 needs confidences"):
+def test_a_term_that_the_grammar_cannot_feed_is_refused_without_a_config_too(bold):
+    spec = RewardSpec(brier="none", terms=(("boldness", 1.0),))
+    with pytest.raises(UserError, match="boldness=1.0 needs confidences"):
         component_layout(Grammar("rlvr_multi", 2), spec)

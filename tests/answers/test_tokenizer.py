@@ -1,6 +1,7 @@
 """The door to tokenizers and chat templates: what is wrong is one sentence, and text stays text."""
 
 import json
+import os
 import shutil
 from datetime import datetime
 from pathlib import Path
@@ -167,6 +168,18 @@ DAMAGES = {
     "an end token in words": (
         lambda folder: edit(folder / "config.json", eos_token_id="1"),
         r"config\.json: eos_token_id='1' must be a token id",
+    ),
+    "a type that transformers refuses": (
+        lambda folder: edit(folder / "config.json", num_hidden_layers="4"),
+        r"config\.json: .*'num_hidden_layers' expected int",
+    ),
+    "a folder as a template": (
+        lambda folder: (folder / "chat_template.json").mkdir(),
+        r"chat_template\.json is a folder and no chat template",
+    ),
+    "a pipe as a file": (
+        lambda folder: os.mkfifo(folder / "generation_config.json"),
+        r"generation_config\.json cannot be read \(it is no file\)",
     ),
     "a folder as a file": (
         lambda folder: (folder / "generation_config.json").mkdir(),

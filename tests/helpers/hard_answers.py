@@ -379,6 +379,46 @@ $-5 @ $5
 5 or less @ less than 5
 """
 
+# signs with a space, or brackets, around them
+SPACED = """
+50/ml @ 50 ml
+50 / ml @ 50 ml
+5 / day @ 5 day
+5 mg / dL @ 5 mg dL
+5 mg/day @ 5 mg day
+m / s @ m s
+x / y @ x y
+x * y @ x y
+x / y @ x * y
+2 / x @ 2 x
+P(A | B) @ P(A B)
+x ^ 2 @ x 2
+x ^ 2 @ x ^ -2
+10 ^ 5 @ 10 5
+65 + @ 65
+Na + @ Na
+O - @ O
+O - @ O +
+HLA-B27 + @ HLA-B27
+HER2 - @ HER2 +
+HBsAg (-) @ HBsAg (+)
+HBsAg (-) @ HBsAg
+HBsAg (\u2212) @ HBsAg (+)
+Rh(D)- @ Rh(D)+
+Rh(D)- @ Rh(D)
+(+)-catechin @ (-)-catechin
+ER(+)/PR(-) @ ER(-)/PR(+)
+D(-)-lactate @ D(+)-lactate
+-x @ x
+\u2212x @ x
+-x+1 @ x+1
+-(x+1) @ x+1
+-\\frac{1}{2} @ \\frac{1}{2}
+$-\\sqrt{2}$ @ \\sqrt{2}
+-\\infty @ \\infty
+- \\pi @ \\pi
+"""
+
 
 def pairs(*texts: str) -> list[tuple[str, str]]:
     found = []
@@ -389,7 +429,7 @@ def pairs(*texts: str) -> list[tuple[str, str]]:
     return found
 
 
-WRONG = pairs(RELATIONS, AMOUNTS, NUMBERS, NAMES, FURTHER)
+WRONG = pairs(RELATIONS, AMOUNTS, NUMBERS, NAMES, FURTHER, SPACED)
 
 RIGHT = [
     line.split(" @ ")
@@ -416,6 +456,23 @@ x = 5 @ x=5 @ x == 5
 ~5 @ \u22485 @ about 5 @ approximately 5
 \u00b15 @ +/-5 @ +- 5
 a -> b @ a\u2192b @ a --> b
+5 mg/dL @ 5 mg / dL @ 5 mg/ dL @ 5mg /dl
+5 mg/kg/day @ 5 mg / kg / day
+3/hour @ 3 / hour @ 3/ hour
+911/Mr. Lonely @ 911/ Mr. Lonely @ 911 / Mr. Lonely
+x/y @ x / y
+P(A|B) @ P(A | B)
+AC/DC @ AC / DC
+x^2 @ x ^ 2 @ x\u00b2
+10^-5 @ 10 ^ -5
+Na+ @ Na +
+O- @ O -
+65+ @ 65 +
+HBsAg (+) @ HBsAg positive @ HBsAg(+)
+- flu @ flu
+- A @ A
+-{5} @ -5 @ -(5) @ minus 5
+HBsAg (-) @ HBsAg negative @ HBsAg (\u2212)
 $5 @ $ 5 @ 5$ @ 5 dollars @ $5.00
 $5 million @ 5 million dollars @ $5 Million
 $200,000 @ 200000 dollars

@@ -357,7 +357,8 @@ def advantages(device, arrays, choices, backend="triton", dtype=F64, tile_elemen
     tensors = [torch.from_numpy(a).to(device) for a in arrays]
     tensors[:2] = [x.to(dtype) for x in tensors[:2]]
     tensors[2] = tensors[2][:1].expand(len(tensors[2]), -1)  # as the batch has it: one row for all
-    with patch.object(kernels, "TILE_ELEMENTS", tile_elements):
+    sizes = {"TILE_ELEMENTS": tile_elements, "TILE_ELEMENTS_OF_FLOAT64": tile_elements}
+    with patch.multiple(kernels, **sizes):
         return answer_advantages(*tensors, **choices, backend=backend)
 
 

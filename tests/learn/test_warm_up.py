@@ -21,7 +21,9 @@ FOLDER = resolve_model("embedded", "embedded", None)[0]
 @pytest.fixture(scope="module")
 def asking():
     tokenizer = load_tokenizer(FOLDER)
-    return Asking(tokenizer, piece_encoder(tokenizer), clinic.NOUN, request_first=True)
+    return Asking(
+        tokenizer, piece_encoder(tokenizer), clinic.NOUN, request_first=True, explain_decimals=False
+    )
 
 
 def test_a_shared_beginning_changes_no_loss(asking):

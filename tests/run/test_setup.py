@@ -73,7 +73,7 @@ def test_a_question_from_the_keyboard_is_asked_as_in_training(monkeypatch):
     policy = open_policy("embedded", ["data.request_first=true"])
     with pytest.raises(ZeroDivisionError):
         policy.ask("Cough?", 1, 0)
-    assert asked == [{"request_first": True}]
+    assert asked == [{"request_first": True, "explain_decimals": False}]
 
 
 def test_weights_in_bfloat16_are_not_sharded():

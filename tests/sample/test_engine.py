@@ -624,7 +624,10 @@ def test_attention_on_other_devices_equals_that_on_cpu(dtype, atol):
         torch.testing.assert_close(ours, theirs, atol=atol, rtol=0)
 
 
-def test_bfloat16_attention_is_about_as_exact_as_the_library(tiny_model):
+@pytest.mark.parametrize("mix,times", [(kv_cache._mix_cpu, 1.0), (kv_cache._mix, 1.5)])
+def test_bfloat16_attention_is_about_as_exact_as_the_library(tiny_model, monkeypatch, mix, times):
+    """On a CPU more exact: nothing is rounded but the result."""
+    monkeypatch.setattr(kv_cache, "_mix_cpu", mix)
     torch.manual_seed(0)
     config, P, own, H = tiny_model(dtype=torch.bfloat16).config, 200, 50, 4
     cache = KVCache.allocate(config, 1, P, 3, own + 1, torch.zeros(1, dtype=torch.bfloat16))
@@ -650,7 +653,7 @@ def test_bfloat16_attention_is_about_as_exact_as_the_library(tiny_model):
 
     exact = attention_in(torch.float64)
     library = attention_in(torch.bfloat16)
-    assert (ours - exact).norm() < 2.5 * (library - exact).norm()
+    assert (ours - exact).norm() < times * (library - exact).norm()
 
 
 def test_bfloat16_rounds_neither_logits_nor_scores(tiny_model):

@@ -464,7 +464,43 @@ MEDQA_FORMS = {
         "answer_idx": 1,
     },
     "a number as text": {"question": "Which drug?", "options": ["X", "Y"], "answer_idx": "1"},
+    "texts with their letters": {
+        "question": "Which drug?",
+        "options": ["A. X", "B. Y"],
+        "answer": "B. Y",
+    },
+    "brackets around letters": {
+        "question": "Which drug?",
+        "options": {"A": "(A) X", "B": "(B) Y"},
+        "answer_idx": "B",
+        "answer": "Y",
+    },
+    "a letter in brackets": {
+        "question": "Which drug?",
+        "options": ["X", "Y"],
+        "answer": "(B)",
+    },
+    "a letter and its text": {
+        "question": "Which drug?",
+        "options": ["X", "Y"],
+        "answer": "B. Y",
+    },
 }
+
+
+def test_a_label_that_is_a_part_of_the_text_stays(tmp_path):
+    """Only what all options begin with, each with its own letter, is a label."""
+    for options in ({"1": "1.5 mg", "2": "2.5 mg"}, {"A": "A. flavus", "B": "Candida"}):
+        row = {"question": "Which?", "options": options, "answer_idx": list(options)[0]}
+        ((example,), _) = examples("medqa", tmp_path, [row])
+        assert example.golds[0].name == list(options.values())[0]
+
+
+@pytest.mark.parametrize("answer", ["(C)", "B. X", "B: Z"])
+def test_a_label_that_names_no_option_is_refused(answer, tmp_path):
+    row = {"question": "Which drug?", "options": ["X", "Y"], "answer": answer}
+    with pytest.raises(UserError, match="names none of the options A, B"):
+        examples("medqa", tmp_path, [row])
 
 
 @pytest.mark.parametrize("form", MEDQA_FORMS)

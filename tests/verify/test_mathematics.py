@@ -23,10 +23,39 @@ pytest.importorskip("math_verify")
         ("y=2x", "y = 2x"),
         ("sqrt(8)", "2\\sqrt{2}"),
         ("three", "3"),
+        ("2x'+x'", "3x'"),
     ],
 )
 def test_equal(answer, gold):
     assert math_verifier(answer, [Gold("7"), Gold("11", (gold,))]) == (1,)
+
+
+@pytest.mark.parametrize(
+    ("answer", "gold"),
+    [
+        ("-x", "x"),
+        ("-\\frac{1}{2}", "\\frac{1}{2}"),
+        ("\\sqrt{2}", "-\\sqrt{2}"),
+        ("\\infty", "-\\infty"),
+        ("-(x+1)", "x+1"),
+        ("x y", "x - y"),
+        ("2 x", "2-x"),
+        ("a b", "a-b"),
+        ("x'", "x"),
+        ("f'(x)", "f(x)"),
+        ("y^{\\prime}", "y"),
+    ],
+)
+def test_a_sign_that_words_lose_is_a_part_of_a_formula(answer, gold):
+    assert not math_verifier(answer, [Gold(gold)]) and not math_verifier(gold, [Gold(answer)])
+
+
+@pytest.mark.parametrize(
+    ("answer", "gold"),
+    [("Even", "even"), ("non-negative", "nonnegative"), ("- 5", "-5"), ("[0, 1)", "[0,1)")],
+)
+def test_words_and_the_same_letters_are_equal(answer, gold):
+    assert math_verifier(answer, [Gold(gold)]) == (0,)
 
 
 @pytest.mark.parametrize(
