@@ -22,13 +22,16 @@ from mar.tasks.loading import Source
 from mar.tasks.registry import get_task
 
 BAR_WIDTH = 24
+# Columns of an answer's name.
+SHORTEST_NAME = 12
+LONGEST_NAME = 32
 
 
 @dataclass
 class AskOptions:
     """Words of this command alone."""
 
-    samples: int = number(1, low=1, help="answer sets of a question, which are pooled")
+    samples: int = number(1, low=1, high=9999, help="answer sets of a question, which are pooled")
     seed: int = number(0, low=0, help="of the draws")
     json: bool = option(False, help="true: one JSON document a question")
 
@@ -62,9 +65,11 @@ def questions(policy: AskedPolicy, console: Console) -> Iterator[str]:
             yield line or str(example)
 
 
-def bar_line(name: str, value: float | None, note: str = "") -> Text:
-    """A name, a number from 0 to 1 and its bar."""
-    line = Text(f"  {printable(name):32.32} ")
+def bar_line(name: str, value: float | None, note: str, width: int) -> Text:
+    """A name, a number from 0 to 1 and its bar, in one line of a terminal of that width."""
+    room = width - len("  ") - len(" 0.00 ") - BAR_WIDTH - len(note)
+    room = max(SHORTEST_NAME, min(LONGEST_NAME, room))
+    line = Text(f"  {printable(name):{room}.{room}} ")
     if value is not None:
         filled = round(BAR_WIDTH * min(max(value, 0.0), 1.0))
         line.append(f"{value:.2f} ", "bold")
@@ -80,7 +85,7 @@ def show_set(answers: AnswerSet, console: Console) -> None:
         console.print(Text(f"  {printable(answers.text)}", "dim"))
         return
     for answer, confidence in zip(answers.answers, answers.confidences, strict=True):
-        console.print(bar_line(str(answer), confidence))
+        console.print(bar_line(str(answer), confidence, "", console.width))
 
 
 def show(question: str, sets: Sequence[AnswerSet], console: Console) -> None:
@@ -91,7 +96,8 @@ def show(question: str, sets: Sequence[AnswerSet], console: Console) -> None:
     num_broken = sum(one.reason is not None for one in sets)
     for answer in pool(sets):
         value = answer.share if answer.confidence is None else answer.confidence
-        console.print(bar_line(answer.answer, value, f" {answer.share:4.0%} of sets"))
+        note = f" {answer.share:4.0%} of sets"
+        console.print(bar_line(answer.answer, value, note, console.width))
     if num_broken:
         console.print(Text(f"  {num_broken} of {len(sets)} sets break the form", "yellow"))
 
@@ -127,6 +133,7 @@ COMMAND = Command(
     about=__doc__,
     places="POLICY [QUESTION]",
     options=AskOptions,
+    unread=("train.", "optim.", "checkpoint.", "eval."),
     settings=("algo.temperature", "model.max_completion_tokens", "device"),
     examples=(
         'runs/medqa/seed0 "Female, 50 to 64. Reports cough. What is the condition?"',

@@ -5,8 +5,8 @@ config.json, `base` (the model that the settings name, untrained), or completion
 
 It writes `eval_items.jsonl`, one line per arm and item, and `evaluation.json`. The same command
 goes on where it was interrupted; draws depend on seed and item alone. An evaluation with other
-settings that is there already moves to `evaluation~1` in the folder. In a pipe the last line of
-stdout is one JSON document.
+settings that is there already moves to `evaluation~1` in the folder, and comes back when it is
+asked for again. In a pipe the last line of stdout is one JSON document.
 """
 
 import re
@@ -35,6 +35,7 @@ from mar.run.answering import (
     protocol_of,
     read_given_texts,
     read_other,
+    require_another,
     require_common,
     write_given_texts,
 )
@@ -195,6 +196,8 @@ def evaluate(words: Words[EvaluateOptions], display: Display) -> Path:
     else:
         models = prepare_models(target, arms, questions)
         protocol = protocol_of(target, arms, len(questions.examples))
+    if other:
+        require_another(other, target.out, protocol)
 
     with claimed(target.out, protocol, display.say):
         if texts:
@@ -227,6 +230,7 @@ COMMAND = Command(
     about=__doc__,
     places="[RUN|FOLDER|base]",
     options=EvaluateOptions,
+    unread=("train.", "optim.", "checkpoint."),
     settings=("eval.num_items", "data.eval_split", "data.path", "seed", "device"),
     examples=(
         "runs/medqa/seed0 eval.num_items=500",

@@ -31,6 +31,7 @@ from mar.policy.model import Decoder
 from mar.policy.weights import load_model, save_model
 from mar.run import checkpoint
 from mar.run.compose import load_config
+from mar.run.evaluation_folder import make_folder, require_writable
 from mar.run.folder import require_run
 from mar.run.from_run import model_of
 from mar.run.words import Command, Words, run_command
@@ -117,6 +118,7 @@ def export(run: Path, folder: Path, dtype: str, adapters: bool = False) -> Path:
     saved = checkpoint.require_newest(run, config)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} exists and is no empty folder: name another or remove it")
+    require_writable(folder)
 
     source, _ = model_of(config.model)
     model = adapted(load_model(source), config.model)
@@ -124,6 +126,7 @@ def export(run: Path, folder: Path, dtype: str, adapters: bool = False) -> Path:
     if adapters:
         _require_only_adapters(run, config, model)
     checkpoint.restore_weights(saved, model)
+    make_folder(folder)
     if adapters:
         save_adapters(model, folder, config.model.path or config.model.name)
         return folder

@@ -30,6 +30,9 @@ class FetchOptions:
 
 def hub_id_of(name: str) -> str | None:
     """The hub id of a model of conf/; None where the name is itself one. Raises UserError."""
+    folder = Path(name).expanduser()
+    if (folder / "config.yaml").is_file():
+        raise UserError(f"{name} is a run: it needs no fetching, take model=run model.path={name}")
     if name[:1] in ("/", ".", "~"):
         raise UserError(
             f"{name} is a folder: it needs no fetching, take model=hf model.path={name}"
@@ -37,8 +40,10 @@ def hub_id_of(name: str) -> str | None:
     page = re.fullmatch(r"https?://huggingface\.co/([^/]+/[^/]+)/?.*", name)
     if page:
         raise UserError(f"{name} is a page: name the hub id, {page[1]}")
-    if name.count("/") == 1:
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         return None
+    if re.fullmatch(r"[\w.-]+/[\w.-]+/", name):
+        raise UserError(f"{name} has a / too many: name the hub id, {name.rstrip('/')}")
     names = choices_of("model")
     if name not in names:
         near = nearest(name, names) or [other for other in names if name in other or other in name]

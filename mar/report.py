@@ -1,8 +1,8 @@
 """One self-contained HTML file about runs; it needs no network.
 
 A run: its headline with intervals, figures, rollouts with their advantages, config, environment.
-Two runs: what differs, and their curves in the same figures. A folder of runs: one line for each
-setting with mean, interval and number of seeds.
+Two runs: what differs, and their curves in the same figures. Several runs or a folder of runs: one
+line for each setting with mean, interval and number of seeds.
 """
 
 import sys
@@ -12,7 +12,7 @@ from pathlib import Path
 
 from mar.config import option
 from mar.errors import UserError
-from mar.run.evaluation_folder import require_writable
+from mar.run.evaluation_folder import make_folder
 from mar.run.folder import no_run
 from mar.run.words import Command, Words, run_command
 
@@ -30,16 +30,16 @@ def run(words: Words[ReportOptions]) -> None:
     paths = [Path(place) for place in words.places]
     for path in paths:
         if not path.is_dir():
-            raise UserError(no_run(path, ", two runs or a folder of runs"))
+            raise UserError(no_run(path, ", several runs or a folder of runs"))
     out = words.options.out
     if out and out.suffix == ".html":
         raise UserError(f"out={out}: name the folder in which report.html is written")
-    if len(paths) == 2 and paths[0].resolve() == paths[1].resolve():
-        raise UserError(f"{paths[0]} is named twice: name it once, or another run beside it")
-    require_writable(out or paths[0])
-    if out:
-        out.mkdir(parents=True, exist_ok=True)
-    name = "report.html" if len(paths) == 1 else "report_of_two.html"
+    for number, path in enumerate(paths):
+        if path.resolve() in [other.resolve() for other in paths[:number]]:
+            raise UserError(f"{path} is named twice: name it once, or another run beside it")
+    make_folder(out or paths[0])
+    names = {1: "report.html", 2: "report_of_two.html"}
+    name = names.get(len(paths), "report_of_several.html")
     print(write_report(paths, (out or paths[0]) / name))
 
 

@@ -339,6 +339,12 @@ def start(words: Words[NoOptions]) -> int:
     flags = [word for word in words.settings if word in HYDRA_FLAGS]
     values = {word for flag in flags for word in HYDRA_FLAGS[flag]}
     settings = [word for word in words.settings if word not in flags and word not in values]
+    of_hydra = [word for word in words.settings if word not in settings]
+    modes = [flag for flag in dict.fromkeys(flags) if flag != "--resolve"]
+    if len(modes) > 1:
+        raise UserError(
+            f"{modes[0]} and {modes[1]}: one of the two can be chosen, leave the other out"
+        )
     if {"-m", "--multirun"} & set(flags):
         require_choice(settings)
         check_sweep(settings)
@@ -348,7 +354,8 @@ def start(words: Words[NoOptions]) -> int:
             require_choice(settings)
             return run(compose(settings))
         compose(settings, check=False)
-    sys.argv[1:] = spelled(words.settings, sweep=True)
+    # Hydra reads no flag that stands between two settings.
+    sys.argv[1:] = [*of_hydra, *spelled(settings, sweep=True)]
     return SWEEP.run_to_its_end(with_hydra)
 
 

@@ -22,7 +22,14 @@ from mar.answers.rewards import component_layout, reward_of
 from mar.errors import UserError
 from mar.figures import plots
 from mar.figures.curves import curves_of_task
-from mar.figures.runs import Run, group_by_setting, group_by_task, read_run, seeds_of
+from mar.figures.runs import (
+    Run,
+    group_by_setting,
+    group_by_task,
+    read_run,
+    seeds_of,
+    short_names,
+)
 from mar.figures.tables import (
     differences_table,
     evaluation_tables,
@@ -51,14 +58,14 @@ BROWSER_KEYS = (
 
 
 def write_report(paths: Sequence[Path], out: Path | None) -> Path:
-    """Write the report of a run, a folder of runs, or two runs; returns the file."""
-    if len(paths) > 2:
-        raise UserError("name one run, one folder of runs, or two runs")
-    folders = list(paths)
-    if len(paths) == 1 and not (paths[0] / "config.yaml").exists():
-        folders = _runs_below(paths[0])
-    runs = [read_run(folder) for folder in folders]
+    """Write the report of a run, two runs, several, or a folder of runs; returns the file."""
+    folders: list[Path] = []
+    for path in paths:
+        folders += [path] if (path / "config.yaml").exists() else _runs_below(path)
+    runs = [read_run(folder) for folder in dict.fromkeys(folders)]
     title = " against ".join(map(str, paths))
+    if len(paths) > 2:
+        title = f"{len(runs)} runs, {paths[0]} to {paths[-1]}"
     default_folder = paths[0] if len(paths) == 1 else Path()
     target = out or default_folder / "report.html"
     fill_template(page_data(runs, title), target)
@@ -101,7 +108,9 @@ def page_data(runs: Sequence[Run], title: str) -> dict[str, Any]:
             )
         if len(runs) == 2:
             tables.append(differences_table(*runs))
-            tables += [headline(run, title=f"Headline of {run.path}") for run in runs]
+            names = short_names(*runs)
+            for run, name in zip(runs, names, strict=True):
+                tables.append(headline(run, title=f"Headline of {name}"))
             rollouts, broken = browser_of_pair(*runs)
             faults += broken
         else:
@@ -178,7 +187,7 @@ def browser_of_run(run: Run) -> tuple[dict[str, Any], list[str]]:
     chosen = [key for key in trained if key[1] in steps][:MAX_PROMPTS]
     rows = _rows_of_groups(run, chosen)
     groups = [_browser_group(key, [rows[key]]) for key in chosen]
-    return {"groups": groups, "sides": [_side(run)]}, broken
+    return {"groups": groups, "sides": [_side(run, str(run.path))]}, broken
 
 
 def browser_of_pair(a: Run, b: Run) -> tuple[dict[str, Any] | None, list[str]]:
@@ -199,7 +208,9 @@ def browser_of_pair(a: Run, b: Run) -> tuple[dict[str, Any] | None, list[str]]:
     first = _rows_of_groups(a, chosen)
     second = _rows_of_groups(b, chosen)
     groups = [_browser_group(key, [first[key], second[key]]) for key in chosen]
-    return {"groups": groups, "sides": [_side(a), _side(b)]}, broken + also_broken
+    names = short_names(a, b)
+    sides = [_side(run, name) for run, name in zip((a, b), names, strict=True)]
+    return {"groups": groups, "sides": sides}, broken + also_broken
 
 
 def _keys(run: Run) -> tuple[set[Key], list[str]]:
@@ -245,11 +256,11 @@ def _browser_group(key: Key, sides: Sequence[Sequence[Mapping[str, Any]]]) -> di
     }
 
 
-def _side(run: Run) -> dict[str, Any]:
-    """A run's name, and what its reward's components are called, in their order."""
+def _side(run: Run, name: str) -> dict[str, Any]:
+    """A run's name on the page, and what its reward's components are called, in their order."""
     config = load_config(run.path / "config.yaml")
     layout = component_layout(grammar_of(config), reward_of(config.reward))
-    return {"run": str(run.path), "components": [name for name, _ in layout]}
+    return {"run": name, "components": [name for name, _ in layout]}
 
 
 def _spread_steps(step_of_group: Sequence[int]) -> set[int]:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -93,6 +94,14 @@ def read_run(folder: Path) -> Run:
         evaluation=read_document(folder / "evaluation.json"),
         faults=faults,
     )
+
+
+def short_names(a: Run, b: Run) -> tuple[str, str]:
+    """What two runs' paths differ in: the folder above both is left out."""
+    paths = [str(a.path), str(b.path)]
+    above = os.path.commonpath(paths) if a.path.is_absolute() == b.path.is_absolute() else ""
+    names = [os.path.relpath(path, above) if above else path for path in paths]
+    return (paths[0], paths[1]) if "." in names else (names[0], names[1])
 
 
 def group_by_task(runs: Sequence[Run]) -> dict[str, list[Run]]:

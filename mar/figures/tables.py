@@ -11,6 +11,7 @@ from mar.figures.runs import (
     metric_with_interval,
     over_seeds,
     seeds_of,
+    short_names,
 )
 from mar.measure.comparison import coverage_at_tokens
 from mar.measure.shown_metrics import HEADLINE, headline_metrics
@@ -162,6 +163,6 @@ def differences_table(a: Run, b: Run) -> Table:
     return {
         "title": "What differs",
         "note": "All other settings are the same." if rows else "No setting differs.",
-        "columns": ["", str(a.path), str(b.path)] if rows else [],
+        "columns": ["", *short_names(a, b)] if rows else [],
         "rows": rows,
     }

@@ -64,11 +64,13 @@ def bars_of(p: np.ndarray, prior: np.ndarray | None) -> dict[str, np.ndarray]:
     With the `prior` [C] of golds that all questions share, also the constant answers that are best
     under it.
     """
+    # Of fewer golds than answers all are named.
+    num_named = min(SEVERAL, p.shape[1])
     values = {
         "posterior_drawn@1": (p * p).sum(axis=1),
         "posterior_drawn@3": any_of_draws(p, p),
         "posterior_best@1": best_masses(p, 1)[:, 0],
-        "posterior_best@3": best_masses(p, SEVERAL).sum(axis=1),
+        "posterior_best@3": best_masses(p, num_named).sum(axis=1),
     }
     if prior is not None:
         constant = np.argsort(-prior)

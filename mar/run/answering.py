@@ -28,7 +28,7 @@ from mar.records import Example, Prompt
 from mar.run import checkpoint
 from mar.run.compose import compose, load_config
 from mar.run.console import Display
-from mar.run.evaluation_folder import ITEMS_FILE
+from mar.run.evaluation_folder import ITEMS_FILE, find_earlier
 from mar.run.folder import no_run
 from mar.run.from_run import model_of
 from mar.run.setup import (
@@ -39,6 +39,7 @@ from mar.run.setup import (
     sampling_params,
     verifier_of,
 )
+from mar.run.words import known_model
 from mar.sample.draws import SamplingParams
 from mar.sample.rollout import Decode, make_decode
 from mar.verify.programs import ProgramRunner
@@ -86,6 +87,9 @@ def find_target(
         default_out = folder
     elif name and name != "base":
         if not (folder / "config.json").is_file():
+            model = known_model(name)
+            if model and not folder.exists():
+                raise UserError(f"{name} is a model, untrained: write base {model} +experiment=...")
             raise UserError(no_run(folder, ", a checkpoint (config.json) or base"))
         composed = compose(["model=hf", f"model.path={folder.resolve()}", *settings])
         config = announce(composed, display)
@@ -363,6 +367,9 @@ def read_other(folder: Path, out: Path) -> list[Item]:
     Raises UserError where there is none that can be read.
     """
     path = folder / ITEMS_FILE
+    is_run = (folder / "config.yaml").is_file()
+    if not path.is_file() and not is_run:
+        raise UserError(f"against={no_run(folder, ' or the folder of an evaluation')}")
     if not path.is_file():
         raise UserError(f"{path} does not exist: run python -m mar.evaluate {folder} first")
     if folder.resolve() == out.resolve():
@@ -386,6 +393,16 @@ def read_other(folder: Path, out: Path) -> list[Item]:
             f"{path} has no answers yet: run python -m mar.evaluate {folder} to its end"
         )
     return items
+
+
+def require_another(folder: Path, out: Path, protocol: Mapping[str, Any]) -> None:
+    """Raises UserError where the other evaluation is this one, which moved aside and comes back."""
+    earlier = find_earlier(out, protocol)
+    if earlier is not None and earlier.resolve() == folder.resolve():
+        raise UserError(
+            f"against={folder} is an evaluation with the same settings, which comes back to {out}: "
+            "leave against= out, or choose another out="
+        )
 
 
 def require_common(folder: Path, others: Sequence[Item], ids: Collection[str]) -> None:

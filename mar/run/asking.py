@@ -22,6 +22,7 @@ from mar.run.compose import compose, load_config
 from mar.run.folder import no_run
 from mar.run.from_run import model_of
 from mar.run.setup import sampling_params
+from mar.run.words import known_model
 from mar.sample.draws import SamplingParams
 from mar.sample.rollout import Decode, make_decode, read, sample
 from mar.tasks.registry import get_task
@@ -122,6 +123,11 @@ def open_policy(target: str, settings: Sequence[str]) -> AskedPolicy:
         config = compose(["+experiment=clinic", *settings])
     elif " " in target and not folder.exists():
         raise UserError(f"{target!r} is no policy: first the run, or embedded, then the question")
+    elif known_model(target) and not folder.exists():
+        raise UserError(
+            f"{target} is a model, untrained: get it by python -m mar.fetch {target}, which prints "
+            "its folder, and name that"
+        )
     else:
         raise UserError(no_run(folder, ", a checkpoint (config.json) or embedded"))
 

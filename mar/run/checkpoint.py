@@ -33,6 +33,7 @@ from mar.config import Config
 from mar.errors import UserError
 from mar.learn.learner import Learner
 from mar.policy.distributed import ALONE, World
+from mar.run.folder import is_finished
 
 MANIFEST = "manifest.json"
 STEP = "step" + "[0-9]" * 6  # a glob: the name of a checkpoint's folder
@@ -259,13 +260,20 @@ def newest(folder: Path, say: Callable[[str], object] = warnings.warn) -> Found 
 
 def require_newest(run: Path, config: Config) -> Found:
     """The newest valid checkpoint of a run's folder. Raises UserError where there is none."""
-    found = newest(run / "checkpoints")
-    if found is None:
-        raise UserError(
-            f"{run} has no readable checkpoint: let the run reach "
-            f"checkpoint.every={config.checkpoint.every} steps"
-        )
-    return found
+    faults: list[str] = []
+    found = newest(run / "checkpoints", lambda said: faults.append(str(said)))
+    if found is not None:
+        for fault in faults:
+            warnings.warn(fault, stacklevel=2)
+        return found
+    if faults:
+        raise UserError(f"{run} has no readable checkpoint ({'; '.join(faults)}): train it again")
+    if is_finished(run):
+        raise UserError(f"{run} is finished and its checkpoints are gone: train it again")
+    raise UserError(
+        f"{run} has no readable checkpoint: let the run reach "
+        f"checkpoint.every={config.checkpoint.every} steps"
+    )
 
 
 def of_step(folder: Path, step: int) -> Found | None:

@@ -47,6 +47,7 @@ from mar.run.words import (
     check_settings,
     choices_of,
     spelled,
+    takes_list,
     without_references,
 )
 from mar.tasks.registry import get_task
@@ -63,6 +64,9 @@ REGISTRIES: Registries = {
     "duplicates": lambda: DUPLICATES,
 }
 
+# A range of so many values is written as a list.
+MOST_LISTED = 10
+
 # Rules, in the order in which they are checked: (is it broken?, what to say then).
 Rules = list[tuple[bool, str]]
 
@@ -77,6 +81,12 @@ def _source_rules(model: ModelOptions, data: DataOptions) -> Rules:
     is_pinned = bool(re.search(RUN_PIN, str(model.path)))
     config_of_run = run_of_path(str(model.path)) / "config.yaml"
     no_run = model.source == "run" and not is_pinned and not config_of_run.is_file()
+    why_no_run = ""
+    if no_run and model.path:
+        why_no_run = rundir.no_run(run_of_path(str(model.path)))
+    of_own_kind = "add model=hf"
+    if config_of_run.is_file():
+        of_own_kind = "a run's policy is model=run"
     other_wheel = model.source == "wheel" and model.name != "smollm2-135m"
     files = {
         f"data.{key}": getattr(data, key)
@@ -107,12 +117,12 @@ def _source_rules(model: ModelOptions, data: DataOptions) -> Rules:
         ),
         (
             no_run,
-            f"model.path={model.path} is no run (it has no config.yaml): name a folder that "
-            "mar.train wrote, or take model=hf for a checkpoint",
+            f"model.path={model.path}: {why_no_run} (a checkpoint is model=hf)",
         ),
         (
             model.source == "embedded" and model.path is not None,
-            f"model.path={model.path} is set but model={model.name} does not read it: add model=hf",
+            f"model.path={model.path} is set but model={model.name} does not read it: "
+            f"{of_own_kind}",
         ),
         (
             other_wheel,
@@ -155,8 +165,8 @@ def _source_rules(model: ModelOptions, data: DataOptions) -> Rules:
         ),
         (
             data.source != "path" and bool(files),
-            f"{' and '.join(files)}: set, but data.source={data.source} reads no file: add "
-            "data.source=path or drop it",
+            f"{' and '.join(files)}: set, but data.source={data.source} reads no file: rows of "
+            f"your own are +experiment=jsonl; else add data.source=path, if {data.task} reads one",
         ),
     ]
 
@@ -507,8 +517,29 @@ def _require_once(words: Sequence[str]) -> None:
         chosen[found["key"]] = word
 
 
+CLOSING = {"(": ")", "[": "]", "{": "}"}
+
+
+def _open_bracket(text: str) -> str:
+    """The last bracket that is not closed; empty where all are. What stands in quotes is text."""
+    opened: list[str] = []
+    for sign in re.sub(r"'[^']*'|\"[^\"]*\"", "", text):
+        if sign in CLOSING:
+            opened.append(sign)
+        elif opened and sign == CLOSING[opened[-1]]:
+            opened.pop()
+    return opened[-1] if opened else ""
+
+
 def _unreadable(word: str) -> str:
     """What to say of a word that is not in Hydra's grammar."""
+    key, _, value = word.partition("=")
+    bracket = _open_bracket(value)
+    if bracket:
+        whole = f"{word}{CLOSING[bracket]}"
+        return f'{word}: the {bracket} is not closed: write "{whole}", in quotes for the shell'
+    if re.fullmatch(r"\(.*\)", value):
+        return f'{word}: a list is written in square brackets, "{key}=[{value[1:-1]}]"'
     return (
         f"{word}: Hydra cannot read that; signs, and letters beyond a-z, want "
         "quotes: \"key='value'\""
@@ -526,11 +557,42 @@ def _in_a_sentence(error: Exception) -> str:
             f"{several[1]}: one value is wanted, with a decimal point; a list is written "
             "key=[first,second]"
         )
+    launcher = re.search(r"Could not find 'hydra/(launcher|sweeper)/(\w+)'", text)
+    if launcher:
+        return (
+            f"hydra/{launcher[1]}={launcher[2]} is not installed: pip install .[sweep] has joblib, "
+            "and without the word jobs run one after another"
+        )
     key = getattr(error, "full_key", None)
     if key and text.startswith("Value "):
-        return f"{key}: the value {text.removeprefix('Value ')}".partition(" full_key:")[0]
-    text = re.sub(" (Config search path|full_key:|See https).*|^Error merging override ", "", text)
-    return re.sub(r"^([^\s=]+=.*?) Value '", r"\1: the value '", text)
+        sentence = f"{key}: the value {text.removeprefix('Value ')}".partition(" full_key:")[0]
+    else:
+        noise = " (Config search path|full_key:|See https).*|^Error merging override "
+        sentence = re.sub(noise, "", text)
+        sentence = re.sub(r"^([^\s=]+=.*?) Value '", r"\1: the value '", sentence)
+    wrong = re.match(
+        r"\+*([\w.]+).*: the value '(.*)' (?:of type '\w+' could not be converted to|is not a valid) (\w+)",
+        sentence,
+    )
+    return f"{sentence}: {_value_instead(*wrong.groups())}" if wrong else sentence
+
+
+def _value_instead(key: str, value: str, kind: str) -> str:
+    """What to write for a value that is none of this kind, a type of OmegaConf."""
+    several = re.fullmatch(r"(\d+)(?:\.\.+|-|:)(\d+)", value)
+    if several and kind == "Integer":
+        first, last = map(int, several.groups())
+        listed = f"range({first},{last + 1})"
+        if last < first + MOST_LISTED:
+            listed = ",".join(map(str, range(first, last + 1)))
+        return f'several runs are a sweep, -m ... "{key}={listed}"'
+    if kind == "Integer":
+        exponent = re.fullmatch(r"(\d+)(?:\.0*)?(?:[eE]\+?(\d))?", value)
+        if exponent:
+            return f"write {key}={int(exponent[1]) * 10 ** int(exponent[2] or 0)}"
+        return "a whole number is wanted"
+    wanted = {"Float": "a number is wanted", "bool": "write true or false"}
+    return wanted.get(kind, "another kind of value is wanted")
 
 
 # --------------------------------------------------------------------------- what was chosen
@@ -573,8 +635,16 @@ def require_language(config: Config, words: Sequence[str]) -> None:
 def require_one_run(words: Sequence[str]) -> None:
     """Raises UserError for words that ask for several runs, which -m starts."""
     for word in words:
+        if word.startswith(("hydra.", "hydra/")):
+            raise UserError(f"{word} is for sweeps: put -m before the words, or leave it out")
         if word.startswith("+sweep=") or len(_values_of(word)) > 1:
-            raise UserError(f"{word} is several runs: put -m before the words to start them")
+            key, _, value = word.partition("=")
+            if takes_list(key.lstrip("+")):
+                raise UserError(f'{word}: a list is written in brackets, "{key}=[{value}]"')
+            raise UserError(
+                f"{word} is several runs: put -m before the words to start them; a single number "
+                "is written with a point, or without the comma"
+            )
 
 
 def check_sweep(words: Sequence[str]) -> None:

@@ -186,7 +186,20 @@ class Display:
         self, title: str, columns: Mapping[str, Mapping[str, Any] | None], rows: Sequence[str]
     ) -> None:
         """Metrics (rows) of several policies (columns): without lines between the columns where
-        the terminal has no room for them, and whole in a pipe."""
+        the terminal has no room for them, in several tables where it is narrower still, and whole
+        in a pipe."""
+        widths = {name: _narrowest(name, column, rows) for name, column in columns.items()}
+        room = self.console.width - 1 - max(map(len, rows), default=0)
+        for names in _that_fit(widths, room):
+            self._table(title, {name: columns[name] for name in names}, rows, widths)
+
+    def _table(
+        self,
+        title: str,
+        columns: Mapping[str, Mapping[str, Any] | None],
+        rows: Sequence[str],
+        widths: Mapping[str, int],
+    ) -> None:
         table = Table(title=title, title_justify="left")
         table.add_column("", no_wrap=True)
         for name in columns:
@@ -199,7 +212,32 @@ class Display:
             table.box = None
             table.padding = (0, 1, 0, 0)
             table.pad_edge = False
+        if Measurement.get(self.console, unlimited, table).maximum > self.console.width:
+            # An interval goes below its value; a name stays whole.
+            for name, column in zip(columns, table.columns[1:], strict=True):
+                column.width = widths[name]
         self.console.print(table)
+
+
+def _narrowest(name: str, column: Mapping[str, Any] | None, rows: Sequence[str]) -> int:
+    """The width of a column's longest word."""
+    words = [name]
+    for row in rows:
+        words += format_metric((column or {}).get(row)).split()
+    return max(map(len, words))
+
+
+def _that_fit(widths: Mapping[str, int], room: int) -> list[list[str]]:
+    """The names in groups that fit into so many signs, a space after each."""
+    groups: list[list[str]] = [[]]
+    left = room
+    for name, width in widths.items():
+        if groups[-1] and width + 1 > left:
+            groups.append([])
+            left = room
+        groups[-1].append(name)
+        left -= width + 1
+    return groups
 
 
 def _shown_metrics(metrics: Mapping[str, Any]) -> dict[str, str]:

@@ -36,9 +36,17 @@ class Evaluations:
     def catch_up(self, step: int) -> None:
         """What is missing when a run starts or goes on after `step`: the measurement before
         training, or one that was interrupted after its checkpoint."""
-        if "before" not in self.document:
+        if step == 0 and "before" not in self.document:
             self.measure("before", 0)
-        elif self.is_due(step) and self.document["history"][-1]["step"] < step:
+        elif "before" not in self.document:
+            # The policy has learnt since: what is measured now is not what it was before.
+            self.display.say(
+                f"{self.folder}/eval.json is gone, and with it the measurement before training: it "
+                "cannot be made again"
+            )
+        history = self.document.get("history", [])
+        last = history[-1]["step"] if history else 0
+        if self.is_due(step) and last < step:
             self.measure(f"step {step}", step)
 
     def measure(self, stage: str, step: int) -> None:

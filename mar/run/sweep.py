@@ -5,13 +5,15 @@ the sweep: so the same command goes on wherever it was stopped, and trains nothi
 of Hydra that run jobs in processes of their own report them themselves.
 """
 
+import json
 import math
 import os
+import shlex
 import sys
 import traceback
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from hydra.core.global_hydra import GlobalHydra
@@ -113,13 +115,14 @@ class Sweep:
         return next((code for state, code in EXIT_CODES.items() if state in states), 0)
 
     def _say_states(self) -> None:
-        """The table that a sweep ends with."""
+        """The table that a sweep ends with; in a pipe one JSON document comes after it."""
         counts = Counter(job.state for job in self.ended)
         not_begun = self.num_jobs - len(self.ended)
         if not_begun > 0:
             counts["not begun"] = not_begun
         told = ", ".join(f"{number} {state}" for state, number in counts.items())
-        _say(f"\n{self.num_jobs} jobs: {told}")
+        noun = "job" if self.num_jobs == 1 else "jobs"
+        _say(f"\n{self.num_jobs} {noun}: {told}")
         wide_words = max(len(job.words) for job in self.ended)
         wide_states = max(len(job.state) for job in self.ended)
         for job in self.ended:
@@ -129,6 +132,12 @@ class Sweep:
                 _say(f"    {job.reason}")
         if counts[INTERRUPTED] or not_begun > 0:
             _say("the same command goes on: finished jobs are skipped")
+        folders = [job.folder for job in self.ended if job.folder]
+        if len(folders) > 1:
+            above = os.path.commonpath(folders)
+            _say(f"  python -m mar.report {shlex.quote(above)}   # all runs there in one HTML file")
+        if not sys.stdout.isatty():
+            _say(json.dumps({"jobs": [asdict(job) for job in self.ended], "not_begun": not_begun}))
 
 
 def in_sweep() -> bool:

@@ -41,6 +41,7 @@ HYDRA_FLAGS: dict[str, tuple[str, ...]] = {
 
 ALL_SETTINGS = "`python -m mar.train +experiment=clinic --cfg job` shows all"
 MOST_SUGGESTED = 3
+FEWEST_SIGNS = 3  # of a name that others may hold
 KEY_WIDTH = 26  # columns of the help
 
 SETTING = re.compile(
@@ -74,15 +75,21 @@ SYNONYMS = {
     "dataset": "data",
     "k": "reward.num_answers",
     "learning_rate": "model.lr",
+    "limit": "eval.num_items",
     "max_steps": "train.steps",
     "max_tokens": "model.max_completion_tokens",
+    "n": "samples",
     "num_steps": "train.steps",
     "output": "out",
     "output_dir": "out",
+    "split": "data.eval_split",
 }
 
 # What becomes of dashes and quotes in a text processor.
 TYPESET = "[\N{EN DASH}\N{EM DASH}\N{LEFT DOUBLE QUOTATION MARK}\N{RIGHT DOUBLE QUOTATION MARK}]"
+
+# How the names of files end that hold rows of data.
+ROWS = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".gz")
 
 # What is not asked for: it happens by itself.
 NEEDLESS = {
@@ -115,6 +122,8 @@ class Command(Generic[Options]):
     options: type[Options]
     # They are written <prefix>key=value.
     prefix: str = ""
+    # Settings of conf/ that it would not read, by how their keys begin.
+    unread: tuple[str, ...] = ()
     # What stands without a key: `RUN`, `RUN [QUESTION]`, `RUN...`
     places: str = ""
     # Keys of MEANINGS that its help names, where it takes the settings of conf/; empty: it takes none.
@@ -213,13 +222,14 @@ def _require_places(command: Command[Options], places: Sequence[str], own: Colle
         )
     if len(places) > len(names) and not command.places.endswith("..."):
         extra = places[len(names)]
+        texts = ", texts with spaces in quotes" if "QUESTION" in command.places else ""
         if "data.path" in command.settings and Path(extra).is_file():
             raise UserError(f"{extra!r} is one word too many: did you mean data.path={extra}?")
         if "=" in extra or extra in own or extra in _defaults():
             raise UserError(_without_value(extra, own, command))
         raise UserError(
-            f"{extra!r} is one word too many: {command.name} takes {command.places}, texts with "
-            "spaces in quotes, all else as key=value"
+            f"{extra!r} is one word too many: {command.name} takes {command.places}{texts}, all "
+            "else as key=value"
         )
 
 
@@ -319,6 +329,17 @@ def _defaults() -> dict[str, Any]:
     return flatten(Config().to_dict())
 
 
+def takes_list(key: str) -> bool:
+    """Whether a setting's value is a list."""
+    kind: Any = Config
+    for part in key.split("."):
+        if not is_dataclass(kind):
+            return False
+        kind = typing.get_type_hints(kind).get(part)
+    kinds = (kind, *typing.get_args(kind))
+    return any(typing.get_origin(one) is list for one in kinds)
+
+
 @cache
 def _paths() -> frozenset[str]:
     """The settings that name a folder or a file."""
@@ -339,7 +360,7 @@ def choices_of(group: str) -> list[str]:
     return sorted(file.stem for file in (CONF_DIR / group).glob("*.yaml"))
 
 
-def _require_setting(word: str, own: Collection[str], command: Command[Any] | None) -> None:
+def _require_setting(word: str, own: Sequence[str], command: Command[Any] | None) -> None:
     found = SETTING.fullmatch(word)
     if not found:
         raise UserError(_without_value(word, own, command))
@@ -352,13 +373,21 @@ def _require_setting(word: str, own: Collection[str], command: Command[Any] | No
         )
     if command and not command.settings:
         raise UserError(_unknown(word, own, command))
+    if sign == "~":
+        raise UserError(f"{word}: nothing is removed with ~, every setting has a value: set it")
+    if command and key.startswith("hydra") and not command.flags:
+        raise UserError(f"{key} is for the sweeps of mar.train: leave it out")
+    if command and f"{key}.".startswith(command.unread):
+        raise UserError(
+            f"{key} is for mar.train, and {command.name} does not read it: leave it out"
+        )
     group = key.partition("@")[0]
     if group in (*CHOSEN, *ADDED):
         _require_choice(sign, group, value)
     elif key.startswith(OPEN) or key in WHOLE:
         return
-    elif f"{key}." in OPEN:
-        raise UserError(f"{key} is a section: write {key}.<name>=<value>, a word for each")
+    elif key == "hydra":
+        raise UserError("hydra is a section: write hydra.<name>=<value>, a word for each")
     elif key not in _defaults() and not _is_section(key):
         raise UserError(_unknown(word, own, command))
     elif _is_section(key) and value[:1] != "{":
@@ -375,8 +404,6 @@ def _is_section(key: str) -> bool:
 def _require_choice(sign: str, group: str, value: str) -> None:
     """A file of conf/: with a + where none is chosen by default, and one that is there."""
     names = choices_of(group)
-    if sign == "~":
-        return
     if sign == "++":
         meant = f"{_plus(group)}{group}={value}"
         raise UserError(f"++{group}={value}: files of conf/ are chosen without ++, write {meant}")
@@ -386,6 +413,8 @@ def _require_choice(sign: str, group: str, value: str) -> None:
         )
     if group in CHOSEN and sign == "+":
         raise UserError(f"{group} is chosen by default: write {group}={value}, without the +")
+    if not value:
+        raise UserError(f"{sign}{group}= has no value (there are {', '.join(names)})")
     for name in value.split(","):
         bare = name.strip("[]'\" ")
         as_file = bare.removesuffix(".yaml").rpartition("/")[2]
@@ -394,13 +423,39 @@ def _require_choice(sign: str, group: str, value: str) -> None:
                 f"{sign}{group}={name}: files of conf/{group}/ are chosen by their names, write "
                 f"{sign}{group}={as_file}"
             )
-        if bare not in names and re.fullmatch(r"[\w./-]*", bare):
-            near = _near(bare, names)
-            meant = f"; did you mean {sign}{group}={near[0]}?" if near else ""
+        if bare not in names and not re.search(r"[()*{}$]", bare):
+            near = [f"{sign}{group}={other}" for other in _near(bare, names)]
+            others = _instead_of_choice(group, bare) or " or ".join(near)
+            meant = f"; did you mean {others}?" if others else ""
             raise UserError(
                 f"{sign}{group}={name}: there is no conf/{group}/{bare}.yaml{meant} "
                 f"(there are {', '.join(names)})"
             )
+
+
+def _instead_of_choice(group: str, name: str) -> str:
+    """The words for a file, a run, a checkpoint or a hub id where a file of conf/ is named by
+    itself; empty for what is none of them."""
+    path = Path(name).expanduser()
+    if group in ("data", "experiment") and (path.is_file() or name.endswith(ROWS)):
+        return f"{_plus(group)}{group}=jsonl data.path={name}"
+    if group == "model" and (path / "config.yaml").is_file():
+        return f"model=run model.path={name}"
+    if group == "model" and (path.is_dir() or is_hub_id(name)):
+        return f"model=hf model.path={name}"
+    return ""
+
+
+def known_model(name: str) -> str:
+    """The words that choose a model of conf/ or a hub id; empty for what is neither."""
+    if name in choices_of("model"):
+        return f"model={name}"
+    return f"model=hf model.path={name}" if is_hub_id(name) else ""
+
+
+def is_hub_id(name: str) -> bool:
+    """It reads `owner/name`, and there is no folder of the owner's name here."""
+    return bool(re.fullmatch(r"[\w.-]+/[\w.-]+", name)) and not Path(name).parent.exists()
 
 
 # ---------------------------------------------------------------------- what was meant
@@ -426,15 +481,25 @@ def nearest(key: str, known: Collection[str]) -> list[str]:
 
 
 def _near(name: str, names: Collection[str]) -> list[str]:
-    folded = {other.lower().replace("-", "_"): other for other in names}
-    wanted = name.lower().replace("-", "_")
-    return [folded[match] for match in get_close_matches(wanted, folded, n=1, cutoff=0.6)]
+    """The one that is spelt nearly so, else those that hold the name."""
+
+    def fold(text: str) -> str:
+        return text.lower().replace("-", "_").replace("+", "p")
+
+    folded = {fold(other): other for other in names}
+    wanted = fold(name)
+    near = get_close_matches(wanted, folded, n=1, cutoff=0.6)
+    if not near and len(wanted) >= FEWEST_SIGNS:
+        near = [other for other in folded if wanted in other]
+    return [folded[match] for match in near[:MOST_SUGGESTED]]
 
 
 def _known(own: Collection[str], command: Command[Any] | None) -> list[str]:
     if command is not None and not command.settings:
         return list(own)
-    return [*own, *CHOSEN, *(f"+{group}" for group in ADDED), *_defaults()]
+    unread = command.unread if command else ()
+    settings = [key for key in _defaults() if not key.startswith(unread)]
+    return [*own, *CHOSEN, *(f"+{group}" for group in ADDED), *settings]
 
 
 def _there_is(own: Collection[str], command: Command[Any] | None) -> str:
@@ -446,19 +511,23 @@ def _there_is(own: Collection[str], command: Command[Any] | None) -> str:
     return f"{command.name} has {', '.join(own)}"
 
 
-def _unknown(word: str, own: Collection[str], command: Command[Any] | None) -> str:
+def _unknown(word: str, own: Sequence[str], command: Command[Any] | None) -> str:
     """What to say of a key that is none."""
-    key, _, value = word.lstrip("+~").partition("=")
+    key, _, value = word.lstrip("+").partition("=")
     if command is not None and command.places and key.lower() in _names_of_places(command):
         return f"{key} is written without its name: python -m {command.name} {command.places}"
     if key in NEEDLESS:
         return f"{key} is no setting: leave it out, {NEEDLESS[key]}"
+    if command is not None and f"{key}." == command.prefix:
+        return f"{word}: {key} is a section, and its keys are set, such as {', '.join(own[:3])}"
+    kind = "setting"
+    if command is not None and not command.settings:
+        kind = f"option of {command.name}"
     near = nearest(key, _known(own, command))
+    if not near:
+        return f"{key} is no {kind}: {_there_is(own, command)}"
     meant = " or ".join(f"{name}={value}" for name in near)
-    kind = "setting" if command is None or command.settings else f"option of {command.name}"
-    if near:
-        return f"{key} is no {kind}; did you mean {meant}? ({_there_is(own, command)})"
-    return f"{key} is no {kind}: {_there_is(own, command)}"
+    return f"{key} is no {kind}; did you mean {meant}? ({_there_is(own, command)})"
 
 
 def _names_of_places(command: Command[Any]) -> list[str]:
@@ -469,6 +538,8 @@ def _names_of_places(command: Command[Any]) -> list[str]:
 def _without_value(word: str, own: Collection[str], command: Command[Any] | None) -> str:
     """What to say of a word that has no key, or no value."""
     bare = word.lstrip("+")
+    if bare.startswith("~"):
+        return f"{word!r}: nothing is removed with ~, every setting has a value: set it"
     typeset = re.search(TYPESET, word)
     if typeset:
         return (
@@ -500,8 +571,9 @@ def _choice_called(name: str) -> str:
         if name in choices_of(group):
             return f"{_plus(group)}{group}={name}"
     for group in ("experiment", "model"):
-        for near in _near(name, choices_of(group)):
-            return f"{_plus(group)}{group}={near}"
+        near = _near(name, choices_of(group))
+        if near:
+            return f"{_plus(group)}{group}={near[0]}"
     return ""
 
 

@@ -1,8 +1,8 @@
 """Look at a task before training on it.
 
 It prints the rows of each split, kept and dropped; gold-set sizes; prompt lengths in tokens; and
-three prompts as the model that would be trained reads them. The words are those of the training
-command; a task's name stands for its experiment.
+three prompts as the model that would be trained reads them, with their golds. The words are those of
+the training command; a task's name stands for its experiment.
 """
 
 import sys
@@ -27,6 +27,9 @@ from mar.tasks.registry import get_task
 
 # Questions of a task that draws them without end.
 NUM_DRAWN = 500
+# Prompts, and golds of each of them.
+NUM_SHOWN = 3
+MOST_GOLDS = 5
 
 
 def words_of_training(words: Words[NoOptions]) -> list[str]:
@@ -53,12 +56,14 @@ def run(words: Words[NoOptions]) -> None:
     grammar = fit_grammar(grammar_of(config), tokenizer)
 
     prompts: list[Prompt] = []
+    trained: Sequence[Example] = ()
     for split in _splits(config):
         num = config.data.num_train
         if num is None and get_task(config.data.task).endless:
             num = NUM_DRAWN
         examples = load_data(config, split, num, config.seed, display)
         if not prompts:
+            trained = examples
             first = config.data.request_first
             explain = config.model.explain_decimals
             prompts = [
@@ -78,8 +83,8 @@ def run(words: Words[NoOptions]) -> None:
     lengths = [len(prompt.ids) for prompt in prompts]
     low, middle, high = np.percentile(lengths, [0, 50, 100]).astype(int)
     display.say(f"prompt tokens of train ({config.model.name}): {low} to {high}, median {middle}")
-    for prompt in prompts[:3]:
-        display.say(f"\n--- {prompt.id}\n{prompt.text}")
+    for prompt, example in zip(prompts[:NUM_SHOWN], trained[:NUM_SHOWN], strict=True):
+        display.say(f"\n--- {prompt.id}\n{prompt.text}\ngolds: {_golds(example)}")
 
 
 def _splits(config: Config) -> tuple[str, ...]:
@@ -87,6 +92,22 @@ def _splits(config: Config) -> tuple[str, ...]:
     if config.data.path is not None:
         return ("train", "validation", "test")
     return (config.data.train_split, config.data.eval_split)
+
+
+def _golds(example: Example) -> str:
+    """The golds as they were read, the most probable first."""
+    golds = sorted(example.golds, key=lambda gold: gold.probability or 0.0, reverse=True)
+    shown = []
+    for gold in golds[:MOST_GOLDS]:
+        text = gold.name
+        if gold.probability is not None:
+            text += f" {gold.probability:.2f}"
+        if gold.aliases:
+            text += f" (also {', '.join(gold.aliases)})"
+        shown.append(text)
+    if len(golds) > MOST_GOLDS:
+        shown.append(f"and {len(golds) - MOST_GOLDS} more")
+    return "; ".join(shown)
 
 
 def _summary(examples: Sequence[Example]) -> str:

@@ -563,6 +563,9 @@ def _empty_split(source: Source, num_rows: int, dropped: Counter[str]) -> str:
         return f"{origin} holds no rows: use another file"
     if source.whole_file:
         return f"{origin}: no row is left of {num_rows} ({', '.join(reasons)}): use another file"
+    splits = [name for name, _ in reversed(SPLIT_ENDS)]
+    if source.kind == "path" and source.split not in splits:
+        return f"{origin}: a file has no split {source.split!r}: it has {', '.join(splits)}"
     why = ", ".join(reasons) or "none of them falls into it"
     remedy = "use another split or file"
     if source.kind == "path":

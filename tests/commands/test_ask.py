@@ -107,3 +107,10 @@ def test_mistakes_are_one_sentence(
 def test_what_a_model_wrote_is_not_obeyed(capsys: pytest.CaptureFixture[str]):
     ask.show("?", [answers(("\x1b[2Jgone", 0.5))], ask.Console(width=80))
     assert "\\x1b[2Jgone" in capsys.readouterr().out
+
+
+def test_a_bar_stays_in_the_line_of_a_narrow_terminal() -> None:
+    for width in (80, 60, 50):
+        line = ask.bar_line("a rather long name of an illness", 0.5, " 100% of sets", width)
+        assert len(line.plain) <= max(width, 57) and "0.50" in line.plain
+    assert ask.bar_line("x" * 50, 1.0, "", 200).plain.startswith("  " + 32 * "x" + " 1.00")

@@ -24,7 +24,7 @@ from mar.records import Completion
 from mar.run import answering
 from mar.run.compose import compose
 from mar.run.console import Display
-from mar.run.evaluation_folder import claimed, step_aside
+from mar.run.evaluation_folder import claimed, make_current
 from mar.run.setup import build_training
 from mar.run.summary import show_evaluation
 from mar.run.words import read_words
@@ -178,7 +178,7 @@ RESULTS = ("eval_items.jsonl", "evaluation.json")
 
 
 def test_another_evaluation_moves_the_old_one_aside(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = ["base", *FEW[:-1], "num_answers=", "arms=policy", f"out={tmp_path}"]
     evaluate.run(words, DISPLAY)
@@ -191,25 +191,46 @@ def test_another_evaluation_moves_the_old_one_aside(
     assert {name: second[f"evaluation~1/{name}"] for name in RESULTS} == first
     assert json.loads(second["eval_items.jsonl"].splitlines()[0])["protocol"]["seed"] == 1
 
-    evaluate.run(words, DISPLAY)
+    # A, B, A, B: what was measured comes back, and nothing is measured twice.
+    monkeypatch.setattr(answering, "sample_items", lambda **_: pytest.fail("measured again"))
+    evaluate.run(words, Display("plain", 0, 0))
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"{tmp_path}/evaluation~1 held an evaluation with these settings: it is back" in said
     third = files_of(tmp_path)
-    assert {name: third[name] for name in RESULTS} == first
-    assert {name: third[f"evaluation~2/{name}"] for name in RESULTS} == {
-        name: second[name] for name in RESULTS
-    }
+    of_second = {f"evaluation~2/{name}": second[name] for name in RESULTS}
+    assert third == first | of_second and not (tmp_path / "evaluation~1").exists()
     evaluate.run(words, DISPLAY)
     assert files_of(tmp_path) == third, "the same command changes nothing"
+    evaluate.run([*words, "seed=1"], DISPLAY)
+    assert files_of(tmp_path) == second
+    with pytest.raises(UserError, match="with the same settings, which comes back"):
+        evaluate.run([*words, f"against={tmp_path}/evaluation~1"], DISPLAY)
+
+
+def test_an_evaluation_that_comes_back_goes_on_where_it_was_cut_off(tmp_path: Path) -> None:
+    """A move between any two of its files, and an evaluation that moved before it was whole."""
+    for number in (1, 2):
+        (tmp_path / f"evaluation~{number}").mkdir()
+        items = tmp_path / f"evaluation~{number}/eval_items.jsonl"
+        items.write_text('{"protocol": {"seed": 0}}\n')
+    (tmp_path / "evaluation~1/evaluation.json").write_text("the whole one's")
+    make_current(tmp_path, {"seed": 0}, print)
+    left = {"evaluation~2/eval_items.jsonl"}
+    assert set(files_of(tmp_path)) == {*RESULTS, *left}, "the one that has a result"
+    (tmp_path / "evaluation.json").rename(tmp_path / "evaluation~2/evaluation.json")
+    make_current(tmp_path, {"seed": 0}, print)
+    assert (tmp_path / "eval_items.jsonl").exists(), "its items are here: they go on"
 
 
 def test_a_move_that_was_cut_off_is_finished(tmp_path: Path) -> None:
     (tmp_path / "evaluation~1").mkdir()
     (tmp_path / "evaluation~1/evaluation.json").write_text("the first one's")
     (tmp_path / "eval_items.jsonl").write_text('{"protocol": "the first one"}\n')
-    step_aside(tmp_path, {"seed": 1}, print)
+    make_current(tmp_path, {"seed": 1}, print)
     assert set(files_of(tmp_path)) == {f"evaluation~1/{name}" for name in RESULTS}
-    step_aside(tmp_path, {"seed": 1}, print)
+    make_current(tmp_path, {"seed": 1}, print)
     (tmp_path / "evaluation.json").write_text("without its items")
-    step_aside(tmp_path, {"seed": 1}, print)
+    make_current(tmp_path, {"seed": 1}, print)
     assert (tmp_path / "evaluation~2/evaluation.json").read_text() == "without its items"
 
 
@@ -506,7 +527,7 @@ def broken_inputs(tmp_path: Path, trained: Path) -> dict[str, tuple[list[str], s
         "empty set": (["base", "+experiment=clinic", *own], "tiny.jsonl"),
         "not evaluated": (
             [str(trained), "k=3", "arms=policy", f"against={tmp_path}", f"out={tmp_path}/o"],
-            "python -m mar.evaluate",
+            "is a folder of 2 runs: name one of them",
         ),
     }
 
@@ -551,7 +572,7 @@ def test_what_is_refused_touches_nothing_and_measures_nothing(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     refused = {
         "device=cuda": "device=cuda",
-        f"against={tmp_path}/none": "python -m mar.evaluate",
+        f"against={tmp_path}/none": "is not there: name a run",
         f"against={elsewhere}": "damaged",
         f"against={others}": "other questions",
         f"against={tmp_path}": "evaluation~1",

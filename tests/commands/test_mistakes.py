@@ -89,7 +89,7 @@ MISTAKES = [
     # values
     ("train", f"{CLINIC} train.steps=many", "could not be converted to Integer"),
     ("train", f"{CLINIC} train.steps=0", "train.steps=0 is out of range"),
-    ("evaluate", f"{RUN} eval.num_items=many", "could not be converted to Integer"),
+    ("evaluate", f"{RUN} eval.num_items=many", "to Integer: a whole number is wanted"),
     ("evaluate", f"{RUN} k=three", "k=three is no whole number"),
     ("show", f"{RUN} step=last", "step=last is no whole number"),
     ("export", f"{RUN} dtype=float16", "dtype=float16 is unknown: choose one of bfloat16, float32"),
@@ -205,6 +205,68 @@ MISTAKES = [
     ("fetch", "https://huggingface.co/Qwen/Qwen3-0.6B", "name the hub id, Qwen/Qwen3-0.6B"),
     ("fetch", "./qwen", "is a folder: it needs no fetching"),
     ("fetch", "model=smollm2-135m", "model is written without its name"),
+    (
+        "train",
+        "+experiment=jsonl model=embedded data.path=own.jsonl data.train_split=trian",
+        "no split 'trian': it has train, validation, test",
+    ),
+    # ranges, lists and brackets
+    ("train", f"{CLINIC} seed=0..2", 'several runs are a sweep, -m ... "seed=0,1,2"'),
+    ("train", f"-m {CLINIC} seed=0-99", '-m ... "seed=range(0,100)"'),
+    ("train", f"-m {CLINIC} seed=0:2", '-m ... "seed=0,1,2"'),
+    ("train", f"-m {CLINIC} seed=range(0,3", 'the ( is not closed: write "seed=range(0,3)"'),
+    ("train", f"-m {CLINIC} seed=[0,1", 'the [ is not closed: write "seed=[0,1]"'),
+    ("train", f"{CLINIC} reward.terms={{{{length:1", 'write "reward.terms={{length:1}}"'),
+    ("train", f"{CLINIC} optim.betas=0.9,0.99", '"optim.betas=[0.9,0.99]"'),
+    ("train", f"{CLINIC} optim.betas=(0.9,0.99)", 'square brackets, "optim.betas=[0.9,0.99]"'),
+    ("train", f"{CLINIC} train.steps=1,000", "or without the comma"),
+    ("train", f"{CLINIC} train.steps=1e3", "write train.steps=1000"),
+    ("train", f"{CLINIC} seed=1.5", "a whole number is wanted"),
+    ("train", f"{CLINIC} model.lr=1e-3x", "a number is wanted"),
+    ("train", f"{CLINIC} reward.analysis=maybe", "write true or false"),
+    ("train", f"-m {CLINIC} seed=0,1 --cfg job", "-m and --cfg: one of the two"),
+    ("train", f"{CLINIC} hydra.run.dir=here", "is for sweeps: put -m before the words"),
+    ("train", f"-m {CLINIC} seed=0,1 hydra/launcher=slurm", "is not installed"),
+    ("train", f"{CLINIC} hydra=x", "write hydra.<name>=<value>"),
+    ("train", f"{CLINIC} ~algo", "nothing is removed with ~"),
+    ("train", f"{CLINIC} ~train.steps=300", "nothing is removed with ~"),
+    # a file, a run, a checkpoint or a hub id where a file of conf/ is named
+    ("train", f"{CLINIC} model=Qwen/Qwen3-0.6B", "model=hf model.path=Qwen/Qwen3-0.6B?"),
+    ("train", f"{CLINIC} model={RUN}", f"model=run model.path={RUN}?"),
+    ("train", f"{CLINIC} model={{here}}", "model=hf model.path={here}?"),
+    ("train", f"{CLINIC} data=own.jsonl", "did you mean data=jsonl data.path=own.jsonl?"),
+    ("train", "+experiment=none.csv", "did you mean +experiment=jsonl data.path=none.csv?"),
+    ("train", f"{CLINIC} data.path=own.jsonl", "rows of your own are +experiment=jsonl"),
+    ("train", f"{CLINIC} reward=rlcr", "reward=multi_rlcr or reward=rlcr_single?"),
+    ("train", f"{CLINIC} algo=reinforce++", "did you mean algo=reinforce_pp?"),
+    ("train", "+experiment=", "+experiment= has no value"),
+    ("train", f"{CLINIC} model.path={RUN}", "a run's policy is model=run"),
+    ("train", f"{CLINIC} model=run model.path={{runs}}/clinic", "name one of them, {runs}/clinic/"),
+    ("train", f"{CLINIC} model=run model.path={{runs}}/clinic/sed0", "did you mean {runs}/clinic/"),
+    ("train", f"{CLINIC} model=run model.path={RUN}/checkpoints", f"did you mean {RUN}?"),
+    ("evaluate", f"smollm2-135m {CLINIC}", "write base model=smollm2-135m"),
+    ("evaluate", f"Qwen/Qwen3-0.6B {CLINIC}", "write base model=hf model.path=Qwen/Qwen3-0.6B"),
+    ("ask", "qwen3-1.7b hello", "get it by python -m mar.fetch qwen3-1.7b"),
+    ("fetch", RUN, f"is a run: it needs no fetching, take model=run model.path={RUN}"),
+    ("fetch", "Qwen/Qwen3-0.6B/", "name the hub id, Qwen/Qwen3-0.6B"),
+    ("fetch", "Qwen/", "is no hub id (owner/name)"),
+    # what another command reads
+    ("evaluate", f"{RUN} train.steps=4", "train.steps is for mar.train"),
+    ("evaluate", f"{RUN} checkpoint=2", "mar.evaluate does not read it"),
+    ("evaluate", f"{RUN} step=1", "step is no setting: "),
+    ("evaluate", f"{RUN} limit=4", "did you mean eval.num_items=4?"),
+    ("evaluate", f"{RUN} hydra.verbose=true", "is for the sweeps of mar.train"),
+    ("evaluate", f"{RUN} against={{runs}}/clinic", "name one of them, {runs}/clinic/seed0"),
+    ("evaluate", f"{RUN} against={{runs}}/clinik", "is not there: name a run"),
+    ("ask", f"{RUN} hello eval.num_items=3", "mar.ask does not read it"),
+    ("ask", f"{RUN} hello n=3", "did you mean samples=3?"),
+    ("ask", f"{RUN} hello samples=999999", "samples=999999 is out of range"),
+    ("export", f"{RUN} {RUN}", "mar.export takes RUN, all else as key=value"),
+    ("sft", f"{CLINIC} sft=short", "sft is a section, and its keys are set, such as sft.steps"),
+    # folders that cannot be made: of a system's own, or with a name that is too long
+    ("report", f"{RUN} out=/proc/none", "out=/proc/none cannot be made"),
+    ("evaluate", f"{RUN} k=3 num_answers= arms=policy out=/proc/none", "cannot be made"),
+    ("export", f"{RUN} out=/proc/none", "out=/proc/none cannot be made"),
 ]
 
 
@@ -280,3 +342,22 @@ def test_spaces(
 ) -> None:
     assert importlib.import_module(f"mar.{command}").main(words) == 2
     assert sentence in capsys.readouterr().err
+
+
+def test_a_look_at_own_rows_shows_how_their_golds_were_read(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = ["a", "b", "c", "d", "e", "f"]
+    rows = [
+        {"question": "Which one?", "golds": [{"name": "a", "aliases": ["A.", "alpha"]}]},
+        {"question": "Heads?", "golds": [{"name": n, "probability": 1 / 6} for n in names]},
+        {"question": "Not a list?", "golds": ["dog|cat"]},
+    ]
+    for name, some in (("rows", rows), ("held", [{"question": "Other?", "golds": ["x"]}])):
+        lines = [json.dumps(row) + "\n" for row in some]
+        (here / f"{name}.jsonl").write_text("".join(lines))
+    words = "jsonl model=embedded data.train_path=rows.jsonl data.eval_path=held.jsonl"
+    assert importlib.import_module("mar.tasks.__main__").main(words.split()) == 0
+    said = capsys.readouterr().out
+    assert "golds: a (also A., alpha)\n" in said and "golds: dog|cat\n" in said
+    assert "golds: a 0.17; b 0.17; c 0.17; d 0.17; e 0.17; and 1 more\n" in said

@@ -21,7 +21,7 @@ from mar.errors import UserError
 from mar.figures import plots
 from mar.figures.curves import curves_of_task
 from mar.figures.page import fill_template, write_report
-from mar.figures.runs import Run, group_by_setting, group_by_task, over_seeds, read_run
+from mar.figures.runs import Run, group_by_setting, group_by_task, over_seeds, read_run, short_names
 from mar.figures.tables import settings_table, settings_that_differ
 from mar.run.compose import compose
 from mar.run.console import Display
@@ -203,7 +203,9 @@ def test_a_pair_shows_what_differs(runs: list[Path], tmp_path: Path) -> None:
 
 def test_rollouts_of_a_pair_stand_side_by_side(runs: list[Path], tmp_path: Path) -> None:
     rollouts = data_of(write_report([runs[0], runs[2]], tmp_path / "pair.html"))["rollouts"]
-    assert [side["run"] for side in rollouts["sides"]] == [str(runs[0]), str(runs[2])]
+    assert [side["run"] for side in rollouts["sides"]] == list(
+        short_names(read_run(runs[0]), read_run(runs[2]))
+    )
     # Each reward has its own components.
     assert "brier1" in rollouts["sides"][0]["components"]
     assert "brier1" not in rollouts["sides"][1]["components"]
@@ -236,6 +238,23 @@ def seeds_of_settings(folder: Path, out: Path) -> list[int]:
 def test_a_folder_of_runs_has_a_line_for_each_setting(runs: list[Path], tmp_path: Path) -> None:
     # All three differ: eval.every is not the same in the two seeds.
     assert seeds_of_settings(runs[1].parents[2], tmp_path / "sweep.html") == [1, 1, 1]
+
+
+def test_several_runs_are_as_a_folder_of_them(runs: list[Path], tmp_path: Path) -> None:
+    data = data_of(write_report([*runs, runs[0].parent], tmp_path / "several.html"))
+    settings = table(data, "Settings (clinic)")
+    assert len(data["configs"]) == len(set(runs)) == 3
+    assert [row[settings["columns"].index("n")] for row in settings["rows"]] == [1, 1, 1]
+
+
+def test_names_of_two_runs_leave_out_what_is_above_both() -> None:
+    def names(a: str, b: str) -> tuple[str, str]:
+        return short_names(Run(Path(a), {}, [], {}, {}, []), Run(Path(b), {}, [], {}, {}, []))
+
+    assert names("runs/a/long/seed0", "runs/a/long/seed1") == ("seed0", "seed1")
+    assert names("runs/a/seed0", "runs/b/seed0") == ("a/seed0", "b/seed0")
+    assert names("seed0", "/runs/seed0") == ("seed0", "/runs/seed0")
+    assert names("runs", "runs/seed0") == ("runs", "runs/seed0")
 
 
 def test_a_seed_counts_once(runs: list[Path], tmp_path: Path) -> None:

@@ -29,3 +29,10 @@ def test_by_hand():
     assert bars["constant@1"] == pytest.approx(0.1) and bars["constant@3"] == pytest.approx(0.4)
     assert "constant@1" not in bars_of(p, None)
     assert "best@1" not in coverage_of(q, p, closed=False)
+
+
+def test_fewer_golds_than_answers_are_all_named():
+    """A coin has two sides, and three answers cover both."""
+    bars = bars_of(np.array([[0.7, 0.3], [0.5, 0.5]]), prior=None)
+    assert bars["posterior_best@3"] == pytest.approx([1, 1])
+    assert bars["posterior_best@1"] == pytest.approx([0.7, 0.5])

@@ -323,7 +323,7 @@ REFUSED = [
     ("model=hf", "model.path=<folder or hub id>"),
     ("model=hf model.path=./nowhere", "no folder here"),
     ("model=run", "model.path=<its folder>"),
-    ("model=run model.path=nowhere", "is no run"),
+    ("model=run model.path=nowhere", "nowhere is not there: name a run"),
     ("model.source=wheel", "model=smollm2-135m"),
 ]
 
@@ -331,7 +331,7 @@ REFUSED = [
 REFUSED_BY_HYDRA = [
     ("experiment=paper", "put a + before it, +experiment="),
     ("name=ünï", "name=ünï: Hydra cannot read that"),
-    ("name=[rows", "name=[rows: Hydra cannot read that"),
+    ("name=[rows", "name=[rows: the [ is not closed"),
     ("model.lr=fast", "model.lr=fast: the value 'fast' of type"),
     ("model=gpt5", "there is no conf/model/gpt5.yaml"),
     ("data=medqaa", "did you mean data=medqa?"),

@@ -4,6 +4,7 @@ what to do next."""
 import io
 import json
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -143,3 +144,15 @@ def test_a_table_fits_and_is_whole_in_a_pipe(capsys: pytest.CaptureFixture[str])
     assert len(lines) == 3 and lines[2].count("0.500 ±0.100") == 5
     Display("plain", 0, 0).table("end", columns, ["repeats_per_set"])
     assert capsys.readouterr().out.count("0.500 ±0.100") == 5
+
+
+@pytest.mark.parametrize(("width", "num_tables"), [(60, 1), (40, 2), (26, 4)])
+def test_the_names_of_a_narrow_table_stay_whole(width: int, num_tables: int) -> None:
+    arms = ("policy", "base", "single", "prompted_k", "verbalized")
+    display, out = live_display(width)
+    display.table("end", {arm: {"coverage@3": [0.7, 0.6, 0.8]} for arm in arms}, ["coverage@3"])
+    lines = re.sub(r"\x1b\[\d+m", "", out.getvalue()).splitlines()
+    words = [word for line in lines for word in line.split()]
+    assert all(words.count(arm) == 1 for arm in arms)
+    assert words.count("coverage@3") == num_tables and words.count("0.700") == len(arms)
+    assert all(len(line.rstrip()) <= width for line in lines)

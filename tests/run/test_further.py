@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from mar.policy.weights import load_model
 from mar.run import checkpoint
 from mar.run.compose import compose, load_config
 from mar.run.console import Display
+from mar.run.evaluations import Evaluations
 from mar.run.folder import prepare
 from mar.run.from_run import model_of, pin_source
 from mar.run.setup import build_training
@@ -48,6 +50,21 @@ def records(folder: Path) -> list[dict[str, Any]]:
 
 def document(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "eval.json").read_text())
+
+
+def test_the_measurement_before_training_is_not_made_after_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Where eval.json is lost, the policy of a later step would be measured as the untrained one."""
+    measured = []
+    monkeypatch.setattr(Evaluations, "measure", lambda self, *what: measured.append(what))
+    training: Any = SimpleNamespace(config=compose([*SMALL, "train.steps=9", "eval.every=3"]))
+    evaluations = Evaluations(training, tmp_path, Display("plain", 0, 9), {})
+    evaluations.catch_up(2)
+    assert not measured and "cannot be made again" in capsys.readouterr().out
+    evaluations.catch_up(3)
+    evaluations.catch_up(0)
+    assert measured == [("step 3", 3), ("before", 0)]
 
 
 # --- more steps ------------------------------------------------------------------------------
@@ -260,6 +277,9 @@ def test_mistakes_of_a_start_are_one_sentence(
     with pytest.raises(UserError, match="the folder that this run writes to"):
         run(compose(further(first, "name=first")))
     shutil.rmtree(first / "checkpoints")
-    with pytest.raises(UserError, match="no readable checkpoint"):
+    with pytest.raises(UserError, match="is finished and its checkpoints are gone: train it again"):
+        run(compose(further(first, "name=second")))
+    (first / "checkpoints/step000002").mkdir(parents=True)
+    with pytest.raises(UserError, match="no readable checkpoint .*manifest.json is missing"):
         run(compose(further(first, "name=second")))
     assert sorted(os.listdir(tmp_path)) == before

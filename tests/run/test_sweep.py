@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from mar import train
 from mar.config import Config
 from mar.errors import UserError
 from mar.run import sweep
@@ -82,6 +83,12 @@ def test_after_a_refused_job_the_others_are_trained(tmp_path: Path) -> None:
             done.stderr.count("\n") == 1
         )
         table = done.stdout[done.stdout.index("\n3 jobs: ") :].splitlines()[1:]
+        told = json.loads(table.pop())["jobs"]
+        assert [job["state"] for job in told] == [state, "refused", state]
+        assert (
+            table.pop()
+            == f"  python -m mar.report {tmp_path}/clinic   # all runs there in one HTML file"
+        )
         assert table[0] == f"3 jobs: 2 {state}, 1 refused"
         assert table[1].split("  ")[1:3] == ["algo.group_size=3", state]
         assert table[2].split() == ["algo.group_size=1", "refused"]
@@ -130,6 +137,25 @@ def test_a_job_that_fails_is_told_and_the_next_one_runs(
     ]
     assert "4 jobs: 1 finished, 1 refused, 1 failed, 1 stopped\n" in said.out
     assert "goes on" not in said.out
+    # In a pipe the last line is one document.
+    document = json.loads(said.out.splitlines()[-1])
+    assert document["jobs"][1] == {
+        "words": "seed=1",
+        "state": "refused",
+        "folder": "b",
+        "reason": "no",
+    }
+    assert len(document["jobs"]) == 4 and document["not_begun"] == 0
+
+
+def test_the_words_of_a_sweep_come_in_any_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hydra itself reads no flag between two settings."""
+    seen = []
+    monkeypatch.setattr(sys, "argv", ["mar.train"])
+    monkeypatch.setattr(train, "SWEEP", Sweep())
+    monkeypatch.setattr(train, "with_hydra", lambda: seen.append(sys.argv[1:]))
+    assert train.main(["+experiment=clinic", "-m", "seed=0,1"]) == 0
+    assert seen == [["-m", "+experiment=clinic", "seed=0,1"]]
 
 
 @pytest.mark.parametrize("how", ["outcome", "exception", "signal in the last step", "between"])
