@@ -266,5 +266,6 @@ def _mix(q: Tensor, keys: Tensor, values: Tensor, bias: Tensor) -> tuple[Tensor,
     # log_weights = scores - lse at every entry, and the first is hidden from no row. A GPU takes
     # nine kernels for `logsumexp`, and log_softmax one.
     lse = scores[..., :1] - log_weights[..., :1]
+    del scores  # as large as the weights, whose copy comes next
     weights = log_weights.exp_().to(q.dtype)
     return precise_product(weights, values), lse

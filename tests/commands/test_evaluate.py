@@ -387,6 +387,7 @@ def test_a_checkpoint_of_transformers_evaluates_the_same(base: Path, tmp_path: P
     AutoTokenizer.from_pretrained(EMBEDDED).save_pretrained(tmp_path / "theirs")
     words = [
         "model.thinking=false",
+        "model.explain_decimals=false",
         "model.max_completion_tokens=96",
         "model.max_prompt_tokens=384",
     ]

@@ -458,7 +458,7 @@ def faults(tmp_path: Path, good: Path) -> dict[str, tuple[list[Path], str]]:
         "no step": ([tmp_path / "young"], "not finished a step"),
         "half a document": ([tmp_path / "damaged"], "damaged"),
         "another version": ([tmp_path / "old"], "another version"),
-        "three": ([good, good, good], "one run, one folder"),
+        "one run three times": ([good, good, good], "is named twice"),
     }
 
 
