@@ -223,8 +223,13 @@ def words_to_go_on(folder: Path, model: ModelOptions) -> str:
 def told_words(words: Words[SftOptions]) -> list[str]:
     """What the log says of the command line: everything but where things lie."""
     own = [f"sft.{name}={value}" for name, value in asdict(words.options).items()]
+    return without_places(words.settings) + own
+
+
+def without_places(words: Sequence[str]) -> list[str]:
+    """Settings but those that say where things lie on this machine."""
     places = ("out=", "run_dir=", "data.path=", "model.path=")
-    return [word for word in words.settings if not word.startswith(places)] + own
+    return [word for word in words if not word.startswith(places)]
 
 
 def save_checkpoint(model: Decoder, folder: Path, source: Path, config: Config, dtype: str) -> None:

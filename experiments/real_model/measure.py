@@ -28,6 +28,7 @@ from mar.run.compose import compose
 from mar.run.console import Display
 from mar.run.setup import load_data
 from mar.run.warm_up import prior_of
+from mar.sft import without_places
 from mar.tasks.registry import get_task
 
 WAYS = ("drawn@1", "best@1", "different@3", "best@3")
@@ -70,7 +71,7 @@ def run(adapters: str, num: int, out: Path, words: Sequence[str]) -> None:
         chosen = np.array([example.stratum == stratum for example in examples])
         values_of_stratum = means({name: value[chosen] for name, value in told.items()})
         strata[stratum] = {"questions": int(chosen.sum()), **values_of_stratum}
-    document = {"questions": len(examples), "words": list(words), "mean_low_high": rows}
+    document = {"questions": len(examples), "words": without_places(words), "mean_low_high": rows}
     out.write_text(json.dumps(document | {"strata": strata}, indent=1) + "\n")
     print(json.dumps(rows, indent=1))
 

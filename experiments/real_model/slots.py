@@ -40,6 +40,7 @@ from mar.run.compose import compose
 from mar.run.console import Display
 from mar.run.setup import load_data
 from mar.run.warm_up import prior_of
+from mar.sft import without_places
 from mar.tasks.registry import get_task
 
 NUM_ANSWERS = 3
@@ -154,7 +155,7 @@ def run(adapters: str, num: int, out: Path, words: Sequence[str]) -> None:
         low, high = np.quantile(again, (0.025, 0.975), axis=0)
         mean_low_high = np.stack([values.mean(axis=0), low, high], axis=1)
         found[name] = np.round(mean_low_high, 3).tolist()
-    document = {"questions": len(examples), "words": list(words), "answer 1, 2, 3": found}
+    document = {"questions": len(examples), "words": without_places(words), "answer 1, 2, 3": found}
     out.write_text(json.dumps(document, indent=1) + "\n")
     print(json.dumps(found))
 
