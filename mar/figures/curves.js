@@ -9,6 +9,7 @@ const DASHES = ["", "7 3", "7 3 2 3", "2 3"];
 const SOFT = "#6b7280";
 const PANEL = { width: 300, height: 190, top: 8, bottom: 34, right: 10 };
 const LETTER = 6.2;  // width of a digit, in pixels
+const NAME_HEIGHT = 11;  // from one name beside the drawing to the next, in pixels
 const FEW_POINTS = 20;  // up to so many, every point of a curve has a marker
 
 const lookOf = (index) => ({ colour: COLOURS[index % 7], dash: DASHES[index % 4] });
@@ -117,38 +118,41 @@ function drawPanel(parent, task, metric) {
   const left = 12 + LETTER * Math.max(...labels.map((label) => label.length));
   const [first, last] = extent(steps);
   const xRoom = last > first ? (last - first) * 0.03 : 0.5;
-  const scaleX = (width - left - PANEL.right) / (last - first + 2 * xRoom);
+  // Their names stand beside the drawing, where no curve and no interval crosses them.
+  const longestName = Math.max(0, ...Object.keys(bounds).map((name) => name.length));
+  const right = width - PANEL.right - LETTER * longestName;
+  const scaleX = (right - left) / (last - first + 2 * xRoom);
   const scaleY = (PANEL.height - PANEL.top - PANEL.bottom) / (yHigh - yLow);
   const x = (step) => left + (step - first + xRoom) * scaleX;
   const y = (value) => PANEL.height - PANEL.bottom - (value - yLow) * scaleY;
 
-  drawAxes(svg, { x, y, left, width, ySteps, labels, first, last, xRoom });
+  drawAxes(svg, { x, y, left, right, ySteps, labels, first, last, xRoom });
   for (const value of Object.values(bounds)) {
     draw(svg, "line", {
-      x1: left, x2: width - PANEL.right, y1: y(value), y2: y(value), stroke: SOFT,
+      x1: left, x2: right, y1: y(value), y2: y(value), stroke: SOFT,
       "stroke-dasharray": "1 3", class: "bound",
     });
   }
   for (const one of series) drawSeries(svg, one, x, y);
-  for (const [name, value] of Object.entries(bounds)) {
-    const above = y(value) < PANEL.top + 14 ? 11 : -3;
-    draw(svg, "text", {
-      x: width - PANEL.right, y: y(value) + above, "text-anchor": "end", class: "tick over",
-    }, name);
+  let lowestName = -NAME_HEIGHT;
+  const fromTop = Object.entries(bounds).sort(([, a], [, b]) => b - a);
+  for (const [name, value] of fromTop) {
+    lowestName = Math.max(y(value) + 4, lowestName + NAME_HEIGHT);
+    draw(svg, "text", { x: right + 4, y: lowestName, class: "tick over" }, name);
   }
 }
 
-function drawAxes(svg, { x, y, left, width, ySteps, labels, first, last, xRoom }) {
+function drawAxes(svg, { x, y, left, right, ySteps, labels, first, last, xRoom }) {
   const floor = PANEL.height - PANEL.bottom;
   ySteps.values.forEach((value, i) => {
     draw(svg, "line", {
-      x1: left, x2: width - PANEL.right, y1: y(value), y2: y(value), stroke: "#e5e7eb",
+      x1: left, x2: right, y1: y(value), y2: y(value), stroke: "#e5e7eb",
     });
     draw(svg, "text", {
       x: left - 5, y: y(value) + 4, "text-anchor": "end", class: "tick",
     }, labels[i]);
   });
-  const most = Math.max(2, Math.floor((width - left) / 70));
+  const most = Math.max(2, Math.floor((right - left) / 70));
   const span = Math.max(last - first, 1);
   const steps = ticks(first - xRoom, first + span + xRoom, Math.min(most, span + 1), true);
   for (const step of steps.values.filter((step) => step <= last + xRoom)) {
@@ -156,9 +160,9 @@ function drawAxes(svg, { x, y, left, width, ySteps, labels, first, last, xRoom }
       x: x(step), y: floor + 14, "text-anchor": "middle", class: "tick step",
     }, String(step));
   }
-  draw(svg, "line", { x1: left, x2: width - PANEL.right, y1: floor, y2: floor, stroke: "#9ca3af" });
+  draw(svg, "line", { x1: left, x2: right, y1: floor, y2: floor, stroke: "#9ca3af" });
   draw(svg, "text", {
-    x: (left + width) / 2, y: PANEL.height - 4, "text-anchor": "middle", class: "tick",
+    x: (left + right) / 2, y: PANEL.height - 4, "text-anchor": "middle", class: "tick",
   }, "step");
 }
 
