@@ -252,10 +252,7 @@ def run_until_end(config: Config, skip_finished: bool = False) -> str:
         origin = {"model": provenance, "chat_date": told_date, **environment()}
         opened = run_folder.prepare({**config.to_dict(), "provenance": origin})
         if opened.archive:
-            differs = ", ".join(opened.differs) or "nothing"
-            display.say(
-                f"{folder} was finished: it is {opened.archive} now, and differed in {differs}"
-            )
+            display.say(f"{folder} was finished: it is {opened.archive} now, and {opened.why}")
     world.wait()
 
     held_out = training.held_out.prompts

@@ -7,6 +7,7 @@ it. The file needs no network. What a model wrote reaches the page as text only.
 import base64
 import io
 import json
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -59,10 +60,13 @@ BROWSER_KEYS = (
 
 def write_report(paths: Sequence[Path], out: Path | None) -> Path:
     """Write the report of a run, two runs, several, or a folder of runs; returns the file."""
-    folders: list[Path] = []
+    by_folder: dict[Path, Run] = {}
     for path in paths:
-        folders += [path] if (path / "config.yaml").exists() else _runs_below(path)
-    runs = [read_run(folder) for folder in dict.fromkeys(folders)]
+        if (path / "config.yaml").exists():
+            by_folder[path] = read_run(path)
+        else:
+            by_folder |= {run.path: run for run in _runs_below(path)}
+    runs = list(by_folder.values())
     title = " against ".join(map(str, paths))
     if len(paths) > 2:
         title = f"{len(runs)} runs, {paths[0]} to {paths[-1]}"
@@ -72,7 +76,26 @@ def write_report(paths: Sequence[Path], out: Path | None) -> Path:
     return target
 
 
-def _runs_below(folder: Path) -> list[Path]:
+def _runs_below(folder: Path) -> list[Run]:
+    """The runs below a folder. One that cannot be read is left out, and stderr says so.
+
+    Raises UserError where none can be read.
+    """
+    runs = []
+    faults = []
+    for path in _run_folders(folder):
+        try:
+            runs.append(read_run(path))
+        except UserError as fault:
+            faults.append(str(fault))
+    if not runs:
+        raise UserError(faults[0])
+    for fault in faults:
+        print(f"left out: {fault}", file=sys.stderr)
+    return runs
+
+
+def _run_folders(folder: Path) -> list[Path]:
     """The folders of runs that have made a step, else of those that have not."""
     found = sorted(path.parent for path in folder.rglob("config.yaml"))
     if not found:

@@ -28,6 +28,10 @@ BROUGHT_ALONG = {
 }
 
 
+# Settings that every report reads.
+NEEDED = (("reward", "num_answers"), ("data", "task"), ("train", "steps"))
+
+
 @dataclass(frozen=True)
 class Run:
     """What a run's folder holds."""
@@ -71,7 +75,9 @@ def read_run(folder: Path) -> Run:
     """Raises UserError for what is no run, or is one that has not made a step."""
     try:
         config = dict(yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")))
-        config["reward"]["num_answers"]
+        for section, key in NEEDED:
+            config[section][key]
+        config["seed"]
     except FileNotFoundError:
         raise UserError(
             f"{folder} holds no config.yaml: "

@@ -51,6 +51,8 @@ NOT_A_VARIANT = {
 BESIDE_MORE_STEPS = {"eval.every", "checkpoint.every", "checkpoint.keep"}
 # A run resumes with other values of these. (Threads may change the last bits.)
 NOT_A_DIFFERENCE = {"train.stop_at", "out", "run_dir", "logger", "provenance", "model.threads"}
+# In place of the settings that differ, where nobody can tell.
+CONFIG_IS_DAMAGED = "its config.yaml is damaged"
 # What a run did whose config.yaml is older than one of these keys.
 BEFORE_THE_KEY = {"model.explain_decimals": False}
 
@@ -59,7 +61,7 @@ BEFORE_THE_KEY = {"model.explain_decimals": False}
 class RunDir:
     """A run's folder. `resume`: it holds a run that goes on. `extends`: that run, finished or not,
     was to have only so many steps. `archive`: where the finished run that it holds moves to, and
-    `differs` the settings in which that one was another."""
+    `differs` the settings in which that one was another, or CONFIG_IS_DAMAGED alone."""
 
     path: Path
     resume: bool
@@ -71,6 +73,13 @@ class RunDir:
     def is_done(self) -> bool:
         """It holds a finished run of this configuration."""
         return self.archive is not None and not self.differs
+
+    @property
+    def why(self) -> str:
+        """Why the finished run moves aside, as the end of a sentence."""
+        if self.differs == (CONFIG_IS_DAMAGED,):
+            return CONFIG_IS_DAMAGED
+        return f"differed in {', '.join(self.differs) or 'nothing'}"
 
 
 # --- names -----------------------------------------------------------------------------------
@@ -212,6 +221,8 @@ def find(config: Mapping[str, Any]) -> RunDir:
         )
     finished = is_finished(path)
     saved = _read_yaml(path / "config.yaml", strict=not finished)
+    if not saved:
+        return _step_aside(path, [CONFIG_IS_DAMAGED])
     keys = differing_keys(saved, config)
     if "train.steps" in keys and set(keys) <= {"train.steps", *BESIDE_MORE_STEPS}:
         old_steps = flatten(saved).get("train.steps", math.inf)

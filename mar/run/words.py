@@ -559,10 +559,28 @@ def _without_value(word: str, own: Collection[str], command: Command[Any] | None
     if command is None or command.settings:
         if Path(bare).is_file():
             return f"{word!r} has no key: words are key=value; did you mean data.path={word}?"
+        if command and _is_folder_or_hub_id(bare):
+            return _no_folder_wanted(bare, command)
         near = _choice_called(bare)
         if near:
             return f"{word!r} has no key: words are key=value; did you mean {near}?"
     return f"{word!r} has no key: words are key=value, and {_there_is(own, command)}"
+
+
+def _is_folder_or_hub_id(name: str) -> bool:
+    path = Path(name).expanduser()
+    return path.is_dir() and path.name not in choices_of("experiment") or "/" in name
+
+
+def _no_folder_wanted(name: str, command: Command[Any]) -> str:
+    """What to say of a folder or a hub id where a command takes settings alone."""
+    example = command.examples[0].partition("  ")[0]
+    meant = _instead_of_choice("model", name)
+    start = f"; what starts from it is {meant}" if meant else ""
+    return (
+        f"{name!r}: {command.name} takes settings and no folder, as in `python -m {command.name} "
+        f"{example}`{start}"
+    )
 
 
 def _choice_called(name: str) -> str:

@@ -96,6 +96,14 @@ MISTAKES = [
     ("ask", f"{RUN} hello json=yes", "json=yes is neither true nor false"),
     ("report", f"{RUN} out=x.html", "name the folder in which report.html is written"),
     # folders
+    (
+        "plan",
+        RUN,
+        "takes settings and no folder, as in `python -m mar.plan +experiment=paper scale",
+    ),
+    ("plan", RUN, "what starts from it is model=run model.path={runs}/clinic/seed0"),
+    ("train", "some/where", "takes settings and no folder, as in `python -m mar.train +experiment"),
+    ("plan", "owner_/name", "what starts from it is model=hf model.path=owner_/name"),
     ("evaluate", "{runs}/clinic", "is a folder of 2 runs: name one of them, {runs}/clinic/seed0"),
     ("ask", "{runs}/clinic", "is a folder of 2 runs: name one of them, {runs}/clinic/seed0"),
     ("show", "{runs}/clinic", "is a folder of 2 runs: name one of them, {runs}/clinic/seed0"),

@@ -475,6 +475,25 @@ def test_mistakes_are_one_sentence(
     assert not (tmp_path / "r.html").exists()
 
 
+def test_a_damaged_run_does_not_stop_the_report_of_its_folder(
+    tmp_path: Path, runs: list[Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("good", "broken", "without a seed", "half an end"):
+        (tmp_path / name).mkdir()
+        for file in ("config.yaml", "metrics.jsonl"):
+            shutil.copy(runs[0] / file, tmp_path / name)
+    (tmp_path / "broken/config.yaml").write_text("{{{")
+    kept = (runs[0] / "config.yaml").read_text().replace("seed:", "sead:")
+    (tmp_path / "without a seed/config.yaml").write_text(kept)
+    (tmp_path / "half an end/eval.json").write_text("[")
+    assert report_command.main([str(tmp_path)]) == 0
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 3
+    for name, line in zip(("broken/config", "half an end/eval", "without a seed"), said):
+        assert line.startswith(f"left out: {tmp_path}/{name}"), line
+    assert list(data_of(tmp_path / "report.html")["configs"]) == [str(tmp_path / "good")]
+
+
 def test_an_unfinished_run_says_so(tmp_path: Path) -> None:
     folder = train(tmp_path, "train.stop_at=2", "eval.every=1")
     data = data_of(write_report([folder], None))

@@ -217,8 +217,17 @@ def test_a_finished_run_steps_aside_for_another_configuration(tmp_path: Path) ->
     (run.path / "config.yaml").write_text("no: [mapping")
     run = prepare(config(tmp_path))
     assert run.archive is not None and len(run.differs) == 9 and run.differs[-1] == "...", (
-        "a damaged one steps aside, too"
+        "one of another program steps aside, too"
     )
+
+
+def test_a_finished_run_with_a_damaged_configuration_says_so(tmp_path: Path) -> None:
+    path = prepare(config(tmp_path)).path
+    finish(path)
+    for content in ("{broken", "", "just text"):
+        (path / "config.yaml").write_text(content)
+        run = find(config(tmp_path))
+        assert run.archive is not None and run.why == "its config.yaml is damaged"
 
 
 def test_another_configuration_is_refused_by_its_keys(tmp_path: Path) -> None:
