@@ -49,9 +49,13 @@ def example_question(policy: AskedPolicy) -> str | None:
 def questions(policy: AskedPolicy, console: Console) -> Iterator[str]:
     """Lines from the keyboard, or from a pipe; empty ones are passed over."""
     if not sys.stdin.isatty():
+        is_empty = True
         for line in sys.stdin:
             if line.strip():
+                is_empty = False
                 yield line.strip()
+        if is_empty:
+            raise UserError("no question came: write it in quotes after the policy, or a line each")
         return
     example = example_question(policy)
     if example:
@@ -77,6 +81,14 @@ def bar_line(name: str, value: float | None, note: str, width: int) -> Text:
         line.append("·" * (BAR_WIDTH - filled), "dim")
     line.append(note, "dim")
     return line
+
+
+def require_utf8(question: str) -> None:
+    """Raises UserError for bytes that are none; Python reads them as halves of letters."""
+    try:
+        question.encode()
+    except UnicodeEncodeError:
+        raise UserError(f"the question {question!r} is not in UTF-8: save it in UTF-8") from None
 
 
 def show_set(answers: AnswerSet, console: Console) -> None:
@@ -121,6 +133,7 @@ def run(words: Words[AskOptions]) -> None:
     console = Console(highlight=False)
     policy = open_policy(target, words.settings)
     for question in asked or questions(policy, console):
+        require_utf8(question)
         sets = policy.ask(question, options.samples, options.seed)
         if options.json:
             print(document(question, sets), flush=True)

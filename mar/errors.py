@@ -1,5 +1,6 @@
 """Errors that a person reads: one sentence instead of a traceback, and the command's exit code."""
 
+import os
 import signal
 import sys
 from collections.abc import Callable
@@ -30,7 +31,7 @@ def exit_code(command: Callable[[], object], interrupted: str = "interrupted") -
     """Run a command and return what the process should exit with.
 
     An integer that the command returns is passed on, anything else counts as 0. A UserError and a
-    missing optional package give 2 and Ctrl-C gives 130; the error, or the sentence `interrupted`,
+    missing optional package give 2, Ctrl-C gives 130 and a closed stdout 141; the error, or the sentence `interrupted`,
     goes to stderr.
     """
     heed_ctrl_c()
@@ -49,10 +50,25 @@ def exit_code(command: Callable[[], object], interrupted: str = "interrupted") -
             file=sys.stderr,
         )
         return 2
+    except BrokenPipeError:
+        if not _stdout_is_closed():
+            raise
+        return 128 + signal.SIGPIPE
     except KeyboardInterrupt:
         print(interrupted, file=sys.stderr)
         return 130
     return code if isinstance(code, int) else 0
+
+
+def _stdout_is_closed() -> bool:
+    """Whether the reader of stdout has gone, as `| head` does. What was to be written is dropped:
+    Python's own flush at the end would fail as well."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
+    return False
 
 
 def heed_ctrl_c() -> None:

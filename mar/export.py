@@ -30,6 +30,7 @@ from mar.policy.lora import adapted, is_adapter, merge, save_adapters, trainable
 from mar.policy.model import Decoder
 from mar.policy.weights import load_model, save_model
 from mar.run import checkpoint
+from mar.run.asked_as import write_asked_as
 from mar.run.compose import load_config
 from mar.run.evaluation_folder import make_folder, require_writable
 from mar.run.folder import require_run
@@ -142,6 +143,7 @@ def export(run: Path, folder: Path, dtype: str, adapters: bool = False) -> Path:
     told_date = f"{CLOCK:%d %B %Y}" if reads_clock(tokenizer) else ""
     readme = card(config, grammar, saved.step, dtype, measured, told_date)
     (folder / "README.md").write_text(readme)
+    write_asked_as(folder, config)
     save_model(merge(model), folder, getattr(torch, dtype), extra=token_ids)
     return folder
 

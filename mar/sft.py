@@ -41,6 +41,7 @@ from mar.policy.lora import adapted, merge, save_adapters, trainable_pattern
 from mar.policy.model import Decoder
 from mar.policy.weights import load_model, save_model
 from mar.records import Example
+from mar.run.asked_as import write_asked_as
 from mar.run.compose import compose, require_choice
 from mar.run.console import Display
 from mar.run.from_run import model_of
@@ -239,6 +240,7 @@ def save_checkpoint(model: Decoder, folder: Path, source: Path, config: Config, 
         base = config.model.path or config.model.name
         save_adapters(model, folder / "adapters", base, stored)
     copy_tokenizer(source, folder)
+    write_asked_as(folder, replace(config, model=replace(config.model, thinking=False)), False)
     save_model(merge(model), folder, stored)
 
 

@@ -90,8 +90,8 @@ def _runs_below(folder: Path) -> list[Run]:
             faults.append(str(fault))
     if not runs:
         raise UserError(faults[0])
-    for fault in faults:
-        print(f"left out: {fault}", file=sys.stderr)
+    for said in faults:
+        print(f"left out: {said}", file=sys.stderr)
     return runs
 
 

@@ -26,6 +26,7 @@ from mar.policy.model import Decoder
 from mar.policy.weights import load_model
 from mar.records import Example, Prompt
 from mar.run import checkpoint
+from mar.run.asked_as import asked_as
 from mar.run.compose import compose, load_config
 from mar.run.console import Display
 from mar.run.evaluation_folder import ITEMS_FILE, find_earlier
@@ -91,7 +92,8 @@ def find_target(
             if model and not folder.exists():
                 raise UserError(f"{name} is a model, untrained: write base {model} +experiment=...")
             raise UserError(no_run(folder, ", a checkpoint (config.json) or base"))
-        composed = compose(["model=hf", f"model.path={folder.resolve()}", *settings])
+        words = asked_as(folder, settings)
+        composed = compose(["model=hf", f"model.path={folder.resolve()}", *words, *settings])
         config = announce(composed, display)
         default_out = Path("runs/evaluation") / folder.resolve().name
     else:

@@ -18,6 +18,7 @@ from mar.policy.model import Decoder
 from mar.policy.weights import load_model
 from mar.records import Example
 from mar.run import checkpoint
+from mar.run.asked_as import asked_as
 from mar.run.compose import compose, load_config
 from mar.run.folder import no_run
 from mar.run.from_run import model_of
@@ -116,7 +117,8 @@ def open_policy(target: str, settings: Sequence[str]) -> AskedPolicy:
         config = load_config(folder / "config.yaml", settings)
         found = checkpoint.require_newest(folder, config)
     elif (folder / "config.json").is_file():
-        config = compose(["model=hf", f"model.path={folder.resolve()}", *settings])
+        words = asked_as(folder, settings)
+        config = compose(["model=hf", f"model.path={folder.resolve()}", *words, *settings])
     elif target == "embedded":
         if any(word.startswith("+experiment=") for word in settings):
             raise UserError("embedded knows the clinic alone: leave +experiment= out")

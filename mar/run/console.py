@@ -1,7 +1,9 @@
 """What a person sees of a run: a live bar on a terminal, plain lines elsewhere, tables."""
 
 import os
+import re
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,6 +23,7 @@ GAP = "  "  # between two parts of a line
 SHORTEST_BAR = 8  # characters
 LONGEST_BAR = 40
 UNLIMITED = 10_000
+HARD_SPACE = "\0"  # where a line is not broken
 
 
 def format_metric(value: float | Sequence[float | None] | None) -> str:
@@ -38,6 +41,29 @@ def format_metric(value: float | Sequence[float | None] | None) -> str:
 def printable(text: str, keep: str = "") -> str:
     """Control characters are shown, not obeyed: somebody else wrote this. `keep`: those to leave."""
     return "".join(c if c.isprintable() or c in keep else f"\\x{ord(c):02x}" for c in text)
+
+
+def folded(line: str, width: int) -> str:
+    """A line in lines of `width` characters, the later ones two spaces further in. It breaks at
+    gaps of two spaces where it has them, else between words. A path or a command is never broken.
+    """
+    body = line.lstrip(" ")
+    indent = " " * (len(line) - len(body))
+    parts = []
+    for part in re.split("( {2,})", body):
+        stays_whole = len(part) <= width - len(indent) - len(GAP) or part.startswith("python -m")
+        if GAP in body and stays_whole and part.strip():
+            part = part.replace(" ", HARD_SPACE)
+        parts.append(part)
+    lines = textwrap.wrap(
+        "".join(parts),
+        width,
+        initial_indent=indent,
+        subsequent_indent=indent + GAP,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+    return "\n".join(lines).replace(HARD_SPACE, " ")
 
 
 def clock(seconds: float) -> str:
@@ -115,6 +141,10 @@ class Display:
         self.mirror: Mirror | None = None
 
     def say(self, text: str) -> None:
+        """Print a line, on a terminal in as many lines as it takes."""
+        if self.console.is_terminal:
+            lines = [folded(line, self.console.width) for line in text.splitlines()]
+            text = "\n".join(lines)
         self.console.print(text, highlight=False, soft_wrap=True, markup=False)
 
     def __enter__(self) -> "Display":

@@ -43,6 +43,7 @@ from mar.verify.verifiers import AnswerChecker, make_answer_checker
 # Held-out questions, below which a run says how little they tell: half of the 95 % interval of a rate
 # of one half is then more than 0.1.
 FEW_HELD_OUT = 100
+MOST_NAMED = 5  # columns that are not read
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,12 @@ def load_data(
     if loaded.dropped:
         counts = [f"{number} ({reason})" for reason, number in sorted(loaded.dropped.items())]
         display.say(f"{split}: dropped {', '.join(counts)}")
+    if loaded.unread:
+        names = ", ".join(map(repr, loaded.unread[:MOST_NAMED]))
+        more = ", ..." if len(loaded.unread) > MOST_NAMED else ""
+        display.say(
+            f"{source.path}: not read: {names}{more} (only what stands in the question is asked)"
+        )
     if loaded.num_options:
         display.say(f"{split}: {chance_line(config.reward.num_answers, loaded.num_options)}")
     if before is not None:

@@ -14,13 +14,33 @@ A key "truth" says otherwise (`survey` for shares of people). Without "id" the q
 one. The id decides the split: of a file 70 % are train, 20 % validation and 10 % test.
 """
 
+from dataclasses import replace
 from typing import Any
 
 from mar.errors import UserError
 from mar.records import TRUTHS, Example, Gold
-from mar.tasks.loading import Candidate, Cells, Row, draw_label, example_id, required_text
+from mar.tasks.loading import (
+    Candidate,
+    Cells,
+    Loaded,
+    Row,
+    Source,
+    draw_label,
+    example_id,
+    load_rows,
+    required_text,
+)
 
+ROW_KEYS = {"question", "golds", "id", "truth"}
 GOLD_KEYS = {"name", "aliases", "probability"}
+
+
+def load(source: Source) -> Loaded:
+    """The examples of a split, and the names of columns that are not read."""
+    loaded = load_rows(source, read)
+    assert loaded.reading is not None
+    unread = sorted(loaded.reading.columns - ROW_KEYS)
+    return replace(loaded, unread=tuple(unread))
 
 
 def read(row: Row, where: str) -> Candidate:

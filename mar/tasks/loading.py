@@ -116,6 +116,8 @@ class Loaded:
     dropped: Counter[str]
     # How many options each question shows, where it shows them.
     num_options: int | None = None
+    # Columns of a file that the task does not read.
+    unread: tuple[str, ...] = ()
     # What was read, where other splits can be had from it (`load_split`).
     reading: "Reading | None" = None
 
@@ -426,6 +428,7 @@ class Reading:
     read: ReadRow
     splits: tuple[str, ...] | None
     num_rows: int = 0  # with different ids
+    columns: set[str] = field(default_factory=set)  # of any row
     # of each row that can be used: its number, id, split, kind of truth, and how long it can get
     numbers: "array[int]" = field(default_factory=lambda: array("q"))
     ids: list[str] = field(default_factory=list)
@@ -509,6 +512,7 @@ def read_rows(source: Source, read: ReadRow) -> Reading:
     left_out = _questions_left_out(source, read)
     for number, (where, row) in enumerate(rows):
         example, question, drop_reason = _read_row(read, row, where)
+        reading.columns.update(row)
         digest = _digest_of_words(question)
         if digest in left_out:
             drop_reason = f"also in {source.without_path}"

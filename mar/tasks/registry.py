@@ -63,7 +63,7 @@ TASKS: dict[str, Task] = {
         load=partial(load_rows, read=protoqa.read), noun="answer", targets=DISTRIBUTION
     ),
     "mbpp": Task(load=partial(load_rows, read=mbpp.read), noun="program", verifier="program"),
-    "jsonl": Task(load=partial(load_rows, read=jsonl.read), noun="answer", targets=DISTRIBUTION),
+    "jsonl": Task(load=jsonl.load, noun="answer", targets=DISTRIBUTION),
 }
 
 

@@ -1,6 +1,8 @@
 """Asking a policy: what is shown, what is pooled, and what is refused."""
 
+import io
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -51,6 +53,29 @@ def test_the_same_question_and_seed_give_the_same_answers(capsys: pytest.Capture
     said = capsys.readouterr().out
     for answer, confidence in zip(sets[0].answers, sets[0].confidences, strict=True):
         assert f"{answer}" in said and f"{confidence:.2f}" in said and "█" in said
+
+
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [(b"", "no question came"), (b"\n \n", "no question came"), (b"caf\xe9?\n", "is not in UTF-8")],
+)
+def test_a_pipe_without_a_question_is_one_sentence(given, sentence, monkeypatch, capsys):
+    pipe = io.TextIOWrapper(io.BytesIO(given), encoding="utf-8", errors="surrogateescape")
+    monkeypatch.setattr(sys, "stdin", pipe)
+    assert ask.main(["embedded"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") and said.count("\n") == 1 and sentence in said
+
+
+def test_a_reader_that_has_gone_ends_the_command_quietly():
+    code = f"from mar import ask; import sys; sys.exit(ask.main(['embedded', {QUESTION!r}, 'json=true']))"
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(
+        [sys.executable, "-c", code], stdout=writer, stderr=subprocess.PIPE, text=True
+    )
+    os.close(writer)
+    assert done.returncode == 141 and done.stderr == ""
 
 
 def test_a_run_answers_from_its_newest_checkpoint_and_a_pipe_is_read(tmp_path: Path):

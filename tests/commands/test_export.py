@@ -1,6 +1,7 @@
 """An exported run is a checkpoint that transformers reads, equal to the policy."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -17,7 +18,12 @@ from mar.policy.lora import adapted, merged_parameters
 from mar.policy.sources import EMBEDDED, resolve_model
 from mar.policy.weights import load_model
 from mar.run import checkpoint
+from mar.run.answering import find_target
+from mar.run.asked_as import KNOWN, asked_as
+from mar.run.asking import open_policy
 from mar.run.compose import compose
+from mar.run.console import Display
+from mar.run.folder import flatten
 from mar.train import run
 
 WORDS = "+experiment=clinic train.steps=1 eval.num_items=2 algo.prompts_per_step=1 algo.group_size=2 logger.console=plain"
@@ -53,6 +59,60 @@ def test_transformers_reads_the_policy(trained, tmp_path):
         and "<answer1>" in card
         and "| coverage@3 |" in card
     )
+
+
+KEYS = [*KNOWN]
+
+
+def test_an_export_is_asked_as_its_run_was(trained, tmp_path, capsys):
+    folder = export(trained, tmp_path / "hf", "float32")
+    capsys.readouterr()
+    theirs = open_policy(str(trained), [])
+    assert capsys.readouterr().err == ""
+    ours = open_policy(str(folder), ["model.max_completion_tokens=64"])
+    said = capsys.readouterr().err
+    assert (
+        said.startswith(f"as {folder}/mar.json says: data.task=clinic ") and said.count("\n") == 1
+    )
+    assert "model.thinking=false model.explain_decimals=false reward.objective=multi_rlcr" in said
+    asked, told = (flatten(policy.config.to_dict()) for policy in (ours, theirs))
+    assert [asked[key] for key in KEYS] == [told[key] for key in KEYS]
+    question = "Female, 20 to 29. Reports cough. What is the condition?"
+    texts = [[one.text for one in policy.ask(question, 2, seed=0)] for policy in (ours, theirs)]
+    assert texts[0] == texts[1], "the same words, the same draws"
+
+
+def test_the_command_line_wins_over_the_folder(trained, tmp_path, capsys):
+    folder = export(trained, tmp_path / "hf", "float32")
+    assert asked_as(folder, ["reward=rlcr_single", "model.thinking=true", "+experiment=jsonl"]) == [
+        "data.request_first=false",
+        "model.explain_decimals=false",
+    ]
+    words = ["+experiment=clinic", "reward.num_answers=2", "eval.num_items=2"]
+    target = find_target(str(folder), words, None, None, Display("plain", 0, 0))
+    reward, model = target.config.reward, target.config.model
+    assert reward.num_answers == 2 and not model.thinking and not model.explain_decimals
+
+
+@pytest.mark.parametrize(
+    ("content", "fault"),
+    [
+        ("{", "cannot be read"),
+        ("\xff", "cannot be read"),
+        ("[" * 9000, "cannot be read"),
+        ("[1]", "is no JSON object"),
+        ('{"out": "/x"}', "has 'out', which mar does not write"),
+        ('{"model.thinking": 1}', "says model.thinking=1, which cannot be"),
+        ('{"reward.num_answers": true}', "reward.num_answers=True"),
+        ('{"reward.num_answers": 11}', "reward.num_answers=11"),
+        ('{"reward.objective": ["multi_rlcr"]}', "reward.objective="),
+        ('{"data.task": "clinic data.path=x"}', "data.task="),
+    ],
+)
+def test_a_damaged_mar_json_is_one_sentence(content, fault, tmp_path):
+    (tmp_path / "mar.json").write_bytes(content.encode("latin-1"))
+    with pytest.raises(UserError, match=re.escape(fault)):
+        asked_as(tmp_path, [])
 
 
 def test_rows_without_a_token_are_not_drawn_from_an_export(tmp_path):

@@ -11,6 +11,7 @@ from mar.files import read_jsonl
 from mar.policy.sources import resolve_model
 from mar.policy.weights import load_model
 from mar.run import warm_up
+from mar.run.asked_as import asked_as
 from mar.run.compose import compose
 from mar.run.console import Display
 from mar.run.warm_up import Questions
@@ -83,6 +84,13 @@ def test_the_checkpoint_is_what_was_trained(tmp_path, monkeypatch):
     torch.testing.assert_close(after.blocks[3].qkv.weight, expected, rtol=1e-6, atol=1e-7)
     torch.testing.assert_close(after.embed.weight, before.embed.weight, rtol=0, atol=0)
     assert (tmp_path / "adapters/adapter_model.safetensors").is_file()
+    # It was taught several forms: the file says the words alone.
+    assert asked_as(tmp_path, []) == [
+        "data.task=clinic",
+        "data.request_first=false",
+        "model.thinking=false",
+        "model.explain_decimals=false",
+    ]
 
 
 def test_a_step_that_is_not_finite_is_not_taken(tmp_path, monkeypatch):

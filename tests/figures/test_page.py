@@ -489,7 +489,9 @@ def test_a_damaged_run_does_not_stop_the_report_of_its_folder(
     assert report_command.main([str(tmp_path)]) == 0
     said = capsys.readouterr().err.splitlines()
     assert len(said) == 3
-    for name, line in zip(("broken/config", "half an end/eval", "without a seed"), said):
+    for name, line in zip(
+        ("broken/config", "half an end/eval", "without a seed"), said, strict=True
+    ):
         assert line.startswith(f"left out: {tmp_path}/{name}"), line
     assert list(data_of(tmp_path / "report.html")["configs"]) == [str(tmp_path / "good")]
 

@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 
 from mar.run import console, summary
-from mar.run.console import Display, clock, hint_where_busy, progress_line
+from mar.run.console import Display, clock, folded, hint_where_busy, progress_line
 
 METRICS = {
     "reward": "0.542",
@@ -47,6 +47,31 @@ def test_what_matters_most_is_left_out_last() -> None:
         assert all(word in line(width) for word in ("step", "reward", "coverage", "0:31 left"))
     # The time left stands last, wherever it is said.
     assert line(60).endswith("0:31 left") and line(200).endswith("0:31 left")
+
+
+EVAL = "eval after (40 items, 1 s)  coverage@3 0.685  top1 0.415  ece 0.208  format_rate 1.000"
+GAP_LINE = "gap closed: 0.053  (0: K draws from the posterior, 1: its K most probable answers)"
+COMMAND = (
+    "  python -m mar.report runs/a/long/name/of/a/folder   # one HTML file: curves, completions"
+)
+PROSE = "clinic: 96 training and 40 held-out prompts; writing to /a/long-path/without/a/space/in-it"
+
+
+@pytest.mark.parametrize("width", [60, 80, 200])
+@pytest.mark.parametrize("text", [EVAL, GAP_LINE, COMMAND, PROSE])
+def test_a_line_that_is_said_is_folded_between_its_parts(text: str, width: int) -> None:
+    lines = folded(text, width).split("\n")
+    assert all(len(line) <= width for line in lines)
+    assert " ".join(folded(text, width).split()) == " ".join(text.split())
+    assert all(line.startswith("  ") for line in lines[1:])
+    for whole in ("coverage@3 0.685", "format_rate 1.000", COMMAND.split("   ")[0], "# one HTML"):
+        assert (whole in text) == any(whole in line for line in lines)
+
+
+def test_what_a_person_copies_is_never_broken() -> None:
+    command = "  python -m mar.ask runs/" + 60 * "x"
+    assert folded(f"{command}   # ask it", 60) == f"{command}\n    # ask it"
+    assert folded("wrote " + 80 * "x", 60) == "wrote\n  " + 80 * "x"
 
 
 def test_the_bar_shows_the_share() -> None:

@@ -214,7 +214,7 @@ def test_a_finished_run_steps_aside_for_another_configuration(tmp_path: Path) ->
     run = prepare(config(tmp_path, "train.steps=5"))
     assert run.archive is not None and run.differs == ("train.steps",)
     finish(run.path)
-    (run.path / "config.yaml").write_text("no: [mapping")
+    (run.path / "config.yaml").write_text("K: 3")
     run = prepare(config(tmp_path))
     assert run.archive is not None and len(run.differs) == 9 and run.differs[-1] == "...", (
         "one of another program steps aside, too"

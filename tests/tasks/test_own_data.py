@@ -80,6 +80,20 @@ def test_parquet_holds_lists_and_objects(tmp_path: Path) -> None:
     assert example.golds == (Gold("heads", ("H",), 0.5), Gold("tails", (), 0.5))
 
 
+def test_columns_that_are_not_read_are_named_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"question": f"{i}?", "golds": ["x"], "id": str(i), "context": "c"} for i in range(40)]
+    rows[7]["note"] = "n"
+    config = compose([*WORDS, f"data.path={write(tmp_path / 'rows.jsonl', rows)}"])
+    display = Display("plain", 0, 0)
+    before: list[Loaded] = []
+    for split in ("train", "validation"):
+        load_data(config, split, None, 0, display, before)
+    said = capsys.readouterr().out
+    assert said.count("not read: ") == 1 and "rows.jsonl: not read: 'context', 'note' (" in said
+
+
 def test_two_files_are_not_cut_and_what_is_measured_is_not_trained(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
