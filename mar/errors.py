@@ -1,6 +1,7 @@
 """Errors that a person reads: one sentence instead of a traceback, and the command's exit code."""
 
 import os
+import select
 import signal
 import sys
 from collections.abc import Callable
@@ -63,12 +64,13 @@ def exit_code(command: Callable[[], object], interrupted: str = "interrupted") -
 def _stdout_is_closed() -> bool:
     """Whether the reader of stdout has gone, as `| head` does. What was to be written is dropped:
     Python's own flush at the end would fail as well."""
-    try:
-        sys.stdout.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return True
-    return False
+    stdout = sys.stdout.fileno()
+    poll = select.poll()
+    poll.register(stdout, 0)
+    is_closed = any(event & select.POLLERR for _, event in poll.poll(0))
+    if is_closed:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stdout)
+    return is_closed
 
 
 def heed_ctrl_c() -> None:

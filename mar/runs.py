@@ -25,7 +25,7 @@ from mar.run.words import Command, Words, run_command
 
 COLOURS = {"finished": "green", "running": "bold cyan", "damaged": "red"}
 # Columns that a narrow terminal goes without, the first one first. A pipe has room for all.
-DISPENSABLE = ("model", "last wrote", "task")
+DISPENSABLE = ("model", "last wrote", "task", "steps")
 PIPE_WIDTH = 10_000
 
 

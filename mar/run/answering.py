@@ -23,7 +23,7 @@ from mar.measure.given_texts import items_of_file
 from mar.policy.distributed import compute_device
 from mar.policy.lora import adapted
 from mar.policy.model import Decoder
-from mar.policy.weights import load_model
+from mar.policy.weights import load_model, read_config
 from mar.records import Example, Prompt
 from mar.run import checkpoint
 from mar.run.asked_as import asked_as
@@ -199,9 +199,6 @@ def prepare_models(target: Target, arms: Sequence[Arm], questions: Questions) ->
     """Load the weights. Raises UserError for what cannot answer the questions."""
     config = target.config
     params = {arm.name: _sampling_params(target, arm, questions) for arm in arms}
-    for arm in arms:
-        longest = max(len(prompt.ids) for prompt in questions.prompts[arm.name])
-        require_positions(config, target.model_folder, longest, params[arm.name].max_tokens)
     policy, untrained = load_weights(target, compute_device(config.device))
     return Models(policy, untrained, params)
 
@@ -253,11 +250,15 @@ def answer_questions(
 
 
 def _sampling_params(target: Target, arm: Arm, questions: Questions) -> SamplingParams:
-    """As in training; more answers than in training get room in proportion."""
+    """As in training; more answers than in training get room in proportion, as far as the model has
+    positions. Raises UserError where it has none for as much as in training."""
     config = target.config
     params = sampling_params(config, arm.grammar, questions.tokenizer, target.model_folder)
+    longest = max(len(prompt.ids) for prompt in questions.prompts[arm.name])
+    require_positions(config, target.model_folder, longest, params.max_tokens)
     room = max(1.0, arm.grammar.num_answers / config.reward.num_answers)
-    return replace(params, max_tokens=int(params.max_tokens * room))
+    most = read_config(target.model_folder).max_positions - longest
+    return replace(params, max_tokens=min(int(params.max_tokens * room), most))
 
 
 def _as_written(item: Item) -> dict[str, Any]:

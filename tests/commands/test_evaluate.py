@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from mar import evaluate
-from mar.answers.grammar import Grammar, render
+from mar.answers.grammar import Grammar, grammar_of, render
+from mar.answers.prompts import fit_grammar
 from mar.answers.tokenizer import load_tokenizer
 from mar.errors import UserError
 from mar.measure.baselines import build_arms
@@ -605,6 +606,20 @@ def test_what_is_refused_touches_nothing_and_measures_nothing(
     assert evaluate.main([*words, f"out={tmp_path}"]) == 2
     assert "model.safetensors" in capsys.readouterr().err
     assert files_of(tmp_path) == before
+
+
+def test_more_answers_than_in_training_get_no_more_room_than_there_is(tmp_path):
+    """Training fits the model's 2,048 positions, and six answers with twice the room would not."""
+    words = ["+experiment=clinic", "model.max_completion_tokens=1200", "eval.num_items=2"]
+    display = Display("plain", 0, 0)
+    target = answering.find_target("base", words, tmp_path, None, display)
+    tokenizer = load_tokenizer(target.model_folder)
+    arms = build_arms(fit_grammar(grammar_of(target.config), tokenizer), 3, [6], trained=False)
+    questions = answering.prepare_questions(target.config, arms, tokenizer, display)
+    models = answering.prepare_models(target, arms, questions)
+    longest = max(len(prompt.ids) for prompt in questions.prompts["K=6"])
+    assert models.params["policy"].max_tokens == 1200
+    assert models.params["K=6"].max_tokens == 2048 - longest < 2400
 
 
 def test_sizes_that_are_asked_for_are_measured_beside_named_arms(

@@ -114,15 +114,31 @@ def test_the_table_and_the_document_say_the_same(
 @pytest.mark.parametrize("width", [60, 80, 120])
 def test_a_narrow_terminal_loses_columns_but_no_letter(folder: Path, width: int) -> None:
     console = Console(width=width, force_terminal=True, highlight=False)
-    rows = [RunRow("runs/own/seed0", "finished", "clinic", "embedded", "multi_rlcr own", 0, 20, 20)]
+    rows = [
+        RunRow(
+            "runs/own/seed0",
+            "finished",
+            "clinic",
+            "embedded",
+            "multi_rlcr own",
+            0,
+            20,
+            20,
+            "coverage@3",
+            0.7,
+            0.6,
+            0.8,
+        )
+    ]
     with console.capture() as capture:
         runs.print_table(rows, console)
     text = capture.get()
     assert "…" not in text
-    for word in ("runs/own/seed0", "multi_rlcr", "finished"):
+    for word in ("runs/own/seed0", "multi_rlcr own", "finished"):
         assert word in text
     assert ("embedded" in text) == (width == 120)
     assert ("no room for model" in text) == (width < 120)
+    assert ("steps" in text.splitlines()[0]) == (width > 60)
 
 
 # What a folder may hold: name -> how it is spoilt. Nothing outside of the folder is touched.

@@ -1,6 +1,7 @@
 """mar.sft: the same command goes on, its words are checked, and what it leaves is a checkpoint."""
 
 import json
+import os
 
 import pytest
 import torch
@@ -146,6 +147,12 @@ def test_what_cannot_work_is_refused(word, sentence, tmp_path):
     with pytest.raises(UserError) as caught:
         train([*WORDS, word, f"run_dir={tmp_path}"])
     assert sentence in str(caught.value) and not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_cannot_be_written_is_one_sentence(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: not mode & os.W_OK)
+    with pytest.raises(UserError, match="nothing can be written into"):
+        train([*WORDS, f"run_dir={tmp_path / 'new'}"])
 
 
 def test_drawn_questions_are_always_new(monkeypatch):
