@@ -3,6 +3,7 @@
 import json
 import sys
 import threading
+import time
 import types
 from collections.abc import Iterator
 from pathlib import Path
@@ -34,11 +35,19 @@ def frames(data: bytes) -> Iterator[bytes]:
 
 
 def records(folder: Path) -> list:
-    """Everything in the offline files of a run, oldest first."""
+    """Everything in the offline files of a run, oldest first.
+
+    wandb writes them in a process of its own, which may still be at it: a file ends with `exit`.
+    """
     from wandb.proto import wandb_internal_pb2 as pb
 
-    files = sorted(folder.glob("wandb/offline-run-*/*.wandb"))
-    return [pb.Record.FromString(frame) for file in files for frame in frames(file.read_bytes())]
+    until = time.monotonic() + 60
+    while True:
+        files = sorted(folder.glob("wandb/offline-run-*/*.wandb"))
+        found = [pb.Record.FromString(f) for file in files for f in frames(file.read_bytes())]
+        if any(record.HasField("exit") for record in found) or time.monotonic() > until:
+            return found
+        time.sleep(0.2)
 
 
 def history(found: list) -> list[dict]:
