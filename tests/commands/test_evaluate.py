@@ -748,6 +748,7 @@ def test_the_last_line_is_json_in_a_pipe_and_a_file_on_a_terminal(
     assert said["arms"]["policy"]["top1"] == whole["arms"]["policy"]["metrics"]["top1"]
     assert said["paired"]["policy - single"].items() <= whole["paired"]["policy - single"].items()
     monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "300")  # the folder's name is long
     assert evaluate.main(words) == 0
     last = capsys.readouterr().out.splitlines()[-1]
     assert last == f"all numbers, for programs: {base / 'evaluation.json'}"
