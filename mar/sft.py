@@ -30,7 +30,6 @@ from mar.learn.demonstrations import (
     ConfidenceHint,
     DemonstrationBatch,
     make_demonstration_batch,
-    piece_encoder,
     short_forms,
     soft_target_loss,
 )
@@ -54,6 +53,7 @@ from mar.run.warm_up import (
     Questions,
     Recent,
     SftOptions,
+    asking_of,
     check_options,
     folder_of,
     prior_of,
@@ -61,9 +61,9 @@ from mar.run.warm_up import (
     require_own_folder,
     restore_state,
     save_state,
+    without_places,
 )
 from mar.run.words import Command, Words, run_command
-from mar.tasks.registry import get_task
 
 LOG = "sft.jsonl"
 
@@ -139,14 +139,7 @@ def run(words: Words[SftOptions]) -> None:
 
     source, _ = model_of(options)
     tokenizer = load_tokenizer(source)
-    noun = get_task(data.task).noun
-    asking = Asking(
-        tokenizer=tokenizer,
-        encode=piece_encoder(tokenizer),
-        noun=noun,
-        request_first=data.request_first,
-        explain_decimals=options.explain_decimals,
-    )
+    asking = asking_of(config, tokenizer)
     held_out = HeldOut(config, sft.eval_items, display) if sft.eval_every else None
     taught = replace(config, data=replace(data, num_asked=sft.asked or data.num_asked))
     questions = Questions(taught, sft.batch, display)
@@ -227,12 +220,6 @@ def told_words(words: Words[SftOptions]) -> list[str]:
     """What the log says of the command line: everything but where things lie."""
     own = [f"sft.{name}={value}" for name, value in asdict(words.options).items()]
     return without_places(words.settings) + own
-
-
-def without_places(words: Sequence[str]) -> list[str]:
-    """Settings but those that say where things lie on this machine."""
-    places = ("out=", "run_dir=", "data.path=", "model.path=")
-    return [word for word in words if not word.startswith(places)]
 
 
 def save_checkpoint(model: Decoder, folder: Path, source: Path, config: Config, dtype: str) -> None:

@@ -13,48 +13,27 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import torch
 
-from mar.answers.tokenizer import load_tokenizer, num_tokens
+from experiments.real_model.warmed_up import open_warmed_up
 from mar.errors import exit_code
-from mar.learn.demonstrations import piece_encoder
-from mar.learn.warm_up import Asking, answer_masses
+from mar.learn.warm_up import answer_masses
 from mar.measure.bootstrap import resample_weights
 from mar.measure.single_answers import bars_of, coverage_of, gold_probabilities, means
-from mar.policy.lora import adapted, load_adapters
-from mar.policy.sources import resolve_model
-from mar.policy.weights import load_model
-from mar.run.compose import compose
 from mar.run.console import Display
 from mar.run.setup import load_data
-from mar.run.warm_up import prior_of
-from mar.sft import without_places
-from mar.tasks.registry import get_task
+from mar.run.warm_up import asking_of, prior_of, without_places
 
 WAYS = ("drawn@1", "best@1", "different@3", "best@3")
 
 
 def run(adapters: str, num: int, out: Path, words: Sequence[str]) -> None:
-    config = compose(words)
-    options, data = config.model, config.data
-    torch.set_num_threads(options.threads or torch.get_num_threads())
-    folder, _ = resolve_model(options.source, options.name, options.path)
-    tokenizer = load_tokenizer(folder)
-    model = adapted(load_model(folder, num_tokens=num_tokens(tokenizer)), options)
-    if adapters != "none":
-        load_adapters(model, Path(adapters))
+    opened = open_warmed_up(adapters, words)
+    config = opened.config
     display = Display(config.logger.console, 0, 1)
     examples = load_data(config, "test", num, 0, display)
     p, prior = gold_probabilities(examples), prior_of(config, examples, display)
-    noun = get_task(data.task).noun
-    asking = Asking(
-        tokenizer=tokenizer,
-        encode=piece_encoder(tokenizer),
-        noun=noun,
-        request_first=data.request_first,
-        explain_decimals=options.explain_decimals,
-    )
-    q = answer_masses(model, examples, asking)
+    asking = asking_of(config, opened.tokenizer)
+    q = answer_masses(opened.model, examples, asking)
     told = bars_of(p, prior) | coverage_of(q, p, closed=prior is not None)
     if prior is not None:
         for way in WAYS:

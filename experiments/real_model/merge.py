@@ -12,23 +12,18 @@ from pathlib import Path
 
 import torch
 
-from mar.answers.tokenizer import copy_tokenizer, load_tokenizer, num_tokens
+from experiments.real_model.warmed_up import open_warmed_up
+from mar.answers.tokenizer import copy_tokenizer
 from mar.errors import exit_code
-from mar.policy.lora import adapted, load_adapters, merge
-from mar.policy.sources import resolve_model
-from mar.policy.weights import load_model, save_model
-from mar.run.compose import compose
+from mar.policy.lora import merge
+from mar.policy.weights import save_model
 
 
-def run(adapters: Path, out: Path, words: Sequence[str]) -> None:
-    config = compose(words)
-    options = config.model
-    base, _ = resolve_model(options.source, options.name, options.path)
-    model = adapted(load_model(base, num_tokens=num_tokens(load_tokenizer(base))), options)
-    load_adapters(model, adapters)
-    save_model(merge(model), out, torch.bfloat16)
-    copy_tokenizer(base, out)
+def run(adapters: str, out: Path, words: Sequence[str]) -> None:
+    opened = open_warmed_up(adapters, words)
+    save_model(merge(opened.model), out, torch.bfloat16)
+    copy_tokenizer(opened.folder, out)
 
 
 if __name__ == "__main__":
-    sys.exit(exit_code(lambda: run(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:])))
+    sys.exit(exit_code(lambda: run(sys.argv[1], Path(sys.argv[2]), sys.argv[3:])))

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mar.answers.tokenizer import load_tokenizer, num_tokens
+from experiments.real_model.warmed_up import WarmedUp, open_warmed_up
 from mar.errors import UserError, exit_code
 from mar.learn.demonstrations import (
     CONFIDENCES,
@@ -25,23 +25,17 @@ from mar.learn.demonstrations import (
     Encode,
     Pieces,
     draw_demonstration,
-    piece_encoder,
     short_forms,
     soft_targets,
 )
-from mar.learn.warm_up import Asking, pack_sharing
+from mar.learn.warm_up import pack_sharing
 from mar.measure.bootstrap import resample_weights
 from mar.policy.attention import group_attention
-from mar.policy.lora import adapted, load_adapters
 from mar.policy.model import Decoder
-from mar.policy.sources import resolve_model
-from mar.policy.weights import load_model
-from mar.run.compose import compose
+from mar.records import Example
 from mar.run.console import Display
 from mar.run.setup import load_data
-from mar.run.warm_up import prior_of
-from mar.sft import without_places
-from mar.tasks.registry import get_task
+from mar.run.warm_up import asking_of, prior_of, without_places
 
 NUM_ANSWERS = 3
 AT_ONCE = 16
@@ -103,54 +97,54 @@ def token_nats(target: Mapping[int, float], logprobs: Tensor) -> float:
 
 
 @torch.no_grad()
-def run(adapters: str, num: int, out: Path, words: Sequence[str]) -> None:
-    config = compose(words)
-    options, data = config.model, config.data
-    torch.set_num_threads(options.threads or torch.get_num_threads())
-    folder, _ = resolve_model(options.source, options.name, options.path)
-    tokenizer = load_tokenizer(folder)
-    model = adapted(load_model(folder, num_tokens=num_tokens(tokenizer)), options)
-    load_adapters(model, Path(adapters))
-    display = Display(config.logger.console, 0, 1)
-    examples = load_data(config, "test", num, 0, display)
-    of_prior = prior_of(config, examples, display)
-    if of_prior is None:
-        raise UserError(f"questions of {data.task} do not share their golds: there is no prior")
-    names = [gold.name for gold in examples[0].golds]
-    prior = dict(zip(names, of_prior.tolist(), strict=True))
-    asking = Asking(
-        tokenizer=tokenizer,
-        encode=piece_encoder(tokenizer),
-        noun=get_task(data.task).noun,
-        request_first=data.request_first,
-        explain_decimals=options.explain_decimals,
-    )
+def nats_of_answers(
+    opened: WarmedUp, examples: Sequence[Example], prior: Mapping[str, float]
+) -> dict[str, np.ndarray]:
+    """[questions, answers] nats of the model, of the prior, and their difference."""
+    config = opened.config
+    asking = asking_of(config, opened.tokenizer)
     without, with_confidences = short_forms(NUM_ANSWERS)[2:]
     grammar = with_confidences if config.reward.confident else without
-
     rng = np.random.default_rng(config.seed)
+    stop_id = opened.tokenizer.eos_token_id
+
     of_model = np.zeros((len(examples), NUM_ANSWERS))
-    of_prior_alone = np.zeros((len(examples), NUM_ANSWERS))
+    of_prior = np.zeros((len(examples), NUM_ANSWERS))
     for start in range(0, len(examples), AT_ONCE):
-        chosen = examples[start : start + AT_ONCE]
-        demonstrations = [draw_demonstration(example, grammar, names, rng) for example in chosen]
-        rows = [soft_targets(d, asking.encode, tokenizer.eos_token_id) for d in demonstrations]
-        prompts = [asking.prompt_ids(example, grammar) for example in chosen]
+        some = examples[start : start + AT_ONCE]
+        demonstrations = [
+            draw_demonstration(example, grammar, list(prior), rng) for example in some
+        ]
+        rows = [soft_targets(pieces, asking.encode, stop_id) for pieces in demonstrations]
+        prompts = [asking.prompt_ids(example, grammar) for example in some]
         batch = [(prompt, ids) for prompt, (ids, _) in zip(prompts, rows, strict=True)]
-        logprobs = iter(logprobs_of(model, batch))
-        for number, (pieces, (_, targets)) in enumerate(
-            zip(demonstrations, rows, strict=True), start=start
-        ):
-            of_prior_alone[number] = prior_nats(answers_of(pieces), prior)
+        logprobs = iter(logprobs_of(opened.model, batch))
+        for place, (_, targets) in enumerate(rows):
+            pieces = demonstrations[place]
+            of_prior[start + place] = prior_nats(answers_of(pieces), prior)
             for target, slot in zip(targets, slots_of_tokens(pieces, asking.encode), strict=True):
                 of_token = next(logprobs)
                 if slot >= 0:
-                    of_model[number, slot] += token_nats(target, of_token)
+                    of_model[start + place, slot] += token_nats(target, of_token)
+    return {"model": of_model, "prior": of_prior, "model - prior": of_model - of_prior}
+
+
+def run(adapters: str, num: int, out: Path, words: Sequence[str]) -> None:
+    opened = open_warmed_up(adapters, words)
+    config = opened.config
+    display = Display(config.logger.console, 0, 1)
+    examples = load_data(config, "test", num, 0, display)
+    frequencies = prior_of(config, examples, display)
+    if frequencies is None:
+        raise UserError(
+            f"questions of {config.data.task} do not share their golds: there is no prior"
+        )
+    names = [gold.name for gold in examples[0].golds]
+    prior = dict(zip(names, frequencies.tolist(), strict=True))
 
     weights = resample_weights(len(examples))
-    told = {"model": of_model, "prior": of_prior_alone, "model - prior": of_model - of_prior_alone}
     found = {}
-    for name, values in told.items():
+    for name, values in nats_of_answers(opened, examples, prior).items():
         again = weights @ values / weights.sum(axis=1, keepdims=True)
         low, high = np.quantile(again, (0.025, 0.975), axis=0)
         mean_low_high = np.stack([values.mean(axis=0), low, high], axis=1)

@@ -12,7 +12,8 @@ import torch
 from mar.answers.grammar import FORMS
 from mar.config import Config, listed, number, one_of, option
 from mar.errors import UserError
-from mar.learn.demonstrations import MIXTURES, SFT_SEED, ConfidenceHint
+from mar.learn.demonstrations import MIXTURES, SFT_SEED, ConfidenceHint, piece_encoder
+from mar.learn.warm_up import Asking
 from mar.measure.single_answers import SEVERAL, gold_probabilities
 from mar.policy.lora import is_adapter
 from mar.policy.model import Decoder
@@ -116,6 +117,23 @@ def check_options(sft: SftOptions, config: Config, settings: Sequence[str]) -> N
         raise UserError(
             f"a warm-up teaches answers in words, and those of {config.data.task} are programs"
         )
+
+
+def asking_of(config: Config, tokenizer: Any) -> Asking:
+    """How the config's task asks this tokenizer's model."""
+    return Asking(
+        tokenizer=tokenizer,
+        encode=piece_encoder(tokenizer),
+        noun=get_task(config.data.task).noun,
+        request_first=config.data.request_first,
+        explain_decimals=config.model.explain_decimals,
+    )
+
+
+def without_places(words: Sequence[str]) -> list[str]:
+    """Settings but those that say where things lie on this machine."""
+    places = ("out=", "run_dir=", "data.path=", "model.path=")
+    return [word for word in words if not word.startswith(places)]
 
 
 def folder_of(config: Config, settings: Sequence[str]) -> Path:
