@@ -486,8 +486,8 @@ def _require_single_key(word: str, run: Path) -> None:
 def compose(overrides: Sequence[str] = (), check: bool = True) -> Config:
     """The config of a command line such as `["+experiment=medqa", "model.lr=1e-6"]`.
 
-    Raises UserError for what is no setting or no value of it and, with `check`, for what `validate`
-    and `require_language` refuse.
+    Raises UserError for what is no setting or no value of it and, with `check`, for what `validate`,
+    `require_language` and `require_confidences` refuse.
     """
     check_settings(overrides)
     _require_once(overrides)
@@ -498,6 +498,7 @@ def compose(overrides: Sequence[str] = (), check: bool = True) -> Config:
         raise UserError(_in_a_sentence(error)) from None
     if check:
         require_language(tree, overrides)
+        require_confidences(tree, overrides)
         validate(tree)
     return tree
 
@@ -627,6 +628,17 @@ def require_language(config: Config, words: Sequence[str]) -> None:
         f"python -m mar.fetch smollm2-135m) or model=hf model.path=<folder or hub id>{rows}; "
         "model=embedded takes it all the same"
     )
+
+
+def require_confidences(config: Config, words: Sequence[str]) -> None:
+    """Raises UserError where the words weigh the errors of confidences and the form has none."""
+    reward = config.reward
+    is_weighed = any(word.startswith("reward.brier_weight=") for word in words)
+    if is_weighed and reward.brier_weight and not reward.confident:
+        raise UserError(
+            f"reward.brier_weight={reward.brier_weight:g} weighs the errors of confidences and "
+            f"reward.objective={reward.objective} has none: leave it out, or take an rlcr objective"
+        )
 
 
 # --------------------------------------------------------------------------- several runs

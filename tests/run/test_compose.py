@@ -418,3 +418,13 @@ def test_no_field_is_left_unused() -> None:
 
     used_here = {"out", "num_gpus", "objective"}
     assert [n for n in names(Config) if f".{n}" not in code and n not in indirect | used_here] == []
+
+
+def test_a_weight_of_confidences_is_refused_where_there_are_none():
+    words = ["+experiment=clinic", "reward=multi_rlvr"]
+    with pytest.raises(UserError, match="reward.brier_weight=0.5 weighs .* has none"):
+        compose([*words, "reward.brier_weight=0.5"])
+    assert compose([*words, "reward.brier_weight=0"]).reward.objective == "multi_rlvr"
+    # that of a preset is not asked for
+    paper = ["+experiment=paper", "model=embedded", "data.source=path", "data.path=x"]
+    assert compose([*paper, "reward=multi_rlvr"]).reward.brier_weight == 0.5
