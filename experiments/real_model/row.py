@@ -26,6 +26,7 @@ from experiments.common.commands import (
     train_unless_finished,
     write_log,
 )
+from mar.errors import exit_code
 from mar.files import read_jsonl
 from mar.measure.metrics import AnswerArrays
 from mar.measure.single_answers import gold_probabilities
@@ -232,4 +233,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_code(main))
