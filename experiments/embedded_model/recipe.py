@@ -9,8 +9,9 @@ the probability of its answer.
 C, stage `noise`: confidences become nearly uninformative again. Reinforcement learning is to bring
 them back.
 
-The posterior is asked for after layer `EARLY` as well as after the last one. Where a confidence is
-written, the layers above can then look it up.
+The posterior is asked for after layer `EARLY` as well as after the last one: where an answer is
+written, and in sets of three where a confidence is. The layers above can then take from it what
+belongs to the answer.
 
 A step's patients and forms depend on the seed, the stage and the step alone. A run that was stopped
 goes on at its last checkpoint. FOLDER/log.jsonl has the loss (nats a completion above the least
@@ -41,6 +42,7 @@ from mar.learn.demonstrations import (
     SFT_SEED,
     ConfidenceHint,
     DemonstrationBatch,
+    batch_of_targets,
     make_demonstration_batch,
     piece_encoder,
 )
@@ -74,8 +76,8 @@ class Stage:
     # Patients of a step that are asked in a form, with so many demonstrations each.
     prompts: int = 0
     rows: int = 1
-    # Share of the prompts that ask for a set of three.
-    sets: float = 0.0
+    # Patients of a step that are asked for a set of three, likewise.
+    sets: int = 0
     # Share of a confidence's mass that lies near the truth.
     share: float = 1.0
     # What a token of a confidence counts in the loss.
@@ -90,7 +92,7 @@ class Stage:
 STAGES = (
     Stage("bare", 1200, 1e-3, bare=64, last=1.0),
     Stage("forms", 1000, 1e-3, bare=32, prompts=24, rows=2, share=0.0, counts=1.0, last=0.5),
-    Stage("truth", 3000, 5e-4, bare=16, prompts=16, rows=6, sets=0.7, falling=0.7),
+    Stage("truth", 3000, 5e-4, bare=16, prompts=5, sets=11, rows=6, falling=0.7),
     Stage(
         "noise",
         250,
@@ -121,41 +123,78 @@ def states_after(model: Decoder, layer: int) -> Iterator[list[Tensor]]:
         hook.remove()
 
 
-def cross_entropy(
-    hidden: Tensor, head: Tensor, batch: DemonstrationBatch, counts: Tensor
-) -> Tensor:
-    """Nats in all to the exact distributions, of states [M, D] whose tokens count `counts` [M]."""
-    _, _, log_sum_exp = mar_kernels.linear_logprobs(hidden, head, batch.packed.targets)
+@dataclass(frozen=True)
+class Targets:
+    """Of M tokens: bags of target ids, as in DemonstrationBatch, and what each token counts [M]."""
+
+    ids: Tensor
+    weights: Tensor
+    starts: Tensor
+    counts: Tensor
+
+
+def targets_of(batch: DemonstrationBatch) -> Targets:
+    """What the last layer is asked for."""
+    return Targets(batch.target_ids, batch.target_weights, batch.target_starts, batch.token_weights)
+
+
+def early_targets(batch: DemonstrationBatch, stop_id: int, is_set: bool) -> Targets:
+    """What layer EARLY is asked for: the same of all tokens but those of confidences.
+
+    In a set these are asked for the posterior, which is the target of the first token that is not
+    certain, the beginning of the first answer. Elsewhere they count nothing.
+    """
+    targets = targets_of(batch)
+    ids = targets.ids.tolist()
+    weights = targets.weights.tolist()
+    starts = [*targets.starts.tolist(), len(ids)]
+    bags: list[dict[int, float]] = []
+    posterior: dict[int, float] = {}
+    for place, token in enumerate(batch.packed.targets.tolist()):
+        of_token = slice(starts[place], starts[place + 1])
+        bag = dict(zip(ids[of_token], weights[of_token], strict=True))
+        is_confidence = abs(sum(bag.values()) - 1.0) > 1e-6
+        if is_confidence:
+            bag = posterior if is_set else dict.fromkeys(bag, 0.0)
+        elif not posterior and len(bag) > 1:
+            posterior = bag
+        bags.append(bag)
+        if token == stop_id:
+            posterior = {}
+    flat = batch_of_targets(batch.packed, bags)
+    return targets_of(flat)
+
+
+def cross_entropy(hidden: Tensor, head: Tensor, tokens: Tensor, targets: Targets) -> Tensor:
+    """Nats in all to the exact distributions, of states [M, D]."""
+    counts = targets.counts.to(head.dtype)
+    _, _, log_sum_exp = mar_kernels.linear_logprobs(hidden, head, tokens)
     weighted_rows = F.embedding_bag(
-        batch.target_ids,
+        targets.ids,
         head,
-        batch.target_starts,
+        targets.starts,
         mode="sum",
-        per_sample_weights=batch.target_weights.to(head.dtype),
+        per_sample_weights=targets.weights.to(head.dtype),
     )
-    # The targets hold what a token counts in the batch: replace it by what it counts here.
-    scale = counts / batch.token_weights.to(log_sum_exp.dtype)
-    return (counts * log_sum_exp - (hidden * weighted_rows).sum(-1) * scale).sum()
+    return (counts * log_sum_exp - (hidden * weighted_rows).sum(-1)).sum()
 
 
 def loss_and_excess(
-    model: Decoder, batch: DemonstrationBatch, early: float
+    model: Decoder, batch: DemonstrationBatch, early: float, early_of: Targets
 ) -> tuple[Tensor, float]:
     """The loss a counted token, and how many nats in all the last layer lies above the least."""
     packed = batch.packed
     head = model.head_weight
-    counts = batch.token_weights.to(head.dtype)
+    num_counted = batch.token_weights.sum().item()
     with states_after(model, min(EARLY, len(model.blocks))) as states:
         hidden = model.hidden(packed.ids, packed.positions, group_attention(packed))
-    of_last = cross_entropy(hidden[packed.predict_from], head, batch, counts)
-    excess = of_last.item() - batch.entropy * counts.sum().item()
-    loss = of_last / counts.sum()
+    of_last = cross_entropy(hidden[packed.predict_from], head, packed.targets, targets_of(batch))
+    excess = of_last.item() - batch.entropy * num_counted
+    loss = of_last / num_counted
     if early:
-        # Confidences are left out wherever they do not count 1.
-        counts_early = counts * (counts == 1.0)
         hidden_early = model.norm(states[0][packed.predict_from])
-        of_early = cross_entropy(hidden_early, head, batch, counts_early)
-        loss = loss + early * of_early / counts.sum()
+        of_early = cross_entropy(hidden_early, head, packed.targets, early_of)
+        loss = loss + early * of_early / num_counted
     return loss, excess
 
 
@@ -271,25 +310,32 @@ class Teacher:
         for (optimizer, _), kept in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(kept)
 
-    def batches(self, stage: Stage) -> Iterator[DemonstrationBatch]:
-        """Those of this step: first of bare questions, then of forms."""
+    def batches(self, stage: Stage) -> Iterator[tuple[DemonstrationBatch, Targets]]:
+        """Those of this step, and what layer EARLY is asked for: bare questions, forms, sets."""
 
-        def draw_form(rng: np.random.Generator) -> tuple[Grammar, str]:
-            return (SETS, "ranked") if rng.random() < stage.sets else MIXTURES["all"](rng)
+        def draw_set(rng: np.random.Generator) -> tuple[Grammar, str]:
+            return SETS, "ranked"
 
+        MIXTURES["sets"] = draw_set
         rng = np.random.default_rng([self.seed, self.stage, self.step])
         seed = SFT_SEED + 100_000 * (1 + self.stage) + self.step
-        patients = clinic.load("train", stage.bare + stage.prompts, seed)
+        patients = clinic.load("train", stage.bare + stage.prompts + stage.sets, seed)
         names = [gold.name for gold in patients[0].golds]
         teach = (clinic.NOUN, self.tokenizer, self.encode, rng, names)
+        hint = ConfidenceHint(stage.share, stage.counts, 0.02)
+        stop_id = self.tokenizer.eos_token_id
+        bare = patients[: stage.bare]
+        forms = patients[stage.bare : stage.bare + stage.prompts]
+        sets = patients[stage.bare + stage.prompts :]
         if stage.bare:
-            yield make_demonstration_batch(patients[: stage.bare], *teach, "plain", bare=True)
+            batch = make_demonstration_batch(bare, *teach, "plain", bare=True)
+            yield batch, early_targets(batch, stop_id, is_set=False)
         if stage.prompts:
-            MIXTURES["recipe"] = draw_form
-            hint = ConfidenceHint(stage.share, stage.counts, 0.02)
-            yield make_demonstration_batch(
-                patients[stage.bare :], *teach, "recipe", hint, stage.rows
-            )
+            batch = make_demonstration_batch(forms, *teach, "all", hint, stage.rows)
+            yield batch, early_targets(batch, stop_id, is_set=False)
+        if stage.sets:
+            batch = make_demonstration_batch(sets, *teach, "sets", hint, stage.rows)
+            yield batch, early_targets(batch, stop_id, is_set=True)
 
     def rate(self, stage: Stage) -> float:
         left = min(1.0, (stage.steps - self.step) / (stage.falling * stage.steps))
@@ -304,8 +350,8 @@ class Teacher:
             began = time.perf_counter()
             self.model.zero_grad()
             recent.append([])
-            for batch in self.batches(stage):
-                loss, excess = loss_and_excess(self.model, batch, stage.early)
+            for batch, early_of in self.batches(stage):
+                loss, excess = loss_and_excess(self.model, batch, stage.early, early_of)
                 loss.backward()
                 recent[-1].append(excess)
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
@@ -319,7 +365,8 @@ class Teacher:
             last = self.step == stage.steps
             where = {"stage": stage.name, "step": self.step}
             if self.step % LOG_EVERY == 0 or last:
-                sizes = [n for n in (stage.bare, stage.prompts * stage.rows) if n]
+                rows = (stage.bare, stage.prompts * stage.rows, stage.sets * stage.rows)
+                sizes = [n for n in rows if n]
                 kl = [round(x, 4) for x in (np.mean(recent, axis=0) / sizes).tolist()]
                 spent = {"lr": round(rate, 6), "seconds": round(self.seconds)}
                 self.log(where | {"kl": kl} | spent)
