@@ -9,9 +9,9 @@ the probability of its answer.
 C, stage `noise`: confidences become nearly uninformative again. Reinforcement learning is to bring
 them back.
 
-The posterior is asked for after layer `EARLY` as well as after the last one: where an answer is
-written, and in sets of three where a confidence is. The layers above can then take from it what
-belongs to the answer.
+Sets of three say on the way what a confidence needs. After layer `EARLY` the posterior is asked
+for, where an answer is written and where a confidence is. After layer `LOOKED_UP`, where a
+confidence is written, the probability of its answer. The layers above it only put that into digits.
 
 A step's patients and forms depend on the seed, the stage and the step alone. A run that was stopped
 goes on at its last checkpoint. FOLDER/log.jsonl has the loss (nats a completion above the least
@@ -21,9 +21,10 @@ possible) and what is measured on validation patients.
 import argparse
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -36,25 +37,37 @@ from torch import Tensor
 
 import mar_kernels
 from mar.answers.grammar import Grammar
+from mar.answers.prompts import build_prompt
 from mar.answers.tokenizer import copy_tokenizer, load_tokenizer
 from mar.learn.demonstrations import (
-    MIXTURES,
+    CONFIDENCES,
     SFT_SEED,
     ConfidenceHint,
     DemonstrationBatch,
+    DrawnText,
+    Encode,
+    Pieces,
     batch_of_targets,
+    draw_demonstration,
     make_demonstration_batch,
     piece_encoder,
+    soft_targets,
 )
 from mar.learn.optim import Muon, set_learning_rate
 from mar.policy.attention import group_attention
 from mar.policy.model import Decoder
+from mar.policy.packing import pack_groups
 from mar.policy.weights import save_model
-from mar.records import Rollout
+from mar.records import Example, Rollout
 from mar.tasks import clinic
 
-# The layer, counted from 1, after which the posterior has to be known already.
+# The layers, counted from 1, after which the posterior and the probability of an answer have to be
+# known already.
 EARLY = 4
+LOOKED_UP = 5
+# Tokens that stand for "this answer is right" and "it is not" after layer LOOKED_UP.
+RIGHT = "1"
+WRONG = "0"
 SETS = Grammar("rlcr_multi", 3, thinking=False)
 WARM_UP = 50
 SAVE_EVERY = 50
@@ -82,7 +95,7 @@ class Stage:
     share: float = 1.0
     # What a token of a confidence counts in the loss.
     counts: float = 4.0
-    # What the loss after layer EARLY counts, of the tokens that count 1.
+    # What the losses after layers EARLY and LOOKED_UP count.
     early: float = 1.0
     # The rate falls to the share `last` of itself, over the share `falling` of the steps.
     last: float = 0.0
@@ -92,7 +105,7 @@ class Stage:
 STAGES = (
     Stage("bare", 1200, 1e-3, bare=64, last=1.0),
     Stage("forms", 1000, 1e-3, bare=32, prompts=24, rows=2, share=0.0, counts=1.0, last=0.5),
-    Stage("truth", 3000, 5e-4, bare=16, prompts=5, sets=11, rows=6, falling=0.7),
+    Stage("truth", 3000, 1e-3, bare=16, prompts=5, sets=11, rows=6, falling=0.7),
     Stage(
         "noise",
         250,
@@ -123,79 +136,105 @@ def states_after(model: Decoder, layer: int) -> Iterator[list[Tensor]]:
         hook.remove()
 
 
+# Of one token: {id: what it counts}. Empty: the token counts nothing.
+Bag = dict[int, float]
+
+
 @dataclass(frozen=True)
-class Targets:
-    """Of M tokens: bags of target ids, as in DemonstrationBatch, and what each token counts [M]."""
+class Lesson:
+    """Demonstrations, and what the layers below the last are asked for: a bag for each token."""
 
-    ids: Tensor
-    weights: Tensor
-    starts: Tensor
-    counts: Tensor
+    batch: DemonstrationBatch
+    early: list[Bag]
+    looked_up: list[Bag]
+
+    @property
+    def num_counted(self) -> float:
+        return self.batch.token_weights.sum().item()
 
 
-def targets_of(batch: DemonstrationBatch) -> Targets:
+def bags_of(batch: DemonstrationBatch) -> list[Bag]:
     """What the last layer is asked for."""
-    return Targets(batch.target_ids, batch.target_weights, batch.target_starts, batch.token_weights)
+    ids = batch.target_ids.tolist()
+    weights = batch.target_weights.tolist()
+    starts = [*batch.target_starts.tolist(), len(ids)]
+    return [
+        dict(zip(ids[start:end], weights[start:end], strict=True))
+        for start, end in pairwise(starts)
+    ]
 
 
-def early_targets(batch: DemonstrationBatch, stop_id: int, is_set: bool) -> Targets:
-    """What layer EARLY is asked for: the same of all tokens but those of confidences.
-
-    In a set these are asked for the posterior, which is the target of the first token that is not
-    certain, the beginning of the first answer. Elsewhere they count nothing.
-    """
-    targets = targets_of(batch)
-    ids = targets.ids.tolist()
-    weights = targets.weights.tolist()
-    starts = [*targets.starts.tolist(), len(ids)]
-    bags: list[dict[int, float]] = []
-    posterior: dict[int, float] = {}
-    for place, token in enumerate(batch.packed.targets.tolist()):
-        of_token = slice(starts[place], starts[place + 1])
-        bag = dict(zip(ids[of_token], weights[of_token], strict=True))
+def lesson_of_forms(batch: DemonstrationBatch) -> Lesson:
+    """Layer EARLY is asked for the same as the last one, but for tokens that do not count 1, those
+    of confidences."""
+    early = []
+    for bag in bags_of(batch):
         is_confidence = abs(sum(bag.values()) - 1.0) > 1e-6
-        if is_confidence:
-            bag = posterior if is_set else dict.fromkeys(bag, 0.0)
-        elif not posterior and len(bag) > 1:
-            posterior = bag
-        bags.append(bag)
-        if token == stop_id:
-            posterior = {}
-    flat = batch_of_targets(batch.packed, bags)
-    return targets_of(flat)
+        early.append({} if is_confidence else bag)
+    return Lesson(batch, early, [{}] * len(early))
 
 
-def cross_entropy(hidden: Tensor, head: Tensor, tokens: Tensor, targets: Targets) -> Tensor:
-    """Nats in all to the exact distributions, of states [M, D]."""
-    counts = targets.counts.to(head.dtype)
-    _, _, log_sum_exp = mar_kernels.linear_logprobs(hidden, head, tokens)
-    weighted_rows = F.embedding_bag(
-        targets.ids,
-        head,
-        targets.starts,
-        mode="sum",
-        per_sample_weights=targets.weights.to(head.dtype),
-    )
+def bags_of_confidences(
+    pieces: Pieces, encode: Encode, right_id: int, wrong_id: int
+) -> list[tuple[Bag, Bag] | None]:
+    """Of each token of a set: what layers EARLY and LOOKED_UP are asked for where it belongs to a
+    confidence; None for all other tokens."""
+    answers: list[DrawnText] = []
+    bags: list[tuple[Bag, Bag] | None] = []
+    for piece in pieces:
+        if isinstance(piece, str):
+            bags += [None] * len(encode(piece))
+        elif piece.text not in CONFIDENCES:
+            answers.append(piece)
+            bags += [None] * len(encode(piece.text))
+        else:
+            first = answers[0]
+            posterior: Bag = {}
+            for name, probability in zip(first.candidates, first.probabilities, strict=True):
+                begin = encode(name)[0]
+                posterior[begin] = posterior.get(begin, 0.0) + probability
+            truth = first.probabilities[list(first.candidates).index(answers[-1].text)]
+            looked_up = {right_id: truth, wrong_id: 1 - truth}
+            bags += [(posterior, looked_up)] * len(encode(piece.text))
+    return [*bags, None]  # the stop token
+
+
+def cross_entropy(hidden: Tensor, head: Tensor, tokens: Tensor, targets: Sequence[Bag]) -> Tensor:
+    """Nats in all to the bags of M tokens, of states [M, D]."""
+    places = [place for place, bag in enumerate(targets) if bag]
+    bags = [targets[place] for place in places]
+    counts = torch.tensor([sum(bag.values()) for bag in bags], dtype=head.dtype)
+    ids = torch.tensor([id for bag in bags for id in bag])
+    weights = torch.tensor([weight for bag in bags for weight in bag.values()], dtype=head.dtype)
+    starts = torch.tensor([0, *(len(bag) for bag in bags[:-1])]).cumsum(0)
+    hidden = hidden[places]
+    _, _, log_sum_exp = mar_kernels.linear_logprobs(hidden, head, tokens[places])
+    weighted_rows = F.embedding_bag(ids, head, starts, mode="sum", per_sample_weights=weights)
     return (counts * log_sum_exp - (hidden * weighted_rows).sum(-1)).sum()
 
 
-def loss_and_excess(
-    model: Decoder, batch: DemonstrationBatch, early: float, early_of: Targets
-) -> tuple[Tensor, float]:
+def loss_and_excess(model: Decoder, lesson: Lesson, early: float) -> tuple[Tensor, float]:
     """The loss a counted token, and how many nats in all the last layer lies above the least."""
-    packed = batch.packed
+    packed = lesson.batch.packed
     head = model.head_weight
-    num_counted = batch.token_weights.sum().item()
-    with states_after(model, min(EARLY, len(model.blocks))) as states:
+    num_layers = len(model.blocks)
+    with (
+        states_after(model, min(EARLY, num_layers)) as at_early,
+        states_after(model, min(LOOKED_UP, num_layers)) as at_looked_up,
+    ):
         hidden = model.hidden(packed.ids, packed.positions, group_attention(packed))
-    of_last = cross_entropy(hidden[packed.predict_from], head, packed.targets, targets_of(batch))
-    excess = of_last.item() - batch.entropy * num_counted
-    loss = of_last / num_counted
+
+    def nats(states: Tensor, targets: Sequence[Bag]) -> Tensor:
+        return cross_entropy(states[packed.predict_from], head, packed.targets, targets)
+
+    of_last = nats(hidden, bags_of(lesson.batch))
+    loss = of_last
     if early:
-        hidden_early = model.norm(states[0][packed.predict_from])
-        of_early = cross_entropy(hidden_early, head, packed.targets, early_of)
-        loss = loss + early * of_early / num_counted
-    return loss, excess
+        loss = loss + early * nats(model.norm(at_early[0]), lesson.early)
+        if any(lesson.looked_up):
+            loss = loss + early * nats(model.norm(at_looked_up[0]), lesson.looked_up)
+    excess = of_last.item() - lesson.batch.entropy * lesson.num_counted
+    return loss / lesson.num_counted, excess
 
 
 # ---------------------------------------------------------------------- what is measured
@@ -310,32 +349,59 @@ class Teacher:
         for (optimizer, _), kept in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(kept)
 
-    def batches(self, stage: Stage) -> Iterator[tuple[DemonstrationBatch, Targets]]:
-        """Those of this step, and what layer EARLY is asked for: bare questions, forms, sets."""
-
-        def draw_set(rng: np.random.Generator) -> tuple[Grammar, str]:
-            return SETS, "ranked"
-
-        MIXTURES["sets"] = draw_set
+    def lessons(self, stage: Stage) -> Iterator[Lesson]:
+        """Those of this step: bare questions, all forms, sets."""
         rng = np.random.default_rng([self.seed, self.stage, self.step])
         seed = SFT_SEED + 100_000 * (1 + self.stage) + self.step
         patients = clinic.load("train", stage.bare + stage.prompts + stage.sets, seed)
         names = [gold.name for gold in patients[0].golds]
         teach = (clinic.NOUN, self.tokenizer, self.encode, rng, names)
         hint = ConfidenceHint(stage.share, stage.counts, 0.02)
-        stop_id = self.tokenizer.eos_token_id
         bare = patients[: stage.bare]
         forms = patients[stage.bare : stage.bare + stage.prompts]
         sets = patients[stage.bare + stage.prompts :]
         if stage.bare:
             batch = make_demonstration_batch(bare, *teach, "plain", bare=True)
-            yield batch, early_targets(batch, stop_id, is_set=False)
+            yield lesson_of_forms(batch)
         if stage.prompts:
             batch = make_demonstration_batch(forms, *teach, "all", hint, stage.rows)
-            yield batch, early_targets(batch, stop_id, is_set=False)
+            yield lesson_of_forms(batch)
         if stage.sets:
-            batch = make_demonstration_batch(sets, *teach, "sets", hint, stage.rows)
-            yield batch, early_targets(batch, stop_id, is_set=True)
+            yield self.lesson_of_sets(sets, names, hint, stage.rows, rng)
+
+    def lesson_of_sets(
+        self,
+        patients: Sequence[Example],
+        names: Sequence[str],
+        hint: ConfidenceHint,
+        num_rows: int,
+        rng: np.random.Generator,
+    ) -> Lesson:
+        right_id = self.encode(RIGHT)[0]
+        wrong_id = self.encode(WRONG)[0]
+        prompts = []
+        completions = []
+        targets: list[Bag] = []
+        of_confidences: list[tuple[Bag, Bag] | None] = []
+        for patient in patients:
+            prompt = build_prompt(patient, SETS, self.tokenizer, clinic.NOUN)
+            rows = []
+            for _ in range(num_rows):
+                pieces = draw_demonstration(patient, SETS, names, rng, hint=hint)
+                ids, of_tokens = soft_targets(pieces, self.encode, self.tokenizer.eos_token_id)
+                rows.append(ids)
+                targets += of_tokens
+                of_confidences += bags_of_confidences(pieces, self.encode, right_id, wrong_id)
+            prompts.append(prompt.ids.tolist())
+            completions.append(rows)
+        batch = batch_of_targets(pack_groups(prompts, completions), targets)
+        early = []
+        looked_up = []
+        for of_last, of_confidence in zip(targets, of_confidences, strict=True):
+            for_early, for_looked_up = of_confidence or (of_last, {})
+            early.append(for_early)
+            looked_up.append(for_looked_up)
+        return Lesson(batch, early, looked_up)
 
     def rate(self, stage: Stage) -> float:
         left = min(1.0, (stage.steps - self.step) / (stage.falling * stage.steps))
@@ -350,8 +416,8 @@ class Teacher:
             began = time.perf_counter()
             self.model.zero_grad()
             recent.append([])
-            for batch, early_of in self.batches(stage):
-                loss, excess = loss_and_excess(self.model, batch, stage.early, early_of)
+            for lesson in self.lessons(stage):
+                loss, excess = loss_and_excess(self.model, lesson, stage.early)
                 loss.backward()
                 recent[-1].append(excess)
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
