@@ -32,9 +32,8 @@ from experiments.claims import summary as claims
 from experiments.common import glossary
 from experiments.common.tables import markdown_table
 from experiments.credit import run as credit
-from experiments.ddxplus_smollm2 import constant, profile
+from experiments.ddxplus_smollm2 import constant, elsewhere, profile
 from experiments.ddxplus_smollm2 import summary as ddxplus
-from experiments.generalise import run as generalise
 from experiments.medqa_smollm2 import run as medqa
 from experiments.peers import summary as peers
 from experiments.plan import fake_run as settings
@@ -53,7 +52,7 @@ BLOCK = re.compile(
 )
 STAGES = ("floor", "before", "after", "ceiling")
 OF_SEVERAL = ("coverage@3", "top1", "ece", "q_mse", "repeats_per_set")
-MEDQA_METRICS = (*ddxplus.SET_METRICS, "auroc", "repeats_per_set")
+MEDQA_METRICS = (*ddxplus.SET_METRICS, "repeats_per_set")
 DDXPLUS_LOGS = ddxplus.HERE / "logs"
 
 # Marker -> the function that makes its table.
@@ -67,9 +66,8 @@ TABLES: dict[str, Callable[..., str]] = {
     "plan computed": partial(plans.markdown, "computed"),
     "plan settings": settings.markdown,
     "ddxplus": partial(ddxplus.held_out, DDXPLUS_LOGS, 9),
-    "ddxplus learning": partial(ddxplus.learning, DDXPLUS_LOGS),
-    "ddxplus calibration": partial(ddxplus.calibration, DDXPLUS_LOGS),
     "ddxplus constant": constant.markdown,
+    "ddxplus elsewhere": elsewhere.markdown,
     "ddxplus completions": partial(
         ddxplus.to_read,
         DDXPLUS_LOGS / "multi_rlcr_completions0.jsonl",
@@ -78,7 +76,6 @@ TABLES: dict[str, Callable[..., str]] = {
     "ddxplus profile": profile.markdown,
     "medqa": partial(ddxplus.held_out, medqa.LOGS, 3, MEDQA_METRICS),
     "medqa learning": partial(ddxplus.learning, medqa.LOGS),
-    "generalise": generalise.markdown,
     "two steps": two_steps.markdown,
     "algorithms": algorithms.markdown,
     "algorithms paired": algorithms.paired,

@@ -42,11 +42,6 @@ METHODS = {
     # Its question is 62 tokens shorter: with this limit the same patients fit.
     "rlvr_single": ["reward=rlvr_single", "model.max_prompt_tokens=386"],
 }
-# What keeps confidences from sinking? Seed 1 only.
-VARIANTS = {
-    "multi_rlcr_low_rate": ["reward=multi_rlcr", "model.lr=2e-5"],
-    "multi_rlcr_own": ["reward=multi_rlcr", "algo.credit=own", "reward.brier_weight=3"],
-}
 SHARED = [
     "+experiment=ddxplus",
     "model=hf",
@@ -132,7 +127,7 @@ def measure_warm_up(data: Path, seed: int, again: bool) -> None:
 
 
 def train_and_measure(data: Path, method: str, seed: int, stop_at: int | None, again: bool) -> None:
-    method_words = {**METHODS, **VARIANTS}[method]
+    method_words = METHODS[method]
     words = [*words_for(data, seed), f"name={method}", *method_words]
     folder = RUNS / method / f"seed{seed}"
     if stop_at:
@@ -142,7 +137,6 @@ def train_and_measure(data: Path, method: str, seed: int, stop_at: int | None, a
     evaluate_s = run_module(
         "mar.evaluate", str(folder), f"k={ANSWERS}", "num_answers=", "arms=policy"
     )
-    shutil.copy(folder / "metrics.jsonl", LOGS / f"{method}_seed{seed}.jsonl")
     write_jsonl(LOGS / f"{method}_completions{seed}.jsonl", to_read(folder))
     write(
         method,
@@ -198,7 +192,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("data", type=Path, help="folder of DDXPlus")
-    parser.add_argument("method", nargs="?", choices=[*METHODS, *VARIANTS, "base"])
+    parser.add_argument("method", nargs="?", choices=[*METHODS, "base"])
     parser.add_argument("seed", nargs="?", type=int)
     parser.add_argument("--seeds", type=int, default=2, help="how many, where none is named")
     parser.add_argument("--stop-at", type=int, help="train only this many steps, as if interrupted")
@@ -207,8 +201,6 @@ def main() -> None:
     seeds = range(args.seeds) if args.seed is None else [args.seed]
     methods = [args.method] if args.method else [*METHODS, "base"]
     jobs = [(method, seed) for seed in seeds for method in methods]
-    if not args.method and args.seed is None:
-        jobs += [(method, 1) for method in VARIANTS]
     again = bool(args.method) and args.seed is not None
     for method, seed in jobs:
         one(args.data, method, seed, args.stop_at, again)

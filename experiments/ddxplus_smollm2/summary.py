@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 
 from experiments.common.tables import (
-    Columns,
     Log,
     arm_over_seeds,
     curve_at,
@@ -21,8 +20,7 @@ from mar.figures import plots
 
 HERE = Path(__file__).parent
 ORDER = ("multi_rlcr", "rlvr_single", "base", "single")
-CALIBRATED = ("multi_rlcr", "multi_rlcr_elsewhere", "multi_rlcr_low_rate", "multi_rlcr_own")
-SET_METRICS = ("top1", "ece", "brier", "format_rate", "tokens_per_set")
+SET_METRICS = ("top1", "ece", "auroc", "brier", "format_rate", "tokens_per_set")
 LEARNING = (
     "reward/total",
     "train/top1",
@@ -61,34 +59,6 @@ def held_out(folder: Path, answers: int, more: Sequence[str] = SET_METRICS) -> s
     for name in more:
         columns[name] = metric(name)
     return table_over_seeds(read_logs_by(folder, "method", ORDER), columns, "method")
-
-
-def over_answers(value: Callable[[Log], float]) -> Callable[[Log], float]:
-    """The column of a mean over all answers with a confidence, from the reliability bins."""
-
-    def of_log(log: Log) -> float:
-        bins = log["reliability"]
-        total = sum(b["count"] * value(b) for b in bins)
-        return total / sum(b["count"] for b in bins)
-
-    return of_log
-
-
-def calibration(folder: Path) -> str:
-    """Mean confidence beside the share of right answers, of every run of Multi-RLCR."""
-    rows = {}
-    for method, logs in read_logs_by(folder, "method", ("base", *CALIBRATED)).items():
-        for log in logs:
-            rows[f"{method}, {log['seed']}"] = [log]
-    columns: Columns = {
-        "mean confidence": over_answers(lambda b: b["said"]),
-        "right": over_answers(lambda b: b["right"][0]),
-        "ece": metric("ece"),
-        "auroc": metric("auroc"),
-        "brier": metric("brier"),
-        "coverage@3": curve_at("coverage", 3),
-    }
-    return table_over_seeds(rows, columns, "method, seed")
 
 
 def _set_to_read(row: Log) -> str:

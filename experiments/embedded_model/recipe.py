@@ -9,8 +9,9 @@ the probability of its answer.
 C, stage `noise`: confidences become nearly uninformative again. Reinforcement learning is to bring
 them back.
 
-The posterior is asked for after layer `EARLY` as well as after the last one. Where a confidence is
-written, the layers above can then look it up.
+Sets of three say on the way what a confidence needs. After layer `EARLY` the posterior is asked
+for, where an answer is written and where a confidence is. After layer `LOOKED_UP`, where a
+confidence is written, the probability of its answer. The layers above it only put that into digits.
 
 A step's patients and forms depend on the seed, the stage and the step alone. A run that was stopped
 goes on at its last checkpoint. FOLDER/log.jsonl has the loss (nats a completion above the least
@@ -20,9 +21,10 @@ possible) and what is measured on validation patients.
 import argparse
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -35,24 +37,37 @@ from torch import Tensor
 
 import mar_kernels
 from mar.answers.grammar import Grammar
+from mar.answers.prompts import build_prompt
 from mar.answers.tokenizer import copy_tokenizer, load_tokenizer
 from mar.learn.demonstrations import (
-    MIXTURES,
+    CONFIDENCES,
     SFT_SEED,
     ConfidenceHint,
     DemonstrationBatch,
+    DrawnText,
+    Encode,
+    Pieces,
+    batch_of_targets,
+    draw_demonstration,
     make_demonstration_batch,
     piece_encoder,
+    soft_targets,
 )
 from mar.learn.optim import Muon, set_learning_rate
 from mar.policy.attention import group_attention
 from mar.policy.model import Decoder
+from mar.policy.packing import pack_groups
 from mar.policy.weights import save_model
-from mar.records import Rollout
+from mar.records import Example, Rollout
 from mar.tasks import clinic
 
-# The layer, counted from 1, after which the posterior has to be known already.
+# The layers, counted from 1, after which the posterior and the probability of an answer have to be
+# known already.
 EARLY = 4
+LOOKED_UP = 5
+# Tokens that stand for "this answer is right" and "it is not" after layer LOOKED_UP.
+RIGHT = "1"
+WRONG = "0"
 SETS = Grammar("rlcr_multi", 3, thinking=False)
 WARM_UP = 50
 SAVE_EVERY = 50
@@ -74,13 +89,13 @@ class Stage:
     # Patients of a step that are asked in a form, with so many demonstrations each.
     prompts: int = 0
     rows: int = 1
-    # Share of the prompts that ask for a set of three.
-    sets: float = 0.0
+    # Patients of a step that are asked for a set of three, likewise.
+    sets: int = 0
     # Share of a confidence's mass that lies near the truth.
     share: float = 1.0
     # What a token of a confidence counts in the loss.
     counts: float = 4.0
-    # What the loss after layer EARLY counts, of the tokens that count 1.
+    # What the losses after layers EARLY and LOOKED_UP count.
     early: float = 1.0
     # The rate falls to the share `last` of itself, over the share `falling` of the steps.
     last: float = 0.0
@@ -90,7 +105,7 @@ class Stage:
 STAGES = (
     Stage("bare", 1200, 1e-3, bare=64, last=1.0),
     Stage("forms", 1000, 1e-3, bare=32, prompts=24, rows=2, share=0.0, counts=1.0, last=0.5),
-    Stage("truth", 3000, 5e-4, bare=16, prompts=16, rows=6, sets=0.7, falling=0.7),
+    Stage("truth", 3000, 1e-3, bare=16, prompts=5, sets=11, rows=6, falling=0.7),
     Stage(
         "noise",
         250,
@@ -121,42 +136,105 @@ def states_after(model: Decoder, layer: int) -> Iterator[list[Tensor]]:
         hook.remove()
 
 
-def cross_entropy(
-    hidden: Tensor, head: Tensor, batch: DemonstrationBatch, counts: Tensor
-) -> Tensor:
-    """Nats in all to the exact distributions, of states [M, D] whose tokens count `counts` [M]."""
-    _, _, log_sum_exp = mar_kernels.linear_logprobs(hidden, head, batch.packed.targets)
-    weighted_rows = F.embedding_bag(
-        batch.target_ids,
-        head,
-        batch.target_starts,
-        mode="sum",
-        per_sample_weights=batch.target_weights.to(head.dtype),
-    )
-    # The targets hold what a token counts in the batch: replace it by what it counts here.
-    scale = counts / batch.token_weights.to(log_sum_exp.dtype)
-    return (counts * log_sum_exp - (hidden * weighted_rows).sum(-1) * scale).sum()
+# Of one token: {id: what it counts}. Empty: the token counts nothing.
+Bag = dict[int, float]
 
 
-def loss_and_excess(
-    model: Decoder, batch: DemonstrationBatch, early: float
-) -> tuple[Tensor, float]:
+@dataclass(frozen=True)
+class Lesson:
+    """Demonstrations, and what the layers below the last are asked for: a bag for each token."""
+
+    batch: DemonstrationBatch
+    early: list[Bag]
+    looked_up: list[Bag]
+
+    @property
+    def num_counted(self) -> float:
+        return self.batch.token_weights.sum().item()
+
+
+def bags_of(batch: DemonstrationBatch) -> list[Bag]:
+    """What the last layer is asked for."""
+    ids = batch.target_ids.tolist()
+    weights = batch.target_weights.tolist()
+    starts = [*batch.target_starts.tolist(), len(ids)]
+    return [
+        dict(zip(ids[start:end], weights[start:end], strict=True))
+        for start, end in pairwise(starts)
+    ]
+
+
+def lesson_of_forms(batch: DemonstrationBatch) -> Lesson:
+    """Layer EARLY is asked for the same as the last one, but for tokens that do not count 1, those
+    of confidences."""
+    early = []
+    for bag in bags_of(batch):
+        is_confidence = abs(sum(bag.values()) - 1.0) > 1e-6
+        early.append({} if is_confidence else bag)
+    return Lesson(batch, early, [{}] * len(early))
+
+
+def bags_of_confidences(
+    pieces: Pieces, encode: Encode, right_id: int, wrong_id: int
+) -> list[tuple[Bag, Bag] | None]:
+    """Of each token of a set: what layers EARLY and LOOKED_UP are asked for where it belongs to a
+    confidence; None for all other tokens."""
+    answers: list[DrawnText] = []
+    bags: list[tuple[Bag, Bag] | None] = []
+    for piece in pieces:
+        if isinstance(piece, str):
+            bags += [None] * len(encode(piece))
+        elif piece.text not in CONFIDENCES:
+            answers.append(piece)
+            bags += [None] * len(encode(piece.text))
+        else:
+            first = answers[0]
+            posterior: Bag = {}
+            for name, probability in zip(first.candidates, first.probabilities, strict=True):
+                begin = encode(name)[0]
+                posterior[begin] = posterior.get(begin, 0.0) + probability
+            truth = first.probabilities[list(first.candidates).index(answers[-1].text)]
+            looked_up = {right_id: truth, wrong_id: 1 - truth}
+            bags += [(posterior, looked_up)] * len(encode(piece.text))
+    return [*bags, None]  # the stop token
+
+
+def cross_entropy(hidden: Tensor, head: Tensor, tokens: Tensor, targets: Sequence[Bag]) -> Tensor:
+    """Nats in all to the bags of M tokens, of states [M, D]."""
+    places = [place for place, bag in enumerate(targets) if bag]
+    bags = [targets[place] for place in places]
+    counts = torch.tensor([sum(bag.values()) for bag in bags], dtype=head.dtype)
+    ids = torch.tensor([id for bag in bags for id in bag])
+    weights = torch.tensor([weight for bag in bags for weight in bag.values()], dtype=head.dtype)
+    starts = torch.tensor([0, *(len(bag) for bag in bags[:-1])]).cumsum(0)
+    hidden = hidden[places]
+    _, _, log_sum_exp = mar_kernels.linear_logprobs(hidden, head, tokens[places])
+    weighted_rows = F.embedding_bag(ids, head, starts, mode="sum", per_sample_weights=weights)
+    return (counts * log_sum_exp - (hidden * weighted_rows).sum(-1)).sum()
+
+
+def loss_and_excess(model: Decoder, lesson: Lesson, early: float) -> tuple[Tensor, float]:
     """The loss a counted token, and how many nats in all the last layer lies above the least."""
-    packed = batch.packed
+    packed = lesson.batch.packed
     head = model.head_weight
-    counts = batch.token_weights.to(head.dtype)
-    with states_after(model, min(EARLY, len(model.blocks))) as states:
+    num_layers = len(model.blocks)
+    with (
+        states_after(model, min(EARLY, num_layers)) as at_early,
+        states_after(model, min(LOOKED_UP, num_layers)) as at_looked_up,
+    ):
         hidden = model.hidden(packed.ids, packed.positions, group_attention(packed))
-    of_last = cross_entropy(hidden[packed.predict_from], head, batch, counts)
-    excess = of_last.item() - batch.entropy * counts.sum().item()
-    loss = of_last / counts.sum()
+
+    def nats(states: Tensor, targets: Sequence[Bag]) -> Tensor:
+        return cross_entropy(states[packed.predict_from], head, packed.targets, targets)
+
+    of_last = nats(hidden, bags_of(lesson.batch))
+    loss = of_last
     if early:
-        # Confidences are left out wherever they do not count 1.
-        counts_early = counts * (counts == 1.0)
-        hidden_early = model.norm(states[0][packed.predict_from])
-        of_early = cross_entropy(hidden_early, head, batch, counts_early)
-        loss = loss + early * of_early / counts.sum()
-    return loss, excess
+        loss = loss + early * nats(model.norm(at_early[0]), lesson.early)
+        if any(lesson.looked_up):
+            loss = loss + early * nats(model.norm(at_looked_up[0]), lesson.looked_up)
+    excess = of_last.item() - lesson.batch.entropy * lesson.num_counted
+    return loss / lesson.num_counted, excess
 
 
 # ---------------------------------------------------------------------- what is measured
@@ -271,25 +349,59 @@ class Teacher:
         for (optimizer, _), kept in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(kept)
 
-    def batches(self, stage: Stage) -> Iterator[DemonstrationBatch]:
-        """Those of this step: first of bare questions, then of forms."""
-
-        def draw_form(rng: np.random.Generator) -> tuple[Grammar, str]:
-            return (SETS, "ranked") if rng.random() < stage.sets else MIXTURES["all"](rng)
-
+    def lessons(self, stage: Stage) -> Iterator[Lesson]:
+        """Those of this step: bare questions, all forms, sets."""
         rng = np.random.default_rng([self.seed, self.stage, self.step])
         seed = SFT_SEED + 100_000 * (1 + self.stage) + self.step
-        patients = clinic.load("train", stage.bare + stage.prompts, seed)
+        patients = clinic.load("train", stage.bare + stage.prompts + stage.sets, seed)
         names = [gold.name for gold in patients[0].golds]
         teach = (clinic.NOUN, self.tokenizer, self.encode, rng, names)
+        hint = ConfidenceHint(stage.share, stage.counts, 0.02)
+        bare = patients[: stage.bare]
+        forms = patients[stage.bare : stage.bare + stage.prompts]
+        sets = patients[stage.bare + stage.prompts :]
         if stage.bare:
-            yield make_demonstration_batch(patients[: stage.bare], *teach, "plain", bare=True)
+            batch = make_demonstration_batch(bare, *teach, "plain", bare=True)
+            yield lesson_of_forms(batch)
         if stage.prompts:
-            MIXTURES["recipe"] = draw_form
-            hint = ConfidenceHint(stage.share, stage.counts, 0.02)
-            yield make_demonstration_batch(
-                patients[stage.bare :], *teach, "recipe", hint, stage.rows
-            )
+            batch = make_demonstration_batch(forms, *teach, "all", hint, stage.rows)
+            yield lesson_of_forms(batch)
+        if stage.sets:
+            yield self.lesson_of_sets(sets, names, hint, stage.rows, rng)
+
+    def lesson_of_sets(
+        self,
+        patients: Sequence[Example],
+        names: Sequence[str],
+        hint: ConfidenceHint,
+        num_rows: int,
+        rng: np.random.Generator,
+    ) -> Lesson:
+        right_id = self.encode(RIGHT)[0]
+        wrong_id = self.encode(WRONG)[0]
+        prompts = []
+        completions = []
+        targets: list[Bag] = []
+        of_confidences: list[tuple[Bag, Bag] | None] = []
+        for patient in patients:
+            prompt = build_prompt(patient, SETS, self.tokenizer, clinic.NOUN)
+            rows = []
+            for _ in range(num_rows):
+                pieces = draw_demonstration(patient, SETS, names, rng, hint=hint)
+                ids, of_tokens = soft_targets(pieces, self.encode, self.tokenizer.eos_token_id)
+                rows.append(ids)
+                targets += of_tokens
+                of_confidences += bags_of_confidences(pieces, self.encode, right_id, wrong_id)
+            prompts.append(prompt.ids.tolist())
+            completions.append(rows)
+        batch = batch_of_targets(pack_groups(prompts, completions), targets)
+        early = []
+        looked_up = []
+        for of_last, of_confidence in zip(targets, of_confidences, strict=True):
+            for_early, for_looked_up = of_confidence or (of_last, {})
+            early.append(for_early)
+            looked_up.append(for_looked_up)
+        return Lesson(batch, early, looked_up)
 
     def rate(self, stage: Stage) -> float:
         left = min(1.0, (stage.steps - self.step) / (stage.falling * stage.steps))
@@ -304,8 +416,8 @@ class Teacher:
             began = time.perf_counter()
             self.model.zero_grad()
             recent.append([])
-            for batch in self.batches(stage):
-                loss, excess = loss_and_excess(self.model, batch, stage.early)
+            for lesson in self.lessons(stage):
+                loss, excess = loss_and_excess(self.model, lesson, stage.early)
                 loss.backward()
                 recent[-1].append(excess)
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
@@ -319,7 +431,8 @@ class Teacher:
             last = self.step == stage.steps
             where = {"stage": stage.name, "step": self.step}
             if self.step % LOG_EVERY == 0 or last:
-                sizes = [n for n in (stage.bare, stage.prompts * stage.rows) if n]
+                rows = (stage.bare, stage.prompts * stage.rows, stage.sets * stage.rows)
+                sizes = [n for n in rows if n]
                 kl = [round(x, 4) for x in (np.mean(recent, axis=0) / sizes).tolist()]
                 spent = {"lr": round(rate, 6), "seconds": round(self.seconds)}
                 self.log(where | {"kl": kl} | spent)

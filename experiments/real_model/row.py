@@ -4,15 +4,20 @@
 
 It trains with `mar.train`, 200 steps from the committed warm-up, then measures test questions with
 `mar.evaluate`, and writes logs/rows/<method>_seed<seed>.json. The same command goes on where it was
-interrupted. `warm_up_sets` and `warm_up_single` are the warm-up itself, not trained.
+interrupted. `warm_up_<reward>` is the warm-up itself, asked in that reward's form; a method is
+compared with it on the same questions, so it is measured first where it is not there yet.
+`constant` is the answers that are most frequent among training questions, whatever is asked.
 
 More words go to `mar.train`; `out=<folder>` is where runs lie, by default runs/real_model.
 """
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from experiments.common.commands import (
     kept_of_arm,
@@ -21,8 +26,16 @@ from experiments.common.commands import (
     train_unless_finished,
     write_log,
 )
+from mar.errors import exit_code
 from mar.files import read_jsonl
+from mar.measure.metrics import AnswerArrays
+from mar.measure.single_answers import gold_probabilities
 from mar.policy.sources import environment
+from mar.run.answering import read_other
+from mar.run.compose import compose
+from mar.run.console import Display
+from mar.run.setup import load_data
+from mar.run.warm_up import prior_of
 
 HERE = Path(__file__).parent
 ADAPTERS = HERE / "adapters"
@@ -30,6 +43,7 @@ LOGS = HERE / "logs" / "rows"
 # Test questions, and answers of each.
 ITEMS = 500
 ANSWERS = 15
+MEASURE = [f"eval.num_items={ITEMS}", f"k={ANSWERS}", "num_answers=", "arms=policy"]
 
 # The prompt's words are those of the warm-up.
 PROMPTS = ["data.findings=lists", "data.request_first=true", "model.explain_decimals=false"]
@@ -66,10 +80,8 @@ METHODS = {
     "multi_rlcr_own": OWN,
     "multi_rlcr_own_exact": [*OWN, "data.target=probabilities"],
 }
-UNTRAINED = {
-    "warm_up_sets": METHODS["multi_rlcr_own"],
-    "warm_up_single": METHODS["rlvr_single"],
-}
+REWARDS = ("rlvr_single", "rlcr_single", "multi_rlvr", "multi_rlcr")
+WARM_UPS = {f"warm_up_{reward}": [f"reward={reward}"] for reward in REWARDS}
 # Of each training step, what the log keeps.
 KEPT_OF_STEP = (
     "step",
@@ -95,10 +107,104 @@ def start_of(out: Path, words: list[str]) -> Path:
     return start
 
 
+def warm_up_of(method: str) -> str:
+    """The warm-up asked in the form of a method."""
+    words = METHODS[method]
+    reward = next(word for word in words if word.startswith("reward="))
+    return f"warm_up_{reward.removeprefix('reward=')}"
+
+
 def curve_of(run: Path) -> list[dict[str, Any]]:
     """What the log keeps of each training step."""
-    steps = read_jsonl(run / "metrics.jsonl")
+    steps, _ = read_jsonl(run / "metrics.jsonl")
     return [{key: step[key] for key in KEPT_OF_STEP if key in step} for step in steps]
+
+
+def of_questions(folder: Path, confident: bool) -> dict[str, list[list[float]]]:
+    """For each question, in the order of the ids: coverage and different answers of 1, 2, .. sets.
+
+    Any two rows can be compared on the same questions with it.
+    """
+    items = sorted(read_other(folder, LOGS), key=lambda item: item.id)
+    arrays = AnswerArrays(items, confident)
+    return {
+        "coverage_of_questions": arrays.coverage_curve.round(4).tolist(),
+        "unique_of_questions": arrays.unique_curve.astype(int).tolist(),
+    }
+
+
+def constant_coverage(words: Sequence[str]) -> list[list[float]]:
+    """[test questions, ANSWERS]: what the 1, 2, .. most frequent conditions cover of each."""
+    config = compose(words)
+    display = Display("plain", 0, 0)
+    examples = load_data(config, "test", ITEMS, 0, display)
+    prior = prior_of(config, examples, display)
+    assert prior is not None
+    most_frequent = np.argsort(-prior)[:ANSWERS]
+    covered = gold_probabilities(examples)[:, most_frequent].cumsum(axis=1)
+    return covered.round(4).tolist()
+
+
+class Rows:
+    """The rows whose runs lie in `out`; `words` go to every command."""
+
+    def __init__(self, out: Path, words: Sequence[str]) -> None:
+        self.out = out
+        self.words = list(words)
+        data = [word for word in words if word.startswith("data.path=")]
+        self.start = start_of(out, data)
+
+    def folder(self, method: str, seed: int) -> Path:
+        return self.out / method / f"seed{seed}"
+
+    def settings(self, method: str, seed: int) -> list[str]:
+        of_method = (METHODS | WARM_UPS)[method]
+        return [*ROW, *of_method, f"model.path={self.start}", f"seed={seed}", *self.words]
+
+    def measure_warm_up(self, name: str, seed: int) -> None:
+        folder = self.folder(name, seed)
+        settings = self.settings(name, seed)
+        seconds = run_module("mar.evaluate", "base", *settings, *MEASURE, f"out={folder}")
+        write(name, seed, folder, evaluate_s=seconds)
+
+    def measure_constant(self) -> None:
+        covered = constant_coverage(self.settings("warm_up_multi_rlcr", 0))
+        write_log(LOGS.parent / "constant.json", {"coverage_of_questions": covered})
+
+    def make(self, method: str, seed: int) -> None:
+        """Train, measure and write the log."""
+        before = warm_up_of(method)
+        if not log_of(before, 0).exists() or not self.folder(before, 0).exists():
+            self.measure_warm_up(before, 0)
+        run = self.folder(method, seed)
+        trained = train_unless_finished(run, *self.settings(method, seed), f"run_dir={run}")
+        against = f"against={self.folder(before, 0)}"
+        measured = run_module("mar.evaluate", str(run), *MEASURE, against)
+        times = {"train_s": trained, "evaluate_s": measured}
+        write(method, seed, run, **times, steps=curve_of(run))
+
+
+def log_of(method: str, seed: int) -> Path:
+    return LOGS / f"{method}_seed{seed}.json"
+
+
+def write(method: str, seed: int, folder: Path, **more: Any) -> None:
+    """Keep what the tables need of an evaluation's folder as the log of a method and seed."""
+    evaluation = read_evaluation(folder)
+    arm = evaluation["arms"]["policy"]
+    log = {
+        "method": method,
+        "seed": seed,
+        **environment(),
+        "num_items": evaluation["num_items"],
+        **more,
+        **kept_of_arm(arm),
+        "bars": evaluation["bars"],
+        # To the warm-up asked in the same form.
+        "paired": list(evaluation["paired"].values()),
+        **of_questions(folder, bool(arm["reliability"])),
+    }
+    write_log(log_of(method, seed), log)
 
 
 def main() -> None:
@@ -106,8 +212,8 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("method", choices=[*METHODS, *UNTRAINED])
-    add("seed", type=int)
+    add("method", choices=[*METHODS, *WARM_UPS, "constant"])
+    add("seed", type=int, help="of a method; 0 for what is not trained")
     add("words", nargs="*", metavar="WORD", help="such as data.path=<folder>")
     args = parser.parse_args()
     out = Path("runs/real_model")
@@ -117,24 +223,14 @@ def main() -> None:
             out = Path(word.removeprefix("out="))
         else:
             words.append(word)
-
-    start = start_of(out, [word for word in words if word.startswith("data.path=")])
-    method_words = (METHODS | UNTRAINED)[args.method]
-    settings = [*ROW, *method_words, f"model.path={start}", f"seed={args.seed}", *words]
-    run = out / args.method / f"seed{args.seed}"
-    measure = [f"eval.num_items={ITEMS}", f"k={ANSWERS}", "num_answers=", "arms=policy"]
-    log: dict[str, Any] = {"method": args.method, "seed": args.seed, **environment()}
+    rows = Rows(out, words)
     if args.method in METHODS:
-        log["train_s"] = train_unless_finished(run, *settings, f"run_dir={run}")
-        log["curve"] = curve_of(run)
-        log["evaluate_s"] = run_module("mar.evaluate", str(run), *measure)
+        rows.make(args.method, args.seed)
+    elif args.method == "constant":
+        rows.measure_constant()
     else:
-        log["evaluate_s"] = run_module("mar.evaluate", "base", *settings, *measure, f"out={run}")
-    evaluation = read_evaluation(run)
-    log |= {"num_items": evaluation["num_items"], "bars": evaluation["bars"]}
-    log |= kept_of_arm(evaluation["arms"]["policy"])
-    write_log(LOGS / f"{args.method}_seed{args.seed}.json", log)
+        rows.measure_warm_up(args.method, args.seed)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_code(main))

@@ -1,8 +1,9 @@
 """How a checkpoint's policy was asked in training: `mar.json`, a small file beside its weights.
 
 Asked in other words it writes nonsense. `mar.export` and `mar.sft` write the file; `mar.ask` and
-`mar.evaluate` take its settings where the command line says nothing of them. A folder may come from
-anywhere: only known settings with values that they can have are taken.
+`mar.evaluate` take its settings where the command line says nothing of them, and whatever starts
+from the folder says where it asks otherwise. A folder may come from anywhere: only known settings
+with values that they can have are taken.
 """
 
 import json
@@ -73,6 +74,24 @@ def asked_as(folder: Path, settings: Sequence[str]) -> list[str]:
     if words:
         print(f"as {folder / FILE} says: {' '.join(words)}", file=sys.stderr)
     return words
+
+
+def asked_otherwise(config: Config) -> str | None:
+    """What to say where a config asks the policy of its model folder in other words than before.
+
+    Raises UserError for a file that is damaged.
+    """
+    if config.model.source != "folder" or config.model.path is None:
+        return None
+    file = Path(config.model.path) / FILE
+    settings = flatten(config.to_dict())
+    before = {key: value for key, value in _read(file).items() if key in OF_WORDS}
+    # Another task may be what one wants of it.
+    before.pop("data.task", None)
+    others = [f"{key}={str(before[key]).lower()}" for key in before if before[key] != settings[key]]
+    if not others:
+        return None
+    return f"{file}: this policy was asked with {' '.join(others)} before, and is not now"
 
 
 def _read(file: Path) -> dict[str, Any]:

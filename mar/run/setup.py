@@ -30,6 +30,7 @@ from mar.policy.lora import adapted, start_adapters, trainable_pattern
 from mar.policy.model import Decoder, ModelConfig
 from mar.policy.weights import load_into, read_config
 from mar.records import Example, Prompt
+from mar.run.asked_as import asked_otherwise
 from mar.run.console import Display
 from mar.sample.draws import SamplingParams, Truncation
 from mar.sample.kv_cache import capacity
@@ -512,4 +513,7 @@ def announce(config: Config, display: Display) -> Config:
             "A GPU is visible and is being used for the rehearsal; "
             "choose scale=h100x1 for the real thing."
         )
+    otherwise = asked_otherwise(config)
+    if otherwise is not None:
+        display.say(otherwise)
     return config

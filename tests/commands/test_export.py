@@ -24,6 +24,7 @@ from mar.run.asking import open_policy
 from mar.run.compose import compose
 from mar.run.console import Display
 from mar.run.folder import flatten
+from mar.run.setup import announce
 from mar.train import run
 
 WORDS = "+experiment=clinic train.steps=1 eval.num_items=2 algo.prompts_per_step=1 algo.group_size=2 logger.console=plain"
@@ -113,6 +114,22 @@ def test_a_damaged_mar_json_is_one_sentence(content, fault, tmp_path):
     (tmp_path / "mar.json").write_bytes(content.encode("latin-1"))
     with pytest.raises(UserError, match=re.escape(fault)):
         asked_as(tmp_path, [])
+
+
+def test_what_starts_from_a_folder_says_where_it_asks_otherwise(trained, tmp_path):
+    folder = export(trained, tmp_path / "hf", "float32")
+    display = Display("plain", 0, 0)
+    words = ["+experiment=clinic", "model=hf", f"model.path={folder}"]
+    with display.console.capture() as same:
+        announce(compose([*words, "model.thinking=false", "model.explain_decimals=false"]), display)
+    assert same.get() == ""
+    with display.console.capture() as other:
+        announce(compose([*words, "model.thinking=true", "model.explain_decimals=false"]), display)
+    said = " ".join(other.get().split())
+    assert said.endswith("was asked with model.thinking=false before, and is not now")
+    (folder / "mar.json").write_text("{")
+    with pytest.raises(UserError, match=re.escape(f"{folder}/mar.json cannot be read")):
+        announce(compose(words), display)
 
 
 def test_rows_without_a_token_are_not_drawn_from_an_export(tmp_path):

@@ -1,12 +1,12 @@
 """What the experiment on DDXPlus computes beside the runs: the constant answer, completions to
-read, the calibration table.
+read, names that are counted.
 """
 
 import json
 
 import pytest
 
-from experiments.ddxplus_smollm2 import run, summary
+from experiments.ddxplus_smollm2 import names, run, summary
 from experiments.ddxplus_smollm2.constant import covered
 from mar.records import Example, Gold
 
@@ -82,23 +82,14 @@ def test_completions_to_read(tmp_path):
     )
 
 
-def test_mean_confidence_weighs_bins_by_their_answers(tmp_path):
-    bins = [
-        {"count": 3, "said": 0.1, "right": [0.2, 0, 1]},
-        {"count": 1, "said": 0.9, "right": [1.0, 0, 1]},
+def test_names_of_conditions_are_counted_before_and_after_training(tmp_path):
+    rows = [
+        {"step": 0, "answers": ["Flu", "Fluux", None]},
+        {"step": 9, "answers": ["flu", "cold"]},
     ]
-    log = {
-        "method": "multi_rlcr",
-        "seed": 4,
-        "reliability": bins,
-        "metrics": {"ece": [0.1, 0, 1]},
-        "curve": {"k": [3], "coverage": [[0.5, 0, 1]]},
-    }
-    (tmp_path / "log.json").write_text(json.dumps(log))
-    assert (
-        summary.calibration(tmp_path).splitlines()[-1]
-        == "| multi_rlcr, 4 | 1 | 0.300 | 0.400 | 0.100 | – | – | 0.500 |"
-    )
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert names.counted(file, {"flu", "cold"}) == ["1 of 2", "2 of 2"]
 
 
 def test_committed_logs_are_of_the_same_patients():

@@ -1,10 +1,10 @@
 """Do confidences that were learnt on DDXPlus survive another distribution?
 
-    python -m experiments.generalise.run DATASETS [seed] [method]
+    python -m experiments.ddxplus_smollm2.elsewhere DATASETS [seed]
 
-DATASETS: the folder with ddxplus/ and medqa/. Measures a policy of experiments/ddxplus_smollm2
-(its checkpoint has to be there) and its warm-up on its own held-out patients, on patients of 19
-conditions in another selection, and on MedQA. Logs: experiments/generalise/logs/.
+DATASETS: the folder with ddxplus/ and medqa/. Measures Multi-RLCR of this experiment (its
+checkpoint has to be there) and its warm-up on its own held-out patients, on patients of 19
+conditions in another selection, and on MedQA. Logs: logs/elsewhere.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from experiments.common.tables import (
 from experiments.ddxplus_smollm2.run import PATIENTS, RUNS
 from mar.policy.sources import environment
 
-LOGS = Path(__file__).parent / "logs"
+LOGS = Path(__file__).parent / "logs" / "elsewhere"
 # Name -> the file of questions, and the words that ask for them.
 SHIFTS = {
     "ddxplus": (f"ddxplus/{PATIENTS}", ["eval.num_items=64"]),
@@ -30,46 +30,43 @@ SHIFTS = {
     "medqa": ("medqa/medqa_usmle_4opt_dev.jsonl", ["data.task=medqa", "eval.num_items=150"]),
 }
 METRICS = ("top1", "brier", "ece", "auroc", "set_ece", "format_rate", "repeats_per_set")
-METHODS = ("multi_rlcr", "multi_rlcr_own", "base")
+# Method of a log -> arm of the evaluation.
+ARMS = {"multi_rlcr": "policy", "base": "base"}
 
 
-def one(data: Path, shift: str, seed: int, method: str) -> None:
-    """Measure a policy on one distribution; beside the first method, the warm-up too."""
-    # Arm of the evaluation -> method of the log.
-    arms = {"policy": method}
-    if method == METHODS[0]:
-        arms["base"] = "base"
-    out = Path("runs/generalise") / f"{shift}_{method}_seed{seed}"
+def one(data: Path, shift: str, seed: int) -> None:
+    """Measure the policy of a seed and its warm-up on one distribution."""
+    out = Path("runs/ddxplus_smollm2_elsewhere") / f"{shift}_seed{seed}"
     file, words = SHIFTS[shift]
     seconds = run_module(
         "mar.evaluate",
-        str(RUNS / method / f"seed{seed}"),
+        str(RUNS / "multi_rlcr" / f"seed{seed}"),
         f"data.path={data}/{file}",
         *words,
         "k=3",
         "num_answers=",
-        f"arms={','.join(arms)}",
+        f"arms={','.join(ARMS.values())}",
         f"out={out}",
     )
     evaluation = read_evaluation(out)
-    for arm, name in arms.items():
+    for method, arm in ARMS.items():
         document = {
             "shift": shift,
-            "method": name,
+            "method": method,
             "seed": seed,
             **environment(),
             "num_items": evaluation["num_items"],
             "evaluate_s": seconds,
             **kept_of_arm(evaluation["arms"][arm]),
         }
-        write_log(LOGS / f"{shift}_{name}_seed{seed}.json", document)
+        write_log(LOGS / f"{shift}_{method}_seed{seed}.json", document)
 
 
 def markdown() -> str:
     """A line for each distribution and model: one set of three a question."""
     rows: dict[str, list[Log]] = {}
     for shift, logs in read_logs_by(LOGS, "shift", SHIFTS).items():
-        for method in METHODS:
+        for method in ARMS:
             rows[f"{shift}, {method}"] = [log for log in logs if log["method"] == method]
     columns: Columns = {
         "questions": lambda log: log["num_items"],
@@ -85,10 +82,9 @@ def main() -> None:
     )
     parser.add_argument("data", type=Path)
     parser.add_argument("seed", nargs="?", type=int, default=0)
-    parser.add_argument("method", nargs="?", default="multi_rlcr", choices=METHODS[:-1])
     args = parser.parse_args()
     for shift in SHIFTS:
-        one(args.data, shift, args.seed, args.method)
+        one(args.data, shift, args.seed)
 
 
 if __name__ == "__main__":

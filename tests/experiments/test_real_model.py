@@ -1,0 +1,159 @@
+"""The comparison on a real language model: its words, what a log keeps, and what its tables say."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from experiments.real_model import row, slots, summary
+from experiments.real_model.warmed_up import WarmedUp
+from mar.answers.tokenizer import load_tokenizer
+from mar.learn.demonstrations import DrawnText
+from mar.policy.sources import resolve_model
+from mar.policy.weights import load_model
+from mar.run.compose import compose
+from mar.run.console import Display
+from mar.run.setup import load_data
+from mar.run.warm_up import prior_of
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory):
+    """The words for a model folder and a data folder."""
+    folder, _ = resolve_model("embedded", "embedded", None)
+    return [f"model.path={folder}", f"data.path={tmp_path_factory.mktemp('data')}"]
+
+
+def test_every_method_is_a_config_that_sees_as_many_steps(places):
+    for words in (row.METHODS | row.WARM_UPS).values():
+        config = compose([*row.ROW, *words, *places])
+        assert config.train.steps == 200
+        # The prompt is the one that the warm-up was taught.
+        assert config.data.findings == "lists"
+        assert config.data.request_first
+        assert not config.model.explain_decimals
+
+
+@pytest.mark.parametrize("method", row.METHODS)
+def test_a_method_is_compared_with_the_warm_up_in_its_own_form(method, places):
+    ours = compose([*row.ROW, *row.METHODS[method], *places])
+    words = row.WARM_UPS[row.warm_up_of(method)]
+    warm_up = compose([*row.ROW, *words, *places])
+    assert warm_up.reward.objective == ours.reward.objective
+    assert warm_up.reward.num_answers == ours.reward.num_answers
+
+
+def a_log(method, seed, coverage, tokens, K):
+    """Of two questions; `coverage` [2, sets]."""
+    covered = np.array(coverage)
+    sets = covered.shape[1]
+    mean = covered.mean(axis=0)
+    return {
+        "method": method,
+        "seed": seed,
+        "curve": {
+            "k": [K * (i + 1) for i in range(sets)],
+            "tokens": [tokens * (i + 1) for i in range(sets)],
+            "coverage": [[c, c - 0.1, c + 0.1] for c in mean],
+            "unique": [[1.0, 1.0, 1.0]] * sets,
+        },
+        "coverage_of_questions": coverage,
+        "unique_of_questions": covered.tolist(),
+        "metrics": {"top1": [0.25, 0.2, 0.3]},
+        "reliability": [],
+        "bars": {"floor": [0.5] * 15, "ceiling": [0.75] * 15},
+        "paired": [{"num_items": 2, "coverage@3": [0.125, 0.1, 0.15], "top1": [0.0, -0.1, 0.1]}],
+    }
+
+
+@pytest.fixture
+def logs(tmp_path, monkeypatch):
+    found = [
+        a_log("multi_rlvr", 0, [[0.5, 0.6], [0.7, 0.8]], 30.0, 3),
+        # Three answers of it cover 0.3 and 0.5; 30 tokens are 4 answers, 0.4 and 0.5.
+        a_log("rlvr_single", 0, [[0.1, 0.2, 0.3, 0.4], [0.5, 0.5, 0.5, 0.5]], 7.5, 1),
+        a_log("multi_rlvr", 1, [[0.5, 0.6], [0.7, 0.8]], 30.0, 3),
+    ]
+    (tmp_path / "rows").mkdir()
+    for log in found:
+        file = tmp_path / "rows" / f"{log['method']}_seed{log['seed']}.json"
+        file.write_text(json.dumps(log))
+    constant = {"coverage_of_questions": [[0.1] * 15, [0.3] * 15]}
+    (tmp_path / "constant.json").write_text(json.dumps(constant))
+    monkeypatch.setattr(summary, "LOGS", tmp_path)
+    return found
+
+
+def test_a_set_is_compared_with_three_answers_and_with_as_many_tokens(logs):
+    lines = summary.paired_table().splitlines()[2:]
+    # Seed 1 has no RLVR-Single: nothing is said of it.
+    assert len(lines) == 1
+    cells = [cell.strip() for cell in lines[0].strip("|").split("|")]
+    assert cells[:2] == ["multi_rlvr", "0"]
+    assert cells[2].startswith("0.200 (")
+    assert cells[3].startswith("0.150 (")
+    assert cells[4] == "4.0"
+
+
+def test_coverage_between_two_numbers_of_answers_is_interpolated(logs):
+    single = logs[1]
+    assert summary.at_tokens(single, 3.75) == pytest.approx([0.05, 0.25])
+    assert summary.at_tokens(single, 11.25) == pytest.approx([0.15, 0.5])
+    assert summary.at_tokens(single, 500.0) == pytest.approx([0.4, 0.5])
+
+
+def test_each_seed_is_a_line_and_bounds_stand_below(logs):
+    lines = summary.coverage_table().splitlines()[2:]
+    names = [line.split("|")[1].strip() for line in lines]
+    methods = ["rlvr_single", "multi_rlvr", "multi_rlvr"]
+    assert names == [*methods, "constant answers", "floor", "ceiling"]
+    # Two sets of three do not add up to nine.
+    assert lines[1].split("|")[3].strip() == "0.600 (0.500 to 0.700)"
+    assert lines[1].split("|")[4].strip() == "–"
+
+
+def test_the_change_is_that_of_the_metric_named(logs):
+    line = summary.change_table().splitlines()[2]
+    cells = [cell.strip() for cell in line.strip("|").split("|")]
+    assert cells[2:] == ["0.125 (0.100 to 0.150)", "0.000 (-0.100 to 0.100)", "–", "–", "–"]
+
+
+# ---------------------------------------------------------------------- slots
+
+
+def test_the_token_behind_an_answer_belongs_to_it():
+    letters = list
+    confidence = DrawnText(["0.50"], [1.0], 0)
+    assert confidence.text in slots.CONFIDENCES
+    pieces = ["<a>", DrawnText(["flu"], [1.0], 0), "</a>", confidence, "<b>"]
+    pieces += [DrawnText(["cold"], [1.0], 0), "</b>"]
+    of_first = [-1] * 3 + [0] * 3 + [0, -1, -1, -1] + [-1] * 4
+    of_second = [-1] * 3 + [1] * 4 + [1, -1, -1, -1]
+    assert slots.slots_of_tokens(pieces, letters) == [*of_first, *of_second, -1]
+
+
+def test_the_prior_leaves_out_what_was_said():
+    prior = {"flu": 0.5, "cold": 0.25, "gout": 0.25}
+    first = DrawnText(["flu", "cold", "gout"], [0.5, 0.25, 0.25], 0)
+    second = DrawnText(["cold", "gout"], [0.75, 0.25], 0)
+    nats = slots.prior_nats([first, second], prior)
+    expected = 0.75 * np.log(0.75 / 0.5) + 0.25 * np.log(0.25 / 0.5)
+    assert nats == pytest.approx([0.0, expected])
+
+
+def test_slots_of_the_embedded_model_are_nearer_to_the_posterior_than_the_prior_is():
+    config = compose(["+experiment=clinic"])
+    folder, _ = resolve_model(config.model.source, config.model.name, config.model.path)
+    opened = WarmedUp(config, folder, load_tokenizer(folder), load_model(folder))
+    display = Display("plain", 0, 1)
+    examples = load_data(config, "test", 8, 0, display)
+    frequencies = prior_of(config, examples, display)
+    assert frequencies is not None
+    names = [gold.name for gold in examples[0].golds]
+    prior = dict(zip(names, frequencies.tolist(), strict=True))
+    torch.manual_seed(0)
+    found = slots.nats_of_answers(opened, examples, prior)
+    assert found["model"].shape == (8, 3)
+    assert (found["model"].mean(axis=0) < 0.5 * found["prior"].mean(axis=0)).all()
+    np.testing.assert_allclose(found["model"] - found["prior"], found["model - prior"])

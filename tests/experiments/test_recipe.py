@@ -1,0 +1,91 @@
+"""The embedded model's recipe: what the layers below the last are asked for."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from mar.learn.demonstrations import DrawnText, soft_target_loss
+from mar.policy.sources import EMBEDDED
+from mar.policy.weights import load_model
+
+FOLDER = Path(__file__).resolve().parents[2] / "experiments" / "embedded_model"
+
+
+@pytest.fixture(scope="module")
+def recipe():
+    sys.path.insert(0, str(FOLDER))
+    try:
+        import recipe
+    finally:
+        sys.path.remove(str(FOLDER))
+    return recipe
+
+
+@pytest.fixture(scope="module")
+def teacher(recipe, tmp_path_factory):
+    stages = (recipe.Stage("both", 1, 1e-3, bare=1, prompts=2, sets=2, rows=2),)
+    out = tmp_path_factory.mktemp("recipe")
+    return recipe.Teacher(out, EMBEDDED, load_model(EMBEDDED), 0, stages)
+
+
+def test_a_confidence_is_asked_for_the_posterior_and_for_its_answer(recipe):
+    numbers = {"1": [1], "0": [0], "flu": [5], "flux": [5, 6], "cold": [7], "0.25": [0, 2]}
+
+    def encode(text):
+        return numbers.get(text, [9, 9])
+
+    names = ["flu", "flux", "cold"]
+    pieces = [
+        "<answer1>",
+        DrawnText(names, [0.25, 0.25, 0.5], chosen=2),
+        "</answer1>",
+        DrawnText(["0.25"], [1.0], chosen=0),
+        "<answer2>",
+        # Without the first one; what counts is its probability among all.
+        DrawnText(["flu", "flux"], [0.5, 0.5], chosen=0),
+        "</answer2>",
+        DrawnText(["0.25"], [1.0], chosen=0),
+        "<end>",
+    ]
+    bags = recipe.bags_of_confidences(pieces, encode, right_id=1, wrong_id=0)
+    # Two names begin with the same token.
+    posterior = {5: 0.5, 7: 0.5}
+    first = (posterior, {1: 0.5, 0: 0.5})
+    second = (posterior, {1: 0.25, 0: 0.75})
+    of_answer = [None] * 5
+    expected = [*of_answer, first, first, *of_answer, second, second, None, None, None]
+    assert bags == expected
+
+
+def test_the_loss_of_the_last_layer_is_that_of_the_demonstrations(recipe, teacher):
+    for lesson in teacher.lessons(teacher.stages[0]):
+        loss, excess = recipe.loss_and_excess(teacher.model, lesson, early=0.0)
+        expected = soft_target_loss(teacher.model, lesson.batch)
+        torch.testing.assert_close(loss, expected)
+        counted = lesson.num_counted
+        assert excess == pytest.approx((loss.item() - lesson.batch.entropy) * counted, rel=1e-4)
+
+
+def test_lower_layers_learn_from_what_they_are_asked(recipe, teacher):
+    *_, sets = teacher.lessons(teacher.stages[0])
+    assert any(sets.looked_up)
+    gradients = []
+    for early in (0.0, 1.0):
+        teacher.model.zero_grad()
+        recipe.loss_and_excess(teacher.model, sets, early)[0].backward()
+        gradients.append(teacher.model.blocks[0].o.weight.grad.clone())
+    assert not torch.allclose(*gradients)
+
+
+def test_tokens_that_count_nothing_are_left_out(recipe):
+    torch.manual_seed(0)
+    hidden, head = torch.randn(3, 4), torch.randn(6, 4)
+    tokens = torch.tensor([1, 2, 3])
+    targets = [{1: 0.5, 4: 0.5}, {}, {3: 2.0}]
+    logprobs = torch.log_softmax(hidden @ head.T, dim=-1)
+    expected = -(0.5 * logprobs[0, 1] + 0.5 * logprobs[0, 4] + 2.0 * logprobs[2, 3])
+    found = recipe.cross_entropy(hidden, head, tokens, targets)
+    np.testing.assert_allclose(found.item(), expected.item(), rtol=1e-5)
