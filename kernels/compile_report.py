@@ -11,6 +11,7 @@ stack (registers were spilled), multiplies without tensor cores or uses atomics,
 is not what this version of triton gives.
 """
 
+import math
 import re
 import subprocess
 import sys
@@ -29,7 +30,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from mar_kernels import triton_advantages, triton_logprobs
+from mar_kernels import LayerCache, triton_advantages, triton_decode, triton_logprobs
 
 REPORT = Path(__file__).with_name("COMPILE.md")
 
@@ -52,6 +53,10 @@ L2 = 5.5e12
 # with K = 5
 M, D, V = 16_384, 2_048, 151_936
 B, T, C, S = 1_536, 1_536, 11, 12
+# a decode step at the paper's lengths: prompts and their tokens, completions of each and theirs
+PROMPTS, PROMPT_TOKENS, GROUP, OWN_TOKENS = 3, 3_072, 32, 1_536
+# (query heads, key heads, channels) of Qwen3-1.7B, SmolLM2-135M and Phi-3-mini
+HEADS = ((16, 8, 128), (9, 3, 64), (32, 32, 96))
 
 TYPES = {
     torch.bfloat16: "*bf16",
@@ -84,7 +89,9 @@ the slowest of FLOPs at the H100's dense peak (989 TFLOP/s in bf16, a third of 4
 bytes of every operand once at 3.35 TB/s, and what the tiles load and store at 5.5 TB/s of L2. Each
 line is the first launch of its kind: {M} tokens of Qwen3-1.7B (D {D}, V {V}), forward (`sums`) over
 the whole vocabulary, backward (`grads`, beside two products by cuBLAS) over one block; advantages
-of {B} completions of {T} tokens, {C} components.
+of {B} completions of {T} tokens, {C} components; a decode step's attention to prompts (`prompt`) and
+own tokens (`own`), {rows} rows of {prompts} prompts, {prompt_tokens} and {own_tokens} tokens long (query
+heads a key head x channels), and its norm and rotation (`rotate`).
 """
 HEADER = """\
 | kernel | sm | registers | stack | shared KiB | occupancy | tensor cores \
@@ -102,13 +109,24 @@ class Launch:
     capability: int
 
     @property
+    def attends(self) -> bool:
+        return "keys" in self.arguments
+
+    @property
     def multiplies(self) -> bool:
-        return self.arguments.get("weight") is not None
+        return self.attends or self.arguments.get("weight") is not None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(x.dtype for x in self.arguments.values() if isinstance(x, Tensor))
 
     @property
     def name(self) -> str:
-        dtype = next(x.dtype for x in self.arguments.values() if isinstance(x, Tensor))
-        words = [self.kernel.__name__.removesuffix("_kernel"), TYPES[dtype].removeprefix("*")]
+        words = [self.kernel.__name__.removesuffix("_kernel"), TYPES[self.dtype].removeprefix("*")]
+        if self.attends:
+            words.append(f"{self.arguments['HEADS']} x {self.arguments['WIDTH']}")
+        if self.arguments.get("q_weight") is not None:
+            words.append("normed")
         if "hidden" in self.arguments and not self.multiplies:
             words.append("logits")
         for gradient in ("of_target", "of_entropy"):
@@ -152,13 +170,17 @@ def launches(capability: int) -> list[Launch]:
         patches.enter_context(
             patch.object(torch.cuda, "get_device_capability", lambda _: divmod(capability, 10))
         )
-        for module in (triton_logprobs, triton_advantages):
+        for module in (triton_logprobs, triton_advantages, triton_decode):
             kernels = {n: x for n, x in vars(module).items() if n.endswith("_kernel")}
             for name, kernel in kernels.items():
                 recorder = Recorder(kernel, capability, found)
                 patches.enter_context(patch.object(module, name, recorder))
         for dtype in FLOPS:
             start_logprobs(dtype)
+        # one shape is enough where kernels are only listed
+        shapes = HEADS if capability in CHECKED else HEADS[:1]
+        for dtype, heads in product(FLOPS, shapes):
+            start_decode(dtype, *heads)
         for dtype, choices in product((torch.float64, torch.float32), CHOICES):
             triton_advantages.answer_advantages(
                 without_storage(B, C, dtype=dtype),
@@ -183,6 +205,30 @@ def start_logprobs(dtype: torch.dtype) -> None:
     logits = without_storage(M, V, dtype=dtype).requires_grad_()
     logprobs = triton_logprobs.selected_logprobs(logits, targets)
     torch.autograd.grad(logprobs, logits, without_storage(M, dtype=dtype))
+
+
+def start_decode(dtype: torch.dtype, H: int, KV: int, d: int) -> None:
+    """Attention of a decode step, whose q, k and v are parts of one tensor; norm and rotation."""
+    rows = PROMPTS * GROUP
+    q, k, v = without_storage(rows, H + 2 * KV, d, dtype=dtype).split((H, KV, KV), 1)
+    cache = LayerCache(
+        prompt_keys=without_storage(PROMPTS, KV, PROMPT_TOKENS, d, dtype=dtype),
+        prompt_values=without_storage(PROMPTS, KV, PROMPT_TOKENS, d, dtype=dtype),
+        own_keys=without_storage(rows, KV, OWN_TOKENS, d, dtype=dtype),
+        own_values=without_storage(rows, KV, OWN_TOKENS, d, dtype=dtype),
+        prompt_lengths=without_storage(PROMPTS),
+        own_lengths=without_storage(rows),
+        row_prompt=without_storage(rows),
+        members=without_storage(PROMPTS, GROUP),
+        member_index=without_storage(rows),
+    )
+    triton_decode.decode_attention(q, k, v, cache)
+    if d == HEADS[0][2]:
+        angles = without_storage(rows, 1, d, dtype=dtype)
+        gains = without_storage(d, dtype=dtype)
+        qk = without_storage(rows, H + 2 * KV, d, dtype=dtype)[:, : H + KV]
+        triton_decode.rotated_heads(qk, angles, angles, H)
+        triton_decode.rotated_heads(qk, angles, angles, H, gains, gains, eps=1e-6)
 
 
 def source_of(launch: Launch) -> ASTSource:
@@ -230,7 +276,7 @@ def compile_launch(launch: Launch) -> tuple[list[str], list[str]]:
     if spilled:
         problems.append(f"ptxas -v: {spilled} bytes spilled")
     if launch.multiplies:
-        ending = MMA_TYPE[launch.arguments["hidden"].dtype]
+        ending = MMA_TYPE[launch.dtype]
         if not any(instruction.endswith(ending) for instruction in tensor_cores):
             problems.append("multiplies without the tensor cores for its type")
     if re.search(r"\b(atom|red)\.", ptx):
@@ -297,7 +343,16 @@ def work(launch: Launch) -> list[str]:
     num_bytes = {name: x.numel() * x.element_size() for name, x in tensors.items()}
     flops = 0
     loaded = sum(num_bytes.values())
-    if launch.multiplies:
+    if launch.attends:
+        width = arguments["mixed"].shape[-1]
+        tokens = arguments["keys"].shape[2]
+        # of each query head of each row: a score and a share of the values for each token
+        flops = 4 * math.prod(arguments["q"].shape[:2]) * width * tokens
+        if "own_lengths" not in arguments:
+            # keys and values are read once for each tile of a prompt's rows
+            tiles = -(-GROUP * arguments["HEADS"] // arguments["ROWS"])
+            loaded += (tiles - 1) * (num_bytes["keys"] + num_bytes["values"])
+    elif launch.multiplies:
         columns = V
         if "block" in arguments:
             columns = arguments["block"].shape[1]
@@ -341,7 +396,19 @@ def main() -> int:
                 f"{REPORT.name} is not what {version} gives: run python kernels/compile_report.py"
             )
     else:
-        about = ABOUT.format(version=version, M=M, D=D, V=V, B=B, T=T, C=C)
+        about = ABOUT.format(
+            version=version,
+            M=M,
+            D=D,
+            V=V,
+            B=B,
+            T=T,
+            C=C,
+            rows=PROMPTS * GROUP,
+            prompts=PROMPTS,
+            prompt_tokens=PROMPT_TOKENS,
+            own_tokens=OWN_TOKENS,
+        )
         REPORT.write_text("\n".join([about, HEADER, *rows, ""]), encoding="utf-8")
     for problem in problems:
         print(problem, file=sys.stderr)

@@ -54,11 +54,11 @@ class Part:
 
 
 PARTS = {
-    "machine": Part("machine", 20, "versions, clocks, bandwidth, products"),
-    "kernels": Part("kernel_values", 70, "Triton kernels, compiled, against float64"),
+    "machine": Part("machine", 15, "versions, clocks, bandwidth, products"),
+    "kernels": Part("kernel_values", 85, "Triton kernels, compiled, against float64"),
     "attention": Part("attention_values", 50, "group forward and backward against the CPU"),
     "sampler": Part("sampler_values", 50, "sampler: CPU, graphs, checkpoint, trainer"),
-    "main_job": Part("main_job", 100, "the main job: interrupted, resumed, exported"),
+    "main_job": Part("main_job", 90, "the main job: interrupted, resumed, exported"),
     "speed": Part("speed", 150, "log-probabilities, sampler, one step beside the plan"),
     "profile": Part("profile_step", 40, "the dearest kernels, launches, gaps"),
 }

@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 
 import mar_kernels
+from experiments.gpu.decode_cases import a_step, in_float64, relative_error, some_heads
 from experiments.gpu.measuring import Place, Record
+from mar_kernels import LayerCache
 
 # tokens N, width D, vocabulary V: none is a multiple of a tile
 RAGGED = ((1, 24, 7), (63, 100, 1000), (257, 576, 49_152), (190, 1000, 151_936))
@@ -17,6 +19,10 @@ TINY = ((1, 24, 7), (5, 20, 61))
 # Rounding a gradient to bfloat16 alone is an error of 0.002.
 GRADIENT_LIMITS = {torch.float32: 1e-5, torch.bfloat16: 4e-3}
 OUTPUT_LIMIT = 1e-4
+# Rounding a result to bfloat16 alone is 0.0017.
+DECODE_LIMITS = {torch.float32: 1e-5, torch.bfloat16: 4e-3}
+# (query heads, key heads, channels) of Qwen3-8B, SmolLM2-135M and Phi-3-mini
+HEADS = ((32, 8, 128), (9, 3, 64), (32, 32, 96))
 OUTPUTS = ("log-probability", "entropy", "log-sum-exp")
 
 
@@ -31,6 +37,15 @@ def measure(place: Place, record: Record) -> None:
         record.attempt(
             f"linear_logprobs N {n} D {d} V {v} {dtype}",
             lambda n=n, d=d, v=v, dtype=dtype: linear_logprobs(place, record, n, d, v, dtype),
+        )
+    for heads, dtype in itertools.product(HEADS, DECODE_LIMITS):
+        record.attempt(
+            f"decode_attention {heads} {dtype}",
+            lambda heads=heads, dtype=dtype: decode_attention(place, record, heads, dtype),
+        )
+    for dtype in DECODE_LIMITS:
+        record.attempt(
+            f"rotated_heads {dtype}", lambda dtype=dtype: rotated_heads(place, record, dtype)
         )
     record.attempt("answer_advantages", lambda: answer_advantages(place, record))
     record.attempt("selected_logprobs", lambda: selected_logprobs(place, record))
@@ -93,6 +108,45 @@ def selected_logprobs(place: Place, record: Record) -> None:
     error = ((got[ends].double() - want) / want).abs().max().item()
     name = f"selected_logprobs M {rows:,} V {vocabulary:,} bfloat16: relative error"
     record(name, error, at_most=2**-8)
+
+
+def decode_attention(
+    place: Place, record: Record, heads: tuple[int, int, int], dtype: torch.dtype
+) -> None:
+    """Groups of several sizes, prompts of one to 3,000 tokens, and what is stored meanwhile."""
+    num_heads, num_kv_heads, width = heads
+    if place.tiny:
+        heads = (num_heads // num_kv_heads, 1, width)
+        q, k, v, cache = a_step(dtype, heads, place.device, (19, 1), (2, 1))
+    else:
+        lengths, groups = (3000, 1, 513, 1024), (32, 1, 7, 16)
+        q, k, v, cache = a_step(dtype, heads, place.device, lengths, groups, 2, 3072, 700)
+    want = mar_kernels.decode_attention(*in_float64(q, k, v, cache))
+    plain_cache = LayerCache(*(x.clone() for x in cache))
+    plain = mar_kernels.decode_attention(q, k, v, plain_cache, backend="reference")
+    got = mar_kernels.decode_attention(q, k, v, cache, backend="triton")
+    shape = f"{num_heads}/{num_kv_heads} heads of {width}, {str(dtype).removeprefix('torch.')}"
+    name = f"decode_attention, {shape}"
+    record(f"{name}: error", relative_error(got, want), at_most=DECODE_LIMITS[dtype])
+    record(f"{name}: error of plain operators", relative_error(plain, want))
+    same = [
+        torch.equal(ours.nan_to_num(), theirs.nan_to_num())
+        for ours, theirs in zip(cache, plain_cache, strict=True)
+    ]
+    record.check(f"{name}: keys and values are stored", all(same), f"{sum(same)} of {len(same)}")
+
+
+def rotated_heads(place: Place, record: Record, dtype: torch.dtype) -> None:
+    """Norm and rotation, which round as the operators do, one after another."""
+    case = some_heads(dtype, 128, place.device, place.size(96, 2), place.size(32, 2), 1)
+    exact = [x.double() if isinstance(x, Tensor) else x for x in case]
+    want = mar_kernels.rotated_heads(*exact)
+    plain = mar_kernels.rotated_heads(*case, backend="reference")
+    got = mar_kernels.rotated_heads(*case, backend="triton")
+    name = f"rotated_heads, {str(dtype).removeprefix('torch.')}"
+    record(f"{name}: error", relative_error(got, want), at_most=DECODE_LIMITS[dtype])
+    record(f"{name}: error of plain operators", relative_error(plain, want))
+    record(f"{name}: numbers unlike the plain operators'", (got != plain).float().mean().item())
 
 
 def answer_advantages(place: Place, record: Record) -> None:

@@ -3,7 +3,7 @@
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from itertools import chain
 from pathlib import Path
 from unittest.mock import patch
@@ -30,6 +30,7 @@ TINY_LIMITS = (2, 4, 5, 6)
 
 def measure(place: Place, record: Record) -> None:
     record.attempt("sampler against the CPU", lambda: against_the_cpu(place, record))
+    record.attempt("Triton against operators", lambda: triton_against_operators(place, record))
     record.attempt("graphs against eager steps", lambda: graphs_against_eager(place, record))
     record.attempt("a checkpoint beside graphs", lambda: checkpoint_beside_graphs(place, record))
     record.attempt("sampler against trainer", lambda: against_the_trainer(place, record))
@@ -65,6 +66,13 @@ def eager() -> Iterator[None]:
 
 
 @contextmanager
+def without_triton() -> Iterator[None]:
+    """Decode steps take plain operators."""
+    with patch.object(engine, "BACKEND", "reference"):
+        yield
+
+
+@contextmanager
 def no_fallback() -> Iterator[None]:
     """A capture that fails is an error here, not a warning."""
     with warnings.catch_warnings():
@@ -92,6 +100,20 @@ def against_the_cpu(place: Place, record: Record) -> None:
     same = same_tokens(on_device, on_cpu)
     record("rows with other tokens than on the CPU", len(on_cpu) - len(same), at_most=1)
     record("log-probabilities against the CPU", largest_difference(same), "nats", at_most=1e-3)
+
+
+def triton_against_operators(place: Place, record: Record) -> None:
+    """The same draws in float32, as against the CPU."""
+    model = small_model(place)
+    requests = small_requests(place)
+    in_triton = completions(model, requests)
+    with without_triton():
+        in_operators = completions(model, requests)
+    same = same_tokens(in_triton, in_operators)
+    changed = len(in_operators) - len(same)
+    record("rows with other tokens than without Triton", changed, at_most=1)
+    largest = largest_difference(same)
+    record("log-probabilities against those without Triton", largest, "nats", at_most=1e-3)
 
 
 def graphs_against_eager(place: Place, record: Record) -> None:
@@ -132,9 +154,11 @@ def against_the_trainer(place: Place, record: Record) -> None:
     tokens = place.size(128, 5)
     lengths = [place.size(512, 9)] * 2
     requests = random_requests(model.config.vocab_size, lengths, 8, (tokens,) * 8)
-    rms, largest = mismatch(model, requests, tokens)
-    record("sampler against trainer, bfloat16, rms", rms, "nats")
-    record("sampler against trainer, bfloat16, largest", largest, "nats")
+    for name, way in (("", nullcontext), (", without Triton", without_triton)):
+        with way():
+            rms, largest = mismatch(model, requests, tokens)
+        record(f"sampler against trainer, bfloat16, rms{name}", rms, "nats")
+        record(f"sampler against trainer, bfloat16, largest{name}", largest, "nats")
 
 
 def mismatch(

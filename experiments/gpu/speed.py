@@ -3,6 +3,7 @@
 import importlib.util
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 
 import numpy as np
@@ -19,6 +20,7 @@ from experiments.gpu.measuring import (
     random_requests,
     shape_of,
 )
+from experiments.gpu.sampler_values import without_triton
 from mar.config import Config
 from mar.learn.batch import Batch, make_batch
 from mar.learn.learner import Learner
@@ -131,7 +133,8 @@ def log_probabilities(place: Place, record: Record) -> None:
 
 def sampling(place: Place, record: Record, size: str, bandwidth: float) -> None:
     """One group: tokens a second of whole calls, and of the decode steps alone (the difference of
-    calls of two lengths) beside the least that reading weights and cache takes."""
+    calls of two lengths) beside the least that reading weights and cache takes; with the Triton
+    kernels of decode steps and without them."""
     model = random_decoder(place, size, torch.bfloat16)
     tokens = place.size(64, 3)
     rows = place.size(GROUP, 4)
@@ -141,11 +144,15 @@ def sampling(place: Place, record: Record, size: str, bandwidth: float) -> None:
         def call(num_tokens: int, requests: list[Request] = requests) -> None:
             generate(model, requests, SamplingParams(num_tokens), PLENTY)
 
-        short = place.seconds(lambda: call(tokens), runs=1)
-        long = place.seconds(lambda: call(2 * tokens), runs=1)
         name = f"sampler, {size}, P {prompt_tokens} G {rows}"
-        record(f"{name}: calls of {2 * tokens} tokens", rows * 2 * tokens / long, "tokens/s")
-        record(f"{name}: decode steps alone", rows * tokens / (long - short), "tokens/s")
+        for way, context in (("", nullcontext), (", without Triton", without_triton)):
+            with context():
+                short = place.seconds(lambda: call(tokens), runs=1)
+                long = place.seconds(lambda: call(2 * tokens), runs=1)
+            whole = rows * 2 * tokens / long
+            record(f"{name}{way}: calls of {2 * tokens} tokens", whole, "tokens/s")
+            alone = rows * tokens / (long - short)
+            record(f"{name}{way}: decode steps alone", alone, "tokens/s")
         least = bytes_of_a_step(model, prompt_tokens, rows, 3 * tokens // 2) / bandwidth
         record(f"{name}: limit of the bandwidth", rows / least, "tokens/s")
 

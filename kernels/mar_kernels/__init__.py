@@ -18,14 +18,28 @@ import torch
 from torch import Tensor
 
 from . import reference
+from .reference import LayerCache
 
-__all__ = ["answer_advantages", "linear_logprobs", "selected_logprobs"]
+__all__ = [
+    "LayerCache",
+    "answer_advantages",
+    "decode_attention",
+    "has_kernels",
+    "linear_logprobs",
+    "rotated_heads",
+    "selected_logprobs",
+]
 
 # module -> the types of tensors that its kernels take, one at a time
 DTYPES = {
     "triton_logprobs": (torch.float32, torch.bfloat16),
     "triton_advantages": (torch.float32, torch.float64),
+    "triton_decode": (torch.float32, torch.bfloat16),
 }
+
+
+# tokens of a prompt that one program of the decode kernels goes through
+DECODE_SPAN = 512
 
 
 def _problem(module: str, tensors: tuple[Tensor, ...]) -> str | None:
@@ -63,6 +77,14 @@ def _choose(module: str, backend: str, *tensors: Tensor) -> ModuleType:
     return reference
 
 
+def has_kernels(module: str, backend: str, *tensors: Tensor) -> bool:
+    """Whether calls with this backend take the Triton kernels of a module for these tensors.
+
+    For who has a way of its own beside them. RuntimeError says why `triton` cannot be.
+    """
+    return _choose(module, backend, *tensors) is not reference
+
+
 def linear_logprobs(
     hidden: Tensor,
     weight: Tensor,
@@ -82,6 +104,37 @@ def linear_logprobs(
 def selected_logprobs(logits: Tensor, targets: Tensor, *, backend: str = "auto") -> Tensor:
     """log_softmax(logits [M, V]) at targets [M] -> [M]: see reference.selected_logprobs."""
     return _choose("triton_logprobs", backend, logits).selected_logprobs(logits, targets)
+
+
+def decode_attention(
+    q: Tensor, k: Tensor, v: Tensor, cache: LayerCache, *, backend: str = "auto"
+) -> Tensor:
+    """Attention of one new token per row to its prompt and its own tokens; k and v are stored.
+
+    See reference.decode_attention.
+    """
+    ops = _choose("triton_decode", backend, q, k, v, *cache[:4])
+    return ops.decode_attention(q, k, v, cache)
+
+
+def rotated_heads(
+    heads: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    num_queries: int,
+    q_weight: Tensor | None = None,
+    k_weight: Tensor | None = None,
+    eps: float = 0.0,
+    *,
+    backend: str = "auto",
+) -> Tensor:
+    """Queries and keys [N, H + KV, d] with their norm, if there is one, and rotary positions.
+
+    See reference.rotated_heads.
+    """
+    weights = [x for x in (q_weight, k_weight) if x is not None]
+    ops = _choose("triton_decode", backend, heads, cos, sin, *weights)
+    return ops.rotated_heads(heads, cos, sin, num_queries, q_weight, k_weight, eps)
 
 
 # what the Triton kernel of the advantages computes; everything else runs in the reference

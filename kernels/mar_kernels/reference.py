@@ -1,12 +1,13 @@
 """The specification of every kernel, in plain PyTorch and bounded in memory.
 
-Letters: M trained tokens, V vocabulary, D width; B rows, T tokens, C components, S segments.
+Letters: M trained tokens, V vocabulary, D width; B rows, T tokens, C components, S segments; of
+decoding, P prompt slots, G members of a prompt, H query heads, KV key heads, d = head_dim.
 """
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import product
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -169,6 +170,87 @@ def linear_logprobs(
 def selected_logprobs(logits: Tensor, targets: Tensor) -> Tensor:
     """log_softmax(logits [M, V]) at targets [M] -> [M], without all the other log-probabilities."""
     return logits.gather(-1, targets[:, None]).squeeze(-1) - torch.logsumexp(logits, dim=-1)
+
+
+# --- decoding -----------------------------------------------------------------------------------
+
+
+class LayerCache(NamedTuple):
+    """The keys and values of one layer in decoding: each prompt's once, each row's own.
+
+    A row's own tokens are the first `own_lengths` of its slot. It reads the prompt slot
+    `row_prompt`, where it is the member `member_index`. A row that is not the member there which it
+    says to be is free, and reads no prompt. `members` is padded with row 0.
+    """
+
+    prompt_keys: Tensor  # [P, KV, tokens, d]
+    prompt_values: Tensor
+    own_keys: Tensor  # [B, KV, tokens, d]
+    own_values: Tensor
+    prompt_lengths: Tensor  # [P] int64, and so are the others
+    own_lengths: Tensor  # [B]
+    row_prompt: Tensor  # [B]
+    members: Tensor  # [P, G]
+    member_index: Tensor  # [B]
+
+
+def decode_attention(q: Tensor, k: Tensor, v: Tensor, cache: LayerCache) -> Tensor:
+    """Attention of one new token per row to its prompt, its own tokens, and itself.
+
+    q [B, H, d]; k, v [B, KV, d] -> [B, H, d], in their type. k and v are stored behind the row's
+    own tokens; `own_lengths` stays. Scores are scaled by 1 / sqrt(d), and nothing but weights and
+    result is rounded to bfloat16. Without gradients.
+
+    This is what the kernels compute, written down: it repeats each prompt for all its rows. What a
+    CPU runs does not (mar.sample.kv_cache).
+    """
+    precise = torch.promote_types(q.dtype, torch.float32)
+    rows = torch.arange(len(q), device=q.device)
+    cache.own_keys[rows, :, cache.own_lengths] = k
+    cache.own_values[rows, :, cache.own_lengths] = v
+
+    is_member = cache.members[cache.row_prompt, cache.member_index] == rows
+    prompt_lengths = cache.prompt_lengths[cache.row_prompt] * is_member
+    of_prompt = torch.arange(cache.prompt_keys.shape[2], device=q.device)
+    of_row = torch.arange(cache.own_keys.shape[2], device=q.device)
+    seen = torch.cat(
+        (of_prompt < prompt_lengths[:, None], of_row <= cache.own_lengths[:, None]), 1
+    )[:, None, :, None]  # [B, 1, tokens, 1]
+    keys = torch.cat((cache.prompt_keys[cache.row_prompt], cache.own_keys), 2).to(precise)
+    values = torch.cat((cache.prompt_values[cache.row_prompt], cache.own_values), 2).to(precise)
+    # what is not seen may be anything, NaN too
+    keys = keys.masked_fill(~seen, 0.0)
+    values = values.masked_fill(~seen, 0.0)
+
+    # query heads by the key head that they share
+    queries = q.to(precise).unflatten(1, (k.shape[1], -1))
+    scores = queries @ keys.mT * q.shape[-1] ** -0.5
+    weights = scores.masked_fill(~seen.mT, -torch.inf).softmax(-1)
+    mixed = weights.to(q.dtype).to(precise) @ values
+    return mixed.flatten(1, 2).to(q.dtype)
+
+
+def rotated_heads(
+    heads: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    num_queries: int,
+    q_weight: Tensor | None = None,
+    k_weight: Tensor | None = None,
+    eps: float = 0.0,
+) -> Tensor:
+    """Query and key heads [N, H + KV, d] of N tokens with their norm and rotary positions.
+
+    The first `num_queries` heads are the queries. RMSNorm of each head, by q_weight and k_weight
+    [d]; None: without. Then channels i and i + d / 2 are turned as a pair (Hugging Face's order):
+    cos, sin [N, 1, d], the first half of sin negated. Rounded as the operators round. Without
+    gradients.
+    """
+    if q_weight is not None and k_weight is not None:
+        num_keys = heads.shape[1] - num_queries
+        gains = torch.cat((q_weight.expand(num_queries, -1), k_weight.expand(num_keys, -1)))
+        heads = F.rms_norm(heads, heads.shape[-1:], eps=eps) * gains
+    return torch.addcmul(heads * cos, heads.roll(heads.shape[-1] // 2, -1), sin)
 
 
 # --- advantages ---------------------------------------------------------------------------------

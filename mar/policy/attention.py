@@ -199,15 +199,16 @@ def _merge(
     lse = torch.logaddexp(own_lse, prompt_lse)
     own_share = (own_lse - lse).exp_()[..., None]
     prompt_share = (prompt_lse - lse).exp_()[..., None]
-    out = own_out * own_share + prompt_out * prompt_share
-    return out.to(own_out.dtype), lse
+    return own_out * own_share + prompt_out * prompt_share, lse
 
 
 class _GroupAttention(torch.autograd.Function):
     """Attention of packed groups on a CPU, in parts whose keys do not overlap.
 
     Own part: each segment attends causally to itself. Prompt part: the rows of a group attend to
-    their prompt, all together in one call. Where a token has both, `_merge` joins them.
+    their prompt, all together in one call. Where a token has both, `_merge` joins them. The
+    operator rounds what it returns to the type of its operands: parts of bfloat16 would be rounded
+    once more by the merge, so that they are computed in float32.
 
     Backward takes each part again, but hands the operator the MERGED output and log-sum-exp (as in
     ring attention, arXiv:2310.01889). The probabilities that it computes from them are then those
@@ -217,13 +218,15 @@ class _GroupAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, plan: _CpuPlan) -> Tensor:
-        q = _with_contiguous_channels(q)
-        k = _with_contiguous_channels(k)
-        v = _with_contiguous_channels(v)
+        dtype = q.dtype
+        precise = torch.promote_types(dtype, torch.float32)
+        q = _with_contiguous_channels(q).to(precise)
+        k = _with_contiguous_channels(k).to(precise)
+        v = _with_contiguous_channels(v).to(precise)
         num_kv_heads = k.shape[1]
         heads_per_key = q.shape[1] // num_kv_heads
         out = torch.empty_like(q)
-        lse = q.new_empty(q.shape[:2], dtype=torch.promote_types(q.dtype, torch.float32))
+        lse = q.new_empty(q.shape[:2])
 
         for segments in plan.own:
             own_out, own_lse = cpu_attention(
@@ -251,13 +254,15 @@ class _GroupAttention(torch.autograd.Function):
 
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.plan = plan
-        return out
+        return out.to(dtype)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         q, k, v, out, lse = ctx.saved_tensors
         plan: _CpuPlan = ctx.plan
+        dtype = grad_out.dtype
+        grad_out = grad_out.to(q.dtype)
         num_kv_heads = k.shape[1]
         heads_per_key = q.shape[1] // num_kv_heads
         dq = torch.empty_like(q)
@@ -295,7 +300,7 @@ class _GroupAttention(torch.autograd.Function):
             dq[group.rows] += rearrange(prompt_dq, UNFOLD, r=heads_per_key)
             dk[group.prompt] += prompt_dk[0].transpose(0, 1)
             dv[group.prompt] += prompt_dv[0].transpose(0, 1)
-        return dq, dk, dv, None
+        return dq.to(dtype), dk.to(dtype), dv.to(dtype), None
 
 
 # --- CUDA: one FlexAttention call with a block mask -----------------------------------------------

@@ -360,7 +360,7 @@ def precise_product(a: Tensor, b: Tensor) -> Tensor:
 
 
 class Linear(nn.Linear):
-    """nn.Linear that uses a reordered copy of its weight while it has one (`reordered_weights`)."""
+    """nn.Linear that uses a reordered copy of its weight while it has one (`for_sampling`)."""
 
     reordered: Tensor | None = None
 
@@ -376,6 +376,9 @@ class Block(nn.Module):
 
     Or, by the family, x + norm(attention(x)) and x + norm(mlp(x)).
     """
+
+    # norm and rotation of queries and keys: one kernel, without gradients (`for_sampling`)
+    heads_in_kernel = False
 
     def __init__(self, config: ModelConfig, index: int) -> None:
         super().__init__()
@@ -430,12 +433,30 @@ class Block(nn.Module):
         """
         heads = rearrange(self.qkv(x), "n (h d) -> n h d", d=self.head_dim)
         qk, v = heads.split((self.num_heads + self.num_kv_heads, self.num_kv_heads), dim=1)
-        if self.q_norm is not None and self.k_norm is not None:
-            qk = self._normed(qk, self.q_norm, self.k_norm)
-        if self.rotated:
-            qk = rotate(qk, cos, sin)
+        if self.heads_in_kernel and self.rotated:
+            qk = self._normed_and_rotated(qk, cos, sin)
+        else:
+            if self.q_norm is not None and self.k_norm is not None:
+                qk = self._normed(qk, self.q_norm, self.k_norm)
+            if self.rotated:
+                qk = rotate(qk, cos, sin)
         q, k = qk.split((self.num_heads, self.num_kv_heads), dim=1)
         return q, k, v
+
+    def _normed_and_rotated(self, qk: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """Both in one kernel. A norm of all heads together is no part of it."""
+        q_weight = k_weight = None
+        eps = 0.0
+        if self.q_norm is not None and self.k_norm is not None:
+            if self.norm_all_heads:
+                qk = self._normed(qk, self.q_norm, self.k_norm)
+            else:
+                q_weight = self.q_norm.weight
+                k_weight = self.k_norm.weight
+                eps = self.q_norm.eps or 0.0
+        return mar_kernels.rotated_heads(
+            qk, cos, sin, self.num_heads, q_weight, k_weight, eps, backend="triton"
+        )
 
     def _normed(self, qk: Tensor, q_norm: nn.RMSNorm, k_norm: nn.RMSNorm) -> Tensor:
         """Queries and keys [N, H + Hkv, d] with their norms, of each head or of all together."""
@@ -499,19 +520,26 @@ class Decoder(nn.Module):
         return weight[:num_tokens]
 
     @contextmanager
-    def reordered_weights(self) -> Iterator[None]:
-        """Within it the linear layers of the blocks use `reorder_weight` of their weights.
+    def for_sampling(self, backend: str = "auto") -> Iterator[None]:
+        """Within it the linear layers of the blocks use `reorder_weight` of their weights, and the
+        norm and rotation of queries and keys are one kernel where mar_kernels has it.
 
         No weight may change inside, and no gradient be asked for.
         """
         layers = [module for module in self.blocks.modules() if isinstance(module, Linear)]
+        blocks = [module for module in self.blocks.modules() if isinstance(module, Block)]
+        in_kernel = mar_kernels.has_kernels("triton_decode", backend, self.embed.weight)
         try:
             for layer in layers:
                 layer.reordered = reorder_weight(layer.weight)
+            for block in blocks:
+                block.heads_in_kernel = in_kernel
             yield
         finally:
             for layer in layers:
                 layer.reordered = None
+            for block in blocks:
+                block.heads_in_kernel = False
 
     def rope(self, positions: Int64[Tensor, " n"], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """cos and signed sin [N, 1, d] for `rotate`, computed in float32 or wider."""

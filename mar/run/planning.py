@@ -222,6 +222,8 @@ def decode_memory(
     Worst is a layer's attention to the prompts, that to the rows' own tokens, or the MLP. Scores are
     in float32, and for a moment there are two of each: before and after they are scaled, or
     normalised. The rows of a prompt stand side by side, `group_size` places for each prompt.
+
+    This is of the plain operators. The Triton kernels keep no scores and need less.
     """
     D, H, d = shape.hidden_size, shape.num_heads, shape.head_dim
     qkv = (H + 2 * shape.num_kv_heads) * d

@@ -47,6 +47,9 @@ PREFILL_TOKENS = 4096
 # devices on which draws and decode steps are captured and replayed
 GRAPHED = ("cuda",)
 
+# how mar_kernels takes what decode steps have kernels for
+BACKEND = "auto"
+
 # A decode step is captured for widths (longest completion so far) rounded up to a multiple of this.
 # A larger multiple means fewer captures, and more masked entries to read in each step.
 GRAPH_WIDTH = 128
@@ -98,7 +101,7 @@ def decode_step(
     A function of static buffers, fit for a CUDA graph: no branch depends on a tensor's values.
     """
     positions = cache.prompt_lengths[cache.row_prompt] + cache.own_lengths
-    return model.hidden(tokens, positions, cache.decode_attend(width))
+    return model.hidden(tokens, positions, cache.decode_attend(width, BACKEND))
 
 
 @torch.inference_mode()
@@ -133,7 +136,7 @@ def generate(
         on_done=on_done,
     )
     try:
-        with model.reordered_weights():
+        with model.for_sampling(BACKEND):
             while engine.waiting or engine.running:
                 engine.admit()
                 engine.draw()

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
+import mar_kernels
 from mar.errors import UserError
 from mar.policy.attention import Attend, cpu_attention
 from mar.policy.model import ModelConfig, precise_product
@@ -144,12 +145,33 @@ class KVCache:
 
         return attend
 
-    def decode_attend(self, width: int) -> Attend:
+    def decode_attend(self, width: int, backend: str = "auto") -> Attend:
         """An `attend` for `Decoder.hidden` over one new token per row, which also stores it.
 
-        Each row's token goes to its `own_lengths`, all of them below `width`. A row attends to its
-        own tokens in one product and, together with the other rows of its group, to its prompt in
-        another. With the log-sum-exps z of both, the softmax over all of them is
+        Each row's token goes to its `own_lengths`, all of them below `width`. `backend` is that of
+        mar_kernels: its two Triton kernels a layer, which need no `width`, or the operators here.
+        """
+        if mar_kernels.has_kernels("triton_decode", backend, self.own_keys):
+            return self._attend_in_kernels
+        return self._attend_in_operators(width)
+
+    def _attend_in_kernels(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        cache = mar_kernels.LayerCache(
+            prompt_keys=self.prompt_keys[layer],
+            prompt_values=self.prompt_values[layer],
+            own_keys=self.own_keys[layer],
+            own_values=self.own_values[layer],
+            prompt_lengths=self.prompt_lengths,
+            own_lengths=self.own_lengths,
+            row_prompt=self.row_prompt,
+            members=self.members,
+            member_index=self.member_index,
+        )
+        return mar_kernels.decode_attention(q, k, v, cache, backend="triton")
+
+    def _attend_in_operators(self, width: int) -> Attend:
+        """A row attends to its own tokens in one product and, together with the other rows of its
+        group, to its prompt in another. With the log-sum-exps z of both, the softmax over all is
 
             own + sigmoid(z_prompt - z_own) * (prompt - own)
         """

@@ -1,21 +1,14 @@
-"""The Triton kernels against the reference in float64: interpreted in a child process on a CPU,
-compiled on a CUDA device by `make gpu`.
-
-TRITON_INTERPRET counts when triton is first imported, and no other test may see it: hence the
-child. There torch.empty is filled with NaN, so that whatever a kernel forgets to write shows.
+"""The Triton kernels of the update against the reference in float64; those of decoding are in
+test_decode.py.
 """
 
-import functools
 import itertools
 import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from importlib import import_module
 from importlib.util import find_spec
-from multiprocessing import get_context
 from types import SimpleNamespace
 from unittest.mock import patch
 
@@ -26,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import mar_kernels
 from mar_kernels import answer_advantages, linear_logprobs, reference, selected_logprobs
+from tests.helpers.interpreted import on_triton
 from tests.learn.test_advantages import batch_of, loop_advantages
 
 if find_spec("triton") is None:
@@ -37,38 +31,6 @@ if find_spec("triton") is None:
 slow = pytest.mark.slow
 F32, BF16, F64 = torch.float32, torch.bfloat16, torch.float64
 SMALL = (16, 32, 16, 16, 2, 1, 1)  # Tiles with which a few rows make many programs
-on_devices = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-
-
-def start_child() -> None:
-    os.environ["TRITON_INTERPRET"] = "1"
-    torch.use_deterministic_algorithms(True)
-
-
-@functools.cache
-def child() -> ProcessPoolExecutor:
-    return ProcessPoolExecutor(1, get_context("spawn"), start_child)
-
-
-def run_check(name: str, case: dict) -> None:
-    globals()[name].__wrapped__("cpu", **case)
-
-
-def on_triton(check: Callable[..., None]) -> Callable[..., None]:
-    """The test that runs `check(device, ...)` where triton can."""
-
-    @on_devices
-    @functools.wraps(check)
-    def test(device: str, **case: object) -> None:
-        if device == "cpu":
-            return child().submit(run_check, check.__name__, case).result()
-        torch.use_deterministic_algorithms(True, warn_only=True)
-        try:
-            check(device, **case)
-        finally:
-            torch.use_deterministic_algorithms(False)
-
-    return test
 
 
 def inputs(N, D, V, dtype, device="cpu", peak=3.0):
@@ -526,8 +488,11 @@ def test_every_launch_is_compiled():
         "sums_kernel",
         "grads_kernel",
         "advantages_kernel",
+        "prompt_kernel",
+        "own_kernel",
+        "rotate_kernel",
     }
-    assert len({launch.name for launch in found}) == len(found) == 20
+    assert len({launch.name for launch in found}) == len(found) == 36
 
 
 @pytest.mark.parametrize(

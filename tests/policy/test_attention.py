@@ -114,6 +114,25 @@ def test_inputs_of_any_memory_order(order):
         torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
 
 
+def test_bfloat16_is_rounded_once_and_at_the_end():
+    """No part is rounded before it is merged, forward or backward."""
+    torch.manual_seed(0)
+    packed = pack_groups(*random_groups())
+    attend = group_attention(packed)
+    inputs = [torch.randn(len(packed.ids), heads, 6).bfloat16() for heads in (6, 2, 2)]
+    found = []
+    for dtype in (torch.bfloat16, torch.float64):
+        leaves = [x.to(dtype).requires_grad_() for x in inputs]
+        out = attend(0, *leaves)
+        upstream = torch.linspace(-1, 1, out.numel()).bfloat16().view(out.shape)
+        gradients = torch.autograd.grad(out, leaves, upstream.to(dtype))
+        found.append([out.detach(), *gradients])
+    for got, exact in zip(*found, strict=True):
+        assert got.dtype == torch.bfloat16
+        # a number halfway between two may fall either way
+        assert (got != exact.bfloat16()).float().mean() < 0.01
+
+
 def test_a_row_does_not_see_its_neighbours():
     """A row's log-probabilities do not depend on which other rows and prompts share the line."""
     torch.manual_seed(0)

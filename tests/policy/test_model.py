@@ -250,7 +250,7 @@ def test_only_large_float32_weights_are_reordered_and_only_for_a_while(tiny_mode
     model = tiny_model(dtype=torch.float32)
     state = {name: value.clone() for name, value in model.state_dict().items()}
     layers = [module for module in model.modules() if isinstance(module, decoder.Linear)]
-    with pytest.raises(KeyboardInterrupt), model.reordered_weights():
+    with pytest.raises(KeyboardInterrupt), model.for_sampling():
         assert all(layer.reordered is not None for layer in layers)
         raise KeyboardInterrupt
     assert (

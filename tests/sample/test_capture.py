@@ -9,6 +9,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from experiments.gpu.count_operators import TRITON, in_triton
 from mar.policy.model import Decoder
 from mar.sample.draws import SamplingParams, Truncation
 from mar.sample.engine import Engine, Request, decode_step
@@ -43,11 +44,28 @@ def engine_on_meta(params: SamplingParams, make_model) -> Engine:
     return Engine(model, requests, params, kv_budget_tokens=1000, decode=str)
 
 
-def test_a_decode_step_can_be_captured(tiny_model):
-    engine = engine_on_meta(SamplingParams(6), tiny_model)
+def calls_of_a_step(engine: Engine) -> IllegalCalls:
     with torch.no_grad(), IllegalCalls() as calls:
         decode_step(engine.model, engine.cache, engine.rows.last_tokens, width=4)
+    return calls
+
+
+def test_a_decode_step_can_be_captured(tiny_model):
+    engine = engine_on_meta(SamplingParams(6), tiny_model)
+    assert calls_of_a_step(engine).found == []
+
+
+def test_a_decode_step_in_triton_can_be_captured(tiny_model):
+    """What the kernels are called with stands on the device, or is a number known beforehand."""
+    engine = engine_on_meta(SamplingParams(6), tiny_model)
+    with in_triton() as (launches, arguments), engine.model.for_sampling("triton"):
+        calls = calls_of_a_step(engine)
     assert calls.found == []
+    assert launches == dict.fromkeys(TRITON, engine.model.config.num_layers)
+    tensors = [x for x in arguments if isinstance(x, torch.Tensor)]
+    assert {x.device.type for x in tensors} == {"meta"}
+    others = [x for x in arguments if not isinstance(x, torch.Tensor)]
+    assert {type(x) for x in others} <= {int, float, bool}
 
 
 @pytest.mark.parametrize(
