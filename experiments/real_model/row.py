@@ -49,7 +49,7 @@ MEASURE = [f"eval.num_items={ITEMS}", f"k={ANSWERS}", "num_answers=", "arms=poli
 PROMPTS = ["data.findings=lists", "data.request_first=true", "model.explain_decimals=false"]
 BASE = ["+experiment=ddxplus_bayes", "model=smollm2-135m", "model.source=wheel"]
 WARM_UP = [*BASE, *PROMPTS, "model.lora_rank=12", "model.lora_base=bfloat16"]
-ROW = [
+ASKED = [
     "+experiment=ddxplus_bayes",
     "model=hf",
     *PROMPTS,
@@ -62,10 +62,8 @@ ROW = [
     "model.threads=1",
     "data.num_train=4000",
     "algo.group_size=8",
-    "train.steps=200",
-    "eval.num_items=16",
-    "checkpoint.every=10",
 ]
+TRAINED = ["train.steps=200", "eval.num_items=16", "checkpoint.every=10"]
 # Patients of a step: sets are three times as long.
 SETS = ["algo.prompts_per_step=4"]
 SINGLE = ["algo.prompts_per_step=8"]
@@ -158,8 +156,9 @@ class Rows:
         return self.out / method / f"seed{seed}"
 
     def settings(self, method: str, seed: int) -> list[str]:
+        """The words of a method, but for those of training alone."""
         of_method = (METHODS | WARM_UPS)[method]
-        return [*ROW, *of_method, f"model.path={self.start}", f"seed={seed}", *self.words]
+        return [*ASKED, *of_method, f"model.path={self.start}", f"seed={seed}", *self.words]
 
     def measure_warm_up(self, name: str, seed: int) -> None:
         folder = self.folder(name, seed)
@@ -177,7 +176,8 @@ class Rows:
         if not log_of(before, 0).exists() or not self.folder(before, 0).exists():
             self.measure_warm_up(before, 0)
         run = self.folder(method, seed)
-        trained = train_unless_finished(run, *self.settings(method, seed), f"run_dir={run}")
+        settings = [*self.settings(method, seed), *TRAINED]
+        trained = train_unless_finished(run, *settings, f"run_dir={run}")
         against = f"against={self.folder(before, 0)}"
         measured = run_module("mar.evaluate", str(run), *MEASURE, against)
         times = {"train_s": trained, "evaluate_s": measured}

@@ -27,7 +27,7 @@ def places(tmp_path_factory):
 
 def test_every_method_is_a_config_that_sees_as_many_steps(places):
     for words in (row.METHODS | row.WARM_UPS).values():
-        config = compose([*row.ROW, *words, *places])
+        config = compose([*row.ASKED, *words, *row.TRAINED, *places])
         assert config.train.steps == 200
         # The prompt is the one that the warm-up was taught.
         assert config.data.findings == "lists"
@@ -37,9 +37,9 @@ def test_every_method_is_a_config_that_sees_as_many_steps(places):
 
 @pytest.mark.parametrize("method", row.METHODS)
 def test_a_method_is_compared_with_the_warm_up_in_its_own_form(method, places):
-    ours = compose([*row.ROW, *row.METHODS[method], *places])
+    ours = compose([*row.ASKED, *row.METHODS[method], *places])
     words = row.WARM_UPS[row.warm_up_of(method)]
-    warm_up = compose([*row.ROW, *words, *places])
+    warm_up = compose([*row.ASKED, *words, *places])
     assert warm_up.reward.objective == ours.reward.objective
     assert warm_up.reward.num_answers == ours.reward.num_answers
 
