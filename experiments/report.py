@@ -38,6 +38,7 @@ from experiments.medqa_smollm2 import run as medqa
 from experiments.peers import summary as peers
 from experiments.plan import fake_run as settings
 from experiments.plan import run as plans
+from experiments.real_model import summary as real_model
 from experiments.sweeps import summary as sweeps
 from experiments.tasks import two_steps
 from mar.measure.shown_metrics import HEADLINE
@@ -76,6 +77,8 @@ TABLES: dict[str, Callable[..., str]] = {
     "ddxplus profile": profile.markdown,
     "medqa": partial(ddxplus.held_out, medqa.LOGS, 3, MEDQA_METRICS),
     "medqa learning": partial(ddxplus.learning, medqa.LOGS),
+    "real model": real_model.coverage_table,
+    "real model change": real_model.change_table,
     "two steps": two_steps.markdown,
     "algorithms": algorithms.markdown,
     "algorithms paired": algorithms.paired,

@@ -18,6 +18,7 @@ SET_SIZE = 3
 # The methods that are compared with RLVR-Single.
 SETS = ("multi_rlvr", "multi_rlcr", "multi_rlcr_own", "multi_rlcr_own_exact")
 COVERAGE = ("top1", "format_rate", "repeats_per_set", "tokens_per_set")
+CHANGED = ("top1", "coverage@3", "coverage@15", "unique@15", "ece", "auroc", "q_mse")
 CALIBRATION = ("ece", "auroc", "brier", "q_mse", "tv_distance")
 Curves = dict[str, np.ndarray]
 
@@ -145,19 +146,15 @@ def paired_table() -> str:
 
 def change_table() -> str:
     """Each method and seed minus the warm-up asked in the same form, on the same questions."""
-    names = ("coverage", "top1", "ece", "auroc", "q_mse")
     rows = []
     for method, of_seeds in read_rows().items():
         if method not in METHODS:
             continue
         for log in of_seeds:
             paired = log["paired"][0]
-            of_names = (
-                next((paired[key] for key in paired if key.startswith(name)), None)
-                for name in names
-            )
-            rows.append([method, str(log["seed"]), *(shown(value) for value in of_names)])
-    return markdown_table(["method", "seed", *names], rows)
+            cells = [shown(paired.get(name)) for name in CHANGED]
+            rows.append([method, str(log["seed"]), *cells])
+    return markdown_table(["method", "seed", *CHANGED], rows)
 
 
 # ---------------------------------------------------------------------- figures
@@ -176,11 +173,11 @@ def figures() -> Mapping[str, Any]:
     methods = ("multi_rlcr_own", "multi_rlvr", "rlvr_single", "warm_up_multi_rlcr")
     arms = drawn_arms((*methods, "warm_up_rlvr_single"))
     bars = next(iter(arms.values()))["bars"]
+    found = {"coverage": plots.coverage(arms, bars)}
     confident = drawn_arms(("multi_rlcr_own", "rlcr_single", "warm_up_multi_rlcr"))
-    return {
-        "coverage": plots.coverage(arms, bars),
-        "reliability": plots.reliability(confident),
-    }
+    if confident:
+        found["reliability"] = plots.reliability(confident)
+    return found
 
 
 def main() -> None:
