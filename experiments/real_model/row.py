@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from omegaconf import OmegaConf
 
 from experiments.common.commands import (
     kept_of_arm,
@@ -71,8 +72,13 @@ OWN = ["algo=own", "reward=multi_rlcr", "reward.brier_weight=3", *SETS]
 METHODS = {
     "rlvr_single": ["algo=reinforce", "reward=rlvr_single", *SINGLE],
     "rlcr_single": ["algo=reinforce", "reward=rlcr_single", *SINGLE],
-    "pass_at_k": ["algo=reinforce", "reward=rlvr_single", "algo.credit=set", "algo.pass_k=3"]
-    + SINGLE,
+    "pass_at_k": [
+        "algo=reinforce",
+        "reward=rlvr_single",
+        "algo.credit=set",
+        "algo.pass_k=3",
+        *SINGLE,
+    ],
     "multi_rlvr": ["algo=reinforce", "reward=multi_rlvr", *SETS],
     "multi_rlcr": ["algo=reinforce", "reward=multi_rlcr", *SETS],
     "multi_rlcr_own": OWN,
@@ -116,6 +122,17 @@ def curve_of(run: Path) -> list[dict[str, Any]]:
     """What the log keeps of each training step."""
     steps, _ = read_jsonl(run / "metrics.jsonl")
     return [{key: step[key] for key in KEPT_OF_STEP if key in step} for step in steps]
+
+
+def seconds_of(run: Path) -> float:
+    """What all training steps took, also of a run that was interrupted."""
+    steps, _ = read_jsonl(run / "metrics.jsonl")
+    return round(sum(step["perf/sample_s"] + step["perf/update_s"] for step in steps), 1)
+
+
+def commit_of(run: Path) -> str | None:
+    """The commit that the run was begun at."""
+    return OmegaConf.load(run / "config.yaml").provenance.commit
 
 
 def of_questions(folder: Path, confident: bool) -> dict[str, list[list[float]]]:
@@ -163,8 +180,8 @@ class Rows:
     def measure_warm_up(self, name: str, seed: int) -> None:
         folder = self.folder(name, seed)
         settings = self.settings(name, seed)
-        seconds = run_module("mar.evaluate", "base", *settings, *MEASURE, f"out={folder}")
-        write(name, seed, folder, evaluate_s=seconds)
+        run_module("mar.evaluate", "base", *settings, *MEASURE, f"out={folder}")
+        write(name, seed, folder)
 
     def measure_constant(self) -> None:
         covered = constant_coverage(self.settings("warm_up_multi_rlcr", 0))
@@ -177,11 +194,10 @@ class Rows:
             self.measure_warm_up(before, 0)
         run = self.folder(method, seed)
         settings = [*self.settings(method, seed), *TRAINED]
-        trained = train_unless_finished(run, *settings, f"run_dir={run}")
-        against = f"against={self.folder(before, 0)}"
-        measured = run_module("mar.evaluate", str(run), *MEASURE, against)
-        times = {"train_s": trained, "evaluate_s": measured}
-        write(method, seed, run, **times, steps=curve_of(run))
+        train_unless_finished(run, *settings, f"run_dir={run}")
+        run_module("mar.evaluate", str(run), *MEASURE, f"against={self.folder(before, 0)}")
+        trained = {"trained_at": commit_of(run), "train_s": seconds_of(run)}
+        write(method, seed, run, **trained, steps=curve_of(run))
 
 
 def log_of(method: str, seed: int) -> Path:
