@@ -201,14 +201,11 @@ def bags_of_confidences(
 
 def cross_entropy(hidden: Tensor, head: Tensor, tokens: Tensor, targets: Sequence[Bag]) -> Tensor:
     """Nats in all to the bags of M tokens, of states [M, D]."""
-    places = [place for place, bag in enumerate(targets) if bag]
-    bags = [targets[place] for place in places]
-    counts = torch.tensor([sum(bag.values()) for bag in bags], dtype=head.dtype)
-    ids = torch.tensor([id for bag in bags for id in bag])
-    weights = torch.tensor([weight for bag in bags for weight in bag.values()], dtype=head.dtype)
-    starts = torch.tensor([0, *(len(bag) for bag in bags[:-1])]).cumsum(0)
-    hidden = hidden[places]
-    _, _, log_sum_exp = mar_kernels.linear_logprobs(hidden, head, tokens[places])
+    counts = torch.tensor([sum(bag.values()) for bag in targets], dtype=head.dtype)
+    ids = torch.tensor([id for bag in targets for id in bag], dtype=torch.int64)
+    weights = torch.tensor([w for bag in targets for w in bag.values()], dtype=head.dtype)
+    starts = torch.tensor([0, *(len(bag) for bag in targets[:-1])]).cumsum(0)
+    _, _, log_sum_exp = mar_kernels.linear_logprobs(hidden, head, tokens)
     weighted_rows = F.embedding_bag(ids, head, starts, mode="sum", per_sample_weights=weights)
     return (counts * log_sum_exp - (hidden * weighted_rows).sum(-1)).sum()
 
@@ -231,8 +228,7 @@ def loss_and_excess(model: Decoder, lesson: Lesson, early: float) -> tuple[Tenso
     loss = of_last
     if early:
         loss = loss + early * nats(model.norm(at_early[0]), lesson.early)
-        if any(lesson.looked_up):
-            loss = loss + early * nats(model.norm(at_looked_up[0]), lesson.looked_up)
+        loss = loss + early * nats(model.norm(at_looked_up[0]), lesson.looked_up)
     excess = of_last.item() - lesson.batch.entropy * lesson.num_counted
     return loss / lesson.num_counted, excess
 
