@@ -81,6 +81,10 @@ def _cpu_attention_backward(
     )
 
 
+def _precise(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 @dataclass(frozen=True)
 class _PaddedSegments:
     """Segments of similar length, padded to [segments, length], so that one call serves them all.
@@ -95,8 +99,9 @@ class _PaddedSegments:
 
     def pad(self, x: Tensor, repeat: int = 1) -> Tensor:
         """[N, H, ...] -> [segments, H * repeat, length, ...], zero where there is no token."""
-        flat = x.new_zeros(self.num_segments * self.length, *x.shape[1:])
-        flat[self.slots] = x[self.tokens]
+        tokens = _precise(x[self.tokens])
+        flat = tokens.new_zeros(self.num_segments * self.length, *x.shape[1:])
+        flat[self.slots] = tokens
         padded = flat.unflatten(0, (self.num_segments, self.length)).transpose(1, 2)
         if repeat == 1:
             return padded
@@ -180,9 +185,13 @@ FOLD = "n (h r) ... -> 1 h (n r) ..."
 UNFOLD = "1 h (n r) ... -> n (h r) ..."
 
 
+def _fold(x: Tensor, num_kv_heads: int) -> Tensor:
+    return rearrange(_precise(x), FOLD, h=num_kv_heads)
+
+
 def _as_batch_of_one(x: Tensor) -> Tensor:
     """[tokens, Hkv, d] -> [1, Hkv, tokens, d]."""
-    return x.transpose(0, 1)[None]
+    return _precise(x).transpose(0, 1)[None]
 
 
 def _merge(
@@ -208,7 +217,8 @@ class _GroupAttention(torch.autograd.Function):
     Own part: each segment attends causally to itself. Prompt part: the rows of a group attend to
     their prompt, all together in one call. Where a token has both, `_merge` joins them. The
     operator rounds what it returns to the type of its operands: parts of bfloat16 would be rounded
-    once more by the merge, so that they are computed in float32.
+    once more by the merge, so each part is computed in float32. What backward needs is kept in the
+    type that it came in.
 
     Backward takes each part again, but hands the operator the MERGED output and log-sum-exp (as in
     ring attention, arXiv:2310.01889). The probabilities that it computes from them are then those
@@ -218,15 +228,14 @@ class _GroupAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, plan: _CpuPlan) -> Tensor:
-        dtype = q.dtype
-        precise = torch.promote_types(dtype, torch.float32)
-        q = _with_contiguous_channels(q).to(precise)
-        k = _with_contiguous_channels(k).to(precise)
-        v = _with_contiguous_channels(v).to(precise)
+        q = _with_contiguous_channels(q)
+        k = _with_contiguous_channels(k)
+        v = _with_contiguous_channels(v)
         num_kv_heads = k.shape[1]
         heads_per_key = q.shape[1] // num_kv_heads
-        out = torch.empty_like(q)
-        lse = q.new_empty(q.shape[:2])
+        precise = torch.promote_types(q.dtype, torch.float32)
+        out = torch.empty_like(q, dtype=precise)
+        lse = q.new_empty(q.shape[:2], dtype=precise)
 
         for segments in plan.own:
             own_out, own_lse = cpu_attention(
@@ -240,7 +249,7 @@ class _GroupAttention(torch.autograd.Function):
 
         for group in plan.shared:
             prompt_out, prompt_lse = cpu_attention(
-                rearrange(q[group.rows], FOLD, h=num_kv_heads),
+                _fold(q[group.rows], num_kv_heads),
                 _as_batch_of_one(k[group.prompt]),
                 _as_batch_of_one(v[group.prompt]),
                 causal=False,
@@ -252,22 +261,21 @@ class _GroupAttention(torch.autograd.Function):
                 rearrange(prompt_lse, UNFOLD, r=heads_per_key),
             )
 
+        out = out.to(q.dtype)
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.plan = plan
-        return out.to(dtype)
+        return out.to(q.dtype)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         q, k, v, out, lse = ctx.saved_tensors
         plan: _CpuPlan = ctx.plan
-        dtype = grad_out.dtype
-        grad_out = grad_out.to(q.dtype)
         num_kv_heads = k.shape[1]
         heads_per_key = q.shape[1] // num_kv_heads
-        dq = torch.empty_like(q)
-        dk = torch.empty_like(k)
-        dv = torch.empty_like(v)
+        dq = torch.empty_like(q, dtype=lse.dtype)
+        dk = torch.empty_like(k, dtype=lse.dtype)
+        dv = torch.empty_like(v, dtype=lse.dtype)
 
         # every token is in exactly one segment, so this fills dq, dk and dv;
         # a padded query has grad_out = out = 0 and sends nothing back
@@ -289,18 +297,18 @@ class _GroupAttention(torch.autograd.Function):
 
         for group in plan.shared:
             prompt_dq, prompt_dk, prompt_dv = _cpu_attention_backward(
-                rearrange(grad_out[group.rows], FOLD, h=num_kv_heads),
-                rearrange(q[group.rows], FOLD, h=num_kv_heads),
+                _fold(grad_out[group.rows], num_kv_heads),
+                _fold(q[group.rows], num_kv_heads),
                 _as_batch_of_one(k[group.prompt]),
                 _as_batch_of_one(v[group.prompt]),
-                rearrange(out[group.rows], FOLD, h=num_kv_heads),
-                rearrange(lse[group.rows], FOLD, h=num_kv_heads),
+                _fold(out[group.rows], num_kv_heads),
+                _fold(lse[group.rows], num_kv_heads),
                 causal=False,
             )
             dq[group.rows] += rearrange(prompt_dq, UNFOLD, r=heads_per_key)
             dk[group.prompt] += prompt_dk[0].transpose(0, 1)
             dv[group.prompt] += prompt_dv[0].transpose(0, 1)
-        return dq.to(dtype), dk.to(dtype), dv.to(dtype), None
+        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None
 
 
 # --- CUDA: one FlexAttention call with a block mask -----------------------------------------------

@@ -115,7 +115,11 @@ def test_inputs_of_any_memory_order(order):
 
 
 def test_bfloat16_is_rounded_once_and_at_the_end():
-    """No part is rounded before it is merged, forward or backward."""
+    """No part is rounded before it is merged, forward or backward.
+
+    The output is kept as it is returned, rounded: what backward computes from it errs a little more
+    than one rounding does. Rounded parts would err twice as much (2.0 for the queries).
+    """
     torch.manual_seed(0)
     packed = pack_groups(*random_groups())
     attend = group_attention(packed)
@@ -127,10 +131,12 @@ def test_bfloat16_is_rounded_once_and_at_the_end():
         upstream = torch.linspace(-1, 1, out.numel()).bfloat16().view(out.shape)
         gradients = torch.autograd.grad(out, leaves, upstream.to(dtype))
         found.append([out.detach(), *gradients])
-    for got, exact in zip(*found, strict=True):
+    largest_ratios = (1.01, 1.5, 1.5, 1.01)
+    for got, exact, largest_ratio in zip(*found, largest_ratios, strict=True):
         assert got.dtype == torch.bfloat16
-        # a number halfway between two may fall either way
-        assert (got != exact.bfloat16()).float().mean() < 0.01
+        error = (got.double() - exact).norm()
+        rounding = (exact.bfloat16().double() - exact).norm()
+        assert error < largest_ratio * rounding
 
 
 def test_a_row_does_not_see_its_neighbours():
