@@ -172,26 +172,26 @@ def train(
     step = first_step
     try:
         evaluations.catch_up(first_step)
-        with display:
+        with display, interrupts.held():
             for step in range(first_step + 1, last_step + 1):
-                with interrupts.held():
-                    done = train_step(training, step - 1)
-                    # Before this step counts, so that no more than checkpoint.every can be lost.
+                done = train_step(training, step - 1)
+                # Before this step counts, so that no more than checkpoint.every can be lost.
+                checkpoints.finish()
+                record.write(step, done.metrics, done.rollouts, done.advantages)
+                stop = interrupts.agreed(world)
+                record.check_finite(step, done.metrics, done.rollouts)
+                is_last = stop or step == last_step
+                # A signal during an evaluation stops at once: save before it.
+                is_saved = step % config.checkpoint.every == 0 or evaluations.is_due(step)
+                if is_last or is_saved:
+                    checkpoints.save(step)
+                if is_last:
                     checkpoints.finish()
-                    record.write(step, done.metrics, done.rollouts, done.advantages)
-                    stop = interrupts.agreed(world)
-                    record.check_finite(step, done.metrics, done.rollouts)
-                    is_last = stop or step == last_step
-                    # A signal during an evaluation stops at once: save before it.
-                    is_saved = step % config.checkpoint.every == 0 or evaluations.is_due(step)
-                    if is_last or is_saved:
-                        checkpoints.save(step)
-                    if is_last:
-                        checkpoints.finish()
                 if stop:
                     raise KeyboardInterrupt
                 if evaluations.is_due(step):
-                    evaluations.measure(f"step {step}", step)
+                    with interrupts.at_once():
+                        evaluations.measure(f"step {step}", step)
         if last_step == num_steps:
             evaluations.measure("after", last_step)
     except KeyboardInterrupt:

@@ -14,7 +14,8 @@ SAME_SIGNAL_S = 1.0  # a cluster signals every process, and torchrun passes its 
 
 
 class Interrupts:
-    """Inside `held()` a first signal is remembered; elsewhere it stops the run at once.
+    """Inside `held()` a first signal is remembered, except inside `at_once()`. Elsewhere it stops the
+    run at once.
 
     A second signal, later than `SAME_SIGNAL_S` after the one before, stops at once everywhere.
     """
@@ -23,7 +24,7 @@ class Interrupts:
 
     def __init__(self, leads: bool) -> None:
         self.leads = leads
-        self.inside_step = False
+        self.is_held = False
         self.received_at: float | None = None
         for kind in SIGNALS:
             signal.signal(kind, self._receive)
@@ -34,7 +35,7 @@ class Interrupts:
         self.received_at = now
         Interrupts.any_received = True
         if before is None:
-            if not self.inside_step:
+            if not self.is_held:
                 raise KeyboardInterrupt
             if self.leads:
                 print(
@@ -54,8 +55,19 @@ class Interrupts:
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        self.inside_step = True
+        self.is_held = True
         try:
             yield
         finally:
-            self.inside_step = False
+            self.is_held = False
+
+    @contextmanager
+    def at_once(self) -> Iterator[None]:
+        """A part of `held()` that a signal stops, also one that came before it."""
+        self.is_held = False
+        try:
+            if self.received_at is not None:
+                raise KeyboardInterrupt
+            yield
+        finally:
+            self.is_held = True

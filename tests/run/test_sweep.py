@@ -61,7 +61,7 @@ def test_an_interrupted_and_repeated_sweep_trains_nothing_twice(tmp_path: Path) 
     again = subprocess.run(command, capture_output=True, text=True, timeout=200)
     assert again.returncode == 0 and not again.stderr
     assert f"{folder}/seed0 is finished with an equal configuration: skipped\n" in again.stdout
-    assert f"resuming after step {cut}" in again.stdout
+    assert f"resuming after step {cut}" in again.stdout, (first, again.stdout)
     assert "3 jobs: 1 finished before, 2 finished\n" in again.stdout
     assert num_trained(first) + num_trained(again.stdout) == 3 * NUM_STEPS
     assert [(folder / "seed0" / name).read_bytes() for name in files] == of_seed0

@@ -419,6 +419,34 @@ def test_a_signal_while_a_checkpoint_is_saved_waits_for_the_next_step(
     assert "interrupted at step 2; checkpoint of step 2" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(("more", "stopped_at"), [((), 2), (("eval.every=1",), 1)])
+def test_a_signal_between_two_steps_loses_nothing(
+    model_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    more: tuple[str, ...],
+    stopped_at: int,
+) -> None:
+    """The next step ends first; a measurement, before which all is saved, is not begun."""
+    is_due = Evaluations.is_due
+    asked = []
+
+    def interrupted(evaluations: Evaluations, step: int) -> bool:
+        asked.append(step)
+        if asked == [1, 1]:  # the second time is behind the step
+            os.kill(os.getpid(), signal.SIGTERM)
+        return is_due(evaluations, step)
+
+    monkeypatch.setattr(Evaluations, "is_due", interrupted)
+    monkeypatch.setattr(Evaluations, "measure", pytest.fail)
+    monkeypatch.setattr(Evaluations, "catch_up", lambda *_: None)
+    chosen = ["checkpoint.every=50", "model.max_completion_tokens=4", *more]
+    assert run(compose(words(model_folder, tmp_path, *chosen))) == 130
+    told = f"interrupted at step {stopped_at}; checkpoint of step {stopped_at}"
+    assert told in capsys.readouterr().out
+
+
 def test_a_run_that_ends_by_an_error_lets_its_checkpoint_be_written_first(
     model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
