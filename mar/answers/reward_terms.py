@@ -228,6 +228,20 @@ def length_term(judged: Judged, weight: float) -> TermValue:
     return TermValue(whole=-weight * judged.num_tokens / 100.0)
 
 
+def repetition_term(judged: Judged, weight: float) -> TermValue:
+    """-weight for each answer that repeats an earlier one, decided where it closes. Exact.
+
+    Without it a repeat earns nothing and costs nothing. A slot without an answer, and with a gate
+    every slot of a text that failed, is charged like a repeat: not to answer is no way out.
+    """
+    charged = [-weight if again else 0.0 for again in judged.repeated]
+    missing = sum(meaning is None for meaning in judged.meanings)
+    whole = sum(charged) - weight * missing
+    if judged.gated:
+        whole = -weight * judged.grammar.num_answers
+    return TermValue(answers=charged, whole=whole)
+
+
 def batch_exploration_term(judged: Judged, weight: float) -> TermValue:
     """-weight x (1/K) sum_k (1/G) #{j != i : completion j has an answer that means answer k}.
 
@@ -307,6 +321,7 @@ REWARD_TERMS: dict[str, Term] = {
     "coverage": Term(coverage_term, decides=("answer",)),
     "brier": Term(brier_term, decides=("confidence", "other"), needs=("confidences",)),
     "length": Term(length_term),
+    "repetition": Term(repetition_term, decides=("answer",)),
     "batch_exploration": Term(batch_exploration_term, decides=("answer",), needs=("group",)),
     "simplex_brier": Term(simplex_brier_term, decides=("other",), needs=("other",)),
     "spherical": Term(spherical_term, decides=("other",), needs=("other",)),

@@ -59,6 +59,19 @@ def test_length_by_hand():
     assert pay("length", one, 0.1).total == pytest.approx(-0.25)
 
 
+def test_repetition_by_hand():
+    again = judged(write(["flu", "influenza"], [0.5, 0.5]))
+    value = pay("repetition", again, 0.3)
+    assert value.answers == [0.0, -0.3]
+    assert value.total == -0.3
+    assert pay("repetition", judged(write(["flu", "gout"], [0.5, 0.5])), 0.3).total == 0.0
+    # What failed is charged for both slots; without a gate only for what is missing.
+    one_answer = "<answer1>flu</answer1>"
+    assert pay("repetition", judged(one_answer), 0.3).total == -0.6
+    ungated = judged(one_answer, spec=RewardSpec(gate=False))
+    assert pay("repetition", ungated, 0.3).total == -0.3
+
+
 def test_batch_exploration_by_hand_with_one_answer_as_in_the_paper():
     single = Grammar("rlvr_single", 1, thinking=False)
     spec = RewardSpec(brier="none")
