@@ -184,7 +184,7 @@ def run(words: Words[SftOptions]) -> None:
 
         excess = loss.item() - batch.entropy  # nats a counted token
         num_completions = len(examples) * sft.rows
-        recent.add(form, excess * batch.token_weights.sum().item() / num_completions)
+        recent.add(form, excess * batch.num_counted / num_completions)
         recent.positions += len(batch.packed.ids)
         prior = held_out.prior if held_out and held_out.is_distribution else None
         if prior is not None and form == "rlvr_single":

@@ -62,7 +62,7 @@ def posterior_kl(model: Decoder, tokenizer: Any, examples: list[Example]) -> flo
     )
     with torch.no_grad():
         excess = soft_target_loss(model, batch).item() - batch.entropy
-    return excess * batch.token_weights.sum().item() / len(examples)
+    return excess * batch.num_counted / len(examples)
 
 
 def slot_correlations(rollouts: list[Rollout]) -> list[float]:

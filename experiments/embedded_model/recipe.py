@@ -30,25 +30,26 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from begin import VOCABULARY, embedded_config, train_tokenizer
 from measure import posterior_kl, run, slot_correlations
 from torch import Tensor
 
-import mar_kernels
 from mar.answers.grammar import Grammar
 from mar.answers.prompts import build_prompt
 from mar.answers.tokenizer import copy_tokenizer, load_tokenizer
 from mar.learn.demonstrations import (
     CONFIDENCES,
     SFT_SEED,
+    Bag,
+    Bags,
     ConfidenceHint,
     DemonstrationBatch,
     DrawnText,
     Encode,
     Pieces,
-    batch_of_targets,
+    cross_entropy,
     draw_demonstration,
+    join_bags,
     make_demonstration_batch,
     piece_encoder,
     soft_targets,
@@ -136,10 +137,6 @@ def states_after(model: Decoder, layer: int) -> Iterator[list[Tensor]]:
         hook.remove()
 
 
-# Of one token: {id: what it counts}. Empty: the token counts nothing.
-Bag = dict[int, float]
-
-
 @dataclass(frozen=True)
 class Lesson:
     """Demonstrations, and what the layers below the last are asked for: a bag for each token."""
@@ -148,16 +145,11 @@ class Lesson:
     early: list[Bag]
     looked_up: list[Bag]
 
-    @property
-    def num_counted(self) -> float:
-        return self.batch.token_weights.sum().item()
 
-
-def bags_of(batch: DemonstrationBatch) -> list[Bag]:
-    """What the last layer is asked for."""
-    ids = batch.target_ids.tolist()
-    weights = batch.target_weights.tolist()
-    starts = [*batch.target_starts.tolist(), len(ids)]
+def split_bags(bags: Bags) -> list[Bag]:
+    ids = bags.ids.tolist()
+    weights = bags.weights.tolist()
+    starts = [*bags.starts.tolist(), len(ids)]
     return [
         dict(zip(ids[start:end], weights[start:end], strict=True))
         for start, end in pairwise(starts)
@@ -168,7 +160,7 @@ def lesson_of_forms(batch: DemonstrationBatch) -> Lesson:
     """Layer EARLY is asked for the same as the last one, but for tokens that do not count 1, those
     of confidences."""
     early = []
-    for bag in bags_of(batch):
+    for bag in split_bags(batch.bags):
         is_confidence = abs(sum(bag.values()) - 1.0) > 1e-6
         early.append({} if is_confidence else bag)
     return Lesson(batch, early, [{}] * len(early))
@@ -199,17 +191,6 @@ def bags_of_confidences(
     return [*bags, None]  # the stop token
 
 
-def cross_entropy(hidden: Tensor, head: Tensor, tokens: Tensor, targets: Sequence[Bag]) -> Tensor:
-    """Nats in all to the bags of M tokens, of states [M, D]."""
-    counts = torch.tensor([sum(bag.values()) for bag in targets], dtype=head.dtype)
-    ids = torch.tensor([id for bag in targets for id in bag], dtype=torch.int64)
-    weights = torch.tensor([w for bag in targets for w in bag.values()], dtype=head.dtype)
-    starts = torch.tensor([0, *(len(bag) for bag in targets[:-1])]).cumsum(0)
-    _, _, log_sum_exp = mar_kernels.linear_logprobs(hidden, head, tokens)
-    weighted_rows = F.embedding_bag(ids, head, starts, mode="sum", per_sample_weights=weights)
-    return (counts * log_sum_exp - (hidden * weighted_rows).sum(-1)).sum()
-
-
 def loss_and_excess(model: Decoder, lesson: Lesson, early: float) -> tuple[Tensor, float]:
     """The loss a counted token, and how many nats in all the last layer lies above the least."""
     packed = lesson.batch.packed
@@ -221,16 +202,16 @@ def loss_and_excess(model: Decoder, lesson: Lesson, early: float) -> tuple[Tenso
     ):
         hidden = model.hidden(packed.ids, packed.positions, group_attention(packed))
 
-    def nats(states: Tensor, targets: Sequence[Bag]) -> Tensor:
-        return cross_entropy(states[packed.predict_from], head, packed.targets, targets)
+    def nats(states: Tensor, bags: Bags) -> Tensor:
+        return cross_entropy(states[packed.predict_from], head, packed.targets, bags)
 
-    of_last = nats(hidden, bags_of(lesson.batch))
+    batch = lesson.batch
+    of_last = nats(hidden, batch.bags)
     loss = of_last
     if early:
-        loss = loss + early * nats(model.norm(at_early[0]), lesson.early)
-        loss = loss + early * nats(model.norm(at_looked_up[0]), lesson.looked_up)
-    excess = of_last.item() - lesson.batch.entropy * lesson.num_counted
-    return loss / lesson.num_counted, excess
+        loss = loss + early * nats(model.norm(at_early[0]), join_bags(lesson.early))
+        loss = loss + early * nats(model.norm(at_looked_up[0]), join_bags(lesson.looked_up))
+    return loss / batch.num_counted, of_last.item() - batch.bags.entropy
 
 
 # ---------------------------------------------------------------------- what is measured
@@ -390,7 +371,7 @@ class Teacher:
                 of_confidences += bags_of_confidences(pieces, self.encode, right_id, wrong_id)
             prompts.append(prompt.ids.tolist())
             completions.append(rows)
-        batch = batch_of_targets(pack_groups(prompts, completions), targets)
+        batch = DemonstrationBatch(pack_groups(prompts, completions), join_bags(targets))
         early = []
         looked_up = []
         for of_last, of_confidence in zip(targets, of_confidences, strict=True):

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 import mar_kernels
 from mar.answers.grammar import FORMS, Element, Grammar
@@ -45,6 +46,9 @@ SFT_SEED = 1_000_000
 
 # Token ids of a piece of text.
 Encode = Callable[[str], list[int]]
+# The soft target of one token, {id: weight}. The weights add up to what the token counts; a token
+# with an empty bag counts nothing.
+Bag = dict[int, float]
 
 
 @dataclass(frozen=True)
@@ -293,9 +297,7 @@ def piece_encoder(tokenizer: Any) -> Encode:
     return cache(ids_of)
 
 
-def soft_targets(
-    pieces: Pieces, encode: Encode, stop_id: int
-) -> tuple[list[int], list[dict[int, float]]]:
+def soft_targets(pieces: Pieces, encode: Encode, stop_id: int) -> tuple[list[int], list[Bag]]:
     """The R token ids of a demonstration, stop token included, and the target of each.
 
     A target is the exact distribution of the token given those before it, {id: probability}, times
@@ -304,7 +306,7 @@ def soft_targets(
     them ends each candidate, so it is a target of theirs.
     """
     ids: list[int] = []
-    targets: list[dict[int, float]] = []
+    targets: list[Bag] = []
     ends = [encode(piece)[0] for piece in pieces[1:] if isinstance(piece, str)]
     for piece in pieces:
         if isinstance(piece, str):
@@ -319,9 +321,7 @@ def soft_targets(
     return [*ids, stop_id], [*targets, {stop_id: 1.0}]
 
 
-def _targets_of_drawn(
-    drawn: DrawnText, encode: Encode, end: int
-) -> tuple[list[int], list[dict[int, float]]]:
+def _targets_of_drawn(drawn: DrawnText, encode: Encode, end: int) -> tuple[list[int], list[Bag]]:
     """Token ids of a drawn text, and their targets with that of the `end` token after it."""
     rows = [(*encode(text), end) for text in drawn.candidates]
     in_order = sorted(set(rows))  # a row that another begins with stands right before it
@@ -331,11 +331,11 @@ def _targets_of_drawn(
             "it"
         )
     chosen = rows[drawn.chosen]
-    targets: list[dict[int, float]] = []
+    targets: list[Bag] = []
     alive = list(zip(rows, drawn.probabilities, strict=True))
     for position, token in enumerate(chosen):
         total = sum(p for _, p in alive)
-        target: dict[int, float] = {}
+        target: Bag = {}
         for row, p in alive:
             mass = drawn.token_weight * p / total
             target[row[position]] = target.get(row[position], 0.0) + mass
@@ -345,21 +345,59 @@ def _targets_of_drawn(
 
 
 @dataclass(frozen=True)
-class DemonstrationBatch:
-    """Demonstrations for each prompt, packed, and the targets of their M tokens.
+class Bags:
+    """The soft targets of M tokens, one after another.
 
-    The targets are bags: `target_ids` [W] and `target_weights` [W] hold all of them one after
-    another, those of token m from `target_starts[m]` on. A token's weights add up to what it
-    counts, `token_weights` [M].
+    `ids` [W] and `weights` [W] hold all of them, those of token m from `starts[m]` on. `counts` [M]
+    is what each token counts.
     """
 
+    ids: Tensor
+    weights: Tensor
+    starts: Tensor
+    counts: Tensor
+
+    @property
+    def entropy(self) -> float:
+        """Nats in all, the least that `cross_entropy` can become.
+
+        With q = weights / counts it is the sum over tokens of counts * H(q).
+        """
+        of_counts = torch.special.xlogy(self.counts, self.counts)
+        return (torch.special.entr(self.weights).sum() + of_counts.sum()).item()
+
+
+def join_bags(targets: Sequence[Bag]) -> Bags:
+    ids: list[int] = []
+    weights: list[float] = []
+    starts: list[int] = []
+    for bag in targets:
+        starts.append(len(ids))
+        ids += bag.keys()
+        weights += bag.values()
+    return Bags(
+        ids=torch.tensor(ids, dtype=torch.int64),
+        weights=torch.tensor(weights, dtype=torch.float64),
+        starts=torch.tensor(starts, dtype=torch.int64),
+        counts=torch.tensor([sum(bag.values()) for bag in targets], dtype=torch.float64),
+    )
+
+
+@dataclass(frozen=True)
+class DemonstrationBatch:
+    """Demonstrations for each prompt, packed, and the soft targets of their M tokens."""
+
     packed: PackedGroups
-    target_ids: torch.Tensor
-    target_weights: torch.Tensor
-    target_starts: torch.Tensor
-    token_weights: torch.Tensor
-    # Nats a counted token: the least that the loss can become.
-    entropy: float
+    bags: Bags
+
+    @property
+    def num_counted(self) -> float:
+        return self.bags.counts.sum().item()
+
+    @property
+    def entropy(self) -> float:
+        """Nats a counted token: the least that the loss can become."""
+        return self.bags.entropy / self.num_counted
 
 
 def make_demonstration_batch(
@@ -382,7 +420,7 @@ def make_demonstration_batch(
     """
     prompts: list[list[int]] = []
     completions: list[list[list[int]]] = []
-    targets: list[dict[int, float]] = []
+    targets: list[Bag] = []
     for example in examples:
         grammar, style = MIXTURES[mixture](rng)
         prompt = build_prompt(
@@ -399,51 +437,28 @@ def make_demonstration_batch(
             targets += of_tokens
         prompts.append(prompt.ids.tolist())
         completions.append(group)
-    return batch_of_targets(pack_groups(prompts, completions), targets)
+    return DemonstrationBatch(pack_groups(prompts, completions), join_bags(targets))
 
 
-def batch_of_targets(
-    packed: PackedGroups, targets: Sequence[dict[int, float]]
-) -> DemonstrationBatch:
-    """The batch whose M tokens have these targets."""
-    flat_ids: list[int] = []
-    flat_weights: list[float] = []
-    starts: list[int] = []
-    for target in targets:
-        starts.append(len(flat_ids))
-        flat_ids += target.keys()
-        flat_weights += target.values()
-    weights = torch.tensor(flat_weights, dtype=torch.float64)
-    counts = torch.tensor([sum(target.values()) for target in targets], dtype=torch.float64)
-    # With q = weights / counts: sum over tokens of counts * H(q), over the sum of counts.
-    entropy = (torch.special.entr(weights).sum() + (counts * counts.log()).sum()) / counts.sum()
-    return DemonstrationBatch(
-        packed=packed,
-        target_ids=torch.tensor(flat_ids),
-        target_weights=weights,
-        target_starts=torch.tensor(starts),
-        token_weights=counts,
-        entropy=entropy.item(),
-    )
-
-
-def soft_target_loss(model: Decoder, batch: DemonstrationBatch) -> torch.Tensor:
-    """Mean cross-entropy to the soft targets, in nats a counted token.
+def cross_entropy(hidden: Tensor, head: Tensor, tokens: Tensor, bags: Bags) -> Tensor:
+    """Nats in all from M states [M, D] to their soft targets.
 
         -sum_v q(v) log p(v) = log sum_v exp(h . w_v) - h . sum_v q(v) w_v
 
-    with the hidden state h, the head's rows w_v and targets q.
+    with the hidden state h, the head's rows w_v and targets q. `tokens` [M] are the ones written.
     """
-    packed, head = batch.packed, model.head_weight
+    _, _, log_sum_exp = mar_kernels.linear_logprobs(hidden, head, tokens)  # [M]
+    mean_rows = F.embedding_bag(  # [M, D]
+        bags.ids, head, bags.starts, mode="sum", per_sample_weights=bags.weights.to(head.dtype)
+    )
+    counts = bags.counts.to(log_sum_exp.dtype)
+    return (counts * log_sum_exp - (hidden * mean_rows).sum(-1)).sum()
+
+
+def soft_target_loss(model: Decoder, batch: DemonstrationBatch) -> Tensor:
+    """Mean cross-entropy to the soft targets, in nats a counted token."""
+    packed = batch.packed
     states = model.hidden(packed.ids, packed.positions, group_attention(packed))
     hidden = states[packed.predict_from]  # [M, D]
-    _, _, log_sum_exp = mar_kernels.linear_logprobs(hidden, head, packed.targets)  # [M]
-    mean_rows = F.embedding_bag(  # [M, D]
-        batch.target_ids,
-        head,
-        batch.target_starts,
-        mode="sum",
-        per_sample_weights=batch.target_weights.to(head.dtype),
-    )
-    counts = batch.token_weights.to(log_sum_exp.dtype)
-    return (counts * log_sum_exp - (hidden * mean_rows).sum(-1)).sum() / counts.sum()
+    nats = cross_entropy(hidden, model.head_weight, packed.targets, batch.bags)
+    return nats / batch.bags.counts.to(nats.dtype).sum()

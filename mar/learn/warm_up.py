@@ -17,11 +17,12 @@ from mar.errors import UserError
 from mar.learn.demonstrations import (
     NO_HINT,
     PLAIN,
+    Bag,
     ConfidenceHint,
     DemonstrationBatch,
     Encode,
-    batch_of_targets,
     draw_demonstration,
+    join_bags,
     soft_targets,
 )
 from mar.policy.model import Decoder
@@ -78,14 +79,14 @@ def make_form_batch(
     names = list(dict.fromkeys(gold.name for example in examples for gold in example.golds))
     prompts: list[list[int]] = []
     completions: list[list[int]] = []
-    targets: list[dict[int, float]] = []
+    targets: list[Bag] = []
     for example in examples:
         pieces = draw_demonstration(example, grammar, names, rng, hint=hint)
         ids, of_tokens = soft_targets(pieces, asking.encode, asking.tokenizer.eos_token_id)
         prompts.append(asking.prompt_ids(example, grammar))
         completions.append(ids)
         targets += of_tokens
-    return batch_of_targets(pack_sharing(prompts, completions), targets)
+    return DemonstrationBatch(pack_sharing(prompts, completions), join_bags(targets))
 
 
 def pack_sharing(

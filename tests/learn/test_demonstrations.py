@@ -206,14 +206,14 @@ def test_loss_is_the_dense_cross_entropy(tokenizer):
         rows=2,
     )
     assert len(batch.packed.prompts) == 8 and len(batch.packed.rows) == 16
-    packed, ends = batch.packed, [*batch.target_starts.tolist()[1:], len(batch.target_weights)]
+    packed, ends = batch.packed, [*batch.bags.starts.tolist()[1:], len(batch.bags.weights)]
     hidden = model.hidden(packed.ids, packed.positions, group_attention(packed))[
         packed.predict_from
     ]
     logprobs = (hidden @ model.head_weight.T).log_softmax(-1)
     dense = torch.zeros_like(logprobs)
-    for row, (start, end) in enumerate(zip(batch.target_starts.tolist(), ends, strict=True)):
-        dense[row].index_add_(0, batch.target_ids[start:end], batch.target_weights[start:end])
+    for row, (start, end) in enumerate(zip(batch.bags.starts.tolist(), ends, strict=True)):
+        dense[row].index_add_(0, batch.bags.ids[start:end], batch.bags.weights[start:end])
     assert set(dense.sum(-1).round(decimals=9).tolist()) == {1.0, 8.0}
     expected = -(dense * logprobs).sum() / dense.sum()
     loss = demonstrations.soft_target_loss(model, batch)
@@ -240,7 +240,7 @@ def test_a_bare_prompt_is_the_question_alone(tokenizer):
         ids = alone.packed.ids[span[0] : span[0] + span[1]].tolist()
         assert tokenizer.decode(ids) == f"<|user|>{example.question}<|end|><|assistant|>"
     assert alone.packed.targets.tolist() == asked.packed.targets.tolist()
-    assert alone.target_weights.tolist() == asked.target_weights.tolist()
+    assert alone.bags.weights.tolist() == asked.bags.weights.tolist()
 
 
 def test_a_tokenizer_whose_pieces_do_not_join_is_refused():
@@ -253,3 +253,15 @@ def test_a_tokenizer_whose_pieces_do_not_join_is_refused():
 
     with pytest.raises(UserError, match="joins pieces"):
         demonstrations.piece_encoder(Spaced())
+
+
+def test_a_token_with_an_empty_bag_counts_nothing():
+    torch.manual_seed(0)
+    hidden, head = torch.randn(3, 4), torch.randn(6, 4)
+    tokens = torch.tensor([1, 2, 3])
+    bags = demonstrations.join_bags([{1: 0.5, 4: 0.5}, {}, {3: 2.0}])
+    logprobs = torch.log_softmax(hidden @ head.T, dim=-1)
+    expected = -(0.5 * logprobs[0, 1] + 0.5 * logprobs[0, 4] + 2.0 * logprobs[2, 3])
+    found = demonstrations.cross_entropy(hidden, head, tokens, bags)
+    np.testing.assert_allclose(found.item(), expected.item(), rtol=1e-5)
+    assert bags.entropy == pytest.approx(np.log(2.0))
