@@ -200,6 +200,18 @@ class Rows:
         write(method, seed, run, **trained, steps=curve_of(run))
 
 
+def out_and_words(given: Sequence[str]) -> tuple[Path, list[str]]:
+    """`out=<folder>`, where runs lie, and the other words."""
+    out = Path("runs/real_model")
+    words = []
+    for word in given:
+        if word.startswith("out="):
+            out = Path(word.removeprefix("out="))
+        else:
+            words.append(word)
+    return out, words
+
+
 def log_of(method: str, seed: int) -> Path:
     return LOGS / f"{method}_seed{seed}.json"
 
@@ -232,14 +244,7 @@ def main() -> None:
     add("seed", type=int, help="of a method; 0 for what is not trained")
     add("words", nargs="*", metavar="WORD", help="such as data.path=<folder>")
     args = parser.parse_args()
-    out = Path("runs/real_model")
-    words = []
-    for word in args.words:
-        if word.startswith("out="):
-            out = Path(word.removeprefix("out="))
-        else:
-            words.append(word)
-    rows = Rows(out, words)
+    rows = Rows(*out_and_words(args.words))
     if args.method in METHODS:
         rows.make(args.method, args.seed)
     elif args.method == "constant":

@@ -15,7 +15,7 @@ from typing import Any
 from experiments.common.commands import kept_of_arm, read_evaluation, run_module, write_log
 from experiments.common.tables import Log, markdown_table, read_logs_by
 from experiments.real_model.row import LOGS as ROW_LOGS
-from experiments.real_model.row import METHODS, WARM_UPS, Rows
+from experiments.real_model.row import METHODS, WARM_UPS, Rows, out_and_words
 from experiments.real_model.summary import shown
 from mar.errors import exit_code
 from mar.policy.sources import environment
@@ -89,12 +89,10 @@ def main() -> None:
     add("method", choices=[*METHODS, *WARM_UPS])
     add("seed", type=int)
     add("data", type=Path, help="the folder with ddxplus/ and protoqa/")
-    add("words", nargs="*", metavar="out=FOLDER", help="where the rows' runs lie")
+    add("words", nargs="*", metavar="WORD", help="such as out=FOLDER, where the rows' runs lie")
     args = parser.parse_args()
-    out = Path("runs/real_model")
-    for word in args.words:
-        out = Path(word.removeprefix("out="))
-    rows = Rows(out, [f"data.path={args.data / 'ddxplus'}"])
+    out, words = out_and_words(args.words)
+    rows = Rows(out, [f"data.path={args.data / 'ddxplus'}", *words])
     for shift in SHIFTS:
         measure(rows, args.method, args.seed, shift, args.data)
 

@@ -6,12 +6,14 @@ import numpy as np
 import pytest
 import torch
 
-from experiments.real_model import row, slots, summary
+from experiments.real_model import questions, row, shift, slots, summary
 from experiments.real_model.warmed_up import WarmedUp
 from mar.answers.tokenizer import load_tokenizer
 from mar.learn.demonstrations import DrawnText
+from mar.measure.answer_sets import AnswerSet, Item
 from mar.policy.sources import resolve_model
 from mar.policy.weights import load_model
+from mar.records import Example, Gold
 from mar.run.compose import compose
 from mar.run.console import Display
 from mar.run.setup import load_data
@@ -118,6 +120,76 @@ def test_the_change_is_that_of_the_metric_named(logs):
     cells = [cell.strip() for cell in line.strip("|").split("|")]
     found = ["0.000 (-0.100 to 0.100)", "0.125 (0.100 to 0.150)"]
     assert cells[2:] == [*found, "–", "–", "–", "–", "–"]
+
+
+# ---------------------------------------------------------------------- questions to read
+
+
+def a_set(answers, confidences=(), reason=None):
+    keys = () if reason else tuple(answer.lower() for answer in answers)
+    nothing = (0.0,) * len(answers)
+    again = (False,) * len(answers)
+    return AnswerSet(
+        "", answers, confidences, nothing, (0.25,) * len(answers), keys, again, reason, 9
+    )
+
+
+def test_answers_are_read_over_as_many_sets_as_they_need():
+    singles = tuple(a_set((answer,)) for answer in ("Flu", "flu", "a|b", "never shown"))
+    item = Item("1", 1, False, None, 9, singles)
+    assert questions.answers_of(item) == "Flu (0.25), ~~flu~~ (0.25), a/b (0.25)"
+
+
+def test_confidences_are_shown_and_a_broken_form_is_named():
+    whole = a_set(("flu", "cold", "gout"), (0.5, 0.25, 0.0))
+    broken = a_set(("flu", None, None), (None,) * 3, reason="no_answer")
+    shown = questions.answers_of(Item("1", 1, False, None, 9, (whole,)))
+    assert shown == "flu 0.5 (0.25), cold 0.25 (0.25), gout 0 (0.25)"
+    assert "broken form: no_answer" in questions.answers_of(Item("1", 1, False, None, 9, (broken,)))
+
+
+def test_a_page_names_every_row_that_answered():
+    example = Example(
+        "1", "x", "Present: pain", (Gold("flu", probability=0.75), Gold("cold", probability=0.25))
+    )
+    items = {"1": Item("1", 1, False, None, 9, (a_set(("Flu",)),))}
+    text = questions.page([example], {"rlvr_single": items, "rlcr_single": {}})
+    assert "> Present: pain" in text
+    assert "| most probable | flu (0.75), cold (0.25) |" in text
+    assert "| rlvr_single | Flu (0.25) |" in text
+    assert "rlcr_single |" not in text
+
+
+# ---------------------------------------------------------------------- other questions
+
+
+@pytest.mark.parametrize("name", shift.SHIFTS)
+def test_every_shift_is_a_config(name, places, tmp_path):
+    place, words = shift.SHIFTS[name]
+    here = [word for word in places if not word.startswith("data.path=")]
+    asked = [*row.ASKED, *row.OWN, *here, f"data.path={tmp_path / place}", *words]
+    config = compose(asked)
+    assert config.reward.objective == "multi_rlcr"
+    assert config.model.max_prompt_tokens >= 256
+
+
+def test_a_shift_is_a_line_with_the_most_that_is_possible(tmp_path, monkeypatch):
+    log = a_log("multi_rlcr_own", 0, [[0.5], [0.7]], 30.0, 3) | {"shift": "4 asked", "num_items": 2}
+    unknown = log | {"shift": "protoqa", "bars": None}
+    for number, one in enumerate((log, unknown)):
+        (tmp_path / f"{number}.json").write_text(json.dumps(one))
+    monkeypatch.setattr(shift, "LOGS", tmp_path)
+    lines = shift.markdown().splitlines()[2:]
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    assert cells[0][:6] == [
+        "4 asked",
+        "multi_rlcr_own",
+        "0",
+        "2",
+        "0.750",
+        "0.600 (0.500 to 0.700)",
+    ]
+    assert cells[1][:5] == ["protoqa", "multi_rlcr_own", "0", "2", "–"]
 
 
 # ---------------------------------------------------------------------- slots
