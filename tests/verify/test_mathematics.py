@@ -114,13 +114,14 @@ def test_answers_of_a_step_share_a_budget_and_the_slow_cost_the_others_nothing(m
     mathematics._verdicts.clear()
     math_verifier("1", [Gold("1.0")])
     monkeypatch.setattr(mathematics, "MOMENT_S", 0.3)
-    monkeypatch.setattr(mathematics, "STEP_S", 30.0)
+    # Each that is killed costs a child's imports, which a busy machine takes many seconds for.
+    monkeypatch.setattr(mathematics, "STEP_S", 120.0)
     example = Example("q", "test", "?", (Gold("1/2"), Gold("7")))
     slow = [f"{n}^{{9^{{9^{{9}}}}}}" for n in range(11, 13)]
     right = ["0.5", "2/4", "\\frac{3}{6}", "14/2"]
     began = time.perf_counter()
     mathematics.compare_ahead([(example, answer) for answer in slow + right])
-    assert time.perf_counter() - began < 40
+    assert time.perf_counter() - began < 150
 
     def forbidden(*_):
         raise AssertionError("asked again")
