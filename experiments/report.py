@@ -79,6 +79,8 @@ TABLES: dict[str, Callable[..., str]] = {
     "medqa learning": partial(ddxplus.learning, medqa.LOGS),
     "real model": real_model.coverage_table,
     "real model change": real_model.change_table,
+    "real model paired": real_model.paired_table,
+    "real model calibration": real_model.calibration_table,
     "two steps": two_steps.markdown,
     "algorithms": algorithms.markdown,
     "algorithms paired": algorithms.paired,

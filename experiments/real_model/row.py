@@ -131,7 +131,7 @@ def seconds_of(run: Path) -> float:
 
 
 def commit_of(run: Path) -> str | None:
-    """The commit that the run was begun at."""
+    """The commit that the run was begun at, or the last one where it went on."""
     return OmegaConf.load(run / "config.yaml").provenance.commit
 
 
