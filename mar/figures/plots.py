@@ -311,7 +311,9 @@ def reliability(arms: Mapping[str, Row], only: Sequence[str] = ()) -> Figure:
             ece = arm["metrics"]["ece"][0]
             ece_text = "–" if ece is None else f"{ece:.3f}"
             # Beside the panel stand the labels of its axis.
-            title = textwrap.fill(f"{name}   ECE {ece_text}", _num_characters(width - 0.8, 10))
+            # A no-break space keeps the number with its name.
+            title = f"{name}   ECE\u00a0{ece_text}"
+            title = textwrap.fill(title, _num_characters(width - 0.8, 10))
             longest_title = max(longest_title, 1 + title.count("\n"))
             curve.set(title=title, ylim=(-0.03, 1.03), xlim=(-0.03, 1.03))
             centres = [int(min(b["said"], 0.999) * 10) / 10 + 0.05 for b in bins]
