@@ -1,10 +1,10 @@
-"""Does layer LOOKED_UP of the recipe know how probable the answer is, before a confidence is written?
+"""Does layer LOOKED_UP of the recipe know how probable an answer is, right after it?
 
     python experiments/embedded_model/looked_up.py FOLDER
 
 FOLDER is one of the recipe's, with its checkpoint. Of sets of three for validation patients, drawn
-from the posterior: correlation with the truth, and mean squared error, of what the layer says at
-the first token of each confidence. Beside it the variance of the truth, the error of a constant.
+from the posterior: correlation with the truth, and mean squared error, of what the layer says right
+after each answer. Beside it the variance of the truth, the error of a constant.
 """
 
 import argparse
@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from begin import embedded_config
-from recipe import LOOKED_UP, RIGHT, STAGES, WRONG, Teacher, states_after
+from recipe import AFTER_ANSWER_COUNTS, LOOKED_UP, RIGHT, STAGES, WRONG, Teacher, states_after
 
 from mar.answers.tokenizer import load_tokenizer
 from mar.policy.attention import group_attention
@@ -44,7 +44,7 @@ def open_teacher(folder: Path) -> Teacher:
 
 @torch.no_grad()
 def said_and_true(teacher: Teacher) -> dict[int, list[tuple[float, float]]]:
-    """Of the first token of each confidence, by its slot: what the layer says, and the truth."""
+    """Right after each answer, by its slot: what the layer says, and the truth."""
     (lesson,) = teacher.lessons(teacher.stages[TRUTH])
     packed = lesson.batch.packed
     model = teacher.model
@@ -56,13 +56,11 @@ def said_and_true(teacher: Teacher) -> dict[int, list[tuple[float, float]]]:
 
     pairs = defaultdict(list)
     slot = 0
-    before = False
     for place, token in enumerate(packed.targets.tolist()):
         bag = lesson.looked_up[place]
-        if bag and not before:
-            pairs[slot].append((said[place].item(), bag[right_id]))
+        if bag:
+            pairs[slot].append((said[place].item(), bag[right_id] / AFTER_ANSWER_COUNTS))
             slot += 1
-        before = bool(bag)
         if token == teacher.tokenizer.eos_token_id:
             slot = 0
     return pairs

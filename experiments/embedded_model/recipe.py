@@ -10,8 +10,8 @@ C, stage `noise`: confidences become nearly uninformative again. Reinforcement l
 them back.
 
 Sets of three say on the way what a confidence needs. After layer `EARLY` the posterior is asked
-for, where an answer is written and where a confidence is. After layer `LOOKED_UP`, where a
-confidence is written, the probability of its answer. The layers above it only put that into digits.
+for, where an answer is written and right after it. After layer `LOOKED_UP`, right after an answer,
+the probability of that answer. The last layer has only to fetch it and to put it into digits.
 
 A step's patients and forms depend on the seed, the stage and the step alone. A run that was stopped
 goes on at its last checkpoint. FOLDER/log.jsonl has the loss (nats a completion above the least
@@ -70,6 +70,8 @@ LOOKED_UP = 5
 # Tokens that stand for "this answer is right" and "it is not" after layer LOOKED_UP.
 RIGHT = "1"
 WRONG = "0"
+# What each of the two counts, right after an answer.
+AFTER_ANSWER_COUNTS = 4.0
 SETS = Grammar("rlcr_multi", 3, thinking=False)
 WARM_UP = 50
 SAVE_EVERY = 50
@@ -107,7 +109,7 @@ class Stage:
 STAGES = (
     Stage("bare", 1200, 1e-3, bare=64, last=1.0),
     Stage("forms", 1000, 1e-3, bare=32, prompts=24, rows=2, share=0.0, counts=1.0, last=0.5),
-    Stage("truth", 3000, 1e-3, bare=16, prompts=5, sets=11, rows=6, falling=0.7),
+    Stage("truth", 5000, 1e-3, bare=16, prompts=5, sets=11, rows=6, falling=0.7),
     Stage(
         "noise",
         250,
@@ -167,29 +169,33 @@ def lesson_of_forms(batch: DemonstrationBatch) -> Lesson:
     return Lesson(batch, early, [{}] * len(early))
 
 
-def bags_of_confidences(
+def bags_after_answers(
     pieces: Pieces, encode: Encode, right_id: int, wrong_id: int
 ) -> list[tuple[Bag, Bag] | None]:
-    """Of each token of a set: what layers EARLY and LOOKED_UP are asked for where it belongs to a
-    confidence; None for all other tokens."""
+    """Of each token of a set: what layers EARLY and LOOKED_UP are asked for where it comes right
+    after an answer; None for all other tokens."""
     answers: list[DrawnText] = []
     bags: list[tuple[Bag, Bag] | None] = []
+    asked: tuple[Bag, Bag] | None = None
     for piece in pieces:
-        if isinstance(piece, str):
-            bags += [None] * len(encode(piece))
-        elif piece.text not in CONFIDENCES:
-            answers.append(piece)
-            bags += [None] * len(encode(piece.text))
-        else:
-            first = answers[0]
-            posterior: Bag = {}
-            for name, probability in zip(first.candidates, first.probabilities, strict=True):
-                begin = encode(name)[0]
-                posterior[begin] = posterior.get(begin, 0.0) + probability
-            truth = first.probabilities[list(first.candidates).index(answers[-1].text)]
-            looked_up = {right_id: truth, wrong_id: 1 - truth}
-            bags += [(posterior, looked_up)] * len(encode(piece.text))
-    return [*bags, None]  # the stop token
+        text = piece if isinstance(piece, str) else piece.text
+        bags += [asked] + [None] * (len(encode(text)) - 1)
+        asked = None
+        if isinstance(piece, str) or piece.text in CONFIDENCES:
+            continue
+        answers.append(piece)
+        first = answers[0]
+        posterior: Bag = {}
+        for name, probability in zip(first.candidates, first.probabilities, strict=True):
+            begin = encode(name)[0]
+            posterior[begin] = posterior.get(begin, 0.0) + AFTER_ANSWER_COUNTS * probability
+        truth = first.probabilities[list(first.candidates).index(piece.text)]
+        looked_up = {
+            right_id: AFTER_ANSWER_COUNTS * truth,
+            wrong_id: AFTER_ANSWER_COUNTS * (1 - truth),
+        }
+        asked = posterior, looked_up
+    return [*bags, asked]  # the stop token
 
 
 def loss_and_excess(model: Decoder, lesson: Lesson, early: float) -> tuple[Tensor, float]:
@@ -360,7 +366,7 @@ class Teacher:
         prompts = []
         completions = []
         targets: list[Bag] = []
-        of_confidences: list[tuple[Bag, Bag] | None] = []
+        after_answers: list[tuple[Bag, Bag] | None] = []
         for patient in patients:
             prompt = build_prompt(patient, SETS, self.tokenizer, clinic.NOUN)
             rows = []
@@ -369,14 +375,14 @@ class Teacher:
                 ids, of_tokens = soft_targets(pieces, self.encode, self.tokenizer.eos_token_id)
                 rows.append(ids)
                 targets += of_tokens
-                of_confidences += bags_of_confidences(pieces, self.encode, right_id, wrong_id)
+                after_answers += bags_after_answers(pieces, self.encode, right_id, wrong_id)
             prompts.append(prompt.ids.tolist())
             completions.append(rows)
         batch = DemonstrationBatch(pack_groups(prompts, completions), join_bags(targets))
         early = []
         looked_up = []
-        for of_last, of_confidence in zip(targets, of_confidences, strict=True):
-            for_early, for_looked_up = of_confidence or (of_last, {})
+        for of_last, after_answer in zip(targets, after_answers, strict=True):
+            for_early, for_looked_up = after_answer or (of_last, {})
             early.append(for_early)
             looked_up.append(for_looked_up)
         return Lesson(batch, early, looked_up)

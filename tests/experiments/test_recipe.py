@@ -30,7 +30,7 @@ def teacher(recipe, tmp_path_factory):
     return recipe.Teacher(out, EMBEDDED, load_model(EMBEDDED), 0, stages)
 
 
-def test_a_confidence_is_asked_for_the_posterior_and_for_its_answer(recipe):
+def test_right_after_an_answer_the_posterior_and_its_probability_are_asked_for(recipe):
     numbers = {"1": [1], "0": [0], "flu": [5], "flux": [5, 6], "cold": [7], "0.25": [0, 2]}
 
     def encode(text):
@@ -49,13 +49,14 @@ def test_a_confidence_is_asked_for_the_posterior_and_for_its_answer(recipe):
         DrawnText(["0.25"], [1.0], chosen=0),
         "<end>",
     ]
-    bags = recipe.bags_of_confidences(pieces, encode, right_id=1, wrong_id=0)
+    bags = recipe.bags_after_answers(pieces, encode, right_id=1, wrong_id=0)
     # Two names begin with the same token.
-    posterior = {5: 0.5, 7: 0.5}
-    first = (posterior, {1: 0.5, 0: 0.5})
-    second = (posterior, {1: 0.25, 0: 0.75})
-    of_answer = [None] * 5
-    expected = [*of_answer, first, first, *of_answer, second, second, None, None, None]
+    counts = recipe.AFTER_ANSWER_COUNTS
+    posterior = {5: 0.5 * counts, 7: 0.5 * counts}
+    first = (posterior, {1: 0.5 * counts, 0: 0.5 * counts})
+    second = (posterior, {1: 0.25 * counts, 0: 0.75 * counts})
+    rest = [None] * 3  # of a closing tag, and of a confidence
+    expected = [*[None] * 3, first, *rest, *[None] * 3, second, *rest, *[None] * 3]
     assert bags == expected
 
 
