@@ -588,6 +588,26 @@ def test_ctrl_c_while_the_code_is_loaded_leaves_no_traceback():
     assert "Traceback" not in run.communicate()[1] and run.returncode in (-signal.SIGINT, 130)
 
 
+def test_a_step_after_a_measurement_is_held_again(
+    model_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    steps = []
+
+    def signalled(*given: Any) -> Any:
+        steps.append(len(steps) + 1)
+        if steps == [1, 2]:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return batch.make_batch(*given)
+
+    monkeypatch.setattr("mar.train.make_batch", signalled)
+    chosen = ["checkpoint.every=50", "eval.every=1", "model.max_completion_tokens=4"]
+    assert run(compose(words(model_folder, tmp_path, *chosen))) == 130
+    assert "interrupted at step 2; checkpoint of step 2" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("leads", [True, False])
 def test_one_rank_says_that_it_stops(leads: bool, capsys: pytest.CaptureFixture[str]) -> None:
     kinds = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
