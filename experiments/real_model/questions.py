@@ -5,6 +5,7 @@
 Writes questions.md. Of a method of single answers it shows three answers, of sets the first set.
 """
 
+import html
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -45,7 +46,7 @@ def answers_of(item: Item) -> str:
         for answer, confidence, mass, key in zip(
             one.answers, confidences, one.mass, one.keys, strict=True
         ):
-            words = str(answer).replace("|", "/").replace("\n", " ")
+            words = html.escape(str(answer)).replace("|", "/").replace("\n", " ")
             if key in seen:
                 words = f"~~{words}~~"
             seen.add(key)
