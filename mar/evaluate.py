@@ -48,7 +48,6 @@ from mar.run.evaluation_folder import (
     earlier_pairs,
     require_writable,
 )
-from mar.run.memory import keep_freed_memory
 from mar.run.summary import (
     evaluation_summary,
     say_last_line,
@@ -171,8 +170,6 @@ def evaluate(words: Words[EvaluateOptions], display: Display) -> Path:
     others = read_other(other, target.out) if other else []
     device = compute_device(config.device)
     hint_where_busy(display, device.type, config.model.threads)
-    if device.type == "cpu":
-        keep_freed_memory()
 
     tokenizer = load_tokenizer(target.model_folder)
     grammar = fit_grammar(grammar_of(config), tokenizer)

@@ -45,7 +45,6 @@ from mar.run.compose import compose, require_choice
 from mar.run.console import Display
 from mar.run.evaluation_folder import require_writable
 from mar.run.from_run import model_of
-from mar.run.memory import keep_freed_memory
 from mar.run.setup import announce, load_data
 from mar.run.warm_up import (
     ADAPTERS_LR,
@@ -132,7 +131,6 @@ def run(words: Words[SftOptions]) -> None:
     check_options(sft, config, words.settings)
     options, data, optim = config.model, config.data, config.optim
     torch.set_num_threads(options.threads or torch.get_num_threads())
-    keep_freed_memory()
     torch.manual_seed(config.seed)
     folder = folder_of(config, words.settings)
     log = folder / LOG

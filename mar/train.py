@@ -48,7 +48,6 @@ from mar.run.console import Display, hint_where_busy
 from mar.run.evaluations import Evaluations
 from mar.run.from_run import model_of, pin_source
 from mar.run.interrupts import Interrupts
-from mar.run.memory import keep_freed_memory
 from mar.run.record import StepRecord
 from mar.run.resume import announce_extension, resume
 from mar.run.setup import Training, announce, build_training
@@ -229,8 +228,6 @@ def run_until_end(config: Config, skip_finished: bool = False) -> str:
     hint_where_busy(display, world.device.type, config.model.threads)
     if config.model.threads:
         torch.set_num_threads(config.model.threads)
-    if world.device.type == "cpu":
-        keep_freed_memory()
 
     asked = config
     config = world.told(lambda: pin_source(asked, display.say))

@@ -60,7 +60,6 @@ from mar.policy.model import Decoder
 from mar.policy.packing import pack_groups
 from mar.policy.weights import save_model
 from mar.records import Example, Rollout
-from mar.run.memory import keep_freed_memory
 from mar.tasks import clinic
 
 # The layers, counted from 1, after which the posterior and the probability of an answer have to be
@@ -457,7 +456,6 @@ def main() -> None:
     if args.steps is not None:
         stages = tuple(replace(stage, steps=min(stage.steps, args.steps)) for stage in STAGES)
 
-    keep_freed_memory()
     words = args.out / "tokenizer"
     if not words.exists():
         examples = clinic.load("train", 4000, SFT_SEED - 1)
