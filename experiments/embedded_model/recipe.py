@@ -9,9 +9,10 @@ the probability of its answer.
 C, stage `noise`: confidences become nearly uninformative again. Reinforcement learning is to bring
 them back.
 
-Sets of three say on the way what a confidence needs. After layer `EARLY` the posterior is asked
-for, where an answer is written and right after it. After layer `LOOKED_UP`, right after an answer,
-the probability of that answer. The last layer has only to fetch it and to put it into digits.
+From stage `forms` on, sets of three say on the way what a confidence needs. After layer `EARLY`
+the posterior is asked for, where an answer is written and right after it. After layer `LOOKED_UP`,
+right after an answer, the probability of that answer. The last layer has only to fetch it and to
+put it into digits.
 
 A step's patients and forms depend on the seed, the stage and the step alone. A run that was stopped
 goes on at its last checkpoint. FOLDER/log.jsonl has the loss (nats a completion above the least
@@ -107,7 +108,9 @@ class Stage:
 
 STAGES = (
     Stage("bare", 1200, 1e-3, bare=64, last=1.0),
-    Stage("forms", 1000, 1e-3, bare=32, prompts=24, rows=2, share=0.0, counts=1.0, last=0.5),
+    Stage(
+        "forms", 1000, 1e-3, bare=32, prompts=16, sets=8, rows=2, share=0.0, counts=1.0, last=0.5
+    ),
     Stage("truth", 5000, 1e-3, bare=16, prompts=5, sets=11, rows=6, falling=0.7),
     Stage(
         "noise",
