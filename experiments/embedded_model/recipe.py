@@ -111,7 +111,7 @@ STAGES = (
     Stage(
         "forms", 1000, 1e-3, bare=32, prompts=16, sets=8, rows=2, share=0.0, counts=1.0, last=0.5
     ),
-    Stage("truth", 5000, 1e-3, bare=16, prompts=5, sets=11, rows=6, falling=0.7),
+    Stage("truth", 4000, 1e-3, bare=16, prompts=5, sets=11, rows=6, falling=0.7),
     Stage(
         "noise",
         250,
