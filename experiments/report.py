@@ -38,6 +38,8 @@ from experiments.medqa_smollm2 import run as medqa
 from experiments.peers import summary as peers
 from experiments.plan import fake_run as settings
 from experiments.plan import run as plans
+from experiments.real_model import known as real_model_known
+from experiments.real_model import shift as real_model_shift
 from experiments.real_model import summary as real_model
 from experiments.sweeps import summary as sweeps
 from experiments.tasks import two_steps
@@ -81,6 +83,8 @@ TABLES: dict[str, Callable[..., str]] = {
     "real model change": real_model.change_table,
     "real model paired": real_model.paired_table,
     "real model calibration": real_model.calibration_table,
+    "real model known": real_model_known.markdown,
+    "real model shift": real_model_shift.markdown,
     "two steps": two_steps.markdown,
     "algorithms": algorithms.markdown,
     "algorithms paired": algorithms.paired,

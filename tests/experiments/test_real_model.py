@@ -1,12 +1,13 @@
 """The comparison on a real language model: its words, what a log keeps, and what its tables say."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
-from experiments.real_model import questions, row, shift, slots, summary
+from experiments.real_model import known, questions, row, shift, slots, summary
 from experiments.real_model.warmed_up import WarmedUp
 from mar.answers.tokenizer import load_tokenizer
 from mar.learn.demonstrations import DrawnText
@@ -230,3 +231,34 @@ def test_slots_of_the_embedded_model_are_nearer_to_the_posterior_than_the_prior_
     assert found["model"].shape == (8, 3)
     assert (found["model"].mean(axis=0) < 0.5 * found["prior"].mean(axis=0)).all()
     np.testing.assert_allclose(found["model"] - found["prior"], found["model - prior"])
+
+
+# ---------------------------------------------------------------------- what the model knows
+
+
+def rated_sets():
+    """Of two questions a set each, whose confidences say nothing of the masses; the last is a repeat."""
+    sets = []
+    for masses in ((0.8, 0.1, 0.0), (0.1, 0.8, 0.0)):
+        whole = a_set(("flu", "cold", "flu"), (0.5, 0.5, 0.5))
+        sets.append(replace(whole, mass=masses, repeated=(False, False, True)))
+    return [Item(str(i), 1, False, 0.9, 9, (one,)) for i, one in enumerate(sets)]
+
+
+def test_exact_ratings_are_the_masses_and_a_repeat_is_worth_nothing():
+    exact = known.rated_exactly(rated_sets())
+    assert [item.sets[0].confidences for item in exact] == [(0.8, 0.1, 0.0), (0.1, 0.8, 0.0)]
+    broken = Item("1", 1, False, 0.9, 9, (a_set(("flu",), (None,), reason="no_answer"),))
+    assert known.rated_exactly([broken]) == [broken]
+
+
+def test_ratings_are_compared_with_the_confidences_as_written():
+    written = rated_sets()
+    exact = known.rated_exactly(written)
+    found = known.compared({known.WRITTEN: written, known.EXACT: exact})
+    assert found[known.WRITTEN]["auroc"][0] == pytest.approx(0.5)
+    assert found[known.EXACT]["ece"][0] == pytest.approx(0.0)
+    gain = found[known.EXACT]["auroc"][0] - 0.5
+    assert gain > 0.2
+    assert found[known.EXACT]["auroc - written"][0] == pytest.approx(gain)
+    assert "auroc - written" not in found[known.WRITTEN]
