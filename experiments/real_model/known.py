@@ -11,7 +11,7 @@ probabilities, which are the best that there is. Logs: logs/known/.
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -25,7 +25,7 @@ from experiments.real_model.summary import shown
 from mar.answers.tokenizer import load_tokenizer, num_tokens
 from mar.errors import exit_code
 from mar.learn.warm_up import answer_masses
-from mar.measure.answer_sets import Item
+from mar.measure.answer_sets import AnswerSet, Item
 from mar.measure.bootstrap import paired_difference, resample_weights, with_interval
 from mar.measure.metrics import AnswerArrays, compute_metrics
 from mar.policy.lora import adapted
@@ -42,9 +42,11 @@ from mar.run.warm_up import asking_of
 LOGS = ROW_LOGS.parent / "known"
 QUESTIONS = 200
 WRITTEN = "as written"
+POSSIBLE = "as written, but 0 for what cannot be right"
 POLICY = "the policy's single answer"
 WARM_UP = "the warm-up's single answer"
 EXACT = "exact probability"
+Confidences = tuple[float | None, ...]
 METRICS = ("auroc", "ece", "brier", "q_mse")
 
 
@@ -69,13 +71,29 @@ def beliefs_of(
     ]
 
 
+def rated_by_possibility(items: Sequence[Item]) -> list[Item]:
+    """The confidences as written, but 0 for a repeat and for what names no condition.
+
+    The ratings by a model have a 0 there, too: this shows what that alone is worth.
+    """
+    return [_with_confidences(item, written_if_possible) for item in items]
+
+
+def written_if_possible(one: AnswerSet) -> Confidences:
+    return tuple(
+        confidence if mass > 0 else 0.0
+        for confidence, mass in zip(one.confidences, one.mass, strict=True)
+    )
+
+
 def rated_exactly(items: Sequence[Item]) -> list[Item]:
     """The items with each confidence replaced by the probability of its answer; 0 for a repeat."""
-    found = []
-    for item in items:
-        sets = [one if one.reason else replace(one, confidences=one.mass) for one in item.sets]
-        found.append(replace(item, sets=tuple(sets)))
-    return found
+    return [_with_confidences(item, lambda one: one.mass) for item in items]
+
+
+def _with_confidences(item: Item, rate: Callable[[AnswerSet], Confidences]) -> Item:
+    sets = [one if one.reason else replace(one, confidences=rate(one)) for one in item.sets]
+    return replace(item, sets=tuple(sets))
 
 
 def compared(ratings: dict[str, list[Item]]) -> dict[str, dict[str, list[float | None]]]:
@@ -107,7 +125,7 @@ def measure(rows: Rows, method: str, seed: int) -> None:
     examples = load_data(target.config, "test", QUESTIONS, 0, display)
     said = {item.id: item for item in read_other(run, LOGS)}
     items = [said[example.id] for example in examples]
-    ratings = {WRITTEN: items}
+    ratings = {WRITTEN: items, POSSIBLE: rated_by_possibility(items)}
     for name, trained in ((POLICY, True), (WARM_UP, False)):
         ratings[name] = rated(items, beliefs_of(load(target, trained), target, examples))
     ratings[EXACT] = rated_exactly(items)

@@ -252,6 +252,11 @@ def test_exact_ratings_are_the_masses_and_a_repeat_is_worth_nothing():
     assert known.rated_exactly([broken]) == [broken]
 
 
+def test_what_cannot_be_right_is_worth_nothing():
+    possible = known.rated_by_possibility(rated_sets())
+    assert [item.sets[0].confidences for item in possible] == [(0.5, 0.5, 0.0)] * 2
+
+
 def test_ratings_are_compared_with_the_confidences_as_written():
     written = rated_sets()
     exact = known.rated_exactly(written)
