@@ -11,9 +11,10 @@ probabilities, which are the best that there is. Logs: logs/known/.
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
+import numpy as np
 import torch
 
 from experiments.claims.confidences import rated
@@ -38,20 +39,26 @@ from mar.run.answering import Target, find_target, read_other
 from mar.run.console import Display
 from mar.run.setup import load_data
 from mar.run.warm_up import asking_of
+from mar.verify.normaliser import normalise
 
 LOGS = ROW_LOGS.parent / "known"
 QUESTIONS = 200
 WRITTEN = "as written"
-POSSIBLE = "as written, but 0 for what cannot be right"
+NAMES = "as written, but 0 for a repeat and for no condition"
 POLICY = "the policy's single answer"
 WARM_UP = "the warm-up's single answer"
 EXACT = "exact probability"
 Confidences = tuple[float | None, ...]
+# The methods that write confidences.
+CONFIDENT = [name for name in METHODS if "rlcr" in name]
 METRICS = ("auroc", "ece", "brier", "q_mse")
 
 
 def load(target: Target, trained: bool) -> Decoder:
-    """The run's policy, or with `trained` False what its training began from."""
+    """The run's policy, or with `trained` False what its training began from.
+
+    Both have adapters, so that the weights below are bfloat16 as in training.
+    """
     ids = num_tokens(load_tokenizer(target.model_folder))
     model = adapted(load_model(target.model_folder, num_tokens=ids), target.config.model)
     if trained and target.run:
@@ -71,19 +78,18 @@ def beliefs_of(
     ]
 
 
-def rated_by_possibility(items: Sequence[Item]) -> list[Item]:
+def rated_by_name(items: Sequence[Item], conditions: Iterable[str]) -> list[Item]:
     """The confidences as written, but 0 for a repeat and for what names no condition.
 
-    The ratings by a model have a 0 there, too: this shows what that alone is worth.
+    The ratings by a model have a 0 there, too (`rated`): this shows what that alone is worth.
     """
-    return [_with_confidences(item, written_if_possible) for item in items]
+    keys = {normalise(name) for name in conditions}
 
+    def rate(one: AnswerSet) -> Confidences:
+        said = zip(one.confidences, one.keys, one.repeated, strict=True)
+        return tuple(q if key in keys and not again else 0.0 for q, key, again in said)
 
-def written_if_possible(one: AnswerSet) -> Confidences:
-    return tuple(
-        confidence if mass > 0 else 0.0
-        for confidence, mass in zip(one.confidences, one.mass, strict=True)
-    )
+    return [_with_confidences(item, rate) for item in items]
 
 
 def rated_exactly(items: Sequence[Item]) -> list[Item]:
@@ -94,6 +100,12 @@ def rated_exactly(items: Sequence[Item]) -> list[Item]:
 def _with_confidences(item: Item, rate: Callable[[AnswerSet], Confidences]) -> Item:
     sets = [one if one.reason else replace(one, confidences=rate(one)) for one in item.sets]
     return replace(item, sets=tuple(sets))
+
+
+def mean_confidence(items: Sequence[Item]) -> float:
+    """Over all answers of sets with the right form."""
+    said = [one.confidences for item in items for one in item.sets if not one.reason]
+    return float(np.array(said, dtype=float).mean())
 
 
 def compared(ratings: dict[str, list[Item]]) -> dict[str, dict[str, list[float | None]]]:
@@ -125,7 +137,8 @@ def measure(rows: Rows, method: str, seed: int) -> None:
     examples = load_data(target.config, "test", QUESTIONS, 0, display)
     said = {item.id: item for item in read_other(run, LOGS)}
     items = [said[example.id] for example in examples]
-    ratings = {WRITTEN: items, POSSIBLE: rated_by_possibility(items)}
+    conditions = {gold.name for example in examples for gold in example.golds}
+    ratings = {WRITTEN: items, NAMES: rated_by_name(items, conditions)}
     for name, trained in ((POLICY, True), (WARM_UP, False)):
         ratings[name] = rated(items, beliefs_of(load(target, trained), target, examples))
     ratings[EXACT] = rated_exactly(items)
@@ -135,6 +148,7 @@ def measure(rows: Rows, method: str, seed: int) -> None:
         **environment(),
         "num_items": len(items),
         "ratings": compared(ratings),
+        "mean_confidence": {name: mean_confidence(rated) for name, rated in ratings.items()},
     }
     write_log(LOGS / f"{method}_seed{seed}.json", log)
 
@@ -145,14 +159,17 @@ def markdown() -> str:
     for method, logs in read_logs_by(LOGS, "method", METHODS).items():
         for log in logs:
             lines += lines_of(method, log)
-    return markdown_table(["method", "seed", "rated by", *METRICS, "auroc - written"], lines)
+    columns = ["mean", *METRICS, "auroc - written"]
+    return markdown_table(["method", "seed", "rated by", *columns], lines)
 
 
 def lines_of(method: str, log: Log) -> list[list[str]]:
     lines = []
     for name, values in log["ratings"].items():
-        cells = [shown(values[metric]) for metric in METRICS]
-        lines.append([method, str(log["seed"]), name, *cells, shown(values.get("auroc - written"))])
+        cells = [f"{log['mean_confidence'][name]:.3f}"]
+        cells += [shown(values[metric]) for metric in METRICS]
+        cells.append(shown(values.get("auroc - written")))
+        lines.append([method, str(log["seed"]), name, *cells])
     return lines
 
 
@@ -161,7 +178,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("method", choices=[method for method in METHODS if "rlcr" in method])
+    add("method", choices=CONFIDENT)
     add("seed", type=int)
     add("words", nargs="*", metavar="WORD", help="data.path=FOLDER, and out=FOLDER of the runs")
     args = parser.parse_args()

@@ -6,6 +6,7 @@ Writes questions.md. Of a method of single answers it shows three answers, of se
 """
 
 import html
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,13 +26,18 @@ ANSWERS = 3
 INTRODUCTION = f"""# {QUESTIONS} test questions
 
 Written by `python -m experiments.real_model.questions`. An answer is followed by the confidence that was written with it, if any,
-and in brackets by its true probability; a repeat is struck out. Seed 0.
+and in brackets by its true probability; a repeat is struck out, and has none. Seed 0.
 """
 
 
 def most_probable(example: Example) -> str:
-    golds = sorted(example.golds, key=lambda gold: -gold.probability)[:ANSWERS]
+    golds = sorted(example.golds, key=lambda gold: -(gold.probability or 0.0))[:ANSWERS]
     return ", ".join(f"{gold.name} ({gold.probability:.2f})" for gold in golds)
+
+
+def plain(text: str) -> str:
+    """A model's text, so that Markdown and HTML show it as it is, in one line."""
+    return re.sub(r"([\\`*_~|\[\]])", r"\\\1", html.escape(" ".join(text.split())))
 
 
 def answers_of(item: Item) -> str:
@@ -46,12 +52,13 @@ def answers_of(item: Item) -> str:
         for answer, confidence, mass, key in zip(
             one.answers, confidences, one.mass, one.keys, strict=True
         ):
-            words = html.escape(str(answer)).replace("|", "/").replace("\n", " ")
-            if key in seen:
-                words = f"~~{words}~~"
-            seen.add(key)
+            words = plain(str(answer))
             stated = "" if confidence is None else f" {confidence:g}"
-            said.append(f"{words}{stated} ({mass:.2f})")
+            if key in seen:
+                said.append(f"~~{words}~~{stated}")
+            else:
+                said.append(f"{words}{stated} ({mass:.2f})")
+            seen.add(key)
     return ", ".join(said[:ANSWERS])
 
 

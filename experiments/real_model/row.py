@@ -8,7 +8,8 @@ interrupted. `warm_up_<reward>` is the warm-up itself, asked in that reward's fo
 compared with it on the same questions, so it is measured first where it is not there yet.
 `constant` is the answers that are most frequent among training questions, whatever is asked.
 
-More words go to `mar.train`; `out=<folder>` is where runs lie, by default runs/real_model.
+`out=<folder>` is where runs lie, by default runs/real_model. Other words may only say where the data
+is and how this machine works: all rows are made with the same settings.
 """
 
 import argparse
@@ -27,7 +28,7 @@ from experiments.common.commands import (
     train_unless_finished,
     write_log,
 )
-from mar.errors import exit_code
+from mar.errors import UserError, exit_code
 from mar.files import read_jsonl
 from mar.measure.metrics import AnswerArrays
 from mar.measure.single_answers import gold_probabilities
@@ -65,27 +66,31 @@ ASKED = [
     "algo.group_size=8",
 ]
 TRAINED = ["train.steps=200", "eval.num_items=16", "checkpoint.every=10"]
-# Patients of a step: sets are three times as long.
-SETS = ["algo.prompts_per_step=4"]
-SINGLE = ["algo.prompts_per_step=8"]
-OWN = ["algo=own", "reward=multi_rlcr", "reward.brier_weight=3", *SETS]
+# Patients of a step: a set is several times as long as a single answer.
+SETS_OF_STEP = ["algo.prompts_per_step=4"]
+SINGLES_OF_STEP = ["algo.prompts_per_step=8"]
+OWN = ["algo=own", "reward=multi_rlcr", "reward.brier_weight=3", *SETS_OF_STEP]
 METHODS = {
-    "rlvr_single": ["algo=reinforce", "reward=rlvr_single", *SINGLE],
-    "rlcr_single": ["algo=reinforce", "reward=rlcr_single", *SINGLE],
+    "rlvr_single": ["algo=reinforce", "reward=rlvr_single", *SINGLES_OF_STEP],
+    "rlcr_single": ["algo=reinforce", "reward=rlcr_single", *SINGLES_OF_STEP],
     "pass_at_k": [
         "algo=reinforce",
         "reward=rlvr_single",
         "algo.credit=set",
         "algo.pass_k=3",
-        *SINGLE,
+        *SINGLES_OF_STEP,
     ],
-    "multi_rlvr": ["algo=reinforce", "reward=multi_rlvr", *SETS],
-    "multi_rlcr": ["algo=reinforce", "reward=multi_rlcr", *SETS],
+    "multi_rlvr": ["algo=reinforce", "reward=multi_rlvr", *SETS_OF_STEP],
+    "multi_rlcr": ["algo=reinforce", "reward=multi_rlcr", *SETS_OF_STEP],
     "multi_rlcr_own": OWN,
     "multi_rlcr_own_exact": [*OWN, "data.target=probabilities"],
 }
+# The methods whose completions are sets.
+OF_SETS = [name for name, words in METHODS.items() if any("=multi_" in word for word in words)]
 REWARDS = ("rlvr_single", "rlcr_single", "multi_rlvr", "multi_rlcr")
 WARM_UPS = {f"warm_up_{reward}": [f"reward={reward}"] for reward in REWARDS}
+# What words on the command line may begin with.
+OF_MACHINE = ("data.path=", "model.threads=", "logger.", "train.stop_at=")
 # Of each training step, what the log keeps.
 KEPT_OF_STEP = (
     "step",
@@ -135,17 +140,13 @@ def commit_of(run: Path) -> str | None:
     return OmegaConf.load(run / "config.yaml").provenance.commit
 
 
-def of_questions(folder: Path, confident: bool) -> dict[str, list[list[float]]]:
-    """For each question, in the order of the ids: coverage and different answers of 1, 2, .. sets.
+def coverage_of_questions(folder: Path, confident: bool) -> list[list[float]]:
+    """For each question, in the order of the ids: coverage of 1, 2, .. sets.
 
     Any two rows can be compared on the same questions with it.
     """
     items = sorted(read_other(folder, LOGS), key=lambda item: item.id)
-    arrays = AnswerArrays(items, confident)
-    return {
-        "coverage_of_questions": arrays.coverage_curve.round(4).tolist(),
-        "unique_of_questions": arrays.unique_curve.astype(int).tolist(),
-    }
+    return AnswerArrays(items, confident).coverage_curve.round(4).tolist()
 
 
 def constant_coverage(words: Sequence[str]) -> list[list[float]]:
@@ -185,30 +186,47 @@ class Rows:
 
     def measure_constant(self) -> None:
         covered = constant_coverage(self.settings("warm_up_multi_rlcr", 0))
-        write_log(LOGS.parent / "constant.json", {"coverage_of_questions": covered})
+        write_log(
+            LOGS.parent / "constant.json", {**environment(), "coverage_of_questions": covered}
+        )
 
     def make(self, method: str, seed: int) -> None:
         """Train, measure and write the log."""
         before = warm_up_of(method)
-        if not log_of(before, 0).exists() or not self.folder(before, 0).exists():
+        warm_up = self.folder(before, 0)
+        measured = log_of(before, 0).exists() and (warm_up / "evaluation.json").exists()
+        if not measured:
             self.measure_warm_up(before, 0)
         run = self.folder(method, seed)
         settings = [*self.settings(method, seed), *TRAINED]
         train_unless_finished(run, *settings, f"run_dir={run}")
-        run_module("mar.evaluate", str(run), *MEASURE, f"against={self.folder(before, 0)}")
-        trained = {"trained_at": commit_of(run), "train_s": seconds_of(run)}
+        run_module("mar.evaluate", str(run), *MEASURE, f"against={warm_up}")
+        trained = {
+            "trained_at": commit_of(run),
+            "train_s": seconds_of(run),
+            # To the warm-up asked in the same form.
+            "paired": read_evaluation(run)["paired"][f"policy - {warm_up}"],
+        }
         write(method, seed, run, **trained, steps=curve_of(run))
 
 
 def out_and_words(given: Sequence[str]) -> tuple[Path, list[str]]:
-    """`out=<folder>`, where runs lie, and the other words."""
+    """`out=<folder>`, where runs lie, and the other words.
+
+    Raises UserError for a word that would make a row unlike the others.
+    """
     out = Path("runs/real_model")
     words = []
     for word in given:
         if word.startswith("out="):
             out = Path(word.removeprefix("out="))
-        else:
+        elif word.startswith(OF_MACHINE):
             words.append(word)
+        else:
+            raise UserError(
+                f"{word}: all rows are made with the same settings, so only out=, "
+                f"{', '.join(OF_MACHINE)} can be said here; for others use python -m mar.train"
+            )
     return out, words
 
 
@@ -228,9 +246,7 @@ def write(method: str, seed: int, folder: Path, **more: Any) -> None:
         **more,
         **kept_of_arm(arm),
         "bars": evaluation["bars"],
-        # To the warm-up asked in the same form.
-        "paired": list(evaluation["paired"].values()),
-        **of_questions(folder, bool(arm["reliability"])),
+        "coverage_of_questions": coverage_of_questions(folder, bool(arm["reliability"])),
     }
     write_log(log_of(method, seed), log)
 

@@ -16,7 +16,7 @@ from experiments.common.commands import kept_of_arm, read_evaluation, run_module
 from experiments.common.tables import Log, markdown_table, read_logs_by
 from experiments.real_model.row import LOGS as ROW_LOGS
 from experiments.real_model.row import METHODS, WARM_UPS, Rows, out_and_words
-from experiments.real_model.summary import shown
+from experiments.real_model.summary import of_answers, shown
 from mar.errors import exit_code
 from mar.policy.sources import environment
 
@@ -76,9 +76,9 @@ def cells_of(log: Log) -> list[str]:
     bars = log.get("bars") or {}
     ceiling = bars.get("ceiling")
     best = "–" if ceiling is None else f"{ceiling[SET_SIZE - 1]:.3f}"
-    covered = dict(zip(log["curve"]["k"], log["curve"]["coverage"], strict=True))
+    covered = shown(of_answers(log, "coverage", SET_SIZE))
     metrics = [shown(log["metrics"].get(name)) for name in METRICS]
-    return [str(log["num_items"]), best, shown(covered.get(SET_SIZE)), *metrics]
+    return [str(log["num_items"]), best, covered, *metrics]
 
 
 def main() -> None:

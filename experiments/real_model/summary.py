@@ -8,19 +8,18 @@ from typing import Any
 import numpy as np
 
 from experiments.common.tables import Log, markdown_table, read_logs_by
-from experiments.real_model.row import METHODS, WARM_UPS
-from mar.measure.bootstrap import resample_weights
+from experiments.real_model.row import METHODS, OF_SETS, WARM_UPS, warm_up_of
+from mar.measure.bootstrap import mean_of, resample_weights, with_interval
 
 HERE = Path(__file__).parent
 LOGS = HERE / "logs"
 KS = (3, 9, 15)
 SET_SIZE = 3
-# The methods that are compared with RLVR-Single.
-SETS = ("multi_rlvr", "multi_rlcr", "multi_rlcr_own", "multi_rlcr_own_exact")
+# What one set is compared with.
+SINGLES = ("rlvr_single", "warm_up_rlvr_single")
 COVERAGE = ("top1", "format_rate", "repeats_per_set", "tokens_per_set")
 CHANGED = ("top1", "coverage@3", "coverage@15", "unique@15", "ece", "auroc", "q_mse")
 CALIBRATION = ("ece", "auroc", "brier", "q_mse", "tv_distance")
-Curves = dict[str, np.ndarray]
 
 
 def read_rows() -> dict[str, list[Log]]:
@@ -38,12 +37,9 @@ def shown(value: Sequence[float | None] | None) -> str:
     return f"{middle:.3f} ({low:.3f} to {high:.3f})"
 
 
-def over_questions(values: np.ndarray) -> list[float]:
+def over_questions(values: np.ndarray) -> list[float | None]:
     """Mean and 95 % interval of one value per question, by resampling the questions."""
-    weights = resample_weights(len(values))
-    means = weights @ values / weights.sum(axis=1)
-    low, high = np.quantile(means, (0.025, 0.975))
-    return [float(values.mean()), float(low), float(high)]
+    return with_interval(mean_of(values), resample_weights(len(values)))
 
 
 # ---------------------------------------------------------------------- one row a method and seed
@@ -98,63 +94,76 @@ def calibration_table() -> str:
 # ---------------------------------------------------------------------- on the same questions
 
 
-def curves_of(log: Log) -> Curves:
-    """Per question: coverage [B, sets] and different answers [B, sets]."""
-    return {
-        "coverage": np.array(log["coverage_of_questions"]),
-        "unique": np.array(log["unique_of_questions"]),
-    }
+def covered(log: Log, k: int) -> np.ndarray | None:
+    """[B] coverage of each question with k answers; None where the sets do not add up to k."""
+    if k not in log["curve"]["k"]:
+        return None
+    place = log["curve"]["k"].index(k)
+    return np.array(log["coverage_of_questions"])[:, place]
 
 
-def at_tokens(log: Log, tokens: float) -> np.ndarray:
+def at_tokens(log: Log, tokens: float) -> np.ndarray | None:
     """[B] coverage with so many tokens a question; between two numbers of sets it is interpolated.
 
-    Beyond the last set that was sampled, its coverage.
+    None where more sets than were sampled would be needed.
     """
-    covered = curves_of(log)["coverage"]
     spent = [0.0, *log["curve"]["tokens"]]
-    from_none = np.concatenate([np.zeros((len(covered), 1)), covered], axis=1)
+    if tokens > spent[-1]:
+        return None
+    of_sets = np.array(log["coverage_of_questions"])
+    from_none = np.concatenate([np.zeros((len(of_sets), 1)), of_sets], axis=1)
     return np.array([np.interp(tokens, spent, of_question) for of_question in from_none])
 
 
+def difference(ours: np.ndarray | None, theirs: np.ndarray | None) -> str:
+    """Ours minus theirs, on the same questions."""
+    if ours is None or theirs is None:
+        return "–"
+    return shown(over_questions(ours - theirs))
+
+
 def paired_table() -> str:
-    """One set of three minus RLVR-Single of the same seed, on the same questions."""
+    """One set of three minus single answers, on the same questions: every seed with every other."""
     logs = read_rows()
-    single = {log["seed"]: log for log in logs.get("rlvr_single", [])}
+    singles = [log for method in SINGLES for log in logs.get(method, [])]
     rows = []
-    for method in SETS:
+    for method in OF_SETS:
         for log in logs.get(method, []):
-            other = single.get(log["seed"])
-            if other is None:
-                continue
-            one_set = curves_of(log)["coverage"][:, 0]
-            three = curves_of(other)["coverage"][:, SET_SIZE - 1]
+            one_set = covered(log, SET_SIZE)
             tokens = log["curve"]["tokens"][0]
-            answers = tokens / other["curve"]["tokens"][0]
-            rows.append(
-                [
-                    method,
-                    str(log["seed"]),
-                    shown(over_questions(one_set - three)),
-                    shown(over_questions(one_set - at_tokens(other, tokens))),
-                    f"{answers:.1f}",
-                ]
-            )
-    columns = ["at 3 answers", "at equal tokens", "answers of RLVR-Single then"]
-    return markdown_table(["method", "seed", *columns], rows)
+            for other in singles:
+                rows.append(
+                    [
+                        method,
+                        str(log["seed"]),
+                        other["method"],
+                        str(other["seed"]),
+                        difference(one_set, covered(other, SET_SIZE)),
+                        difference(one_set, at_tokens(other, tokens)),
+                        f"{tokens / other['curve']['tokens'][0]:.1f}",
+                    ]
+                )
+    columns = ["at 3 answers", "at equal tokens", "its answers then"]
+    return markdown_table(["one set of", "seed", "minus", "its seed", *columns], rows)
 
 
 def change_table() -> str:
     """Each method and seed minus the warm-up asked in the same form, on the same questions."""
+    logs = read_rows()
     rows = []
-    for method, of_seeds in read_rows().items():
-        if method not in METHODS:
-            continue
-        for log in of_seeds:
-            paired = log["paired"][0]
-            cells = [shown(paired.get(name)) for name in CHANGED]
+    for method in METHODS:
+        for log in logs.get(method, []):
+            before = logs[warm_up_of(method)][0]
+            cells = [change(log, before, name) for name in CHANGED]
             rows.append([method, str(log["seed"]), *cells])
     return markdown_table(["method", "seed", *CHANGED], rows)
+
+
+def change(log: Log, before: Log, name: str) -> str:
+    if name.startswith("coverage@"):
+        k = int(name.removeprefix("coverage@"))
+        return difference(covered(log, k), covered(before, k))
+    return shown(log["paired"].get(name))
 
 
 # ---------------------------------------------------------------------- figures
@@ -170,11 +179,10 @@ def figures() -> Mapping[str, Any]:
     """Coverage against answers and tokens, and reliability; of the first seed."""
     from mar.figures import plots
 
-    methods = ("multi_rlcr_own", "multi_rlvr", "rlvr_single", "warm_up_multi_rlcr")
-    arms = drawn_arms((*methods, "warm_up_rlvr_single"))
+    arms = drawn_arms((*METHODS, "warm_up_multi_rlcr", "warm_up_rlvr_single"))
     bars = next(iter(arms.values()))["bars"]
     found = {"coverage": plots.coverage(arms, bars)}
-    confident = drawn_arms(("multi_rlcr_own", "rlcr_single", "warm_up_multi_rlcr"))
+    confident = {name: arm for name, arm in arms.items() if arm["reliability"]}
     if confident:
         found["reliability"] = plots.reliability(confident)
     return found

@@ -10,6 +10,7 @@ import torch
 from experiments.real_model import known, questions, row, shift, slots, summary
 from experiments.real_model.warmed_up import WarmedUp
 from mar.answers.tokenizer import load_tokenizer
+from mar.errors import UserError
 from mar.learn.demonstrations import DrawnText
 from mar.measure.answer_sets import AnswerSet, Item
 from mar.policy.sources import resolve_model
@@ -62,11 +63,10 @@ def a_log(method, seed, coverage, tokens, K):
             "unique": [[1.0, 1.0, 1.0]] * sets,
         },
         "coverage_of_questions": coverage,
-        "unique_of_questions": covered.tolist(),
         "metrics": {"top1": [0.25, 0.2, 0.3]},
         "reliability": [],
         "bars": {"floor": [0.5] * 15, "ceiling": [0.75] * 15},
-        "paired": [{"num_items": 2, "coverage@3": [0.125, 0.1, 0.15], "top1": [0.0, -0.1, 0.1]}],
+        "paired": {"num_items": 2, "top1": [0.125, 0.1, 0.15]},
     }
 
 
@@ -76,7 +76,8 @@ def logs(tmp_path, monkeypatch):
         a_log("multi_rlvr", 0, [[0.5, 0.6], [0.7, 0.8]], 30.0, 3),
         # Three answers of it cover 0.3 and 0.5; 30 tokens are 4 answers, 0.4 and 0.5.
         a_log("rlvr_single", 0, [[0.1, 0.2, 0.3, 0.4], [0.5, 0.5, 0.5, 0.5]], 7.5, 1),
-        a_log("multi_rlvr", 1, [[0.5, 0.6], [0.7, 0.8]], 30.0, 3),
+        a_log("warm_up_rlvr_single", 0, [[0.1, 0.1, 0.2], [0.2, 0.2, 0.2]], 7.5, 1),
+        a_log("warm_up_multi_rlvr", 0, [[0.25], [0.25]], 30.0, 3),
     ]
     (tmp_path / "rows").mkdir()
     for log in found:
@@ -88,39 +89,55 @@ def logs(tmp_path, monkeypatch):
     return found
 
 
-def test_a_set_is_compared_with_three_answers_and_with_as_many_tokens(logs):
-    lines = summary.paired_table().splitlines()[2:]
-    # Seed 1 has no RLVR-Single: nothing is said of it.
-    assert len(lines) == 1
-    cells = [cell.strip() for cell in lines[0].strip("|").split("|")]
-    assert cells[:2] == ["multi_rlvr", "0"]
-    assert cells[2].startswith("0.200 (")
-    assert cells[3].startswith("0.150 (")
-    assert cells[4] == "4.0"
+def cells_of(table):
+    lines = table.splitlines()[2:]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+
+
+def test_a_set_is_compared_with_three_single_answers_and_with_as_many_tokens(logs):
+    of_rlvr, of_warm_up = cells_of(summary.paired_table())
+    assert of_rlvr[:4] == ["multi_rlvr", "0", "rlvr_single", "0"]
+    assert of_rlvr[4].startswith("0.200 (")
+    assert of_rlvr[5].startswith("0.150 (")
+    assert of_rlvr[6] == "4.0"
+    # Its three answers have fewer tokens than a set: what four cover was not sampled.
+    assert of_warm_up[:4] == ["multi_rlvr", "0", "warm_up_rlvr_single", "0"]
+    assert of_warm_up[4].startswith("0.400 (")
+    assert of_warm_up[5] == "–"
 
 
 def test_coverage_between_two_numbers_of_answers_is_interpolated(logs):
     single = logs[1]
     assert summary.at_tokens(single, 3.75) == pytest.approx([0.05, 0.25])
     assert summary.at_tokens(single, 11.25) == pytest.approx([0.15, 0.5])
-    assert summary.at_tokens(single, 500.0) == pytest.approx([0.4, 0.5])
+    assert summary.at_tokens(single, 30.0) == pytest.approx([0.4, 0.5])
+    assert summary.at_tokens(single, 30.1) is None
 
 
 def test_each_seed_is_a_line_and_bounds_stand_below(logs):
     lines = summary.coverage_table().splitlines()[2:]
     names = [line.split("|")[1].strip() for line in lines]
-    methods = ["rlvr_single", "multi_rlvr", "multi_rlvr"]
-    assert names == [*methods, "constant answers", "floor", "ceiling"]
+    warm_ups = ["warm_up_rlvr_single", "warm_up_multi_rlvr"]
+    assert names == [*warm_ups, "rlvr_single", "multi_rlvr", "constant answers", "floor", "ceiling"]
     # Two sets of three do not add up to nine.
-    assert lines[1].split("|")[3].strip() == "0.600 (0.500 to 0.700)"
-    assert lines[1].split("|")[4].strip() == "–"
+    assert lines[3].split("|")[3].strip() == "0.600 (0.500 to 0.700)"
+    assert lines[3].split("|")[4].strip() == "–"
 
 
-def test_the_change_is_that_of_the_metric_named(logs):
-    line = summary.change_table().splitlines()[2]
-    cells = [cell.strip() for cell in line.strip("|").split("|")]
-    found = ["0.000 (-0.100 to 0.100)", "0.125 (0.100 to 0.150)"]
-    assert cells[2:] == [*found, "–", "–", "–", "–", "–"]
+def test_the_change_is_from_the_warm_up_in_the_same_form(logs):
+    single, sets = cells_of(summary.change_table())
+    assert single[:3] == ["rlvr_single", "0", "0.125 (0.100 to 0.150)"]
+    assert single[3].startswith("0.200 (")  # of three answers, 0.3 and 0.5 less 0.2 and 0.2
+    assert sets[:2] == ["multi_rlvr", "0"]
+    assert sets[3].startswith("0.350 (")
+    assert sets[4] == "–"  # two sets are no fifteen answers
+
+
+def test_words_that_would_make_a_row_unlike_the_others_are_refused():
+    out, words = row.out_and_words(["out=here", "data.path=x", "model.threads=2"])
+    assert (str(out), words) == ("here", ["data.path=x", "model.threads=2"])
+    with pytest.raises(UserError, match="model.lr=1e-4: all rows are made with the same settings"):
+        row.out_and_words(["model.lr=1e-4"])
 
 
 # ---------------------------------------------------------------------- questions to read
@@ -136,9 +153,15 @@ def a_set(answers, confidences=(), reason=None):
 
 
 def test_answers_are_read_over_as_many_sets_as_they_need():
-    singles = tuple(a_set((answer,)) for answer in ("Flu", "flu", "a|b", "never shown"))
+    singles = tuple(a_set((answer,)) for answer in ("Flu", "flu", "gout", "never shown"))
     item = Item("1", 1, False, None, 9, singles)
-    assert questions.answers_of(item) == "Flu (0.25), ~~flu~~ (0.25), a/b (0.25)"
+    assert questions.answers_of(item) == "Flu (0.25), ~~flu~~, gout (0.25)"
+
+
+def test_what_a_model_wrote_is_shown_as_it_is():
+    text = "a|b <b>*c*</b> [x](http://e)\n`d`"
+    shown = r"a\|b &lt;b&gt;\*c\*&lt;/b&gt; \[x\](http://e) \`d\`"
+    assert questions.plain(text) == shown
 
 
 def test_confidences_are_shown_and_a_broken_form_is_named():
@@ -252,9 +275,18 @@ def test_exact_ratings_are_the_masses_and_a_repeat_is_worth_nothing():
     assert known.rated_exactly([broken]) == [broken]
 
 
-def test_what_cannot_be_right_is_worth_nothing():
-    possible = known.rated_by_possibility(rated_sets())
-    assert [item.sets[0].confidences for item in possible] == [(0.5, 0.5, 0.0)] * 2
+def test_a_repeat_and_what_is_no_condition_are_worth_nothing_by_name():
+    # A condition counts whatever its probability is.
+    item = rated_sets()[0]
+    whole = replace(item.sets[0], mass=(0.0, 0.1, 0.0))
+    (by_name,) = known.rated_by_name([replace(item, sets=(whole,))], ["Flu", "gout"])
+    assert by_name.sets[0].confidences == (0.5, 0.0, 0.0)
+
+
+def test_the_mean_confidence_is_of_whole_sets():
+    whole = a_set(("flu", "cold"), (0.5, 0.25))
+    broken = a_set(("flu", None), (0.9, None), reason="no_answer")
+    assert known.mean_confidence([Item("1", 1, False, None, 9, (whole, broken))]) == 0.375
 
 
 def test_ratings_are_compared_with_the_confidences_as_written():
