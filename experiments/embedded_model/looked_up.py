@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from begin import embedded_config
-from recipe import AFTER_ANSWER_COUNTS, LOOKED_UP, RIGHT, STAGES, WRONG, Teacher, states_after
+from recipe import LOOKED_UP, RIGHT, SETS, STAGES, WRONG, Teacher, states_after
 
 from mar.answers.tokenizer import load_tokenizer
 from mar.policy.attention import group_attention
@@ -50,19 +50,16 @@ def said_and_true(teacher: Teacher) -> dict[int, list[tuple[float, float]]]:
     model = teacher.model
     with states_after(model, LOOKED_UP) as states:
         model.hidden(packed.ids, packed.positions, group_attention(packed))
-    logits = model.norm(states[0][packed.predict_from]) @ model.head_weight.T
+    places = lesson.looked_up.places
+    logits = model.norm(states[0][packed.predict_from[places]]) @ model.head_weight.T
     right_id, wrong_id = (teacher.encode(text)[0] for text in (RIGHT, WRONG))
     said = torch.softmax(logits[:, [right_id, wrong_id]], dim=-1)[:, 0]
+    # A bag holds what counts for right, then for wrong.
+    true_share = lesson.looked_up.bags.weights.view(-1, 2) / lesson.looked_up.bags.counts[:, None]
 
     pairs = defaultdict(list)
-    slot = 0
-    for place, token in enumerate(packed.targets.tolist()):
-        bag = lesson.looked_up[place]
-        if bag:
-            pairs[slot].append((said[place].item(), bag[right_id] / AFTER_ANSWER_COUNTS))
-            slot += 1
-        if token == teacher.tokenizer.eos_token_id:
-            slot = 0
+    for number, both in enumerate(zip(said.tolist(), true_share[:, 0].tolist(), strict=True)):
+        pairs[number % SETS.num_answers].append(both)
     return pairs
 
 

@@ -54,11 +54,14 @@ FORMS: list[tuple[str, Grammar, str]] = [
 ]
 
 
-def posterior_kl(model: Decoder, tokenizer: Any, examples: list[Example]) -> float:
-    """Nats per patient, exact: no answer is drawn."""
+def posterior_kl(
+    model: Decoder, tokenizer: Any, examples: list[Example], bare: bool = False
+) -> float:
+    """Nats per patient, exact: no answer is drawn. `bare`: without the request for a form."""
     rng = np.random.default_rng(1)
+    encode = piece_encoder(tokenizer)
     batch = make_demonstration_batch(
-        examples, clinic.NOUN, tokenizer, piece_encoder(tokenizer), rng, others=[], mixture="plain"
+        examples, clinic.NOUN, tokenizer, encode, rng, others=[], mixture="plain", bare=bare
     )
     with torch.no_grad():
         excess = soft_target_loss(model, batch).item() - batch.entropy

@@ -9,10 +9,12 @@ the probability of its answer.
 C, stage `noise`: confidences become nearly uninformative again. Reinforcement learning is to bring
 them back.
 
-From stage `forms` on, sets of three say on the way what a confidence needs. After layer `EARLY`
-the posterior is asked for, where an answer is written and right after it. After layer `LOOKED_UP`,
-right after an answer, the probability of that answer. The last layer has only to fetch it and to
-put it into digits.
+Layers below the last are asked on the way for what a confidence needs. After layer `EARLY` the
+posterior is asked for: where an answer is written and, from stage `forms` on, right after it.
+There layer `LOOKED_UP` is asked for the probability of that answer. The last layer has only to
+fetch it and to put it into digits.
+
+Every stage begins with new optimizers, and its rate rises over WARM_UP steps.
 
 A step's patients and forms depend on the seed, the stage and the step alone. A run that was stopped
 goes on at its last checkpoint. FOLDER/log.jsonl has the loss (nats a completion above the least
@@ -23,9 +25,8 @@ import argparse
 import json
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -36,22 +37,22 @@ from measure import posterior_kl, run, slot_correlations
 from torch import Tensor
 
 from mar.answers.grammar import Grammar
-from mar.answers.prompts import build_prompt
 from mar.answers.tokenizer import copy_tokenizer, load_tokenizer
 from mar.learn.demonstrations import (
-    CONFIDENCES,
+    MIXTURES,
     SFT_SEED,
     Bag,
     Bags,
     ConfidenceHint,
     DemonstrationBatch,
+    DrawForm,
     DrawnText,
     Encode,
     Pieces,
+    Shown,
     cross_entropy,
-    draw_demonstration,
+    draw_demonstrations,
     join_bags,
-    make_demonstration_batch,
     piece_encoder,
     soft_targets,
 )
@@ -70,15 +71,17 @@ LOOKED_UP = 5
 # Tokens that stand for "this answer is right" and "it is not" after layer LOOKED_UP.
 RIGHT = "1"
 WRONG = "0"
-# What each of the two counts, right after an answer.
-AFTER_ANSWER_COUNTS = 4.0
+# What each of the two counts right after an answer; fewer where the answer is nearly all there is.
+AFTER_ANSWER = 4.0
+AFTER_BARE_ANSWER = 1.0
 SETS = Grammar("rlcr_multi", 3, thinking=False)
 WARM_UP = 50
 SAVE_EVERY = 50
 LOG_EVERY = 25
 MEASURE_EVERY = 200
-# Validation patients that are measured.
+# Validation patients that are measured, on the way and at the end of a stage.
 ITEMS = 300
+ITEMS_AT_THE_END = 1000
 
 
 @dataclass(frozen=True)
@@ -98,7 +101,9 @@ class Stage:
     # Share of a confidence's mass that lies near the truth.
     share: float = 1.0
     # What a token of a confidence counts in the loss.
-    counts: float = 4.0
+    counts: float = 1.0
+    # Whether the layers below the last are asked right after an answer, too.
+    after_answers: bool = True
     # What the losses after layers EARLY and LOOKED_UP count.
     early: float = 1.0
     # The rate falls to the share `last` of itself, over the share `falling` of the steps.
@@ -107,10 +112,8 @@ class Stage:
 
 
 STAGES = (
-    Stage("bare", 1200, 1e-3, bare=64, last=1.0),
-    Stage(
-        "forms", 1000, 1e-3, bare=32, prompts=16, sets=8, rows=2, share=0.0, counts=1.0, last=0.5
-    ),
+    Stage("bare", 1200, 1e-3, bare=64, after_answers=False, last=1.0),
+    Stage("forms", 1000, 1e-3, bare=32, prompts=16, sets=8, rows=2, share=0.0, last=0.5),
     Stage("truth", 4000, 1e-3, bare=16, prompts=5, sets=11, rows=6, falling=0.7),
     Stage(
         "noise",
@@ -143,83 +146,112 @@ def states_after(model: Decoder, layer: int) -> Iterator[list[Tensor]]:
 
 
 @dataclass(frozen=True)
+class Asked:
+    """What a layer is asked for: a bag for each of these places among the predicted tokens."""
+
+    places: Tensor
+    bags: Bags
+
+
+def asked(bags: Sequence[Bag]) -> Asked:
+    """`bags`: one for each predicted token, empty where nothing is asked."""
+    places = [place for place, bag in enumerate(bags) if bag]
+    return Asked(torch.tensor(places, dtype=torch.int64), join_bags([bags[i] for i in places]))
+
+
+@dataclass(frozen=True)
 class Lesson:
-    """Demonstrations, and what the layers below the last are asked for: a bag for each token."""
+    """Demonstrations, and what layers EARLY and LOOKED_UP are asked for."""
 
     batch: DemonstrationBatch
-    early: list[Bag]
-    looked_up: list[Bag]
+    early: Asked
+    looked_up: Asked
 
 
-def split_bags(bags: Bags) -> list[Bag]:
-    ids = bags.ids.tolist()
-    weights = bags.weights.tolist()
-    starts = [*bags.starts.tolist(), len(ids)]
-    return [
-        dict(zip(ids[start:end], weights[start:end], strict=True))
-        for start, end in pairwise(starts)
-    ]
+def bags_below(
+    pieces: Pieces, targets: Sequence[Bag], encode: Encode, after: float
+) -> tuple[list[Bag], list[Bag]]:
+    """What layers EARLY and LOOKED_UP are asked for, at each token of a demonstration.
 
-
-def lesson_of_forms(batch: DemonstrationBatch) -> Lesson:
-    """Layer EARLY is asked for the same as the last one, but for tokens that do not count 1, those
-    of confidences."""
-    early = []
-    for bag in split_bags(batch.bags):
-        is_confidence = abs(sum(bag.values()) - 1.0) > 1e-6
-        early.append({} if is_confidence else bag)
-    return Lesson(batch, early, [{}] * len(early))
-
-
-def bags_after_answers(
-    pieces: Pieces, encode: Encode, right_id: int, wrong_id: int
-) -> list[tuple[Bag, Bag] | None]:
-    """Of each token of a set: what layers EARLY and LOOKED_UP are asked for where it comes right
-    after an answer; None for all other tokens."""
-    answers: list[DrawnText] = []
-    bags: list[tuple[Bag, Bag] | None] = []
-    asked: tuple[Bag, Bag] | None = None
+    EARLY is asked for what the last layer is, its `targets`, but for no confidence. Right after an
+    answer both are asked for something else, which counts `after`: EARLY for the posterior,
+    LOOKED_UP whether the answer is right.
+    """
+    right_id = encode(RIGHT)[0]
+    wrong_id = encode(WRONG)[0]
+    early = list(targets)
+    looked_up: list[Bag] = [{} for _ in targets]
+    # Name -> probability; the first answer was drawn from it.
+    posterior: dict[str, float] = {}
+    place = 0
     for piece in pieces:
         text = piece if isinstance(piece, str) else piece.text
-        bags += [asked] + [None] * (len(encode(text)) - 1)
-        asked = None
-        if isinstance(piece, str) or piece.text in CONFIDENCES:
-            continue
-        answers.append(piece)
-        first = answers[0]
-        posterior: Bag = {}
-        for name, probability in zip(first.candidates, first.probabilities, strict=True):
-            begin = encode(name)[0]
-            posterior[begin] = posterior.get(begin, 0.0) + AFTER_ANSWER_COUNTS * probability
-        truth = first.probabilities[list(first.candidates).index(piece.text)]
-        looked_up = {
-            right_id: AFTER_ANSWER_COUNTS * truth,
-            wrong_id: AFTER_ANSWER_COUNTS * (1 - truth),
-        }
-        asked = posterior, looked_up
-    return [*bags, asked]  # the stop token
+        end = place + len(encode(text))
+        if isinstance(piece, DrawnText) and piece.kind == "confidence":
+            # The token behind a confidence belongs to it: it says that it ends there.
+            for index in range(place, end + 1):
+                early[index] = {}
+        if isinstance(piece, DrawnText) and piece.kind == "answer" and after:
+            posterior = posterior or dict(zip(piece.candidates, piece.probabilities, strict=True))
+            early[end] = first_tokens(posterior, encode, after)
+            truth = posterior.get(text, 0.0)
+            looked_up[end] = {right_id: after * truth, wrong_id: after * (1 - truth)}
+        place = end
+    return early, looked_up
+
+
+def first_tokens(names: dict[str, float], encode: Encode, counts: float) -> Bag:
+    """The distribution of a name's first token, times `counts`."""
+    bag: Bag = {}
+    for name, probability in names.items():
+        token = encode(name)[0]
+        bag[token] = bag.get(token, 0.0) + counts * probability
+    return bag
+
+
+def make_lesson(drawn: Sequence[Shown], encode: Encode, stop_id: int, after: float) -> Lesson:
+    completions = []
+    targets: list[Bag] = []
+    early: list[Bag] = []
+    looked_up: list[Bag] = []
+    for shown in drawn:
+        rows = []
+        for pieces in shown.rows:
+            ids, of_tokens = soft_targets(pieces, encode, stop_id)
+            for_early, for_looked_up = bags_below(pieces, of_tokens, encode, after)
+            rows.append(ids)
+            targets += of_tokens
+            early += for_early
+            looked_up += for_looked_up
+        completions.append(rows)
+    packed = pack_groups([shown.prompt for shown in drawn], completions)
+    batch = DemonstrationBatch(packed, join_bags(targets))
+    return Lesson(batch, asked(early), asked(looked_up))
 
 
 def loss_and_excess(model: Decoder, lesson: Lesson, early: float) -> tuple[Tensor, float]:
-    """The loss a counted token, and how many nats in all the last layer lies above the least."""
-    packed = lesson.batch.packed
+    """The loss a counted token, and how many nats in all the last layer lies above the least.
+
+    A layer that is the last one, in a model with few, is not asked.
+    """
+    batch = lesson.batch
+    packed = batch.packed
     head = model.head_weight
-    num_layers = len(model.blocks)
-    with (
-        states_after(model, min(EARLY, num_layers)) as at_early,
-        states_after(model, min(LOOKED_UP, num_layers)) as at_looked_up,
-    ):
+    below = []
+    if early:
+        for layer, question in ((EARLY, lesson.early), (LOOKED_UP, lesson.looked_up)):
+            if layer < len(model.blocks) and len(question.places):
+                below.append((layer, question))
+    with ExitStack() as stack:
+        states = [stack.enter_context(states_after(model, layer)) for layer, _ in below]
         hidden = model.hidden(packed.ids, packed.positions, group_attention(packed))
 
-    def nats(states: Tensor, bags: Bags) -> Tensor:
-        return cross_entropy(states[packed.predict_from], head, packed.targets, bags)
-
-    batch = lesson.batch
-    of_last = nats(hidden, batch.bags)
+    of_last = cross_entropy(hidden[packed.predict_from], head, packed.targets, batch.bags)
     loss = of_last
-    if early:
-        loss = loss + early * nats(model.norm(at_early[0]), join_bags(lesson.early))
-        loss = loss + early * nats(model.norm(at_looked_up[0]), join_bags(lesson.looked_up))
+    for (_, question), (state,) in zip(below, states, strict=True):
+        chosen = model.norm(state[packed.predict_from[question.places]])
+        tokens = packed.targets[question.places]
+        loss = loss + early * cross_entropy(chosen, head, tokens, question.bags)
     return loss / batch.num_counted, of_last.item() - batch.bags.entropy
 
 
@@ -241,11 +273,15 @@ def slot_errors(rollouts: list[Rollout]) -> list[float]:
     return [round(float(error), 4) for error in np.mean(errors, axis=0)]
 
 
-def measured(model: Decoder, tokenizer: Any, sets: bool) -> dict[str, Any]:
-    """On validation patients: the posterior of a single answer, and sets of three if wanted."""
-    examples = clinic.load("validation", ITEMS)
-    found: dict[str, Any] = {"posterior_kl": round(posterior_kl(model, tokenizer, examples), 4)}
-    if not sets:
+def measured(model: Decoder, tokenizer: Any, num: int, bare: bool) -> dict[str, Any]:
+    """On `num` validation patients: the posterior of a single answer, and sets of three.
+
+    `bare`: of a single answer to the bare question, alone.
+    """
+    examples = clinic.load("validation", num)
+    divergence = posterior_kl(model, tokenizer, examples, bare)
+    found: dict[str, Any] = {"posterior_kl": round(divergence, 4)}
+    if bare:
         return found
     metrics, rollouts = run(model, tokenizer, examples, SETS, "ranked")
     for name in ("format_rate", "coverage@3", "q_mse", "ece"):
@@ -338,60 +374,41 @@ class Teacher:
     def lessons(self, stage: Stage) -> Iterator[Lesson]:
         """Those of this step: bare questions, all forms, sets."""
         rng = np.random.default_rng([self.seed, self.stage, self.step])
-        seed = SFT_SEED + 100_000 * (1 + self.stage) + self.step
+        seed = SFT_SEED + 10_000_000 * self.seed + 100_000 * (1 + self.stage) + self.step
         patients = clinic.load("train", stage.bare + stage.prompts + stage.sets, seed)
-        names = [gold.name for gold in patients[0].golds]
-        teach = (clinic.NOUN, self.tokenizer, self.encode, rng, names)
-        hint = ConfidenceHint(stage.share, stage.counts, 0.02)
         bare = patients[: stage.bare]
         forms = patients[stage.bare : stage.bare + stage.prompts]
         sets = patients[stage.bare + stage.prompts :]
-        if stage.bare:
-            batch = make_demonstration_batch(bare, *teach, "plain", bare=True)
-            yield lesson_of_forms(batch)
-        if stage.prompts:
-            batch = make_demonstration_batch(forms, *teach, "all", hint, stage.rows)
-            yield lesson_of_forms(batch)
-        if stage.sets:
-            yield self.lesson_of_sets(sets, names, hint, stage.rows, rng)
+        if bare:
+            yield self.lesson(stage, bare, MIXTURES["plain"], rng, bare=True)
+        if forms:
+            yield self.lesson(stage, forms, MIXTURES["all"], rng)
+        if sets:
+            yield self.lesson(stage, sets, lambda _: (SETS, "ranked"), rng)
 
-    def lesson_of_sets(
+    def lesson(
         self,
+        stage: Stage,
         patients: Sequence[Example],
-        names: Sequence[str],
-        hint: ConfidenceHint,
-        num_rows: int,
+        draw_form: DrawForm,
         rng: np.random.Generator,
+        bare: bool = False,
     ) -> Lesson:
-        right_id = self.encode(RIGHT)[0]
-        wrong_id = self.encode(WRONG)[0]
-        prompts = []
-        completions = []
-        targets: list[Bag] = []
-        after_answers: list[tuple[Bag, Bag] | None] = []
-        for patient in patients:
-            prompt = build_prompt(patient, SETS, self.tokenizer, clinic.NOUN)
-            rows = []
-            for _ in range(num_rows):
-                pieces = draw_demonstration(patient, SETS, names, rng, hint=hint)
-                ids, of_tokens = soft_targets(pieces, self.encode, self.tokenizer.eos_token_id)
-                rows.append(ids)
-                targets += of_tokens
-                after_answers += bags_after_answers(pieces, self.encode, right_id, wrong_id)
-            prompts.append(prompt.ids.tolist())
-            completions.append(rows)
-        batch = DemonstrationBatch(pack_groups(prompts, completions), join_bags(targets))
-        early = []
-        looked_up = []
-        for of_last, after_answer in zip(targets, after_answers, strict=True):
-            for_early, for_looked_up = after_answer or (of_last, {})
-            early.append(for_early)
-            looked_up.append(for_looked_up)
-        return Lesson(batch, early, looked_up)
+        """`bare`: one demonstration for each patient, without the request for a form."""
+        hint = ConfidenceHint(stage.share, stage.counts, 0.02)
+        names = [gold.name for gold in patients[0].golds]
+        rows = 1 if bare else stage.rows
+        drawn = draw_demonstrations(
+            patients, clinic.NOUN, self.tokenizer, rng, names, draw_form, hint, rows, bare
+        )
+        after = 0.0
+        if stage.after_answers:
+            after = AFTER_BARE_ANSWER if bare else AFTER_ANSWER
+        return make_lesson(drawn, self.encode, self.tokenizer.eos_token_id, after)
 
     def rate(self, stage: Stage) -> float:
         left = min(1.0, (stage.steps - self.step) / (stage.falling * stage.steps))
-        warm = min(1.0, (self.step + 1) / WARM_UP) if self.stage == 0 else 1.0
+        warm = min(1.0, (self.step + 1) / WARM_UP)
         return stage.lr * warm * (stage.last + (1 - stage.last) * left)
 
     def teach(self, stage: Stage) -> None:
@@ -424,23 +441,25 @@ class Teacher:
                 self.log(where | {"kl": kl} | spent)
                 recent.clear()
             if self.step % MEASURE_EVERY == 0 or last:
-                self.log(where | measured(self.model, self.tokenizer, sets=stage.prompts > 0))
+                num = ITEMS_AT_THE_END if last else ITEMS
+                bare = stage.prompts == 0
+                self.log(where | measured(self.model, self.tokenizer, num, bare))
             if self.step % SAVE_EVERY == 0 or last:
                 self.save()
 
     def go(self, until: str) -> None:
         """All stages that are left, to the end of the stage `until`; each leaves its model."""
-        for index, stage in enumerate(self.stages):
+        names = [stage.name for stage in self.stages]
+        for index, stage in enumerate(self.stages[: names.index(until) + 1]):
             if index < self.stage:
                 continue
             if index > self.stage:
                 self.stage, self.step = index, 0
+                self.optimizers = optimizers_of(self.model)
             self.log(asdict(stage) | {"from": self.step})
             self.teach(stage)
             save_model(self.model, self.folder / stage.name, torch.float32)
             copy_tokenizer(self.words, self.folder / stage.name)
-            if stage.name == until:
-                return
 
 
 def main() -> None:

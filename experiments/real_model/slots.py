@@ -20,7 +20,6 @@ from torch import Tensor
 from experiments.real_model.warmed_up import WarmedUp, open_warmed_up
 from mar.errors import UserError, exit_code
 from mar.learn.demonstrations import (
-    CONFIDENCES,
     DrawnText,
     Encode,
     Pieces,
@@ -44,7 +43,7 @@ AT_ONCE = 16
 def answers_of(pieces: Pieces) -> list[DrawnText]:
     """The drawn texts that are answers."""
     drawn = [piece for piece in pieces if isinstance(piece, DrawnText)]
-    return [piece for piece in drawn if piece.text not in CONFIDENCES]
+    return [piece for piece in drawn if piece.kind == "answer"]
 
 
 def slots_of_tokens(pieces: Pieces, encode: Encode) -> list[int]:
@@ -57,7 +56,7 @@ def slots_of_tokens(pieces: Pieces, encode: Encode) -> list[int]:
     after_answer = False
     for piece in pieces:
         if isinstance(piece, DrawnText):
-            after_answer = piece.text not in CONFIDENCES
+            after_answer = piece.kind == "answer"
             slot = answers_so_far if after_answer else -1
             slots += [slot] * len(encode(piece.text))
         else:

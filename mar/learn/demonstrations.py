@@ -11,7 +11,7 @@ sampling noise beyond the choice of patients and forms.
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
 from typing import Any
@@ -77,6 +77,8 @@ class DrawnText:
     chosen: int
     # What each of its tokens counts in the loss; tokens of literal text count 1.
     token_weight: float = 1.0
+    # What it says: an "answer", a "confidence" or some other "text".
+    kind: str = "text"
 
     @property
     def text(self) -> str:
@@ -142,7 +144,9 @@ def _draw_plain(rng: np.random.Generator) -> tuple[Grammar, str]:
     return PLAIN, "ranked"
 
 
-MIXTURES: dict[str, Callable[[np.random.Generator], tuple[Grammar, str]]] = {
+# Draws a grammar and the style of its prompt.
+DrawForm = Callable[[np.random.Generator], tuple[Grammar, str]]
+MIXTURES: dict[str, DrawForm] = {
     "all": draw_grammar,
     "short": _draw_short,
     "plain": _draw_plain,
@@ -157,11 +161,12 @@ def draw_text(
     weights: Sequence[float],
     rng: np.random.Generator,
     token_weight: float = 1.0,
+    kind: str = "text",
 ) -> DrawnText:
     """One of the candidates, in proportion to its weight."""
     probabilities = np.asarray(weights, dtype=np.float64) / np.sum(weights)
     chosen = int(rng.choice(len(candidates), p=probabilities))
-    return DrawnText(candidates, probabilities.tolist(), chosen, token_weight)
+    return DrawnText(candidates, probabilities.tolist(), chosen, token_weight, kind)
 
 
 def _draw_evenly(candidates: Sequence[str], rng: np.random.Generator) -> DrawnText:
@@ -179,7 +184,7 @@ def draw_answers(
     unsaid = {gold.name: gold.probability for gold in example.golds if gold.probability}
     answers: list[DrawnText] = []
     while unsaid and len(answers) < num_answers:
-        answers.append(draw_text(list(unsaid), list(unsaid.values()), rng))
+        answers.append(draw_text(list(unsaid), list(unsaid.values()), rng, kind="answer"))
         del unsaid[answers[-1].text]
     missing = num_answers - len(answers)
     if missing == 0:
@@ -191,7 +196,7 @@ def draw_answers(
     right = [] if answers else gold_names
     names = _shuffled(right, rng)[:missing]
     names += _shuffled(wrong, rng)[: missing - len(names)]
-    certain = [DrawnText([name], [1.0], chosen=0) for name in _shuffled(names, rng)]
+    certain = [DrawnText([name], [1.0], 0, kind="answer") for name in _shuffled(names, rng)]
     return answers + certain
 
 
@@ -252,7 +257,7 @@ def draw_demonstration(
         if element.kind == "confidence":
             truth = probability.get(answers[element.slot].text)
         weights = confidence_weights(truth, hint)
-        return [draw_text(CONFIDENCES, weights, rng, hint.token_weight)]
+        return [draw_text(CONFIDENCES, weights, rng, hint.token_weight, kind="confidence")]
 
     pieces: list[str | DrawnText] = []
     for element in grammar.elements:
@@ -400,6 +405,49 @@ class DemonstrationBatch:
         return self.bags.entropy / self.num_counted
 
 
+@dataclass(frozen=True)
+class Shown:
+    """A prompt's token ids, and the demonstrations that follow it, in pieces."""
+
+    prompt: list[int]
+    rows: list[Pieces]
+
+
+def draw_demonstrations(
+    examples: Sequence[Example],
+    noun: str,
+    tokenizer: Any,
+    rng: np.random.Generator,
+    others: Sequence[str],
+    draw_form: DrawForm,
+    hint: ConfidenceHint = NO_HINT,
+    rows: int = 1,
+    bare: bool = False,
+    explain_decimals: bool = False,
+) -> list[Shown]:
+    """`rows` demonstrations for each example, in a form that is drawn for it.
+
+    `others` are answers to other questions. `bare`: a prompt is the question alone, without the
+    request for a form.
+    """
+    drawn = []
+    for example in examples:
+        grammar, style = draw_form(rng)
+        prompt = build_prompt(
+            example, grammar, tokenizer, noun, style, explain_decimals=explain_decimals
+        )
+        prompt_ids: list[int] = prompt.ids.tolist()
+        if bare:
+            _, ids = encode_chat(tokenizer, example.question, grammar.thinking)
+            prompt_ids = list(ids)
+        demonstrations: list[Pieces] = [
+            draw_demonstration(example, grammar, others, rng, prompt.think_open, hint)
+            for _ in range(rows)
+        ]
+        drawn.append(Shown(prompt_ids, demonstrations))
+    return drawn
+
+
 def make_demonstration_batch(
     examples: Sequence[Example],
     noun: str,
@@ -413,29 +461,21 @@ def make_demonstration_batch(
     bare: bool = False,
     explain_decimals: bool = False,
 ) -> DemonstrationBatch:
-    """`rows` demonstrations for each example, in a form that it draws from one of MIXTURES.
-
-    `others` are answers to other questions. `bare`: a prompt is the question alone, without the
-    request for a form.
-    """
+    """What `draw_demonstrations` draws, packed, in the forms of one of MIXTURES."""
+    draw_form = MIXTURES[mixture]
+    drawn = draw_demonstrations(
+        examples, noun, tokenizer, rng, others, draw_form, hint, rows, bare, explain_decimals
+    )
     prompts: list[list[int]] = []
     completions: list[list[list[int]]] = []
     targets: list[Bag] = []
-    for example in examples:
-        grammar, style = MIXTURES[mixture](rng)
-        prompt = build_prompt(
-            example, grammar, tokenizer, noun, style, explain_decimals=explain_decimals
-        )
-        if bare:
-            text, prompt_ids = encode_chat(tokenizer, example.question, grammar.thinking)
-            prompt = replace(prompt, text=text, ids=np.array(prompt_ids, np.int32))
+    for shown in drawn:
         group: list[list[int]] = []
-        for _ in range(rows):
-            pieces = draw_demonstration(example, grammar, others, rng, prompt.think_open, hint)
+        for pieces in shown.rows:
             ids, of_tokens = soft_targets(pieces, encode, tokenizer.eos_token_id)
             group.append(ids)
             targets += of_tokens
-        prompts.append(prompt.ids.tolist())
+        prompts.append(shown.prompt)
         completions.append(group)
     return DemonstrationBatch(pack_groups(prompts, completions), join_bags(targets))
 

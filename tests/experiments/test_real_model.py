@@ -221,10 +221,9 @@ def test_a_shift_is_a_line_with_the_most_that_is_possible(tmp_path, monkeypatch)
 
 def test_the_token_behind_an_answer_belongs_to_it():
     letters = list
-    confidence = DrawnText(["0.50"], [1.0], 0)
-    assert confidence.text in slots.CONFIDENCES
-    pieces = ["<a>", DrawnText(["flu"], [1.0], 0), "</a>", confidence, "<b>"]
-    pieces += [DrawnText(["cold"], [1.0], 0), "</b>"]
+    confidence = DrawnText(["0.50"], [1.0], 0, kind="confidence")
+    pieces = ["<a>", DrawnText(["flu"], [1.0], 0, kind="answer"), "</a>", confidence, "<b>"]
+    pieces += [DrawnText(["cold"], [1.0], 0, kind="answer"), "</b>"]
     of_first = [-1] * 3 + [0] * 3 + [0, -1, -1, -1] + [-1] * 4
     of_second = [-1] * 3 + [1] * 4 + [1, -1, -1, -1]
     assert slots.slots_of_tokens(pieces, letters) == [*of_first, *of_second, -1]

@@ -30,34 +30,56 @@ def teacher(recipe, tmp_path_factory):
     return recipe.Teacher(out, EMBEDDED, load_model(EMBEDDED), 0, stages)
 
 
+NUMBERS = {"1": [1], "0": [0], "flu": [5], "flux": [5, 6], "cold": [7], "0.25": [0, 2]}
+
+
+def encode(text):
+    return NUMBERS.get(text, [9, 9])
+
+
+NAMES = ["flu", "flux", "cold"]
+PIECES = [
+    "<answer1>",
+    DrawnText(NAMES, [0.25, 0.25, 0.5], chosen=2, kind="answer"),
+    "</answer1>",
+    DrawnText(["0.25"], [1.0], chosen=0, kind="confidence"),
+    "<answer2>",
+    # Without the first one; what counts is its probability among all.
+    DrawnText(["flu", "flux"], [0.5, 0.5], chosen=0, kind="answer"),
+    "</answer2>",
+    DrawnText(["0.25"], [1.0], chosen=0, kind="confidence"),
+    "<end>",
+]
+# Tokens: 2 of a tag, 1 of an answer, 2 of a tag, 2 of a confidence; twice, then 2 and the stop token.
+AFTER_ANSWERS = (3, 10)
+OF_CONFIDENCES = (5, 6, 7, 12, 13, 14)
+
+
 def test_right_after_an_answer_the_posterior_and_its_probability_are_asked_for(recipe):
-    numbers = {"1": [1], "0": [0], "flu": [5], "flux": [5, 6], "cold": [7], "0.25": [0, 2]}
-
-    def encode(text):
-        return numbers.get(text, [9, 9])
-
-    names = ["flu", "flux", "cold"]
-    pieces = [
-        "<answer1>",
-        DrawnText(names, [0.25, 0.25, 0.5], chosen=2),
-        "</answer1>",
-        DrawnText(["0.25"], [1.0], chosen=0),
-        "<answer2>",
-        # Without the first one; what counts is its probability among all.
-        DrawnText(["flu", "flux"], [0.5, 0.5], chosen=0),
-        "</answer2>",
-        DrawnText(["0.25"], [1.0], chosen=0),
-        "<end>",
-    ]
-    bags = recipe.bags_after_answers(pieces, encode, right_id=1, wrong_id=0)
+    targets = [{100 + place: 1.0} for place in range(17)]
+    early, looked_up = recipe.bags_below(PIECES, targets, encode, after=4.0)
     # Two names begin with the same token.
-    counts = recipe.AFTER_ANSWER_COUNTS
-    posterior = {5: 0.5 * counts, 7: 0.5 * counts}
-    first = (posterior, {1: 0.5 * counts, 0: 0.5 * counts})
-    second = (posterior, {1: 0.25 * counts, 0: 0.75 * counts})
-    rest = [None] * 3  # of a closing tag, and of a confidence
-    expected = [*[None] * 3, first, *rest, *[None] * 3, second, *rest, *[None] * 3]
-    assert bags == expected
+    assert [early[place] for place in AFTER_ANSWERS] == [{5: 2.0, 7: 2.0}] * 2
+    assert looked_up[3] == {1: 2.0, 0: 2.0}
+    assert looked_up[10] == {1: 1.0, 0: 3.0}
+    assert [place for place, bag in enumerate(looked_up) if bag] == [*AFTER_ANSWERS]
+
+
+def test_the_early_layer_is_asked_what_the_last_one_is_but_for_no_confidence(recipe):
+    targets = [{100 + place: 1.0} for place in range(17)]
+    early, looked_up = recipe.bags_below(PIECES, targets, encode, after=0.0)
+    expected = [{} if place in OF_CONFIDENCES else targets[place] for place in range(17)]
+    assert early == expected
+    assert not any(looked_up)
+
+
+def test_no_lesson_asks_the_early_layer_for_a_confidence(recipe, teacher):
+    """Of forms and sets drawn as in training: nothing is asked where a digit is predicted."""
+    digits = {teacher.encode(str(digit))[0] for digit in range(10)}
+    for lesson in teacher.lessons(teacher.stages[0]):
+        targets = lesson.batch.packed.targets[lesson.early.places].tolist()
+        assert targets
+        assert not digits & set(targets)
 
 
 def test_the_loss_of_the_last_layer_is_that_of_the_demonstrations(recipe, teacher):
@@ -69,9 +91,11 @@ def test_the_loss_of_the_last_layer_is_that_of_the_demonstrations(recipe, teache
         assert excess == pytest.approx((loss.item() - lesson.batch.entropy) * counted, rel=1e-4)
 
 
-def test_each_lower_layer_adds_what_it_is_asked(recipe, teacher):
+def test_each_lower_layer_adds_what_it_is_asked(recipe, teacher, monkeypatch):
+    monkeypatch.setattr(recipe, "EARLY", 2)
+    monkeypatch.setattr(recipe, "LOOKED_UP", 3)
     *_, sets = teacher.lessons(teacher.stages[0])
-    nothing = [{}] * len(sets.early)
+    nothing = recipe.asked([])
     losses = []
     for early in (nothing, sets.early):
         for looked_up in (nothing, sets.looked_up):
@@ -81,3 +105,43 @@ def test_each_lower_layer_adds_what_it_is_asked(recipe, teacher):
     assert neither < of_looked_up < both
     assert neither < of_early < both
     assert both == pytest.approx(of_early + of_looked_up - neither, rel=1e-4)
+
+
+def test_a_layer_that_is_the_last_is_not_asked(recipe, teacher, monkeypatch):
+    *_, sets = teacher.lessons(teacher.stages[0])
+    of_last = recipe.loss_and_excess(teacher.model, sets, early=0.0)[0]
+    num_layers = len(teacher.model.blocks)
+    monkeypatch.setattr(recipe, "EARLY", num_layers)
+    monkeypatch.setattr(recipe, "LOOKED_UP", num_layers + 1)
+    assert recipe.loss_and_excess(teacher.model, sets, early=1.0)[0] == of_last
+
+
+def test_another_seed_has_other_patients_and_a_step_the_same_ones_again(recipe, teacher):
+    def first_question(seed):
+        of_seed = recipe.Teacher(teacher.folder, EMBEDDED, teacher.model, seed, teacher.stages)
+        packed = next(of_seed.lessons(teacher.stages[0])).batch.packed
+        start, length = packed.prompts[0][:2]
+        return packed.ids[start : start + length].tolist()
+
+    assert first_question(0) == first_question(0)
+    assert first_question(0) != first_question(1)
+
+
+def test_every_stage_begins_with_new_optimizers(recipe, tmp_path):
+    stages = tuple(recipe.Stage(name, 0, 1e-3, bare=1) for name in ("first", "second"))
+    teacher = recipe.Teacher(tmp_path, EMBEDDED, load_model(EMBEDDED), 0, stages)
+    of_first = teacher.optimizers
+    teacher.go("first")
+    assert teacher.optimizers is of_first
+    teacher.go("second")
+    assert teacher.optimizers is not of_first
+
+
+def test_until_ends_the_training_also_after_that_stage(recipe, tmp_path):
+    """A checkpoint in a later stage: nothing is left to do."""
+    stages = tuple(recipe.Stage(name, 1, 1e-3, bare=1) for name in ("first", "second"))
+    teacher = recipe.Teacher(tmp_path, EMBEDDED, load_model(EMBEDDED), 0, stages)
+    teacher.stage = 1
+    teacher.go("first")
+    assert (teacher.stage, teacher.step) == (1, 0)
+    assert not (tmp_path / "second").exists()
