@@ -14,10 +14,10 @@ from pathlib import Path
 
 import numpy as np
 
+from experiments.real_model.summary import over_questions
 from experiments.real_model.warmed_up import open_warmed_up
 from mar.errors import exit_code
 from mar.learn.warm_up import answer_masses
-from mar.measure.bootstrap import resample_weights
 from mar.measure.single_answers import bars_of, coverage_of, gold_probabilities, means
 from mar.run.console import Display
 from mar.run.setup import load_data
@@ -39,12 +39,9 @@ def run(adapters: str, num: int, out: Path, words: Sequence[str]) -> None:
         for way in WAYS:
             told[f"{way} - 2 x constant"] = told[way] - 2 * told[f"constant@{way[-1]}"]
 
-    weights = resample_weights(len(examples))
     rows = {}
     for name, values in told.items():
-        again = weights @ values / weights.sum(axis=1)
-        row = (values.mean(), np.quantile(again, 0.025), np.quantile(again, 0.975))
-        rows[name] = [round(float(x), 4) for x in row]
+        rows[name] = np.array(over_questions(values), dtype=float).round(4).tolist()
     strata = {}
     for stratum in sorted({example.stratum for example in examples}):
         chosen = np.array([example.stratum == stratum for example in examples])

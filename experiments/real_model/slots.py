@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from experiments.real_model.summary import over_questions
 from experiments.real_model.warmed_up import WarmedUp, open_warmed_up
 from mar.errors import UserError, exit_code
 from mar.learn.demonstrations import (
@@ -28,7 +29,6 @@ from mar.learn.demonstrations import (
     soft_targets,
 )
 from mar.learn.warm_up import pack_sharing
-from mar.measure.bootstrap import resample_weights
 from mar.policy.attention import group_attention
 from mar.policy.model import Decoder
 from mar.records import Example
@@ -141,13 +141,10 @@ def run(adapters: str, num: int, out: Path, words: Sequence[str]) -> None:
     names = [gold.name for gold in examples[0].golds]
     prior = dict(zip(names, frequencies.tolist(), strict=True))
 
-    weights = resample_weights(len(examples))
     found = {}
     for name, values in nats_of_answers(opened, examples, prior).items():
-        again = weights @ values / weights.sum(axis=1, keepdims=True)
-        low, high = np.quantile(again, (0.025, 0.975), axis=0)
-        mean_low_high = np.stack([values.mean(axis=0), low, high], axis=1)
-        found[name] = np.round(mean_low_high, 3).tolist()
+        mean_low_high = [over_questions(of_slot) for of_slot in values.T]
+        found[name] = np.array(mean_low_high, dtype=float).round(3).tolist()
     document = {"questions": len(examples), "words": without_places(words), "answer 1, 2, 3": found}
     out.write_text(json.dumps(document, indent=1) + "\n")
     print(json.dumps(found))
