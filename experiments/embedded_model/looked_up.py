@@ -1,15 +1,18 @@
-"""Does layer LOOKED_UP of the recipe know how probable an answer is, right after it?
+"""What the recipe's model knows of an answer's probability: layer LOOKED_UP right after the answer,
+and the last layer where it writes the confidence.
 
     python experiments/embedded_model/looked_up.py FOLDER
 
 FOLDER is one of the recipe's, with its checkpoint. Of sets of three for validation patients, drawn
-from the posterior: correlation with the truth, and mean squared error, of what the layer says right
-after each answer. Beside it the variance of the truth, the error of a constant.
+from the posterior. `layer`: mean squared error of what layer LOOKED_UP says, and its correlation
+with the truth. `mean` and `drawn`: the same error of the confidence that the last layer expects,
+and the variance of those that it draws; a confidence that is drawn has the sum of both. Both are of
+the first digit alone, the second one taken as 4.5. `constant`: the variance of the truth.
 """
 
 import argparse
 from collections import defaultdict
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +28,7 @@ PATIENTS = 200
 # No step of a training run draws these patients.
 STEP = 99_999
 TRUTH = 2
+DIGITS = "0123456789"
 
 
 def open_teacher(folder: Path) -> Teacher:
@@ -42,25 +46,51 @@ def open_teacher(folder: Path) -> Teacher:
     return teacher
 
 
+@dataclass(frozen=True)
+class Said:
+    """Of one answer: its probability, what layer LOOKED_UP says of it, and the mean and the variance
+    of the confidence that the last layer writes."""
+
+    truth: float
+    looked_up: float
+    mean: float
+    variance: float
+
+
 @torch.no_grad()
-def said_and_true(teacher: Teacher) -> dict[int, list[tuple[float, float]]]:
-    """Right after each answer, by its slot: what the layer says, and the truth."""
+def said_of_answers(teacher: Teacher) -> dict[int, list[Said]]:
+    """Slot -> what is said of its answers."""
     (lesson,) = teacher.lessons(teacher.stages[TRUTH])
     packed = lesson.batch.packed
     model = teacher.model
     with states_after(model, LOOKED_UP) as states:
-        model.hidden(packed.ids, packed.positions, group_attention(packed))
+        hidden = model.hidden(packed.ids, packed.positions, group_attention(packed))
+
     places = lesson.looked_up.places
     logits = model.norm(states[0][packed.predict_from[places]]) @ model.head_weight.T
     right_id, wrong_id = (teacher.encode(text)[0] for text in (RIGHT, WRONG))
-    said = torch.softmax(logits[:, [right_id, wrong_id]], dim=-1)[:, 0]
+    looked_up = torch.softmax(logits[:, [right_id, wrong_id]], dim=-1)[:, 0]
     # A bag holds what counts for right, then for wrong.
-    true_share = lesson.looked_up.bags.weights.view(-1, 2) / lesson.looked_up.bags.counts[:, None]
+    truth = lesson.looked_up.bags.weights.view(-1, 2)[:, 0] / lesson.looked_up.bags.counts
 
-    pairs = defaultdict(list)
-    for number, both in enumerate(zip(said.tolist(), true_share[:, 0].tolist(), strict=True)):
-        pairs[number % SETS.num_answers].append(both)
-    return pairs
+    # Between an answer and its confidence stand two tags.
+    begins = places + len(teacher.encode("</answer1><confidence1>"))
+    logits = hidden[packed.predict_from[begins + 1]] @ model.head_weight.T
+    digit_ids = [teacher.encode(f"0.{digit}0")[1] for digit in DIGITS]
+    of_digits = torch.softmax(logits[:, digit_ids], dim=-1)
+    worth = torch.arange(10) / 10 + 0.045
+    mean = of_digits @ worth
+    variance = of_digits @ worth**2 - mean**2
+
+    # A confidence of 1.00 begins otherwise.
+    below_1 = packed.targets[begins] == teacher.encode("0.00")[0]
+
+    found = defaultdict(list)
+    columns = [column.tolist() for column in (truth, looked_up, mean, variance, below_1)]
+    for number, (*values, has_digit) in enumerate(zip(*columns, strict=True)):
+        if has_digit:
+            found[number % SETS.num_answers].append(Said(*values))
+    return found
 
 
 def main() -> None:
@@ -68,13 +98,16 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("folder", type=Path)
-    for slot, pairs in said_and_true(open_teacher(parser.parse_args().folder)).items():
-        said, true = np.array(pairs).T
-        correlation = np.corrcoef(said, true)[0, 1]
-        error = np.mean((said - true) ** 2)
+    for slot, said in said_of_answers(open_teacher(parser.parse_args().folder)).items():
+        truth = np.array([one.truth for one in said])
+        looked_up = np.array([one.looked_up for one in said])
+        mean = np.array([one.mean for one in said])
+        drawn = np.mean([one.variance for one in said])
+        correlation = np.corrcoef(looked_up, truth)[0, 1]
         print(
-            f"slot {slot + 1}: correlation {correlation:.2f}, squared error {error:.4f}, "
-            f"of a constant {np.var(true):.4f}"
+            f"slot {slot + 1}: layer {np.mean((looked_up - truth) ** 2):.4f} "
+            f"(correlation {correlation:.2f}), mean {np.mean((mean - truth) ** 2):.4f}, "
+            f"drawn {drawn:.4f}, constant {np.var(truth):.4f}"
         )
 
 

@@ -6,8 +6,8 @@ A, stages `bare` and `forms`: answers that follow the exact posterior, first to 
 then in every form. Confidences are noise.
 B, stage `truth`: confidences at the truth, in sets of three above all, until a confidence follows
 the probability of its answer.
-C, stage `noise`: confidences become nearly uninformative again. Reinforcement learning is to bring
-them back.
+C, stage `noise`: confidences become nearly uninformative again, while the layers below the last are
+asked on. Reinforcement learning is to bring the confidences back.
 
 Layers below the last are asked on the way for what a confidence needs. After layer `EARLY` the
 posterior is asked for: where an answer is written and, from stage `forms` on, right after it.
@@ -115,18 +115,7 @@ STAGES = (
     Stage("bare", 1200, 1e-3, bare=64, after_answers=False, last=1.0),
     Stage("forms", 1000, 1e-3, bare=32, prompts=16, sets=8, rows=2, share=0.0, last=0.5),
     Stage("truth", 4000, 1e-3, bare=16, prompts=5, sets=11, rows=6, falling=0.7),
-    Stage(
-        "noise",
-        250,
-        3e-4,
-        bare=0,
-        prompts=24,
-        rows=4,
-        share=0.35,
-        counts=2.0,
-        early=0.0,
-        falling=0.7,
-    ),
+    Stage("noise", 250, 3e-4, bare=0, prompts=24, rows=4, share=0.35, counts=2.0, falling=0.7),
 )
 
 
