@@ -235,6 +235,16 @@ def entropy_coef(algo: AlgoOptions, step: int, num_steps: int) -> float:
     return algo.entropy_coef
 
 
+def entropy_weights(algo: AlgoOptions, batch: Batch, weights: Tensor) -> Tensor:
+    """What the entropy of each token counts in the bonus, [B, T]: of all, or of confidences alone.
+
+    `weights` [B, T]: what each token counts in the loss.
+    """
+    if algo.entropy_of == "tokens":
+        return weights
+    return weights * batch.confidence_segments.gather(1, batch.segment_ids)
+
+
 def _minibatches(
     learner: Learner, batch: Batch, columns: Columns, step: int
 ) -> Sequence[tuple[Batch, Columns]]:
@@ -252,7 +262,9 @@ def _minibatches(
         for chosen in minibatch_groups(config, len(batch.groups), step, epoch):
             part, rows = batch.take(chosen)
             own_columns = {name: column[rows] for name, column in of_epoch.items()}
-            own_columns["weights"] = token_weights(part.loss_mask, algo.aggregation, longest)
+            weights = token_weights(part.loss_mask, algo.aggregation, longest)
+            own_columns["weights"] = weights
+            own_columns["entropy_weights"] = entropy_weights(algo, part, weights)
             parts.append((part, own_columns))
     return parts
 
@@ -314,7 +326,7 @@ def policy_loss(
         if algo.kl != "k1":
             loss = loss + algo.kl_coef * (weights * kl).sum()
     if bonus:
-        loss = loss - bonus * (weights * entropy).sum()
+        loss = loss - bonus * (columns["entropy_weights"] * entropy).sum()
     logged["loss"] = Logged(loss.item(), UPDATE_MEAN)
     logged["entropy"] = Logged(entropy.detach()[counted].sum().item(), TOKEN_MEAN)
     logged |= diagnostics(

@@ -363,12 +363,17 @@ def _run_rules(config: Config) -> Rules:
 
 
 def _credit_faults(config: Config) -> Iterator[str]:
-    """The credit rule against the form."""
+    """What parts answers from confidences, against the form."""
     reward = config.reward
     if config.algo.credit == "decoupled" and not reward.confident:
         yield (
             f"algo.credit=decoupled parts answers from confidences and reward.objective="
             f"{reward.objective} has none: take algo.credit=to_go, or an rlcr objective"
+        )
+    if config.algo.entropy_of == "confidences" and not reward.confident:
+        yield (
+            f"algo.entropy_of=confidences: reward.objective={reward.objective} has none; take "
+            "algo.entropy_of=tokens, or an rlcr objective"
         )
 
 

@@ -21,7 +21,14 @@ from mar.learn.batch import make_batch, micro_batches
 from mar.learn.gae import explained_variance, gae, token_rewards
 from mar.learn.gradient_variance import variance_ratio
 from mar.learn.learner import Learner
-from mar.learn.losses import LARGEST, TOKEN_MEAN, UPDATE_MEAN, Logged, policy_gradient
+from mar.learn.losses import (
+    LARGEST,
+    TOKEN_MEAN,
+    UPDATE_MEAN,
+    Logged,
+    policy_gradient,
+    token_weights,
+)
 from mar.learn.optim import make_optimizer
 from mar.learn.update import (
     _add_up,
@@ -30,6 +37,7 @@ from mar.learn.update import (
     advantage_columns,
     compute_advantages,
     entropy_coef,
+    entropy_weights,
     one_pass,
     policy_loss,
     update,
@@ -625,6 +633,37 @@ def test_entropy_bonus_raises_entropy_and_decays(tiny_model):
         for step in range(5)
     ]
     assert entropies[-1] > entropies[0] + 0.05
+
+
+def test_the_entropy_bonus_of_confidences_counts_no_other_token():
+    batch = make_batch(fake_groups(), FIRST_OPEN)
+    weights = token_weights(batch.loss_mask, "token_mean", 12)
+    of_all = compose(["algo.entropy_coef=1"]).algo
+    assert torch.equal(entropy_weights(of_all, batch, weights), weights)
+
+    # The second segment writes a confidence.
+    is_second = torch.arange(len(FIRST_OPEN)) == 1
+    batch = replace(batch, confidence_segments=is_second.expand(len(weights), -1))
+    of_confidences = compose(["algo.entropy_coef=1", "algo.entropy_of=confidences"]).algo
+    expected = torch.where(batch.segment_ids == 1, weights, 0.0)
+    found = entropy_weights(of_confidences, batch, weights)
+    assert torch.equal(found, expected)
+    assert 0 < (found > 0).sum() < (weights > 0).sum()
+
+
+def test_a_bonus_for_confidences_does_not_push_other_tokens():
+    """Without rewards: the gradient of the bonus of a token that counts nothing is zero."""
+    logprobs = torch.tensor([-0.5, -1.0], dtype=F64)
+    entropy = torch.tensor([0.4, 0.6], dtype=F64, requires_grad=True)
+    columns = {
+        name: torch.zeros(2, dtype=F64)
+        for name in ("advantages", "old_logprobs", "sampler_logprobs", "full_logprobs", "rows")
+    }
+    columns["weights"] = torch.full((2,), 0.5, dtype=F64)
+    columns["entropy_weights"] = torch.tensor([0.0, 0.5], dtype=F64)
+    loss, _ = policy_loss(compose([]).algo, logprobs, entropy, columns, bonus=2.0)
+    loss.backward()
+    assert entropy.grad.tolist() == [0.0, -1.0]
 
 
 @pytest.mark.parametrize("words", [[], ["algo=ppo", "algo.minibatches=2", "algo.kl_coef=0"]])

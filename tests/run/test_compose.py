@@ -272,6 +272,7 @@ REFUSED = [
     ("algo=gdpo algo.kl=k1 algo.kl_coef=0.1", "neither algo.kl=k1 nor"),
     ("algo.scale_by=term_std", "algo.baseline=matched goes with algo.scale_by=none or whiten"),
     ("reward=multi_rlvr algo.credit=decoupled", "reward.objective=multi_rlvr has none"),
+    ("reward=multi_rlvr algo.entropy_of=confidences", "reward.objective=multi_rlvr has none"),
     ("algo.prompts_per_step=0", "algo.prompts_per_step=0"),
     ("algo.temperature=0", "algo.temperature=0.0 is out of range: it must be above 0"),
     ("algo.credit=shapley", "algo.credit=shapley is unknown: choose one of to_go"),
