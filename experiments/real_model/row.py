@@ -84,6 +84,13 @@ METHODS = {
     "multi_rlcr": ["algo=reinforce", "reward=multi_rlcr", *SETS_OF_STEP],
     "multi_rlcr_own": OWN,
     "multi_rlcr_own_exact": [*OWN, "data.target=probabilities"],
+    # Confidences go on being tried that could tell answers apart.
+    "multi_rlcr_own_entropy": [
+        *OWN,
+        "algo.entropy_of=confidences",
+        "algo.entropy_coef=0.05",
+        "algo.entropy_decay=true",
+    ],
 }
 # The methods whose completions are sets.
 OF_SETS = [name for name, words in METHODS.items() if any("=multi_" in word for word in words)]
