@@ -108,6 +108,12 @@ def mean_confidence(items: Sequence[Item]) -> float:
     return float(np.array(said, dtype=float).mean())
 
 
+def spread_in_slots(items: Sequence[Item]) -> float:
+    """Standard deviation of the confidences about the mean of their slot; 0 for one number a slot."""
+    said = [one.confidences for item in items for one in item.sets if not one.reason]
+    return float(np.sqrt(np.array(said, dtype=float).var(axis=0).mean()))
+
+
 def compared(ratings: dict[str, list[Item]]) -> dict[str, dict[str, list[float | None]]]:
     """Of each rating its metrics, and their differences to the confidences as written.
 
@@ -149,6 +155,7 @@ def measure(rows: Rows, method: str, seed: int) -> None:
         "num_items": len(items),
         "ratings": compared(ratings),
         "mean_confidence": {name: mean_confidence(rated) for name, rated in ratings.items()},
+        "spread": {name: spread_in_slots(rated) for name, rated in ratings.items()},
     }
     write_log(LOGS / f"{method}_seed{seed}.json", log)
 
@@ -159,14 +166,14 @@ def markdown() -> str:
     for method, logs in read_logs_by(LOGS, "method", METHODS).items():
         for log in logs:
             lines += lines_of(method, log)
-    columns = ["mean", *METRICS, "auroc - written"]
+    columns = ["mean", "spread", *METRICS, "auroc - written"]
     return markdown_table(["method", "seed", "rated by", *columns], lines)
 
 
 def lines_of(method: str, log: Log) -> list[list[str]]:
     lines = []
     for name, values in log["ratings"].items():
-        cells = [f"{log['mean_confidence'][name]:.3f}"]
+        cells = [f"{log[key][name]:.3f}" for key in ("mean_confidence", "spread")]
         cells += [shown(values[metric]) for metric in METRICS]
         cells.append(shown(values.get("auroc - written")))
         lines.append([method, str(log["seed"]), name, *cells])

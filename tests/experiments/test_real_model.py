@@ -288,6 +288,15 @@ def test_the_mean_confidence_is_of_whole_sets():
     assert known.mean_confidence([Item("1", 1, False, None, 9, (whole, broken))]) == 0.375
 
 
+def test_the_spread_is_about_the_mean_of_each_slot():
+    """One number a slot has none, however far the slots lie apart."""
+    alike = [Item("1", 1, False, None, 9, (a_set(("flu", "cold"), (0.5, 0.25)),)) for _ in range(2)]
+    assert known.spread_in_slots(alike) == 0.0
+    other = Item("2", 1, False, None, 9, (a_set(("flu", "cold"), (0.7, 0.25)),))
+    # Variances 0.01 and 0.
+    assert known.spread_in_slots([alike[0], other]) == pytest.approx(0.005**0.5)
+
+
 def test_ratings_are_compared_with_the_confidences_as_written():
     written = rated_sets()
     exact = known.rated_exactly(written)
