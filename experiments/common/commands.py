@@ -38,17 +38,20 @@ def run_module(module: str, *words: str) -> float:
     return time.perf_counter() - began
 
 
+def is_finished(folder: Path) -> bool:
+    """Whether the run in `folder` has made all of its steps and was measured."""
+    end = folder / "eval.json"
+    return end.exists() and "after" in json.loads(end.read_text())
+
+
 def train_unless_finished(folder: Path, *words: str, again: bool = False) -> float:
     """Seconds that training took until the run in `folder` was finished.
 
     A finished run is left alone and costs 0 seconds, unless `again` asks for a new one:
     `mar.train` then moves the old folder aside.
     """
-    end = folder / "eval.json"
-    if end.exists() and not again:
-        finished = "after" in json.loads(end.read_text())
-        if finished:
-            return 0.0
+    if is_finished(folder) and not again:
+        return 0.0
     return run_module("mar.train", *words, "logger.console=plain")
 
 

@@ -22,6 +22,7 @@ import numpy as np
 from omegaconf import OmegaConf
 
 from experiments.common.commands import (
+    is_finished,
     kept_of_arm,
     read_evaluation,
     run_module,
@@ -207,6 +208,8 @@ class Rows:
         run = self.folder(method, seed)
         settings = [*self.settings(method, seed), *TRAINED]
         train_unless_finished(run, *settings, f"run_dir={run}")
+        if not is_finished(run):
+            raise UserError(f"{run} stopped before its last step: the same command goes on")
         run_module("mar.evaluate", str(run), *MEASURE, f"against={warm_up}")
         trained = {
             "trained_at": commit_of(run),

@@ -140,6 +140,22 @@ def test_words_that_would_make_a_row_unlike_the_others_are_refused():
         row.out_and_words(["model.lr=1e-4"])
 
 
+def test_a_run_that_stopped_early_is_not_measured(tmp_path, monkeypatch):
+    monkeypatch.setattr(row, "start_of", lambda out, words: out / "start")
+    monkeypatch.setattr(row, "train_unless_finished", lambda run, *words: 0.0)
+    asked = []
+    monkeypatch.setattr(row, "run_module", lambda *words: asked.append(words))
+    warm_up = tmp_path / "warm_up_rlvr_single" / "seed0"
+    run = tmp_path / "rlvr_single" / "seed0"
+    for folder in (warm_up, run):
+        folder.mkdir(parents=True)
+    (warm_up / "evaluation.json").write_text("{}")
+    (run / "eval.json").write_text(json.dumps({"before": {}}))
+    with pytest.raises(UserError, match="stopped before its last step: the same command goes on"):
+        row.Rows(tmp_path, []).make("rlvr_single", 0)
+    assert not asked
+
+
 # ---------------------------------------------------------------------- questions to read
 
 
