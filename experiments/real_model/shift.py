@@ -2,7 +2,7 @@
 
     python -m experiments.real_model.shift multi_rlcr_own 0 DATASETS [out=<folder>]
 
-DATASETS: the folder with ddxplus/ and protoqa/. The row of that method and seed has to be there
+DATASETS: the folder with ddxplus/ and protoqa/dev.scraped.jsonl. The row of that method and seed has to be there
 (row.py, the same out=). Measured are other numbers of findings than in training, DDXPlus's own
 patients in its own words, and ProtoQA; one completion a question. Logs: logs/shift/.
 """
@@ -33,7 +33,7 @@ SHIFTS: dict[str, tuple[str, list[str]]] = {
         "ddxplus/patients_all49_en.jsonl",
         ["data.task=ddxplus", "data.eval_split=validation", *LONG],
     ),
-    "protoqa": ("protoqa", ["data.task=protoqa", "data.eval_split=validation"]),
+    "protoqa": ("protoqa/dev.scraped.jsonl", ["data.task=protoqa", "data.eval_split=validation"]),
 }
 METRICS = ("top1", "ece", "auroc", "brier", "format_rate")
 
