@@ -2,9 +2,9 @@
 
     python -m experiments.real_model.shift multi_rlcr_own 0 DATASETS [out=<folder>]
 
-DATASETS: the folder with ddxplus/ and protoqa/dev.scraped.jsonl. The row of that method and seed has to be there
-(row.py, the same out=). Measured are other numbers of findings than in training, DDXPlus's own
-patients in its own words, and ProtoQA; one completion a question. Logs: logs/shift/.
+DATASETS: the folder with ddxplus/ and protoqa/dev.scraped.jsonl. The row of that method and seed
+has to be there (row.py, the same out=). Measured are other numbers of findings than in training,
+DDXPlus's own patients in its own words, and ProtoQA; three answers a question. Logs: logs/shift/.
 """
 
 import argparse
