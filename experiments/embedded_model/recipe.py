@@ -199,6 +199,7 @@ def first_tokens(names: dict[str, float], encode: Encode, counts: float) -> Bag:
 
 
 def make_lesson(drawn: Sequence[Shown], encode: Encode, stop_id: int, after: float) -> Lesson:
+    """Drawn demonstrations as a lesson. `after`: what is asked right after an answer counts so much."""
     completions = []
     targets: list[Bag] = []
     early: list[Bag] = []

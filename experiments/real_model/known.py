@@ -73,7 +73,7 @@ def beliefs_of(
     asking = asking_of(target.config, load_tokenizer(target.model_folder))
     masses = answer_masses(model, examples, asking)
     return [
-        {gold.name: float(mass) for gold, mass in zip(example.golds, row, strict=False)}
+        {gold.name: float(row[place]) for place, gold in enumerate(example.golds)}
         for example, row in zip(examples, masses, strict=True)
     ]
 
@@ -136,6 +136,7 @@ def compared(ratings: dict[str, list[Item]]) -> dict[str, dict[str, list[float |
 
 
 def measure(rows: Rows, method: str, seed: int) -> None:
+    """Rate the sets of one row in every way, and write its log."""
     run = rows.folder(method, seed)
     display = Display("plain", 0, 0)
     target = find_target(str(run), rows.words, None, None, display)
@@ -154,8 +155,10 @@ def measure(rows: Rows, method: str, seed: int) -> None:
         **environment(),
         "num_items": len(items),
         "ratings": compared(ratings),
-        "mean_confidence": {name: mean_confidence(rated) for name, rated in ratings.items()},
-        "spread": {name: spread_in_slots(rated) for name, rated in ratings.items()},
+        "mean_confidence": {
+            name: mean_confidence(of_rating) for name, of_rating in ratings.items()
+        },
+        "spread": {name: spread_in_slots(of_rating) for name, of_rating in ratings.items()},
     }
     write_log(LOGS / f"{method}_seed{seed}.json", log)
 
@@ -171,6 +174,7 @@ def markdown() -> str:
 
 
 def lines_of(method: str, log: Log) -> list[list[str]]:
+    """The table's lines of one log, one for each rating."""
     lines = []
     for name, values in log["ratings"].items():
         cells = [f"{log[key][name]:.3f}" for key in ("mean_confidence", "spread")]

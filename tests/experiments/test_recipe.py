@@ -127,6 +127,18 @@ def test_another_seed_has_other_patients_and_a_step_the_same_ones_again(recipe, 
     assert first_question(0) != first_question(1)
 
 
+def test_in_a_bare_stage_the_bare_question_is_measured(recipe, teacher):
+    asked, bare = (
+        recipe.posterior_kl(
+            teacher.model, teacher.tokenizer, recipe.clinic.load("validation", 8), bare
+        )
+        for bare in (False, True)
+    )
+    found = recipe.measured(teacher.model, teacher.tokenizer, 8, bare=True)
+    assert found == {"posterior_kl": round(bare, 4)}
+    assert abs(bare - asked) > 1e-3
+
+
 def test_every_stage_begins_with_new_optimizers(recipe, tmp_path):
     stages = tuple(recipe.Stage(name, 0, 1e-3, bare=1) for name in ("first", "second"))
     teacher = recipe.Teacher(tmp_path, EMBEDDED, load_model(EMBEDDED), 0, stages)
