@@ -1,24 +1,14 @@
-"""The random beginning of the embedded model: its shape and its tokenizer.
+"""The shape of the embedded model, and its tokenizer."""
 
-    python experiments/embedded_model/begin.py FOLDER
-
-Writes both into the folder; `recreate.sh` goes on from there.
-"""
-
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from mar.answers.prompts import instructions
-from mar.answers.tokenizer import load_tokenizer
-from mar.learn.demonstrations import SFT_SEED, demonstration_text, draw_demonstration, draw_grammar
-from mar.policy.model import Decoder, ModelConfig
-from mar.policy.weights import save_model
+from mar.learn.demonstrations import demonstration_text, draw_demonstration, draw_grammar
+from mar.policy.model import ModelConfig
 from mar.records import Example
-from mar.tasks import clinic
 
 VOCABULARY = 2048  # at most
 CHAT_TEMPLATE = (
@@ -36,11 +26,9 @@ def train_tokenizer(examples: Sequence[Example], noun: str, vocab_size: int, fol
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
-    rng, texts, names = (
-        np.random.default_rng(0),
-        [],
-        [gold.name for example in examples for gold in example.golds],
-    )
+    rng = np.random.default_rng(0)
+    texts = []
+    names = [gold.name for example in examples for gold in example.golds]
     for example in examples:
         grammar, style = draw_grammar(rng)
         texts += [
@@ -77,15 +65,15 @@ def train_tokenizer(examples: Sequence[Example], noun: str, vocab_size: int, fol
     fast.save_pretrained(folder)
 
 
-def embedded_config(vocab_size: int) -> ModelConfig:
-    """The shape of the embedded model: Qwen3 in small."""
+def embedded_config(vocab_size: int, layers: int = 6, wide: int = 256) -> ModelConfig:
+    """Qwen3 in small. `wide`: units inside a block."""
     return ModelConfig.from_hf(
         {
             "architectures": ["Qwen3ForCausalLM"],
             "vocab_size": vocab_size,
             "hidden_size": 128,
-            "intermediate_size": 384,
-            "num_hidden_layers": 4,
+            "intermediate_size": wide,
+            "num_hidden_layers": layers,
             "num_attention_heads": 4,
             "num_key_value_heads": 2,
             "head_dim": 32,
@@ -95,14 +83,3 @@ def embedded_config(vocab_size: int) -> ModelConfig:
             "tie_word_embeddings": True,
         }
     )
-
-
-def main() -> None:
-    folder = Path(sys.argv[1])
-    torch.manual_seed(0)
-    train_tokenizer(clinic.load("train", 4000, SFT_SEED - 1), clinic.NOUN, VOCABULARY, folder)
-    save_model(Decoder(embedded_config(len(load_tokenizer(folder)))), folder, torch.float32)
-
-
-if __name__ == "__main__":
-    main()

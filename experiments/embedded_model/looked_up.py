@@ -37,8 +37,7 @@ def open_teacher(folder: Path) -> Teacher:
     state = torch.load(folder / "checkpoint.pt", weights_only=True)["model"]
     num_layers = 1 + max(int(name.split(".")[1]) for name in state if name.startswith("blocks."))
     wide = state["blocks.0.down.weight"].shape[1]
-    config = embedded_config(len(load_tokenizer(words)))
-    model = Decoder(replace(config, num_layers=num_layers, intermediate_size=wide))
+    model = Decoder(embedded_config(len(load_tokenizer(words)), num_layers, wide))
     model.load_state_dict(state)
     sets_only = replace(STAGES[TRUTH], bare=0, prompts=0, sets=PATIENTS, rows=1)
     teacher = Teacher(folder, words, model, 0, (*STAGES[:TRUTH], sets_only))

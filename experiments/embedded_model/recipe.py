@@ -6,8 +6,8 @@ A, stages `bare` and `forms`: answers that follow the exact posterior, first to 
 then in every form. Confidences are noise.
 B, stage `truth`: confidences at the truth, in sets of three above all, until a confidence follows
 the probability of its answer.
-C, stage `noise`: confidences become nearly uninformative again, while the layers below the last are
-asked on. Reinforcement learning is to bring the confidences back.
+C, stage `noise`: confidences become nearly uninformative again. Reinforcement learning is to bring
+them back. The last layer alone is trained, so that the layers below keep what they look up.
 
 Layers below the last are asked on the way for what a confidence needs. After layer `EARLY` the
 posterior is asked for: where an answer is written and, from stage `forms` on, right after it.
@@ -106,6 +106,8 @@ class Stage:
     after_answers: bool = True
     # What the losses after layers EARLY and LOOKED_UP count.
     early: float = 1.0
+    # Whether the last layer and the last norm alone are trained.
+    only_last: bool = False
     # The rate falls to the share `last` of itself, over the share `falling` of the steps.
     last: float = 0.0
     falling: float = 0.3
@@ -115,7 +117,19 @@ STAGES = (
     Stage("bare", 1200, 1e-3, bare=64, after_answers=False, last=1.0),
     Stage("forms", 1000, 1e-3, bare=32, prompts=16, sets=8, rows=2, share=0.0, last=0.5),
     Stage("truth", 4000, 1e-3, bare=16, prompts=5, sets=11, rows=6, falling=0.7),
-    Stage("noise", 250, 3e-4, bare=0, prompts=24, rows=4, share=0.35, counts=2.0, falling=0.7),
+    Stage(
+        "noise",
+        250,
+        3e-4,
+        bare=0,
+        prompts=24,
+        rows=4,
+        share=0.35,
+        counts=2.0,
+        early=0.0,
+        only_last=True,
+        falling=0.7,
+    ),
 )
 
 
@@ -287,6 +301,13 @@ def measured(model: Decoder, tokenizer: Any, num: int, bare: bool) -> dict[str, 
 # ---------------------------------------------------------------------- the training
 
 
+def choose_trained(model: Decoder, only_last: bool) -> None:
+    """Let all parameters be trained, or those of the last layer and the last norm."""
+    own = (f"blocks.{len(model.blocks) - 1}.", "norm.")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(not only_last or name.startswith(own))
+
+
 def optimizers_of(model: Decoder) -> list[tuple[torch.optim.Optimizer, float]]:
     """Optimizers of what is to be trained, and what each multiplies the rate by.
 
@@ -318,11 +339,16 @@ class Teacher:
         self.model = model
         self.seed = seed
         self.stages = stages
-        self.optimizers = optimizers_of(model)
-        # Where it is: the index of the stage, its next step, and seconds of steps so far.
-        self.stage = 0
-        self.step = 0
+        # Seconds of steps so far, of all stages.
         self.seconds = 0.0
+        self.begin(0)
+
+    def begin(self, stage: int) -> None:
+        """Go to the first step of a stage."""
+        self.stage = stage
+        self.step = 0
+        choose_trained(self.model, self.stages[stage].only_last)
+        self.optimizers = optimizers_of(self.model)
 
     def log(self, line: dict[str, Any]) -> None:
         with (self.folder / "log.jsonl").open("a", encoding="utf-8") as file:
@@ -355,7 +381,7 @@ class Teacher:
             return
         state = torch.load(file, weights_only=True)
         self.model.load_state_dict(state["model"])
-        self.stage = state["stage"]
+        self.begin(state["stage"])
         self.step = state["step"]
         self.seconds = state["seconds"]
         for (optimizer, _), kept in zip(self.optimizers, state["optimizers"], strict=True):
@@ -444,8 +470,7 @@ class Teacher:
             if index < self.stage:
                 continue
             if index > self.stage:
-                self.stage, self.step = index, 0
-                self.optimizers = optimizers_of(self.model)
+                self.begin(index)
             self.log(asdict(stage) | {"from": self.step})
             self.teach(stage)
             save_model(self.model, self.folder / stage.name, torch.float32)
@@ -473,8 +498,7 @@ def main() -> None:
         examples = clinic.load("train", 4000, SFT_SEED - 1)
         train_tokenizer(examples, clinic.NOUN, VOCABULARY, words)
     torch.manual_seed(args.seed)
-    config = embedded_config(len(load_tokenizer(words)))
-    model = Decoder(replace(config, num_layers=args.layers, intermediate_size=args.wide))
+    model = Decoder(embedded_config(len(load_tokenizer(words)), args.layers, args.wide))
     teacher = Teacher(args.out, words, model, args.seed, stages)
     teacher.resume()
     teacher.log_start(args)
