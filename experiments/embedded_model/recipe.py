@@ -120,7 +120,7 @@ STAGES = (
     Stage(
         "noise",
         250,
-        3e-4,
+        3e-3,
         bare=0,
         prompts=24,
         rows=4,
