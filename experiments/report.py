@@ -34,6 +34,8 @@ from experiments.common.tables import markdown_table
 from experiments.credit import run as credit
 from experiments.ddxplus_smollm2 import constant, elsewhere, profile
 from experiments.ddxplus_smollm2 import summary as ddxplus
+from experiments.embedded_model import summary as embedded_model
+from experiments.first_light import recipes
 from experiments.medqa_smollm2 import run as medqa
 from experiments.peers import summary as peers
 from experiments.plan import fake_run as settings
@@ -61,9 +63,12 @@ DDXPLUS_LOGS = ddxplus.HERE / "logs"
 # Marker -> the function that makes its table.
 TABLES: dict[str, Callable[..., str]] = {
     "claims": claims.markdown,
-    "claims predicted": claims.predicted,
     "claims confidences": confidences.markdown,
     "claims probe": probe.markdown,
+    "claims probe of four layers": partial(probe.markdown, probe.FOUR_LAYERS),
+    "embedded model stages": embedded_model.markdown,
+    "recipes": recipes.markdown,
+    "recipes words": recipes.words_of_recipes,
     "peers": peers.markdown,
     "plan tracked": partial(plans.markdown, "tracked"),
     "plan computed": partial(plans.markdown, "computed"),

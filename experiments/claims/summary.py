@@ -5,12 +5,9 @@
 
 import hashlib
 import json
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from experiments.common.tables import (
     Log,
@@ -22,7 +19,6 @@ from experiments.common.tables import (
     on_curve,
     read_logs_by,
 )
-from mar.measure.bootstrap import student_t_95
 from mar.measure.bounds import gap_closed
 
 HERE = Path(__file__).parent
@@ -34,10 +30,6 @@ ORDER = (
     "pass_at_k",
     "multi_rlcr_700",
     "multi_rlcr_700_exact",
-    "multi_rlcr_1400_exact",
-    "multi_rlcr_700_exact_entropy",
-    "multi_rlcr_700_all",
-    "multi_rlcr_700_exact_all",
     "base",
     "single",
     "prompted_k",
@@ -66,16 +58,6 @@ SHOWN = (
     "ece",
     "q_mse",
     "tv_distance",
-)
-# Metrics whose later seeds are compared with what the first ones predict.
-PREDICTED = (
-    "coverage@3",
-    "coverage@30",
-    "unique@30",
-    "top1",
-    "ece",
-    "q_mse",
-    "tokens_per_set",
 )
 
 
@@ -146,31 +128,6 @@ def table(logs: Mapping[str, Sequence[Log]], chosen: Sequence[str] = ()) -> str:
         lines[bound] = [bound, "–", *(cell([known[name]]) for name in SHOWN)]
     shown = [lines[method] for method in chosen or lines]
     return markdown_table(["method", "seeds", *SHOWN], shown)
-
-
-def predicted(first: int = 3) -> str:
-    """How many metrics of the later seeds lie where the first ones predict, and which do not.
-
-    The 95 % prediction interval of n seeds is m ± t s sqrt(1 + 1/n), with their mean m and
-    standard deviation s.
-    """
-    num_inside = 0
-    outside = []
-    for method, logs in read_logs().items():
-        for name in PREDICTED:
-            values = [numbers(log)[name] for log in logs]
-            if len(values) <= first or None in values:
-                continue
-            mean = np.mean(values[:first])
-            spread = np.std(values[:first], ddof=1)
-            half = student_t_95(first - 1) * spread * math.sqrt(1 + 1 / first)
-            for log, value in zip(logs[first:], values[first:], strict=True):
-                if abs(value - mean) > half:
-                    outside.append(f"{name} of {method}, seed {log['seed']}")
-                else:
-                    num_inside += 1
-    num_all = num_inside + len(outside)
-    return f"{num_inside} of {num_all} lie inside; outside: {', '.join(outside) or 'none'}."
 
 
 def figures(logs: Mapping[str, Sequence[Log]]) -> dict[str, Any]:
