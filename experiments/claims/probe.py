@@ -4,11 +4,12 @@
 
 Without options it reads the embedded model and writes probe.json, in a minute or two.
 
-Probes read its state after each of its layers, at two places of a set of three answers:
+Probes read its state after each of its layers, at three places of a set of three answers:
 
 - `answer`, where it is about to write the first one: a linear probe of the whole posterior;
-- `confidence`, where it is about to rate it: how probable is what it just wrote? A linear probe,
-  and one with a hidden layer of 256.
+- `read`, where it has just read the first one: how probable is that answer? A linear probe, and one
+  with a hidden layer of 256;
+- `confidence`, where it is about to rate it: the same.
 
 The answers are draws from the exact posterior. The probes are measured on other patients than
 those that they were trained on.
@@ -38,6 +39,8 @@ from mar.tasks.loading import Source
 from mar.tasks.registry import get_task
 
 RESULT = Path(__file__).parent / "probe.json"
+# Of the model that shipped before.
+FOUR_LAYERS = Path(__file__).parent / "probe_four_layers.json"
 # Patients of the probes' training, and those that they are measured on.
 TRAINING = 8000
 HELD_OUT = 1000
@@ -54,7 +57,7 @@ def states(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """What the probes read and what they are to find, of n patients.
 
-    States [places, layers, n, D] after the embedding and each layer; exact posteriors
+    States [3 places, layers, n, D] after the embedding and each layer; exact posteriors
     [n, conditions]; which condition was drawn as the first answer [n]; and the probability with
     which the model writes its name [n] (no name begins with another).
     """
@@ -90,9 +93,11 @@ def states(
         logprobs = model(packed)[0].split([len(rows[i]) + 1 for i in part])
         answer_at = [start + num_opening - 1 for start, _, _ in packed.rows]
         confidence_at = [start + length - 1 for start, length, _ in packed.rows]
-        answers = torch.stack([states[answer_at] for states in layers])
-        confidences = torch.stack([states[confidence_at] for states in layers])
-        found.append(torch.stack([answers, confidences]))
+        read_at = [place - num_closing for place in confidence_at]
+        of_places = []
+        for places in (answer_at, read_at, confidence_at):
+            of_places.append(torch.stack([states[places] for states in layers]))
+        found.append(torch.stack(of_places))
         for row in logprobs:
             of_name = row[num_opening : -1 - num_closing]
             written.append(of_name.sum().exp())
@@ -135,8 +140,10 @@ def of_posterior(
         return {"kl": kl.item(), "of_drawn": (of_drawn**2).mean().item()}
 
 
-def errors(train: Tensor, target: Tensor, held_out: Tensor, truth: Tensor) -> dict[str, float]:
-    """Mean squared errors of the probability of the answer just written, on held-out states."""
+def errors(train: Tensor, target: Tensor, held_out: Tensor, truth: Tensor) -> tuple[float, float]:
+    """Mean squared errors of the probability of the answer just written, on held-out states: of a
+    linear probe, and of one with a hidden layer.
+    """
     from sklearn.linear_model import RidgeCV  # an extra
     from sklearn.neural_network import MLPRegressor
 
@@ -153,7 +160,7 @@ def errors(train: Tensor, target: Tensor, held_out: Tensor, truth: Tensor) -> di
     def error(probe: Any) -> float:
         return float(np.mean((probe.predict(held_out_x) - truth.numpy()) ** 2))
 
-    return {"linear": error(linear), "hidden": error(hidden)}
+    return error(linear), error(hidden)
 
 
 def markdown(file: Path = RESULT) -> str:
@@ -161,8 +168,10 @@ def markdown(file: Path = RESULT) -> str:
     columns = {
         "kl": "answer: KL of the posterior",
         "of_drawn": "answer: error",
-        "linear": "confidence: error",
-        "hidden": "with a hidden layer",
+        "read": "read: error",
+        "read_hidden": "with a hidden layer",
+        "confidence": "confidence: error",
+        "confidence_hidden": "with a hidden layer",
     }
     lines = []
     for row in json.loads(file.read_text(encoding="utf-8"))["layers"]:
@@ -196,8 +205,11 @@ def main() -> None:
     layers = []
     for layer in range(train.shape[1]):
         of_answer = of_posterior(train[0, layer], posterior, held_out[0, layer], exact, chosen)
-        of_confidence = errors(train[1, layer], target, held_out[1, layer], truth)
-        layers.append({"layer": layer, **of_answer, **of_confidence})
+        row = {"layer": layer, **of_answer}
+        for place, name in enumerate(("read", "confidence"), start=1):
+            linear, hidden = errors(train[place, layer], target, held_out[place, layer], truth)
+            row |= {name: linear, f"{name}_hidden": hidden}
+        layers.append(row)
         print(json.dumps(layers[-1]), flush=True)
     document = {
         **environment(),

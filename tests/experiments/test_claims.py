@@ -220,13 +220,12 @@ def test_tables_of_confidences_and_probes_have_a_cell_for_each_column(tmp_path):
         "–",
         "0.0200",
     )
-    layers = [
-        {"layer": i, "kl": 2.0, "of_drawn": 0.1, "linear": 0.2, "hidden": 0.3} for i in (0, 1)
-    ]
+    of_places = {"read": 0.2, "read_hidden": 0.3, "confidence": 0.4, "confidence_hidden": 0.5}
+    layers = [{"layer": i, "kl": 2.0, "of_drawn": 0.1, **of_places} for i in (0, 1)]
     (tmp_path / "probe.json").write_text(json.dumps({"layers": layers}))
     assert probe.markdown(tmp_path / "probe.json").splitlines()[2:] == [
-        "| embedding | 2.000 | 0.100 | 0.200 | 0.300 |",
-        "| 1 | 2.000 | 0.100 | 0.200 | 0.300 |",
+        "| embedding | 2.000 | 0.100 | 0.200 | 0.300 | 0.400 | 0.500 |",
+        "| 1 | 2.000 | 0.100 | 0.200 | 0.300 | 0.400 | 0.500 |",
     ]
 
 
@@ -241,9 +240,8 @@ def test_states_and_probabilities_are_those_of_the_place():
     )  # else tags are so certain that one token more or less would not show
     examples = get_task("clinic").load(Source("embedded", "train", 3, 5)).examples
     found, posterior, drawn, said = probe.states(model, tokenizer, "diagnosis", examples)
-    assert found.shape[:3] == (2, len(model.blocks) + 1, 3) and torch.allclose(
-        posterior.sum(1), torch.ones(3)
-    )
+    assert found.shape[:3] == (3, len(model.blocks) + 1, 3)
+    assert torch.allclose(posterior.sum(1), torch.ones(3))
     for i, example in enumerate(examples):
         prompt = list(build_prompt(example, probe.SETS, tokenizer, "diagnosis").ids)
         name, opening = (
@@ -256,11 +254,12 @@ def test_states_and_probabilities_are_those_of_the_place():
             assert said[i].item() == pytest.approx(
                 logprobs[len(opening) : len(opening) + len(name)].sum().exp().item(), rel=1e-4
             )
-            for place, first in (
-                (0, name[0]),
-                (1, tokenizer("0", add_special_tokens=False)["input_ids"][0]),
+            zero = tokenizer("0", add_special_tokens=False)["input_ids"]
+            for place, before, first in (
+                (0, opening, name[0]),
+                (1, opening + name, rating[0]),
+                (2, opening + name + rating, zero[0]),
             ):
-                before = opening if place == 0 else opening + name + rating
                 logits = model.norm(found[place, -1, i]) @ model.head_weight.T
                 expected = model(pack_groups([prompt], [[[*before, first]]]))[0][-1]
                 assert logits.log_softmax(-1)[first].item() == pytest.approx(

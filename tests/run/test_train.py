@@ -85,7 +85,7 @@ def test_checkpointed_activations_train_the_same_policy(
     kept, recomputed = (
         records(tmp_path / name / "clinic" / "seed0") for name in ("kept", "recomputed")
     )
-    assert kept == recomputed and kept[-1]["optim/grad_norm"] > 0
+    assert kept == recomputed and any(row["optim/grad_norm"] > 0 for row in kept)
 
 
 def test_measuring_the_variance_changes_nothing_else(tmp_path: Path) -> None:
