@@ -199,7 +199,8 @@ class AlgoOptions:
     entropy_coef: float = number(0.0, low=0)
     # Linearly to 0 over train.steps.
     entropy_decay: bool = False
-    # Whose entropy the bonus raises: all tokens', or that of confidences alone.
+    # Whose entropy the bonus raises: all tokens', or that of confidences alone (a form without
+    # confidences then has none).
     entropy_of: str = one_of("tokens", "confidences")
 
     # The critic, for baseline=value.

@@ -40,6 +40,7 @@ ANSWERS = 30
 # The main job with half of its patients a step, on one thread.
 SHARED = [
     "+experiment=clinic",
+    "algo.entropy_coef=0",
     "train.steps=200",
     "algo.prompts_per_step=8",
     f"eval.num_items={ITEMS}",

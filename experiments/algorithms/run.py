@@ -25,6 +25,7 @@ LOGS = HERE / "logs"
 # One reward and one learning rate for all, so that only the estimator differs.
 SHARED = [
     "+experiment=clinic",
+    "algo.entropy_coef=0",
     "model.lr=0.1",
     "train.steps=140",
     "eval.every=35",

@@ -1,6 +1,6 @@
 """Which parameters to train in minutes, at which rate, on which batch: one recipe and seed, to a log.
 
-    python -m experiments.first_light.recipes "all parameters" 0 [WORD ...]
+    python -m experiments.first_light.recipes "all parameters, 4e-4" 0 [WORD ...]
 
 trains 100 steps of the main job with the recipe's words and measures validation patients, one set
 each. Without a seed: every seed; without a recipe: every recipe; logs that exist are then kept. A
@@ -34,11 +34,7 @@ ADAPTERS = ["model.trainable=", "model.lora_layers=", "model.lora_scale=2"]
 # Recipe -> its words, in the order in which they are run.
 RECIPES = {
     "the main job's": [],
-    "a bonus for confidences": [
-        "algo.entropy_coef=0.02",
-        "algo.entropy_decay=true",
-        "algo.entropy_of=confidences",
-    ],
+    "no bonus": ["algo.entropy_coef=0"],
     "adapters of rank 8, 1e-3": [*ADAPTERS, "model.lora_rank=8", "model.lr=1e-3"],
     "adapters of rank 1, 5e-3": [*ADAPTERS, "model.lora_rank=1", "model.lr=5e-3"],
     "all parameters, 4e-4": [*ALL, "model.lr=4e-4"],
@@ -88,6 +84,7 @@ COLUMNS: Columns = {
     **after("ece"),
     **after("q_mse"),
     **after("repeats_per_set"),
+    "seconds": lambda log: log["train_s"],
 }
 
 

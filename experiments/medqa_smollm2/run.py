@@ -28,6 +28,7 @@ LOGS = Path(__file__).parent / "logs"
 WARM_STEPS = 40
 WORDS = [
     "+experiment=medqa",
+    "algo.entropy_coef=0",
     "model=hf",
     f"model.path={RUNS}/warmup",
     "model.thinking=false",

@@ -38,6 +38,7 @@ LR = 4e-4
 WORDS = (
     "+experiment=clinic",
     "algo=dr_grpo",
+    "algo.entropy_coef=0",
     "model.trainable=",
     "model.lora_rank=0",
     f"model.lr={LR}",

@@ -39,6 +39,7 @@ ITEMS = 500
 ANSWERS = 12
 CLINIC = [
     "+experiment=clinic",
+    "algo.entropy_coef=0",
     "train.steps=140",
     "reward.brier_weight=3",
     f"eval.num_items={ITEMS}",

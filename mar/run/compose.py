@@ -370,11 +370,6 @@ def _credit_faults(config: Config) -> Iterator[str]:
             f"algo.credit=decoupled parts answers from confidences and reward.objective="
             f"{reward.objective} has none: take algo.credit=to_go, or an rlcr objective"
         )
-    if config.algo.entropy_of == "confidences" and not reward.confident:
-        yield (
-            f"algo.entropy_of=confidences: reward.objective={reward.objective} has none; take "
-            "algo.entropy_of=tokens, or an rlcr objective"
-        )
 
 
 def _term_faults(reward: RewardOptions, group_size: int) -> Iterator[str]:
@@ -636,8 +631,13 @@ def require_language(config: Config, words: Sequence[str]) -> None:
 
 
 def require_confidences(config: Config, words: Sequence[str]) -> None:
-    """Raises UserError where the words weigh the errors of confidences and the form has none."""
+    """Raises UserError where the words are about confidences and the form has none."""
     reward = config.reward
+    if "algo.entropy_of=confidences" in words and not reward.confident:
+        raise UserError(
+            f"algo.entropy_of=confidences: reward.objective={reward.objective} has none; take "
+            "algo.entropy_of=tokens, or an rlcr objective"
+        )
     is_weighed = any(word.startswith("reward.brier_weight=") for word in words)
     if is_weighed and reward.brier_weight and not reward.confident:
         raise UserError(

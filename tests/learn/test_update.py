@@ -650,6 +650,9 @@ def test_the_entropy_bonus_of_confidences_counts_no_other_token():
     assert torch.equal(found, expected)
     assert 0 < (found > 0).sum() < (weights > 0).sum()
 
+    without = replace(batch, confidence_segments=torch.zeros_like(batch.confidence_segments))
+    assert not entropy_weights(of_confidences, without, weights).any()
+
 
 def test_a_bonus_for_confidences_does_not_push_other_tokens():
     """Without rewards: the gradient of the bonus of a token that counts nothing is zero."""

@@ -272,7 +272,6 @@ REFUSED = [
     ("algo=gdpo algo.kl=k1 algo.kl_coef=0.1", "neither algo.kl=k1 nor"),
     ("algo.scale_by=term_std", "algo.baseline=matched goes with algo.scale_by=none or whiten"),
     ("reward=multi_rlvr algo.credit=decoupled", "reward.objective=multi_rlvr has none"),
-    ("reward=multi_rlvr algo.entropy_of=confidences", "reward.objective=multi_rlvr has none"),
     ("algo.prompts_per_step=0", "algo.prompts_per_step=0"),
     ("algo.temperature=0", "algo.temperature=0.0 is out of range: it must be above 0"),
     ("algo.credit=shapley", "algo.credit=shapley is unknown: choose one of to_go"),
@@ -426,6 +425,9 @@ def test_a_weight_of_confidences_is_refused_where_there_are_none():
     with pytest.raises(UserError, match="reward.brier_weight=0.5 weighs .* has none"):
         compose([*words, "reward.brier_weight=0.5"])
     assert compose([*words, "reward.brier_weight=0"]).reward.objective == "multi_rlvr"
-    # that of a preset is not asked for
+    with pytest.raises(UserError, match="entropy_of=confidences: reward.objective=multi_rlvr has"):
+        compose([*words, "algo.entropy_of=confidences"])
+    # That of an experiment or a preset is not asked for.
+    assert compose(words).algo.entropy_of == "confidences"
     paper = ["+experiment=paper", "model=embedded", "data.source=path", "data.path=x"]
     assert compose([*paper, "reward=multi_rlvr"]).reward.brier_weight == 0.5
