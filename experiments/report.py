@@ -163,8 +163,8 @@ def fill(text: str) -> str:
 def pages() -> list[Path]:
     """The Markdown files that may hold tables."""
     folders = ("conf", "experiments", "kernels", "mar")
-    readmes = [file for folder in folders for file in ROOT.glob(f"{folder}/**/README.md")]
-    return [ROOT / "README.md", *sorted(readmes)]
+    pages = [file for folder in folders for file in ROOT.glob(f"{folder}/**/*.md")]
+    return [ROOT / "README.md", *sorted(pages)]
 
 
 def check(stale: dict[Path, str]) -> None:

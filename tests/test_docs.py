@@ -26,11 +26,11 @@ MADE = {"experiments/gpu/TESTED_ON.md"}
 
 
 def texts() -> list[Path]:
-    """README, CONTRIBUTING, CHANGELOG, and the README of every folder."""
+    """README, CONTRIBUTING, CHANGELOG, and the pages of every folder."""
     folders = ("conf", "experiments", "kernels", "mar")
-    readmes = [file for folder in folders for file in ROOT.glob(f"{folder}/**/README.md")]
+    pages = [file for folder in folders for file in ROOT.glob(f"{folder}/**/*.md")]
     top = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")]
-    return [*top, *sorted(readmes)]
+    return [*top, *sorted(pages)]
 
 
 def sources() -> list[Path]:

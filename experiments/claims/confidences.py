@@ -1,6 +1,6 @@
-"""What q_mse is made of, what the model knows, and what supervision would make of it.
+"""What q_mse is made of, and what the model knows.
 
-    python -m experiments.claims.confidences runs/claims/multi_rlcr_700_exact/seed0 [--steps 500]
+    python -m experiments.claims.confidences runs/claims/multi_rlcr_700/seed0
 
 takes a run of run.py and writes confidences.jsonl. Its policies:
 
@@ -8,13 +8,10 @@ takes a run of run.py and writes confidences.jsonl. Its policies:
   temperature;
 - `rated by ...`: the former, each answer rated with the probability that the untrained model
   gives to it when asked for one answer;
-- `... most probable answers`: these, a set a patient;
-- `taught ...`: copies of the policy that learn by supervision: sets that the policy writes for
-  fresh patients, each confidence replaced by the exact probability of its answer.
+- `... most probable answers`: these, a set a patient.
 """
 
 import argparse
-import copy
 import json
 import sys
 from collections import defaultdict
@@ -32,11 +29,9 @@ from mar.answers.prompts import build_prompt
 from mar.answers.tokenizer import load_tokenizer
 from mar.errors import UserError, exit_code
 from mar.files import read_jsonl, write_jsonl
-from mar.learn.optim import clip_gradients, learning_rate, make_optimizer, set_learning_rate
 from mar.measure.answer_sets import Item, item_of_rollouts, item_of_texts
 from mar.measure.bounds import coverage_bounds, gap_closed
 from mar.measure.metrics import AnswerArrays, compute_metrics
-from mar.policy.lora import merge
 from mar.policy.model import Decoder
 from mar.policy.packing import pack_groups
 from mar.policy.sources import environment, resolve_model
@@ -57,7 +52,6 @@ SETS = 10
 LOW_TEMPERATURE = 0.3
 # Added to the run's seed, for other patients than its own.
 FRESH = 1000
-RATE_OF_ALL_PARAMETERS = 4e-4
 
 
 def whole(items: Sequence[Item], examples: Sequence[Example]) -> dict[str, float | None]:
@@ -148,39 +142,6 @@ def _drawn_and_expected(
     return float(drawn), float(expected)
 
 
-def teach(
-    training: Training, student: Decoder, trainable: str, peak: float, steps: int, tokenizer: Any
-) -> None:
-    """Cross-entropy to sets of the run's policy with exact confidences.
-
-    As many patients and sets a step as the run had. Answers are taught as well, because they would
-    drift if they were left alone.
-    """
-    optimizer = make_optimizer(student, peak, (0.9, 0.95), 1e-8, 0.0, trainable)
-    grammar = training.scorer.grammar
-    teacher = training.learner.policy
-    num_sets = training.config.algo.group_size
-    for step in range(steps):
-        prompts = training.prompt_order.of_step(step)
-        rows = []
-        for item in written(training, teacher, prompts, num_sets, "taught", step):
-            of_item = []
-            for answer_set in item.sets:
-                if answer_set.reason is None:
-                    answers = [str(answer) for answer in answer_set.answers]
-                    text = render(grammar, answers, answer_set.mass)
-                    of_item.append(ids_of(text, tokenizer))
-            rows.append(of_item)
-        loss = -student(pack_groups([p.ids.tolist() for p in prompts], rows))[0].mean()
-        optimizer.zero_grad()
-        loss.backward()
-        clip_gradients(student, 1.0)
-        set_learning_rate(optimizer, learning_rate(step, steps, peak, 0.05, "linear"))
-        optimizer.step()
-        if (step + 1) % 25 == 0:
-            print(f"  step {step + 1}/{steps}  nats a token {loss.item():.4f}", flush=True)
-
-
 def ids_of(text: str, tokenizer: Any) -> list[int]:
     """The tokens of a completion, the stop token included."""
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -244,13 +205,12 @@ def most_probable(training: Training, beliefs: Sequence[dict[str, float]]) -> li
     return items
 
 
-def policies(folder: Path, steps: int) -> Iterator[tuple[str, int, list[Item], list[Example]]]:
-    """Name, steps of supervision, held-out sets and patients of each policy."""
+def policies(folder: Path) -> Iterator[tuple[str, list[Item], list[Example]]]:
+    """Name, held-out sets and patients of each policy."""
     display = Display("plain", 0, 0)
     display.console.quiet = True
     config = load_config(folder / "config.yaml", [])
-    num_steps = max(1, steps)
-    fresh = replace(config, seed=config.seed + FRESH, train=replace(config.train, steps=num_steps))
+    fresh = replace(config, seed=config.seed + FRESH, train=replace(config.train, steps=1))
     base, _ = resolve_model(config.model.source, config.model.name, config.model.path)
     training = build_training(fresh, base, display)
     tokenizer = load_tokenizer(base)
@@ -271,24 +231,12 @@ def policies(folder: Path, steps: int) -> Iterator[tuple[str, int, list[Item], l
 
     items = held_out_sets(policy)
     beliefs = known(training, load_model(base), tokenizer)
-    yield "as trained", 0, items, examples
+    yield "as trained", items, examples
     cool_items = held_out_sets(policy, LOW_TEMPERATURE)
-    yield f"as trained, temperature {LOW_TEMPERATURE}", 0, cool_items, examples
-    yield "rated by the untrained model's answers", 0, rated(items, beliefs), examples
+    yield f"as trained, temperature {LOW_TEMPERATURE}", cool_items, examples
+    yield "rated by the untrained model's answers", rated(items, beliefs), examples
     probable = most_probable(training, beliefs)
-    yield "the untrained model's most probable answers", 0, probable, examples
-    if not steps:
-        return
-
-    print("same parameters", flush=True)
-    student = copy.deepcopy(policy)
-    teach(training, student, config.model.trainable, config.model.lr, steps, tokenizer)
-    yield "taught, same parameters", steps, held_out_sets(student), examples
-
-    print("all parameters", flush=True)
-    student = merge(copy.deepcopy(policy))
-    teach(training, student, "", RATE_OF_ALL_PARAMETERS, steps, tokenizer)
-    yield "taught, all parameters", steps, held_out_sets(student), examples
+    yield "the untrained model's most probable answers", probable, examples
 
 
 def shown(value: float | None) -> str:
@@ -318,18 +266,16 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("run", type=Path, help="folder of a finished run")
-    parser.add_argument("--steps", type=int, default=500, help="of supervision; 0: none of it")
     args = parser.parse_args()
     run = f"{args.run.parent.name}/{args.run.name}"
     rows = {}
     if RESULT.exists():
         for row in read_jsonl(RESULT)[0]:
             rows[row["run"], row["policy"]] = row
-    for name, steps, items, examples in policies(args.run, args.steps):
+    for name, items, examples in policies(args.run):
         row = {
             "run": run,
             "policy": name,
-            "steps": steps,
             **environment(),
             **whole(items, examples),
             "parts": parts(items, (0, 1, 2)),

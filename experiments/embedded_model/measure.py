@@ -112,19 +112,9 @@ def main() -> None:
     parser.add_argument(
         "--model", type=Path, default=resolve_model("embedded", "embedded", None)[0]
     )
-    parser.add_argument("--confidences", action="store_true")
     args = parser.parse_args()
     model, tokenizer = load_model(args.model), load_tokenizer(args.model)
     examples = clinic.load("validation", args.items)
-    if args.confidences:
-        metrics, rollouts = run(
-            model, tokenizer, examples, Grammar("rlcr_multi", 3, thinking=False), "ranked"
-        )
-        found = " / ".join(f"{r:.2f}" for r in slot_correlations(rollouts))
-        print(
-            f"correlation in slots 1 / 2 / 3: {found}; q_mse {metrics['q_mse']:.3f}, ECE {metrics['ece']:.3f}"
-        )
-        return
     posterior = np.array(
         [[gold.probability for gold in example.golds] for example in examples], dtype=np.float64
     )

@@ -7,7 +7,8 @@ then in every form. Confidences are noise.
 B, stage `truth`: confidences at the truth, in sets of three above all, until a confidence follows
 the probability of its answer.
 C, stage `noise`: confidences become nearly uninformative again. Reinforcement learning is to bring
-them back. The last layer alone is trained, so that the layers below keep what they look up.
+them back. The last layer and the last norm alone are trained, so that the layers below keep what they
+look up.
 
 Layers below the last are asked on the way for what a confidence needs. After layer `EARLY` the
 posterior is asked for: where an answer is written and, from stage `forms` on, right after it.
@@ -357,8 +358,7 @@ class Teacher:
     def log_start(self, args: argparse.Namespace) -> None:
         """The size of the model and the settings of this start."""
         size = sum(p.numel() for p in self.model.parameters())
-        # The folder of a model to start from is a path of this machine.
-        settings = {key: str(value) for key, value in vars(args).items() if key != "model"}
+        settings = {key: str(value) for key, value in vars(args).items()}
         self.log({"parameters": size} | settings)
 
     def save(self) -> None:

@@ -1,4 +1,4 @@
-"""Which parameters to train in minutes, at which rate, on which batch: one recipe and seed, to a log.
+"""Which parameters to train in minutes, at which rate: one recipe and seed, to a log.
 
     python -m experiments.first_light.recipes "all parameters, 4e-4" 0 [WORD ...]
 
@@ -34,14 +34,8 @@ ADAPTERS = ["model.trainable=", "model.lora_layers=", "model.lora_scale=2"]
 # Recipe -> its words, in the order in which they are run.
 RECIPES = {
     "the main job's": [],
-    "no bonus": ["algo.entropy_coef=0"],
     "adapters of rank 8, 1e-3": [*ADAPTERS, "model.lora_rank=8", "model.lr=1e-3"],
-    "adapters of rank 1, 5e-3": [*ADAPTERS, "model.lora_rank=1", "model.lr=5e-3"],
     "all parameters, 4e-4": [*ALL, "model.lr=4e-4"],
-    "all parameters, 1e-3": [*ALL, "model.lr=1e-3"],
-    "32 patients x 4 sets": ["algo.prompts_per_step=32", "algo.group_size=4"],
-    "two passes with clipping": ["algo.epochs=2", "algo.loss=ppo"],
-    "paid exact probabilities": ["data.target=probabilities"],
 }
 
 

@@ -91,9 +91,7 @@ def test_the_loss_of_the_last_layer_is_that_of_the_demonstrations(recipe, teache
         assert excess == pytest.approx((loss.item() - lesson.batch.entropy) * counted, rel=1e-4)
 
 
-def test_each_lower_layer_adds_what_it_is_asked(recipe, teacher, monkeypatch):
-    monkeypatch.setattr(recipe, "EARLY", 2)
-    monkeypatch.setattr(recipe, "LOOKED_UP", 3)
+def test_each_lower_layer_adds_what_it_is_asked(recipe, teacher):
     *_, sets = teacher.lessons(teacher.stages[0])
     nothing = recipe.asked([])
     losses = []
@@ -155,20 +153,33 @@ def test_until_ends_the_training_also_after_that_stage(recipe, tmp_path):
     assert not (tmp_path / "second").exists()
 
 
-def test_a_stage_of_the_last_layer_moves_nothing_else_and_goes_on(recipe, tmp_path):
+def test_a_stage_of_the_last_layer_moves_nothing_else_and_goes_on(recipe, tmp_path, monkeypatch):
+    monkeypatch.setattr(recipe, "SAVE_EVERY", 1)
     all_of_it = recipe.Stage("all", 0, 1e-3, bare=1)
     last = recipe.Stage("last", 2, 1e-3, bare=0, prompts=1, early=0.0, only_last=True)
-    model = load_model(EMBEDDED)
-    before = {name: p.clone() for name, p in model.named_parameters()}
-    teacher = recipe.Teacher(tmp_path, EMBEDDED, model, 0, (all_of_it, last))
-    teacher.go("last")
-    num_layers = len(model.blocks)
-    for name, parameter in model.named_parameters():
+
+    def teacher_in(folder):
+        folder.mkdir(exist_ok=True)
+        model = load_model(EMBEDDED)
+        return recipe.Teacher(folder, EMBEDDED, model, 0, (all_of_it, last))
+
+    whole = teacher_in(tmp_path / "whole")
+    whole.go("last")
+    before = dict(load_model(EMBEDDED).named_parameters())
+    num_layers = len(whole.model.blocks)
+    for name, parameter in whole.model.named_parameters():
         own = name.startswith((f"blocks.{num_layers - 1}.", "norm."))
         assert torch.equal(parameter, before[name]) != own
 
-    again = recipe.Teacher(tmp_path, EMBEDDED, load_model(EMBEDDED), 0, (all_of_it, last))
-    again.resume()
-    assert (again.stage, again.step) == (1, 2)
-    for (_, mine), (_, its) in zip(again.optimizers, teacher.optimizers, strict=True):
-        assert mine == its
+    cut = teacher_in(tmp_path / "cut")
+    cut.begin(1)
+    rate = cut.rate
+    monkeypatch.setattr(cut, "rate", lambda stage: 1 / 0 if cut.step else rate(stage))
+    with pytest.raises(ZeroDivisionError):
+        cut.teach(last)
+    further = teacher_in(tmp_path / "cut")
+    further.resume()
+    assert (further.stage, further.step) == (1, 1)
+    further.go("last")
+    for name, parameter in further.model.named_parameters():
+        assert torch.equal(parameter, whole.model.get_parameter(name))

@@ -24,6 +24,10 @@ def test_a_recipe_is_the_main_job_with_as_many_completions(recipe):
     assert config.algo.prompts_per_step * config.algo.group_size == 128
     assert config.train.steps == 100
     assert config.data.eval_split == "validation"
+    if rank := re.search(r"rank (\d)", recipe):
+        assert config.model.lora_rank == int(rank[1])
+    if rate := re.search(r"\de-\d", recipe):
+        assert config.model.lr == float(rate[0])
 
 
 def test_all_parameters_are_all():
