@@ -38,6 +38,7 @@ def test_the_script_takes_the_step_of_a_training_run(capsys) -> None:
         "model.trainable=",
         "model.lora_rank=0",
         "optim.grad_clip=1e9",
+        "algo.entropy_coef=0",
         "algo.prompts_per_step=4",
         "algo.group_size=8",
         "data.num_train=4",
