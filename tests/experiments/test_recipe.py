@@ -133,6 +133,18 @@ def test_in_a_bare_stage_the_bare_question_is_measured(recipe, teacher, monkeypa
     assert found["posterior_kl"] == 2.0
 
 
+def test_a_stage_without_forms_is_a_bare_one(recipe, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(recipe, "measured", lambda *args: asked.append(args[-1]) or {})
+    stages = (
+        recipe.Stage("of bare questions", 1, 1e-3, bare=1),
+        recipe.Stage("of both", 1, 1e-3, bare=1, prompts=1),
+    )
+    teacher = recipe.Teacher(tmp_path, EMBEDDED, load_model(EMBEDDED), 0, stages)
+    teacher.go("of both")
+    assert asked == [True, False]
+
+
 def test_every_stage_begins_with_new_optimizers(recipe, tmp_path):
     stages = tuple(recipe.Stage(name, 0, 1e-3, bare=1) for name in ("first", "second"))
     teacher = recipe.Teacher(tmp_path, EMBEDDED, load_model(EMBEDDED), 0, stages)
@@ -155,6 +167,7 @@ def test_until_ends_the_training_also_after_that_stage(recipe, tmp_path):
 
 def test_a_stage_of_the_last_layer_moves_nothing_else_and_goes_on(recipe, tmp_path, monkeypatch):
     monkeypatch.setattr(recipe, "SAVE_EVERY", 1)
+    monkeypatch.setattr(recipe, "ITEMS_AT_THE_END", 2)
     all_of_it = recipe.Stage("all", 0, 1e-3, bare=1)
     last = recipe.Stage("last", 2, 1e-3, bare=0, prompts=1, early=0.0, only_last=True)
 

@@ -30,21 +30,37 @@ def test_a_recipe_is_the_main_job_with_as_many_completions(recipe):
         assert config.model.lr == float(rate[0])
 
 
-def test_all_parameters_are_all():
-    assert all(trained_by("all parameters, 4e-4").values())
+def chosen_by(recipe: str) -> set[str]:
+    return {name for name, chosen in trained_by(recipe).items() if chosen}
 
 
-def test_adapters_alone_are_trained_and_every_layer_has_them():
-    trained = trained_by("adapters of rank 8, 1e-3")
+@pytest.mark.parametrize("recipe", [name for name in recipes.RECIPES if name.startswith("all")])
+def test_all_parameters_are_all(recipe):
+    assert all(trained_by(recipe).values())
+
+
+def test_the_last_layer_is_trained_with_the_norm_behind_it():
+    names = dict(load_model(EMBEDDED).named_parameters())
+    own = {name for name in names if name.startswith(("blocks.5.", "norm."))}
+    assert chosen_by("the last layer, 5e-3") == own
+
+
+def test_the_main_job_trains_its_gains_and_its_adapter():
+    gains = chosen_by("the main job's gains")
+    adapter = chosen_by("the main job's adapter")
+    assert gains == {"norm.weight", "blocks.5.mlp_norm.weight"}
+    assert adapter and all(is_adapter(name) for name in adapter)
+    assert chosen_by("the main job's") == gains | adapter
+
+
+@pytest.mark.parametrize("recipe", [name for name in recipes.RECIPES if "rank" in name])
+def test_adapters_alone_are_trained_and_every_layer_has_them(recipe):
+    trained = trained_by(recipe)
     assert all(is_adapter(name) == chosen for name, chosen in trained.items())
     layers = {name.split(".")[1] for name, chosen in trained.items() if chosen}
     assert len(layers) == load_model(EMBEDDED).config.num_layers
 
 
-def test_the_main_jobs_own_are_the_last_layers():
+def test_the_main_jobs_adapter_is_that_of_the_last_layer():
     last = load_model(EMBEDDED).config.num_layers - 1
-    trained = [name for name, chosen in trained_by("the main job's").items() if chosen]
-    assert {f"blocks.{last}.mlp_norm.weight", "norm.weight"} < set(trained)
-    adapters = {name for name in trained if is_adapter(name)}
-    assert len(adapters) == len(trained) - 2
-    assert all(name.startswith(f"blocks.{last}.") for name in adapters)
+    assert all(name.startswith(f"blocks.{last}.") for name in chosen_by("the main job's adapter"))
