@@ -53,6 +53,9 @@ UNTRAINED = {
     "prompted_k": "prompted_k",
     "verbalized": "verbalized",
 }
+# Untrained too, drawn at a low temperature: how much of what training does is only sharper draws?
+COLD = {"base_cold": "policy", "single_cold": "single"}
+COLD_WORDS = ["algo.temperature=0.3"]
 
 
 def log_of(method: str, seed: int) -> Path:
@@ -73,9 +76,13 @@ def write(method: str, seed: int, evaluation: Mapping[str, Any], arm: str, **mor
     write_log(log_of(method, seed), log)
 
 
-def measure_untrained(seed: int, again: bool) -> None:
-    """One evaluation of the model before training, a log for each way of asking it."""
-    folder = RUNS / f"base_seed{seed}"
+def measure_untrained(arms: Mapping[str, str], seed: int, again: bool) -> None:
+    """One evaluation of the model before training, a log for each way of asking it.
+
+    `arms`: UNTRAINED or COLD.
+    """
+    words = COLD_WORDS if arms is COLD else []
+    folder = RUNS / f"{next(iter(arms))}_seed{seed}"
     if again:
         # mar.evaluate would keep the answers that are there.
         shutil.rmtree(folder, ignore_errors=True)
@@ -87,11 +94,13 @@ def measure_untrained(seed: int, again: bool) -> None:
         f"eval.num_items={ITEMS}",
         f"k={ANSWERS}",
         "num_answers=",
+        f"arms={','.join(arms.values())}",
         f"out={folder}",
+        *words,
     )
     evaluation = read_evaluation(folder)
-    for method, arm in UNTRAINED.items():
-        write(method, seed, evaluation, arm, words=[], train_s=0.0, evaluate_s=seconds)
+    for method, arm in arms.items():
+        write(method, seed, evaluation, arm, words=words, train_s=0.0, evaluate_s=seconds)
 
 
 def train_and_measure(method: str, seed: int, again: bool) -> None:
@@ -122,23 +131,24 @@ def one(method: str, seed: int, again: bool) -> None:
     exists = log_of(method, seed).exists()
     if exists and not again:
         return
-    if method in UNTRAINED:
-        measure_untrained(seed, again=exists)
-    else:
-        train_and_measure(method, seed, again=exists)
+    for arms in (UNTRAINED, COLD):
+        if method in arms:
+            measure_untrained(arms, seed, again=exists)
+            return
+    train_and_measure(method, seed, again=exists)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("method", nargs="?", choices=[*TRAINED, *UNTRAINED])
+    parser.add_argument("method", nargs="?", choices=[*TRAINED, *UNTRAINED, *COLD])
     parser.add_argument("seed", nargs="?", type=int)
     parser.add_argument(
         "--seeds", type=int, default=5, help="how many, without a method and a seed"
     )
     args = parser.parse_args()
-    methods = [args.method] if args.method else [*TRAINED, "base"]
+    methods = [args.method] if args.method else [*TRAINED, "base", "base_cold"]
     if args.seed is not None:
         for method in methods:
             one(method, args.seed, again=bool(args.method))

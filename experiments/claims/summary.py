@@ -32,9 +32,13 @@ ORDER = (
     "multi_rlcr_700_exact",
     "base",
     "single",
+    "base_cold",
+    "single_cold",
     "prompted_k",
     "verbalized",
 )
+# Runs of another length and draws at another temperature are not in the figures.
+ONLY_IN_TABLE = ("multi_rlcr_700", "multi_rlcr_700_exact", "base_cold", "single_cold")
 KS = range(3, 31, 3)
 SET_METRICS = (
     "top1",
@@ -134,10 +138,9 @@ def figures(logs: Mapping[str, Sequence[Log]]) -> dict[str, Any]:
     """coverage, reliability (first seed), unique answers and tokens per answer."""
     from mar.figures import plots
 
-    # Names with a digit are runs of another length; they are not drawn.
     arms = {}
     for method, of_seeds in logs.items():
-        if not any(character.isdigit() for character in method):
+        if method not in ONLY_IN_TABLE:
             arms[method] = arm_over_seeds(of_seeds)
     whole = {}
     for method, arm in arms.items():

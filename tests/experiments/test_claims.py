@@ -156,6 +156,27 @@ def test_what_is_named_is_trained_anew(tmp_path, monkeypatch):
     assert called == both[1:]
 
 
+def test_cold_draws_are_an_evaluation_of_their_own(tmp_path, monkeypatch):
+    asked, written = [], []
+    monkeypatch.setattr(run, "run_module", lambda *words: asked.append(words) or 1.0)
+    monkeypatch.setattr(run, "read_evaluation", lambda folder: folder.name)
+    monkeypatch.setattr(run, "write", lambda *log, words, **_: written.append((*log, words)))
+    monkeypatch.setattr(run, "LOGS", tmp_path / "logs")
+    run.one("base", 1, again=False)
+    run.one("single_cold", 1, again=False)
+    cold = ["algo.temperature=0.3"]
+    assert written == [
+        ("base", 1, "base_seed1", "policy", []),
+        ("single", 1, "base_seed1", "single", []),
+        ("prompted_k", 1, "base_seed1", "prompted_k", []),
+        ("verbalized", 1, "base_seed1", "verbalized", []),
+        ("base_cold", 1, "base_cold_seed1", "policy", cold),
+        ("single_cold", 1, "base_cold_seed1", "single", cold),
+    ]
+    assert ["algo.temperature=0.3" in words for words in asked] == [False, True]
+    assert "arms=policy,single" in asked[1]
+
+
 def a_set(
     key: str, q: float, p: float, reason: str | None = None, repeated: bool = False
 ) -> AnswerSet:
