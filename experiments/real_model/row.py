@@ -29,6 +29,7 @@ from experiments.common.commands import (
     train_unless_finished,
     write_log,
 )
+from experiments.real_model.teach import PROMPTS, taught_from
 from mar.errors import UserError, exit_code
 from mar.files import read_jsonl
 from mar.measure.metrics import AnswerArrays
@@ -48,8 +49,6 @@ ITEMS = 500
 ANSWERS = 15
 MEASURE = [f"eval.num_items={ITEMS}", f"k={ANSWERS}", "num_answers=", "arms=policy"]
 
-# The prompt's words are those of the warm-up.
-PROMPTS = ["data.findings=lists", "data.request_first=true", "model.explain_decimals=false"]
 BASE = ["+experiment=ddxplus_bayes", "model=smollm2-135m", "model.source=wheel"]
 WARM_UP = [*BASE, *PROMPTS, "model.lora_rank=12", "model.lora_base=bfloat16"]
 ASKED = [
@@ -92,11 +91,15 @@ METHODS = {
         "algo.entropy_coef=0.05",
         "algo.entropy_decay=true",
     ],
+    "multi_rlcr_own_taught": OWN,
 }
 # The methods whose completions are sets.
 OF_SETS = [name for name, words in METHODS.items() if any("=multi_" in word for word in words)]
 REWARDS = ("rlvr_single", "rlcr_single", "multi_rlvr", "multi_rlcr")
 WARM_UPS = {f"warm_up_{reward}": [f"reward={reward}"] for reward in REWARDS}
+# The warm-up that was taught what a confidence means (teach.py), and what starts from it.
+WARM_UPS["taught_multi_rlcr"] = ["reward=multi_rlcr"]
+FROM_TAUGHT = ("taught_multi_rlcr", "multi_rlcr_own_taught")
 # What words on the command line may begin with.
 OF_MACHINE = ("data.path=", "model.threads=", "logger.", "train.stop_at=")
 # Of each training step, what the log keeps.
@@ -128,7 +131,8 @@ def warm_up_of(method: str) -> str:
     """The warm-up asked in the form of a method."""
     words = METHODS[method]
     reward = next(word for word in words if word.startswith("reward="))
-    return f"warm_up_{reward.removeprefix('reward=')}"
+    kind = "taught" if method in FROM_TAUGHT else "warm_up"
+    return f"{kind}_{reward.removeprefix('reward=')}"
 
 
 def curve_of(run: Path) -> list[dict[str, Any]]:
@@ -175,8 +179,8 @@ class Rows:
     def __init__(self, out: Path, words: Sequence[str]) -> None:
         self.out = out
         self.words = list(words)
-        data = [word for word in words if word.startswith("data.path=")]
-        self.start = start_of(out, data)
+        self.data = [word for word in words if word.startswith("data.path=")]
+        self.start = start_of(out, self.data)
 
     def folder(self, method: str, seed: int) -> Path:
         return self.out / method / f"seed{seed}"
@@ -184,7 +188,10 @@ class Rows:
     def settings(self, method: str, seed: int) -> list[str]:
         """The words of a method, but for those of training alone."""
         of_method = (METHODS | WARM_UPS)[method]
-        return [*ASKED, *of_method, f"model.path={self.start}", f"seed={seed}", *self.words]
+        start = self.start
+        if method in FROM_TAUGHT:
+            start = taught_from(start, self.out / "taught", self.data)
+        return [*ASKED, *of_method, f"model.path={start}", f"seed={seed}", *self.words]
 
     def measure_warm_up(self, name: str, seed: int) -> None:
         folder = self.folder(name, seed)
