@@ -17,8 +17,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from begin import embedded_config
 from recipe import LOOKED_UP, RIGHT, SETS, STAGES, WRONG, Teacher, states_after
+from shape import embedded_config
 
 from mar.answers.tokenizer import load_tokenizer
 from mar.policy.attention import group_attention

@@ -33,8 +33,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from begin import VOCABULARY, embedded_config, train_tokenizer
 from measure import posterior_kl, run, slot_correlations
+from shape import VOCABULARY, embedded_config, train_tokenizer
 from torch import Tensor
 
 from mar.answers.grammar import Grammar

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from experiments.embedded_model.begin import embedded_config
+from experiments.embedded_model.shape import embedded_config
 from mar.answers.grammar import Grammar, parse
 from mar.answers.tokenizer import load_tokenizer
 from mar.errors import UserError

@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint as recompute
 
-from experiments.embedded_model.begin import train_tokenizer
+from experiments.embedded_model.shape import train_tokenizer
 from mar.errors import UserError
 from mar.learn import batch, losses
 from mar.learn.optim import make_optimizer

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from experiments.embedded_model.begin import train_tokenizer
+from experiments.embedded_model.shape import train_tokenizer
 from mar.answers.grammar import Grammar, render
 from mar.answers.prompts import build_prompt
 from mar.answers.rewards import RewardSpec, first_open
