@@ -5,7 +5,7 @@ import sys
 
 __version__ = "0.2.0"
 
-if (
-    sys.argv[:1] == ["-m"]
-):  # a command of ours is being loaded, for seconds: Ctrl-C leaves no traceback; then `exit_code` takes over
+# A command of ours is being loaded, for seconds: Ctrl-C leaves no traceback. Then `exit_code` takes
+# over.
+if sys.argv[:1] == ["-m"]:
     signal.signal(signal.SIGINT, signal.SIG_DFL)

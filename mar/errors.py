@@ -32,8 +32,8 @@ def exit_code(command: Callable[[], object], interrupted: str = "interrupted") -
     """Run a command and return what the process should exit with.
 
     An integer that the command returns is passed on, anything else counts as 0. A UserError and a
-    missing optional package give 2, Ctrl-C gives 130 and a closed stdout 141; the error, or the sentence `interrupted`,
-    goes to stderr.
+    missing optional package give 2, Ctrl-C gives 130 and a closed stdout 141; the error, or the
+    sentence `interrupted`, goes to stderr.
     """
     heed_ctrl_c()
     try:

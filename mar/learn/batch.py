@@ -1,6 +1,7 @@
 """Rollouts to the tensors of one optimizer step, and that step cut into micro-batches.
 
-Tokens are shifted once, in `pack_groups` (policy/packing.py); denominators are counted once, over the whole step.
+Tokens are shifted once, in `pack_groups` (policy/packing.py); denominators are counted once, over
+the whole step.
 """
 
 from bisect import bisect_left

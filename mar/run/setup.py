@@ -277,8 +277,10 @@ def verifier_of(config: Config) -> AnswerChecker:
 def sampling_params(
     config: Config, grammar: Grammar, tokenizer: Any, model_folder: Path
 ) -> SamplingParams:
-    """How completions are drawn, by a model of `model_folder`. Raises UserError where the thinking budget leaves no room for the
-    answers."""
+    """How completions are drawn, by a model of `model_folder`.
+
+    Raises UserError where the thinking budget leaves no room for the answers.
+    """
     algo = config.algo
     think_close: tuple[int, ...] = ()
     if config.sampler.think_budget is not None:

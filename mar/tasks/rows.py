@@ -1,8 +1,8 @@
 """Rows that are read in order once, and again by their number: none of them is kept in memory.
 
 A class of rows for each kind of source: lines of a file, elements of a list (a JSON array, or what
-`datasets` keeps on the disk), and what has to be put aside (packed files, tables). `where` is the position of a row for error messages, such as
-`file.jsonl:17`.
+`datasets` keeps on the disk), and what has to be put aside (packed files, tables). `where` is the
+position of a row for error messages, such as `file.jsonl:17`.
 """
 
 import json
