@@ -6,6 +6,8 @@ It trains with `mar.train`, 200 steps from the committed warm-up, then measures 
 `mar.evaluate`, and writes logs/rows/<method>_seed<seed>.json. The same command goes on where it was
 interrupted. `warm_up_<reward>` is the warm-up itself, asked in that reward's form; a method is
 compared with it on the same questions, so it is measured first where it is not there yet.
+`cold_<reward>` is the warm-up drawn at a low temperature, `taught_multi_rlcr` the one that `teach.py`
+taught on.
 `constant` is the answers that are most frequent among training questions, whatever is asked.
 
 `out=<folder>` is where runs lie, by default runs/real_model. Other words may only say where the data
@@ -97,6 +99,9 @@ METHODS = {
 OF_SETS = [name for name, words in METHODS.items() if any("=multi_" in word for word in words)]
 REWARDS = ("rlvr_single", "rlcr_single", "multi_rlvr", "multi_rlcr")
 WARM_UPS = {f"warm_up_{reward}": [f"reward={reward}"] for reward in REWARDS}
+# How much of what training does is only sharper draws?
+COLD = ["algo.temperature=0.3"]
+WARM_UPS |= {f"cold_{reward}": [f"reward={reward}", *COLD] for reward in REWARDS}
 # The warm-up that was taught what a confidence means (teach.py), and what starts from it.
 WARM_UPS["taught_multi_rlcr"] = ["reward=multi_rlcr"]
 FROM_TAUGHT = ("taught_multi_rlcr", "multi_rlcr_own_taught")

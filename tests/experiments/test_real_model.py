@@ -32,8 +32,9 @@ def places(tmp_path_factory):
 
 
 def test_every_method_is_a_config_that_sees_as_many_steps(places):
-    for words in (row.METHODS | row.WARM_UPS).values():
+    for name, words in (row.METHODS | row.WARM_UPS).items():
         config = compose([*row.ASKED, *words, *row.TRAINED, *places])
+        assert config.algo.temperature == (0.3 if name.startswith("cold_") else 1.0)
         assert config.train.steps == 200
         # The prompt is the one that the warm-up was taught.
         assert config.data.findings == "lists"
