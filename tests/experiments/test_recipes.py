@@ -39,12 +39,6 @@ def test_all_parameters_are_all(recipe):
     assert all(trained_by(recipe).values())
 
 
-def test_the_last_layer_is_trained_with_the_norm_behind_it():
-    names = dict(load_model(EMBEDDED).named_parameters())
-    own = {name for name in names if name.startswith(("blocks.5.", "norm."))}
-    assert chosen_by("the last layer, 5e-3") == own
-
-
 def test_the_main_job_trains_its_gains_and_its_adapter():
     gains = chosen_by("the main job's gains")
     adapter = chosen_by("the main job's adapter")
