@@ -5,13 +5,14 @@
 trains and measures that method anew and overwrites its log: `git diff` shows what changed.
 Without a seed: every seed; without a method: every method; logs that exist are then kept. A run
 that was interrupted goes on. A trained method is `mar.train` with the words below, then
-`mar.evaluate`; the untrained ones are arms of one evaluation. Logs: experiments/claims/logs/.
+`mar.evaluate`; untrained ones are arms of one evaluation, which makes the logs of all its arms.
+Logs: experiments/claims/logs/.
 """
 
 import argparse
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,16 +47,21 @@ TRAINED = {
     "multi_rlcr_700": ["train.steps=700"],
     "multi_rlcr_700_exact": ["train.steps=700", "data.target=probabilities"],
 }
-# Method -> arm of the same evaluation.
-UNTRAINED = {
-    "base": "policy",
-    "single": "single",
-    "prompted_k": "prompted_k",
-    "verbalized": "verbalized",
-}
-# Untrained too, drawn at a low temperature: how much of what training does is only sharper draws?
-COLD = {"base_cold": "policy", "single_cold": "single"}
-COLD_WORDS = ["algo.temperature=0.3"]
+# Ways of asking the untrained model. Of each evaluation: method -> its arm, and its words.
+UNTRAINED: tuple[tuple[dict[str, str], list[str]], ...] = (
+    (
+        {
+            "base": "policy",
+            "single": "single",
+            "prompted_k": "prompted_k",
+            "verbalized": "verbalized",
+        },
+        [],
+    ),
+    # How much of what training does is only sharper draws?
+    ({"base_cold": "policy", "single_cold": "single"}, ["algo.temperature=0.3"]),
+)
+NAMES_OF_UNTRAINED = [method for arms, _ in UNTRAINED for method in arms]
 
 
 def log_of(method: str, seed: int) -> Path:
@@ -76,28 +82,24 @@ def write(method: str, seed: int, evaluation: Mapping[str, Any], arm: str, **mor
     write_log(log_of(method, seed), log)
 
 
-def measure_untrained(arms: Mapping[str, str], seed: int, again: bool) -> None:
-    """One evaluation of the model before training, a log for each way of asking it.
-
-    `arms`: UNTRAINED or COLD.
-    """
-    words = COLD_WORDS if arms is COLD else []
+def measure_untrained(
+    arms: Mapping[str, str], own_words: Sequence[str], seed: int, again: bool
+) -> None:
+    """One evaluation of the model before training, a log for each way of asking it."""
     folder = RUNS / f"{next(iter(arms))}_seed{seed}"
     if again:
         # mar.evaluate would keep the answers that are there.
         shutil.rmtree(folder, ignore_errors=True)
-    seconds = run_module(
-        "mar.evaluate",
-        "base",
+    words = [
         *SHARED,
         f"seed={seed}",
         f"eval.num_items={ITEMS}",
         f"k={ANSWERS}",
         "num_answers=",
         f"arms={','.join(arms.values())}",
-        f"out={folder}",
-        *words,
-    )
+        *own_words,
+    ]
+    seconds = run_module("mar.evaluate", "base", *words, f"out={folder}")
     evaluation = read_evaluation(folder)
     for method, arm in arms.items():
         write(method, seed, evaluation, arm, words=words, train_s=0.0, evaluate_s=seconds)
@@ -131,9 +133,9 @@ def one(method: str, seed: int, again: bool) -> None:
     exists = log_of(method, seed).exists()
     if exists and not again:
         return
-    for arms in (UNTRAINED, COLD):
+    for arms, words in UNTRAINED:
         if method in arms:
-            measure_untrained(arms, seed, again=exists)
+            measure_untrained(arms, words, seed, again=exists)
             return
     train_and_measure(method, seed, again=exists)
 
@@ -142,13 +144,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("method", nargs="?", choices=[*TRAINED, *UNTRAINED, *COLD])
+    parser.add_argument("method", nargs="?", choices=[*TRAINED, *NAMES_OF_UNTRAINED])
     parser.add_argument("seed", nargs="?", type=int)
     parser.add_argument(
         "--seeds", type=int, default=5, help="how many, without a method and a seed"
     )
     args = parser.parse_args()
-    methods = [args.method] if args.method else [*TRAINED, "base", "base_cold"]
+    methods = [args.method] if args.method else [*TRAINED, *NAMES_OF_UNTRAINED]
     if args.seed is not None:
         for method in methods:
             one(method, args.seed, again=bool(args.method))

@@ -164,17 +164,20 @@ def test_cold_draws_are_an_evaluation_of_their_own(tmp_path, monkeypatch):
     monkeypatch.setattr(run, "LOGS", tmp_path / "logs")
     run.one("base", 1, again=False)
     run.one("single_cold", 1, again=False)
-    cold = ["algo.temperature=0.3"]
-    assert written == [
-        ("base", 1, "base_seed1", "policy", []),
-        ("single", 1, "base_seed1", "single", []),
-        ("prompted_k", 1, "base_seed1", "prompted_k", []),
-        ("verbalized", 1, "base_seed1", "verbalized", []),
-        ("base_cold", 1, "base_cold_seed1", "policy", cold),
-        ("single_cold", 1, "base_cold_seed1", "single", cold),
+    assert [log[:4] for log in written] == [
+        ("base", 1, "base_seed1", "policy"),
+        ("single", 1, "base_seed1", "single"),
+        ("prompted_k", 1, "base_seed1", "prompted_k"),
+        ("verbalized", 1, "base_seed1", "verbalized"),
+        ("base_cold", 1, "base_cold_seed1", "policy"),
+        ("single_cold", 1, "base_cold_seed1", "single"),
     ]
-    assert ["algo.temperature=0.3" in words for words in asked] == [False, True]
+    cold = ["algo.temperature=0.3" in log[4] for log in written]
+    assert cold == [False] * 4 + [True] * 2
     assert "arms=policy,single" in asked[1]
+    for (_, base, *words), log in zip(asked, (written[0], written[4]), strict=True):
+        assert base == "base"
+        assert [word for word in words if not word.startswith("out=")] == log[4]
 
 
 def a_set(
