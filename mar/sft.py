@@ -44,6 +44,7 @@ from mar.run.asked_as import write_asked_as
 from mar.run.compose import compose, require_choice
 from mar.run.console import Display
 from mar.run.evaluation_folder import require_writable
+from mar.run.folder import lock
 from mar.run.from_run import model_of
 from mar.run.setup import announce, load_data
 from mar.run.warm_up import (
@@ -136,6 +137,7 @@ def run(words: Words[SftOptions]) -> None:
     log = folder / LOG
     require_own_folder(folder, log)
     require_writable(folder)
+    _lock = lock(folder, "wait for it, or choose another run_dir= or name=")  # until run ends
 
     source, _ = model_of(options)
     tokenizer = load_tokenizer(source)

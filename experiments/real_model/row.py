@@ -2,12 +2,13 @@
 
     python -m experiments.real_model.row multi_rlcr_own 0 data.path=<folder of DDXPlus>
 
-It trains with `mar.train`, 200 steps from the committed warm-up, then measures test questions with
-`mar.evaluate`, and writes logs/rows/<method>_seed<seed>.json. The same command goes on where it was
-interrupted. `warm_up_<reward>` is the warm-up itself, asked in that reward's form; a method is
-compared with it on the same questions, so it is measured first where it is not there yet.
-`cold_<reward>` is the warm-up drawn at a low temperature, `taught_multi_rlcr` the one that `teach.py`
-taught on.
+It trains with `mar.train`, 200 steps from the committed warm-up (`.._taught`: from the one that
+`teach.py` taught on), then measures test questions with `mar.evaluate`, and writes
+logs/rows/<method>_seed<seed>.json. The same command goes on where it was interrupted.
+
+`warm_up_<reward>` is the warm-up itself, asked in that reward's form; a method is compared with it on
+the same questions, so it is measured first where it is not there yet. `cold_<reward>` is the
+warm-up drawn at a low temperature, `taught_multi_rlcr` the taught one.
 `constant` is the answers that are most frequent among training questions, whatever is asked.
 
 `out=<folder>` is where runs lie, by default runs/real_model. Other words may only say where the data
@@ -86,7 +87,7 @@ METHODS = {
     "multi_rlcr": ["algo=reinforce", "reward=multi_rlcr", *SETS_OF_STEP],
     "multi_rlcr_own": OWN,
     "multi_rlcr_own_exact": [*OWN, "data.target=probabilities"],
-    # Confidences go on being tried that could tell answers apart.
+    # Confidences are kept apart. Do they come to tell answers apart?
     "multi_rlcr_own_entropy": [
         *OWN,
         "algo.entropy_of=confidences",
@@ -186,6 +187,7 @@ class Rows:
         self.words = list(words)
         self.data = [word for word in words if word.startswith("data.path=")]
         self.start = start_of(out, self.data)
+        self.taught = out / "taught"
 
     def folder(self, method: str, seed: int) -> Path:
         return self.out / method / f"seed{seed}"
@@ -193,12 +195,16 @@ class Rows:
     def settings(self, method: str, seed: int) -> list[str]:
         """The words of a method, but for those of training alone."""
         of_method = (METHODS | WARM_UPS)[method]
-        start = self.start
-        if method in FROM_TAUGHT:
-            start = taught_from(start, self.out / "taught", self.data)
+        start = self.taught if method in FROM_TAUGHT else self.start
         return [*ASKED, *of_method, f"model.path={start}", f"seed={seed}", *self.words]
 
+    def prepare(self, method: str) -> None:
+        """Make the checkpoint that a method starts from, where it is not there yet."""
+        if method in FROM_TAUGHT:
+            taught_from(self.start, self.taught, self.data)
+
     def measure_warm_up(self, name: str, seed: int) -> None:
+        self.prepare(name)
         folder = self.folder(name, seed)
         settings = self.settings(name, seed)
         run_module("mar.evaluate", "base", *settings, *MEASURE, f"out={folder}")
@@ -212,6 +218,7 @@ class Rows:
 
     def make(self, method: str, seed: int) -> None:
         """Train, measure and write the log."""
+        self.prepare(method)
         before = warm_up_of(method)
         warm_up = self.folder(before, 0)
         measured = log_of(before, 0).exists() and (warm_up / "evaluation.json").exists()

@@ -1,4 +1,4 @@
-"""The warm-up, taught on: confidences at the exact probability of their answer.
+"""The warm-up, taught on: confidences near the exact probability of their answer.
 
     python -m experiments.real_model.teach START OUT data.path=<folder of DDXPlus>
 

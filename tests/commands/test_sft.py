@@ -15,6 +15,7 @@ from mar.run import warm_up
 from mar.run.asked_as import asked_as
 from mar.run.compose import compose
 from mar.run.console import Display
+from mar.run.folder import lock
 from mar.run.warm_up import Questions
 from mar.run.words import read_words
 
@@ -154,6 +155,25 @@ def test_a_folder_that_cannot_be_written_is_one_sentence(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "access", lambda path, mode: not mode & os.W_OK)
     with pytest.raises(UserError, match="nothing can be written into"):
         train([*WORDS, f"run_dir={tmp_path / 'new'}"])
+
+
+def test_two_warm_ups_never_share_a_folder(tmp_path, monkeypatch):
+    folder = tmp_path / "one"
+    words = [*WORDS, "sft.steps=2", f"run_dir={folder}"]
+    taken = "one is being written by another process: wait for it"
+    with lock(folder), pytest.raises(UserError, match=taken):
+        train(words)
+    assert not folder.exists()
+
+    def while_it_runs(*given):
+        with pytest.raises(UserError, match=taken):
+            lock(folder)
+        warm_up.save_state(*given)
+
+    monkeypatch.setattr(sft, "save_state", while_it_runs)
+    train(words)
+    with lock(folder):
+        pass
 
 
 def test_drawn_questions_are_always_new(monkeypatch):

@@ -190,11 +190,15 @@ def test_it_is_taught_once(tmp_path, monkeypatch):
 
 def test_a_row_of_the_taught_starts_there_and_is_compared_with_it(tmp_path, monkeypatch):
     monkeypatch.setattr(row, "start_of", lambda out, words: out / "start")
-    monkeypatch.setattr(row, "taught_from", lambda start, out, words: out)
-    rows = row.Rows(tmp_path, [])
+    made = []
+    monkeypatch.setattr(row, "taught_from", lambda *asked: made.append(asked))
+    rows = row.Rows(tmp_path, ["data.path=here", "model.threads=2"])
     for name in row.FROM_TAUGHT:
         assert f"model.path={tmp_path / 'taught'}" in rows.settings(name, 0)
     assert f"model.path={tmp_path / 'start'}" in rows.settings("multi_rlcr_own", 0)
+    for name in ("multi_rlcr_own", "warm_up_multi_rlcr", *row.FROM_TAUGHT):
+        rows.prepare(name)
+    assert made == [(tmp_path / "start", tmp_path / "taught", ["data.path=here"])] * 2
     assert row.warm_up_of("multi_rlcr_own_taught") == "taught_multi_rlcr"
     assert row.warm_up_of("multi_rlcr_own") == "warm_up_multi_rlcr"
 
