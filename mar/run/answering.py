@@ -127,6 +127,9 @@ def load_weights(target: Target, device: torch.device) -> tuple[Decoder, Decoder
     dtype = getattr(torch, target.config.scale.dtype)
     ids = num_tokens(load_tokenizer(target.model_folder))
     untrained = load_model(target.model_folder, dtype=dtype, device=device, num_tokens=ids)
+    if target.config.model.lora_base != "as_stored":
+        # Training begins from weights that are rounded so.
+        untrained = adapted(untrained, target.config.model)
     if target.run is None:
         return untrained, untrained
     copy = load_model(target.model_folder, dtype=dtype, device=device, num_tokens=ids)

@@ -85,6 +85,18 @@ def test_weights_in_bfloat16_are_not_sharded():
         build_learner(config, EMBEDDED, World(size=2))
 
 
+def test_the_untrained_model_is_measured_as_training_begins_from_it():
+    words = ["+experiment=clinic", "model.lora_rank=2", "model.lora_base=bfloat16"]
+    config = compose(words)
+    begun = build_learner(config, EMBEDDED, World()).policy
+    target = Target("x", config, EMBEDDED, {}, None, EMBEDDED)
+    _, untrained = load_weights(target, torch.device("cpu"))
+    measured = dict(untrained.named_parameters())
+    for name, parameter in begun.named_parameters():
+        assert measured[name].dtype == parameter.dtype
+        assert torch.equal(measured[name], parameter)
+
+
 # --- checkpoints from elsewhere ----------------------------------------------------------------
 
 
