@@ -86,6 +86,7 @@ TABLES: dict[str, Callable[..., str]] = {
     "medqa learning": partial(ddxplus.learning, medqa.LOGS),
     "real model": real_model.coverage_table,
     "real model change": real_model.change_table,
+    "real model cold": real_model.cold_table,
     "real model paired": real_model.paired_table,
     "real model calibration": real_model.calibration_table,
     "real model known": real_model_known.markdown,

@@ -133,12 +133,20 @@ def start_of(out: Path, words: list[str]) -> Path:
     return start
 
 
-def warm_up_of(method: str) -> str:
-    """The warm-up asked in the form of a method."""
+def reward_of(method: str) -> str:
     words = METHODS[method]
-    reward = next(word for word in words if word.startswith("reward="))
+    return next(word for word in words if word.startswith("reward=")).removeprefix("reward=")
+
+
+def warm_up_of(method: str) -> str:
+    """The warm-up that a method starts from, asked in its form."""
     kind = "taught" if method in FROM_TAUGHT else "warm_up"
-    return f"{kind}_{reward.removeprefix('reward=')}"
+    return f"{kind}_{reward_of(method)}"
+
+
+def cold_of(method: str) -> str:
+    """The warm-up drawn at a low temperature, asked in the form of a method."""
+    return f"cold_{reward_of(method)}"
 
 
 def curve_of(run: Path) -> list[dict[str, Any]]:

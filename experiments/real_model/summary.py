@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from experiments.common.tables import Log, markdown_table, read_logs_by
-from experiments.real_model.row import METHODS, OF_SETS, WARM_UPS, warm_up_of
+from experiments.real_model.row import METHODS, OF_SETS, WARM_UPS, cold_of, warm_up_of
 from mar.measure.bootstrap import mean_of, resample_weights, with_interval
 
 HERE = Path(__file__).parent
@@ -17,6 +17,14 @@ KS = (3, 9, 15)
 SET_SIZE = 3
 # What one set is compared with.
 SINGLES = ("rlvr_single", "warm_up_rlvr_single")
+# What the figures show: all rows would hide each other.
+DRAWN = (
+    "rlvr_single",
+    "multi_rlcr_own",
+    "multi_rlcr_own_taught",
+    "warm_up_rlvr_single",
+    "warm_up_multi_rlcr",
+)
 COVERAGE = ("top1", "format_rate", "repeats_per_set", "tokens_per_set")
 CHANGED = ("top1", "coverage@3", "coverage@15", "unique@15", "ece", "auroc", "q_mse")
 CALIBRATION = ("ece", "auroc", "brier", "q_mse", "tv_distance")
@@ -159,6 +167,18 @@ def change_table() -> str:
     return markdown_table(["method", "seed", *CHANGED], rows)
 
 
+def cold_table() -> str:
+    """Coverage of each method and seed minus that of cold draws of the warm-up."""
+    logs = read_rows()
+    rows = []
+    for method in METHODS:
+        for log in logs.get(method, []):
+            for cold in logs.get(cold_of(method), []):
+                cells = [difference(covered(log, k), covered(cold, k)) for k in KS]
+                rows.append([method, str(log["seed"]), cold["method"], *cells])
+    return markdown_table(["method", "seed", "minus", *(f"coverage@{k}" for k in KS)], rows)
+
+
 def change(log: Log, before: Log, name: str) -> str:
     if name.startswith("coverage@"):
         k = int(name.removeprefix("coverage@"))
@@ -169,17 +189,12 @@ def change(log: Log, before: Log, name: str) -> str:
 # ---------------------------------------------------------------------- figures
 
 
-def drawn_arms(methods: Sequence[str]) -> dict[str, Any]:
-    """The first seed of each method, as `mar.figures.plots` draws arms."""
-    logs = read_rows()
-    return {method: logs[method][0] for method in methods if method in logs}
-
-
 def figures() -> Mapping[str, Any]:
     """Coverage against answers and tokens, and reliability; of the first seed."""
     from mar.figures import plots
 
-    arms = drawn_arms((*METHODS, "warm_up_multi_rlcr", "warm_up_rlvr_single"))
+    logs = read_rows()
+    arms: dict[str, Any] = {method: logs[method][0] for method in DRAWN if method in logs}
     bars = next(iter(arms.values()))["bars"]
     found = {"coverage": plots.coverage(arms, bars)}
     confident = {name: arm for name, arm in arms.items() if arm["reliability"]}

@@ -81,6 +81,7 @@ def logs(tmp_path, monkeypatch):
         a_log("rlvr_single", 0, [[0.1, 0.2, 0.3, 0.4], [0.5, 0.5, 0.5, 0.5]], 7.5, 1),
         a_log("warm_up_rlvr_single", 0, [[0.1, 0.1, 0.2], [0.2, 0.2, 0.2]], 7.5, 1),
         a_log("warm_up_multi_rlvr", 0, [[0.25], [0.25]], 30.0, 3),
+        a_log("cold_multi_rlvr", 0, [[0.5], [0.5]], 30.0, 3),
     ]
     (tmp_path / "rows").mkdir()
     for log in found:
@@ -120,11 +121,11 @@ def test_coverage_between_two_numbers_of_answers_is_interpolated(logs):
 def test_each_seed_is_a_line_and_bounds_stand_below(logs):
     lines = summary.coverage_table().splitlines()[2:]
     names = [line.split("|")[1].strip() for line in lines]
-    warm_ups = ["warm_up_rlvr_single", "warm_up_multi_rlvr"]
+    warm_ups = ["warm_up_rlvr_single", "warm_up_multi_rlvr", "cold_multi_rlvr"]
     assert names == [*warm_ups, "rlvr_single", "multi_rlvr", "constant answers", "floor", "ceiling"]
     # Two sets of three do not add up to nine.
-    assert lines[3].split("|")[3].strip() == "0.600 (0.500 to 0.700)"
-    assert lines[3].split("|")[4].strip() == "–"
+    assert lines[4].split("|")[3].strip() == "0.600 (0.500 to 0.700)"
+    assert lines[4].split("|")[4].strip() == "–"
 
 
 def test_the_change_is_from_the_warm_up_in_the_same_form(logs):
@@ -134,6 +135,13 @@ def test_the_change_is_from_the_warm_up_in_the_same_form(logs):
     assert sets[:2] == ["multi_rlvr", "0"]
     assert sets[3].startswith("0.350 (")
     assert sets[4] == "–"  # two sets are no fifteen answers
+
+
+def test_sets_are_compared_with_cold_sets_and_what_has_none_is_left_out(logs):
+    (sets,) = cells_of(summary.cold_table())
+    assert sets[:3] == ["multi_rlvr", "0", "cold_multi_rlvr"]
+    assert sets[3].startswith("0.100 (")
+    assert sets[4] == "–"
 
 
 def test_words_that_would_make_a_row_unlike_the_others_are_refused():
