@@ -54,6 +54,24 @@ def anchors(text: str) -> set[str]:
     return found
 
 
+def ragged_rows(text: str) -> list[str]:
+    """The rows of a page's tables that have more or fewer cells than their heading.
+
+    A bar within a cell ends it, also between backticks; `\\|` does not.
+    """
+    ragged = []
+    num_bars = None
+    for line in FENCE.sub("", text).splitlines():
+        if not line.startswith("|"):
+            num_bars = None
+            continue
+        found = len(re.findall(r"(?<!\\)\|", line))
+        num_bars = num_bars or found
+        if found != num_bars:
+            ragged.append(line)
+    return ragged
+
+
 def broken_links(file: Path, text: str) -> list[str]:
     """The links of a page that lead to no file, or to no heading of it."""
     broken = []
@@ -130,6 +148,11 @@ def test_every_link_leads_somewhere(file):
 
 
 @pytest.mark.parametrize("file", texts(), ids=name_of)
+def test_every_row_of_a_table_has_the_cells_of_its_heading(file):
+    assert not ragged_rows(file.read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("file", texts(), ids=name_of)
 def test_every_file_that_is_named_exists(file):
     text = file.read_text("utf-8")
     missing = [name for name in NAMED.findall(text) if not (ROOT / name).exists()]
@@ -161,6 +184,14 @@ def test_every_experiment_stands_in_the_index():
     index = (ROOT / "experiments/README.md").read_text("utf-8")
     folders = {file.parent.name for file in ROOT.glob("experiments/*/README.md")}
     assert not [folder for folder in sorted(folders) if f"]({folder}/README.md)" not in index]
+
+
+def test_a_bar_that_ends_a_cell_is_seen():
+    table = ["| recipe | words |", "| --- | --- |", r"| a | `x\|y` |"]
+    assert not ragged_rows("\n".join(table))
+    broken = "| b | `x|y` |"
+    assert ragged_rows("\n".join([*table, broken])) == [broken]
+    assert not ragged_rows("\n".join([*table, "", "| another | table | here |"]))
 
 
 def test_what_is_broken_is_seen(tmp_path):

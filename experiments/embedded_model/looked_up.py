@@ -1,7 +1,7 @@
 """What the recipe's model knows of an answer's probability: layer LOOKED_UP right after the answer,
 and the last layer where it writes the confidence.
 
-    python experiments/embedded_model/looked_up.py FOLDER
+    python -m experiments.embedded_model.looked_up FOLDER
 
 FOLDER is one of the recipe's, with its checkpoint. Of sets of three for validation patients, drawn
 from the posterior. `layer`: mean squared error of what layer LOOKED_UP says, and its correlation
@@ -17,9 +17,17 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from recipe import LOOKED_UP, RIGHT, SETS, STAGES, WRONG, Teacher, states_after
-from shape import embedded_config
 
+from experiments.embedded_model.recipe import (
+    LOOKED_UP,
+    RIGHT,
+    SETS,
+    STAGES,
+    WRONG,
+    Teacher,
+    states_after,
+)
+from experiments.embedded_model.shape import embedded_config
 from mar.answers.tokenizer import load_tokenizer
 from mar.policy.attention import group_attention
 from mar.policy.model import Decoder

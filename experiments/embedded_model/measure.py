@@ -1,8 +1,8 @@
-"""Format rate and coverage of the embedded model in every form it was trained on, as the table of
-README.md beside this file, and the KL divergence from the exact posterior to the distribution of
-its single answer. With `--confidences`: how well confidences follow the probabilities.
+"""What the embedded model does in every form that it was taught: the last table of README.md.
 
-python experiments/embedded_model/measure.py [--items 200] [--model FOLDER] [--confidences]
+    python -m experiments.embedded_model.measure [--items 200] [--model FOLDER]
+
+Also printed: the KL divergence of its single answers from the exact posterior.
 """
 
 import argparse
@@ -68,20 +68,29 @@ def posterior_kl(
     return excess * batch.num_counted / len(examples)
 
 
-def slot_correlations(rollouts: list[Rollout]) -> list[float]:
-    """Pearson correlation of confidence and exact probability (a repeat has none left) over
-    right-formed sets, for each slot [K].
+def confidences_and_truths(rollouts: list[Rollout]) -> tuple[np.ndarray, np.ndarray]:
+    """[K, sets] each, over right-formed sets: what was written, and the exact probability of the
+    answer; a repeat has none left.
     """
-    pairs = []
+    said, truths = [], []
     for rollout in (r for r in rollouts if r.reason is None):
         probability = {gold.name: gold.probability for gold in rollout.prompt.example.golds}
-        truth = [
-            0.0 if again else probability.get(a, 0.0)
-            for a, again in zip(rollout.answers, rollout.repeated, strict=True)
-        ]
-        pairs.append((rollout.confidences, truth))
-    confidences, truths = np.array(pairs, dtype=np.float64).transpose(1, 2, 0)  # [K, rollouts] each
-    return [float(np.corrcoef(q, p)[0, 1]) for q, p in zip(confidences, truths, strict=True)]
+        of_answers = zip(rollout.answers, rollout.repeated, strict=True)
+        truths.append([0.0 if again else probability.get(a, 0.0) for a, again in of_answers])
+        said.append(rollout.confidences)
+    return np.array(said, dtype=np.float64).T, np.array(truths, dtype=np.float64).T
+
+
+def slot_correlations(rollouts: list[Rollout]) -> list[float]:
+    """[K] Pearson correlation of confidence and truth in each slot."""
+    pairs = zip(*confidences_and_truths(rollouts), strict=True)
+    return [float(np.corrcoef(said, truth)[0, 1]) for said, truth in pairs]
+
+
+def slot_errors(rollouts: list[Rollout]) -> list[float]:
+    """[K] mean squared error of the confidences in each slot."""
+    said, truths = confidences_and_truths(rollouts)
+    return ((said - truths) ** 2).mean(axis=1).tolist()
 
 
 def run(

@@ -1,6 +1,6 @@
 """Makes the embedded model, from random weights, in three steps.
 
-    python experiments/embedded_model/recipe.py --out FOLDER [--until bare|forms|truth|noise]
+    python -m experiments.embedded_model.recipe --out FOLDER [--until bare|forms|truth|noise]
 
 A, stages `bare` and `forms`: answers that follow the exact posterior, first to the bare question,
 then in every form. Confidences are noise.
@@ -33,10 +33,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from measure import posterior_kl, run, slot_correlations
-from shape import VOCABULARY, embedded_config, train_tokenizer
 from torch import Tensor
 
+from experiments.embedded_model.measure import posterior_kl, run, slot_correlations, slot_errors
+from experiments.embedded_model.shape import VOCABULARY, embedded_config, train_tokenizer
 from mar.answers.grammar import Grammar
 from mar.answers.tokenizer import copy_tokenizer, load_tokenizer
 from mar.learn.demonstrations import (
@@ -62,7 +62,7 @@ from mar.policy.attention import group_attention
 from mar.policy.model import Decoder
 from mar.policy.packing import pack_groups
 from mar.policy.weights import save_model
-from mar.records import Example, Rollout
+from mar.records import Example
 from mar.tasks import clinic
 
 # The layers, counted from 1, after which the posterior and the probability of an answer have to be
@@ -263,21 +263,6 @@ def loss_and_excess(model: Decoder, lesson: Lesson, early: float) -> tuple[Tenso
 # ---------------------------------------------------------------------- what is measured
 
 
-def slot_errors(rollouts: list[Rollout]) -> list[float]:
-    """Mean squared error of the confidences of each slot, over right-formed sets."""
-    errors = []
-    for rollout in (r for r in rollouts if r.reason is None):
-        probability = {gold.name: gold.probability for gold in rollout.prompt.example.golds}
-        truth = [
-            0.0 if again else probability.get(answer, 0.0)
-            for answer, again in zip(rollout.answers, rollout.repeated, strict=True)
-        ]
-        errors.append((np.array(rollout.confidences) - np.array(truth)) ** 2)
-    if not errors:
-        return []
-    return [round(float(error), 4) for error in np.mean(errors, axis=0)]
-
-
 def measured(model: Decoder, tokenizer: Any, num: int, bare: bool) -> dict[str, Any]:
     """On `num` validation patients: the posterior of a single answer, and sets of three.
 
@@ -293,8 +278,9 @@ def measured(model: Decoder, tokenizer: Any, num: int, bare: bool) -> dict[str, 
         # None: no set was right-formed.
         if metrics[name] is not None:
             found[name] = round(metrics[name], 4)
-    found["slots"] = slot_errors(rollouts)
-    if found["slots"]:
+    found["slots"] = []
+    if any(rollout.reason is None for rollout in rollouts):
+        found["slots"] = [round(error, 4) for error in slot_errors(rollouts)]
         found["correlations"] = [round(x, 2) for x in slot_correlations(rollouts)]
     return found
 

@@ -1,39 +1,26 @@
 """What the recipe's model knows of an answer: the places that are read, found in the text instead."""
 
 import re
-import sys
 
 import pytest
 import torch
 
-from experiments.report import ROOT
+from experiments.embedded_model import looked_up
+from experiments.embedded_model.recipe import STAGES, Teacher, states_after
 from mar.answers.tokenizer import copy_tokenizer
 from mar.policy.attention import group_attention
 from mar.policy.sources import EMBEDDED
 from mar.policy.weights import load_model
 from mar.tasks import clinic
 
-FOLDER = ROOT / "experiments" / "embedded_model"
-
-
-@pytest.fixture(scope="module")
-def looked_up():
-    sys.path.insert(0, str(FOLDER))
-    try:
-        import looked_up
-    finally:
-        sys.path.remove(str(FOLDER))
-    return looked_up
-
 
 @torch.no_grad()
-def test_what_is_said_is_read_where_the_text_says_it(looked_up, tmp_path, monkeypatch):
+def test_what_is_said_is_read_where_the_text_says_it(tmp_path, monkeypatch):
     patient = clinic.load("validation", 1)
     monkeypatch.setattr(clinic, "load", lambda *_: patient)
     monkeypatch.setattr(looked_up, "PATIENTS", 1)
-    stages = looked_up.STAGES
     model = load_model(EMBEDDED)
-    looked_up.Teacher(tmp_path, EMBEDDED, model, 0, stages).save()
+    Teacher(tmp_path, EMBEDDED, model, 0, STAGES).save()
     copy_tokenizer(EMBEDDED, tmp_path / "tokenizer")
 
     teacher = looked_up.open_teacher(tmp_path)
@@ -43,7 +30,7 @@ def test_what_is_said_is_read_where_the_text_says_it(looked_up, tmp_path, monkey
     # The same row, token by token.
     (lesson,) = teacher.lessons(teacher.stages[looked_up.TRUTH])
     packed = lesson.batch.packed
-    with looked_up.states_after(model, looked_up.LOOKED_UP) as states:
+    with states_after(model, looked_up.LOOKED_UP) as states:
         hidden = model.hidden(packed.ids, packed.positions, group_attention(packed))
     tokenizer = teacher.tokenizer
     ids = packed.ids.tolist()
