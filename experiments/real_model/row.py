@@ -134,6 +134,7 @@ def start_of(out: Path, words: list[str]) -> Path:
 
 
 def reward_of(method: str) -> str:
+    """The reward that a method's words name, such as multi_rlcr."""
     words = METHODS[method]
     return next(word for word in words if word.startswith("reward=")).removeprefix("reward=")
 
@@ -212,6 +213,7 @@ class Rows:
             taught_from(self.start, self.taught, self.data)
 
     def measure_warm_up(self, name: str, seed: int) -> None:
+        """Measure a row that is not trained, and write its log."""
         self.prepare(name)
         folder = self.folder(name, seed)
         settings = self.settings(name, seed)
