@@ -12,7 +12,8 @@ warm-up drawn at a low temperature, `taught_multi_rlcr` the taught one.
 `constant` is the answers that are most frequent among training questions, whatever is asked.
 
 `out=<folder>` is where runs lie, by default runs/real_model. Other words may only say where the data
-is and how this machine works: all rows are made with the same settings.
+is and how this machine works: all rows are made with the same settings. A CPU without instructions
+for bfloat16 takes model.lora_base=as_stored: the same weights, multiplied in float32.
 """
 
 import argparse
@@ -106,8 +107,9 @@ WARM_UPS |= {f"cold_{reward}": [f"reward={reward}", *COLD] for reward in REWARDS
 # The warm-up that was taught what a confidence means (teach.py), and what starts from it.
 WARM_UPS["taught_multi_rlcr"] = ["reward=multi_rlcr"]
 FROM_TAUGHT = ("taught_multi_rlcr", "multi_rlcr_own_taught")
+IN_FLOAT32 = "model.lora_base=as_stored"
 # What words on the command line may begin with.
-OF_MACHINE = ("data.path=", "model.threads=", "logger.", "train.stop_at=")
+OF_MACHINE = ("data.path=", "model.threads=", "logger.", "train.stop_at=", IN_FLOAT32)
 # Of each training step, what the log keeps.
 KEPT_OF_STEP = (
     "step",
@@ -195,6 +197,7 @@ class Rows:
         self.out = out
         self.words = list(words)
         self.data = [word for word in words if word.startswith("data.path=")]
+        self.multiplied_in = "float32" if IN_FLOAT32 in words else "bfloat16"
         self.start = start_of(out, self.data)
         self.taught = out / "taught"
 
@@ -218,7 +221,7 @@ class Rows:
         folder = self.folder(name, seed)
         settings = self.settings(name, seed)
         run_module("mar.evaluate", "base", *settings, *MEASURE, f"out={folder}")
-        write(name, seed, folder)
+        write(name, seed, folder, multiplied_in=self.multiplied_in)
 
     def measure_constant(self) -> None:
         covered = constant_coverage(self.settings("warm_up_multi_rlcr", 0))
@@ -243,6 +246,7 @@ class Rows:
         trained = {
             "trained_at": commit_of(run),
             "train_s": seconds_of(run),
+            "multiplied_in": self.multiplied_in,
             # To the warm-up asked in the same form.
             "paired": read_evaluation(run)["paired"][f"policy - {warm_up}"],
         }

@@ -515,6 +515,11 @@ def announce(config: Config, display: Display) -> Config:
             "A GPU is visible and is being used for the rehearsal; "
             "choose scale=h100x1 for the real thing."
         )
+    if config.model.lora_base == "bfloat16" and torch.backends.cpu.get_cpu_capability() == "AVX2":
+        display.say(
+            "model.lora_base=bfloat16 is slow here: this processor has AVX2 alone, which multiplies "
+            "float32 several times faster (model.lora_base=as_stored)"
+        )
     otherwise = asked_otherwise(config)
     if otherwise is not None:
         display.say(otherwise)

@@ -147,8 +147,20 @@ def test_sets_are_compared_with_cold_sets_and_what_has_none_is_left_out(logs):
 def test_words_that_would_make_a_row_unlike_the_others_are_refused():
     out, words = row.out_and_words(["out=here", "data.path=x", "model.threads=2"])
     assert (str(out), words) == ("here", ["data.path=x", "model.threads=2"])
-    with pytest.raises(UserError, match="model.lr=1e-4: all rows are made with the same settings"):
-        row.out_and_words(["model.lr=1e-4"])
+    for other in ("model.lr=1e-4", "model.lora_base=float64"):
+        with pytest.raises(UserError, match=f"{other}: all rows are made with the same settings"):
+            row.out_and_words([other])
+
+
+def test_a_log_says_what_was_multiplied_in(tmp_path, monkeypatch):
+    written = []
+    monkeypatch.setattr(row, "start_of", lambda out, words: out / "start")
+    monkeypatch.setattr(row, "run_module", lambda *_: 0.0)
+    monkeypatch.setattr(row, "write", lambda *_, **more: written.append(more))
+    row.Rows(tmp_path, []).measure_warm_up("warm_up_multi_rlvr", 0)
+    _, words = row.out_and_words(["model.lora_base=as_stored"])
+    row.Rows(tmp_path, words).measure_warm_up("warm_up_multi_rlvr", 0)
+    assert [log["multiplied_in"] for log in written] == ["bfloat16", "float32"]
 
 
 def test_a_run_that_stopped_early_is_not_measured(tmp_path, monkeypatch):

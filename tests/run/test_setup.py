@@ -22,7 +22,7 @@ from mar.run.checkpoint import CheckpointWriter
 from mar.run.compose import compose
 from mar.run.console import Display
 from mar.run.evaluations import Evaluations
-from mar.run.setup import answer_tokens, build_learner, build_training, sampling_params
+from mar.run.setup import announce, answer_tokens, build_learner, build_training, sampling_params
 
 
 def test_a_machine_without_git_has_no_commit(monkeypatch):
@@ -83,6 +83,20 @@ def test_weights_in_bfloat16_are_not_sharded():
     assert narrow and not any("lora_" in name for name in narrow)
     with pytest.raises(UserError, match="for one process on a CPU"):
         build_learner(config, EMBEDDED, World(size=2))
+
+
+def test_bfloat16_is_called_slow_on_a_processor_with_avx2_alone(monkeypatch):
+    words = ["+experiment=clinic", "model.lora_rank=2"]
+    said = {}
+    for capability in ("AVX2", "AVX512"):
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda c=capability: c)
+        for lora_base in ("bfloat16", "as_stored"):
+            display = Display("plain", 0, 0)
+            with display.console.capture() as shown:
+                announce(compose([*words, f"model.lora_base={lora_base}"]), display)
+            said[capability, lora_base] = shown.get()
+    assert "(model.lora_base=as_stored)" in said.pop(("AVX2", "bfloat16"))
+    assert set(said.values()) == {""}
 
 
 def test_the_untrained_model_is_measured_as_training_begins_from_it():
