@@ -63,6 +63,7 @@ DDXPLUS_LOGS = ddxplus.HERE / "logs"
 # Marker -> the function that makes its table.
 TABLES: dict[str, Callable[..., str]] = {
     "claims": claims.markdown,
+    "claims short": claims.short_markdown,
     "claims confidences": confidences.markdown,
     "claims probe": probe.markdown,
     "claims probe of four layers": partial(probe.markdown, probe.FOUR_LAYERS),
@@ -85,6 +86,7 @@ TABLES: dict[str, Callable[..., str]] = {
     "medqa": partial(ddxplus.held_out, medqa.LOGS, 3, MEDQA_METRICS),
     "medqa learning": partial(ddxplus.learning, medqa.LOGS),
     "real model": real_model.coverage_table,
+    "real model short": real_model.short_table,
     "real model change": real_model.change_table,
     "real model cold": real_model.cold_table,
     "real model paired": real_model.paired_table,

@@ -64,6 +64,9 @@ SHOWN = (
     "tv_distance",
 )
 
+# Columns that the first page shows.
+SHORT = ("coverage@3", "coverage@30", "unique@30", "tokens_per_set", "ece", "q_mse")
+
 
 def read_logs() -> dict[str, list[Log]]:
     """Method -> its logs."""
@@ -118,7 +121,11 @@ def results(logs: Mapping[str, Sequence[Log]]) -> dict[str, dict[str, dict[str, 
     return found
 
 
-def table(logs: Mapping[str, Sequence[Log]], chosen: Sequence[str] = ()) -> str:
+def table(
+    logs: Mapping[str, Sequence[Log]],
+    chosen: Sequence[str] = (),
+    columns: Sequence[str] = SHOWN,
+) -> str:
     """The comparison's table: a line for each method, then floor and ceiling.
 
     `chosen` names the lines to show, in this order; without it all are shown.
@@ -126,12 +133,12 @@ def table(logs: Mapping[str, Sequence[Log]], chosen: Sequence[str] = ()) -> str:
     lines = {}
     for method, of_seeds in logs.items():
         each = [numbers(log) for log in of_seeds]
-        cells = [cell([row[name] for row in each]) for name in SHOWN]
+        cells = [cell([row[name] for row in each]) for name in columns]
         lines[method] = [method, str(len(of_seeds)), *cells]
     for bound, known in bounds(logs).items():
-        lines[bound] = [bound, "–", *(cell([known[name]]) for name in SHOWN)]
+        lines[bound] = [bound, "–", *(cell([known[name]]) for name in columns)]
     shown = [lines[method] for method in chosen or lines]
-    return markdown_table(["method", "seeds", *SHOWN], shown)
+    return markdown_table(["method", "seeds", *columns], shown)
 
 
 def figures(logs: Mapping[str, Sequence[Log]]) -> dict[str, Any]:
@@ -193,3 +200,7 @@ def write() -> None:
 
 def markdown(chosen: Sequence[str] = ()) -> str:
     return table(read_logs(), chosen)
+
+
+def short_markdown(chosen: Sequence[str] = ()) -> str:
+    return table(read_logs(), chosen, SHORT)

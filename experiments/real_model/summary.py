@@ -77,6 +77,31 @@ def coverage_table() -> str:
     return markdown_table(["method", "seed", *columns], rows)
 
 
+def short_table(chosen: Sequence[str]) -> str:
+    """What the first page shows of these methods, each seed by itself, without intervals."""
+    logs = read_rows()
+    rows = []
+    for method in chosen:
+        for log in logs[method]:
+            cells = [
+                value_of(of_answers(log, "coverage", 3), decimals=3),
+                value_of(of_answers(log, "coverage", 15), decimals=3),
+                value_of(of_answers(log, "unique", 9), decimals=1),
+                value_of(log["metrics"].get("ece"), decimals=3),
+                value_of(log["metrics"].get("auroc"), decimals=3),
+            ]
+            rows.append([method, str(log["seed"]), *cells])
+    columns = ["coverage@3", "coverage@15", "different of 9", "ece", "auroc"]
+    return markdown_table(["method", "seed", *columns], rows)
+
+
+def value_of(value: Sequence[float | None] | None, decimals: int) -> str:
+    """Of [value, low, high]: the value alone."""
+    if value is None or value[0] is None:
+        return "–"
+    return f"{value[0]:.{decimals}f}"
+
+
 def bound_rows(log: Log) -> list[list[str]]:
     """The most frequent answers, different draws from the posterior, its most probable answers."""
     document = json.loads((LOGS / "constant.json").read_text(encoding="utf-8"))

@@ -97,6 +97,17 @@ def test_numbers_and_intervals_by_hand():
     assert arm_over_seeds(logs["multi_rlcr"])["unique_histogram"] == {"3": 10, "4": 12}
 
 
+def test_the_first_page_shows_fewer_columns(tmp_path, monkeypatch):
+    monkeypatch.setattr(summary, "HERE", tmp_path)
+    (tmp_path / "logs").mkdir()
+    file = tmp_path / "logs/multi_rlcr_seed0.json"
+    file.write_text(json.dumps(log("multi_rlcr", 0, [0.7, 0.75], 3)))
+    head, _, line = summary.short_markdown(["multi_rlcr"]).splitlines()
+    assert head.startswith("| method | seeds | coverage@3 |") and "gap_closed" not in head
+    assert line.startswith("| multi_rlcr | 1 | 0.700 |")
+    assert line.count("|") == head.count("|")
+
+
 def test_other_logs_make_results_stale(tmp_path, monkeypatch):
     monkeypatch.setattr(summary, "HERE", tmp_path)
     (tmp_path / "logs").mkdir()

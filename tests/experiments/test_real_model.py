@@ -128,6 +128,15 @@ def test_each_seed_is_a_line_and_bounds_stand_below(logs):
     assert lines[4].split("|")[4].strip() == "–"
 
 
+def test_the_first_page_shows_the_chosen_methods_in_their_order(logs):
+    logs[0]["metrics"] |= {"ece": [0.0234, 0.02, 0.03], "auroc": [None, None, None]}
+    logs[0]["curve"] |= {"k": [3, 9], "unique": [[2.5, 2.0, 3.0], [4.256, 4.0, 5.0]]}
+    (summary.LOGS / "rows" / "multi_rlvr_seed0.json").write_text(json.dumps(logs[0]))
+    sets, single = cells_of(summary.short_table(["multi_rlvr", "rlvr_single"]))
+    assert sets == ["multi_rlvr", "0", "0.600", "–", "4.3", "0.023", "–"]
+    assert single == ["rlvr_single", "0", "0.400", "–", "–", "–", "–"]
+
+
 def test_the_change_is_from_the_warm_up_in_the_same_form(logs):
     single, sets = cells_of(summary.change_table())
     assert single[:3] == ["rlvr_single", "0", "0.125 (0.100 to 0.150)"]
