@@ -1,6 +1,7 @@
 """The tables and the figure of the algorithms on clinic, from logs/ alone (`make report`)."""
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,7 @@ def zero_group_frac(log: Log) -> float:
 
 def markdown() -> str:
     """One line a setting, after training."""
-    columns: Columns = {name: lambda log, name=name: after_training(log, name) for name in METRICS}
+    columns: Columns = {name: partial(after_training, name=name) for name in METRICS}
     columns = {**columns, "groups without spread": zero_group_frac}
     return table_over_seeds(read_logs(), columns, "setting")
 

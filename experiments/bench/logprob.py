@@ -92,8 +92,9 @@ def measure(side: str, with_entropy: bool, size: str) -> dict[str, float]:
     hidden.requires_grad_()
     weight.requires_grad_()
     # A few tokens warm up.
-    few = [x.detach()[:8].requires_grad_() for x in (hidden, weight)]
-    gradients(side, with_entropy, *few, targets[:8] % 8, upstream[:8])
+    few_hidden = hidden.detach()[:8].requires_grad_()
+    few_rows = weight.detach()[:8].requires_grad_()
+    gradients(side, with_entropy, few_hidden, few_rows, targets[:8] % 8, upstream[:8])
     with peak_bytes() as peak:
         began = time.perf_counter()
         gradients(side, with_entropy, hidden, weight, targets, upstream)

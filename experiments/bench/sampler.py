@@ -11,12 +11,14 @@ against its generate, and nothing else (psutil is needed: the extra `bench`).
 """
 
 import argparse
+import itertools
 import json
 import statistics
 import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -122,7 +124,7 @@ def price_of(model: Any, case: Case) -> Price:
     row = replace(case, prompts=case.prompts[:1], group_size=1)
     run_theirs(model, replace(row, max_tokens=1), 0)  # warms up
     one, five = (
-        seconds(lambda tokens=tokens: run_theirs(model, replace(row, max_tokens=tokens), 0), 1)
+        seconds(partial(run_theirs, model, replace(row, max_tokens=tokens), 0), 1)
         for tokens in (1, 5)
     )
     return Price(one, max(five - one, 0.0) / 4)
@@ -284,6 +286,12 @@ def counts(ours: Any, theirs: Any, case: Case) -> dict[str, float]:
     }
 
 
+def products(lefts: Sequence[torch.Tensor], rights: Sequence[torch.Tensor]) -> None:
+    """Multiply each of the one with each of the other."""
+    for left, right in itertools.product(lefts, rights):
+        torch.matmul(left, right)
+
+
 def roofline(model: Any, rows: int, context: int, step_s: float) -> dict[str, float]:
     """How near a decode step of `rows` rows comes to what this machine attains: its linear layers
     at this row count, each at the better of `x @ W.T` and `W @ x.T`, and the keys and values read
@@ -298,10 +306,9 @@ def roofline(model: Any, rows: int, context: int, step_s: float) -> dict[str, fl
     for (out, size), weights in of_shape.items():
         x = torch.randn(rows, size)
         columns = torch.randn(size, rows)
-        by_rows = seconds(lambda weights=weights, x=x: [x @ w.T for w in weights], 5)
-        by_columns = seconds(
-            lambda weights=weights, columns=columns: [w @ columns for w in weights], 5
-        )
+        transposed = [w.T for w in weights]
+        by_rows = seconds(partial(products, [x], transposed), 5)
+        by_columns = seconds(partial(products, weights, [columns]), 5)
         linear_s += min(by_rows, by_columns)
         flops += 2.0 * rows * out * size * len(weights)
     big = torch.randn(1 << 26)

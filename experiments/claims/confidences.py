@@ -196,12 +196,14 @@ def most_probable(training: Training, beliefs: Sequence[dict[str, float]]) -> li
     """One set a patient: the answers that the model finds most probable, with what it believes."""
     held_out = training.held_out
     grammar = held_out.scorer.grammar
+    verifier = held_out.scorer.verifier
+    assert isinstance(verifier, str)  # the clinic's, a rule for words
     items = []
     for prompt, belief in zip(held_out.prompts, beliefs, strict=True):
         ascending = sorted(belief, key=belief.__getitem__)
         names = ascending[::-1][: grammar.num_answers]
         text = render(grammar, names, [belief[name] for name in names])
-        items.append(item_of_texts(prompt, [(text, 0)], grammar, held_out.scorer.verifier))
+        items.append(item_of_texts(prompt, [(text, 0)], grammar, verifier))
     return items
 
 

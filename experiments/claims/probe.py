@@ -132,7 +132,7 @@ def of_posterior(
         total.backward()
         return total
 
-    optimizer.step(loss)  # type: ignore[arg-type]
+    optimizer.step(loss)
     with torch.no_grad():
         logprobs = probe((held_out - mean) / std).log_softmax(-1)
         kl = (torch.special.xlogy(truth, truth) - truth * logprobs).sum(-1).mean()

@@ -204,7 +204,7 @@ class Toy:
 
     def rollouts(self) -> list[Rollout]:
         golds = (Gold("a"), Gold("b"))
-        prompt = Prompt(Example("toy", "toy", "?", golds, multi_label=True), "?", (0,))
+        prompt = Prompt(Example("toy", "toy", "?", golds, multi_label=True), "?", np.array([0]))
         with torch.no_grad():
             columns = self.logprobs().numpy()
         done = []

@@ -103,6 +103,7 @@ def take_cuda_paths() -> None:
     def one(function: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any) -> Any:
             counter = _get_current_dispatch_mode()
+            assert isinstance(counter, CountOps)
             before = counter.computing
             result = function(*args)
             counter.computing = before + 1
@@ -176,7 +177,7 @@ def measure(data: Path, steps: int) -> dict[str, Any]:
         2
         * 2048**3
         / min(
-            seconds(lambda w=w: mar.policy.model.project(square, square, None, w), 5)
+            seconds(partial(mar.policy.model.project, square, square, None, w), 5)
             for w in (None, packed)
         )
     )

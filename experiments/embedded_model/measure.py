@@ -74,7 +74,9 @@ def confidences_and_truths(rollouts: list[Rollout]) -> tuple[np.ndarray, np.ndar
     """
     said, truths = [], []
     for rollout in (r for r in rollouts if r.reason is None):
-        probability = {gold.name: gold.probability for gold in rollout.prompt.example.golds}
+        probability: dict[str | None, float | None] = {
+            gold.name: gold.probability for gold in rollout.prompt.example.golds
+        }
         of_answers = zip(rollout.answers, rollout.repeated, strict=True)
         truths.append([0.0 if again else probability.get(a, 0.0) for a, again in of_answers])
         said.append(rollout.confidences)

@@ -33,7 +33,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from experiments.embedded_model.measure import posterior_kl, run, slot_correlations, slot_errors
 from experiments.embedded_model.shape import VOCABULARY, embedded_config, train_tokenizer
@@ -300,7 +300,8 @@ def optimizers_of(model: Decoder) -> list[tuple[torch.optim.Optimizer, float]]:
 
     Muon has the matrices inside the blocks, at ten times the rate of AdamW, which has the rest.
     """
-    inside, rest = [], []
+    inside: list[nn.Parameter] = []
+    rest: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
@@ -425,7 +426,7 @@ class Teacher:
                 loss, excess = loss_and_excess(self.model, lesson, stage.early)
                 loss.backward()
                 recent[-1].append(excess)
-            torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+            nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
             rate = self.rate(stage)
             for optimizer, times in self.optimizers:
                 set_learning_rate(optimizer, times * rate)
@@ -475,7 +476,7 @@ def main() -> None:
     add("--seed", type=int, default=0)
     add("--steps", type=int, help="at most so many of each stage, to try it out")
     args = parser.parse_args()
-    stages = STAGES
+    stages: tuple[Stage, ...] = STAGES
     if args.steps is not None:
         stages = tuple(replace(stage, steps=min(stage.steps, args.steps)) for stage in STAGES)
 

@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -309,11 +310,8 @@ def worker_killed(lab: Lab, row: Row) -> None:
         return child
 
     unsafe, row.said = _sandbox()
-    sandbox.subprocess.Popen = killed  # type: ignore[misc]
-    try:
+    with mock.patch.object(sandbox.subprocess, "Popen", killed):
         reply = sandbox.run_program("x = 1", ["x"], unsafe=unsafe)
-    finally:
-        sandbox.subprocess.Popen = original  # type: ignore[misc]
     row.check(reply.outcome == "infrastructure_error", f"outcome {reply.outcome}")
     row.said = f"{row.said}: {reply.outcome}"
     row.check(
@@ -395,8 +393,11 @@ def rank_killed(lab: Lab, row: Row) -> None:
     row.check(not found, f"differs from the uninterrupted run in {', '.join(found)}")
 
 
-CASES = (kill_in_mid_step, power_cut, sigterm, sigint_twice)
-CASES += (
+CASES = (
+    kill_in_mid_step,
+    power_cut,
+    sigterm,
+    sigint_twice,
     nan_gradient,
     infinite_reward,
     poisoned_row,
@@ -404,8 +405,6 @@ CASES += (
     wandb_down,
     worker_killed,
     worker_hung,
-)
-CASES += (
     kill_between_minibatches,
     resumed_from_every_step,
     resumed_from_every_step_ppo,

@@ -367,6 +367,9 @@ CASES = (
     half_written_folder,
     two_runs,
     two_starts,
+    file_size_limit,
+    read_only_at_start,
+    read_only_in_mid_run,
+    save_killed,
 )
-CASES += (file_size_limit, read_only_at_start, read_only_in_mid_run, save_killed)
 MOUNTED = (disk_full_at_a_save, disk_full_at_a_line, disk_full_at_start, read_only_mount)

@@ -227,10 +227,9 @@ def differences(whole: Path, other: Path) -> list[str]:
         found.append("completions.jsonl")
     if not same(*(json.loads((folder / "eval.json").read_text()) for folder in (a, b))):
         found.append("eval.json")
-    last_a = checkpoint.newest(a / "checkpoints", lambda _: None)
-    last_b = checkpoint.newest(b / "checkpoints", lambda _: None)
-    both_finished = all(last and last.step == STEPS for last in (last_a, last_b))
-    if not both_finished or not same(state(last_a.path), state(last_b.path)):
+    last = [checkpoint.newest(folder / "checkpoints", lambda _: None) for folder in (a, b)]
+    finished = [state(end.path) for end in last if end and end.step == STEPS]
+    if len(finished) < 2 or not same(*finished):
         found.append("parameters or moments")
     return found
 

@@ -69,7 +69,10 @@ def forward_and_backward(
     model.zero_grad()
     logprobs, entropy, _ = model(packed_ids(model, prompts, completions))
     (logprobs.sum() + entropy.sum()).backward()
-    gradients = [p.grad.flatten().double().cpu() for p in model.parameters()]
+    gradients = []
+    for parameter in model.parameters():
+        assert parameter.grad is not None
+        gradients.append(parameter.grad.flatten().double().cpu())
     return logprobs.detach().double().cpu(), torch.cat(gradients)
 
 

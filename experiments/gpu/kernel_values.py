@@ -1,6 +1,7 @@
 """The Triton kernels, compiled, against the reference in float64."""
 
 import itertools
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -36,24 +37,22 @@ def measure(place: Place, record: Record) -> None:
     for (n, d, v), dtype in itertools.product(cases, GRADIENT_LIMITS):
         record.attempt(
             f"linear_logprobs N {n} D {d} V {v} {dtype}",
-            lambda n=n, d=d, v=v, dtype=dtype: linear_logprobs(place, record, n, d, v, dtype),
+            partial(linear_logprobs, place, record, n, d, v, dtype),
         )
     for heads, dtype in itertools.product(HEADS, DECODE_LIMITS):
         record.attempt(
             f"decode_attention {heads} {dtype}",
-            lambda heads=heads, dtype=dtype: decode_attention(place, record, heads, dtype),
+            partial(decode_attention, place, record, heads, dtype),
         )
     for dtype in DECODE_LIMITS:
-        record.attempt(
-            f"rotated_heads {dtype}", lambda dtype=dtype: rotated_heads(place, record, dtype)
-        )
-    record.attempt("answer_advantages", lambda: answer_advantages(place, record))
-    record.attempt("selected_logprobs", lambda: selected_logprobs(place, record))
+        record.attempt(f"rotated_heads {dtype}", partial(rotated_heads, place, record, dtype))
+    record.attempt("answer_advantages", partial(answer_advantages, place, record))
+    record.attempt("selected_logprobs", partial(selected_logprobs, place, record))
     if not place.tiny:
         for n, d, v in MANY_ELEMENTS:
             record.attempt(
                 f"linear_logprobs past 2^31 elements, N {n} D {d} V {v}",
-                lambda n=n, d=d, v=v: linear_logprobs(place, record, n, d, v, torch.bfloat16),
+                partial(linear_logprobs, place, record, n, d, v, torch.bfloat16),
             )
 
 
@@ -139,8 +138,11 @@ def decode_attention(
 def rotated_heads(place: Place, record: Record, dtype: torch.dtype) -> None:
     """Norm and rotation, which round as the operators do, one after another."""
     case = some_heads(dtype, 128, place.device, place.size(96, 2), place.size(32, 2), 1)
-    exact = [x.double() if isinstance(x, Tensor) else x for x in case]
-    want = mar_kernels.rotated_heads(*exact)
+    heads, cos, sin, num_queries, q_gain, k_gain, eps = case
+    gains = q_gain.double(), k_gain.double()
+    want = mar_kernels.rotated_heads(
+        heads.double(), cos.double(), sin.double(), num_queries, *gains, eps
+    )
     plain = mar_kernels.rotated_heads(*case, backend="reference")
     got = mar_kernels.rotated_heads(*case, backend="triton")
     name = f"rotated_heads, {str(dtype).removeprefix('torch.')}"
@@ -155,14 +157,15 @@ def answer_advantages(place: Place, record: Record) -> None:
     rows, tokens, components = place.size(512, 12), place.size(1536, 9), 7
     layout = torch.tensor([0, 0, 1, 2, 3, 4, 5, 6, 7])
     segments = torch.randint(len(layout), (rows, tokens), generator=generator).sort(1).values
-    inputs = [
-        torch.randn(rows, components, generator=generator, dtype=torch.float64),
-        torch.rand(components, generator=generator, dtype=torch.float64),
-        layout.expand(rows, -1).contiguous(),
-        segments,
-        torch.arange(rows) // 4,
-    ]
-    inputs = [x.to(place.device) for x in inputs]
+    earned = torch.randn(rows, components, generator=generator, dtype=torch.float64)
+    weights = torch.rand(components, generator=generator, dtype=torch.float64)
+    inputs = (
+        earned.to(place.device),
+        weights.to(place.device),
+        layout.expand(rows, -1).contiguous().to(place.device),
+        segments.to(place.device),
+        (torch.arange(rows) // 4).to(place.device),
+    )
     rules = itertools.product(
         mar_kernels.KERNEL_CREDITS, mar_kernels.KERNEL_BASELINES, mar_kernels.KERNEL_SCALES
     )

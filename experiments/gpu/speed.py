@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -61,13 +62,9 @@ def measure(place: Place, record: Record) -> None:
     record.attempt("linear_logprobs", lambda: log_probabilities(place, record))
     bandwidth = copied_per_second(place)
     for size in ("0.6B", "8B"):
-        record.attempt(
-            f"sampler, {size}", lambda size=size: sampling(place, record, size, bandwidth)
-        )
+        record.attempt(f"sampler, {size}", partial(sampling, place, record, size, bandwidth))
     for size, words in STEPS.items():
-        record.attempt(
-            f"one step, {size}", lambda size=size, words=words: step(place, record, size, words)
-        )
+        record.attempt(f"one step, {size}", partial(step, place, record, size, words))
 
 
 # ---------------------------------------------------------------------- log-probabilities
@@ -238,7 +235,7 @@ def batch_of(
     rollouts = []
     for index, (request, group) in enumerate(zip(requests, groups, strict=True)):
         example = Example(id=str(index), task="none", question="", golds=())
-        prompt = Prompt(example, text="", ids=request.prompt_ids)
+        prompt = Prompt(example, text="", ids=np.array(request.prompt_ids))
         rollouts.append([rollout_of(prompt, completion, rng.random()) for completion in group])
     first_open = np.zeros(1, np.int64)
     return make_batch(rollouts, first_open, device)

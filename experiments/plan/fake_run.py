@@ -62,10 +62,11 @@ def in_fake_memory(shape: ModelConfig, mode: FakeTensorMode, tracker: MemTracker
         with mode, tracker:
             return real_to_empty(model, **options)
 
-    nothing = {"load_into": lambda *args: None, "start_adapters": lambda model: None}
     with (
         mock.patch.object(nn.Module, "to_empty", to_empty),
-        mock.patch.multiple(setup, read_config=lambda folder, num_tokens: shape, **nothing),
+        mock.patch.object(setup, "read_config", lambda folder, num_tokens: shape),
+        mock.patch.object(setup, "load_into", lambda *args: None),
+        mock.patch.object(setup, "start_adapters", lambda model: None),
     ):
         yield
 
@@ -78,7 +79,7 @@ def num_bytes(tensors: list[Tensor]) -> int:
 
 def resident(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> int:
     """Bytes of a model's parameters, and of its gradients and moments where it is trained."""
-    tensors = list(model.parameters())
+    tensors: list[Tensor] = list(model.parameters())
     if optimizer is not None:
         tensors += [p.grad for p in model.parameters() if p.grad is not None]
         for state in optimizer.state.values():

@@ -94,7 +94,7 @@ def as_on_a_gpu() -> Iterator[None]:
     ) -> Tensor:
         return _FusedNorm.apply(x, weight)
 
-    launches = {
+    launches: dict[str, Any] = {
         "sums_kernel": _NoKernel(),
         "grads_kernel": _NoKernel(),
         "tiles_for": lambda x, weight: triton_logprobs.TILES[x.dtype, 90],

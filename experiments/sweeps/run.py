@@ -92,7 +92,7 @@ def write_visits(file: Path, num: int = 6000, problems: int = 6) -> None:
     rows = []
     for example in clinic.load("train", num, seed=1_000):
         rng = np.random.default_rng(stable_hash(example.id) % 2**32)
-        posterior = [gold.probability for gold in example.golds]
+        posterior = np.array([gold.probability for gold in example.golds], dtype=np.float64)
         draws = rng.choice(len(example.golds), size=problems, p=posterior)
         golds = []
         for i in sorted(set(draws.tolist())):

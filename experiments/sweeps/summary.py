@@ -1,6 +1,7 @@
 """The tables of the sweeps on clinic, from their logs alone; `make report` writes them."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 from matplotlib import rc_context
@@ -50,7 +51,7 @@ def ceiling_of_set(log: Log) -> float:
     return log["bars"]["ceiling"][log["num_answers"] - 1]
 
 
-def gap(log: Log) -> float:
+def gap(log: Log) -> float | None:
     """Of one set, between K draws from the posterior (0) and its K most probable answers (1)."""
     return gap_closed(of_set(log), floor_of_set(log), ceiling_of_set(log))
 
@@ -111,16 +112,25 @@ def obedient(right: Sequence[float]) -> list[float]:
     return q.tolist()
 
 
+def of_slot(log: Log, name: str, slot: int) -> float:
+    return log["slots"][name][slot]
+
+
+def obeying(log: Log, slot: int) -> float:
+    """The best mean confidence of a slot that obeys the rule."""
+    return obedient(log["slots"]["right"])[slot]
+
+
 def sum_rule() -> str:
     """Several answers are right at once.
 
     Of each slot: how often it is right, its mean confidence, and the best one that obeys the rule.
     """
     columns: dict[str, Callable[[Log], float | None]] = {"right per set": of_set}
-    for k in range(3):
-        columns[f"right {k + 1}"] = lambda log, k=k: log["slots"]["right"][k]
-        columns[f"said {k + 1}"] = lambda log, k=k: log["slots"]["confidence"][k]
-        columns[f"obeying {k + 1}"] = lambda log, k=k: obedient(log["slots"]["right"])[k]
+    for slot in range(3):
+        columns[f"right {slot + 1}"] = partial(of_slot, name="right", slot=slot)
+        columns[f"said {slot + 1}"] = partial(of_slot, name="confidence", slot=slot)
+        columns[f"obeying {slot + 1}"] = partial(obeying, slot=slot)
     columns["sum above 1"] = lambda log: log["slots"]["above_1"]
     for name in ("ece", "brier", "format_rate"):
         columns[name] = metric(name)
@@ -197,10 +207,12 @@ def at_equal_seconds(log: Log) -> list[float]:
     floor = log["floor"]["coverage@3"]
     ceiling = log["ceiling"]["coverage@3"]
     history = log["history"]
-    closed = [gap_closed(row["coverage@3"], floor, ceiling) for row in history]
+    closed = np.array(
+        [gap_closed(row["coverage@3"], floor, ceiling) for row in history], dtype=np.float64
+    )
     seconds_a_step = log["job_s"] / history[-1]["step"]
     seconds = [row["step"] * seconds_a_step for row in history]
-    return [seconds_a_step, *np.interp(SECONDS, seconds, closed).tolist(), closed[-1]]
+    return [seconds_a_step, *np.interp(SECONDS, seconds, closed).tolist(), float(closed[-1])]
 
 
 def write() -> None:

@@ -15,7 +15,7 @@ NUMBERS = (Gold("5 mg"), Gold("10%"), Gold("$65"))
 RIGHT = ("flu", "gout", "vitamin b12 deficiency")
 
 
-def write(*answers, q=("0.5", "0.3", "0.1"), think="hm"):
+def write(*answers: str, q: tuple[str, ...] = ("0.5", "0.3", "0.1"), think: str = "hm") -> str:
     slots = zip(range(1, 4), (*answers, "x", "y", "z"), q, strict=False)
     body = "".join(
         f"<answer{k}>{a}</answer{k}><confidence{k}>{c}</confidence{k}>" for k, a, c in slots
