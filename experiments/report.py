@@ -195,7 +195,7 @@ def main() -> None:
     if claims.stale():
         claims.write()
         print("wrote experiments/claims/results.json and figures")
-    for experiment in (peers, algorithms, ideas, sweeps, ddxplus):
+    for experiment in (peers, algorithms, ideas, sweeps, ddxplus, real_model):
         if experiment.HERE / "README.md" in stale:
             experiment.write()
     for file, text in stale.items():

@@ -38,6 +38,7 @@ RECIPES = {
     "adapters of rank 8, 1e-3": [*ADAPTERS, "model.lora_rank=8", "model.lr=1e-3"],
     "adapters of rank 8, 5e-3": [*ADAPTERS, "model.lora_rank=8", "model.lr=5e-3"],
     "all parameters, 4e-4": [*ALL, "model.lr=4e-4"],
+    "all parameters, 1e-3": [*ALL, "model.lr=1e-3"],
     "the main job's gains": ["model.lora_rank=0", GAINS],
     "the main job's adapter": ["model.trainable=lora_b"],
 }

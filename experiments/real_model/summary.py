@@ -1,4 +1,4 @@
-"""Tables and figure of the comparison on a real language model, from its logs alone."""
+"""Tables and figures of the comparison on a real language model, from its logs alone."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -228,13 +228,11 @@ def figures() -> Mapping[str, Any]:
     return found
 
 
-def main() -> None:
+def write() -> None:
+    """The figures; the README shows the PNG files, so no SVG is kept."""
     from mar.figures import plots
 
     plots.save(figures(), HERE / "figures")
     for file in (HERE / "figures").glob("*.svg"):
         file.unlink()
 
-
-if __name__ == "__main__":
-    main()
