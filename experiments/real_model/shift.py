@@ -56,6 +56,7 @@ def measure(rows: Rows, method: str, seed: int, shift: str, data: Path) -> None:
         **environment(),
         "num_items": evaluation["num_items"],
         "evaluate_s": seconds,
+        "multiplied_in": rows.multiplied_in,
         **kept_of_arm(evaluation["arms"]["policy"]),
         "bars": evaluation["bars"],
     }
@@ -93,6 +94,7 @@ def main() -> None:
     args = parser.parse_args()
     out, words = out_and_words(args.words)
     rows = Rows(out, [f"data.path={args.data / 'ddxplus'}", *words])
+    rows.prepare(args.method)
     for shift in SHIFTS:
         measure(rows, args.method, args.seed, shift, args.data)
 

@@ -235,4 +235,3 @@ def write() -> None:
     plots.save(figures(), HERE / "figures")
     for file in (HERE / "figures").glob("*.svg"):
         file.unlink()
-

@@ -289,6 +289,25 @@ def test_every_shift_is_a_config(name, places, tmp_path):
     assert config.model.max_prompt_tokens >= 256
 
 
+def test_a_policy_is_asked_by_its_run_and_a_warm_up_by_its_words(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(row, "start_of", lambda out, words: out / "start")
+    monkeypatch.setattr(shift, "LOGS", tmp_path)
+    monkeypatch.setattr(shift, "run_module", lambda *words: asked.append(words) or 1.0)
+    evaluation = {"num_items": 2, "bars": None, "arms": {"policy": None}}
+    monkeypatch.setattr(shift, "read_evaluation", lambda folder: evaluation)
+    monkeypatch.setattr(shift, "kept_of_arm", lambda arm: {})
+    rows = row.Rows(tmp_path, [row.IN_FLOAT32])
+    for method in ("warm_up_multi_rlcr", "multi_rlcr_own"):
+        shift.measure(rows, method, 0, "4 asked", tmp_path)
+    for words in asked:
+        assert words[0] == "mar.evaluate" and "data.num_asked=[4]" in words
+    assert asked[0][1] == "base" and "reward=multi_rlcr" in asked[0]
+    assert asked[1][1] == str(tmp_path / "multi_rlcr_own" / "seed0")
+    log = json.loads((tmp_path / "4_asked_warm_up_multi_rlcr_seed0.json").read_text())
+    assert (log["method"], log["multiplied_in"]) == ("warm_up_multi_rlcr", "float32")
+
+
 def test_a_shift_is_a_line_with_the_most_that_is_possible(tmp_path, monkeypatch):
     log = a_log("multi_rlcr_own", 0, [[0.5], [0.7]], 30.0, 3) | {"shift": "4 asked", "num_items": 2}
     unknown = log | {"shift": "protoqa", "bars": None}
