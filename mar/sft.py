@@ -86,7 +86,7 @@ def draw_batch(
         form = int(rng.choice(len(FORMS), p=np.array(sft.shares) / sum(sft.shares)))
         num_answers = config.reward.num_answers if config.reward.multi else 3
         grammar = PLAIN if is_plain else short_forms(num_answers)[form]
-        return grammar.form, make_form_batch(examples, grammar, asking, rng, hint)
+        return grammar.form, make_form_batch(examples, grammar, asking, rng, others, hint)
     mixture = "plain" if is_plain else sft.mixture
     batch = make_demonstration_batch(
         examples,
@@ -128,8 +128,9 @@ def run(words: Words[SftOptions]) -> None:
     sft = words.options
     require_choice(words.settings)
     display = Display("plain", 0, sft.steps)
-    config = announce(compose(words.settings), display)
+    config = compose(words.settings)
     check_options(sft, config, words.settings)
+    config = announce(replace(config, device="cpu"), display)
     options, data, optim = config.model, config.data, config.optim
     torch.set_num_threads(options.threads or torch.get_num_threads())
     torch.manual_seed(config.seed)
@@ -139,7 +140,8 @@ def run(words: Words[SftOptions]) -> None:
     require_writable(folder)
     _lock = lock(folder, "wait for it, or choose another run_dir= or name=")  # until run ends
 
-    source, _ = model_of(options)
+    source, record = model_of(options)
+    fixed = {"model": record["sha256"], "sft.muon": sft.muon}
     tokenizer = load_tokenizer(source)
     asking = asking_of(config, tokenizer)
     held_out = HeldOut(config, sft.eval_items, display) if sft.eval_every else None
@@ -150,7 +152,7 @@ def run(words: Words[SftOptions]) -> None:
     optimizers = make_optimizers(model, peak, optim, trainable_pattern(options), sft.muon)
 
     folder.mkdir(parents=True, exist_ok=True)
-    resumed = restore_state(model, optimizers, folder)
+    resumed = restore_state(model, optimizers, folder, fixed)
     began = time.perf_counter() - resumed.seconds
     if resumed.step:
         display.say(f"{folder} goes on after step {resumed.step} of {sft.steps}")
@@ -205,7 +207,7 @@ def run(words: Words[SftOptions]) -> None:
         if held_out and (done % sft.eval_every == 0 or is_last):
             write({"step": done, **held_out.measure(model, asking)})
         progress = Progress(done, time.perf_counter() - began, resumed.names)
-        save_state(model, optimizers, progress, folder)
+        save_state(model, optimizers, progress, folder, fixed)
     save_checkpoint(model, folder, source, config, sft.dtype)
     display.say(f"wrote {folder}, to go on with: {words_to_go_on(folder, options)}")
 

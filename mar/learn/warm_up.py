@@ -73,15 +73,15 @@ def make_form_batch(
     grammar: Grammar,
     asking: Asking,
     rng: np.random.Generator,
+    others: Sequence[str],
     hint: ConfidenceHint = NO_HINT,
 ) -> DemonstrationBatch:
-    """One demonstration of the same form for each example."""
-    names = list(dict.fromkeys(gold.name for example in examples for gold in example.golds))
+    """One demonstration of the same form for each example. `others`: answers to other questions."""
     prompts: list[list[int]] = []
     completions: list[list[int]] = []
     targets: list[Bag] = []
     for example in examples:
-        pieces = draw_demonstration(example, grammar, names, rng, hint=hint)
+        pieces = draw_demonstration(example, grammar, others, rng, hint=hint)
         ids, of_tokens = soft_targets(pieces, asking.encode, asking.tokenizer.eos_token_id)
         prompts.append(asking.prompt_ids(example, grammar))
         completions.append(ids)

@@ -194,9 +194,14 @@ def save_adapters(
     (folder / ADAPTER_CONFIG).write_text(json.dumps(adapter_config, indent=2) + "\n")
 
 
+def _has_shape(tensor: Tensor | None, shape: tuple[int, ...]) -> bool:
+    return tensor is not None and tuple(tensor.shape) == shape
+
+
 def load_adapters(model: Decoder, folder: Path) -> None:
     """Put what `save_adapters` wrote, in place, into a model with adapters of the same rank, scale
-    and layers. Raises UserError where they differ or the folder cannot be read."""
+    and layers. Raises UserError where they differ, for what another program trained (each part of a
+    fused layer has its own A there), and where the folder cannot be read."""
     told = read_json_object(folder / ADAPTER_CONFIG)
     try:
         tensors = load_file(folder / ADAPTER_FILE)
@@ -208,12 +213,23 @@ def load_adapters(model: Decoder, folder: Path) -> None:
         if not isinstance(layer, AdaptedLinear):
             continue
         rank = len(layer.lora_a)
-        modules = [theirs.removesuffix(".weight") for theirs, _ in parts[f"{name}.weight"]]
+        theirs = parts[f"{name}.weight"]
+        modules = [tensor_name.removesuffix(".weight") for tensor_name, _ in theirs]
         prefixes = [f"base_model.model.{module}" for module in modules]
         a_of_parts = [tensors.pop(f"{prefix}.lora_A.weight", None) for prefix in prefixes]
         b_of_parts = [tensors.pop(f"{prefix}.lora_B.weight", None) for prefix in prefixes]
-        if any(a is None or a.shape != layer.lora_a.shape for a in a_of_parts):
+        fits_a = [_has_shape(a, tuple(layer.lora_a.shape)) for a in a_of_parts]
+        fits_b = [
+            _has_shape(b, (shape[0], rank))
+            for b, (_, shape) in zip(b_of_parts, theirs, strict=True)
+        ]
+        if not all((*fits_a, *fits_b)):
             raise UserError(f"{folder} has no adapter of rank {rank} for {name}: {advice}")
+        if any(not torch.equal(a, a_of_parts[0]) for a in a_of_parts[1:]):
+            raise UserError(
+                f"{folder} has a lora_A of its own for each part of {name}, which is one layer here: "
+                "mar reads the adapters that it wrote itself"
+            )
         alpha = told.get("lora_alpha")
         if not isinstance(alpha, int | float) or not math.isclose(alpha, rank * layer.scale):
             raise UserError(

@@ -154,6 +154,9 @@ def _state(
     state: dict[str, Any] = {}
     for prefix, (part_model, part_optimizer) in parts.items():
         has_stepped = bool(part_optimizer.state)
+        if not has_stepped:
+            # With gradients left (all updates were refused) it would make no moments.
+            part_optimizer.zero_grad(set_to_none=True)
         weights, moments = get_state_dict(part_model, part_optimizer)
         state[f"{prefix}model"] = weights
         state[f"{prefix}optimizer"] = moments

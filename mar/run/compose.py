@@ -362,6 +362,24 @@ def _run_rules(config: Config) -> Rules:
     ]
 
 
+def _negative_reward_faults(config: Config) -> Iterator[str]:
+    """What a mean reward can be lowered below 0 by, where it is a divisor."""
+    algo, reward = config.algo, config.reward
+    lowered_by = [f"reward.terms.{name}" for name in reward.terms]
+    if reward.confident:
+        lowered_by.append(f"reward.objective={reward.objective}")
+    if algo.truncated == "penalise":
+        lowered_by.append("algo.truncated=penalise")
+    if algo.kl == "k1" and algo.kl_coef:
+        lowered_by.append("algo.kl=k1")
+    if algo.scale_by == "group_mean" and lowered_by:
+        yield (
+            "algo.scale_by=group_mean divides by the mean reward of a group, which "
+            f"{lowered_by[0]} can lower below 0: take an rlvr objective without costs, or another "
+            "algo.scale_by"
+        )
+
+
 def _credit_faults(config: Config) -> Iterator[str]:
     """What parts answers from confidences, against the form."""
     reward = config.reward
@@ -406,6 +424,7 @@ def _faults(config: Config) -> Iterator[str]:
     for broken, sentence in rules:
         if broken:
             yield sentence
+    yield from _negative_reward_faults(config)
     yield from _credit_faults(config)
     yield from _term_faults(config.reward, config.algo.group_size)
     yield from _loss_option_faults(config.algo)

@@ -50,8 +50,8 @@ def resume(folder: Path, learner: Learner, document: dict[str, Any], display: Di
         old: dict[str, Any] = json.loads(evaluations.read_text())
         if old.get("before"):
             document["before"] = old["before"]
-            history = old.get("history", [])
-            document["history"] = [entry for entry in history if entry["step"] <= step]
+        if "history" in old:
+            document["history"] = [entry for entry in old["history"] if entry["step"] <= step]
     return step
 
 

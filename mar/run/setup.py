@@ -151,6 +151,17 @@ def _of_two_files(source: Source, data: DataOptions) -> Source:
     return replace(source, path=data.eval_path, path_key="data.eval_path", whole_file=True)
 
 
+def say_sum_rule(config: Config, held_out: Sequence[Example], display: Display) -> None:
+    """Where the sum rule punishes honest confidences: several answers of a question are right."""
+    num = sum(example.multi_label for example in held_out)
+    if config.reward.sum_rule and num:
+        display.say(
+            f"reward.sum_rule=true: {num} of {len(held_out)} held-out questions can have several "
+            "right answers, whose honest confidences add up to more than 1 and are punished: take "
+            "reward.sum_rule=false"
+        )
+
+
 def say_few_rows(config: Config, split: str, num_rows: int, display: Display) -> None:
     """Of a file: whether a split is too small for what is asked of it."""
     data = config.data
@@ -370,9 +381,13 @@ def learner_of(
     with torch.device("meta"):
         plain = Decoder(shape).to(stored_dtype)
     plain.checkpoint_blocks = config.train.checkpoint_activations
-    reference = copy.deepcopy(plain).requires_grad_(False) if algo.kl_coef else None
+    reference = copy.deepcopy(plain) if algo.kl_coef else None
     critic = Critic(plain) if algo.baseline == "value" else None
     policy = adapted(plain, options)
+    if reference is not None:
+        if options.lora_base != "as_stored":
+            reference = adapted(reference, options)  # rounded as the policy is, so that both agree
+        reference.requires_grad_(False)
 
     sharded = world.size > 1 or world.device.type == "cuda"
     if sharded and options.lora_base != "as_stored":
@@ -442,6 +457,7 @@ def build_training(
     train, held_out = load_both(config, display)
     say_few_rows(config, data.train_split, len(train), display)
     say_few_rows(config, data.eval_split, len(held_out), display)
+    say_sum_rule(config, held_out, display)
 
     tokenizer = load_tokenizer(model_folder)
     grammar = fit_grammar(grammar_of(config), tokenizer)

@@ -4,6 +4,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import numpy as np
@@ -29,6 +30,7 @@ STEPS_PER_LOAD = 200
 # Training questions out of which the prior is computed.
 NUM_FOR_PRIOR = 2000
 STATE = "state.pt"
+BEGIN_ANEW = "remove it and the same command begins anew, or take another run_dir="
 
 
 # Peak rates, where sft.lr says nothing.
@@ -41,6 +43,13 @@ INSTEAD = {
     "optim.lr": "sft.lr",
     "train.steps": "sft.steps",
     "algo.prompts_per_step": "sft.batch",
+}
+COURSE = "the rate rises over sft.warmup_steps and falls over the share sft.decay"
+# Settings that do nothing here, and what there is instead.
+NOT_HERE = {
+    "optim.schedule": COURSE,
+    "optim.warmup_frac": COURSE,
+    "model.max_prompt_tokens": "a warm-up takes prompts of any length",
 }
 
 
@@ -93,6 +102,10 @@ def check_options(sft: SftOptions, config: Config, settings: Sequence[str]) -> N
         key, _, value = word.partition("=")
         if key in INSTEAD:
             raise UserError(f"{key} is for mar.train: write {INSTEAD[key]}={value}")
+        if key in NOT_HERE:
+            raise UserError(f"{key} is for mar.train, leave it out: {NOT_HERE[key]}")
+    if config.device == "cuda":
+        raise UserError("device=cuda is for mar.train: a warm-up runs on the CPU, leave it out")
     if len(sft.shares) != len(FORMS) or min(sft.shares) < 0 or not sum(sft.shares):
         raise UserError(
             f"sft.shares={sft.shares}: give {len(FORMS)} numbers of at least 0, for "
@@ -222,9 +235,15 @@ class Progress:
 Optimizers = Sequence[tuple[torch.optim.Optimizer, float]]
 
 
-def save_state(model: Decoder, optimizers: Optimizers, progress: Progress, folder: Path) -> None:
-    """What is trained or was (adapters always), the moments by their parameters' names, and the
-    progress."""
+# What has to be the same where a run goes on, by the name that a message gives it.
+Fixed = dict[str, Any]
+
+
+def save_state(
+    model: Decoder, optimizers: Optimizers, progress: Progress, folder: Path, fixed: Fixed
+) -> None:
+    """What is trained or was (adapters always), the moments by their parameters' names, the
+    progress, and what must not change."""
     named = dict(model.named_parameters())
     kept = {
         name: p.detach()
@@ -239,20 +258,46 @@ def save_state(model: Decoder, optimizers: Optimizers, progress: Progress, folde
         "moments": moments,
         "step": progress.step,
         "seconds": progress.seconds,
+        "fixed": fixed,
     }
     unfinished = folder / f"{STATE}.tmp"
-    torch.save(state, unfinished)
+    with unfinished.open("wb") as written:
+        torch.save(state, written)
+        written.flush()
+        os.fsync(written.fileno())
     os.replace(unfinished, folder / STATE)
 
 
-def restore_state(model: Decoder, optimizers: Optimizers, folder: Path) -> Progress:
-    """Put back what was saved, if there is any. Others may be trained from here on
-    (model.trainable): they start without moments. Raises UserError for other adapters."""
+def _read_state(file: Path) -> dict[str, Any]:
+    """Raises UserError for a damaged file."""
+    try:
+        # Moments go where their parameters are, which may be another device than when they were
+        # saved.
+        state = torch.load(file, weights_only=True, map_location="cpu")
+        missing = {"weights", "moments", "step", "seconds"} - set(state)
+    except (OSError, RuntimeError, EOFError, TypeError, UnpicklingError) as error:
+        reason = str(error).partition("\n")[0]
+        raise UserError(f"{file} cannot be read ({reason}): {BEGIN_ANEW}") from None
+    if missing:
+        raise UserError(f"{file} has no {min(missing)}: {BEGIN_ANEW}")
+    return state
+
+
+def restore_state(model: Decoder, optimizers: Optimizers, folder: Path, fixed: Fixed) -> Progress:
+    """Put back what was saved, if there is any.
+
+    If model.trainable now chooses other parameters, these start with fresh moments. Raises
+    UserError for other adapters, for another model or optimizer, and for a damaged file.
+    """
     file = folder / STATE
     if not file.exists():
         return Progress()
-    # moments go where their parameters are, which may be another device than when they were saved
-    state = torch.load(file, weights_only=True, map_location="cpu")
+    state = _read_state(file)
+    for name, value in state.get("fixed", {}).items():
+        if value != fixed[name]:
+            raise UserError(
+                f"{file} was written with another {name}: take that of its run, or another run_dir="
+            )
     weights = state["weights"]
     named = dict(model.named_parameters())
     fits = all(name in named and named[name].shape == weights[name].shape for name in weights)

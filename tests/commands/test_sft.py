@@ -2,14 +2,17 @@
 
 import json
 import os
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from mar import sft
 from mar.errors import UserError
 from mar.files import read_jsonl
-from mar.policy.sources import resolve_model
+from mar.policy.sources import EMBEDDED, resolve_model
 from mar.policy.weights import load_model
 from mar.run import warm_up
 from mar.run.asked_as import asked_as
@@ -143,12 +146,52 @@ def test_its_own_words_and_its_folder(tmp_path, monkeypatch):
         ("sft.rows=2", "add sft.mixture=short"),
         ("model.lr=1e-3", "write sft.lr=1e-3"),
         ("train.steps=3", "write sft.steps=3"),
+        ("optim.schedule=cosine", "falls over the share sft.decay"),
+        ("model.max_prompt_tokens=64", "takes prompts of any length"),
+        ("device=cuda", "a warm-up runs on the CPU"),
     ],
 )
 def test_what_cannot_work_is_refused(word, sentence, tmp_path):
     with pytest.raises(UserError) as caught:
         train([*WORDS, word, f"run_dir={tmp_path}"])
     assert sentence in str(caught.value) and not list(tmp_path.iterdir())
+
+
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory):
+    """A folder with the state of two steps."""
+    folder = tmp_path_factory.mktemp("begun")
+    train([*WORDS, "sft.steps=2", "sft.eval_every=0", f"run_dir={folder}"])
+    return folder
+
+
+def test_it_goes_on_with_the_same_model_and_optimizer(begun, tmp_path):
+    folder = Path(shutil.copytree(begun, tmp_path / "run"))
+    words = [*WORDS, "sft.steps=4", "sft.eval_every=0", f"run_dir={folder}"]
+    with pytest.raises(UserError, match="state.pt was written with another sft.muon"):
+        train([*words, "sft.muon=true"])
+    other = Path(shutil.copytree(EMBEDDED, tmp_path / "other"))
+    weights_file = other / "model.safetensors"
+    tensors = load_file(weights_file)
+    tensors["model.norm.weight"] *= 2
+    save_file(tensors, weights_file, metadata={"format": "pt"})
+    with pytest.raises(UserError, match="state.pt was written with another model"):
+        train([*words, "model=hf", f"model.path={other}"])
+
+
+@pytest.mark.parametrize("damage", ["half", "empty", "no moments"])
+def test_a_damaged_state_is_one_sentence(damage, begun, tmp_path):
+    folder = Path(shutil.copytree(begun, tmp_path / "run"))
+    file = folder / warm_up.STATE
+    whole = file.read_bytes()
+    if damage == "no moments":
+        state = torch.load(file, weights_only=True)
+        del state["moments"]
+        torch.save(state, file)
+    else:
+        file.write_bytes(whole[: len(whole) // 2] if damage == "half" else b"")
+    with pytest.raises(UserError, match="remove it and the same command begins anew"):
+        train([*WORDS, "sft.steps=4", "sft.eval_every=0", f"run_dir={folder}"])
 
 
 def test_a_folder_that_cannot_be_written_is_one_sentence(tmp_path, monkeypatch):

@@ -614,7 +614,12 @@ def test_past_weights_come_back_bit_for_bit(tiny_model, tmp_path):
     checkpoint.save(tmp_path / "checkpoints", 3, model, learner.optimizer, 1, past=past).result()
 
     other = learner_of(tiny_model(seed=1), "algo.lag=2")
-    assert resume(tmp_path, other, {}, Display("plain", 0, 9)) == 3
+    # The measurement before training was lost, the history was not.
+    evaluations = {"history": [{"step": 2, "ece": 0.1}, {"step": 4, "ece": 0.2}]}
+    (tmp_path / "eval.json").write_text(json.dumps(evaluations))
+    document = {}
+    assert resume(tmp_path, other, document, Display("plain", 0, 9)) == 3
+    assert document == {"history": [{"step": 2, "ece": 0.1}]}
     assert torch.equal(weights_of(other.policy), weights_of(model))
     assert len(other.past_weights) == 2
     for mine, theirs in zip(past, other.past_weights, strict=True):

@@ -12,6 +12,7 @@ from mar.learn.warm_up import Asking, answer_masses, make_form_batch, num_shared
 from mar.policy.lora import AdaptedLinear, add_adapters
 from mar.policy.sources import resolve_model
 from mar.policy.weights import load_model
+from mar.records import Example, Gold
 from mar.tasks import clinic
 
 SETS = SHORT[3]
@@ -29,15 +30,26 @@ def asking():
 def test_a_shared_beginning_changes_no_loss(asking):
     model = load_model(FOLDER, torch.float64)
     examples = clinic.load("train", 6, 5)
-    together = make_form_batch(examples, SETS, asking, np.random.default_rng(0))
+    names = [gold.name for gold in examples[0].golds]
+    together = make_form_batch(examples, SETS, asking, np.random.default_rng(0), names)
     rng = np.random.default_rng(0)
-    alone = [make_form_batch([example], SETS, asking, rng) for example in examples]
+    alone = [make_form_batch([example], SETS, asking, rng, names) for example in examples]
     counts = [batch.num_counted for batch in alone]
     assert sum(counts) == pytest.approx(together.num_counted)
     assert len(together.packed.ids) < 0.7 * sum(len(batch.packed.ids) for batch in alone)
     losses = [soft_target_loss(model, batch).item() for batch in alone]
     mean = np.average(losses, weights=counts)
     assert soft_target_loss(model, together).item() == pytest.approx(mean)
+
+
+def test_answers_to_questions_of_other_steps_stand_where_a_batch_has_too_few(asking):
+    example = Example("q1", "words", "Yes, no or maybe?", (Gold("yes"),))
+    rng = np.random.default_rng(0)
+    batch = make_form_batch([example], SETS, asking, rng, others=["no", "maybe"])
+    text = asking.tokenizer.decode(batch.packed.targets.tolist())
+    assert all(f">{name}</answer" in text for name in ("yes", "no", "maybe"))
+    with pytest.raises(UserError, match="q1 has too few different answers for 3 slots"):
+        make_form_batch([example], SETS, asking, rng, others=["no"])
 
 
 def test_what_nothing_shares_is_packed_as_groups():
@@ -75,7 +87,7 @@ def test_adapters_above_weights_in_bfloat16_compute_nearly_the_same(asking):
                 layer.lora_b.data.copy_(0.02 * noise)
     a, b = (answer_masses(model, examples, asking) for model in (full, half))
     assert not np.array_equal(a, b) and np.abs(a - b).max() < 0.02
-    batch = make_form_batch(examples, PLAIN, asking, np.random.default_rng(0))
+    batch = make_form_batch(examples, PLAIN, asking, np.random.default_rng(0), [])
     soft_target_loss(half, batch).backward()
     for layer in half.modules():
         if isinstance(layer, AdaptedLinear):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from mar.errors import UserError
 from mar.export import export
@@ -225,6 +225,22 @@ def test_other_adapters_are_refused(
     add_adapters(other, rank, scale, layers)
     with pytest.raises(UserError, match=sentence):
         load_adapters(other, tmp_path)
+
+
+def test_adapters_of_another_program_are_refused(tmp_path: Path) -> None:
+    config = shape("LlamaForCausalLM")
+    model = with_random_adapters(config, "qkv")
+    save_adapters(model, tmp_path, "base")
+    file = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(file)
+    k = "base_model.model.model.layers.0.self_attn.k_proj"
+    save_file(tensors | {f"{k}.lora_A.weight": tensors[f"{k}.lora_A.weight"] + 1}, file)
+    with pytest.raises(UserError, match="a lora_A of its own for each part of blocks.0.qkv"):
+        load_adapters(model, tmp_path)
+    del tensors[f"{k}.lora_B.weight"]
+    save_file(tensors, file)
+    with pytest.raises(UserError, match="no adapter of rank 3 for blocks.0.qkv"):
+        load_adapters(model, tmp_path)
 
 
 def test_adapters_that_cannot_be_read_are_named(tmp_path: Path) -> None:

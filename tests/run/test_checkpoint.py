@@ -99,6 +99,17 @@ def test_saving_before_the_first_update_changes_no_later_one(tiny_model, tmp_pat
     assert identical(state(saved), state(other)) and identical(state(resumed), state(other))
 
 
+def test_a_run_whose_updates_were_all_refused_comes_back(tiny_model, tmp_path):
+    saved, resumed = trained(tiny_model, 0), trained(tiny_model, 0, seed=1)
+    for parameter in saved[0].parameters():
+        parameter.grad = torch.full_like(parameter, torch.nan)
+    save(tmp_path, 1, saved)
+    checkpoint.restore(checkpoint.newest(tmp_path), *resumed)
+    for pair in (saved, resumed):
+        update(*pair, step=1)
+    assert identical(state(resumed), state(saved))
+
+
 def test_the_newest_n_are_kept(tiny_model, tmp_path):
     pair = trained(tiny_model, 1)
     assert checkpoint.newest(tmp_path / "nothing") is None

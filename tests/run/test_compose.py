@@ -268,6 +268,11 @@ REFUSED = [
     ),
     ("algo.lag=-1", "algo.lag=-1 is out of range: it must be at least 0"),
     ("algo.lag=1 algo.variance_every=5", "algo.lag=1 samples from an older one"),
+    ("algo.scale_by=group_mean algo.baseline=mean", "reward.objective=multi_rlcr can lower"),
+    (
+        "reward=rlvr_single algo.scale_by=group_mean algo.baseline=mean algo.truncated=penalise",
+        "algo.truncated=penalise can lower below 0",
+    ),
     ("algo=gdpo algo.truncated=penalise", "algo.scale_by=term_std divides the terms"),
     ("algo=gdpo algo.kl=k1 algo.kl_coef=0.1", "neither algo.kl=k1 nor"),
     ("algo.scale_by=term_std", "algo.baseline=matched goes with algo.scale_by=none or whiten"),

@@ -14,7 +14,9 @@ from mar.answers.grammar import Grammar, grammar_of
 from mar.answers.tokenizer import load_tokenizer
 from mar.errors import UserError
 from mar.policy.distributed import World
+from mar.policy.packing import pack_groups
 from mar.policy.sources import EMBEDDED, environment
+from mar.records import Example, Gold
 from mar.run import asking, checkpoint
 from mar.run.answering import Target, load_weights
 from mar.run.asking import open_policy
@@ -22,7 +24,14 @@ from mar.run.checkpoint import CheckpointWriter
 from mar.run.compose import compose
 from mar.run.console import Display
 from mar.run.evaluations import Evaluations
-from mar.run.setup import announce, answer_tokens, build_learner, build_training, sampling_params
+from mar.run.setup import (
+    announce,
+    answer_tokens,
+    build_learner,
+    build_training,
+    sampling_params,
+    say_sum_rule,
+)
 
 
 def test_a_machine_without_git_has_no_commit(monkeypatch):
@@ -83,6 +92,36 @@ def test_weights_in_bfloat16_are_not_sharded():
     assert narrow and not any("lora_" in name for name in narrow)
     with pytest.raises(UserError, match="for one process on a CPU"):
         build_learner(config, EMBEDDED, World(size=2))
+
+
+def test_the_reference_is_rounded_as_the_policy_is():
+    words = ["model.lora_rank=2", "model.lora_base=bfloat16", "algo.kl=k3", "algo.kl_coef=0.1"]
+    config = compose(["+experiment=clinic", *words])
+    learner = build_learner(config, EMBEDDED, World())
+    packed = pack_groups([[5, 6, 7]], [[[8, 9], [10]]])
+    with torch.no_grad():
+        assert torch.equal(learner.reference(packed)[0], learner.policy(packed)[0])
+    assert not any(parameter.requires_grad for parameter in learner.reference.parameters())
+
+
+def test_rounded_weights_are_not_trained():
+    words = ["model.lora_rank=2", "model.lora_base=bfloat16", "model.trainable=norm|qkv"]
+    with pytest.raises(UserError, match="which small updates would not move"):
+        build_learner(compose(["+experiment=clinic", *words]), EMBEDDED, World())
+
+
+def test_the_sum_rule_is_questioned_where_several_answers_are_right():
+    display = Display("plain", 0, 0)
+    one = Example("a", "words", "?", (Gold("x"), Gold("y")))
+    several = replace(one, multi_label=True)
+    config = compose(["+experiment=clinic", "reward.sum_rule=true"])
+    with display.console.capture() as said:
+        say_sum_rule(config, [one, one], display)
+        say_sum_rule(compose(["+experiment=clinic"]), [several], display)
+    assert said.get() == ""
+    with display.console.capture() as said:
+        say_sum_rule(config, [one, several], display)
+    assert "1 of 2 held-out questions" in said.get()
 
 
 def test_bfloat16_is_called_slow_on_a_processor_with_avx2_alone(monkeypatch):
