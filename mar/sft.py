@@ -36,7 +36,13 @@ from mar.learn.demonstrations import (
 from mar.learn.optim import clip_gradients, make_optimizers, require_finite, set_learning_rate
 from mar.learn.warm_up import Asking, answer_masses, make_form_batch
 from mar.measure.single_answers import bars_of, coverage_of, divergence, gold_probabilities, means
-from mar.policy.lora import adapted, merge, save_adapters, trainable_pattern
+from mar.policy.lora import (
+    adapted,
+    merge,
+    require_rounded_are_frozen,
+    save_adapters,
+    trainable_pattern,
+)
 from mar.policy.model import Decoder
 from mar.policy.weights import load_model, save_model
 from mar.records import Example
@@ -150,6 +156,7 @@ def run(words: Words[SftOptions]) -> None:
     model = adapted(load_model(source, num_tokens=num_tokens(tokenizer)), options)
     peak = sft.lr or (ADAPTERS_LR if options.lora_rank else LR)
     optimizers = make_optimizers(model, peak, optim, trainable_pattern(options), sft.muon)
+    require_rounded_are_frozen(model)
 
     folder.mkdir(parents=True, exist_ok=True)
     resumed = restore_state(model, optimizers, folder, fixed)

@@ -24,8 +24,7 @@ def make_optimizer(
 ) -> torch.optim.AdamW:
     """AdamW of the parameters in whose names the regular expression `trainable` is found.
 
-    The others are frozen. Norms and biases are not decayed. Raises UserError where none is found,
-    and for weights that are kept in less than 32 bits.
+    The others are frozen. Norms and biases are not decayed. Raises UserError where none is found.
     """
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(re.search(trainable, name) is not None)
@@ -35,11 +34,6 @@ def make_optimizer(
         raise UserError(
             f"model.trainable={trainable!r} is found in no parameter's name; "
             f"they are {', '.join(some_names)}, ..."
-        )
-    if any(parameter.itemsize < 4 for parameter in chosen):
-        raise UserError(
-            f"model.trainable={trainable!r} finds weights that model.lora_base=bfloat16 has rounded, "
-            "which small updates would not move: take model.lora_base=as_stored"
         )
     matrices = [parameter for parameter in chosen if parameter.ndim >= 2]
     vectors = [parameter for parameter in chosen if parameter.ndim < 2]

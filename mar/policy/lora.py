@@ -194,6 +194,18 @@ def save_adapters(
     (folder / ADAPTER_CONFIG).write_text(json.dumps(adapter_config, indent=2) + "\n")
 
 
+def require_rounded_are_frozen(model: Decoder) -> None:
+    """Raises UserError where weights below the adapters are rounded and are to be trained."""
+    for name, layer in model.named_modules():
+        if not isinstance(layer, AdaptedLinear):
+            continue
+        if layer.weight.requires_grad and layer.weight.dtype != layer.lora_a.dtype:
+            raise UserError(
+                f"model.trainable finds {name}.weight, which model.lora_base=bfloat16 has rounded, so "
+                "small updates would not move it: take model.lora_base=as_stored"
+            )
+
+
 def _has_shape(tensor: Tensor | None, shape: tuple[int, ...]) -> bool:
     return tensor is not None and tuple(tensor.shape) == shape
 

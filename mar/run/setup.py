@@ -26,7 +26,12 @@ from mar.learn.optim import make_optimizer
 from mar.measure.held_out import HeldOut
 from mar.policy.critic import Critic
 from mar.policy.distributed import ALONE, World, shard
-from mar.policy.lora import adapted, start_adapters, trainable_pattern
+from mar.policy.lora import (
+    adapted,
+    require_rounded_are_frozen,
+    start_adapters,
+    trainable_pattern,
+)
 from mar.policy.model import Decoder, ModelConfig
 from mar.policy.weights import load_into, read_config
 from mar.records import Example, Prompt
@@ -421,6 +426,7 @@ def learner_of(
     betas = (optim.betas[0], optim.betas[1])
     trainable = trainable_pattern(options)
     optimizer = make_optimizer(policy, optim.lr, betas, optim.eps, optim.weight_decay, trainable)
+    require_rounded_are_frozen(policy)
     critic_optimizer = None
     if critic is not None:
         critic_optimizer = make_optimizer(
