@@ -157,6 +157,17 @@ def test_what_cannot_work_is_refused(word, sentence, tmp_path):
     assert sentence in str(caught.value) and not list(tmp_path.iterdir())
 
 
+def test_a_step_takes_wrong_answers_from_questions_of_other_steps(tmp_path):
+    file = tmp_path / "rows.jsonl"
+    lines = [json.dumps({"question": f"Number {n}?", "golds": [f"g{n}"]}) for n in range(40)]
+    file.write_text("\n".join(lines))
+    # A batch of one question has one answer, and a set needs three.
+    words = ["+experiment=jsonl", "model=embedded", f"data.path={file}", "sft.shares=[0,0,1,0]"]
+    words += ["sft.batch=1", "sft.steps=2", "sft.eval_every=0", "logger.console=plain"]
+    train([*words, f"run_dir={tmp_path / 'run'}"])
+    assert (tmp_path / "run" / warm_up.STATE).is_file()
+
+
 @pytest.fixture(scope="module")
 def begun(tmp_path_factory):
     """A folder with the state of two steps."""

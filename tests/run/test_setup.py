@@ -106,7 +106,7 @@ def test_the_reference_is_rounded_as_the_policy_is():
 
 def test_rounded_weights_are_not_trained():
     words = ["model.lora_rank=2", "model.lora_base=bfloat16", "model.trainable=norm|qkv"]
-    with pytest.raises(UserError, match="which small updates would not move"):
+    with pytest.raises(UserError, match="small updates would not move"):
         build_learner(compose(["+experiment=clinic", *words]), EMBEDDED, World())
 
 
