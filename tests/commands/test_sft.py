@@ -190,7 +190,7 @@ def test_it_goes_on_with_the_same_model_and_optimizer(begun, tmp_path):
         train([*words, "model=hf", f"model.path={other}"])
 
 
-@pytest.mark.parametrize("damage", ["half", "empty", "no moments"])
+@pytest.mark.parametrize("damage", ["cut", "short", "empty", "text", "no moments"])
 def test_a_damaged_state_is_one_sentence(damage, begun, tmp_path):
     folder = Path(shutil.copytree(begun, tmp_path / "run"))
     file = folder / warm_up.STATE
@@ -200,7 +200,9 @@ def test_a_damaged_state_is_one_sentence(damage, begun, tmp_path):
         del state["moments"]
         torch.save(state, file)
     else:
-        file.write_bytes(whole[: len(whole) // 2] if damage == "half" else b"")
+        cut = whole[: len(whole) // 2]
+        contents = {"cut": cut, "short": whole[:10], "empty": b"", "text": b"not a state"}
+        file.write_bytes(contents[damage])
     with pytest.raises(UserError, match="remove it and the same command begins anew"):
         train([*WORDS, "sft.steps=4", "sft.eval_every=0", f"run_dir={folder}"])
 
