@@ -179,8 +179,8 @@ class LayerCache(NamedTuple):
     """The keys and values of one layer in decoding: each prompt's once, each row's own.
 
     A row's own tokens are the first `own_lengths` of its slot. It reads the prompt slot
-    `row_prompt`, where it is the member `member_index`. A row that is not the member there which it
-    says to be is free, and reads no prompt. `members` is padded with row 0.
+    `row_prompt`, where it is the member `member_index`. A row is free, and reads no
+    prompt, if `members[row_prompt, member_index]` is another row. `members` is padded with row 0.
     """
 
     prompt_keys: Tensor  # [P, KV, tokens, d]

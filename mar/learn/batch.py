@@ -23,7 +23,8 @@ Rollouts = Sequence[Rollout]
 class Batch:
     """One step: B rows of all groups, T tokens of the longest completion, C components, S segments.
 
-    `first_open[b, s]` is the first reward component that is still open in segment s (rewards.py).
+    `first_open[b, s]` is the first reward component that a token of segment s can still change
+    (rewards.py).
     """
 
     groups: tuple[tuple[Rollout, ...], ...]

@@ -117,7 +117,7 @@ def score_before_updates(learner: Learner, batch: Batch, step: int) -> Columns:
     columns = {}
     ratio_to_sampler = algo.lag > 0 and algo.importance == "none"
     several_updates = algo.epochs * algo.minibatches > 1
-    # Its cost is that of the policy to which importance weights lead; `lag` samples from another.
+    # The KL cost is that of the policy before this step; with `algo.lag` an older one has sampled.
     kl_in_reward = algo.lag > 0 and algo.kl == "k1" and learner.reference is not None
     if ratio_to_sampler or several_updates or kl_in_reward:
         older = learner.lagged_policy() if ratio_to_sampler else nullcontext(learner.policy)

@@ -115,8 +115,8 @@ def pack_sharing(
 def answer_masses(
     model: Decoder, examples: Sequence[Example], asking: Asking, at_once: int = 8
 ) -> np.ndarray:
-    """[B, C] probability that a single answer is each of the example's golds, its closing tag
-    begun; 0 where an example has fewer than C."""
+    """[B, C] for each gold of an example, the probability that the model writes exactly it as its
+    single answer and then begins the closing tag; 0 where an example has fewer than C golds."""
     element = PLAIN.elements[0]
     opening = asking.encode(element.opening)
     closing = asking.encode(element.closing)[0]

@@ -49,7 +49,7 @@ class StepSeen:
 
 
 def reward(seen: StepSeen) -> float:
-    """Mean reward of the step's completions."""
+    """Mean reward of the step's completions, without what `algo.truncated=penalise` takes off."""
     return _mean([rollout.total for rollout in seen.rollouts])
 
 
@@ -73,7 +73,7 @@ def replaced_groups(seen: StepSeen) -> int:
 
 
 def zero_group_frac(seen: StepSeen) -> float:
-    """Share of groups whose completions all earned the same."""
+    """Share of groups whose completions all earned the same `reward/total`."""
     return share_of_flat_groups(seen.batch)
 
 
