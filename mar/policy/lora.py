@@ -237,7 +237,8 @@ def load_adapters(model: Decoder, folder: Path) -> None:
         ]
         if not all((*fits_a, *fits_b)):
             raise UserError(f"{folder} has no adapter of rank {rank} for {name}: {advice}")
-        if any(not torch.equal(a, a_of_parts[0]) for a in a_of_parts[1:]):
+        first_a, *more_a = (cast(Tensor, a) for a in a_of_parts)
+        if not all(torch.equal(a, first_a) for a in more_a):
             raise UserError(
                 f"{folder} has a lora_A of its own for each part of {name}, which is one layer here: "
                 "mar reads the adapters that it wrote itself"
@@ -248,7 +249,7 @@ def load_adapters(model: Decoder, folder: Path) -> None:
                 f"{folder} has lora_alpha={alpha}, which is not rank * "
                 f"model.lora_scale = {rank * layer.scale:g}: {advice}"
             )
-        fill(layer.lora_a, cast(Tensor, a_of_parts[0]))
+        fill(layer.lora_a, first_a)
         fill(layer.lora_b, torch.cat([cast(Tensor, b) for b in b_of_parts]))
     if tensors:
         raise UserError(
