@@ -152,8 +152,7 @@ def run_command(
 ) -> int:
     """Print the help, or read the words and run; returns the exit code."""
     if HELP & set(words) or list(words) == ["help"]:
-        print(help_text(command))
-        return 0
+        return exit_code(lambda: print(help_text(command)))
     return exit_code(lambda: run(read_words(command, words)), interrupted)
 
 
