@@ -134,9 +134,8 @@ def run(words: Words[SftOptions]) -> None:
     sft = words.options
     require_choice(words.settings)
     display = Display("plain", 0, sft.steps)
-    config = compose(words.settings)
+    config = announce(replace(compose(words.settings), device="cpu"), display)
     check_options(sft, config, words.settings)
-    config = announce(replace(config, device="cpu"), display)
     options, data, optim = config.model, config.data, config.optim
     torch.set_num_threads(options.threads or torch.get_num_threads())
     torch.manual_seed(config.seed)

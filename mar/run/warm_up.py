@@ -104,8 +104,8 @@ def check_options(sft: SftOptions, config: Config, settings: Sequence[str]) -> N
             raise UserError(f"{key} is for mar.train: write {INSTEAD[key]}={value}")
         if key in NOT_HERE:
             raise UserError(f"{key} is for mar.train, leave it out: {NOT_HERE[key]}")
-    if config.device == "cuda":
-        raise UserError("device=cuda is for mar.train: a warm-up runs on the CPU, leave it out")
+        if word == "device=cuda":
+            raise UserError("device=cuda is for mar.train: a warm-up runs on the CPU, leave it out")
     if len(sft.shares) != len(FORMS) or min(sft.shares) < 0 or not sum(sft.shares):
         raise UserError(
             f"sft.shares={sft.shares}: give {len(FORMS)} numbers of at least 0, for "
