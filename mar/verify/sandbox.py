@@ -35,6 +35,9 @@ MAX_BYTES = 1 << 20  # of the reply
 MAX_HEAD = 1 << 16  # what the pipe holds
 MAX_PROGRAM = 1 << 16  # characters
 MAX_DEPTH = 60  # of containers in containers, in a value
+# Values in sets and dicts of a reply. Equal hashes make a set of n take n * n comparisons, here,
+# where no limit ends them: of so many, half a second.
+MAX_HASHED = 4000
 
 LIMITS = {
     "RLIMIT_CPU": CPU_S,
@@ -66,6 +69,7 @@ CONSTRUCTORS: dict[str, Any] = {
     "complex": lambda parts: complex(*parts),
     "float": float,
 }
+HASHED = ("set", "frozenset", "dict")
 
 # what a program wrote instead of a reply, or half of it
 BAD_REPLY = (ValueError, TypeError, LookupError, OverflowError, RecursionError)
@@ -78,7 +82,8 @@ class Reply:
     `outcome` is one of
 
         returned              the program and all expressions ran; `values` holds the results
-        failed                it raised, died, or a result was not plain data, or above 1 MiB
+        failed                it raised, died, or a result was not plain data, above 1 MiB, or with
+                              more than 4,000 values in sets and dicts
         timeout               it was killed
         infrastructure_error  its first instruction was not reached, so no program can cause it
     """
@@ -191,7 +196,10 @@ def run_program(
     if late:
         return Reply("timeout", key=key)
     try:
-        values = tuple(_untagged(value) for value in json.loads(body))
+        written = json.loads(body)
+        if sum(_num_hashed(value) for value in written) > MAX_HASHED:
+            return Reply("failed", key=key)
+        values = tuple(_untagged(value) for value in written)
     except BAD_REPLY:
         return Reply("failed", key=key)
     return Reply("returned", values, key)
@@ -233,6 +241,17 @@ def _run_child(request: bytes, unsafe: bool, wall_s: float) -> tuple[bytes, byte
         written.seek(0)
         body = written.read(MAX_BYTES)
     return head, body, not readable
+
+
+def _num_hashed(value: Any, inside: bool = False) -> int:
+    """How many values stand in sets and dicts, at any depth."""
+    if not isinstance(value, list):
+        return int(inside)
+    kind, items = value
+    if kind == "float":
+        return int(inside)
+    inside = inside or kind in HASHED
+    return int(inside) + sum(_num_hashed(item, inside) for item in items)
 
 
 def _untagged(value: Any, depth: int = 0) -> Any:

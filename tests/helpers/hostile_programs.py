@@ -54,6 +54,8 @@ PROGRAMS = {
     "ignores signals": "import signal\nfor s in range(1, 32):\n    try: signal.signal(s, signal.SIG_IGN)\n    except (OSError, ValueError): pass\nwhile True: pass",
     "outlives the run": "import os, time\nif os.fork() == 0:\n    os.setsid()\n    time.sleep(1000)\nos._exit(0)",
     "zombies": "import os\nfor _ in range(100):\n    try:\n        if os.fork() == 0: os._exit(0)\n    except OSError: break\n" + WRONG,
+    "set of equal hashes": "class S(set):\n    def __iter__(self): return iter([i * (2**61 - 1) for i in range(30_000)])\ndef double(x): return S()",
+    "dict of equal hashes": "class D(dict):\n    def items(self): return [((i * (2**61 - 1),), 0) for i in range(20_000)]\ndef double(x): return [D()]",
     "null pointer": "import ctypes\nctypes.string_at(0)",
     "lifts its limits": "import resource\nresource.setrlimit(resource.RLIMIT_AS, (-1, -1))",
     "becomes root": "import os\nos.setuid(0)",

@@ -232,6 +232,22 @@ def test_plain_values_come_out_as_they_were(value):
 
 
 @needs_bubblewrap
+@pytest.mark.parametrize(
+    ("expression", "outcome"),
+    [
+        (f"set(range({sandbox.MAX_HASHED - 1}))", "returned"),
+        (f"set(range({sandbox.MAX_HASHED}))", "failed"),
+        (f"{{0: list(range({sandbox.MAX_HASHED}))}}", "failed"),
+        ("list(range(50_000))", "returned"),
+    ],
+)
+def test_sets_and_dicts_have_room_for_thousands(expression, outcome):
+    reply = run_program(f"x = {expression}", ["x"])
+    assert reply.outcome == outcome
+    assert reply.values == ((eval(expression),) if outcome == "returned" else ())
+
+
+@needs_bubblewrap
 def test_honest_programs_pass_side_by_side():
     variants = [
         HONEST,
