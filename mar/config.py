@@ -16,6 +16,8 @@ import yaml
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, OmegaConf
 
+from mar.files import at_home
+
 
 def one_of(*names: str, default: str | None = None, help: str = "") -> Any:
     """A field that holds one of these names; the first is the default. `help`: what a command's -h
@@ -425,7 +427,7 @@ WITHOUT_RUN = {
 
 def run_of_path(path: str) -> Path:
     """The folder of the run that a `model.path` names."""
-    return Path(re.sub(RUN_PIN, "", path)).expanduser()
+    return at_home(re.sub(RUN_PIN, "", path))
 
 
 def _of_run(path: str | None, key: str) -> Any:

@@ -1,5 +1,6 @@
 """Errors that a person reads: one sentence instead of a traceback, and the command's exit code."""
 
+import errno
 import os
 import select
 import signal
@@ -7,6 +8,8 @@ import sys
 from collections.abc import Callable
 
 MAX_ERROR = 160  # characters of another package's message that we repeat
+
+MAX_NAME = 60  # characters of a path that is too long
 
 # packages that training does without, and what to install for each
 OPTIONAL_PACKAGES = {
@@ -55,6 +58,15 @@ def exit_code(command: Callable[[], object], interrupted: str = "interrupted") -
         if not _stdout_is_closed():
             raise
         return 128 + signal.SIGPIPE
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        start = str(error.filename)[:MAX_NAME]
+        print(
+            f"error: {start}… is longer than a path can be: give the name of a file or folder",
+            file=sys.stderr,
+        )
+        return 2
     except KeyboardInterrupt:
         print(interrupted, file=sys.stderr)
         return 130

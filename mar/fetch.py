@@ -16,6 +16,7 @@ import yaml
 
 from mar.config import one_of, option
 from mar.errors import UserError
+from mar.files import at_home
 from mar.policy.sources import fetch
 from mar.run.words import CONF_DIR, Command, Words, choices_of, nearest, run_command
 
@@ -30,7 +31,7 @@ class FetchOptions:
 
 def hub_id_of(name: str) -> str | None:
     """The hub id of a model of conf/; None where the name is itself one. Raises UserError."""
-    folder = Path(name).expanduser()
+    folder = at_home(name)
     if (folder / "config.yaml").is_file():
         raise UserError(f"{name} is a run: it needs no fetching, take model=run model.path={name}")
     if name[:1] in ("/", ".", "~"):

@@ -183,9 +183,14 @@ def stable_hash(text: str) -> int:
     return int.from_bytes(hashlib.blake2b(encoded, digest_size=8).digest(), "big")
 
 
+def at_home(path: str) -> Path:
+    """The path, with `~` and `~somebody` replaced by that home; of nobody known, as it is."""
+    return Path(os.path.expanduser(path))
+
+
 def cache_folder() -> Path:
     """Where downloaded models and a judge's verdicts are kept: MAR_CACHE, or ~/.cache/mar."""
-    return Path(os.environ.get("MAR_CACHE") or "~/.cache/mar").expanduser()
+    return at_home(os.environ.get("MAR_CACHE") or "~/.cache/mar")
 
 
 def hub_fault(kind: str, hub_id: str) -> str:

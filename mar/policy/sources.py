@@ -23,7 +23,7 @@ from typing import Any
 
 from mar import __version__
 from mar.errors import UserError, one_line
-from mar.files import cache_folder, hub_fault
+from mar.files import at_home, cache_folder, hub_fault
 
 EMBEDDED = Path(__file__).parents[1] / "embedded" / "model"
 
@@ -68,7 +68,7 @@ def resolve_model(source: str, name: str, path: str | None) -> tuple[Path, dict[
     if source == "embedded":
         return _local_model(EMBEDDED, source, origin="mar/embedded/model")
     if source == "folder":
-        return _local_model(Path(str(path)).expanduser(), source, origin=str(path))
+        return _local_model(at_home(str(path)), source, origin=str(path))
     folder = cached_folder(name, path or name)
     record = read_record(folder)
     if record:

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ from mar.answers.prompts import build_prompt, fit_grammar
 from mar.answers.tokenizer import load_tokenizer, num_tokens
 from mar.config import Config
 from mar.errors import UserError
+from mar.files import at_home
 from mar.policy.distributed import compute_device
 from mar.policy.lora import adapted
 from mar.policy.model import Decoder
@@ -111,7 +111,7 @@ def open_policy(target: str, settings: Sequence[str]) -> AskedPolicy:
     `settings` are `key=value` words. Raises UserError for anything else, and for a run without a
     readable checkpoint.
     """
-    folder = Path(target).expanduser()
+    folder = at_home(target)
     found = None
     if (folder / "config.yaml").is_file():
         config = load_config(folder / "config.yaml", settings)

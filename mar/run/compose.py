@@ -34,6 +34,7 @@ from mar.config import (
     run_of_path,
 )
 from mar.errors import UserError, one_line
+from mar.files import at_home
 from mar.learn.advantages import BASELINES, CREDITS, SCALES, STEP_SCALES
 from mar.learn.losses import AGGREGATIONS, IMPORTANCE, KL_ESTIMATORS, LOSSES, options_of
 from mar.run import folder as rundir
@@ -77,7 +78,7 @@ Rules = list[tuple[bool, str]]
 def _source_rules(model: ModelOptions, data: DataOptions) -> Rules:
     """Where the model and the data come from."""
     no_checkpoint = model.source in ("folder", "hub") and not model.path
-    no_folder = model.source == "folder" and not Path(str(model.path)).expanduser().is_dir()
+    no_folder = model.source == "folder" and not at_home(str(model.path)).is_dir()
     is_pinned = bool(re.search(RUN_PIN, str(model.path)))
     config_of_run = run_of_path(str(model.path)) / "config.yaml"
     no_run = model.source == "run" and not is_pinned and not config_of_run.is_file()

@@ -8,7 +8,6 @@ upwards.
 
 import json
 from math import ceil
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ from torch import nn
 
 from mar.config import AlgoOptions, Config, ModelOptions, run_of_path
 from mar.errors import UserError
-from mar.files import read_json_object
+from mar.files import at_home, read_json_object
 from mar.learn.optim import make_optimizer
 from mar.policy.critic import Critic
 from mar.policy.lora import adapted, trainable_pattern
@@ -85,7 +84,7 @@ def model_shape(options: ModelOptions) -> ModelConfig:
     if options.source == "embedded":
         return ModelConfig.from_hf(read_json_object(EMBEDDED / "config.json"))
     if options.source == "folder":
-        folder = Path(str(options.path)).expanduser()
+        folder = at_home(str(options.path))
         return ModelConfig.from_hf(read_json_object(folder / "config.json"))
     if options.source == "run":
         return model_shape(load_config(run_of_path(str(options.path)) / "config.yaml").model)

@@ -17,6 +17,7 @@ from typing import Any, Generic, TypeVar
 
 from mar.config import Config
 from mar.errors import UserError, exit_code
+from mar.files import at_home
 from mar.run.fields import field_faults
 from mar.run.folder import flatten
 
@@ -184,7 +185,7 @@ def read_words(command: Command[Options], words: Sequence[str]) -> Words[Options
             settings.append(word)
     _require_places(command, places, own)
     options = _read_options(command, given)
-    homes = [str(Path(place).expanduser()) if place[:1] == "~" else place for place in places]
+    homes = [str(at_home(place)) if place[:1] == "~" else place for place in places]
     return Words(homes, options, settings, frozenset(given))
 
 
@@ -204,7 +205,7 @@ def _value_of_flag(flag: str, rest: list[str]) -> str:
 def _is_place(word: str) -> bool:
     """It has no key. A folder of a sweep has = in its name."""
     found = SETTING.fullmatch(word)
-    if not found or Path(word).expanduser().exists():
+    if not found or at_home(word).exists():
         return True
     group, slash, _ = found["key"].partition("/")
     return bool(slash) and group not in (*CHOSEN, *ADDED, "hydra")
@@ -263,7 +264,7 @@ def read_value(key: str, text: str, kind: Any) -> Any:
     if kind is Path:
         if not text:
             raise UserError(f"{key}= has no value: name a folder")
-        return Path(text).expanduser()
+        return at_home(text)
     try:
         return kind(text)
     except ValueError:
@@ -298,7 +299,7 @@ def _spelled(word: str, sweep: bool) -> str:
     if value in ("", "null") or value[0] in "'\"" or "${" in value or is_several:
         return word
     if value[0] == "~":
-        value = str(Path(value).expanduser())
+        value = str(at_home(value))
     return f"{found['sign']}{found['key']}={quoted(value)}"
 
 
@@ -366,7 +367,7 @@ def _require_setting(word: str, own: Sequence[str], command: Command[Any] | None
     sign, key, value = found["sign"], found["key"], found["value"]
     second = re.search(r"^[^'\"\[{]*\s\+?(?P<key>[A-Za-z_][\w.]*)=", value)
     is_key = second and second["key"] in (*CHOSEN, *ADDED, *_defaults())
-    if is_key and not Path(value).expanduser().exists():
+    if is_key and not at_home(value).exists():
         raise UserError(
             f"{word!r} is several words in one: each stands alone, not in quotes together"
         )
@@ -435,7 +436,7 @@ def _require_choice(sign: str, group: str, value: str) -> None:
 def _instead_of_choice(group: str, name: str) -> str:
     """The words for a file, a run, a checkpoint or a hub id where a file of conf/ is named by
     itself; empty for what is none of them."""
-    path = Path(name).expanduser()
+    path = at_home(name)
     if group in ("data", "experiment") and (path.is_file() or name.endswith(ROWS)):
         return f"{_plus(group)}{group}=jsonl data.path={name}"
     if group == "model" and (path / "config.yaml").is_file():
@@ -567,7 +568,7 @@ def _without_value(word: str, own: Collection[str], command: Command[Any] | None
 
 
 def _is_folder_or_hub_id(name: str) -> bool:
-    path = Path(name).expanduser()
+    path = at_home(name)
     return path.is_dir() and path.name not in choices_of("experiment") or "/" in name
 
 

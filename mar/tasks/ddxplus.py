@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from mar.errors import UserError, one_line
-from mar.files import hub_fault, stable_hash
+from mar.files import at_home, hub_fault, stable_hash
 from mar.records import Example, Gold
 from mar.tasks.loading import Candidate, Loaded, Row, Source, load_rows, read_json, split_of
 
@@ -44,7 +44,7 @@ WORDS = {"N": "no", "Y": "yes", "NA": "none of them"}
 
 def _folder(source: Source) -> Path:
     """The folder that the path is, or is in."""
-    path = Path(str(source.path)).expanduser()
+    path = at_home(str(source.path))
     return path if path.is_dir() else path.parent
 
 

@@ -30,6 +30,7 @@ from mar.tasks.loading import (
     load_rows,
     required_text,
 )
+from mar.verify.normaliser import normalise
 
 ROW_KEYS = {"question", "golds", "id", "truth"}
 GOLD_KEYS = {"name", "aliases", "probability"}
@@ -55,6 +56,7 @@ def read(row: Row, where: str) -> Candidate:
             f"(the row has {', '.join(map(str, row))})"
         )
     golds = tuple(_gold(gold, where) for gold in raw)
+    _require_different(golds, where)
     id = example_id(row, "id", "jsonl", question)
     is_distribution = golds[0].probability is not None
     example = Example(
@@ -95,6 +97,24 @@ def _gold(raw: Any, where: str) -> Gold:
         raise UserError(f"{where}: 'probability' must be a number from 0 to 1, not {probability!r}")
     name = required_text(raw, "name", f"{where}: 'golds'")
     return Gold(name, tuple(aliases), probability)
+
+
+def _require_different(golds: tuple[Gold, ...], where: str) -> None:
+    """Of two golds that are the same answer one could never be hit."""
+    written: dict[str, str] = {}
+    for gold in golds:
+        answer = normalise(gold.name)
+        if not answer:
+            raise UserError(
+                f"{where}: the gold {gold.name!r} has no visible character: no answer can be it, "
+                "so give its text or remove it"
+            )
+        if answer in written:
+            raise UserError(
+                f"{where}: the golds {written[answer]!r} and {gold.name!r} are the same answer: "
+                "make them one gold, with the sum of their probabilities"
+            )
+        written[answer] = gold.name
 
 
 def _is_text(value: Any) -> bool:

@@ -4,6 +4,10 @@ Golds are clusters of answers, with the share of about 100 people. Rows are {que
 where `answers` is {text: count} (`train.simplified`) or {clusters: {id: {count, answers}}}
 (`dev.scraped`), or on the hub columns in `answer-clusters`. The shares are the truth, `survey`; one
 answer is drawn as the item's label.
+
+`train.simplified` gives the count of a cluster to each of its spellings and does not say which
+belong together: "shed: 23, garden shed: 23" are two golds here. Spellings that the verifier takes
+for one answer ("door", "the door") are one gold and count once.
 """
 
 from typing import Any
@@ -11,6 +15,7 @@ from typing import Any
 from mar.errors import UserError
 from mar.records import Example, Gold
 from mar.tasks.loading import Candidate, Row, draw_label, example_id, required_text
+from mar.verify.normaliser import normalise
 
 
 def read(row: Row, where: str) -> Candidate:
@@ -47,10 +52,12 @@ def _clusters(row: Row, where: str) -> list[tuple[int, list[str]]]:
     A few rows have an answer of no text, or of nobody: these are left out.
     """
     clusters = []
+    first_words: set[str] = set()
     for people, spellings in _raw_clusters(row):
         if isinstance(spellings, list) and type(people) is int and people > 0:
-            texts = [text for text in spellings if text.strip()]
-            if texts:
+            texts = [text for text in spellings if normalise(text)]
+            if texts and normalise(texts[0]) not in first_words:
+                first_words.add(normalise(texts[0]))
                 clusters.append((people, texts))
     if not clusters:
         raise UserError(

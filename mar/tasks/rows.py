@@ -89,7 +89,7 @@ class RowsOfLines:
             with self.file.open("rb") as lines:
                 self.aside = _Aside(os.dup(lines.fileno()))
                 for number, line in enumerate(lines, 1):
-                    if line.strip():
+                    if not is_blank(line):
                         self.aside.starts.append(position)
                         yield f"{self.name}:{number}", row_of_line(line, self.name, number)
                     position += len(line)
@@ -169,6 +169,11 @@ class RowsPutAside:
 
     def where(self, number: int) -> str:
         return self._pair(number)[0]
+
+
+def is_blank(line: bytes) -> bool:
+    """Whether a line of jsonl holds only what JSON skips."""
+    return not line.strip(b" \t\r\n")
 
 
 def row_of_line(line: bytes, path: str, number: int) -> Row:

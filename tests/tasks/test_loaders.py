@@ -211,6 +211,22 @@ def test_people_are_probabilities(tmp_path):
         )
 
 
+def test_spellings_of_one_answer_are_one_gold_of_the_survey(tmp_path):
+    """train.simplified writes the count of a cluster beside each of its spellings."""
+    answers = {"the door": 10, "gate": 6, "door": 10, "\u200b": 4}
+    ((e,), _) = examples("protoqa", tmp_path, [SURVEY | {"answers": answers}])
+    found = [(gold.name, gold.probability) for gold in e.golds]
+    assert found == [("the door", pytest.approx(10 / 16)), ("gate", pytest.approx(6 / 16))]
+
+
+@pytest.mark.parametrize("deep", ["-" * 20_000 + "1", "f(1)" + ".a" * 20_000, "1+" * 20_000 + "1"])
+def test_a_test_that_is_nested_too_deeply_is_a_sentence(deep, tmp_path):
+    with pytest.raises(UserError, match=r"rows\.json\[0\] has another form"):
+        examples(
+            "mbpp", tmp_path, [PROGRAM | {"test_list": [f"assert f(1) == {deep}"]}], "rows.json"
+        )
+
+
 def test_a_program_sees_its_first_test_only(tmp_path):
     ((e,), _) = examples("mbpp", tmp_path, [PROGRAM])
     assert (
@@ -363,6 +379,9 @@ def test_a_cell_that_says_none_is_a_word(tmp_path):
         ("a.jsonl", b'{"question": "half \\ud83d pair"}', r"a\.jsonl:1 holds half a character"),
         ("a.jsonl", b'{"a": [{"b": "\\uDE00"}]}', r"half a character \(\\ude00"),
         ("a.json", b'[{"question": "half \\ud83d pair"}]', r"a\.json\[0\] holds half a character"),
+        # JSON does not skip a form feed, as Python does
+        ("a.jsonl", b'{"question": "x"}\n\x0c\n', r"a\.jsonl:2 is not valid JSON"),
+        ("a.jsonl.gz", packed(b'{"question": "x"}\n\x0b\n'), r"a\.jsonl\.gz:2 is not valid JSON"),
     ),
 )
 def test_what_is_not_read_is_named(name, content, sentence, tmp_path):

@@ -12,6 +12,7 @@ from mar.run.console import Display
 from mar.run.setup import load_data, load_training_data, say_few_rows
 from mar.tasks.loading import Loaded, Source, split_of
 from mar.tasks.registry import get_task
+from mar.train import main
 
 ROWS = [{"question": f"Question {n}?", "golds": [f"answer {n}"]} for n in range(40)]
 WORDS = ["+experiment=jsonl", "model=smollm2-135m"]
@@ -53,9 +54,56 @@ def test_a_cell_is_one_gold_or_a_list_in_json(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    "golds, words",
+    [
+        (["flu", "cold", "The Flu"], "the golds 'flu' and 'The Flu' are the same answer"),
+        (["flu", "\u200b"], r"the gold '\\u200b' has no visible character"),
+    ],
+)
+def test_a_gold_that_could_never_be_hit_is_refused(
+    golds: list[str], words: str, tmp_path: Path
+) -> None:
+    write(tmp_path / "rows.jsonl", [ROWS[0], {"question": "Why?", "golds": golds}])
+    with pytest.raises(UserError, match=r"rows\.jsonl:2: " + words):
+        load(tmp_path / "rows.jsonl")
+
+
+@pytest.mark.parametrize("id", [["x"], True, float("nan"), {"a": 1}])
+def test_an_id_is_a_text_or_a_number(id: object, tmp_path: Path) -> None:
+    write(tmp_path / "rows.jsonl", [ROWS[0] | {"id": 7}, ROWS[1] | {"id": 1.5}])
+    assert [one.id for one in load(tmp_path / "rows.jsonl").examples] == ["jsonl-7", "jsonl-1.5"]
+    write(tmp_path / "rows.jsonl", [ROWS[0] | {"id": id}])
+    with pytest.raises(UserError, match="rows.jsonl:1 .* neither a text nor a number"):
+        load(tmp_path / "rows.jsonl")
+
+
+def test_a_question_is_the_same_in_either_encoding_of_its_accents(tmp_path: Path) -> None:
+    questions = ("Caf\u00e9 or tea?", "cafe\u0301  or tea?", "Cafe or tea?")
+    write(tmp_path / "rows.jsonl", [{"question": q, "golds": ["tea"]} for q in questions])
+    loaded = load(tmp_path / "rows.jsonl")
+    assert [one.question for one in loaded.examples] == [questions[0], questions[2]]
+    assert loaded.dropped == {"duplicate question": 1}
+
+
+def test_a_question_of_a_table_is_the_text_of_its_cell(tmp_path: Path) -> None:
+    file = tmp_path / "rows.csv"
+    file.write_text("question,golds\n\"['a', 'b']\",x\n")
+    assert [one.question for one in load(file).examples] == ["['a', 'b']"]
+
+
+@pytest.mark.parametrize("path", ["~nobody-of-that-name/rows.jsonl", "x" * 5000])
+def test_a_path_that_cannot_be_is_one_sentence(path: str, capsys: pytest.CaptureFixture[str]):
+    words = ["+experiment=jsonl", "model=embedded"]
+    assert main([*words, f"data.path={path}"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") and said.count("\n") == 1 and path[:20] in said
+
+
+@pytest.mark.parametrize(
     "cell, words",
     [
         ('"[""Mercury"", "', r"rows.csv\[0\]: 'golds' begins with \[ and is no list"),
+        (r'"[""a\ud83d""]"', r"rows.csv\[0\]: 'golds' begins with \[ and is no list"),
         ("", r"rows.csv\[0\]: 'golds' must be a list .*the row has question, golds"),
         ('"[]"', "is no list of texts or objects"),
     ],
