@@ -67,6 +67,7 @@ def test_a_pipe_without_a_question_is_one_sentence(given, sentence, monkeypatch,
     assert said.startswith("error: ") and said.count("\n") == 1 and sentence in said
 
 
+@pytest.mark.slow
 def test_a_reader_that_has_gone_ends_the_command_quietly():
     code = f"from mar import ask; import sys; sys.exit(ask.main(['embedded', {QUESTION!r}, 'json=true']))"
     reader, writer = os.pipe()
@@ -78,6 +79,7 @@ def test_a_reader_that_has_gone_ends_the_command_quietly():
     assert done.returncode == 141 and done.stderr == ""
 
 
+@pytest.mark.slow
 def test_a_run_answers_from_its_newest_checkpoint_and_a_pipe_is_read(tmp_path: Path):
     words = [
         "+experiment=clinic",

@@ -54,6 +54,7 @@ def only_words_of(asked: list[str]) -> bool:
     return explains
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("explain", [True, False])
 def test_all_commands_ask_in_the_words_of_the_model(explain, asked, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(warm_up, "NUM_FOR_PRIOR", 50)

@@ -2,11 +2,12 @@
 from outside; every mistake in one sentence."""
 
 import json
+import os
 import shutil
 import signal
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -29,6 +30,7 @@ from mar.run.evaluation_folder import claimed, make_current
 from mar.run.setup import build_training
 from mar.run.summary import show_evaluation
 from mar.run.words import read_words
+from tests.helpers.processes import start
 
 EMBEDDED = Path("mar/embedded/model").absolute()
 DISPLAY = Display("plain", 0, 0)
@@ -235,38 +237,27 @@ def test_a_move_that_was_cut_off_is_finished(tmp_path: Path) -> None:
     assert (tmp_path / "evaluation~2/evaluation.json").read_text() == "without its items"
 
 
-KILLED = """
-import os, signal, sys
-from pathlib import Path
+def evaluate_until(point: int, words: list[str]) -> None:
+    """Evaluate, and be killed before a change of a file, counted from 1; says each before it."""
+    calls = 0
 
-import torch
-from mar import evaluate
-from mar.run import answering, evaluation_folder
-from mar.run.console import Display
+    def deadly(call: Callable[..., Any], name: str) -> Callable[..., Any]:
+        def wrapped(*args: Any, **options: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            print(f"about-to-{name}", flush=True)
+            if calls == point:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return call(*args, **options)
 
-torch.set_num_threads(1)
-point, *words = sys.argv[1:]
+        return wrapped
 
-
-def deadly(call, name):
-    def wrapped(*args, **options):
-        global calls
-        calls += 1
-        print(f"about-to-{name}", flush=True)
-        if str(calls) == point:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return call(*args, **options)
-    return wrapped
-
-
-calls = 0
-answering.append_jsonl = deadly(answering.append_jsonl, "append")
-answering.write_jsonl = deadly(answering.write_jsonl, "items")
-evaluate.write_json = deadly(evaluate.write_json, "result")
-Path.rename = deadly(Path.rename, "move")
-Path.replace = deadly(Path.replace, "replace")
-evaluate.run(words, Display("plain", 0, 0))
-"""
+    answering.append_jsonl = deadly(answering.append_jsonl, "append")
+    answering.write_jsonl = deadly(answering.write_jsonl, "items")
+    evaluate.write_json = deadly(evaluate.write_json, "result")
+    Path.rename = deadly(Path.rename, "move")
+    Path.replace = deadly(Path.replace, "replace")
+    evaluate.run(words, DISPLAY)
 
 
 @pytest.mark.slow
@@ -280,11 +271,12 @@ def test_results_survive_a_kill_and_every_repeated_command(
         (tmp_path / name).write_bytes((base / name).read_bytes())
     few = ["+experiment=clinic", "eval.num_items=2", "k=3", "num_answers=", "arms=policy"]
     words = ["base", *few, f"out={tmp_path}"]
-    command = [sys.executable, "-c", KILLED]
-    killed = subprocess.run([*command, str(point), *words], capture_output=True, timeout=120)
+    said = tmp_path.parent / f"{tmp_path.name}.out"
+    process = start(evaluate_until, point, words, said=said)
+    process.join(120)
     moves = ["move", "move", "items", "replace", "append", "result", "replace"]
-    assert killed.returncode == (-signal.SIGKILL if point <= len(moves) else 0)
-    done = [word for word in killed.stdout.decode().split() if word.startswith("about-to-")]
+    assert process.exitcode == (-signal.SIGKILL if point <= len(moves) else 0), said.read_text()
+    done = [word for word in said.read_text().split() if word.startswith("about-to-")]
     assert done == [f"about-to-{move}" for move in moves[:point]]
     for _ in range(2):
         evaluate.run(words, DISPLAY)

@@ -51,7 +51,13 @@ def weights(folder):
     return torch.load(folder / warm_up.STATE, weights_only=True)["weights"]
 
 
-@pytest.mark.parametrize("words", [WORDS, WHOLE], ids=["adapters", "all parameters"])
+@pytest.mark.parametrize(
+    "words",
+    [
+        pytest.param(WORDS, id="adapters"),
+        pytest.param(WHOLE, id="all parameters", marks=pytest.mark.slow),
+    ],
+)
 def test_the_same_command_goes_on(words, tmp_path, monkeypatch):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     # the second load of questions lies within the run

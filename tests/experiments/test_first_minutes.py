@@ -21,15 +21,30 @@ def run(out: Path, *words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
+@pytest.fixture(scope="module")
+def all_parts(tmp_path_factory):
+    out = tmp_path_factory.mktemp("parts")
+    done = run(out)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return out
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", PARTS)
-def test_every_part_measures_on_a_cpu(name, tmp_path):
-    done = run(tmp_path, "--only", name)
-    assert done.returncode == 0, done.stdout + done.stderr
-    first, *rows, last = first_minutes.rows_of(tmp_path / "first_minutes" / f"{name}.jsonl")
+def test_every_part_measures_on_a_cpu(name, all_parts):
+    first, *rows, last = first_minutes.rows_of(all_parts / "first_minutes" / f"{name}.jsonl")
     assert first["value"]["torch"] == torch.__version__
     assert len(rows) >= 4
     assert last["what"] == "the part took"
+    report = (all_parts / "TESTED_ON.md").read_text()
+    assert f"## {name}: " in report and "Not run." not in report
+
+
+@pytest.mark.slow
+def test_one_part_alone_is_measured(tmp_path):
+    done = run(tmp_path, "--only", "machine")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert [file.stem for file in (tmp_path / "first_minutes").glob("*.jsonl")] == ["machine"]
     report = (tmp_path / "TESTED_ON.md").read_text()
     assert all(f"## {part}: " in report for part in PARTS)
     assert report.count("Not run.") == len(PARTS) - 1

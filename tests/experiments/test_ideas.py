@@ -8,6 +8,7 @@ from experiments.algorithms import ideas, ideas_summary
 from mar.run.compose import compose
 
 
+@pytest.mark.slow
 def test_every_idea_is_a_config_with_a_log_of_its_own():
     for words in ideas.SETTINGS.values():
         config = compose([*ideas.SHARED, *words])

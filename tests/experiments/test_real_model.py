@@ -31,6 +31,7 @@ def places(tmp_path_factory):
     return [f"model.path={folder}", f"data.path={tmp_path_factory.mktemp('data')}"]
 
 
+@pytest.mark.slow
 def test_every_method_is_a_config_that_sees_as_many_steps(places):
     for name, words in (row.METHODS | row.WARM_UPS).items():
         config = compose([*row.ASKED, *words, *row.TRAINED, *places])

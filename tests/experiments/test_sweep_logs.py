@@ -13,6 +13,7 @@ from mar.run.compose import compose
 from mar.tasks import clinic
 
 
+@pytest.mark.slow
 def test_every_setting_is_a_config(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     run.write_visits(run.VISITS, num=3)

@@ -46,6 +46,7 @@ def test_a_metric_of_answer_sets_is_explained(name: str) -> None:
     assert name.format(K="K", all="k") in explained(), UNWRITTEN
 
 
+@pytest.mark.slow
 def test_what_a_step_logs_is_explained_and_nothing_else(tmp_path: Path) -> None:
     of_sets = {f"train/{name.format(K=3, all=3)}" for name in METRICS}
     terms = {f"reward/{name}" for name in REWARD_TERMS}  # explained together

@@ -22,10 +22,12 @@ from mar.policy.sources import resolve_model
 from mar.policy.weights import load_model
 from mar.run import checkpoint
 from mar.run.compose import load_config
+from mar.train import main
+from tests.helpers.processes import end, free_port, start
 
 ROOT = Path(__file__).resolve().parents[2]
 WORDS = """
-+experiment=clinic train.steps=5 eval.num_items=3 algo.prompts_per_step=3 algo.group_size=3
++experiment=clinic train.steps=3 eval.num_items=3 algo.prompts_per_step=3 algo.group_size=3
 model.lora_rank=0 model.trainable= model.lr=1e-3 optim.grad_clip=0.01 scale.dtype=float64
 train.micro_batch_tokens=256 checkpoint.every=1 logger.console=plain
 """.split()
@@ -33,9 +35,24 @@ train.micro_batch_tokens=256 checkpoint.every=1 logger.console=plain
 
 def train(out: Path, ranks: int, *words: str) -> Path:
     """The run directory of a training run on `ranks` processes."""
-    launcher = []
-    if ranks > 1:
-        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    out.mkdir(exist_ok=True)
+    command = [*WORDS, f"out={out}", *words]
+    if ranks == 1:
+        places: list[dict[str, str]] = [{}]
+    else:
+        here = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+        here |= {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
+        places = [here | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
+    said = [out / f"rank{rank}.out" for rank in range(ranks)]
+    processes = [start(main, command, said=f, **p) for f, p in zip(said, places, strict=True)]
+    for process, file in zip(processes, said, strict=True):
+        end(process, file)
+    return out / "clinic" / "seed0"
+
+
+def train_by_torchrun(out: Path, ranks: int, *words: str) -> Path:
+    """The same by the command that the README names."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     command = [sys.executable, *launcher, "-m", "mar.train", *WORDS, f"out={out}", *words]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
@@ -51,7 +68,7 @@ def parameters(run: Path) -> torch.Tensor:
     model = adapted(model, load_config(run / "config.yaml").model)
     before = torch.cat([p.detach().flatten() for p in model.parameters()])
     found = checkpoint.newest(run / "checkpoints")
-    assert found is not None and found.step == 5
+    assert found is not None and found.step == 3
     checkpoint.restore_weights(found, model)
     after = torch.cat([p.detach().flatten() for p in model.parameters()])
     assert (after - before).abs().max() > 1e-4
@@ -66,15 +83,18 @@ def alone(tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "ranks, words",
-    [(2, ("scale.keep_copy=false", "scale.offload=true")), (4, ("scale.replicas=2",))],
+    "launch, ranks, words",
+    [
+        (train_by_torchrun, 2, ("scale.keep_copy=false", "scale.offload=true")),
+        (train, 4, ("scale.replicas=2",)),
+    ],
 )
-def test_ranks_agree_with_one_process(alone, tmp_path, ranks, words):
+def test_ranks_agree_with_one_process(alone, tmp_path, launch, ranks, words):
     """Three prompts on two ranks are uneven; on four ranks one has none; 2 x 2 is HSDP.
 
     Offloading moves nothing on a CPU.
     """
-    run = train(tmp_path, ranks, *words)
+    run = launch(tmp_path, ranks, *words)
     assert (run / "completions.jsonl").read_text() == alone[0]
     torch.testing.assert_close(parameters(run), alone[1], rtol=0, atol=1e-8)
 
@@ -109,7 +129,7 @@ def test_older_weights_agree_too_and_a_run_of_them_goes_on(tmp_path):
     words = ("algo.lag=2", "algo.loss=ppo", "scale.replicas=1")
     one = train(tmp_path / "1", 1, *words)
     two = train(tmp_path / "2", 2, *words)
-    train(tmp_path / "cut", 2, *words, "train.stop_at=3")
+    train(tmp_path / "cut", 2, *words, "train.stop_at=2")
     cut = train(tmp_path / "cut", 2, *words)
     texts = [(run / "completions.jsonl").read_text() for run in (one, two, cut)]
     assert texts[0] == texts[1] == texts[2]
@@ -205,6 +225,7 @@ def in_a_process_of_its_own(code: str) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
 
 
+@pytest.mark.slow
 def test_a_sharded_learner_in_bfloat16():
     """FSDP of one process, as on one GPU: a reference, a critic, adapters and a sampling copy."""
     in_a_process_of_its_own("""
@@ -296,10 +317,10 @@ def test_a_sharded_learner_in_bfloat16():
     """)
 
 
-@pytest.mark.parametrize("rank", [0, 1, 2])
-def test_a_rank_fills_its_own_rows(rank):
+def test_a_rank_fills_its_own_rows():
     """7 rows on 3 ranks are 3, 3 and 1; of 2 rows the last rank has none. With HSDP as well."""
-    in_a_process_of_its_own(f"""
+    in_a_process_of_its_own("""
+        import itertools
         import torch
         import torch.distributed as dist
         from torch.distributed.device_mesh import init_device_mesh
@@ -307,8 +328,9 @@ def test_a_rank_fills_its_own_rows(rank):
         from torch.testing._internal.distributed.fake_pg import FakeStore
         from mar.policy.weights import fill
 
-        for shape, rank in (((3,), {rank}), ((2, 3), 3 + {rank})):
+        for shard, shape in itertools.product(range(3), ((3,), (2, 3))):
             size = 3 * len(shape)
+            rank = shard if shape == (3,) else 3 + shard
             dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=size)
             mesh = init_device_mesh("cpu", shape, mesh_dim_names=("r", "s")[-len(shape):])
             for rows in (7, 2):
@@ -321,7 +343,7 @@ def test_a_rank_fills_its_own_rows(rank):
                 expected = [whole[:3], whole[3:6], whole[6:]]
                 if rows == 2:
                     expected = [whole[:1], whole[1:], whole[:0]]
-                assert torch.equal(layer.weight.to_local(), expected[{rank}])
+                assert torch.equal(layer.weight.to_local(), expected[shard])
             dist.destroy_process_group()
     """)
 

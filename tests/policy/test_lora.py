@@ -139,6 +139,7 @@ def policy_of(trained: Path) -> Decoder:
     return policy
 
 
+@pytest.mark.slow
 def test_only_the_adapters_train_and_the_run_resumes(trained, tmp_path):
     policy = dict(policy_of(trained).named_parameters())
     base = dict(load_model(EMBEDDED).named_parameters())

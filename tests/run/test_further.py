@@ -108,6 +108,7 @@ def test_a_finished_run_gets_more_steps(tmp_path: Path, capsys: pytest.CaptureFi
     assert "and differed in train.steps" in capsys.readouterr().out, "fewer steps are another run"
 
 
+@pytest.mark.slow
 def test_an_unfinished_run_gets_more_steps_too(tmp_path: Path) -> None:
     words = [*SMALL, f"out={tmp_path}"]
     assert run(compose([*words, "train.steps=3", "train.stop_at=2"])) == 0
@@ -188,7 +189,14 @@ KINDS = {
 }
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "the embedded model's",
+        pytest.param("adapters on all layers", marks=pytest.mark.slow),
+        pytest.param("all parameters", marks=pytest.mark.slow),
+    ],
+)
 def test_a_run_starts_from_the_policy_of_another(
     kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -240,6 +248,7 @@ def further(first: Path, *more: str) -> list[str]:
     return [*words, *few, f"out={first.parents[1]}", "logger.console=plain", *more]
 
 
+@pytest.mark.slow
 def test_the_start_stays_when_the_other_run_goes_on(tmp_path: Path, own_cache: Path) -> None:
     first = small_run(tmp_path)
     stopped = further(first, "name=second", "train.steps=2", "train.stop_at=1")
@@ -262,6 +271,7 @@ def test_the_start_stays_when_the_other_run_goes_on(tmp_path: Path, own_cache: P
         model_of(pinned)
 
 
+@pytest.mark.slow
 def test_a_resumed_start_is_the_same_one(tmp_path: Path) -> None:
     first = small_run(tmp_path)
     for stop in ("train.stop_at=1", "train.stop_at=2"):

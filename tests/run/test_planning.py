@@ -429,6 +429,7 @@ def test_the_presets_fit():
     assert planned(*eight, "model.lora_rank=16")["fits"] and not planned(*eight)["fits"]
 
 
+@pytest.mark.slow
 def test_the_committed_tables_are_of_this_planner(monkeypatch, tmp_path):
     rows = json.loads(RESULTS.read_text())["rows"]
     assert [(row["model"], row["gpus"], row["lora_rank"]) for row in rows] == list(

@@ -18,7 +18,7 @@ from mar.run import sweep
 from mar.run.interrupts import Interrupts
 from mar.run.sweep import Sweep, count_jobs
 
-NUM_STEPS = 40
+NUM_STEPS = 16
 
 
 def command_of(out: Path, *more: str) -> list[str]:

@@ -29,6 +29,7 @@ from mar.run.evaluations import Evaluations
 from mar.run.interrupts import Interrupts
 from mar.tasks import clinic
 from mar.train import main, run, train_step
+from tests.helpers.processes import start
 
 SHAPE = {
     "architectures": ["Qwen3ForCausalLM"],
@@ -67,6 +68,7 @@ def words(model: Path, out: Path, *more: str) -> list[str]:
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_checkpointed_activations_train_the_same_policy(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -88,6 +90,7 @@ def test_checkpointed_activations_train_the_same_policy(
     assert kept == recomputed and any(row["optim/grad_norm"] > 0 for row in kept)
 
 
+@pytest.mark.slow
 def test_measuring_the_variance_changes_nothing_else(tmp_path: Path) -> None:
     for name, every in (("with", 2), ("without", 0)):
         assert (
@@ -250,7 +253,7 @@ def records(folder: Path) -> list[dict[str, float]]:
     return [{k: v for k, v in row.items() if not k.startswith("perf/")} for row in rows]
 
 
-@pytest.mark.parametrize("trainable", ["", "^norm"])
+@pytest.mark.parametrize("trainable", ["", pytest.param("^norm", marks=pytest.mark.slow)])
 def test_resumed_run_is_the_uninterrupted_one(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], trainable: str
 ) -> None:
@@ -374,24 +377,21 @@ def test_truncated_weights_are_named(model_folder: Path, tmp_path: Path) -> None
 def test_a_signal_saves_and_the_same_command_goes_on(
     model_folder: Path, tmp_path: Path, kind: signal.Signals
 ) -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "mar.train",
-        *words(model_folder, tmp_path, "train.steps=400", "model.max_completion_tokens=4"),
-    ]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    command = words(model_folder, tmp_path, "train.steps=400", "model.max_completion_tokens=4")
+    said = tmp_path / "said"
+    process = start(main, command, said=said)
     metrics = tmp_path / "clinic/seed0/metrics.jsonl"
     for _ in range(600):
         if metrics.exists() and metrics.read_text().count("\n") >= 3:
             break
         time.sleep(0.1)
-    process.send_signal(kind)
-    out, _ = process.communicate(timeout=60)
-    assert process.returncode == 130 and "checkpoint of step" in out and "Traceback" not in out
+    os.kill(process.pid, kind)
+    process.join(60)
+    out = said.read_text()
+    assert process.exitcode == 130 and "checkpoint of step" in out and "Traceback" not in out
     found = checkpoint.newest(tmp_path / "clinic/seed0/checkpoints")
     assert found is not None and found.step == metrics.read_text().count("\n")
-    again = run(compose([*command[3:], f"train.stop_at={found.step + 1}"]))
+    again = run(compose([*command, f"train.stop_at={found.step + 1}"]))
     assert again == 0 and metrics.read_text().count("\n") == found.step + 1
 
 

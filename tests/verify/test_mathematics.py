@@ -109,6 +109,7 @@ def test_what_never_ends_is_killed_and_the_next_answer_is_read(monkeypatch):
     assert math_verifier("3/6", [Gold("1/2")]) == (0,)
 
 
+@pytest.mark.slow
 def test_answers_of_a_step_share_a_budget_and_the_slow_cost_the_others_nothing(monkeypatch):
     """Ten that never end come first: the right ones behind them are still compared."""
     mathematics._verdicts.clear()
