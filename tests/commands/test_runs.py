@@ -163,7 +163,7 @@ SPOILT = {
     "bytes": lambda run: (run / "config.yaml").write_bytes(b"\xff\x00\xfe"),
     "python objects": lambda run: (run / "config.yaml").write_text("!!python/name:os.system\n"),
     "huge": lambda run: (run / "config.yaml").write_text("#" * (1 << 21)),
-    "deep": lambda run: (run / "config.yaml").write_text("[" * 2000),
+    "deep": lambda run: (run / "config.yaml").write_text("[" * 1200),
     "a bomb": _bomb,
     "half a document": lambda run: (run / "eval.json").write_text('{"after": '),
     "a deep document": lambda run: (run / "eval.json").write_text("[" * 100_000),
