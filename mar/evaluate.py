@@ -25,7 +25,7 @@ from mar.errors import UserError
 from mar.files import stable_hash, write_json
 from mar.measure.answer_sets import Item
 from mar.measure.baselines import Arm, build_arms
-from mar.measure.comparison import compare_arms, paired_differences
+from mar.measure.comparison import compare_arms, paired_differences, write_confidences
 from mar.policy.distributed import compute_device
 from mar.run.answering import (
     answer_questions,
@@ -211,7 +211,8 @@ def evaluate(words: Words[EvaluateOptions], display: Display) -> Path:
             **compare_arms(arms, items, questions.examples, k),
         }
         if other:
-            differences = paired_differences(items["policy"], others, grammar.confident)
+            confident = grammar.confident and write_confidences(others)
+            differences = paired_differences(items["policy"], others, confident)
             document["paired"][f"policy - {other}"] = differences
         document["paired"] = earlier_pairs(target.out) | document["paired"]
         write_json(target.out / RESULT_FILE, document)

@@ -4,7 +4,6 @@ Writes safetensors, tokenizer, chat template, generation config and a model card
 that the policy was trained on; transformers and vLLM read the folder.
 """
 
-import json
 import re
 import sys
 from collections.abc import Sequence
@@ -26,6 +25,7 @@ from mar.answers.tokenizer import (
 )
 from mar.config import Config, one_of, option
 from mar.errors import UserError
+from mar.figures.runs import read_document
 from mar.policy.lora import adapted, is_adapter, merge, save_adapters, trainable_pattern
 from mar.policy.model import Decoder
 from mar.policy.weights import load_model, save_model
@@ -69,24 +69,35 @@ class ExportOptions:
     adapters: bool = option(False, help="true: the adapters alone, in peft's format")
 
 
+# how many held-out questions, and what was measured on them
+Measured = tuple[int, dict[str, float]]
+
+
+def _measured_at(run: Path, step: int, steps: int) -> Measured:
+    """What eval.json says of the policy after a step; nothing where that was not measured."""
+    document = read_document(run / "eval.json")
+    of_steps = {entry.get("step"): entry for entry in document.get("history") or ()}
+    entry = (document.get("after") if step == steps else None) or of_steps.get(step) or {}
+    metrics = {name: value for name, value in entry.items() if isinstance(value, float)}
+    return document.get("num_items", 0), metrics
+
+
 def card(
     config: Config,
     grammar: Grammar,
     step: int,
     dtype: str,
-    measured: dict[str, Any],
+    measured: Measured,
     told_date: str = "",
 ) -> str:
-    """README.md of the exported folder. `measured` is the run's eval.json, or empty; `told_date`
-    the date that a chat template with a clock was told in training, or empty."""
+    """README.md of the exported folder. `told_date`: the date that a chat template with a clock was
+    told in training, or empty."""
     task = config.data.task
-    after = measured.get("after") or {}
-    rows = [
-        f"| {name} | {value:.3f} |\n" for name, value in after.items() if isinstance(value, float)
-    ]
+    num_items, metrics = measured
+    rows = [f"| {name} | {value:.3f} |\n" for name, value in metrics.items()]
     results = ""
     if rows:
-        header = f"\nOn {measured['num_items']} held-out items:\n\n| metric | |\n|---|---|\n"
+        header = f"\nOn {num_items} held-out items:\n\n| metric | |\n|---|---|\n"
         results = header + "".join(rows)
     if told_date:
         told_date = f"\nIts chat template asks for the date; in training it was told {told_date}.\n"
@@ -120,6 +131,7 @@ def export(run: Path, folder: Path, dtype: str, adapters: bool = False) -> Path:
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} exists and is no empty folder: name another or remove it")
     require_writable(folder)
+    measured = _measured_at(run, saved.step, config.train.steps)
 
     source, _ = model_of(config.model)
     model = adapted(load_model(source), config.model)
@@ -137,7 +149,6 @@ def export(run: Path, folder: Path, dtype: str, adapters: bool = False) -> Path:
     no_tokens = list(range(num_tokens(tokenizer), model.config.vocab_size))
     _save_generation_config(folder, config, token_ids, no_tokens)
     grammar = fit_grammar(grammar_of(config), tokenizer)
-    measured = json.loads((run / "eval.json").read_text()) if (run / "eval.json").exists() else {}
     if config.model.lora_rank and dtype == "bfloat16":
         print(ROUNDED, file=sys.stderr)
     told_date = f"{CLOCK:%d %B %Y}" if reads_clock(tokenizer) else ""

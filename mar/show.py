@@ -94,6 +94,8 @@ def choose_groups(path: Path, step: int | None, prompt: str) -> list[list[Row]]:
     The file is read twice, because all of its rows may be more than the memory holds.
     """
     stages = {(row["step"], row["stage"]) for row in rows_of_jsonl(path, [])}
+    if not stages:
+        raise UserError(f"{path} holds no completion: nothing was sampled in this run yet")
     steps = sorted({step for step, _ in stages})
     training_steps = {step for step, stage in stages if stage == "train"}
     if step is None:
@@ -120,11 +122,12 @@ def show(run: Path, step: int | None, prompt: str, console: Console) -> None:
         raise UserError(f"{run} has no completions.jsonl: nothing was sampled in this run yet")
     broken: list[str] = []
     last_step = 0
-    for index, written in enumerate(rows_of_jsonl(path, broken)):
-        missing = sorted(KEYS - set(written)) if index == 0 else []
+    for written in rows_of_jsonl(path, broken):
+        missing = sorted(KEYS - set(written))
         if missing:
             raise UserError(
-                f"{path} is of another version of mar: its rows have no {', '.join(missing)}"
+                f"{path} is of another version of mar, or damaged: a row has no "
+                f"{', '.join(missing)}: show it with that version, or remove the row"
             )
         last_step = written["step"]
     if broken:

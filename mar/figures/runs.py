@@ -67,7 +67,7 @@ def read_document(path: Path) -> dict[str, Any]:
     """A JSON object, {} where there is no such file."""
     try:
         return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, RecursionError, OSError):
         raise UserError(f"{path} is damaged: remove it, or the run") from None
 
 
@@ -92,6 +92,8 @@ def read_run(folder: Path) -> Run:
     metrics, faults = read_jsonl(metrics_file) if metrics_file.exists() else ([], [])
     if not metrics:
         raise UserError(f"{folder} has not finished a step yet: there is nothing to report")
+    if any(type(row.get("step")) is not int for row in metrics):
+        raise UserError(f"{metrics_file} has a row without the number of its step: remove the row")
     return Run(
         path=folder,
         config=config,

@@ -143,10 +143,16 @@ def coverage_at_tokens(curve: Mapping[str, Any], budget: float) -> float | None:
     return float(np.interp(budget, tokens, covered))
 
 
+def write_confidences(items: Sequence[Item]) -> bool:
+    """Whether any of the answers has a confidence."""
+    sets = (one for item in items for one in item.sets)
+    return any(confidence is not None for one in sets for confidence in one.confidences)
+
+
 def paired_differences(a: Sequence[Item], b: Sequence[Item], confident: bool) -> dict[str, Any]:
     """a - b of every metric that both have, on the items that both answered.
 
-    {metric: [difference, low, high]}, and `num_items`.
+    {metric: [difference, low, high]}, and `num_items`. `confident`: both write confidences.
     """
     common = {item.id for item in a} & {item.id for item in b}
     first = compute_metrics(AnswerArrays(_chosen(a, common), confident))

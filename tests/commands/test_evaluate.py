@@ -371,6 +371,16 @@ def test_a_run_against_its_untrained_self(
     )
 
 
+def test_what_one_side_has_no_confidences_for_is_not_compared(base: Path, tmp_path: Path) -> None:
+    words = ["base", *FEW[:2], "reward=multi_rlvr", "k=3", "num_answers=", "arms=policy"]
+    bare = evaluate.run([*words, f"out={tmp_path / 'bare'}"], DISPLAY)
+    words = ["base", *FEW[:2], "k=3", "num_answers=", "arms=policy", f"against={bare}"]
+    out = evaluate.run([*words, f"out={tmp_path / 'rated'}"], DISPLAY)
+    paired = document(out)["paired"][f"policy - {bare}"]
+    assert "coverage@3" in paired and "brier" in document(out)["arms"]["policy"]["metrics"]
+    assert not {"brier", "value", "regret", "top1_conf"} & set(paired)
+
+
 def test_a_checkpoint_of_transformers_evaluates_the_same(base: Path, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

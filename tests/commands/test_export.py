@@ -13,7 +13,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from mar.errors import UserError
-from mar.export import export
+from mar.export import _measured_at, export
 from mar.policy.lora import adapted, merged_parameters
 from mar.policy.sources import EMBEDDED, resolve_model
 from mar.policy.weights import load_model
@@ -161,6 +161,31 @@ def test_mistakes_are_one_sentence(trained, tmp_path):
     command = [sys.executable, "-m", "mar.export", str(tmp_path / "nothing")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("content", ["{", "[1]", "[" * 100_000])
+def test_a_damaged_eval_json_leaves_nothing_half_exported(content, trained, tmp_path):
+    folder = shutil.copytree(trained, tmp_path / "run")
+    (folder / "eval.json").write_text(content)
+    with pytest.raises(UserError, match=r"eval\.json is damaged"):
+        export(folder, tmp_path / "hf", "bfloat16")
+    assert not (tmp_path / "hf").exists()
+
+
+def test_the_card_has_the_numbers_of_the_exported_step(tmp_path):
+    (tmp_path / "eval.json").write_text(
+        json.dumps(
+            {
+                "num_items": 9,
+                "before": {"top1": 0.1},
+                "after": {"top1": 0.3},
+                "history": [{"step": 0, "top1": 0.1}, {"step": 5, "top1": 0.2}],
+            }
+        )
+    )
+    found = {step: _measured_at(tmp_path, step, steps=8) for step in (5, 7, 8)}
+    assert found == {5: (9, {"top1": 0.2}), 7: (9, {}), 8: (9, {"top1": 0.3})}
+    assert _measured_at(tmp_path / "nothing", 8, steps=8) == (0, {})
 
 
 def test_an_export_ends_where_its_source_does_and_has_its_files(trained, tmp_path, monkeypatch):

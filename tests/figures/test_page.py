@@ -444,19 +444,24 @@ def test_running_mean() -> None:
 
 
 def faults(tmp_path: Path, good: Path) -> dict[str, tuple[list[Path], str]]:
-    for name in ("empty", "young", "damaged", "old"):
+    for name in ("empty", "young", "damaged", "deep", "stepless", "old"):
         (tmp_path / name).mkdir()
-    for name in ("young", "damaged"):
+    for name in ("young", "damaged", "deep", "stepless"):
         (tmp_path / name / "config.yaml").write_text((good / "config.yaml").read_text())
     (tmp_path / "old/config.yaml").write_text("K: 3\n")
     shutil.copy(good / "metrics.jsonl", tmp_path / "damaged")
     (tmp_path / "damaged/eval.json").write_text("{")
+    shutil.copy(good / "metrics.jsonl", tmp_path / "deep")
+    (tmp_path / "deep/eval.json").write_text("[" * 100_000)
+    (tmp_path / "stepless/metrics.jsonl").write_text('{"step": 1}\n{"note": 1}\n')
     return {
         "nowhere": ([tmp_path / "nowhere"], "is not there"),
         "empty": ([tmp_path / "empty"], "holds no run"),
         "pair with nothing": ([good, tmp_path / "empty"], "no config.yaml"),
         "no step": ([tmp_path / "young"], "not finished a step"),
         "half a document": ([tmp_path / "damaged"], "damaged"),
+        "a deep document": ([tmp_path / "deep"], "damaged"),
+        "a row without its step": ([tmp_path / "stepless"], "a row without the number of its step"),
         "another version": ([tmp_path / "old"], "another version"),
         "one run three times": ([good, good, good], "is named twice"),
     }
@@ -567,6 +572,23 @@ def test_show(runs: list[Path], capsys: pytest.CaptureFixture[str]) -> None:
         assert expected in capsys.readouterr().err
     assert show.main([str(runs[1].parent)]) == 2
     assert "runs: name one of them" in capsys.readouterr().err
+
+
+def test_show_of_a_damaged_file_is_one_sentence(
+    runs: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "seed0"
+    folder.mkdir()
+    shutil.copy(runs[1] / "config.yaml", folder)
+    row = (runs[1] / "completions.jsonl").read_text().splitlines()[0]
+    for content, expected in (
+        (f'{row}\n{{"a": 1}}\n', "a row has no answers"),
+        ("", "holds no completion"),
+    ):
+        (folder / "completions.jsonl").write_text(content)
+        assert show.main([str(folder)]) == 2
+        said = capsys.readouterr().err
+        assert said.startswith("error: ") and said.count("\n") == 1 and expected in said
 
 
 def test_show_marks_what_is_right(tmp_path: Path) -> None:
