@@ -183,20 +183,21 @@ def evaluate(words: Words[EvaluateOptions], display: Display) -> Path:
     if texts:
         arms = arms[:1]
     questions = prepare_questions(config, arms, tokenizer, display)
-    if other:
-        require_common(other, others, [example.id for example in questions.examples])
 
     items: dict[str, list[Item]]
     if texts:
         arm, read = read_given_texts(target, texts, arms[0], questions, display)
         arms = [arm]
         items = {arm.name: read}
+        answered = [item.id for item in read]
         digest = f"{stable_hash(texts.read_text(errors='replace')):016x}"
-        protocol = protocol_of(target, arms, len(read), digest)
+        protocol = protocol_of(target, arms, questions.examples, len(read), digest)
     else:
+        answered = [example.id for example in questions.examples]
         models = prepare_models(target, arms, questions)
-        protocol = protocol_of(target, arms, len(questions.examples))
+        protocol = protocol_of(target, arms, questions.examples, len(questions.examples))
     if other:
+        require_common(other, others, answered)
         require_another(other, target.out, protocol)
 
     with claimed(target.out, protocol, display.say):

@@ -185,8 +185,9 @@ def _save_generation_config(
     generation = GenerationConfig(
         do_sample=True,
         temperature=config.algo.temperature,
-        top_k=0,
-        top_p=1.0,
+        top_k=config.algo.top_k,
+        top_p=config.algo.top_p,
+        min_p=config.algo.min_p or None,
         suppress_tokens=no_tokens or None,
         **token_ids,
     )

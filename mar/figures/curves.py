@@ -27,7 +27,7 @@ def curves_of_task(task: str, groups: Mapping[str, Sequence[Run]]) -> dict[str, 
         "metrics": _logged_metrics(runs),
         "chosen": _metrics_at_first(runs),
         "bounds": _bounds(runs[0].document),
-        "ranges": _ranges(_logged_metrics(runs)),
+        "ranges": _ranges(runs),
         "settings": [_curves_of_setting(name, seeds_of(group)) for name, group in groups.items()],
     }
 
@@ -59,12 +59,14 @@ def _bounds(document: Row) -> dict[str, dict[str, float]]:
     return found
 
 
-def _ranges(metrics: Sequence[str]) -> dict[str, list[float | None]]:
+def _ranges(runs: Sequence[Run]) -> dict[str, list[float | None]]:
     """[lowest, highest] value of the metrics that have one; None where there is no limit."""
     found = {}
-    for metric in metrics:
+    rows = [row for run in runs for row in run.metrics]
+    for metric in _logged_metrics(runs):
         stage, _, name = metric.partition("/")
-        limits = [limit if math.isfinite(limit) else None for limit in range_of(name)]
+        values = [row[metric] for row in rows if _is_number(row.get(metric))]
+        limits = [limit if math.isfinite(limit) else None for limit in range_of(name, values)]
         if stage == "train" and limits != [None, None]:
             found[metric] = limits
     return found

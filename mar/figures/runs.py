@@ -186,7 +186,7 @@ def over_seeds(runs: Sequence[Run], metric: str) -> list[float | None]:
     mean = float(np.mean(values))
     deviation = float(np.std(values, ddof=1))
     half = student_t_95(len(values) - 1) * deviation / math.sqrt(len(values))
-    lowest, highest = range_of(metric)
+    lowest, highest = range_of(metric, values)
     return [mean, max(mean - half, lowest), min(mean + half, highest)]
 
 

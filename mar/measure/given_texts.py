@@ -90,7 +90,12 @@ def _is_complete(row: Mapping[str, Any]) -> bool:
 
 def _num_tokens(row: Mapping[str, Any], tokenizer: Any) -> int:
     given = row.get("num_tokens")
-    if isinstance(given, int):
+    if type(given) is int and given > 0:
         return given
+    if given is not None:
+        raise UserError(
+            f"the text of {row['id']!r} has num_tokens={given!r}: give a whole number above 0, or "
+            "leave the key out"
+        )
     ids = tokenizer(row["text"], add_special_tokens=False)["input_ids"]
     return len(ids) + 1  # the stop token, which the text does not show

@@ -4,6 +4,7 @@ K is the number of answers in a set; coverage comes first in every table.
 """
 
 import math
+from collections.abc import Iterable
 
 # Table at the end of a run, the JSON line after it, floor and ceiling, a report's headline.
 HEADLINE = (
@@ -71,9 +72,13 @@ RANGES = {
 }
 
 
-def range_of(metric: str) -> tuple[float, float]:
-    """(lowest, highest) value that a metric can take."""
-    for beginning, bounds in RANGES.items():
+def range_of(metric: str, values: Iterable[float] = ()) -> tuple[float, float]:
+    """(lowest, highest) value that a metric can take.
+
+    Where several golds of a question are right at once, coverage counts them: with `values` above
+    1 there is no highest one.
+    """
+    for beginning, (lowest, highest) in RANGES.items():
         if metric.startswith(beginning):
-            return bounds
+            return lowest, math.inf if max(values, default=0.0) > highest else highest
     return -math.inf, math.inf

@@ -274,11 +274,16 @@ def _as_written(item: Item) -> dict[str, Any]:
 
 
 def protocol_of(
-    target: Target, arms: Sequence[Arm], num_items: int, texts: str = ""
+    target: Target,
+    arms: Sequence[Arm],
+    examples: Sequence[Example],
+    num_items: int,
+    texts: str = "",
 ) -> dict[str, Any]:
     """What must be equal for an evaluation to go on where another one stopped.
 
-    `texts`: the hash of given texts, empty for a model's.
+    `examples`: the held-out questions, whose file may have changed in between. `texts`: the hash of
+    given texts, empty for a model's.
     """
     manifest = (target.run.path / checkpoint.MANIFEST).read_text() if target.run else ""
     config = replace(target.config, out="", run_dir="")
@@ -288,6 +293,7 @@ def protocol_of(
         "step": target.step,
         "seed": config.seed,
         "settings": f"{settings:016x}",
+        "questions": f"{stable_hash(str(list(examples))):016x}",
         "num_items": num_items,
         "arms": [[arm.name, str(arm.grammar), arm.num_sets, arm.style] for arm in arms],
     }

@@ -371,6 +371,23 @@ def test_a_run_against_its_untrained_self(
     )
 
 
+def test_questions_that_were_changed_are_asked_anew(tmp_path: Path) -> None:
+    def asked(question: str) -> bytes:
+        rows = [{"id": f"q{n}", "question": f"{question} {n}?", "golds": ["x"]} for n in range(2)]
+        for name, part in (("train", rows[:1]), ("eval", rows[1:])):
+            lines = "".join(json.dumps(row) + "\n" for row in part)
+            (tmp_path / f"{name}.jsonl").write_text(lines)
+        files = [f"data.{name}_path={tmp_path}/{name}.jsonl" for name in ("train", "eval")]
+        words = ["base", "data=jsonl", "model=embedded", *files, "k=3", "num_answers="]
+        out = evaluate.run([*words, "arms=policy", f"out={tmp_path / 'out'}"], DISPLAY)
+        return (out / "eval_items.jsonl").read_bytes()
+
+    first = asked("Which dog")
+    assert asked("Which dog") == first
+    assert asked("Which very large cat") != first
+    assert asked("Which dog") == first, "the earlier one comes back"
+
+
 def test_what_one_side_has_no_confidences_for_is_not_compared(base: Path, tmp_path: Path) -> None:
     words = ["base", *FEW[:2], "reward=multi_rlvr", "k=3", "num_answers=", "arms=policy"]
     bare = evaluate.run([*words, f"out={tmp_path / 'bare'}"], DISPLAY)
@@ -505,6 +522,13 @@ def broken_inputs(tmp_path: Path, trained: Path) -> dict[str, tuple[list[str], s
     (tmp_path / "no_ids.jsonl").write_text('{"text": "flu"}\n')
     (tmp_path / "other_ids.jsonl").write_text('{"id": "q1", "text": "flu"}\n')
     (tmp_path / "empty.jsonl").write_text("")
+    one = {"id": "clinic-test-000000", "text": "flu"}
+    (tmp_path / "length.jsonl").write_text(json.dumps(one | {"num_tokens": -5}) + "\n")
+    (tmp_path / "one.jsonl").write_text(json.dumps(one) + "\n")
+    (tmp_path / "two.jsonl").write_text(json.dumps(one | {"id": "clinic-test-000001"}) + "\n")
+    other_texts = tmp_path / "other_texts"
+    words = [f"completions={tmp_path}/two.jsonl", "+experiment=clinic", "eval.num_items=3"]
+    evaluate.run([*words, f"out={other_texts}"], DISPLAY)
     (tmp_path / "tiny.jsonl").write_text('{"id": "only", "question": "Q?", "golds": ["x"]}\n')
     clinic = ["+experiment=clinic", "eval.num_items=3"]
     own = [
@@ -522,6 +546,11 @@ def broken_inputs(tmp_path: Path, trained: Path) -> dict[str, tuple[list[str], s
         "misspelt setting": ([str(trained), "eval.nun_items=3"], "did you mean eval.num_items=3?"),
         "no ids": ([f"completions={tmp_path}/no_ids.jsonl", *clinic], "keys id and text"),
         "no rows": ([f"completions={tmp_path}/empty.jsonl", *clinic], "one JSON object a line"),
+        "a length below 0": ([f"completions={tmp_path}/length.jsonl", *clinic], "num_tokens=-5"),
+        "texts of other questions": (
+            [f"completions={tmp_path}/one.jsonl", f"against={other_texts}", *clinic],
+            "other questions",
+        ),
         "other ids": ([f"completions={tmp_path}/other_ids.jsonl", *clinic], "clinic-test-000000"),
         "no file": ([f"completions={tmp_path}/none.jsonl", *clinic], "no such file"),
         "unknown arm": (["base", "arms=policy,singel", *clinic], "arms=singel"),

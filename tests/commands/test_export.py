@@ -13,7 +13,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from mar.errors import UserError
-from mar.export import _measured_at, export
+from mar.export import _measured_at, _save_generation_config, export
 from mar.policy.lora import adapted, merged_parameters
 from mar.policy.sources import EMBEDDED, resolve_model
 from mar.policy.weights import load_model
@@ -161,6 +161,14 @@ def test_mistakes_are_one_sentence(trained, tmp_path):
     command = [sys.executable, "-m", "mar.export", str(tmp_path / "nothing")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and not (tmp_path / "out").exists()
+
+
+def test_an_export_says_how_its_run_sampled(tmp_path):
+    words = ["algo.temperature=0.7", "algo.top_k=3", "algo.top_p=0.9", "algo.min_p=0.1"]
+    _save_generation_config(tmp_path, compose([*WORDS.split(), *words], check=False), {}, [])
+    said = json.loads((tmp_path / "generation_config.json").read_text())
+    named = {key: said[key] for key in ("temperature", "top_k", "top_p", "min_p")}
+    assert named == {"temperature": 0.7, "top_k": 3, "top_p": 0.9, "min_p": 0.1}
 
 
 @pytest.mark.parametrize("content", ["{", "[1]", "[" * 100_000])

@@ -286,6 +286,11 @@ def test_the_interval_over_seeds_is_students(runs: list[Path]) -> None:
     assert over_seeds(rates, "format_rate")[1:] == pytest.approx([0.99 - 0.127, 1.0], abs=1e-3)
     counts = [Run(Path(), {}, [], {"after": {"repeats_per_set": x}}, {}, []) for x in (0.0, 2.0)]
     assert over_seeds(counts, "repeats_per_set")[1:] == pytest.approx([0.0, 1 + 12.71])
+    # Of several right golds each counts.
+    sums = [Run(Path(), {}, [], {"after": {"coverage@3": x}}, {}, []) for x in (1.8, 1.9)]
+    assert over_seeds(sums, "coverage@3") == pytest.approx(
+        [1.85, 1.85 - 0.635, 1.85 + 0.635], abs=1e-3
+    )
     # Two seeds: t = 12.71, standard error 1. Twenty-one: t = 2.086, standard error 1.354.
     two = [finished(x) for x in (1.0, 3.0)]
     assert over_seeds(two, "x") == pytest.approx([2, 2 - 12.71, 2 + 12.71])
