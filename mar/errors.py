@@ -1,6 +1,7 @@
 """Errors that a person reads: one sentence instead of a traceback, and the command's exit code."""
 
 import errno
+import io
 import os
 import select
 import signal
@@ -39,6 +40,7 @@ def exit_code(command: Callable[[], object], interrupted: str = "interrupted") -
     sentence `interrupted`, goes to stderr.
     """
     heed_ctrl_c()
+    _say_what_a_terminal_can_show()
     try:
         code = command()
     except UserError as error:
@@ -71,6 +73,13 @@ def exit_code(command: Callable[[], object], interrupted: str = "interrupted") -
         print(interrupted, file=sys.stderr)
         return 130
     return code if isinstance(code, int) else 0
+
+
+def _say_what_a_terminal_can_show() -> None:
+    """Where it is not in UTF-8, signs that it has not become question marks."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
 
 
 def _stdout_is_closed() -> bool:

@@ -18,6 +18,8 @@ from mar.measure.bootstrap import student_t_95
 from mar.measure.shown_metrics import range_of
 from mar.run.folder import differing_keys, flatten
 
+READ_OF_EVALUATION = ("num_items", "arms", "equal_tokens", "paired")
+
 # The name of a preset -> the sections whose settings it brings along (conf/).
 BROUGHT_ALONG = {
     "data.task": ("data.",),
@@ -71,6 +73,19 @@ def read_document(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} is damaged: remove it, or the run") from None
 
 
+def _require_whole(run: Run) -> Run:
+    """Raises UserError where what the report reads of both documents is missing."""
+    history = run.document.get("history") or []
+    if not all(isinstance(entry, dict) and type(entry.get("step")) is int for entry in history):
+        raise UserError(f"{run.path}/eval.json is damaged: an entry of its history has no step")
+    missing = [key for key in READ_OF_EVALUATION if key not in run.evaluation]
+    if run.evaluation and missing:
+        raise UserError(
+            f"{run.path}/evaluation.json has no {', '.join(missing)}: evaluate again, or remove it"
+        )
+    return run
+
+
 def read_run(folder: Path) -> Run:
     """Raises UserError for what is no run, or is one that has not made a step."""
     try:
@@ -94,7 +109,7 @@ def read_run(folder: Path) -> Run:
         raise UserError(f"{folder} has not finished a step yet: there is nothing to report")
     if any(type(row.get("step")) is not int for row in metrics):
         raise UserError(f"{metrics_file} has a row without the number of its step: remove the row")
-    return Run(
+    run = Run(
         path=folder,
         config=config,
         metrics=metrics,
@@ -102,6 +117,7 @@ def read_run(folder: Path) -> Run:
         evaluation=read_document(folder / "evaluation.json"),
         faults=faults,
     )
+    return _require_whole(run)
 
 
 def short_names(a: Run, b: Run) -> tuple[str, str]:

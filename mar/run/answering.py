@@ -289,7 +289,8 @@ def protocol_of(
     config = replace(target.config, out="", run_dir="")
     settings = stable_hash(f"{config} {target.provenance} {manifest}")
     protocol = {
-        "target": target.name,
+        # a run is the same one by whatever path it is named
+        "target": "run" if target.run else target.name,
         "step": target.step,
         "seed": config.seed,
         "settings": f"{settings:016x}",
@@ -318,18 +319,34 @@ def _resume(
     rows, broken = read_jsonl(path) if path.exists() else ([], [])
     if broken:
         display.say(skipped_lines(broken))
+    num_damaged = 0
     for row in rows[1:]:
-        items = done[row.pop("arm")]
+        name = row.pop("arm", None)
+        item = _item_of_row(row)
+        if item is None or name not in chunks:
+            num_damaged += 1
+            continue
+        items = done[name]
         position = len(items)
         # After a lost line the arm's other rows are no longer in order.
-        if position < len(ids) and row["id"] == ids[position]:
-            items.append(Item.from_row(row))
+        if position < len(ids) and item.id == ids[position]:
+            items.append(item)
+    if num_damaged:
+        display.say(f"{path} has {num_damaged} damaged rows: what is missing is asked again")
     for name, items in done.items():
         if len(items) < len(ids):
             num_whole = len(items) // chunks[name] * chunks[name]
             del items[num_whole:]
     _write_items(path, protocol, done)
     return done
+
+
+def _item_of_row(row: Mapping[str, Any]) -> Item | None:
+    """None: it is no row of an item."""
+    try:
+        return Item.from_row(row)
+    except (KeyError, TypeError, AttributeError):
+        return None
 
 
 def _write_items(

@@ -282,6 +282,16 @@ def lock(path: Path, remedy: str = "wait for it, or choose another name= or seed
     return file
 
 
+def _move_aside(folder: Path, archive: Path) -> None:
+    """Raises UserError while `mar.evaluate` measures the run: it would write into the next one."""
+    evaluation = folder / "evaluation"
+    if not evaluation.with_name(".evaluation.lock").exists():
+        folder.rename(archive)
+        return
+    with lock(evaluation, remedy="wait for mar.evaluate, or choose another name= or seed="):
+        folder.rename(archive)
+
+
 def prepare(config: Mapping[str, Any]) -> RunDir:
     """Make the run's folder (`config["run_dir"]`) and write `config.yaml` (plain values) into it.
 
@@ -291,7 +301,7 @@ def prepare(config: Mapping[str, Any]) -> RunDir:
     """
     run = find(config)
     if run.archive is not None:
-        run.path.rename(run.archive)
+        _move_aside(run.path, run.archive)
     if run.resume:
         config = _with_earlier_lengths(run, config)
     if run.extends is not None:

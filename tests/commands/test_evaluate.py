@@ -149,6 +149,27 @@ def test_an_interrupted_evaluation_goes_on(
     ]
 
 
+def test_a_damaged_row_is_asked_again(base: Path, tmp_path: Path, capsys) -> None:
+    shutil.copytree(base, tmp_path / "out")
+    file = tmp_path / "out/eval_items.jsonl"
+    whole = file.read_bytes()
+    for row in ('{"x": 1}', '{"arm": "policy", "id": 3}', '{"arm": "nobody"}'):
+        lines = whole.splitlines(keepends=True)
+        lines[2] = row.encode() + b"\n"
+        file.write_bytes(b"".join(lines))
+        evaluate.run(["base", *FEW, f"out={tmp_path / 'out'}"], Display("plain", 0, 0))
+        assert sorted(file.read_bytes().splitlines()) == sorted(whole.splitlines())
+        assert "has 1 damaged rows" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_run_is_the_same_by_any_path(trained: Path, tmp_path: Path, monkeypatch) -> None:
+    words = ["k=3", "arms=policy", "num_answers=", "eval.num_items=2", f"out={tmp_path / 'out'}"]
+    evaluate.run([str(trained), *words], DISPLAY)
+    monkeypatch.chdir(trained.parent)
+    evaluate.run([trained.name, *words], DISPLAY)
+    assert not list((tmp_path / "out").glob("evaluation~*"))
+
+
 def test_an_item_that_is_too_long_for_one_arm_is_asked_of_none(base: Path, tmp_path: Path) -> None:
     rows = [json.loads(line) for line in (base / "eval_items.jsonl").read_text().splitlines()[1:]]
     lengths = {

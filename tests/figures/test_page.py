@@ -449,14 +449,17 @@ def test_running_mean() -> None:
 
 
 def faults(tmp_path: Path, good: Path) -> dict[str, tuple[list[Path], str]]:
-    for name in ("empty", "young", "damaged", "deep", "stepless", "old"):
+    for name in ("empty", "young", "damaged", "deep", "stepless", "old", "history", "half"):
         (tmp_path / name).mkdir()
-    for name in ("young", "damaged", "deep", "stepless"):
+    for name in ("young", "damaged", "deep", "stepless", "history", "half"):
         (tmp_path / name / "config.yaml").write_text((good / "config.yaml").read_text())
     (tmp_path / "old/config.yaml").write_text("K: 3\n")
     shutil.copy(good / "metrics.jsonl", tmp_path / "damaged")
     (tmp_path / "damaged/eval.json").write_text("{")
-    shutil.copy(good / "metrics.jsonl", tmp_path / "deep")
+    for name in ("deep", "history", "half"):
+        shutil.copy(good / "metrics.jsonl", tmp_path / name)
+    (tmp_path / "history/eval.json").write_text('{"history": [{"top1": 0.5}]}')
+    (tmp_path / "half/evaluation.json").write_text('{"arms": {}}')
     (tmp_path / "deep/eval.json").write_text("[" * 100_000)
     (tmp_path / "stepless/metrics.jsonl").write_text('{"step": 1}\n{"note": 1}\n')
     return {
@@ -465,6 +468,8 @@ def faults(tmp_path: Path, good: Path) -> dict[str, tuple[list[Path], str]]:
         "pair with nothing": ([good, tmp_path / "empty"], "no config.yaml"),
         "no step": ([tmp_path / "young"], "not finished a step"),
         "half a document": ([tmp_path / "damaged"], "damaged"),
+        "a measurement of no step": ([tmp_path / "history"], "an entry of its history has no step"),
+        "half an evaluation": ([tmp_path / "half"], "has no num_items, equal_tokens, paired"),
         "a deep document": ([tmp_path / "deep"], "damaged"),
         "a row without its step": ([tmp_path / "stepless"], "a row without the number of its step"),
         "another version": ([tmp_path / "old"], "another version"),

@@ -1,7 +1,9 @@
 """What is written can be read back, half lines and later steps are forgotten, and no reader sees half a document."""
 
+import io
 import json
 import os
+import sys
 import tracemalloc
 from pathlib import Path
 
@@ -10,6 +12,7 @@ import pytest
 import torch
 
 from mar import files
+from mar.errors import exit_code
 from mar.files import (
     append_jsonl,
     jsonable,
@@ -198,3 +201,11 @@ def test_what_is_written_is_synced_before_it_has_its_name(tmp_path, monkeypatch)
     truncate_jsonl(tmp_path / "rows.jsonl", 1)
     write_json(tmp_path / "eval.json", {"before": 1})
     assert calls == [("fsync", True), ("fsync", True), ("fsync", True), "replace"]
+
+
+def test_signs_that_a_terminal_does_not_have_become_question_marks(monkeypatch):
+    written = io.BytesIO()
+    stdout = io.TextIOWrapper(written, encoding="ascii", write_through=True)
+    monkeypatch.setattr(sys, "stdout", stdout)
+    assert exit_code(lambda: print("0.7 \u00b1 0.1")) == 0
+    assert written.getvalue() == b"0.7 ? 0.1\n"

@@ -17,6 +17,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from mar.config import Config
 from mar.errors import UserError
 from mar.run.compose import CONF_DIR, compose
+from mar.run.evaluation_folder import claimed
 from mar.run.folder import RunDir, differing_keys, find, lock, prepare, swept_keys, variant
 
 
@@ -290,6 +291,16 @@ def test_two_processes_never_share_a_folder(tmp_path: Path) -> None:
         other.communicate()
     with lock(folder):
         assert not folder.exists(), "the lock lies beside it"
+
+
+def test_a_run_that_is_being_evaluated_does_not_move_aside(tmp_path: Path) -> None:
+    path = prepare(config(tmp_path)).path
+    (path / "eval.json").write_text('{"before": {}, "after": {"top1": 1}}')
+    with claimed(path, {"seed": 0}, print):
+        with pytest.raises(UserError, match="evaluation is being written by another process"):
+            prepare(config(tmp_path))
+        assert path.exists() and not path.with_name("seed0~1").exists()
+    assert prepare(config(tmp_path)).archive == path.with_name("seed0~1")
 
 
 def test_the_configuration_is_synced_before_it_has_its_name(
