@@ -153,9 +153,10 @@ def test_a_damaged_row_is_asked_again(base: Path, tmp_path: Path, capsys) -> Non
     shutil.copytree(base, tmp_path / "out")
     file = tmp_path / "out/eval_items.jsonl"
     whole = file.read_bytes()
-    for row in ('{"x": 1}', '{"arm": "policy", "id": 3}', '{"arm": "nobody"}'):
+    of_nobody = json.loads(whole.splitlines()[2]) | {"arm": "nobody"}
+    for row in ({"x": 1}, {"arm": "policy", "id": 3}, of_nobody):
         lines = whole.splitlines(keepends=True)
-        lines[2] = row.encode() + b"\n"
+        lines[2] = json.dumps(row).encode() + b"\n"
         file.write_bytes(b"".join(lines))
         evaluate.run(["base", *FEW, f"out={tmp_path / 'out'}"], Display("plain", 0, 0))
         assert sorted(file.read_bytes().splitlines()) == sorted(whole.splitlines())
